@@ -1,0 +1,1 @@
+"""memoryllm_jax: pretrain MemoryLLM models and serve them from token-wise lookups."""

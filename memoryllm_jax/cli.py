@@ -1,0 +1,92 @@
+"""What all commands share: one error type for bad input, flag parsing, and progress for a terminal or a log."""
+
+import sys
+import time
+
+import tqdm
+from absl import app
+
+
+class UserError(Exception):
+    """Bad input. Its text is one sentence for the person who gave it."""
+
+
+def run(main) -> None:
+    """Runs `main()` as an absl command; a `UserError` becomes one line on stderr and exit code 1."""
+
+    def wrapped(argv):
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}; options are written --name=value")
+            return main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 1
+
+    def parse_flags(argv):
+        try:
+            return app.parse_flags_with_usage(argv)
+        except (UserError, AttributeError, KeyError, OSError) as error:
+            # config_flags raises the last three for an unknown field, and names too little.
+            from memoryllm_jax import config
+
+            text = error if isinstance(error, UserError) else config.explain_flag_error(argv, error)
+            print(f"error: {text}", file=sys.stderr, flush=True)
+            sys.exit(1)
+
+    app.run(wrapped, flags_parser=parse_flags)
+
+
+class Progress:
+    """Progress with rate and ETA: a bar on a terminal, a plain line every `every_s` seconds in a log.
+
+    Args:
+      total: amount of work, in `unit`s.
+      initial: amount already done when this process starts; it does not count towards the rate.
+      enabled: False on every host but the first.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, initial: int = 0, every_s: float = 10.0, enabled=True):
+        self.label, self.total, self.every_s, self.enabled = label, total, every_s, enabled
+        self.done = self.initial = initial
+        self.start = self.last_line = time.monotonic()
+        self.bar = None
+        if enabled and sys.stderr.isatty():
+            scale = unit == "B"
+            self.bar = tqdm.tqdm(
+                total=total, initial=initial, unit=unit, unit_scale=scale, desc=label, dynamic_ncols=True
+            )
+
+    def update(self, done: int, note: str = "") -> None:
+        """Sets the amount done so far and what to show beside it."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(done - self.done)
+        self.done = done
+        now = time.monotonic()
+        if self.enabled and self.bar is None and now - self.last_line >= self.every_s:
+            self.last_line = now
+            self.line(f"{self.label} {100 * done / max(self.total, 1):.1f}%  {note}  ETA {self.eta()}")
+
+    def eta(self) -> str:
+        new = self.done - self.initial
+        if new <= 0:
+            return "unknown"
+        return duration((time.monotonic() - self.start) / new * (self.total - self.done))
+
+    def line(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self.enabled and self.bar is not None:
+            self.bar.write(text)
+        elif self.enabled:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

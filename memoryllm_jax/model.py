@@ -1,0 +1,187 @@
+"""Base, MemoryLLM and Flex-MemoryLLM as one decoder (Jaiswal et al. 2026, arXiv 2602.00398, section 2).
+
+    base    A = X_l + Attn(N1(X_l));   X_{l+1} = A + FFN(N2(A))
+    memory  X_{l+1} = X_l + Attn(N1(X_l)) + FFN-M(NM(X_0))
+    flex-b  X_{l+1} = X_l + Attn(N1(X_l)) + FFN-C(N2(X_l)) + FFN-M(NM(X_0))
+
+Shapes: B sequences, T positions, D model width, H heads, K head size, F FFN width, V token ids, L layers,
+S batch shards, U distinct token ids of a shard, N = B T / S positions of a shard.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memoryllm_jax import attention
+from memoryllm_jax.config import ModelConfig
+from memoryllm_jax.memory import TokenRows, take_rows
+from memoryllm_jax.sharding import constrain
+
+
+def _weight(module, name, shape, axes, std):
+    init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+    return module.param(name, init, shape, jnp.float32).astype(module.config.dtype)
+
+
+def _matmul(x, w):
+    """x[..., D] @ w[D, F], flattened to two axes: XLA's CPU product of [B T, D] is twice as fast as of [B, T, D]."""
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm with a scale and no bias, in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        scale_D = self.param("scale", init, x.shape[-1:], jnp.float32)
+        y = x.astype(jnp.float32)
+        if self.config.norm == "layernorm":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
+        return (y * scale_D).astype(self.config.dtype)
+
+
+class SwiGLU(nn.Module):
+    """(SiLU(x W_gate) * x W_up) W_down: columns of W_up are keys, rows of W_down values (paper, section 2.3.1)."""
+
+    config: ModelConfig
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        D, F, std = x.shape[-1], self.width, self.config.init_std
+        gate_DF = _weight(self, "gate", (D, F), ("embed", "mlp"), std)
+        up_DF = _weight(self, "up", (D, F), ("embed", "mlp"), std)
+        down_FD = _weight(self, "down", (F, D), ("mlp", "embed"), _output_std(self.config))
+        return _matmul(nn.silu(_matmul(x, gate_DF)) * _matmul(x, up_DF), down_FD)
+
+
+def _output_std(config):
+    return config.init_std / (2 * config.layers) ** 0.5
+
+
+def rope_table(config: ModelConfig, length: int):
+    """cos and sin [T, K/2] of the rotary embedding (Su et al. 2021), in the half-split layout of Llama."""
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotate(x_BTHK, rope):
+    cos, sin = (table[:, None] for table in rope)
+    a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHK.dtype)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, rope):
+        c = self.config
+        B, T, D = x_BTD.shape
+        H, K = c.heads, c.head_dim
+
+        def project(name):
+            w_DHK = _weight(self, name, (D, H, K), ("embed", "heads", "head_dim"), c.init_std)
+            return _matmul(x_BTD, w_DHK.reshape(D, H * K)).reshape(B, T, H, K)
+
+        q, k, v = _rotate(project("q"), rope), _rotate(project("k"), rope), project("v")
+        out_HKD = _weight(self, "out", (H, K, D), ("heads", "head_dim", "embed"), _output_std(c))
+        y = attention.causal_attention(q, k, v, c.attention)
+        return _matmul(y.reshape(B, T, H * K), out_HKD.reshape(H * K, D))
+
+
+class Block(nn.Module):
+    """One decoder layer; the rows of its token memory arrive from outside, live or looked up."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, ffn_SUD, index_SN, rope):
+        c = self.config
+        a = Attention(c, name="attention")(Norm(c, name="attention_norm")(x_BTD), rope)
+        y = x_BTD + a
+        if c.compute_dim:
+            source = y if c.compute_input == "after_attention" else x_BTD
+            y = y + SwiGLU(c, c.compute_dim, name="ffn")(Norm(c, name="ffn_norm")(source))
+        if ffn_SUD is not None:
+            y = y + take_rows(ffn_SUD, index_SN).reshape(x_BTD.shape)
+        return constrain(y, "batch", None, None), None
+
+
+class MemoryLayer(nn.Module):
+    """FFN-M_l(NM_l(X_0)): a norm of its own for each layer, which the paper found to matter for convergence."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x0_SUD):
+        y = SwiGLU(self.config, self.config.memory_dim, name="ffn")(Norm(self.config, name="norm")(x0_SUD))
+        return x0_SUD, constrain(y, "shard", None, None)
+
+
+def _over_layers(layer, config, in_axes):
+    """`layer` scanned over the depth, its parameters stacked on a leading axis, under the remat policy."""
+    if config.remat != "none":
+        policies = jax.checkpoint_policies
+        dots = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(attention.SAVED)
+        )
+        layer = nn.remat(layer, policy=dots if config.remat == "dots" else None, prevent_cse=False)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=config.layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+class LanguageModel(nn.Module):
+    """Token ids -> rows of the token memory -> hidden states -> (in loss.py) logits, never [B, T, V] at once."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        table = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("vocab", "embed"))
+        self.embedding_VD = self.param("embedding", table, (c.vocab_size, c.dim), jnp.float32)
+        if not c.tie_embeddings:
+            self.head_VD = self.param("head", table, (c.vocab_size, c.dim), jnp.float32)
+        self.layers = _over_layers(Block, c, (0, nn.broadcast, nn.broadcast))(c)
+        if c.memory_dim:
+            self.memory = _over_layers(MemoryLayer, c, ())(c)
+        self.final_norm = Norm(c)
+
+    def __call__(self, ids_SU, index_SN, length):
+        return self.hidden(self.token_rows(ids_SU), index_SN, length), self.output_embedding()
+
+    def token_rows(self, ids_SU) -> TokenRows:
+        """Embeddings and token memory of the ids. A row that no position takes has no gradient, so padding is free."""
+        x0_SUD = constrain(self.embedding_VD[ids_SU].astype(self.config.dtype), "shard", None, None)
+        ffn_LSUD = self.memory(x0_SUD)[1] if self.config.memory_dim else None
+        return TokenRows(x0_SUD, ffn_LSUD)
+
+    def hidden(self, rows: TokenRows, index_SN, length: int):
+        """Normalised final states [B, T, D] of positions whose rows are rows[:, s, index[s, n]]; T = length."""
+        x_BTD = take_rows(rows.x0_SUD, index_SN).reshape(-1, length, self.config.dim)
+        x_BTD = constrain(x_BTD, "batch", None, None)
+        x_BTD, _ = self.layers(x_BTD, rows.ffn_LSUD, index_SN, rope_table(self.config, length))
+        return self.final_norm(x_BTD)
+
+    def output_embedding(self):
+        """[V, D], float32."""
+        return self.embedding_VD if self.config.tie_embeddings else self.head_VD
+
+
+
+def init(model: LanguageModel, key, shards: int = 1):
+    """Parameters, each boxed with its logical axes. Call it inside a mesh with `shards` batch shards."""
+    ids = jnp.zeros((shards, 2), jnp.int32)
+    return model.init(key, ids, ids, 2)["params"]

@@ -1,0 +1,26 @@
+"""AdamW with warm-up and cosine decay (the paper's Table 3), and the global-norm clipping usual for Llama."""
+
+import jax
+import optax
+
+from memoryllm_jax.config import Config
+
+
+def schedule(config: Config) -> optax.Schedule:
+    """Learning rate by step: linear from 0 over the warm-up, then a cosine to final_lr at the last step."""
+    o = config.optimizer
+    last = max(config.steps, o.warmup_steps + 1)  # a run shorter than its warm-up ends inside it
+    return optax.warmup_cosine_decay_schedule(0.0, o.peak_lr, o.warmup_steps, last, o.final_lr)
+
+
+def decay_mask(params):
+    """True for matrices and embeddings, False for norm scales."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+
+
+def make(config: Config) -> optax.GradientTransformation:
+    o = config.optimizer
+    return optax.chain(
+        optax.clip_by_global_norm(o.clip_norm),
+        optax.adamw(schedule(config), o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decay_mask),
+    )

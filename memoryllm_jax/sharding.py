@@ -1,0 +1,76 @@
+"""One table from logical to physical axes, the mesh, and the checks that make a wrong pairing an error."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.config import Config, MeshConfig
+
+# Logical axis -> mesh axes. "shard" is the leading axis of everything that stays local to one part of the batch.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "shard": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "layers": (),
+    "head_dim": (),
+    None: (),
+}
+
+
+def spec(*axes: str | None) -> P:
+    """The PartitionSpec of an array with these logical axes. Raises: ValueError if two claim one mesh axis."""
+    physical = [RULES[axis] for axis in axes]
+    used = [name for names in physical for name in names]
+    if len(set(used)) < len(used):
+        raise ValueError(f"logical axes {axes} claim a mesh axis twice: {physical}")
+    return P(*(names if names else None for names in physical))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins x to its logical axes inside jit. Raises: ValueError outside a mesh, where it would do nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        raise ValueError("no mesh is set: call inside `with jax.set_mesh(make_mesh(...))`")
+    return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices. Raises: UserError."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(devices) % known or (-1 not in sizes.values() and known != len(devices)):
+        shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(f"config.mesh: expected parts whose product is the {len(devices)} devices, found {shape}")
+    shape = [len(devices) // known if size == -1 else size for size in sizes.values()]
+    return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts the batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_divisible(config: Config, vocab_size: int, mesh: Mesh) -> None:
+    """Refuses sizes that the mesh does not divide. Raises: UserError that names the field."""
+    m, shards = config.model, batch_shards(mesh)
+    checks = [
+        ("batch_size", config.batch_size, shards * config.accumulate, "mesh.data * mesh.fsdp * accumulate"),
+        ("model.dim", m.dim, mesh.shape["fsdp"], "mesh.fsdp"),
+        ("model.heads", m.heads, mesh.shape["tensor"], "mesh.tensor"),
+        ("model.vocab_size", vocab_size, mesh.shape["tensor"], "mesh.tensor"),
+        ("model.ffn_dim (FFN-M part)", m.memory_dim, mesh.shape["tensor"], "mesh.tensor"),
+        ("model.ffn_dim (FFN-C part)", m.compute_dim, mesh.shape["tensor"], "mesh.tensor"),
+    ]
+    for field, size, parts, what in checks:
+        if size % parts:
+            raise UserError(f"config.{field}: expected a multiple of {what} = {parts}, found {size}")
+
+
+def named(mesh: Mesh, specs):
+    """PartitionSpecs -> NamedShardings, leaf by leaf."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))

@@ -1,0 +1,159 @@
+"""The jitted train and eval steps, and the state they work on, pinned to a mesh."""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from memoryllm_jax import loss, model, optimizer, sharding
+from memoryllm_jax.config import Config
+
+
+class Batch(NamedTuple):
+    """Positions of one optimizer step, by batch shard S and micro-batch A, with N positions in each.
+
+    ids_SU: distinct token ids of a shard's positions, all micro-batches together, padded to U.
+    index_SAN: which of them each position holds.
+    targets_SAN, weights_SAN: the next token, and its weight in the loss: 0 where there is none.
+    """
+
+    ids_SU: jax.Array
+    index_SAN: jax.Array
+    targets_SAN: jax.Array
+    weights_SAN: jax.Array
+
+
+class Trainer:
+    """A model, its optimizer and their compiled steps for one config on one mesh.
+
+    Attributes:
+      params_shape, state_shape: abstract trees with shapes, dtypes and shardings.
+      init(key) -> state: {"params", "opt_state", "step"}, made in place on its devices.
+      train(state, batch) -> (state, metrics): one optimizer step; the old state is donated.
+      evaluate(params, batch) -> (nll in nats, weight): sums over the batch's positions.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.model = model.LanguageModel(config.model)
+        self.optimizer = optimizer.make(config)
+        self.shards = sharding.batch_shards(mesh)
+        with jax.set_mesh(mesh):
+            boxed = jax.eval_shape(functools.partial(model.init, self.model, shards=self.shards), jax.random.key(0))
+            specs = jax.tree.map(lambda s: sharding.spec(*s), nn.get_partition_spec(boxed), is_leaf=_is_spec)
+            params_sharding = sharding.named(mesh, specs)
+            shapes = jax.eval_shape(self._init, jax.random.key(0))
+        replicated = NamedSharding(mesh, P())
+        # Without pinned outputs jit replicates the Adam moments.
+        moments = optax.tree_utils.tree_map_params(
+            self.optimizer,
+            lambda _, s: s,
+            shapes["opt_state"],
+            params_sharding,
+            transform_non_params=lambda _: replicated,
+        )
+        state_sharding = {"params": params_sharding, "opt_state": moments, "step": replicated}
+        self.state_shape = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_sharding
+        )
+        self.params_shape = self.state_shape["params"]
+        self.batch_sharding = NamedSharding(mesh, sharding.spec("shard"))
+        self.init = self._in_mesh(jax.jit(self._init, out_shardings=state_sharding))
+        self.train = self._in_mesh(
+            jax.jit(
+                self._train,
+                donate_argnums=0,
+                in_shardings=(state_sharding, self.batch_sharding),
+                out_shardings=(state_sharding, replicated),
+            )
+        )
+        self.evaluate = self._in_mesh(
+            jax.jit(
+                self._evaluate, in_shardings=(params_sharding, self.batch_sharding), out_shardings=replicated
+            )
+        )
+
+    def _in_mesh(self, function):
+        @functools.wraps(function)
+        def call(*args):
+            with jax.set_mesh(self.mesh):
+                return function(*args)
+
+        call.lower = lambda *args: _lower(self.mesh, function, args)
+        return call
+
+    def _init(self, key):
+        params = nn.unbox(model.init(self.model, key, self.shards))
+        return {"params": params, "opt_state": self.optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+    def _sums(self, params, rows, micro):
+        """(total, nll) over one micro-batch; micro = (index, targets, weights), each [S, N]."""
+        c = self.config
+        index_SN, targets_SN, weights_SN = micro
+        hidden = self.model.apply({"params": params}, rows, index_SN, c.seq_len, method="hidden")
+        head_VD = self.model.apply({"params": params}, method="output_embedding")
+        x_SND = hidden.reshape(*index_SN.shape, c.model.dim)
+        return loss.cross_entropy(
+            x_SND,
+            head_VD,
+            targets_SN,
+            weights_SN,
+            z_loss=c.optimizer.z_loss,
+            chunk=c.model.loss_chunk,
+            dtype=c.model.dtype,
+        )
+
+    def _token_rows(self, params, ids_SU):
+        return self.model.apply({"params": params}, ids_SU, method="token_rows")
+
+    def _train(self, state, batch: Batch):
+        params = state["params"]
+        weight = batch.weights_SAN.sum()
+        # The token memory runs once per optimizer step; its gradient is applied once, after all micro-batches.
+        rows, rows_vjp = jax.vjp(lambda p: self._token_rows(p, batch.ids_SU), params)
+
+        def mean_loss(params, rows, micro):
+            total, nll = self._sums(params, rows, micro)
+            return total / weight, nll / weight
+
+        value_and_grad = jax.value_and_grad(mean_loss, argnums=(0, 1), has_aux=True)
+        micro_batches = [x.swapaxes(0, 1) for x in batch[1:]]
+        if self.config.accumulate == 1:
+            (total, nll), (grads, d_rows) = value_and_grad(params, rows, [x[0] for x in micro_batches])
+        else:
+
+            def accumulate(carry, micro):
+                return jax.tree.map(jnp.add, carry, value_and_grad(params, rows, micro)), None
+
+            zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), ((weight, weight), (params, rows)))
+            ((total, nll), (grads, d_rows)), _ = jax.lax.scan(accumulate, zeros, micro_batches)
+            d_rows = jax.tree.map(lambda g, r: g.astype(r.dtype), d_rows, rows)
+        grads = jax.tree.map(jnp.add, grads, rows_vjp(d_rows)[0])
+        updates, opt_state = self.optimizer.update(grads, state["opt_state"], params)
+        metrics = {
+            "loss": nll,
+            "z_loss": total - nll,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": optimizer.schedule(self.config)(state["step"]),
+        }
+        params = optax.apply_updates(params, updates)
+        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+
+    def _evaluate(self, params, batch: Batch):
+        rows = self._token_rows(params, batch.ids_SU)
+        micro = [x.reshape(x.shape[0], -1) for x in batch[1:]]
+        return self._sums(params, rows, micro)[1], batch.weights_SAN.sum()
+
+
+def _is_spec(x):
+    return isinstance(x, P)
+
+
+def _lower(mesh, function, args):
+    with jax.set_mesh(mesh):
+        return function.lower(*args)

@@ -1,0 +1,187 @@
+"""Tokenizers by spec: `sentencepiece:FILE`, `llama3:FILE` (tiktoken ranks), `hf:FILE` (tokenizer.json)."""
+
+import base64
+import hashlib
+import importlib
+import io
+import re
+from collections.abc import Iterable, Iterator
+
+from memoryllm_jax.cli import UserError
+
+# Texts are tokenised in pieces of at most this many characters: tiktoken's regular expressions and
+# SentencePiece's lattices do not take more at once. Llama 3's own tokenizer cuts at the same length.
+PIECE_CHARS = 400_000
+RUN_CHARS = 25_000  # longest run of spaces or of non-spaces that tiktoken takes
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPECIALS = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|eot_id|>": 9}  # offsets from the last rank
+LLAMA3_RESERVED = 256
+HF_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
+HF_EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[EOS]")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+      kind: sentencepiece, llama3 or hf.  content: the model file's bytes.  digest: their SHA-256.
+      vocab_size: number of ids.  bos_id, eos_id: ids put before and after each document, or None.
+    """
+
+    def __init__(self, kind: str, content: bytes, origin: str):
+        if kind not in _LOADERS:
+            raise UserError(f"tokenizer {kind}:{origin}: expected one of {', '.join(_LOADERS)} before the colon")
+        self.kind, self.content = kind, content
+        self.digest = hashlib.sha256(content).hexdigest()
+        try:
+            self.vocab_size, self.bos_id, self.eos_id, self._encode_batch, self._decode = _LOADERS[kind](content)
+        except UserError:
+            raise
+        except Exception as error:  # each library has its own way to reject a file
+            raise UserError(f"tokenizer {origin}: expected a {kind} model, found a file it refuses: {error}") from error
+
+    def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        """Ids of each text, without bos and eos."""
+        pieces = [list(_pieces(text)) for text in texts]
+        flat = iter(self._encode_batch([p for ps in pieces for p in ps], threads))
+        return [[i for _ in ps for i in next(flat)] for ps in pieces]
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._decode([int(i) for i in ids])
+
+    def to_json(self) -> dict:
+        return {"kind": self.kind, "digest": self.digest, "content": base64.b64encode(self.content).decode()}
+
+    @classmethod
+    def from_json(cls, tree: dict) -> "Tokenizer":
+        return cls(tree["kind"], base64.b64decode(tree["content"]), "of the checkpoint")
+
+
+def load(spec: str) -> Tokenizer:
+    """The tokenizer of `KIND:FILE`. Raises: UserError."""
+    kind, _, path = spec.partition(":")
+    if not path:
+        raise UserError(f"tokenizer {spec!r}: expected KIND:FILE with KIND one of {', '.join(_LOADERS)}")
+    try:
+        with open(path, "rb") as file:
+            return Tokenizer(kind, file.read(), path)
+    except OSError as error:
+        raise UserError(f"tokenizer {path}: {error.strerror}") from error
+
+
+def train_sentencepiece(texts: Iterator[str], vocab_size: int, threads: int) -> Tokenizer:
+    """A reversible SentencePiece BPE model: white space is kept as it is, and unknown characters become bytes."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    # Without this SentencePiece drops every line break, and lines longer than 4,192 bytes.
+    lines = (line + "\n" for text in texts for line in re.findall(r"[^\n]{1,1000}", text) if line.strip())
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=0.9999,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=["\n", "\t"],
+            num_threads=threads,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(f"tokenizer sentencepiece:train:{vocab_size}: training failed: {error}") from error
+    return Tokenizer("sentencepiece", model.getvalue(), f"sentencepiece:train:{vocab_size}")
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces that every tokenizer takes, cut at line ends where there are any."""
+    start = 0
+    while start < len(text):
+        end = min(start + PIECE_CHARS, len(text))
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+            end = end if end > start else min(start + PIECE_CHARS, len(text))
+        piece = text[start:end]
+        start = end
+        if len(piece) > RUN_CHARS and re.search(rf"\S{{{RUN_CHARS + 1}}}|\s{{{RUN_CHARS + 1}}}", piece):
+            cut = 0
+            for run in re.finditer(rf"\S{{{RUN_CHARS}}}|\s{{{RUN_CHARS}}}", piece):
+                yield piece[cut : run.end()]
+                cut = run.end()
+            piece = piece[cut:]
+        if piece:
+            yield piece
+
+
+def _need(package: str):
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"this tokenizer needs {package}: pip install 'memoryllm_jax[prepare]'") from error
+
+
+def _load_sentencepiece(content):
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+    bos, eos = (i if i >= 0 else None for i in (processor.bos_id(), processor.eos_id()))
+
+    def encode_batch(texts, threads):
+        return processor.encode(texts, num_threads=threads)
+
+    return processor.vocab_size(), bos, eos, encode_batch, processor.decode
+
+
+def _load_llama3(content):
+    tiktoken = _need("tiktoken")
+    ranks = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise UserError(f"tokenizer: line {number}: expected a base64 token and its rank, found {line[:40]!r}") from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+        raise UserError(f"tokenizer: expected ranks 0 to {len(ranks) - 1}, each once, as in Llama 3's tokenizer.model")
+    n = len(ranks)
+    specials = {name: n + offset for name, offset in LLAMA3_SPECIALS.items()}
+    taken = set(specials.values())
+    specials |= {f"<|reserved_{i}|>": i for i in range(n, n + LLAMA3_RESERVED) if i not in taken}
+    encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+
+    def encode_batch(texts, threads):
+        return encoding.encode_ordinary_batch(texts, num_threads=threads)
+
+    bos, eos = specials["<|begin_of_text|>"], specials["<|end_of_text|>"]
+    return n + LLAMA3_RESERVED, bos, eos, encode_batch, encoding.decode
+
+
+def _load_hf(content):
+    tokenizer = _need("tokenizers").Tokenizer.from_str(content.decode("utf-8"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    bos, eos = (
+        next((i for i in map(tokenizer.token_to_id, names) if i is not None), None) for names in (HF_BOS, HF_EOS)
+    )
+
+    def encode_batch(texts, threads):
+        return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    return max(tokenizer.get_vocab().values()) + 1, bos, eos, encode_batch, decode
+
+
+_LOADERS = {"sentencepiece": _load_sentencepiece, "llama3": _load_llama3, "hf": _load_hf}
