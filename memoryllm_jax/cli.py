@@ -4,7 +4,7 @@ import sys
 import time
 
 import tqdm
-from absl import app
+from absl import app, logging
 
 
 class UserError(Exception):
@@ -15,6 +15,8 @@ def run(main) -> None:
     """Runs `main()` as an absl command; a `UserError` becomes one line on stderr and exit code 1."""
 
     def wrapped(argv):
+        if not any(argument.startswith(("--verbosity", "-v")) for argument in sys.argv):
+            logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at the level below
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; options are written --name=value")
@@ -65,7 +67,6 @@ class Progress:
         self.done = done
         now = time.monotonic()
         if self.enabled and self.bar is None and now - self.last_line >= self.every_s:
-            self.last_line = now
             self.line(f"{self.label} {100 * done / max(self.total, 1):.1f}%  {note}  ETA {self.eta()}")
 
     def eta(self) -> str:
@@ -75,7 +76,8 @@ class Progress:
         return duration((time.monotonic() - self.start) / new * (self.total - self.done))
 
     def line(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
+        """Prints a line without breaking the bar; in a log it stands in for the next progress line."""
+        self.last_line = time.monotonic()
         if self.enabled and self.bar is not None:
             self.bar.write(text)
         elif self.enabled:

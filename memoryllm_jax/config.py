@@ -154,6 +154,20 @@ MAY_CHANGE = (
 )
 
 
+_AT_LEAST_ONE = (
+    *("steps", "batch_size", "accumulate", "model.dim", "model.layers", "model.heads", "model.loss_chunk"),
+    *("data.epochs", "data.threads", "data.prefetch", "checkpoint.every", "checkpoint.keep", "eval.every", "log.every"),
+)
+_ZERO_OR_MORE = (
+    *("seed", "model.vocab_size", "checkpoint.keep_every", "eval.batches", "sample.tokens", "sample.temperature"),
+    *("optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.z_loss", "optimizer.final_lr", "log.peak_flops"),
+)
+_POSITIVE = (
+    *("model.norm_eps", "model.rope_theta", "model.init_std"),
+    *("optimizer.peak_lr", "optimizer.eps", "optimizer.clip_norm"),
+)
+
+
 def parse_beta(architecture: str) -> float:
     """beta of `base`, `memory` or `flex-B`. Raises: UserError."""
     match = re.fullmatch(r"base|memory|flex-(\d+(?:\.\d+)?)", architecture)
@@ -180,6 +194,11 @@ def resolve(config: ml_collections.ConfigDict | dict) -> Config:
     resolved = _build(Config, tree, "config")
     validate(resolved)
     return resolved
+
+
+def from_saved(tree: dict) -> Config:
+    """The tree that a checkpoint holds. Raises: UserError that names the field."""
+    return _build(Config, tree, "config")
 
 
 def flatten(config: Config) -> dict[str, object]:
@@ -223,13 +242,11 @@ def validate(config: Config) -> None:
 
     flat = flatten(config)
     m, o = config.model, config.optimizer
-    at_least_one = "steps batch_size accumulate model.dim model.layers model.heads model.loss_chunk data.epochs"
-    for field in f"{at_least_one} data.threads data.prefetch checkpoint.every checkpoint.keep eval.every log.every".split():
+    for field in _AT_LEAST_ONE:
         need(flat[field] >= 1, field, "at least 1")
-    not_negative = "seed model.vocab_size checkpoint.keep_every eval.batches sample.tokens sample.temperature"
-    for field in f"{not_negative} optimizer.warmup_steps optimizer.weight_decay optimizer.z_loss optimizer.final_lr".split():
+    for field in _ZERO_OR_MORE:
         need(flat[field] >= 0, field, "zero or more")
-    for field in "model.norm_eps model.rope_theta model.init_std optimizer.peak_lr optimizer.eps optimizer.clip_norm".split():
+    for field in _POSITIVE:
         need(flat[field] > 0, field, "more than zero")
     for field in ("optimizer.b1", "optimizer.b2"):
         need(0 <= flat[field] < 1, field, "a number from 0 up to 1")
@@ -238,7 +255,9 @@ def validate(config: Config) -> None:
     need(m.head_dim % 2 == 0, "model.heads", f"an even head size (model.dim / heads = {m.dim} / {m.heads})")
     need(0 <= m.beta <= 8, "model.beta", "a number from 0 (memory) to 8 (base)")
     need(m.compute_input in ("block_input", "after_attention"), "model.compute_input", "block_input or after_attention")
-    need(m.beta < 8 or m.compute_input == "after_attention", "model.compute_input", "after_attention, as beta 8 is base")
+    need(
+        m.beta < 8 or m.compute_input == "after_attention", "model.compute_input", "after_attention, as beta 8 is base"
+    )
     smallest = 1 if m.beta in (0, 8) else 2
     need(m.ffn_dim >= smallest, "model.ffn_dim", f"at least {smallest}")
     if 0 < m.beta < 8:

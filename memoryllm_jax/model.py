@@ -180,7 +180,6 @@ class LanguageModel(nn.Module):
         return self.embedding_VD if self.config.tie_embeddings else self.head_VD
 
 
-
 def init(model: LanguageModel, key, shards: int = 1):
     """Parameters, each boxed with its logical axes. Call it inside a mesh with `shards` batch shards."""
     ids = jnp.zeros((shards, 2), jnp.int32)

@@ -55,14 +55,14 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_divisible(config: Config, vocab_size: int, mesh: Mesh) -> None:
+def check_divisible(config: Config, mesh: Mesh) -> None:
     """Refuses sizes that the mesh does not divide. Raises: UserError that names the field."""
     m, shards = config.model, batch_shards(mesh)
     checks = [
         ("batch_size", config.batch_size, shards * config.accumulate, "mesh.data * mesh.fsdp * accumulate"),
         ("model.dim", m.dim, mesh.shape["fsdp"], "mesh.fsdp"),
         ("model.heads", m.heads, mesh.shape["tensor"], "mesh.tensor"),
-        ("model.vocab_size", vocab_size, mesh.shape["tensor"], "mesh.tensor"),
+        ("model.vocab_size", m.vocab_size, mesh.shape["tensor"], "mesh.tensor"),
         ("model.ffn_dim (FFN-M part)", m.memory_dim, mesh.shape["tensor"], "mesh.tensor"),
         ("model.ffn_dim (FFN-C part)", m.compute_dim, mesh.shape["tensor"], "mesh.tensor"),
     ]

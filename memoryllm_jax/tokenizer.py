@@ -14,8 +14,16 @@ from memoryllm_jax.cli import UserError
 PIECE_CHARS = 400_000
 RUN_CHARS = 25_000  # longest run of spaces or of non-spaces that tiktoken takes
 
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
 )
 LLAMA3_SPECIALS = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|eot_id|>": 9}  # offsets from the last rank
 LLAMA3_RESERVED = 256
@@ -151,7 +159,9 @@ def _load_llama3(content):
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as error:
-            raise UserError(f"tokenizer: line {number}: expected a base64 token and its rank, found {line[:40]!r}") from error
+            raise UserError(
+                f"tokenizer: line {number}: expected a base64 token and its rank, found {line[:40]!r}"
+            ) from error
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
         raise UserError(f"tokenizer: expected ranks 0 to {len(ranks) - 1}, each once, as in Llama 3's tokenizer.model")
     n = len(ranks)

@@ -1,0 +1,23 @@
+"""1b: 1208M parameters beside embedding and head, 403M of them active in memory, on 150 B tokens of C4.
+
+    python -m memoryllm_jax.prepare --input='c4/en/c4-train.*.json.gz' --validation_input='c4/en/c4-validation.*' \\
+        --tokenizer=llama3:tokenizer.model --output=DATA
+    python -m memoryllm_jax.train --config=configs/1b.py:flex-3 --workdir=DIR --config.data.path=DATA
+
+The recipe is the paper's Table 3. It gives no batch size, initialisation, clipping, RoPE base or tying: 512
+sequences (1.05 M tokens), normal 0.02, 1.0, 10,000 and untied are Llama-like choices of ours.
+
+Cost by FLOP count, at 40% MFU on H100 (a plan, not a measurement): base 993, memory 567, flex-3 726 GPU hours.
+Expect after 50 B tokens, perplexity 20.93 on C4 for memory (the paper's Table 2); after 150 B tokens, the
+training loss in the order base, flex-3, flex-2, flex-1, memory (its Figures 9 and 10).
+"""
+
+from memoryllm_jax import config as config_lib
+
+
+def get_config(architecture: str = "memory"):
+    c = config_lib.default(architecture)
+    c.model.dim, c.model.layers, c.model.heads = 2048, 24, 32
+    c.steps, c.batch_size, c.seq_len = 143_052, 512, 2048
+    c.checkpoint.every, c.checkpoint.keep_every, c.eval.every, c.eval.batches = 1000, 10_000, 1000, 8
+    return c

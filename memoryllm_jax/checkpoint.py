@@ -1,0 +1,95 @@
+"""Checkpoints: parameters, optimizer, data position, config and tokenizer together, in numbered folders of the workdir.
+
+Orbax saves in the background and gives a checkpoint its name only when it is whole.
+"""
+
+import dataclasses
+import os
+
+import orbax.checkpoint as ocp
+
+from memoryllm_jax import config as config_lib
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.config import Config
+from memoryllm_jax.data import Dataset
+from memoryllm_jax.tokenizer import Tokenizer
+
+
+def describe(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> dict:
+    """What is saved beside the arrays; the data position is the step, which names the folder."""
+    return {"config": dataclasses.asdict(config), "data": {"digest": dataset.digest}, "tokenizer": tokenizer.to_json()}
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Every error of a save, also of one in the background, is a UserError."""
+
+    def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0):
+        self.workdir = os.path.abspath(workdir)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self.workdir, options=options)
+
+    def latest(self) -> int | None:
+        """Step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state, description: dict) -> None:
+        """Begins to save in the background; returns when the state has left the devices."""
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), description=ocp.args.JsonSave(description))
+        self._guard(lambda: self._manager.save(step, args=args))
+
+    def check(self) -> None:
+        """Raises what a background save ran into."""
+        self._guard(self._manager.check_for_errors)
+
+    def wait(self) -> None:
+        """Until the last save is on disk. Raises what it ran into."""
+        self._guard(self._manager.wait_until_finished)
+        self.check()
+
+    def _guard(self, action):
+        try:
+            action()
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            reason = "no space left on the device" if "No space left" in reason else reason[:500]
+            raise UserError(f"{self.workdir}: saving a checkpoint failed: {reason}; {self.last_good()}") from error
+
+    def last_good(self) -> str:
+        """A clause that names the newest whole checkpoint."""
+        self._manager.reload()
+        step = self._manager.latest_step()
+        return "there is no checkpoint yet" if step is None else f"the last good checkpoint is {self.workdir}/{step}"
+
+    def description(self, step: int) -> dict:
+        return self._restore(step, description=ocp.args.JsonRestore())["description"]
+
+    def restore(self, step: int, shapes):
+        """The state of a step on the devices that `shapes` names, whatever devices it was saved from."""
+        return self._restore(step, state=ocp.args.StandardRestore(shapes))["state"]
+
+    def _restore(self, step, **items):
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:500]
+            raise UserError(f"{self.workdir}/{step}: cannot be read as a checkpoint: {reason}") from error
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def check_matches(saved: dict, current: dict, where: str) -> None:
+    """Refuses to go on from a checkpoint of another run. Raises: UserError that names each field that differs."""
+    before = config_lib.flatten(config_lib.from_saved(saved["config"]))
+    now = config_lib.flatten(config_lib.from_saved(current["config"]))
+    before |= {"tokenizer": saved["tokenizer"]["digest"], "data": saved["data"]["digest"]}
+    now |= {"tokenizer": current["tokenizer"]["digest"], "data": current["data"]["digest"]}
+    different = [
+        f"{field}: {before[field]!r} in the checkpoint, {now[field]!r} in this run"
+        for field in now
+        if before[field] != now[field] and field not in config_lib.MAY_CHANGE
+    ]
+    if different:
+        raise UserError(f"{where} is of another run: {'; '.join(different)}; use another workdir or the same settings")

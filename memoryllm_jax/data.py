@@ -1,0 +1,301 @@
+"""Batches out of prepared token shards: memory-mapped, globally shuffled, and found again from the step number.
+
+The training text is one stream of tokens cut into windows of seq_len. Grain shuffles the windows anew each epoch
+and gives random access to the result, so the batch of any step is a function of (data, seed, step): resuming needs
+one integer, and any number of hosts reads the same global batches, each its own batch shards only.
+"""
+
+import bisect
+import concurrent.futures
+import hashlib
+import json
+import os
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from memoryllm_jax import files, tokenizer
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.config import Config
+from memoryllm_jax.step import Batch
+
+_SAMPLES = 16  # batch shards looked at to plan the number of distinct ids
+_GROWTH = 1.25  # between the sizes that distinct ids are padded to
+
+
+class Dataset:
+    """What `prepare` wrote in a folder.
+
+    Attributes:
+      vocab_size, digest (of all shards' checksums and the tokenizer's), train, validation: `Tokens`.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        tree = files.read_json(os.path.join(path, "dataset.json"), "a folder that `prepare` finished")
+        try:
+            self.vocab_size: int = tree["vocab_size"]
+            self._tokenizer = tree["tokenizer"]
+            self.dtype = np.dtype(tree["dtype"]).newbyteorder("<")
+            self.splits = tree["splits"]
+            checksums = [shard["sha256"] for split in self.splits.values() for shard in split["shards"]]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}/dataset.json: expected a field {error}") from error
+        self.digest = hashlib.sha256(json.dumps([self._tokenizer["digest"], *checksums]).encode()).hexdigest()
+        self.train, self.validation = (Tokens(self, split) for split in ("train", "validation"))
+
+    def tokenizer(self) -> tokenizer.Tokenizer:
+        """The tokenizer that made the data. Raises: UserError if the file is another one."""
+        path = os.path.join(self.path, self._tokenizer["file"])
+        model = tokenizer.load(f"{self._tokenizer['kind']}:{path}")
+        if model.digest != self._tokenizer["digest"]:
+            raise UserError(
+                f"{path}: the tokenizer does not match the data: "
+                f"expected SHA-256 {self._tokenizer['digest'][:12]}..., found {model.digest[:12]}..."
+            )
+        return model
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compares the checksums of every parts-th shard. Raises: UserError that names the shard."""
+        shards = [shard for split in self.splits.values() for shard in split["shards"]][part::parts]
+
+        def check(shard):
+            path = os.path.join(self.path, shard["file"])
+            found = files.sha256(path)
+            if found != shard["sha256"]:
+                raise UserError(f"{path}: checksum differs: expected {shard['sha256'][:12]}..., found {found[:12]}...")
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(check, shards))
+
+
+class Tokens:
+    """One split as a stream of token ids over its shards, read by position."""
+
+    def __init__(self, dataset: Dataset, split: str):
+        record = dataset.splits[split]
+        self.tokens, self.bytes, self.documents = record["tokens"], record["bytes"], record["documents"]
+        self.vocab_size = dataset.vocab_size
+        self._paths = [os.path.join(dataset.path, shard["file"]) for shard in record["shards"]]
+        self._shards, self._starts, start = [], [], 0
+        for path, shard in zip(self._paths, record["shards"]):
+            expected = shard["tokens"] * dataset.dtype.itemsize
+            found = os.path.getsize(path) if os.path.exists(path) else None
+            if found != expected:
+                raise UserError(f"{path}: expected {expected} bytes, found {'no file' if found is None else found}")
+            self._shards.append(np.memmap(path, dataset.dtype, "r"))
+            self._starts.append(start)
+            start += shard["tokens"]
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """int32 ids of positions start to start + count, or to the end. Raises: UserError for an id out of range."""
+        parts, stop = [], min(start + count, self.tokens)
+        while start < stop:
+            k = bisect.bisect_right(self._starts, start) - 1
+            offset = start - self._starts[k]
+            part = np.asarray(self._shards[k][offset : offset + stop - start]).astype(np.int64)
+            if part.max() >= self.vocab_size:
+                at = offset + int(part.argmax())
+                raise UserError(
+                    f"{self._paths[k]}: token {at}: expected an id below {self.vocab_size}, found {part.max()}"
+                )
+            parts.append(part)
+            start += len(part)
+        return np.concatenate(parts).astype(np.int32)
+
+
+class _Windows:
+    """Windows of seq_len + 1 tokens, the last of one being the first of the next."""
+
+    def __init__(self, tokens: Tokens, seq_len: int):
+        self.tokens, self.seq_len = tokens, seq_len
+
+    def __len__(self):
+        return (self.tokens.tokens - 1) // self.seq_len
+
+    def __getitem__(self, i):
+        return self.tokens.read(int(i) * self.seq_len, self.seq_len + 1)
+
+
+class HostBatch(dict):
+    """{batch shard: (distinct ids, index, targets, weights)} of this host's shards."""
+
+    @property
+    def distinct(self) -> int:
+        """The largest number of distinct ids of a shard."""
+        return max(len(ids) for ids, *_ in self.values())
+
+
+class Batches:
+    """Batches by number, as a Grain source: training steps, or the held-out split from its start to its end.
+
+    Args:
+      shards: number of batch shards.  local: those of this host.
+    """
+
+    def __init__(self, config: Config, shards: int, local: list[int]):
+        self.config, self.shards, self.local = config, shards, local
+        self.rows = config.batch_size // shards  # sequences a shard
+        self.micro = config.accumulate
+
+    def __getitem__(self, step) -> HostBatch:
+        return HostBatch({k: self._shard(*self._rows(int(step), k)) for k in self.local})
+
+    def _rows(self, step, shard):
+        """(windows [rows, T+1], weights [rows, T]) of one batch shard."""
+        raise NotImplementedError
+
+    def _shard(self, windows, weights):
+        inputs = np.ascontiguousarray(windows[:, :-1]).reshape(-1)
+        if self.config.model.unique_tokens:
+            ids, index = np.unique(inputs, return_inverse=True)
+        else:
+            ids, index = inputs, np.arange(len(inputs))
+        micro = (self.micro, -1)
+        return (
+            ids.astype(np.int32),
+            index.reshape(micro).astype(np.int32),
+            windows[:, 1:].reshape(micro).astype(np.int32),
+            weights.reshape(micro).astype(np.float32),
+        )
+
+    def sizes(self) -> list[int]:
+        """What distinct ids are padded to: a size that nearly every batch fits, and larger ones up to all there are.
+
+        The plan comes from batches spread over the data, so it is the same on every host and after a restart.
+        """
+        most = self.rows * self.config.seq_len
+        if not self.config.model.unique_tokens:
+            return [most]
+        most = min(most, self.config.model.vocab_size)
+        steps = np.unique(np.linspace(0, len(self) - 1, _SAMPLES).astype(int))
+        shards = range(0, self.shards, -(-self.shards // max(1, _SAMPLES // len(steps))))
+        counts = [len(np.unique(self._rows(int(s), k)[0][:, :-1])) for s in steps for k in shards]
+        quantum = 128 if most >= 4096 else 8
+        size, sizes = np.mean(counts) + 3 * np.std(counts), []
+        while not sizes or sizes[-1] < most:
+            sizes.append(min(most, -(-int(size) // quantum) * quantum))
+            size = max(size, sizes[-1]) * _GROWTH
+        return sizes
+
+
+class TrainBatches(Batches):
+    def __init__(self, config, dataset: Dataset, shards, local):
+        super().__init__(config, shards, local)
+        windows = _Windows(dataset.train, config.seq_len)
+        self.windows = len(windows)
+        if not self.windows:
+            raise UserError(
+                f"config.seq_len: {config.seq_len} tokens are more than {dataset.path} has to train on, "
+                f"{dataset.train.tokens}"
+            )
+        epochs = config.steps * config.batch_size / self.windows
+        if epochs > config.data.epochs:
+            needed = -(-config.steps * config.batch_size // self.windows)
+            raise UserError(
+                f"config.data.epochs: {config.steps} steps of {config.batch_size} sequences need {epochs:.2f} epochs "
+                f"of {dataset.path}, which has {self.windows} sequences; set it to {needed}, or train fewer steps"
+            )
+        source = grain.MapDataset.source(windows).seed(config.seed).shuffle()
+        self._stream = source.repeat(config.data.epochs) if config.data.epochs > 1 else source
+
+    def __len__(self):
+        return self.config.steps
+
+    def epoch(self, step: int) -> float:
+        """Passes over the training tokens made before this step."""
+        return step * self.config.batch_size / self.windows
+
+    def _rows(self, step, shard):
+        first = step * self.config.batch_size + shard * self.rows
+        windows = np.stack([self._stream[i] for i in range(first, first + self.rows)])
+        return windows, np.ones((self.rows, self.config.seq_len))
+
+    def iterate(self, start: int):
+        """HostBatches of steps start, start + 1, ..., read ahead by threads."""
+        d = self.config.data
+        options = grain.ReadOptions(num_threads=d.threads, prefetch_buffer_size=d.prefetch)
+        return iter(grain.MapDataset.source(self)[start:].to_iter_dataset(options))
+
+
+class ValidationBatches(Batches):
+    """Every held-out token is a target once, but for the stream's first; positions past the end have no weight."""
+
+    def __init__(self, config, dataset: Dataset, shards, local):
+        super().__init__(config, shards, local)
+        self.tokens = dataset.validation
+        if self.tokens.tokens < 2:
+            raise UserError(f"{dataset.path}: expected held-out tokens, found {self.tokens.tokens}")
+        self.micro = 1
+
+    def __len__(self):
+        batches = -(-(self.tokens.tokens - 1) // (self.config.batch_size * self.config.seq_len))
+        return min(batches, self.config.eval.batches or batches)
+
+    def _rows(self, step, shard):
+        T = self.config.seq_len
+        windows, weights = np.zeros((self.rows, T + 1), np.int64), np.zeros((self.rows, T))
+        first = (step * self.config.batch_size + shard * self.rows) * T
+        for row in range(self.rows):
+            if first + row * T < self.tokens.tokens - 1:
+                window = self.tokens.read(first + row * T, T + 1)
+                windows[row, : len(window)] = window
+                weights[row, : len(window) - 1] = 1
+        return windows, weights
+
+
+def local_shards(sharding: NamedSharding, shards: int) -> list[int]:
+    """Batch shards that this host's devices hold."""
+    slices = sharding.addressable_devices_indices_map((shards,)).values()
+    return sorted({index[0].indices(shards)[0] for index in slices})
+
+
+def place(batch: HostBatch, size: int, sharding: NamedSharding, shards: int, vocab_size: int) -> Batch:
+    """The batch as global arrays, its distinct ids padded to `size`; at the vocabulary's size they are all ids."""
+
+    def padded(shard):
+        ids, index, *rest = batch[shard]
+        if size == vocab_size:
+            return np.arange(vocab_size, dtype=np.int32), ids[index], *rest
+        return np.pad(ids, (0, size - len(ids))), index, *rest
+
+    parts = {shard: padded(shard) for shard in batch}
+    like = next(iter(parts.values()))
+    return Batch(
+        *(
+            jax.make_array_from_callback(
+                (shards, *like[field].shape),
+                sharding,
+                lambda index, field=field: parts[index[0].indices(shards)[0]][field][None],
+            )
+            for field in range(len(like))
+        )
+    )
+
+
+class SizeAgreement:
+    """The size that all hosts pad a step's distinct ids to, agreed on the devices without waiting for them.
+
+    `propose` sends this host's count before the step before is dispatched; by the time the size is needed, that
+    small reduction is long done.
+    """
+
+    def __init__(self, sizes: list[int], mesh):
+        self.sizes, self.several = sizes, jax.process_count() > 1
+        self._sharding = NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+        replicated = NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self._largest = jax.jit(lambda counts: counts.max(), out_shardings=replicated)
+        self._devices = mesh.size
+
+    def propose(self, distinct: int):
+        if not self.several:
+            return distinct
+        count = np.full(1, distinct, np.int32)
+        counts = jax.make_array_from_callback((self._devices,), self._sharding, lambda _: count)
+        return self._largest(counts)
+
+    def size(self, proposal) -> int:
+        distinct = int(jax.device_get(proposal))
+        return self.sizes[bisect.bisect_left(self.sizes, distinct)]

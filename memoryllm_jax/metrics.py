@@ -1,0 +1,122 @@
+"""What a run reports: FLOPs and MFU by formula, and records to JSON lines, TensorBoard and Weights & Biases.
+
+FLOPs of a forward pass, a multiply-add counted as two, for N tokens of which R rows of token memory are evaluated:
+
+    N L (8 h^2 + 2 h T + 6 h W_C)  +  R L (6 h W_M)  +  N 2 h V
+
+that is attention projections, scores and values with causal attention counted at half, FFN-C, FFN-M, and the output
+head. The embedding lookup, norms and element-wise work are not counted. A training step is three forward passes; what
+rematerialisation computes again is not counted. `model_flops_per_second` and `mfu` count R as done (distinct ids,
+padding included); the `_plain` figures count R = N, as if every position had evaluated its FFN-M, which is the work
+that a step without unique tokens would do for the same result.
+"""
+
+import json
+import math
+import os
+
+import jax
+
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.config import Config
+
+# Dense bf16 FLOP/s of one device, from the makers' data sheets, by a part of jax's device_kind.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "TPU v6": 918e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v4": 275e12,
+}
+
+
+def train_flops(config: Config, tokens: int, rows: int) -> float:
+    """Model FLOPs of a training step (the formula above)."""
+    m = config.model
+    per_token = m.layers * (8 * m.dim**2 + 2 * m.dim * config.seq_len + 6 * m.dim * m.compute_dim)
+    per_token += 2 * m.dim * m.vocab_size
+    return 3.0 * (tokens * per_token + rows * m.layers * 6 * m.dim * m.memory_dim)
+
+
+def peak_flops(config: Config) -> float | None:
+    """FLOP/s of all devices at their best, or None where this is not known, as on a CPU."""
+    kind = jax.devices()[0].device_kind
+    known = config.log.peak_flops or next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+    return known and known * jax.device_count()
+
+
+def speed(config: Config, peak: float | None, tokens: int, rows: int, seconds: float) -> dict:
+    """tokens/s, model FLOP/s and MFU over some steps, FFN-M counted as done and as it would have been."""
+    out = {"tokens_per_second": tokens / seconds}
+    for suffix, count in (("", rows), ("_plain", tokens)):
+        out[f"model_flops_per_second{suffix}"] = train_flops(config, tokens, count) / seconds
+        if peak:
+            out[f"mfu{suffix}"] = out[f"model_flops_per_second{suffix}"] / peak
+    return out
+
+
+def quality(loss: float, tokens: int, text_bytes: int) -> dict:
+    """Loss in nats a token, perplexity, and bits per byte of text of which `tokens` tokens are predicted."""
+    bits = loss / math.log(2) * tokens / text_bytes
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}
+
+
+class Writer:
+    """Appends records of a run to WORKDIR/metrics.jsonl and, as configured, TensorBoard and Weights & Biases.
+
+    Args:
+      start: step the run goes on from; records past it, of a run that was killed, are dropped.
+      enabled: False on every host but the first.
+    """
+
+    def __init__(self, config: Config, description: dict, workdir: str, start: int, enabled: bool):
+        self._file = self._tensorboard = self._wandb = None
+        if not enabled:
+            return
+        path = os.path.join(workdir, "metrics.jsonl")
+        kept = []
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                whole = [line for line in file if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= start]
+        self._file = open(path, "w", encoding="utf-8")
+        self._file.writelines(kept)
+        if config.log.tensorboard:
+            import tensorboardX
+
+            folder = os.path.join(workdir, "tensorboard")
+            self._tensorboard = tensorboardX.SummaryWriter(folder, purge_step=start + 1)
+        if config.log.wandb:
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("config.log.wandb: needs wandb: pip install 'memoryllm_jax[wandb]'") from error
+            name = os.path.basename(os.path.abspath(workdir))
+            self._wandb = wandb.init(
+                project="memoryllm_jax", name=name, id=name, resume="allow", dir=workdir, config=description["config"]
+            )
+
+    def write(self, step: int, kind: str, values: dict) -> None:
+        """One record; `kind` is train or validation."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, "kind": kind} | values) + "\n")
+        self._file.flush()
+        named = {f"{kind}/{name}": value for name, value in values.items()}
+        if self._tensorboard is not None:
+            for name, value in named.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(named, step=step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()

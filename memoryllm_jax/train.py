@@ -1,0 +1,314 @@
+"""Trains base, MemoryLLM or Flex-MemoryLLM from one config.
+
+    python -m memoryllm_jax.train --config=configs/1b.py:flex-3 --workdir=DIR [--config.model.dim=64 ...]
+
+The name after the colon is the architecture: base, memory, or flex-B (flex-1, flex-2, flex-3). Any field of
+memoryllm_jax/config.py can be overridden as --config.FIELD=VALUE. Kill the run at any time and run the same line
+again: it goes on from its newest checkpoint. On SIGTERM or Ctrl-C it saves one first and exits with code 143.
+
+Writes into the workdir: numbered checkpoint folders, metrics.jsonl, TensorBoard events, and at the end result.json.
+On several hosts add --multihost to the line on each of them.
+"""
+
+import dataclasses
+import math
+import os
+import signal
+import time
+
+import jax
+from absl import flags
+from jax.experimental import multihost_utils
+from ml_collections import config_flags
+
+from memoryllm_jax import attention, checkpoint, cli, data, files, metrics, prepare, sharding
+from memoryllm_jax import config as config_lib
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.config import Config
+from memoryllm_jax.sample import sample
+from memoryllm_jax.step import Trainer
+
+STOPPED = 143  # exit code after a signal: 128 + SIGTERM
+
+
+def train(config: Config, workdir: str) -> int:
+    """One run, from its newest checkpoint or from the start, to its end. Returns the exit code."""
+    first_host = jax.process_index() == 0
+    workdir = os.path.abspath(workdir)
+    lock = files.lock_folder(workdir) if first_host else None
+    stop = StopSignal()
+    try:
+        return _train(config, workdir, stop, first_host)
+    finally:
+        stop.restore()
+        if lock is not None:
+            lock.close()
+
+
+def _train(config: Config, workdir: str, stop: "StopSignal", first_host: bool) -> int:
+    dataset = open_dataset(config, workdir, first_host)
+    config = complete(config, dataset)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_divisible(config, mesh)
+    tokenizer = dataset.tokenizer()
+    if config.data.verify:
+        dataset.verify(jax.process_index(), jax.process_count())
+
+    trainer = Trainer(config, mesh)
+    shards = trainer.shards
+    local = data.local_shards(trainer.batch_sharding, shards)
+    train_batches = data.TrainBatches(config, dataset, shards, local)
+    validation = data.ValidationBatches(config, dataset, shards, local)
+    sizes, validation_sizes = train_batches.sizes(), validation.sizes()
+    description = checkpoint.describe(config, dataset, tokenizer)
+    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
+    start = checkpoints.latest() or 0
+    if start:
+        checkpoint.check_matches(checkpoints.description(start), description, f"{workdir}/{start}")
+        state = checkpoints.restore(start, trainer.state_shape)
+    else:
+        state = trainer.init(jax.random.key(config.seed))
+    writer = metrics.Writer(config, description, workdir, start, first_host)
+    progress = cli.Progress("train", config.steps, "step", initial=start, enabled=first_host)
+    progress.line(summary(config, mesh, trainer, train_batches, sizes, start))
+
+    tokens_a_step = config.batch_size * config.seq_len
+    bytes_a_token = dataset.train.bytes / dataset.train.tokens
+    peak = metrics.peak_flops(config)
+    agreement = data.SizeAgreement(sizes, mesh)
+    clock = Clock()
+    compiled = set()
+    since_log = {"steps": 0, "rows": 0}
+
+    def report(step, size, values):
+        """Reads a step's metrics, which waits for it: called when the next step is on its way."""
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        since_log["steps"] += 1
+        since_log["rows"] += size * shards
+        loss = values.pop("loss")
+        if not math.isfinite(loss + values["grad_norm"]):
+            low, high = step * config.batch_size, (step + 1) * config.batch_size - 1
+            raise UserError(
+                f"step {step + 1}: the loss is {loss} and the gradient norm {values['grad_norm']}, on sequences {low} "
+                f"to {high} of the shuffled data (epoch {train_batches.epoch(step):.3f}); {checkpoints.last_good()}"
+            )
+        if (step + 1) % config.log.every == 0 or step + 1 == config.steps:
+            done = since_log["steps"] * tokens_a_step
+            record = {
+                **metrics.quality(loss, 1, bytes_a_token),
+                **values,
+                "tokens": (step + 1) * tokens_a_step,
+                "epoch": train_batches.epoch(step + 1),
+                "rows": size * shards,
+                **metrics.speed(config, peak, done, since_log["rows"], clock.lap()),
+            }
+            since_log.update(steps=0, rows=0)
+            writer.write(step + 1, "train", record)
+            progress.line(f"{train_line(step + 1, config, record)}  ETA {progress.eta()}")
+        progress.update(step + 1, f"loss {loss:.3f}")
+
+    def evaluate(step):
+        """Loss on the held-out split, or None if a signal came."""
+        nll = weight = 0.0
+        validation_agreement = data.SizeAgreement(validation_sizes, mesh)
+        for i in range(len(validation)):
+            if stop.requested(None):
+                return None
+            batch = validation[i]
+            size = validation_agreement.size(validation_agreement.propose(batch.distinct))
+            placed = data.place(batch, size, trainer.batch_sharding, shards, config.model.vocab_size)
+            sums = jax.device_get(trainer.evaluate(state["params"], placed))
+            nll, weight = nll + float(sums[0]), weight + float(sums[1])
+        held_out = dataset.validation
+        result = metrics.quality(nll / weight, held_out.tokens - 1, held_out.bytes) | {"tokens": int(weight)}
+        writer.write(step, "validation", result)
+        progress.line(f"step {step}: validation {quality_text(result)}, {int(weight):,} tokens")
+        return result
+
+    batches = train_batches.iterate(start)
+    upcoming = next(batches) if start < config.steps else None
+    proposal = agreement.propose(upcoming.distinct) if upcoming else None
+    unread = result = None
+    stopped = False
+    saved = start
+    clock.lap()
+    for step in range(start, config.steps):
+        batch, size = upcoming, agreement.size(proposal)
+        if step + 1 < config.steps:
+            upcoming = next(batches)
+            proposal = agreement.propose(upcoming.distinct)
+        placed = data.place(batch, size, trainer.batch_sharding, shards, config.model.vocab_size)
+        with clock.paused(size not in compiled):
+            compiled.add(size)
+            state, values = trainer.train(state, placed)
+        if unread:
+            report(*unread)
+        unread = (step, size, values)
+        done = step + 1
+        checkpoints.check()
+        stopped = stop.requested(done)
+        save = done % config.checkpoint.every == 0 or done == config.steps or stopped
+        look = (done % config.eval.every == 0 or done == config.steps) and not stopped
+        if save or look:
+            report(*unread)
+            unread = None
+            with clock.paused():
+                if save:
+                    checkpoints.save(done, state, description)
+                    saved = done
+                result = evaluate(done) if look else None
+                stopped = stopped or (look and result is None)
+        if stopped:
+            if saved != done:
+                checkpoints.save(done, state, description)
+            break
+    checkpoints.wait()
+    if stopped:
+        progress.line(f"stopped by a signal after step {done}; saved {workdir}/{done}; run the same line to go on")
+    else:
+        result = result or evaluate(config.steps)
+        stopped = result is None
+    if not stopped:
+        finish(trainer, state, tokenizer, config, result, workdir, first_host)
+    progress.close()
+    writer.close()
+    checkpoints.close()
+    return STOPPED if stopped else 0
+
+
+def finish(trainer, state, tokenizer, config, result, workdir, first_host):
+    """Prints and writes what the run came to."""
+    text = None
+    if config.sample.tokens:
+        text = sample(trainer, state["params"], tokenizer, config, config.sample.tokens, config.seed)
+    if first_host:
+        print(f"\nvalidation: {quality_text(result)}")
+        if text is not None:
+            print(f"sample at temperature {config.sample.temperature:g}:\n{text}")
+        record = {"steps": config.steps, "architecture": config.model.architecture, "validation": result}
+        files.write_json(os.path.join(workdir, "result.json"), record | {"sample": text})
+
+
+def open_dataset(config: Config, workdir: str, first_host: bool) -> data.Dataset:
+    """The prepared data of the config; the embedded corpus is prepared in the workdir first."""
+    path = config.data.path
+    if path == "embedded":
+        path = os.path.join(workdir, "data")
+        if first_host and not os.path.exists(os.path.join(path, "dataset.json")):
+            print("preparing the embedded corpus: Python's documentation topics and standard library", flush=True)
+            prepare.prepare("embedded", "sentencepiece:train:4096", path, validation_fraction=0.02)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("embedded corpus")
+    return data.Dataset(path)
+
+
+def complete(config: Config, dataset: data.Dataset) -> Config:
+    """The config with what data and machine decide filled in. Raises: UserError."""
+    vocab_size = config.model.vocab_size or dataset.vocab_size
+    if vocab_size < dataset.vocab_size:
+        raise UserError(
+            f"config.model.vocab_size: expected at least the {dataset.vocab_size} ids of {dataset.path}, "
+            f"found {vocab_size}"
+        )
+    backend = attention.resolve_backend(config.model.attention)
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocab_size=vocab_size, attention=backend)
+    )
+
+
+def summary(config, mesh, trainer, batches, sizes, start) -> str:
+    sizes_of = {k: math.prod(x.shape) for k, x in _named_leaves(trainer.params_shape)}
+    total = sum(sizes_of.values())
+    memory = sum(n for k, n in sizes_of.items() if k.startswith("memory/"))
+    tables = sum(n for k, n in sizes_of.items() if k in ("embedding", "head"))
+    shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    lines = [
+        f"{config.model.architecture}: {total / 1e6:.1f}M parameters: {(total - memory - tables) / 1e6:.1f}M active, "
+        f"{memory / 1e6:.1f}M in the token memory, {tables / 1e6:.1f}M in embedding and head",
+        f"{jax.device_count()} x {jax.devices()[0].device_kind} as {shape}; attention {config.model.attention}, "
+        f"{config.model.dtype}",
+        f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens, "
+        f"{batches.epoch(config.steps):.2f} epochs; distinct ids a shard padded to {sizes[0]}",
+    ]
+    return "\n".join(lines + ([f"going on from step {start}"] if start else []))
+
+
+def _named_leaves(tree):
+    return [("/".join(k.key for k in path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def quality_text(result: dict) -> str:
+    return (
+        f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}, "
+        f"{result['bits_per_byte']:.4f} bits per byte"
+    )
+
+
+def train_line(step: int, config: Config, record: dict) -> str:
+    mfu = f"  MFU {100 * record['mfu']:.1f}% (plain {100 * record['mfu_plain']:.1f}%)" if "mfu" in record else ""
+    return (
+        f"step {step}/{config.steps}  loss {record['loss']:.4f}  bits/byte {record['bits_per_byte']:.3f}  "
+        f"lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.2f}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s  {record['model_flops_per_second'] / 1e9:,.0f} GFLOP/s{mfu}"
+    )
+
+
+class Clock:
+    """Seconds of training between laps, without compilation, evaluation and saving."""
+
+    def __init__(self):
+        self._start, self._paused = time.monotonic(), 0.0
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        seconds = now - self._start - self._paused
+        self._start, self._paused = now, 0.0
+        return max(seconds, 1e-9)
+
+    def paused(self, condition=True):
+        clock = self
+
+        class Pause:
+            def __enter__(self):
+                self.start = time.monotonic()
+
+            def __exit__(self, *_):
+                clock._paused += (time.monotonic() - self.start) * condition
+
+        return Pause()
+
+
+class StopSignal:
+    """Notices SIGTERM and SIGINT, on several hosts at the same step on all of them."""
+
+    def __init__(self):
+        self._seen = False
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number, frame):
+        self._seen = True
+
+    def requested(self, step: int | None) -> bool:
+        """After `step`, or between steps (None), where several hosts do not agree and go on."""
+        if jax.process_count() == 1:
+            return self._seen
+        return step is not None and multihost_utils.reached_preemption_sync_point(step)
+
+    def restore(self):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def main():
+    config = config_lib.resolve(flags.FLAGS.config)
+    if flags.FLAGS.multihost:
+        jax.distributed.initialize()
+    return train(config, flags.FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "configs/SIZE.py:ARCHITECTURE; override as --config.FIELD=VALUE")
+    flags.DEFINE_string("workdir", None, "folder for checkpoints and metrics; one run at a time", required=True)
+    flags.DEFINE_bool("multihost", False, "join the other hosts of this run (jax.distributed.initialize)")
+    flags.mark_flag_as_required("config")
+    cli.run(main)
