@@ -26,7 +26,7 @@ def resolve_backend(name: str) -> str:
 
 def causal_attention(q_BTHK, k_BTHK, v_BTHK, backend: str):
     """softmax(q k^T / sqrt(K)) v over earlier positions and itself; each device works on its rows and heads."""
-    kernel = {"plain": plain, "blocked": blocked, "cudnn": cudnn}[backend]
+    kernel = {"plain": plain, "blocked": blocked, "cudnn": cudnn}[resolve_backend(backend)]
     qkv = spec("batch", None, "heads", None)
     return jax.shard_map(kernel, in_specs=(qkv, qkv, qkv), out_specs=qkv, check_vma=False)(q_BTHK, k_BTHK, v_BTHK)
 

@@ -3,8 +3,10 @@
 Orbax saves in the background and gives a checkpoint its name only when it is whole.
 """
 
+import contextlib
 import dataclasses
 import os
+import shutil
 
 import orbax.checkpoint as ocp
 
@@ -52,12 +54,18 @@ class Checkpoints:
         try:
             action()
         except Exception as error:
+            last_good = self.last_good()
+            for name in os.listdir(self.workdir):
+                if ".orbax-checkpoint-tmp" in name:
+                    shutil.rmtree(os.path.join(self.workdir, name), ignore_errors=True)
             reason = " ".join(str(error).split())
             reason = "no space left on the device" if "No space left" in reason else reason[:500]
-            raise UserError(f"{self.workdir}: saving a checkpoint failed: {reason}; {self.last_good()}") from error
+            raise UserError(f"{self.workdir}: saving a checkpoint failed: {reason}; {last_good}") from error
 
     def last_good(self) -> str:
-        """A clause that names the newest whole checkpoint."""
+        """A clause that names the newest whole checkpoint, once a save in the background has ended."""
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()
         self._manager.reload()
         step = self._manager.latest_step()
         return "there is no checkpoint yet" if step is None else f"the last good checkpoint is {self.workdir}/{step}"

@@ -26,15 +26,14 @@ def run(main) -> None:
             return 1
 
     def parse_flags(argv):
-        try:
-            return app.parse_flags_with_usage(argv)
-        except (UserError, AttributeError, KeyError, OSError) as error:
-            # config_flags raises the last three for an unknown field, and names too little.
-            from memoryllm_jax import config
+        from memoryllm_jax import config
 
-            text = error if isinstance(error, UserError) else config.explain_flag_error(argv, error)
-            print(f"error: {text}", file=sys.stderr, flush=True)
+        try:
+            config.check_flags(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
+        return app.parse_flags_with_usage(argv)
 
     app.run(wrapped, flags_parser=parse_flags)
 

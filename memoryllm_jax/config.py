@@ -6,10 +6,11 @@ overridden on the command line; `resolve` turns it into the frozen `Config` that
 
 import dataclasses
 import difflib
+import os
 import re
+import runpy
 
 import ml_collections
-from ml_collections import config_flags
 
 from memoryllm_jax.cli import UserError
 
@@ -55,8 +56,10 @@ class ModelConfig:
 
     @property
     def memory_dim(self) -> int:
-        """FFN-M width: (8 - beta) / 8 of the base width, or what the paper's Table 5 gives for its sizes."""
-        plain = round(self.ffn_dim * (8 - self.beta) / 8)
+        """FFN-M width: (8 - beta) / 8 of the base width, to a multiple of 8; for its sizes, the paper's Table 5."""
+        if self.beta in (0, 8):
+            return 0 if self.beta else self.ffn_dim
+        plain = 8 * round(self.ffn_dim * (8 - self.beta) / 64)
         return _PAPER_MEMORY_WIDTHS.get((self.ffn_dim, self.beta), plain)
 
     @property
@@ -230,7 +233,7 @@ def _build(cls, tree, path):
 
 def _did_you_mean(name, names):
     close = difflib.get_close_matches(name, names, 1)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names) or 'none below it'}"
 
 
 def validate(config: Config) -> None:
@@ -273,17 +276,28 @@ def validate(config: Config) -> None:
     need([config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) <= 1, "mesh.fsdp", "-1 on one axis only")
 
 
-def explain_flag_error(argv, error) -> str:
-    """One sentence for what config_flags could not parse: the unknown field, or the error itself."""
-    path = next((re.split("[= ]", a, maxsplit=1)[-1] for a in argv if re.match("--?config=", a)), None)
-    if path is not None:
-        config = config_flags.ConfigFileFlagParser("config").parse(path)
-        for argument in argv:
-            match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
-            node, seen = config, "config"
-            for name in match[1].split(".") if match else ():
-                if not isinstance(node, ml_collections.ConfigDict) or name not in node:
-                    names = list(node.keys()) if isinstance(node, ml_collections.ConfigDict) else []
-                    return f"{seen}.{name}: no such field{_did_you_mean(name, names)}"
-                node, seen = node[name], f"{seen}.{name}"
-    return " ".join(str(error).split())
+def load(path: str) -> ml_collections.ConfigDict:
+    """The config of `FILE.py:ARCHITECTURE`, before any override. Raises: UserError."""
+    name, _, architecture = path.partition(":")
+    if not os.path.isfile(name):
+        raise UserError(f"--config={path}: expected FILE.py:ARCHITECTURE, found no file {name}")
+    return runpy.run_path(name)["get_config"](*([architecture] if architecture else []))
+
+
+def check_flags(argv: list[str]) -> None:
+    """Refuses a missing config file and overrides of unknown fields, which config_flags names too little of.
+
+    Raises: UserError that names the field.
+    """
+    path = next((a.partition("=")[2] for a in argv if re.match("--?config=", a)), None)
+    if path is None:
+        return
+    config = load(path)
+    for argument in argv:
+        match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+        node, seen = config, "config"
+        for name in match[1].split(".") if match else ():
+            if not isinstance(node, ml_collections.ConfigDict) or name not in node:
+                names = list(node.keys()) if isinstance(node, ml_collections.ConfigDict) else []
+                raise UserError(f"{seen}.{name}: no such field{_did_you_mean(name, names)}")
+            node, seen = node[name], f"{seen}.{name}"

@@ -75,13 +75,24 @@ def prepare(
     }
     try:
         return _prepare(plan, sources, sizes, output, workers)
+    except UserError:
+        if not _has_results(output):  # nothing to go on from: leave the folder as it was
+            for name in (".plan.json", "tokenizer.model"):
+                if os.path.exists(os.path.join(output, name)):
+                    os.remove(os.path.join(output, name))
+        raise
     finally:
         lock.close()
 
 
+def _has_results(output):
+    done = os.path.join(output, ".done")
+    return os.path.exists(os.path.join(output, "dataset.json")) or (os.path.isdir(done) and bool(os.listdir(done)))
+
+
 def _prepare(plan, sources, sizes, output, workers):
     manifest, plan_path = os.path.join(output, "dataset.json"), os.path.join(output, ".plan.json")
-    if os.path.exists(plan_path):
+    if os.path.exists(plan_path) and _has_results(output):
         before = files.read_json(plan_path, "the plan of an earlier prepare")
         different = [key for key in plan if before.get(key) != plan[key]]
         if different:
@@ -91,6 +102,8 @@ def _prepare(plan, sources, sizes, output, workers):
     elif os.path.exists(manifest):
         raise UserError(f"{output}: holds data without its plan; use a new folder")
     else:
+        if os.path.exists(os.path.join(output, "tokenizer.model")):
+            os.remove(os.path.join(output, "tokenizer.model"))
         files.write_json(plan_path, plan)
     model = _tokenizer(plan["tokenizer"], sources, plan["text_key"], output)
     if os.path.exists(manifest):

@@ -112,8 +112,8 @@ class Trainer:
     def _token_rows(self, params, ids_SU):
         return self.model.apply({"params": params}, ids_SU, method="token_rows")
 
-    def _train(self, state, batch: Batch):
-        params = state["params"]
+    def _gradients(self, params, batch: Batch):
+        """((mean loss with z-loss, mean nll), gradient of the former), over all positions of all micro-batches."""
         weight = batch.weights_SAN.sum()
         # The token memory runs once per optimizer step; its gradient is applied once, after all micro-batches.
         rows, rows_vjp = jax.vjp(lambda p: self._token_rows(p, batch.ids_SU), params)
@@ -125,21 +125,25 @@ class Trainer:
         value_and_grad = jax.value_and_grad(mean_loss, argnums=(0, 1), has_aux=True)
         micro_batches = [x.swapaxes(0, 1) for x in batch[1:]]
         if self.config.accumulate == 1:
-            (total, nll), (grads, d_rows) = value_and_grad(params, rows, [x[0] for x in micro_batches])
+            losses, (grads, d_rows) = value_and_grad(params, rows, [x[0] for x in micro_batches])
         else:
 
             def accumulate(carry, micro):
                 return jax.tree.map(jnp.add, carry, value_and_grad(params, rows, micro)), None
 
             zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), ((weight, weight), (params, rows)))
-            ((total, nll), (grads, d_rows)), _ = jax.lax.scan(accumulate, zeros, micro_batches)
+            (losses, (grads, d_rows)), _ = jax.lax.scan(accumulate, zeros, micro_batches)
             d_rows = jax.tree.map(lambda g, r: g.astype(r.dtype), d_rows, rows)
-        grads = jax.tree.map(jnp.add, grads, rows_vjp(d_rows)[0])
+        return losses, jax.tree.map(jnp.add, grads, rows_vjp(d_rows)[0])
+
+    def _train(self, state, batch: Batch):
+        params = state["params"]
+        (total, nll), grads = self._gradients(params, batch)
         updates, opt_state = self.optimizer.update(grads, state["opt_state"], params)
         metrics = {
             "loss": nll,
             "z_loss": total - nll,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": optimizer.schedule(self.config)(state["step"]),
         }
         params = optax.apply_updates(params, updates)

@@ -31,24 +31,27 @@ from memoryllm_jax.step import Trainer
 STOPPED = 143  # exit code after a signal: 128 + SIGTERM
 
 
-def train(config: Config, workdir: str) -> int:
-    """One run, from its newest checkpoint or from the start, to its end. Returns the exit code."""
+def train(config: Config, workdir: str, devices: list[jax.Device] | None = None) -> int:
+    """One run on all devices or those given, from its newest checkpoint or the start, to its end.
+
+    Returns the exit code. Raises: UserError.
+    """
     first_host = jax.process_index() == 0
     workdir = os.path.abspath(workdir)
     lock = files.lock_folder(workdir) if first_host else None
     stop = StopSignal()
     try:
-        return _train(config, workdir, stop, first_host)
+        return _train(config, workdir, devices, stop, first_host)
     finally:
         stop.restore()
         if lock is not None:
             lock.close()
 
 
-def _train(config: Config, workdir: str, stop: "StopSignal", first_host: bool) -> int:
+def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host: bool) -> int:
     dataset = open_dataset(config, workdir, first_host)
     config = complete(config, dataset)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_divisible(config, mesh)
     tokenizer = dataset.tokenizer()
     if config.data.verify:

@@ -1,0 +1,56 @@
+"""The three architectures once more, straight from the design's equations: no scan, no unique ids, no chunks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def norm(x, scale, m):
+    if m.norm == "layernorm":
+        x = x - x.mean(-1, keepdims=True)
+    return scale * x / jnp.sqrt((x * x).mean(-1, keepdims=True) + m.norm_eps)
+
+
+def swiglu(x, p):
+    return (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+
+
+def rotate(x, theta):
+    """Each pair (x_i, x_{i+K/2}) turned by position * theta^(-2i/K), as complex numbers."""
+    T, K = x.shape[1], x.shape[-1]
+    angle = np.outer(np.arange(T), theta ** (-2 * np.arange(K // 2) / K))
+    z = (x[..., : K // 2] + 1j * x[..., K // 2 :]) * np.exp(1j * angle)[:, None]
+    return jnp.concatenate([z.real, z.imag], -1)
+
+
+def attention(x, p, m):
+    q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[name]) for name in "qkv")
+    q, k = rotate(q, m.rope_theta), rotate(k, m.rope_theta)
+    scores = jnp.einsum("bqhk,bshk->bhqs", q, k) / np.sqrt(m.head_dim)
+    T = x.shape[1]
+    scores = jnp.where(np.tril(np.ones((T, T), bool)), scores, -jnp.inf)
+    return jnp.einsum("bhqs,bshk,hkd->bqd", jax.nn.softmax(scores, -1), v, p["out"])
+
+
+def logits(params, tokens, m):
+    x0 = x = params["embedding"][tokens]
+    for layer in range(m.layers):
+        p = jax.tree.map(lambda a, layer=layer: a[layer], params["layers"])
+        update = attention(norm(x, p["attention_norm"]["scale"], m), p["attention"], m)
+        compute_input = x + update if m.compute_input == "after_attention" else x
+        if m.architecture != "memory":
+            update = update + swiglu(norm(compute_input, p["ffn_norm"]["scale"], m), p["ffn"])
+        if m.architecture != "base":
+            q = jax.tree.map(lambda a, layer=layer: a[layer], params["memory"])
+            update = update + swiglu(norm(x0, q["norm"]["scale"], m), q["ffn"])
+        x = x + update
+    head = params["embedding"] if m.tie_embeddings else params["head"]
+    return norm(x, params["final_norm"]["scale"], m) @ head.T
+
+
+def loss(params, windows, config):
+    """Mean over all positions of nll + z_loss * log-partition^2."""
+    z = logits(params, windows[:, :-1], config.model)
+    lse = jax.nn.logsumexp(z, -1)
+    nll = lse - jnp.take_along_axis(z, windows[:, 1:, None], -1)[..., 0]
+    return (nll + config.optimizer.z_loss * lse**2).mean()
