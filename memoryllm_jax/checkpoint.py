@@ -7,6 +7,8 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import threading
+import traceback
 
 import orbax.checkpoint as ocp
 
@@ -31,6 +33,7 @@ class Checkpoints:
             max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self.workdir, options=options)
+        threading.excepthook = _leave_out_orbax
 
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint."""
@@ -55,6 +58,8 @@ class Checkpoints:
             action()
         except Exception as error:
             last_good = self.last_good()
+            with contextlib.suppress(Exception):
+                self.close()
             for name in os.listdir(self.workdir):
                 if ".orbax-checkpoint-tmp" in name:
                     shutil.rmtree(os.path.join(self.workdir, name), ignore_errors=True)
@@ -86,6 +91,13 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _leave_out_orbax(args, default=threading.excepthook):
+    """Orbax hands an error of its threads to the main thread, which tells of it in one sentence."""
+    frames = traceback.walk_tb(args.exc_traceback)
+    if not any("orbax" in frame.f_code.co_filename for frame, _ in frames):
+        default(args)
 
 
 def check_matches(saved: dict, current: dict, where: str) -> None:

@@ -16,12 +16,12 @@ def run(main) -> None:
 
     def wrapped(argv):
         if not any(argument.startswith(("--verbosity", "-v")) for argument in sys.argv):
-            logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at the level below
+            logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and every error that it also raises
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; options are written --name=value")
             return main()
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 1
 
