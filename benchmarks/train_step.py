@@ -30,7 +30,7 @@ flags.DEFINE_integer("heads", 8, "heads")
 flags.DEFINE_integer("seq_len", 1024, "tokens a sequence")
 flags.DEFINE_integer("batch_size", 8, "sequences")
 flags.DEFINE_integer("rounds", 6, "timed steps of each side, after one that is not")
-flags.DEFINE_list("sides", SIDES, "which to run")
+flags.DEFINE_list("sides", list(SIDES), "which to run")
 flags.DEFINE_string("worker", None, "internal: the side this process is")
 
 
@@ -121,12 +121,12 @@ def worker(side):
         print(json.dumps({"seconds": time.perf_counter() - start, "loss": loss}), flush=True)
 
 
-def main(argv):
+def main(_):
     if FLAGS.worker:
         return worker(FLAGS.worker)
     workers, facts = {}, {}
     for side in FLAGS.sides:
-        command = [sys.executable, *argv, *sys.argv[1:], f"--worker={side}"]
+        command = [sys.executable, *sys.argv, f"--worker={side}"]
         workers[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         facts[side] = json.loads(workers[side].stdout.readline())
     seconds = {side: [] for side in FLAGS.sides}
