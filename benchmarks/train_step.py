@@ -18,7 +18,7 @@ import sys
 import time
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 SIDES = ("llama-pytorch", "base", "memory-plain", "memory", "flex-3")
 FLAGS = flags.FLAGS
@@ -122,6 +122,7 @@ def worker(side):
 
 
 def main(_):
+    logging.set_verbosity(logging.WARNING)
     if FLAGS.worker:
         return worker(FLAGS.worker)
     workers, facts = {}, {}

@@ -77,7 +77,7 @@ class Trainer:
             jax.jit(self._evaluate, in_shardings=(params_sharding, self.batch_sharding), out_shardings=replicated)
         )
 
-        self.next_token = self._in_mesh(jax.jit(functools.partial(sample.next_token, self)))
+        self.next_token = self._in_mesh(jax.jit(functools.partial(sample.next_token, self), out_shardings=replicated))
 
     def _in_mesh(self, function):
         @functools.wraps(function)

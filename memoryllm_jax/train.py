@@ -289,6 +289,8 @@ class StopSignal:
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _note(self, number, frame):
+        if self._seen and number == signal.SIGINT:  # a second Ctrl-C means now
+            raise KeyboardInterrupt
         self._seen = True
 
     def requested(self, step: int | None) -> bool:

@@ -52,6 +52,16 @@ def test_every_format_gives_the_same_tokens(corpus, data_path, tmp_path):
     assert text.train.bytes + text.validation.bytes == len(texts[0].encode())
 
 
+def test_any_path_fsspec_reads(corpus, data_path):
+    fsspec = pytest.importorskip("fsspec")
+    for part in (0, 1):
+        with fsspec.open(f"memory://bucket/part-{part}.jsonl", "wb") as file:
+            file.write(b"".join(open(corpus, "rb").readlines()[part::2]))
+    assert documents.expand("memory://bucket/*.jsonl") == [f"memory:///bucket/part-{part}.jsonl" for part in (0, 1)]
+    read = [text for path in documents.expand("memory://bucket/*.jsonl") for text, _ in documents.read(path)]
+    assert sorted(read) == sorted(text for text, _ in documents.read(corpus))
+
+
 def test_held_out_documents_are_not_trained_on_and_counts_are_exact(corpus, data_path):
     dataset = data.Dataset(data_path)
     model = dataset.tokenizer()

@@ -93,6 +93,19 @@ def test_more_distinct_ids_than_planned_take_a_larger_size(make_config):
         assert_close(gradients(params, trainer, larger)[1], expected, 1e-6)
 
 
+def test_bfloat16_stays_near_float32(make_config):
+    results = []
+    for dtype in ("float32", "bfloat16"):
+        trainer, batch, _, _ = trainer_and_batch(make_config("flex-3", **{"model.dtype": dtype}))
+        params = trainer.init(jax.random.key(0))["params"]
+        results.append(gradients(params, trainer, batch))
+    (losses, grads), (rough_losses, rough_grads) = results
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(rough_grads))
+    np.testing.assert_allclose(rough_losses, losses, rtol=1e-3)
+    assert_close(rough_grads, grads, 5e-2)
+    assert not np.array_equal(rough_grads["head"], grads["head"])  # it did compute in bfloat16
+
+
 def test_frequent_rows_sum_their_gradient_in_float32():
     """4,096 positions of one token, each with gradient 1 + 1/128: a bf16 sum would stop growing at 256."""
     from memoryllm_jax.memory import take_rows

@@ -202,6 +202,33 @@ def test_sigterm_saves_and_one_workdir_takes_one_run(data_path, tmp_path):
     assert records(tmp_path / "w")[-1]["step"] == max(steps)
 
 
+def test_step_is_dispatched_before_the_last_ones_metrics_are_read(make_config, tmp_path, monkeypatch):
+    order = []
+    compiled, get = Trainer.__init__, jax.device_get
+
+    def watched(self, *args):
+        compiled(self, *args)
+        step = self.train
+
+        def train_step(state, batch):
+            state, values = step(state, batch)
+            order.append(f"train {len([o for o in order if o.startswith('train')])}")
+            self.seen = [*getattr(self, "seen", []), values]
+            return state, values
+
+        def device_get(values):
+            if isinstance(values, dict):
+                order.append(f"read {next(i for i, v in enumerate(self.seen) if v is values)}")
+            return get(values)
+
+        self.train = train_step
+        monkeypatch.setattr(jax, "device_get", device_get)
+
+    monkeypatch.setattr(Trainer, "__init__", watched)
+    run(make_config("memory", steps=4), tmp_path / "w")
+    assert order == ["train 0", "train 1", "read 0", "train 2", "read 1", "train 3", "read 2", "read 3"]
+
+
 def test_unwritable_workdir(make_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
