@@ -33,6 +33,7 @@ class Checkpoints:
             max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self.workdir, options=options)
+        self._closed = False
         threading.excepthook = _leave_out_orbax
 
     def latest(self) -> int | None:
@@ -90,7 +91,10 @@ class Checkpoints:
             raise UserError(f"{self.workdir}/{step}: cannot be read as a checkpoint: {reason}") from error
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for what is being saved. May be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._manager.close()
 
 
 def _leave_out_orbax(args, default=threading.excepthook):

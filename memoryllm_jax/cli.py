@@ -85,6 +85,7 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ Writes into the workdir: numbered checkpoint folders, metrics.jsonl, TensorBoard
 On several hosts add --multihost to the line on each of them.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -40,15 +41,14 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None)
     workdir = os.path.abspath(workdir)
     lock = files.lock_folder(workdir) if first_host else None
     stop = StopSignal()
-    try:
-        return _train(config, workdir, devices, stop, first_host)
-    finally:
-        stop.restore()
+    with contextlib.ExitStack() as at_exit:
+        at_exit.callback(stop.restore)
         if lock is not None:
-            lock.close()
+            at_exit.callback(lock.close)
+        return _train(config, workdir, devices, stop, first_host, at_exit)
 
 
-def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host: bool) -> int:
+def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host: bool, at_exit) -> int:
     dataset = open_dataset(config, workdir, first_host)
     config = complete(config, dataset)
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -65,6 +65,7 @@ def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host
     sizes, validation_sizes = train_batches.sizes(), validation.sizes()
     description = checkpoint.describe(config, dataset, tokenizer)
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
+    at_exit.callback(checkpoints.close)
     start = checkpoints.latest() or 0
     if start:
         checkpoint.check_matches(checkpoints.description(start), description, f"{workdir}/{start}")
@@ -72,7 +73,9 @@ def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host
     else:
         state = trainer.init(jax.random.key(config.seed))
     writer = metrics.Writer(config, description, workdir, start, first_host)
+    at_exit.callback(writer.close)
     progress = cli.Progress("train", config.steps, "step", initial=start, enabled=first_host)
+    at_exit.callback(progress.close)
     progress.line(summary(config, mesh, trainer, train_batches, sizes, start))
 
     tokens_a_step = config.batch_size * config.seq_len
@@ -172,10 +175,8 @@ def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host
         result = result or evaluate(config.steps)
         stopped = result is None
     if not stopped:
+        progress.close()
         finish(trainer, state, tokenizer, config, result, workdir, first_host)
-    progress.close()
-    writer.close()
-    checkpoints.close()
     return STOPPED if stopped else 0
 
 
@@ -307,13 +308,20 @@ class StopSignal:
 def main():
     config = config_lib.resolve(flags.FLAGS.config)
     if flags.FLAGS.multihost:
-        jax.distributed.initialize()
+        where = (flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
+        try:
+            jax.distributed.initialize(*where)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"--multihost: {' '.join(str(error).split())}") from error
     return train(config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/SIZE.py:ARCHITECTURE; override as --config.FIELD=VALUE")
     flags.DEFINE_string("workdir", None, "folder for checkpoints and metrics; one run at a time", required=True)
-    flags.DEFINE_bool("multihost", False, "join the other hosts of this run (jax.distributed.initialize)")
+    flags.DEFINE_bool("multihost", False, "join the run's other processes, which SLURM, TPU pods or Kubernetes tell of")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no scheduler tells of it")
+    flags.DEFINE_integer("num_processes", None, "number of processes, likewise")
+    flags.DEFINE_integer("process_id", None, "number of this process, likewise")
     flags.mark_flag_as_required("config")
     cli.run(main)
