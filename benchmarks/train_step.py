@@ -125,6 +125,9 @@ def main(_):
     logging.set_verbosity(logging.WARNING)
     if FLAGS.worker:
         return worker(FLAGS.worker)
+    from memoryllm_jax import data
+
+    dataset = data.Dataset(FLAGS.data)
     workers, facts = {}, {}
     for side in FLAGS.sides:
         command = [sys.executable, *sys.argv, f"--worker={side}"]
@@ -157,7 +160,8 @@ def main(_):
     }
     packages = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
     record = {
-        "command": "python " + " ".join(sys.argv),
+        "command": "python " + " ".join("--data=DIR" if a.startswith("--data") else a for a in sys.argv),
+        "tokenizer": f"{dataset.vocab_size} ids, SHA-256 {dataset.tokenizer().digest[:16]}",
         "shape": {k: FLAGS[k].value for k in ("dim", "layers", "heads", "seq_len", "batch_size")},
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "python": platform.python_version(),
