@@ -7,10 +7,11 @@ from memoryllm_jax.config import Config
 
 
 def schedule(config: Config) -> optax.Schedule:
-    """Learning rate by step: linear from 0 over the warm-up, then a cosine to final_lr at the last step."""
+    """Learning rate by steps done: linear to peak_lr over the warm-up, then a cosine to final_lr at the last step."""
     o = config.optimizer
     last = max(config.steps, o.warmup_steps + 1)  # a run shorter than its warm-up ends inside it
-    return optax.warmup_cosine_decay_schedule(0.0, o.peak_lr, o.warmup_steps, last, o.final_lr)
+    rate = optax.warmup_cosine_decay_schedule(0.0, o.peak_lr, o.warmup_steps, last, o.final_lr)
+    return lambda steps_done: rate(steps_done + 1)  # the first step would have a rate of zero
 
 
 def decay_mask(params):

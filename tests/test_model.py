@@ -1,5 +1,6 @@
 """The model and its train step against a direct evaluation of the design's equations, and against PyTorch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 
-from memoryllm_jax import attention, data, loss, sharding, train
+from memoryllm_jax import attention, data, loss, optimizer, sharding, train
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.step import Trainer
 
@@ -222,3 +223,20 @@ def test_loss_of_positions_without_weight(make_config):
     np.testing.assert_allclose(nll, (each * weights).sum(), rtol=1e-6)
     np.testing.assert_allclose(total, ((each + 0.1 * lse**2) * weights).sum(), rtol=1e-6)
     np.testing.assert_allclose(rough, total, rtol=1e-2)
+
+
+def test_learning_rate_and_decay_follow_the_recipe(make_config):
+    config = make_config(steps=100, **{"optimizer.peak_lr": 1e-3, "optimizer.final_lr": 1e-4})
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=10))
+    rate = optimizer.schedule(config)
+    assert [float(rate(s)) for s in (0, 9, 99)] == pytest.approx([1e-4, 1e-3, 1e-4])
+    assert float(rate(54)) == pytest.approx((1e-3 + 1e-4) / 2)  # half way down the cosine
+    params = {
+        "layers": {"norm": {"scale": jnp.ones(3)}, "ffn": {"up": jnp.ones((3, 3))}},
+        "embedding": jnp.ones((2, 3)),
+    }
+    tx = optimizer.make(config)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["layers"]["ffn"]["up"], -1e-4 * 0.1, rtol=1e-5)
+    np.testing.assert_allclose(updates["embedding"], -1e-4 * 0.1, rtol=1e-5)
+    np.testing.assert_array_equal(updates["layers"]["norm"]["scale"], 0)
