@@ -101,7 +101,7 @@ def our_step(side, dataset):
 
     def step():
         nonlocal state
-        batch = data.place(host, size, trainer.batch_sharding, 1, config.model.vocab_size)
+        batch = data.place(host, size, trainer.batch_sharding, config.model)
         state, values = trainer.train(state, batch)
         return float(jax.device_get(values["loss"]))
 

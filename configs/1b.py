@@ -7,7 +7,8 @@
 The recipe is the paper's Table 3. It gives no batch size, initialisation, clipping, RoPE base or tying: 512
 sequences (1.05 M tokens), normal 0.02, 1.0, 10,000 and untied are Llama-like choices of ours.
 
-Cost by FLOP count, at 40% MFU on H100 (a plan, not a measurement): base 993, memory 567, flex-3 726 GPU hours.
+Cost by FLOP count, at 40% MFU on H100 and 64k tokens a device (a plan, not a measurement):
+base 993, memory 567, flex-3 726 GPU hours.
 Expect after 50 B tokens, perplexity 20.93 on C4 for memory (the paper's Table 2); after 150 B tokens, the
 training loss in the order base, flex-3, flex-2, flex-1, memory (its Figures 9 and 10).
 """

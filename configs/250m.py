@@ -7,7 +7,8 @@
 The recipe is the paper's Table 3. It gives no batch size, initialisation, clipping, RoPE base or tying: 512
 sequences (1.05 M tokens), normal 0.02, 1.0, 10,000 and untied are Llama-like choices of ours.
 
-Cost by FLOP count, at 40% MFU on H100 (a plan, not a measurement): base 92, memory 60, flex-3 72 GPU hours.
+Cost by FLOP count, at 40% MFU on H100 and 64k tokens a device (a plan, not a measurement):
+base 92, memory 60, flex-3 72 GPU hours.
 Expect perplexity on C4, from the paper's Table 2 (50 B tokens): base 23.19.
 """
 

@@ -15,18 +15,20 @@ MASKED = -1e30
 SAVED = "attention"  # name of the results that the remat policy `dots` keeps
 
 
-def resolve_backend(name: str) -> str:
-    """The backend that `auto` stands for on this machine; any other name is checked. Raises: UserError."""
+def resolve_backend(name: str, dtype: str) -> str:
+    """The backend that `auto` stands for on this machine and dtype; another name is checked. Raises: UserError."""
     platform = jax.default_backend()
     has_cudnn = platform == "gpu" and "NVIDIA" in jax.devices()[0].device_kind
     if name == "cudnn" and not has_cudnn:
         raise UserError(f"config.model.attention: cudnn needs an NVIDIA GPU, found {platform}")
-    return ("cudnn" if has_cudnn else "blocked") if name == "auto" else name
+    if name == "cudnn" and dtype != "bfloat16":
+        raise UserError(f"config.model.attention: cudnn needs config.model.dtype bfloat16, found {dtype}")
+    return ("cudnn" if has_cudnn and dtype == "bfloat16" else "blocked") if name == "auto" else name
 
 
 def causal_attention(q_BTHK, k_BTHK, v_BTHK, backend: str):
     """softmax(q k^T / sqrt(K)) v over earlier positions and itself; each device works on its rows and heads."""
-    kernel = {"plain": plain, "blocked": blocked, "cudnn": cudnn}[resolve_backend(backend)]
+    kernel = {"plain": plain, "blocked": blocked, "cudnn": cudnn}[resolve_backend(backend, q_BTHK.dtype.name)]
     qkv = spec("batch", None, "heads", None)
     return jax.shard_map(kernel, in_specs=(qkv, qkv, qkv), out_specs=qkv, check_vma=False)(q_BTHK, k_BTHK, v_BTHK)
 

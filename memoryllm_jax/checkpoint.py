@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import sys
 import threading
 import traceback
 
@@ -34,7 +35,7 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self.workdir, options=options)
         self._closed = False
-        threading.excepthook = _leave_out_orbax
+        threading.excepthook, sys.excepthook = _quiet_threads, _quiet_callbacks
 
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint."""
@@ -97,11 +98,17 @@ class Checkpoints:
             self._manager.close()
 
 
-def _leave_out_orbax(args, default=threading.excepthook):
-    """Orbax hands an error of its threads to the main thread, which tells of it in one sentence."""
-    frames = traceback.walk_tb(args.exc_traceback)
-    if not any("orbax" in frame.f_code.co_filename for frame, _ in frames):
+# An error of Orbax's threads reaches the main thread too, which tells of it in one sentence; these keep the
+# threads from telling of it as well, and TensorStore's late callbacks from telling that nobody waits for them.
+def _quiet_threads(args, default=threading.excepthook):
+    names = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(args.exc_traceback)]
+    if not any("orbax" in name or "tensorboardX" in name for name in names):
         default(args)
+
+
+def _quiet_callbacks(kind, error, trace, default=sys.excepthook):
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        default(kind, error, trace)
 
 
 def check_matches(saved: dict, current: dict, where: str) -> None:

@@ -24,6 +24,9 @@ def run(main) -> None:
         except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            return 130
 
     def parse_flags(argv):
         from memoryllm_jax import config

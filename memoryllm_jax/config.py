@@ -6,6 +6,7 @@ overridden on the command line; `resolve` turns it into the frozen `Config` that
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import runpy
@@ -16,7 +17,6 @@ from memoryllm_jax.cli import UserError
 
 ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn")
 REMAT_POLICIES = ("none", "dots", "full")
-LLAMA3_VOCAB_SIZE = 128_256
 
 # FFN-M widths of the paper's Table 5 that its own rounding, not ours, gives: (base width, beta) -> FFN-M width.
 # Table 5 prints beta 1 and 3 of the 1B model the wrong way round; Table 6 and section 4.2 confirm this order.
@@ -45,7 +45,7 @@ class ModelConfig:
     tie_embeddings: bool = False  # one table for input and output
     init_std: float = 0.02  # not given in the paper; output projections use init_std / sqrt(2 layers)
     dtype: str = "bfloat16"  # of the computation; parameters are float32
-    attention: str = "auto"  # plain, blocked or cudnn; auto is blocked, or cudnn on an NVIDIA GPU
+    attention: str = "auto"  # plain, blocked or cudnn; auto: cudnn in bfloat16 on an NVIDIA GPU, else blocked
     remat: str = "dots"  # what the backward pass recomputes: none, dots (all but matrix products), full
     loss_chunk: int = 4096  # tokens a batch shard whose logits exist at one time
     unique_tokens: bool = True  # compute each distinct token of a batch once; False: every position (to compare)
@@ -225,7 +225,7 @@ def _build(cls, tree, path):
             value = _build(kind, value, f"{path}.{name}")
         elif kind is float and type(value) is int:
             value = float(value)
-        elif type(value) is not kind:
+        elif type(value) is not kind or (kind is float and not math.isfinite(value)):
             raise UserError(f"{path}.{name}: expected {kind.__name__}, found {value!r}")
         values[name] = value
     return cls(**values)
@@ -273,7 +273,11 @@ def validate(config: Config) -> None:
     need(config.batch_size % config.accumulate == 0, "batch_size", f"a multiple of accumulate = {config.accumulate}")
     for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         need(flat[field] >= 1 or flat[field] == -1, field, "a number of parts, or -1 for all remaining devices")
-    need([config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) <= 1, "mesh.fsdp", "-1 on one axis only")
+    need(
+        [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) <= 1,
+        "mesh.fsdp",
+        "-1 on one axis only (it is -1 unless set)",
+    )
 
 
 def load(path: str) -> ml_collections.ConfigDict:
@@ -281,7 +285,12 @@ def load(path: str) -> ml_collections.ConfigDict:
     name, _, architecture = path.partition(":")
     if not os.path.isfile(name):
         raise UserError(f"--config={path}: expected FILE.py:ARCHITECTURE, found no file {name}")
-    return runpy.run_path(name)["get_config"](*([architecture] if architecture else []))
+    try:
+        return runpy.run_path(name)["get_config"](*([architecture] if architecture else []))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config={path}: cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def check_flags(argv: list[str]) -> None:
@@ -289,13 +298,14 @@ def check_flags(argv: list[str]) -> None:
 
     Raises: UserError that names the field.
     """
-    path = next((a.partition("=")[2] for a in argv if re.match("--?config=", a)), None)
-    if path is None:
+    argv = [re.sub("^--?config$", "--config=", a) for a in argv]
+    joined = [a + argv[i + 1] if a == "--config=" and i + 1 < len(argv) else a for i, a in enumerate(argv)]
+    configs = [load(a.partition("=")[2]) for a in joined if re.match("--?config=", a)]
+    if not configs:
         return
-    config = load(path)
     for argument in argv:
         match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
-        node, seen = config, "config"
+        node, seen = configs[-1], "config"
         for name in match[1].split(".") if match else ():
             if not isinstance(node, ml_collections.ConfigDict) or name not in node:
                 names = list(node.keys()) if isinstance(node, ml_collections.ConfigDict) else []

@@ -7,6 +7,7 @@ one integer, and any number of hosts reads the same global batches, each its own
 
 import bisect
 import concurrent.futures
+import functools
 import hashlib
 import json
 import os
@@ -18,10 +19,13 @@ from jax.sharding import NamedSharding
 
 from memoryllm_jax import files, tokenizer
 from memoryllm_jax.cli import UserError
-from memoryllm_jax.config import Config
+from memoryllm_jax.config import Config, ModelConfig
+from memoryllm_jax.prepare import FORMAT
+from memoryllm_jax.sharding import batch_shards
 from memoryllm_jax.step import Batch
 
 _SAMPLES = 16  # batch shards looked at to plan the number of distinct ids
+_OPEN_SHARDS = 128  # a split's; a corpus has more files than a process may hold open
 _GROWTH = 1.25  # between the sizes that distinct ids are padded to
 
 
@@ -39,10 +43,13 @@ class Dataset:
             self.vocab_size: int = tree["vocab_size"]
             self._tokenizer = tree["tokenizer"]
             self.dtype = np.dtype(tree["dtype"]).newbyteorder("<")
-            self.splits = tree["splits"]
+            self.splits = {name: tree["splits"][name] for name in ("train", "validation")}
             checksums = [shard["sha256"] for split in self.splits.values() for shard in split["shards"]]
+            version = tree["format"]
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}/dataset.json: expected a field {error}") from error
+        if version != FORMAT:
+            raise UserError(f"{path}/dataset.json: expected format {FORMAT}, found {version}; prepare the data again")
         self.digest = hashlib.sha256(json.dumps([self._tokenizer["digest"], *checksums]).encode()).hexdigest()
         self.train, self.validation = (Tokens(self, split) for split in ("train", "validation"))
 
@@ -79,13 +86,13 @@ class Tokens:
         self.tokens, self.bytes, self.documents = record["tokens"], record["bytes"], record["documents"]
         self.vocab_size = dataset.vocab_size
         self._paths = [os.path.join(dataset.path, shard["file"]) for shard in record["shards"]]
-        self._shards, self._starts, start = [], [], 0
+        self._starts, start = [], 0
+        self._shard = functools.lru_cache(_OPEN_SHARDS)(lambda k: np.memmap(self._paths[k], dataset.dtype, "r"))
         for path, shard in zip(self._paths, record["shards"]):
             expected = shard["tokens"] * dataset.dtype.itemsize
             found = os.path.getsize(path) if os.path.exists(path) else None
             if found != expected:
                 raise UserError(f"{path}: expected {expected} bytes, found {'no file' if found is None else found}")
-            self._shards.append(np.memmap(path, dataset.dtype, "r"))
             self._starts.append(start)
             start += shard["tokens"]
 
@@ -95,7 +102,7 @@ class Tokens:
         while start < stop:
             k = bisect.bisect_right(self._starts, start) - 1
             offset = start - self._starts[k]
-            part = np.asarray(self._shards[k][offset : offset + stop - start]).astype(np.int64)
+            part = np.asarray(self._shard(k)[offset : offset + stop - start]).astype(np.int64)
             if part.max() >= self.vocab_size:
                 at = offset + int(part.argmax())
                 raise UserError(
@@ -228,7 +235,6 @@ class ValidationBatches(Batches):
         self.tokens = dataset.validation
         if self.tokens.tokens < 2:
             raise UserError(f"{dataset.path}: expected held-out tokens, found {self.tokens.tokens}")
-        self.micro = 1
 
     def __len__(self):
         batches = -(-(self.tokens.tokens - 1) // (self.config.batch_size * self.config.seq_len))
@@ -252,13 +258,14 @@ def local_shards(sharding: NamedSharding, shards: int) -> list[int]:
     return sorted({index[0].indices(shards)[0] for index in slices})
 
 
-def place(batch: HostBatch, size: int, sharding: NamedSharding, shards: int, vocab_size: int) -> Batch:
+def place(batch: HostBatch, size: int, sharding: NamedSharding, model: ModelConfig) -> Batch:
     """The batch as global arrays, its distinct ids padded to `size`; at the vocabulary's size they are all ids."""
+    shards = batch_shards(sharding.mesh)
 
     def padded(shard):
         ids, index, *rest = batch[shard]
-        if size == vocab_size:
-            return np.arange(vocab_size, dtype=np.int32), ids[index], *rest
+        if size == model.vocab_size and model.unique_tokens:
+            return np.arange(size, dtype=np.int32), ids[index], *rest
         return np.pad(ids, (0, size - len(ids))), index, *rest
 
     parts = {shard: padded(shard) for shard in batch}

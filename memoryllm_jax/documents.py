@@ -32,6 +32,7 @@ def expand(pattern: str) -> list[str]:
         if not found:
             raise UserError(f"input {part}: expected at least one file, found none")
         paths += [p if "://" not in part else fs.unstrip_protocol(p) for p in found]
+    paths = list(dict.fromkeys(paths))
     for path in paths:
         if path != EMBEDDED and _format(path) not in _FORMATS:
             raise UserError(

@@ -11,16 +11,19 @@ padding included); the `_plain` figures count R = N, as if every position had ev
 that a step without unique tokens would do for the same result.
 """
 
+import contextlib
 import json
 import math
 import os
+import uuid
 
 import jax
 
+from memoryllm_jax import files
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.config import Config
 
-# Dense bf16 FLOP/s of one device, from the makers' data sheets, by a part of jax's device_kind.
+# Dense bf16 FLOP/s of one device, from the makers' data sheets (SXM modules), by a part of jax's device_kind.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -65,6 +68,26 @@ def quality(loss: float, tokens: int, text_bytes: int) -> dict:
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}
 
 
+def _kept_lines(path: str, start: int) -> list[str]:
+    """Records of a run that goes on from `start`: none past it, and not its evaluation, which is made again."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            step, kind = record["step"], record["kind"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: line {number}: expected a record of an earlier run, found {line[:40]!r}"
+            ) from error
+        if step < start or (step == start and kind == "train"):
+            kept.append(line)
+    return kept
+
+
 class Writer:
     """Appends records of a run to WORKDIR/metrics.jsonl and, as configured, TensorBoard and Weights & Biases.
 
@@ -77,14 +100,9 @@ class Writer:
         self._file = self._tensorboard = self._wandb = None
         if not enabled:
             return
-        path = os.path.join(workdir, "metrics.jsonl")
-        kept = []
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                whole = [line for line in file if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= start]
-        self._file = open(path, "w", encoding="utf-8")
-        self._file.writelines(kept)
+        self._path = os.path.join(workdir, "metrics.jsonl")
+        files.write_bytes(self._path, "".join(_kept_lines(self._path, start)).encode())
+        self._file = open(self._path, "a", encoding="utf-8")
         if config.log.tensorboard:
             import tensorboardX
 
@@ -95,27 +113,40 @@ class Writer:
                 import wandb
             except ImportError as error:
                 raise UserError("config.log.wandb: needs wandb: pip install 'memoryllm_jax[wandb]'") from error
-            name = os.path.basename(os.path.abspath(workdir))
-            self._wandb = wandb.init(
-                project="memoryllm_jax", name=name, id=name, resume="allow", dir=workdir, config=description["config"]
-            )
+            id_path = os.path.join(workdir, "wandb_id")
+            if not os.path.exists(id_path):
+                files.write_bytes(id_path, uuid.uuid4().hex.encode())
+            with open(id_path, encoding="utf-8") as file:
+                self._wandb = wandb.init(
+                    project="memoryllm_jax",
+                    name=os.path.basename(os.path.abspath(workdir)),
+                    id=file.read(),
+                    resume="allow",
+                    dir=workdir,
+                    config=description["config"],
+                )
+            self._wandb.define_metric("*", step_metric="step")
 
     def write(self, step: int, kind: str, values: dict) -> None:
         """One record; `kind` is train or validation."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, "kind": kind} | values) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, "kind": kind} | values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written: {error.strerror}") from error
         named = {f"{kind}/{name}": value for name, value in values.items()}
         if self._tensorboard is not None:
             for name, value in named.items():
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(named, step=step)
+            self._wandb.log(named | {"step": step})
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # the write that failed has been told of
+                self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

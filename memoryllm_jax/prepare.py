@@ -4,19 +4,21 @@
 
 Reads .json, .jsonl and .txt (each also .gz or .zst) and .parquet, from any path fsspec reads. One document a
 line (or row, or .txt file). Every document is written as bos, its tokens, eos, as far as the tokenizer has them.
-Kill it at any time and run the same line again: files that are done stay done.
+Kill it at any time and run the same line again: files that are done stay done. Work is shared out and kept by
+file, so a corpus in many files is prepared by many processes.
 
 Writes DIR/dataset.json, DIR/tokenizer.model, and DIR/{train,validation}-NNNNN.bin: little-endian token ids, one
 shard for each input file. A document is held out for validation by the hash of its text, so that copies of it
 never end up on both sides; --validation_input names files that are held out whole instead.
 """
 
-import concurrent.futures
+import concurrent.futures.process
 import hashlib
 import multiprocessing
 import os
 import queue
 import shutil
+import signal
 import threading
 import time
 from typing import NamedTuple
@@ -59,10 +61,18 @@ def prepare(
     """Writes the token shards and returns the contents of dataset.json. Raises: UserError."""
     if not 0 < validation_fraction < 1:
         raise UserError(f"--validation_fraction: expected a number between 0 and 1, found {validation_fraction}")
-    sources = [Source(i, path, False) for i, path in enumerate(documents.expand(pattern))]
-    if validation_pattern:
-        for path in documents.expand(validation_pattern):
-            sources.append(Source(len(sources), path, True))
+    if workers < 0:
+        raise UserError(f"--workers: expected zero or more, found {workers}")
+    held_out = documents.expand(validation_pattern) if validation_pattern else []
+    matched = documents.expand(pattern)
+    to_train = [path for path in matched if path not in set(held_out)]
+    if len(to_train) < len(matched):
+        print(f"held out of training: {len(matched) - len(to_train)} files that --validation_input names too")
+    if not to_train:
+        raise UserError(f"--input={pattern}: expected files beside those of --validation_input, found none")
+    paths = [(path, False) for path in to_train] + [(path, True) for path in held_out]
+    sources = [Source(i, path, whole) for i, (path, whole) in enumerate(paths)]
+    if held_out:
         validation_fraction = 0.0
     sizes = [documents.size(source.path) for source in sources]
     lock = files.lock_folder(output)
@@ -76,7 +86,8 @@ def prepare(
     try:
         return _prepare(plan, sources, sizes, output, workers)
     except UserError:
-        if not _has_results(output):  # nothing to go on from: leave the folder as it was
+        # With nothing to go on from, leave the folder as it was.
+        if not _has_results(output) and os.path.exists(os.path.join(output, ".plan.json")):
             for name in (".plan.json", "tokenizer.model"):
                 if os.path.exists(os.path.join(output, name)):
                     os.remove(os.path.join(output, name))
@@ -92,7 +103,8 @@ def _has_results(output):
 
 def _prepare(plan, sources, sizes, output, workers):
     manifest, plan_path = os.path.join(output, "dataset.json"), os.path.join(output, ".plan.json")
-    if os.path.exists(plan_path) and _has_results(output):
+    go_on = os.path.exists(plan_path) and _has_results(output)
+    if go_on:
         before = files.read_json(plan_path, "the plan of an earlier prepare")
         different = [key for key in plan if before.get(key) != plan[key]]
         if different:
@@ -102,10 +114,10 @@ def _prepare(plan, sources, sizes, output, workers):
     elif os.path.exists(manifest):
         raise UserError(f"{output}: holds data without its plan; use a new folder")
     else:
-        if os.path.exists(os.path.join(output, "tokenizer.model")):
-            os.remove(os.path.join(output, "tokenizer.model"))
+        if os.path.exists(os.path.join(output, "tokenizer.model")) and not os.path.exists(plan_path):
+            raise UserError(f"{output}: holds a tokenizer.model that `prepare` did not write; use another folder")
         files.write_json(plan_path, plan)
-    model = _tokenizer(plan["tokenizer"], sources, plan["text_key"], output)
+    model = _tokenizer(plan["tokenizer"], sources, plan["text_key"], output, go_on)
     if os.path.exists(manifest):
         print(f"{output}: already prepared")
         return files.read_json(manifest, "a prepared data set")
@@ -143,14 +155,14 @@ def _prepare(plan, sources, sizes, output, workers):
     return dataset
 
 
-def _tokenizer(spec, sources, text_key, output):
-    """The tokenizer of the spec, kept in the folder as tokenizer.model."""
+def _tokenizer(spec, sources, text_key, output, go_on):
+    """The tokenizer of the spec, kept in the folder as tokenizer.model; to go on it must be the same."""
     path = os.path.join(output, "tokenizer.model")
     if not spec.startswith(_TRAIN_SPEC):
         model = tokenizer.load(spec)
-        if os.path.exists(path) and files.sha256(path) != model.digest:
+        if go_on and files.sha256(path) != model.digest:
             raise UserError(f"{output}: was begun with another tokenizer than {spec}; use a new folder")
-    elif os.path.exists(path):
+    elif go_on:
         return tokenizer.load(f"sentencepiece:{path}")
     else:
         size = spec.removeprefix(_TRAIN_SPEC)
@@ -209,6 +221,10 @@ def _tokenize(sources, sizes, settings, model, workers):
                             report(*reports.get_nowait())
                         except queue.Empty:
                             break
+            except concurrent.futures.process.BrokenProcessPool as error:
+                raise UserError(
+                    f"a worker was killed, perhaps for want of memory; try fewer than --workers={workers}"
+                ) from error
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -225,6 +241,8 @@ def _start_worker(settings, kind, content, reports):
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to tell of
+    reports.cancel_join_thread()  # a parent that ends early no longer reads them
     _worker.update(settings=settings, model=tokenizer.Tokenizer(kind, content, "of the parent"), reports=reports)
 
 

@@ -23,15 +23,16 @@ def sample(trainer, params, tokenizer: Tokenizer, config: Config, length: int, s
     stop = min(config.seq_len, len(prompt) + length)
     end = len(prompt)
     while end < stop:
-        ids[end] = jax.device_get(trainer.next_token(params, ids, end - 1, jax.random.fold_in(key, end)))
+        drawn = trainer.next_token(params, ids, end - 1, tokenizer.vocab_size, jax.random.fold_in(key, end))
+        ids[end] = jax.device_get(drawn)
         if ids[end] == tokenizer.eos_id:
             break
         end += 1
     return tokenizer.decode(ids[:end])
 
 
-def next_token(trainer, params, ids_T, last, key):
-    """A token id drawn from the model's distribution after position `last`; to be jitted."""
+def next_token(trainer, params, ids_T, last, vocab_size, key):
+    """A token id below `vocab_size` drawn from the model's distribution after position `last`; to be jitted."""
     c = trainer.config
     # One copy of the window for each batch shard: the kernels want the batch to divide over the mesh.
     ids_SN = jnp.tile(ids_T, (trainer.shards, 1))
@@ -40,5 +41,6 @@ def next_token(trainer, params, ids_T, last, key):
     hidden = trainer.model.apply({"params": params}, rows, index_SN, c.seq_len, method="hidden")
     head_VD = trainer.model.apply({"params": params}, method="output_embedding")
     logits_V = head_VD @ hidden[0, last].astype(jnp.float32)
+    logits_V = jnp.where(jnp.arange(logits_V.size) < vocab_size, logits_V, -jnp.inf)
     greedy = c.sample.temperature == 0
     return logits_V.argmax() if greedy else jax.random.categorical(key, logits_V / c.sample.temperature)

@@ -36,7 +36,7 @@ class Trainer:
       init(key) -> state: {"params", "opt_state", "step"}, made in place on its devices.
       train(state, batch) -> (state, metrics): one optimizer step; the old state is donated.
       evaluate(params, batch) -> (nll in nats, weight): sums over the batch's positions.
-      next_token(params, ids [T], last, key) -> id: sampled after position `last`.
+      next_token(params, ids [T], last, vocab_size, key) -> id: sampled after position `last`.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -151,8 +151,9 @@ class Trainer:
 
     def _evaluate(self, params, batch: Batch):
         rows = self._token_rows(params, batch.ids_SU)
-        micro = [x.reshape(x.shape[0], -1) for x in batch[1:]]
-        return self._sums(params, rows, micro)[1], batch.weights_SAN.sum()
+        micro_batches = [x.swapaxes(0, 1) for x in batch[1:]]
+        nll = jax.lax.map(lambda micro: self._sums(params, rows, micro)[1], micro_batches)
+        return nll.sum(), batch.weights_SAN.sum()
 
 
 def _is_spec(x):

@@ -108,7 +108,9 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, threads: int) -> 
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(f"tokenizer sentencepiece:train:{vocab_size}: training failed: {error}") from error
+        most = re.search(r"<= (\d+)", str(error))
+        reason = f"this text allows at most {most[1]} ids" if most else " ".join(str(error).split())
+        raise UserError(f"tokenizer sentencepiece:train:{vocab_size}: training failed: {reason}") from error
     return Tokenizer("sentencepiece", model.getvalue(), f"sentencepiece:train:{vocab_size}")
 
 

@@ -37,6 +37,8 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None)
 
     Returns the exit code. Raises: UserError.
     """
+    if not workdir:
+        raise UserError("--workdir: expected a folder, found an empty name")
     first_host = jax.process_index() == 0
     workdir = os.path.abspath(workdir)
     lock = files.lock_folder(workdir) if first_host else None
@@ -122,7 +124,7 @@ def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host
                 return None
             batch = validation[i]
             size = validation_agreement.size(validation_agreement.propose(batch.distinct))
-            placed = data.place(batch, size, trainer.batch_sharding, shards, config.model.vocab_size)
+            placed = data.place(batch, size, trainer.batch_sharding, config.model)
             sums = jax.device_get(trainer.evaluate(state["params"], placed))
             nll, weight = nll + float(sums[0]), weight + float(sums[1])
         held_out = dataset.validation
@@ -134,16 +136,18 @@ def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host
     batches = train_batches.iterate(start)
     upcoming = next(batches) if start < config.steps else None
     proposal = agreement.propose(upcoming.distinct) if upcoming else None
-    unread = result = None
-    stopped = False
-    saved = start
+    unread = None
+    saved = done = start
+    # A signal may have come between the checkpoint and its evaluation, so that is made again.
+    result = evaluate(start) if start and (start % config.eval.every == 0 or start == config.steps) else None
+    stopped = stop.requested(None)
     clock.lap()
-    for step in range(start, config.steps):
+    for step in range(start, start if stopped else config.steps):
         batch, size = upcoming, agreement.size(proposal)
         if step + 1 < config.steps:
             upcoming = next(batches)
             proposal = agreement.propose(upcoming.distinct)
-        placed = data.place(batch, size, trainer.batch_sharding, shards, config.model.vocab_size)
+        placed = data.place(batch, size, trainer.batch_sharding, config.model)
         with clock.paused(size not in compiled):
             compiled.add(size)
             state, values = trainer.train(state, placed)
@@ -171,26 +175,22 @@ def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host
     checkpoints.wait()
     if stopped:
         progress.line(f"stopped by a signal after step {done}; saved {workdir}/{done}; run the same line to go on")
-    else:
-        result = result or evaluate(config.steps)
-        stopped = result is None
-    if not stopped:
-        progress.close()
-        finish(trainer, state, tokenizer, config, result, workdir, first_host)
-    return STOPPED if stopped else 0
+        return STOPPED
+    progress.close()
+    finish(trainer, state, tokenizer, config, result, workdir, first_host)
+    return 0
 
 
 def finish(trainer, state, tokenizer, config, result, workdir, first_host):
     """Prints and writes what the run came to."""
-    text = None
+    if first_host:
+        record = {"steps": config.steps, "architecture": config.model.architecture, "validation": result}
+        files.write_json(os.path.join(workdir, "result.json"), record)
+        print(f"\nvalidation: {quality_text(result)}", flush=True)
     if config.sample.tokens:
         text = sample(trainer, state["params"], tokenizer, config, config.sample.tokens, config.seed)
-    if first_host:
-        print(f"\nvalidation: {quality_text(result)}")
-        if text is not None:
+        if first_host:
             print(f"sample at temperature {config.sample.temperature:g}:\n{text}")
-        record = {"steps": config.steps, "architecture": config.model.architecture, "validation": result}
-        files.write_json(os.path.join(workdir, "result.json"), record | {"sample": text})
 
 
 def open_dataset(config: Config, workdir: str, first_host: bool) -> data.Dataset:
@@ -214,7 +214,7 @@ def complete(config: Config, dataset: data.Dataset) -> Config:
             f"config.model.vocab_size: expected at least the {dataset.vocab_size} ids of {dataset.path}, "
             f"found {vocab_size}"
         )
-    backend = attention.resolve_backend(config.model.attention)
+    backend = attention.resolve_backend(config.model.attention, config.model.dtype)
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, vocab_size=vocab_size, attention=backend)
     )
@@ -269,25 +269,21 @@ class Clock:
         self._start, self._paused = now, 0.0
         return max(seconds, 1e-9)
 
+    @contextlib.contextmanager
     def paused(self, condition=True):
-        clock = self
-
-        class Pause:
-            def __enter__(self):
-                self.start = time.monotonic()
-
-            def __exit__(self, *_):
-                clock._paused += (time.monotonic() - self.start) * condition
-
-        return Pause()
+        start = time.monotonic()
+        yield
+        self._paused += (time.monotonic() - start) * condition
 
 
 class StopSignal:
-    """Notices SIGTERM and SIGINT, on several hosts at the same step on all of them."""
+    """Notices SIGTERM and SIGINT. On several hosts JAX itself does, SIGTERM only, for all at the same step."""
 
     def __init__(self):
-        self._seen = False
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._seen, self._before = False, {}
+        self._several = jax.process_count() > 1
+        if not self._several:
+            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _note(self, number, frame):
         if self._seen and number == signal.SIGINT:  # a second Ctrl-C means now
@@ -296,7 +292,7 @@ class StopSignal:
 
     def requested(self, step: int | None) -> bool:
         """After `step`, or between steps (None), where several hosts do not agree and go on."""
-        if jax.process_count() == 1:
+        if not self._several:
             return self._seen
         return step is not None and multihost_utils.reached_preemption_sync_point(step)
 

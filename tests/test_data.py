@@ -152,6 +152,34 @@ def test_other_mistakes_in_preparing(corpus, data_path, tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         prepare.prepare(corpus, spec, f"{corpus}/out")
     assert os.listdir(tmp_path / "o") == [".lock"]
+    with pytest.raises(UserError, match="this text allows at most"):
+        prepare.prepare(corpus, "sentencepiece:train:200000", str(tmp_path / "o"))
+
+
+def test_files_of_the_user_are_never_removed_or_trained_on_and_held_out(corpus, data_path, tmp_path):
+    own = tmp_path / "tokenizer.model"
+    own.write_bytes(open(f"{data_path}/tokenizer.model", "rb").read())
+    with pytest.raises(UserError, match=r"holds a tokenizer.model that `prepare` did not write"):
+        prepare.prepare(corpus, f"sentencepiece:{own}", str(tmp_path))
+    assert own.exists()
+    lines = open(corpus).read().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:40]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[40:]))
+    both = f"{tmp_path}/*.jsonl,{tmp_path}/a.jsonl"
+    prepare.prepare(both, f"sentencepiece:{own}", f"{tmp_path}/out", validation_pattern=f"{tmp_path}/b.jsonl")
+    dataset = data.Dataset(f"{tmp_path}/out")
+    assert (dataset.train.documents, dataset.validation.documents) == (40, 40)
+
+
+def test_an_error_in_one_file_ends_all_workers(corpus, data_path, tmp_path):
+    """The other worker has far more to report than a pipe holds; nobody reads it any more."""
+    (tmp_path / "a.jsonl").write_text("broken\n")
+    (tmp_path / "b.jsonl").write_bytes(open(corpus, "rb").read() * 40)
+    command = [sys.executable, "-m", "memoryllm_jax.prepare", f"--input={tmp_path}/*.jsonl", "--workers=2"]
+    command += [f"--tokenizer=sentencepiece:{data_path}/tokenizer.model", f"--output={tmp_path}/out"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "a.jsonl: line 1: invalid JSON" in result.stderr
+    assert "Traceback" not in result.stderr and not list(tmp_path.glob("out/*.part"))
 
 
 @pytest.fixture
@@ -178,9 +206,9 @@ def test_damaged_data_is_named(copied):
     with pytest.raises(UserError, match=rf"{shard.name}: expected {len(whole)} bytes, found {len(whole) - 2}"):
         data.Dataset(str(copied))
     shard.write_bytes(whole)
-    model = copied / "tokenizer.model"
-    model.write_bytes(model.read_bytes() + b"\x00" * 8)
-    with pytest.raises(UserError, match="tokenizer"):
+    other = tokenizer.train_sentencepiece(iter(["Another text that gives another model. " * 99]), 300, 1)
+    (copied / "tokenizer.model").write_bytes(other.content)
+    with pytest.raises(UserError, match="the tokenizer does not match the data"):
         data.Dataset(str(copied)).tokenizer()
     with pytest.raises(UserError, match="expected a folder that `prepare` finished"):
         data.Dataset(str(copied.parent))

@@ -22,7 +22,7 @@ def trainer_and_batch(config, devices=1, step=0):
     batches = data.TrainBatches(config, dataset, trainer.shards, list(range(trainer.shards)))
     batch = batches[step]
     size = data.SizeAgreement(batches.sizes(), mesh).size(batch.distinct)
-    placed = data.place(batch, size, trainer.batch_sharding, trainer.shards, dataset.vocab_size)
+    placed = data.place(batch, size, trainer.batch_sharding, config.model)
     windows = np.concatenate([batches._rows(step, k)[0] for k in range(trainer.shards)])
     return trainer, placed, windows, config
 
@@ -76,6 +76,20 @@ def test_unique_tokens_change_nothing(make_config, accumulate):
     assert_close(grads, plain_grads, 1e-5)
 
 
+def test_accumulation_weighs_tokens_not_micro_batches(make_config):
+    """Two micro-batches, one with a tenth of its weights, against one batch of both."""
+    results = []
+    for accumulate in (1, 2):
+        trainer, batch, _, _ = trainer_and_batch(make_config("flex-3", accumulate=accumulate))
+        weights = np.ones(batch.weights_SAN.size, np.float32)
+        weights[: weights.size // 2] *= np.arange(weights.size // 2) % 10 == 0
+        weights = jax.device_put(weights.reshape(batch.weights_SAN.shape), trainer.batch_sharding)
+        params = trainer.init(jax.random.key(0))["params"]
+        results.append(gradients(params, trainer, batch._replace(weights_SAN=weights)))
+    np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-6)
+    assert_close(results[1][1], results[0][1], 1e-5)
+
+
 def test_more_distinct_ids_than_planned_take_a_larger_size(make_config):
     """Sizes end with all there can be; at the vocabulary's size all ids are evaluated. Each gives the same gradient."""
     trainer, batch, _, config = trainer_and_batch(make_config("memory"))
@@ -89,7 +103,7 @@ def test_more_distinct_ids_than_planned_take_a_larger_size(make_config):
     assert agreement.size(sizes[0]) == sizes[0] and agreement.size(sizes[0] + 1) == sizes[1]
     _, expected = gradients(params, trainer, batch)
     for size in (sizes[-1], dataset.vocab_size):
-        larger = data.place(host, size, trainer.batch_sharding, 1, dataset.vocab_size)
+        larger = data.place(host, size, trainer.batch_sharding, config.model)
         assert larger.ids_SU.shape == (1, size)
         assert_close(gradients(params, trainer, larger)[1], expected, 1e-6)
 
@@ -174,8 +188,8 @@ def test_blocked_attention_is_plain_attention(length):
 
 def test_unavailable_attention_is_an_error():
     with pytest.raises(UserError, match="cudnn needs an NVIDIA GPU, found cpu"):
-        attention.resolve_backend("cudnn")
-    assert attention.resolve_backend("auto") == "blocked"
+        attention.resolve_backend("cudnn", "bfloat16")
+    assert attention.resolve_backend("auto", "bfloat16") == "blocked"
 
 
 def test_remat_recomputes(make_config):

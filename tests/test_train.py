@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -59,8 +60,9 @@ def test_resumed_is_bitwise_uninterrupted(make_config, tmp_path, monkeypatch):
     for name in ("whole", "parts"):
         result = json.load(open(tmp_path / name / "result.json"))
         assert result["validation"]["loss"] == records(tmp_path / "whole", "validation")[-1]["loss"]
-    # The same line once more: nothing left to train.
+    # The same line once more: nothing left to train, and no record twice.
     assert run(config, tmp_path / "parts") == 0
+    assert len(records(tmp_path / "parts", "validation")) == 1
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_parameters_moments_and_rows_lie_as_the_table_says(make_config):
             named = jax.sharding.NamedSharding(trainer.mesh, spec)
             assert leaf.sharding.is_equivalent_to(named, leaf.ndim), path
     batches = data.TrainBatches(config, data.Dataset(config.data.path), 4, range(4))
-    batch = data.place(batches[0], batches.sizes()[-1], trainer.batch_sharding, 4, config.model.vocab_size)
+    batch = data.place(batches[0], batches.sizes()[-1], trainer.batch_sharding, config.model)
     assert {s.data.shape[0] for s in batch.index_SAN.addressable_shards} == {1}
     before = jax.tree.map(lambda x: x.sharding, state)
     after, _ = trainer.train(state, batch)
@@ -229,6 +231,48 @@ def test_step_is_dispatched_before_the_last_ones_metrics_are_read(make_config, t
     assert order == ["train 0", "train 1", "read 0", "train 2", "read 1", "train 3", "read 2", "read 3"]
 
 
+def test_two_processes_train_as_one_and_sigterm_to_one_saves_both(data_path, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    small = {"steps": 400, "seq_len": 32, "batch_size": 4, "log.every": 1, "eval.every": 1000, "eval.batches": 1}
+    small |= {"model.dim": 16, "model.layers": 1, "model.heads": 2, "data.path": data_path, "data.epochs": 9}
+    small |= {"checkpoint.every": 1000, "sample.tokens": 3}
+    command = [sys.executable, "-m", "memoryllm_jax.train", "--config=configs/tiny.py:memory"]
+    command += [f"--config.{name}={value}" for name, value in small.items()]
+    two = ["--multihost", f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+
+    def start(name, devices, *more):
+        log = open(tmp_path / f"log{name}{more[-1:]}", "w")
+        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        return subprocess.Popen([*command, f"--workdir={tmp_path}/{name}", *more], stdout=log, stderr=log, env=env)
+
+    alone = start("alone", 2)
+    processes = [start("both", 1, *two, f"--process_id={i}") for i in range(2)]
+    deadline = time.time() + 150
+    while not os.path.exists(tmp_path / "both" / "metrics.jsonl") or len(records(tmp_path / "both")) < 20:
+        assert all(p.poll() is None for p in processes) and time.time() < deadline
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [p.wait(60) for p in processes] == [train.STOPPED] * 2
+    saved = max(int(p.name) for p in (tmp_path / "both").glob("[0-9]*"))
+    assert saved == records(tmp_path / "both")[-1]["step"] < 400
+    processes = [start("both", 1, *two, f"--process_id={i}") for i in range(2)]
+    assert [p.wait(120) for p in (alone, *processes)] == [0, 0, 0]
+    one, both = ([r["loss"] for r in records(tmp_path / name)] for name in ("alone", "both"))
+    assert len(both) == 400
+    np.testing.assert_allclose(both[:50], one[:50], rtol=1e-5)
+    np.testing.assert_allclose(both[-1], one[-1], rtol=1e-2)
+
+
+def test_vocabulary_larger_than_the_data_trains_and_samples(make_config, tmp_path, capfd):
+    config = make_config("memory", steps=1, **{"model.vocab_size": 640, "sample.tokens": 30})
+    assert run(config, tmp_path / "w") == 0
+    assert "sample at temperature" in capfd.readouterr().out
+    with pytest.raises(UserError, match=r"config.model.vocab_size: expected at least the 512 ids of .* found 500"):
+        run(make_config("memory", steps=1, **{"model.vocab_size": 500}), tmp_path / "other")
+
+
 def test_unwritable_workdir(make_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
@@ -243,7 +287,7 @@ def test_flops_formula_against_xla(make_config):
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     batches = data.TrainBatches(config, data.Dataset(config.data.path), 1, [0])
     tokens = config.batch_size * config.seq_len
-    batch = data.place(batches[0], tokens, trainer.batch_sharding, 1, config.model.vocab_size)
+    batch = data.place(batches[0], tokens, trainer.batch_sharding, config.model)
     counted = trainer.evaluate.lower(trainer.params_shape, batch).compile().cost_analysis()["flops"]
     scores = 2 * tokens * config.model.dim * config.seq_len  # the masked half, which XLA's plain attention computes
     formula = metrics.train_flops(config, tokens, tokens) / 3 + scores
