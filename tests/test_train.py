@@ -281,8 +281,10 @@ def test_unwritable_workdir(make_config, tmp_path):
 
 def test_flops_formula_against_xla(make_config):
     """Matrix products dominate at this width, so XLA's own count of a forward pass agrees but for half the scores."""
-    overrides = {"model.dim": 128, "model.heads": 2, "model.layers": 1, "seq_len": 128, "model.attention": "plain"}
-    config = make_config("flex-3", **overrides, **{"model.loss_chunk": 10_000, "model.unique_tokens": False})
+    overrides = {"model.dim": 128, "model.heads": 2, "model.layers": 1, "seq_len": 512, "model.attention": "plain"}
+    config = make_config(
+        "flex-3", batch_size=2, **overrides, **{"model.loss_chunk": 10_000, "model.unique_tokens": False}
+    )
     config = train.complete(config, data.Dataset(config.data.path))
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     batches = data.TrainBatches(config, data.Dataset(config.data.path), 1, [0])
