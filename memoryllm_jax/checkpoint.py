@@ -35,7 +35,7 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self.workdir, options=options)
         self._closed = False
-        threading.excepthook, sys.excepthook = _quiet_threads, _quiet_callbacks
+        threading.excepthook, sys.unraisablehook = _quiet_threads, _quiet_callbacks
 
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint."""
@@ -106,9 +106,9 @@ def _quiet_threads(args, default=threading.excepthook):
         default(args)
 
 
-def _quiet_callbacks(kind, error, trace, default=sys.excepthook):
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        default(kind, error, trace)
+def _quiet_callbacks(unraisable, default=sys.unraisablehook):
+    if str(unraisable.exc_value) != "Event loop is closed":
+        default(unraisable)
 
 
 def check_matches(saved: dict, current: dict, where: str) -> None:
