@@ -258,3 +258,13 @@ def test_learning_rate_and_decay_follow_the_recipe(make_config):
     np.testing.assert_allclose(updates["layers"]["ffn"]["up"], -1e-4 * 0.1, rtol=1e-5)
     np.testing.assert_allclose(updates["embedding"], -1e-4 * 0.1, rtol=1e-5)
     np.testing.assert_array_equal(updates["layers"]["norm"]["scale"], 0)
+
+
+def test_gradients_are_clipped_by_their_global_norm(make_config):
+    tx = optimizer.make(make_config())
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(4)}
+    for size, kept in ((30.0, 1.0), (0.5, 0.5)):
+        grads = {"a": jnp.full(3, size / 7**0.5), "b": jnp.full(4, size / 7**0.5)}
+        _, state = tx.update(grads, tx.init(params), params)
+        moment = np.concatenate(jax.tree.leaves(state[1][0].mu))
+        assert np.linalg.norm(moment) == pytest.approx(0.1 * kept, rel=1e-5)  # (1 - b1) of the gradient
