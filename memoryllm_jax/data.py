@@ -5,6 +5,7 @@ and gives random access to the result, so the batch of any step is a function of
 one integer, and any number of hosts reads the same global batches, each its own batch shards only.
 """
 
+import abc
 import bisect
 import concurrent.futures
 import functools
@@ -135,7 +136,7 @@ class HostBatch(dict):
         return max(len(ids) for ids, *_ in self.values())
 
 
-class Batches:
+class Batches(abc.ABC):
     """Batches by number, as a Grain source: training steps, or the held-out split from its start to its end.
 
     Args:
@@ -150,9 +151,9 @@ class Batches:
     def __getitem__(self, step) -> HostBatch:
         return HostBatch({k: self._shard(*self._rows(int(step), k)) for k in self.local})
 
+    @abc.abstractmethod
     def _rows(self, step, shard):
         """(windows [rows, T+1], weights [rows, T]) of one batch shard."""
-        raise NotImplementedError
 
     def _shard(self, windows, weights):
         inputs = np.ascontiguousarray(windows[:, :-1]).reshape(-1)

@@ -313,8 +313,9 @@ def _tokenize_file(source, settings, model, report):
         batch, chars, position = [], 0, 0
 
         def flush(position):
+            split_of = [_split(text, source, settings) for text in batch]
             for split, shard in shards.items():
-                texts = [text for text in batch if _split(text, source, settings) == split]
+                texts = [text for text, its in zip(batch, split_of) if its == split]
                 shard.write(texts, model.encode_batch(texts, settings.threads))
             batch.clear()
             report(source.index, position, sum(shard.tokens for shard in shards.values()))

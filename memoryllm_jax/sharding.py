@@ -71,6 +71,7 @@ def check_divisible(config: Config, mesh: Mesh) -> None:
             raise UserError(f"config.{field}: expected a multiple of {what} = {parts}, found {size}")
 
 
-def named(mesh: Mesh, specs):
-    """PartitionSpecs -> NamedShardings, leaf by leaf."""
-    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
+def shardings(mesh: Mesh, logical_axes):
+    """A tree of logical axes, each in a PartitionSpec as Linen gives them -> NamedShardings."""
+    is_leaf = lambda axes: isinstance(axes, P)  # noqa: E731
+    return jax.tree.map(lambda axes: NamedSharding(mesh, spec(*axes)), logical_axes, is_leaf=is_leaf)

@@ -46,8 +46,7 @@ class Trainer:
         self.shards = sharding.batch_shards(mesh)
         with jax.set_mesh(mesh):
             boxed = jax.eval_shape(functools.partial(model.init, self.model, shards=self.shards), jax.random.key(0))
-            specs = jax.tree.map(lambda s: sharding.spec(*s), nn.get_partition_spec(boxed), is_leaf=_is_spec)
-            params_sharding = sharding.named(mesh, specs)
+            params_sharding = sharding.shardings(mesh, nn.get_partition_spec(boxed))
             shapes = jax.eval_shape(self._init, jax.random.key(0))
         replicated = NamedSharding(mesh, P())
         # Without pinned outputs jit replicates the Adam moments.
@@ -76,16 +75,18 @@ class Trainer:
         self.evaluate = self._in_mesh(
             jax.jit(self._evaluate, in_shardings=(params_sharding, self.batch_sharding), out_shardings=replicated)
         )
-
         self.next_token = self._in_mesh(jax.jit(functools.partial(sample.next_token, self), out_shardings=replicated))
 
     def _in_mesh(self, function):
-        @functools.wraps(function)
-        def call(*args):
-            with jax.set_mesh(self.mesh):
-                return function(*args)
+        def within(action):
+            def call(*args):
+                with jax.set_mesh(self.mesh):
+                    return action(*args)
 
-        call.lower = lambda *args: _lower(self.mesh, function, args)
+            return call
+
+        call = within(function)
+        call.lower = within(function.lower)
         return call
 
     def _init(self, key):
@@ -154,12 +155,3 @@ class Trainer:
         micro_batches = [x.swapaxes(0, 1) for x in batch[1:]]
         nll = jax.lax.map(lambda micro: self._sums(params, rows, micro)[1], micro_batches)
         return nll.sum(), batch.weights_SAN.sum()
-
-
-def _is_spec(x):
-    return isinstance(x, P)
-
-
-def _lower(mesh, function, args):
-    with jax.set_mesh(mesh):
-        return function.lower(*args)

@@ -64,7 +64,7 @@ def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host
     local = data.local_shards(trainer.batch_sharding, shards)
     train_batches = data.TrainBatches(config, dataset, shards, local)
     validation = data.ValidationBatches(config, dataset, shards, local)
-    sizes, validation_sizes = train_batches.sizes(), validation.sizes()
+    sizes = train_batches.sizes()
     description = checkpoint.describe(config, dataset, tokenizer)
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
     at_exit.callback(checkpoints.close)
@@ -83,7 +83,7 @@ def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host
     tokens_a_step = config.batch_size * config.seq_len
     bytes_a_token = dataset.train.bytes / dataset.train.tokens
     peak = metrics.peak_flops(config)
-    agreement = data.SizeAgreement(sizes, mesh)
+    agreement, validation_agreement = (data.SizeAgreement(s, mesh) for s in (sizes, validation.sizes()))
     clock = Clock()
     compiled = set()
     since_log = {"steps": 0, "rows": 0}
@@ -118,7 +118,6 @@ def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host
     def evaluate(step):
         """Loss on the held-out split, or None if a signal came."""
         nll = weight = 0.0
-        validation_agreement = data.SizeAgreement(validation_sizes, mesh)
         for i in range(len(validation)):
             if stop.requested(None):
                 return None
