@@ -1,6 +1,7 @@
 """Causal self-attention by backend name. An unavailable backend is an error, never a fallback."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from memoryllm_jax.sharding import spec
 BLOCK = 128  # query rows a tile: with 2 heads, a tile's scores fit the cache of one CPU core
 HEADS_A_TILE = 2
 MASKED = -1e30
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 SAVED = "attention"  # name of the results that the remat policy `dots` keeps
 
 
@@ -31,6 +33,28 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, backend: str):
     kernel = {"plain": plain, "blocked": blocked, "cudnn": cudnn}[resolve_backend(backend, q_BTHK.dtype.name)]
     qkv = spec("batch", None, "heads", None)
     return jax.shard_map(kernel, in_specs=(qkv, qkv, qkv), out_specs=qkv, check_vma=False)(q_BTHK, k_BTHK, v_BTHK)
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer's earlier positions, for attention of one new position a sequence."""
+
+    k_BHSK: jax.Array
+    v_BHSK: jax.Array
+
+    def write(self, k_BHK, v_BHK, position_B) -> "Cache":
+        """With the keys and values of each sequence's new position."""
+
+        def put(cache_HSK, new_HK, position):
+            return jax.lax.dynamic_update_slice(cache_HSK, new_HK[:, None], (0, position, 0))
+
+        return Cache(jax.vmap(put)(self.k_BHSK, k_BHK, position_B), jax.vmap(put)(self.v_BHSK, v_BHK, position_B))
+
+    def attend(self, q_BHK, position_B):
+        """Attention of the new positions over themselves and what came before, [B, H, K]."""
+        scores_BHS = _einsum("bhk,bhsk->bhs", q_BHK * q_BHK.shape[-1] ** -0.5, self.k_BHSK)
+        visible = jnp.arange(self.k_BHSK.shape[2]) <= position_B[:, None, None]
+        p = jax.nn.softmax(jnp.where(visible, scores_BHS, MASKED), -1).astype(self.v_BHSK.dtype)
+        return _einsum("bhs,bhsk->bhk", p, self.v_BHSK).astype(q_BHK.dtype)
 
 
 def plain(q_BTHK, k_BTHK, v_BTHK):
@@ -76,8 +100,6 @@ def _tiled_backward(residuals, d_out):
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
-
-_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _tile_rows(T):

@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 
+import jax
 import orbax.checkpoint as ocp
 
 from memoryllm_jax import config as config_lib
@@ -18,6 +19,8 @@ from memoryllm_jax.cli import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data import Dataset
 from memoryllm_jax.tokenizer import Tokenizer
+
+_CHUNK_BYTES = 64 << 20  # of an array on disk: what reading it needs beside the array itself
 
 
 def describe(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> dict:
@@ -28,10 +31,13 @@ def describe(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> dict:
 class Checkpoints:
     """The checkpoints of one workdir. Every error of a save, also of one in the background, is a UserError."""
 
-    def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0):
+    def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0, read_only: bool = False):
         self.workdir = os.path.abspath(workdir)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
+            max_to_keep=None if read_only else keep,
+            keep_period=keep_every or None,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self.workdir, options=options)
         self._closed = False
@@ -41,9 +47,16 @@ class Checkpoints:
         """Step of the newest whole checkpoint."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Steps of all whole checkpoints."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state, description: dict) -> None:
         """Begins to save in the background; returns when the state has left the devices."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), description=ocp.args.JsonSave(description))
+        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state, save_args=chunks), description=ocp.args.JsonSave(description)
+        )
         self._guard(lambda: self._manager.save(step, args=args))
 
     def check(self) -> None:
@@ -84,9 +97,28 @@ class Checkpoints:
         """The state of a step on the devices that `shapes` names, whatever devices it was saved from."""
         return self._restore(step, state=ocp.args.StandardRestore(shapes))["state"]
 
+    def restore_leaf(self, step: int, path, shape: jax.ShapeDtypeStruct):
+        """One parameter, by its tree path, in the dtype and on the devices that `shape` names."""
+        tree = shape
+        for key in reversed(path):
+            tree = {key.key: tree}
+        tree = {"params": tree}
+        args = ocp.args.PyTreeRestore(
+            item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+        )
+
+        def read():
+            with ocp.PyTreeCheckpointer() as reader:
+                return reader.restore(os.path.join(self.workdir, str(step), "state"), args=args)
+
+        return jax.tree.leaves(self._reading(step, read))[0]
+
     def _restore(self, step, **items):
+        return self._reading(step, lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))
+
+    def _reading(self, step, read):
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            return read()
         except Exception as error:
             reason = " ".join(str(error).split())[:500]
             raise UserError(f"{self.workdir}/{step}: cannot be read as a checkpoint: {reason}") from error

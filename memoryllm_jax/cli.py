@@ -3,21 +3,27 @@
 import sys
 import time
 
+import jax
 import tqdm
-from absl import app, logging
+from absl import app, flags, logging
 
 
 class UserError(Exception):
     """Bad input. Its text is one sentence for the person who gave it."""
 
 
-def run(main) -> None:
-    """Runs `main()` as an absl command; a `UserError` becomes one line on stderr and exit code 1."""
+def run(main, positional: bool = False) -> None:
+    """Runs `main()` as an absl command; a `UserError` becomes one line on stderr and exit code 1.
+
+    With `positional`, `main` is given the arguments that are not options.
+    """
 
     def wrapped(argv):
         if not any(argument.startswith(("--verbosity", "-v")) for argument in sys.argv):
             logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and every error that it also raises
         try:
+            if positional:
+                return main(argv[1:])
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; options are written --name=value")
             return main()
@@ -39,6 +45,23 @@ def run(main) -> None:
         return app.parse_flags_with_usage(argv)
 
     app.run(wrapped, flags_parser=parse_flags)
+
+
+def define_multihost_flags() -> None:
+    flags.DEFINE_bool("multihost", False, "join the run's other processes, which SLURM, TPU pods or Kubernetes tell of")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no scheduler tells of it")
+    flags.DEFINE_integer("num_processes", None, "number of processes, likewise")
+    flags.DEFINE_integer("process_id", None, "number of this process, likewise")
+
+
+def join_hosts() -> None:
+    """Joins the other processes if the flags say so. Raises: UserError."""
+    if flags.FLAGS.multihost:
+        where = (flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
+        try:
+            jax.distributed.initialize(*where)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"--multihost: {' '.join(str(error).split())}") from error
 
 
 class Progress:

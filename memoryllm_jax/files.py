@@ -42,6 +42,14 @@ def sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def lock_byte(fd: int, path: str, number: int) -> None:
+    """Holds byte `number` of an open file for this process. Raises: UserError if another holds it."""
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+    except OSError as error:
+        raise UserError(f"{path}: in use by another run") from error
+
+
 def lock_folder(path: str):
     """Makes the folder and holds it for this process; keep the result alive. Raises: UserError if it is held."""
     name = os.path.join(path, ".lock")

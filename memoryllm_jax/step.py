@@ -44,9 +44,8 @@ class Trainer:
         self.model = model.LanguageModel(config.model)
         self.optimizer = optimizer.make(config)
         self.shards = sharding.batch_shards(mesh)
+        params_sharding = jax.tree.map(lambda x: x.sharding, model.abstract_params(self.model, mesh))
         with jax.set_mesh(mesh):
-            boxed = jax.eval_shape(functools.partial(model.init, self.model, shards=self.shards), jax.random.key(0))
-            params_sharding = sharding.shardings(mesh, nn.get_partition_spec(boxed))
             shapes = jax.eval_shape(self._init, jax.random.key(0))
         replicated = NamedSharding(mesh, P())
         # Without pinned outputs jit replicates the Adam moments.

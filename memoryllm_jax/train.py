@@ -302,21 +302,13 @@ class StopSignal:
 
 def main():
     config = config_lib.resolve(flags.FLAGS.config)
-    if flags.FLAGS.multihost:
-        where = (flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
-        try:
-            jax.distributed.initialize(*where)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"--multihost: {' '.join(str(error).split())}") from error
+    cli.join_hosts()
     return train(config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/SIZE.py:ARCHITECTURE; override as --config.FIELD=VALUE")
     flags.DEFINE_string("workdir", None, "folder for checkpoints and metrics; one run at a time", required=True)
-    flags.DEFINE_bool("multihost", False, "join the run's other processes, which SLURM, TPU pods or Kubernetes tell of")
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no scheduler tells of it")
-    flags.DEFINE_integer("num_processes", None, "number of processes, likewise")
-    flags.DEFINE_integer("process_id", None, "number of this process, likewise")
+    cli.define_multihost_flags()
     flags.mark_flag_as_required("config")
     cli.run(main)

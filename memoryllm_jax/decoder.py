@@ -1,0 +1,156 @@
+"""A trained model's decoder over token rows: prefill, decode steps with a key-value cache, and scoring of text.
+
+It holds attention, FFN-C and the output head. Rows of the token memory come from outside as `TokenRows`, so it does not
+know whether they were computed a moment ago or read from a disk. Shapes as in model.py; C is the cache's capacity.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memoryllm_jax import attention, loss, model, sharding
+from memoryllm_jax.config import ModelConfig
+from memoryllm_jax.memory import TokenRows, take_rows
+from memoryllm_jax.sharding import constrain
+
+_SMALLEST_BUCKET = 16
+
+
+def bucket(size: int, most: int) -> int:
+    """The power of two, from 16 on, that `size` is padded to, so that few shapes compile; at most `most`."""
+    return min(most, max(_SMALLEST_BUCKET, 1 << (size - 1).bit_length()))
+
+
+class Decoder:
+    """Compiled functions of one model, each compiled once for each shape bucket.
+
+    Args:
+      params: what `SavedModel.load` returns; "memory" and an untied "embedding" are not used.
+    """
+
+    def __init__(self, config: ModelConfig, params: dict, mesh):
+        self.config, self.mesh = config, mesh
+        self.shards = sharding.batch_shards(mesh)
+        self._params = {name: params[name] for name in ("layers", "final_norm")}
+        self._params["head"] = params["embedding" if config.tie_embeddings else "head"]
+        self._prefill = jax.jit(self._prefill_body, static_argnames="length")
+        self._place = jax.jit(self._place_body, donate_argnums=0)
+        self._step = jax.jit(self._step_body, donate_argnums=3)
+        self._score = jax.jit(self._score_body, static_argnames="length")
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the decoder's weights, which one decode step reads once."""
+        return sum(x.nbytes for x in jax.tree.leaves(self._params))
+
+    def empty_cache(self, batch: int, capacity: int) -> list[attention.Cache]:
+        c = self.config
+        with jax.set_mesh(self.mesh):
+            shape = (batch, c.heads, capacity, c.head_dim)
+            where = jax.sharding.NamedSharding(self.mesh, sharding.spec("batch", "heads", None, None))
+            zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=where)
+            return [attention.Cache(zeros(), zeros()) for _ in range(c.layers)]
+
+    def prefill(self, rows: TokenRows, index_BT: np.ndarray, lengths_b: np.ndarray, slots_b, cache):
+        """Reads prompts, padded on the right to T, into the cache's sequences `slots_b` (past its end: nowhere).
+
+        Returns: (logits [b, V] of the token after each prompt, float32; cache). The old cache is donated.
+        """
+        with jax.set_mesh(self.mesh):
+            index_SN = self._by_shard(index_BT)
+            logits, kept = self._prefill(self._params, rows, index_SN, lengths_b, length=index_BT.shape[1])
+            return logits, self._place(cache, kept, slots_b)
+
+    def step(self, rows: TokenRows, index_B, position_B, cache):
+        """One token a sequence, at its position. Returns: (logits [B, V], cache). The old cache is donated."""
+        with jax.set_mesh(self.mesh):
+            return self._step(self._params, rows, (self._by_shard(index_B), position_B), cache)
+
+    def score(self, rows: TokenRows, index_BT, targets_BT, weights_BT):
+        """Sum of weight * nats over the targets."""
+        with jax.set_mesh(self.mesh):
+            batch = tuple(self._by_shard(x) for x in (index_BT, targets_BT, weights_BT))
+            return self._score(self._params, rows, *batch, length=index_BT.shape[1])
+
+    def _by_shard(self, x):
+        return x.reshape(self.shards, -1)
+
+    def _hidden(self, params, rows, index_SN, positions, past=None):
+        """Final states [B, T, D] and what each layer keeps; positions [T] or [B, T]."""
+        c = self.config
+        take = lambda x_1UD: take_rows(self._on_shards(x_1UD), index_SN)  # noqa: E731
+        x_BTD = take(rows.x0_SUD).reshape(-1, positions.shape[-1], c.dim).astype(c.dtype)
+        x_BTD = constrain(x_BTD, "batch", None, None)
+        rope, kept = model.rope_table(c, positions), []
+        for layer, layer_params in enumerate(params["layers"]):
+            ffn = None if rows.ffn_LSUD is None else rows.ffn_LSUD[layer]
+            ffn = None if ffn is None else self._on_shards(ffn).astype(c.dtype)
+            at = None if past is None else (past[0][layer], past[1])
+            x_BTD, new = model.Block(c).apply({"params": layer_params}, x_BTD, ffn, index_SN, rope, at)
+            kept.append(new)
+        return model.Norm(c).apply({"params": params["final_norm"]}, x_BTD), kept
+
+    def _on_shards(self, x_1UD):
+        return constrain(jnp.broadcast_to(x_1UD, (self.shards, *x_1UD.shape[1:])), "shard", None, None)
+
+    def _logits(self, params, x_BD):
+        return jnp.einsum("bd,vd->bv", x_BD, params["head"], preferred_element_type=jnp.float32)
+
+    def _prefill_body(self, params, rows, index_SN, lengths_B, length):
+        x_BTD, kept = self._hidden(params, rows, index_SN, jnp.arange(length))
+        return self._logits(params, x_BTD[jnp.arange(len(lengths_B)), lengths_B - 1]), kept
+
+    def _place_body(self, cache, kept, slots_B):
+        def put(cache_BHCK, new_bHTK):
+            return cache_BHCK.at[slots_B, :, : new_bHTK.shape[2]].set(new_bHTK, mode="drop")
+
+        return jax.tree.map(put, cache, kept)
+
+    def _step_body(self, params, rows, at, cache):
+        index_SN, position_B = at
+        x_BTD, cache = self._hidden(params, rows, index_SN, position_B[:, None], (cache, position_B))
+        return self._logits(params, x_BTD[:, 0]), cache
+
+    def _score_body(self, params, rows, index_SN, targets_SN, weights_SN, length):
+        x_BTD, _ = self._hidden(params, rows, index_SN, jnp.arange(length))
+        x_SND = x_BTD.reshape(*index_SN.shape, -1)
+        options = {"z_loss": 0.0, "chunk": self.config.loss_chunk, "dtype": self.config.dtype}
+        return loss.cross_entropy(x_SND, params["head"], targets_SN, weights_SN, **options)[1]
+
+
+def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
+    """Embeddings and FFN-M of the ids, for use inside jit and a mesh: x0 [1, U, D] and a list of layers' [1, U, D].
+
+    `params` is what `SavedModel.load` returns, with "embedding" and, unless the model is base, "memory".
+    """
+    x0 = params["embedding"][ids_U][None]
+    layer = model.MemoryLayer(config)
+    ffn = [layer.apply({"params": p}, x0) for p in params["memory"]] if config.memory_dim else None
+    return TokenRows(x0, ffn)
+
+
+class LiveRows:
+    """Rows computed from the weights when they are asked for: the peer that lookups are held against."""
+
+    on_device = True
+
+    def __init__(self, config: ModelConfig, params: dict, mesh):
+        self.mesh = mesh
+        names = ("embedding", "memory") if config.memory_dim else ("embedding",)
+        self._params = {name: params[name] for name in names}
+        self._rows = jax.jit(functools.partial(live_rows, config))
+
+    def fetch(self, ids_U) -> TokenRows:
+        with jax.set_mesh(self.mesh):
+            return self._rows(self._params, ids_U)
+
+    def prefetch(self, ids) -> None:
+        """Nothing is to be read ahead."""
+
+    def stats(self) -> dict:
+        return {}
+
+    def close(self) -> None:
+        """Nothing is held open."""

@@ -1,0 +1,228 @@
+"""Generates text from a trained model, its token memory computed live or looked up in a ToL file.
+
+    python -m memoryllm_jax.generate --workdir=DIR --prompt="Once upon a time"
+    python -m memoryllm_jax.generate --workdir=DIR --tol=tol.safetensors --rows=disk --cache=256MiB --prompt="..." --stats
+
+With --tol the FFN-M weights, and the input embedding where it is untied, are never loaded; rows come from the
+device, the host's memory or the disk. Give --prompt more than once, or --prompts=FILE with one a line, for a batch.
+"""
+
+import contextlib
+import json
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import flags
+
+from memoryllm_jax import cli, files
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.decoder import Decoder, LiveRows
+from memoryllm_jax.sampling import Sampling, generate
+from memoryllm_jax.saved import SavedModel
+from memoryllm_jax.tol import build, edit, format, options, serve
+
+PLACES = ("device", "host", "disk")
+
+
+class Model:
+    """A decoder and its rows, ready to generate.
+
+    Args:
+      tol: path of a ToL file; "" computes rows live.  place: device, host or disk.  cache: bytes of rows cached on
+        the device, for host and disk.  overlay: path of edits, or "".
+    Raises: UserError.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        tol: str = "",
+        place: str = "disk",
+        cache: int = 256 << 20,
+        overlay: str = "",
+        step: int | None = None,
+        dtype: str = "",
+    ):
+        if overlay and not tol:
+            raise UserError("--overlay: expected --tol too, as edits are those of a ToL file")
+        if place not in PLACES:
+            raise UserError(f"--rows: expected one of {', '.join(PLACES)}, found {place!r}")
+        self._tol = format.TolFile(tol) if tol else None  # first: a broken file is told of at once
+        self.saved = saved = SavedModel(workdir, step, dtype)
+        self.tokenizer, self.config = saved.tokenizer, saved.config
+        if self._tol is None:
+            params, _ = saved.load(lambda name: True)
+            self.rows = LiveRows(self.config, params, saved.mesh)
+        else:
+            self._tol.check_model(self.config, saved.tokenizer.digest, None)
+            edits = edit.Overlay.open(overlay, self._tol) if overlay else None
+            params, digest = saved.load(lambda name: not saved.is_memory(name))
+            self._tol.check_model(self.config, saved.tokenizer.digest, digest)
+            self.rows = self._looked_up(place, cache, params, edits)
+        self.decoder = Decoder(self.config, params, saved.mesh)
+
+    def _looked_up(self, place, cache, params, edits):
+        mesh, embedding = self.saved.mesh, params.get("embedding")
+        if place == "device":
+            return serve.DeviceRows(self._tol, mesh, embedding, edits)
+        if place == "host":
+            table = serve.HostTable(self._tol)
+        else:
+            table = serve.DiskTable(self._tol, repair=build.Repair(self.saved, self._tol))
+        return serve.CachedRows(table, mesh, cache, embedding, edits)
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, after the id that begins a document."""
+        bos = self.tokenizer.bos_id
+        return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
+
+    def generate(self, prompts: list[list[int]], max_tokens: int, sampling: Sampling, stop_ids=frozenset()):
+        """As `sampling.generate`."""
+        sizes = (self.saved.context, self.tokenizer.vocab_size)
+        return generate(self.decoder, self.rows, prompts, max_tokens, sampling, *sizes, stop_ids=frozenset(stop_ids))
+
+    def close(self) -> None:
+        self.rows.close()
+        self.saved.close()
+        if self._tol is not None:
+            self._tol.close()
+
+
+class Streamer:
+    """Texts that grow token by token: a character appears when all of its bytes are there."""
+
+    def __init__(self, tokenizer, prompts: list[list[int]]):
+        self._decode = tokenizer.decode
+        self._ids = [list(prompt) for prompt in prompts]
+        self._shown = [len(self._decode(prompt)) for prompt in prompts]
+        self.new: list[list[int]] = [[] for _ in prompts]
+
+    def add(self, sequence: int, token: int) -> str:
+        """The text that a new token adds."""
+        self._ids[sequence].append(token)
+        self.new[sequence].append(token)
+        text = self._decode(self._ids[sequence])
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        piece, self._shown[sequence] = text[self._shown[sequence] :], len(text)
+        return piece
+
+    def text(self, sequence: int) -> str:
+        """All new text of a sequence."""
+        whole, prompt = self._ids[sequence], len(self._ids[sequence]) - len(self.new[sequence])
+        return self._decode(whole)[len(self._decode(whole[:prompt])) :]
+
+
+def stop_ids_of(model: Model, texts: list[str]) -> set[int]:
+    """Ids of the stop tokens, and of the one that ends a document. Raises: UserError."""
+    out = set() if model.tokenizer.eos_id is None else {model.tokenizer.eos_id}
+    for text in texts:
+        ids = model.tokenizer.encode(text)
+        if text.startswith("#") and text[1:].isdecimal() and int(text[1:]) < model.tokenizer.vocab_size:
+            ids = [int(text[1:])]
+        if len(ids) != 1:
+            raise UserError(f"--stop={text}: expected one token, found {len(ids)}; name one as #ID")
+        out.add(ids[0])
+    return out
+
+
+def read_prompts(prompts: list[str], path: str) -> list[str]:
+    """Raises: UserError."""
+    if path:
+        try:
+            with open(path, encoding="utf-8") as file:
+                prompts = [*prompts, *file.read().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts={path}: expected a text file with one prompt a line: {error}") from error
+    if not prompts:
+        raise UserError("expected --prompt=TEXT or --prompts=FILE, found neither")
+    for number, text in enumerate(prompts, 1):
+        if not text.strip():
+            raise UserError(f"prompt {number}: expected some text, found an empty prompt")
+    return prompts
+
+
+def run(model: Model, prompts: list[str], max_tokens: int, sampling: Sampling, stops: list[str]) -> tuple[list, dict]:
+    """Generates and prints. One prompt streams to the terminal; several are printed one after another.
+
+    Returns: ([{"prompt", "text", "tokens"}], statistics).
+    """
+    ids = [model.prompt(text) for text in prompts]
+    streamer = Streamer(model.tokenizer, ids)
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+    start, first = time.perf_counter(), None
+    for new in model.generate(ids, max_tokens, sampling, stop_ids_of(model, stops)):
+        first = first or time.perf_counter()
+        for sequence, token in new:
+            piece = streamer.add(sequence, token)
+            if len(prompts) == 1:
+                print(piece, end="", flush=True)
+    end = time.perf_counter()
+    results = [{"prompt": text, "text": streamer.text(k), "tokens": streamer.new[k]} for k, text in enumerate(prompts)]
+    if len(prompts) == 1:
+        print()
+    else:
+        for number, result in enumerate(results, 1):
+            print(f"[{number}] {result['prompt']}{result['text']}\n")
+    made = sum(len(r["tokens"]) for r in results)
+    steps = max(len(r["tokens"]) for r in results)
+    first = first or end
+    stats = {
+        "prompt_tokens": sum(map(len, ids)),
+        "new_tokens": made,
+        "seconds_to_first_token": first - start,
+        "ms_per_step": 1e3 * (end - first) / max(steps - 1, 1),
+        "weights_bytes": model.decoder.weights_bytes,
+        **model.rows.stats(),
+    }
+    return results, stats
+
+
+def stats_text(stats: dict) -> str:
+    """For people, one figure a line."""
+    return "\n".join(
+        f"{name:>24}: {v:,.3f}" if isinstance(v, float) else f"{name:>24}: {v}" for name, v in stats.items()
+    )
+
+
+def main():
+    f = flags.FLAGS
+    sampling = Sampling(f.temperature, f.top_k, f.top_p, f.seed)
+    prompts = read_prompts(f.prompt, f.prompts)
+    if f.max_tokens < 1:
+        raise UserError(f"--max_tokens: expected at least 1, found {f.max_tokens}")
+    cache = options.size(f.cache, "cache")
+    model = Model(f.workdir, f.tol, f.rows, cache, f.overlay, f.step, f.dtype)
+    with contextlib.closing(model):
+        results, stats = run(model, prompts, f.max_tokens, sampling, f.stop)
+        if f.stats:
+            print(stats_text(stats), file=sys.stderr)
+        if f.output:
+            files.write_json(f.output, {"results": results, "stats": stats})
+    return 0
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "folder with the trained model's checkpoints", required=True)
+    flags.DEFINE_multi_string("prompt", [], "text to go on from; give it more than once for a batch")
+    flags.DEFINE_string("prompts", "", "text file with one prompt a line")
+    flags.DEFINE_string("tol", "", "ToL file; without it rows are computed from the weights")
+    flags.DEFINE_string("rows", "disk", "where the ToL file's rows are served from: device, host or disk")
+    flags.DEFINE_string(
+        "cache", "256MiB", "rows kept on the device, for host and disk; least recently used leave first"
+    )
+    flags.DEFINE_string("overlay", "", "edits of the rows, that `tol edit` wrote")
+    flags.DEFINE_integer("step", None, "checkpoint to read; by default the newest")
+    flags.DEFINE_string("dtype", "", "float32 or bfloat16, of the computation; by default that of the training")
+    flags.DEFINE_integer("max_tokens", 128, "new tokens a prompt, fewer where the context ends")
+    flags.DEFINE_float("temperature", 0.8, "0 is greedy")
+    flags.DEFINE_integer("top_k", 0, "draw from the k likeliest tokens; 0: all")
+    flags.DEFINE_float("top_p", 1.0, "draw from the likeliest tokens that hold this share of the probability")
+    flags.DEFINE_integer("seed", 0, "of the draws")
+    flags.DEFINE_multi_string("stop", [], "token that ends a text, as text or #ID; the end of a document always does")
+    flags.DEFINE_bool("stats", False, "print speed, cache hits and fetch times to stderr")
+    flags.DEFINE_string("output", "", "JSON file for texts and statistics")
+    cli.run(main)

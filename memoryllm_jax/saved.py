@@ -1,0 +1,130 @@
+"""A trained model read back for use: its config, its tokenizer, and its parameters leaf by leaf.
+
+Leaves come one at a time, so that the host never holds more than one beside what is kept of them, and stacked layers
+are taken apart: a decode step that reads one array a layer runs at the memory's bandwidth, where a scan over stacked
+layers copies each slice first.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from memoryllm_jax import attention, checkpoint, model, sharding
+from memoryllm_jax import config as config_lib
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.config import ModelConfig
+from memoryllm_jax.tokenizer import Tokenizer
+
+
+class SavedModel:
+    """The newest checkpoint of a workdir, or that of `step`.
+
+    Args:
+      dtype: of the computation; "" takes the one that the model was trained with.
+      mesh: devices the parameters are spread over; by default the first device alone.
+    Attributes:
+      config: ModelConfig for this machine.  context: positions a sequence may have.  step, tokenizer, mesh.
+    Raises: UserError.
+    """
+
+    def __init__(self, workdir: str, step: int | None = None, dtype: str = "", mesh=None):
+        if not os.path.isdir(workdir):
+            raise UserError(f"--workdir={workdir}: expected a folder with checkpoints, found none")
+        self._checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
+        steps = self._checkpoints.steps()
+        self.step = max(steps, default=None) if step is None else step
+        if self.step not in steps:
+            found = ", ".join(map(str, steps)) or "none"
+            raise UserError(
+                f"{workdir}: expected a checkpoint{'' if step is None else f' of step {step}'}, found {found}"
+            )
+        description = self._checkpoints.description(self.step)
+        run = config_lib.from_saved(description["config"])
+        self.context, self.tokenizer = run.seq_len, Tokenizer.from_json(description["tokenizer"])
+        self.config = for_this_machine(run.model, dtype or run.model.dtype)
+        self.mesh = mesh or sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
+        shapes = model.abstract_params(model.LanguageModel(self.config), self.mesh)
+        self._shapes = {_name(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+
+    def is_memory(self, name: str) -> bool:
+        """Whether a parameter is only needed to make rows: FFN-M, and the input embedding where it is untied."""
+        return name.startswith("memory/") or (name == "embedding" and not self.config.tie_embeddings)
+
+    def load(self, wanted: Callable[[str], bool], keep: bool = True) -> tuple[dict, str]:
+        """The parameters whose names are wanted, laid out for serving, and a digest of their values as bfloat16.
+
+        Returns:
+          params: {"layers": [tree of layer 0, ...], "memory": likewise, "head", ...}, matrices in the config's dtype;
+            empty if not `keep`.
+        """
+        params, sums = {}, {}
+        for name, (path, shape) in self._shapes.items():
+            if wanted(name):
+                dtype = jnp.float32 if name.endswith("scale") else jnp.dtype(self.config.dtype)
+                wanted_as = jax.ShapeDtypeStruct(shape.shape, dtype, sharding=shape.sharding)
+                leaf = self._checkpoints.restore_leaf(self.step, path, wanted_as)
+                sums[name] = [list(leaf.shape), *(int(x) for x in jax.device_get(_fingerprint(leaf)))]
+                if keep:
+                    _put(params, name.split("/"), self._for_serving(name, leaf))
+                del leaf
+        return params, hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+    def _for_serving(self, name, leaf):
+        if not _stacked(name):
+            return leaf
+        layer = NamedSharding(self.mesh, P(*leaf.sharding.spec[1:]))
+        return jax.jit(lambda x: [x[i] for i in range(x.shape[0])], out_shardings=layer)(leaf)
+
+    def close(self) -> None:
+        self._checkpoints.close()
+
+
+def for_this_machine(config: ModelConfig, dtype: str) -> ModelConfig:
+    """The config with the attention backend that suits this machine and dtype. Raises: UserError."""
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype: expected float32 or bfloat16, found {dtype!r}")
+    return dataclasses.replace(config, dtype=dtype, attention=attention.resolve_backend("auto", dtype))
+
+
+def _name(path) -> str:
+    return "/".join(key.key for key in path)
+
+
+def _stacked(name: str) -> bool:
+    return name.startswith(("layers/", "memory/"))
+
+
+def _put(tree: dict, path: list[str], value) -> None:
+    if path[0] in ("layers", "memory") and len(path) > 1:
+        layers = tree.setdefault(path[0], [{} for _ in value])
+        for layer, part in zip(layers, value):
+            _put(layer, path[1:], part)
+    elif len(path) > 1:
+        _put(tree.setdefault(path[0], {}), path[1:], value)
+    else:
+        tree[path[0]] = value
+
+
+@jax.jit
+def _fingerprint(x):
+    """Two 32-bit sums over the bits and places of all elements: the same on any mesh, as integers add in any order.
+
+    Values are taken as bfloat16, so that a model read in either dtype has one digest.
+    """
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        stride = int(np.prod(x.shape[axis + 1 :])) % 2**32
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    h = bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h.sum(dtype=jnp.uint32), ((h >> 7) * (h | 1)).sum(dtype=jnp.uint32)

@@ -1,0 +1,275 @@
+"""Compression to a size: bits, rank and dropped layers for each layer, and bits by token frequency, by measurement.
+
+Rows are split into tiers by how often their tokens occur. Each part of a row (x0 or a layer) is stored in one of
+three ways: as it is, at some number of bits in each tier; rotated into the basis of its singular vectors, where each
+group of coefficients has its own number of bits, none for the weak ones; or dropped. The expected rise in loss of
+a choice is
+
+    importance of the part * share of text in the tier * mean squared error there
+
+where errors are measured on rows of the tier, weighted by frequency, and a part's importance is the measured rise in
+loss on text over the error, when the part alone is coarsely quantised. What a dropped layer costs is measured outright.
+For a price of bytes in nats every choice is made by itself; the price is found by bisection. At the end the
+result is measured against the best uniform setting of the same size, and the better one is taken.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memoryllm_jax import cli
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.memory import TokenRows
+from memoryllm_jax.tol import build, codec
+from memoryllm_jax.tol.build import decode_rows
+from memoryllm_jax.tol.codec import GROUP, Band, Part
+from memoryllm_jax.tol.format import Layout, Tier
+
+_COVERAGE = (0.75, 0.95)  # of the text, by the first tier, and by the first two
+_SAMPLED_ROWS = 512  # of a tier, to measure errors on
+_PROBE_BITS = 2  # at which a part's importance is measured: an error that loss shows clearly
+_BITS = (16, 8, 7, 6, 5, 4, 3, 2)
+_LEAST_IMPORTANCE = 1e-3  # of the largest: text too short to show a part's worth must not make it worthless
+
+
+class Scorer:
+    """Loss of a model on windows of text, with the rows of its tokens replaced by what a layout makes of them.
+
+    Args:
+      decoder: decoder.Decoder.  windows: int32 [N, T + 1].  embedding: the tied embedding, else None.
+    """
+
+    def __init__(self, decoder, windows: np.ndarray, embedding=None, batch: int = 8):
+        self.decoder, self.embedding = decoder, embedding
+        self.ids, index = np.unique(windows[:, :-1], return_inverse=True)
+        self.ids = self.ids.astype(np.int32)
+        index, targets = index.reshape(windows[:, :-1].shape).astype(np.int32), windows[:, 1:].astype(np.int32)
+        weights = np.ones(index.shape, np.float32)
+        pad = ((0, -len(windows) % batch), (0, 0))
+        padded = [np.pad(x, pad) for x in (index, targets, weights)]
+        self._batches = list(zip(*(x.reshape(-1, batch, x.shape[1]) for x in padded)))
+        self.tokens = index.size
+        self.counts = np.bincount(index.reshape(-1), minlength=len(self.ids))
+
+    def nats(self, vectors: dict) -> float:
+        """Mean loss with these rows: {part name: [U, D]} for `ids`, without those of dropped layers."""
+        x0 = vectors["x0"] if "x0" in vectors else self.embedding[self.ids]
+        ffn = [vectors.get(f"ffn.{layer}") for layer in range(self.decoder.config.layers)]
+        zeros = jnp.zeros_like(x0)  # one compiled function, whichever layers are dropped
+        rows = TokenRows(x0[None], [(zeros if y is None else y.astype(x0.dtype))[None] for y in ffn])
+        sums = [self.decoder.score(rows, *batch) for batch in self._batches]
+        return float(sum(jax.device_get(sums))) / self.tokens
+
+
+def full_vectors(source, ids: np.ndarray) -> dict:
+    """{part name: float32 [U, D]} of any ids on one device, a chunk at a time."""
+    step = 1024
+    padded = np.pad(ids, (0, -len(ids) % step), mode="edge")
+    pieces = [source.vectors(jnp.asarray(padded[i : i + step])) for i in range(0, len(padded), step)]
+    return {k: jnp.concatenate([p[k].astype(jnp.float32) for p in pieces])[: len(ids)] for k in pieces[0]}
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def as_stored(layout: Layout, vectors: dict, tier_U, bases: dict) -> dict:
+    """What a file of this layout gives back for full rows of tokens in these tiers."""
+    raw = None
+    for number, tier in enumerate(layout.tiers):
+        mine = codec.encode(tier.parts, vectors, bases) if tier.parts else jnp.zeros((len(tier_U), 0), jnp.uint8)
+        mine = jnp.pad(mine, ((0, 0), (0, layout.stride - tier.stride)))
+        raw = mine if raw is None else jnp.where((tier_U == number)[:, None], mine, raw)
+    return decode_rows(layout, raw, tier_U, bases)
+
+
+def tiers_of(order_counts: np.ndarray) -> list[int]:
+    """Rows of each tier, for counts in the order of the rows."""
+    share = np.cumsum(order_counts) / max(order_counts.sum(), 1)
+    edges = [0, *(int(np.searchsorted(share, c)) + 1 for c in _COVERAGE), len(order_counts)]
+    return [b - a for a, b in zip(edges, edges[1:]) if b > a]
+
+
+@dataclasses.dataclass
+class _PartTable:
+    """What the choices for one part cost: sizes in bytes a row, losses in nats a token of text."""
+
+    name: str
+    drop_loss: float | None  # None: may not be dropped
+    plain_loss: np.ndarray  # [tier, bits]
+    group_loss: np.ndarray | None  # [tier, group, 1 + bits]; first: none of the group is stored
+    sizes: list[int]  # of the groups of coefficients
+
+
+def choose(source, scorer: Scorer, counts: np.ndarray, total: int) -> tuple[Layout, dict]:
+    """The layout and bases for at most `total` bytes of rows and bases. Raises: UserError if nothing is that small."""
+    order = np.argsort(-counts, kind="stable")
+    tier_rows = tiers_of(counts[order])
+    names = (["x0"] if source.has_x0 else []) + [f"ffn.{layer}" for layer in range(source.layers)]
+    whole = Layout(
+        source.dim, source.layers, source.has_x0,
+        (Tier(len(order), tuple(Part(name, (Band(source.dim, 16),)) for name in names)),),
+    )  # fmt: skip
+    weights = counts + 0.5  # a token that the text lacks still counts a little
+    gram = build.grams(source, whole, names[source.has_x0 :], weights, "singular vectors")
+    bases = {name: jnp.asarray(build.basis_of(g)[1], jnp.bfloat16) for name, g in gram.items()}
+    tier_of_token = np.empty(len(order), np.int32)
+    tier_of_token[order] = np.repeat(np.arange(len(tier_rows)), tier_rows)
+    tables = _measure(source, scorer, names, bases, weights, order, tier_rows)
+    layout = _solve(source, tables, tier_rows, total)
+    vectors = full_vectors(source, scorer.ids)
+    tier_U = tier_of_token[scorer.ids]
+
+    def loss(layout):
+        used = {name: bases[name][:rank] for name, rank in layout.rotated.items()}
+        return scorer.nats(as_stored(layout, vectors, tier_U, used))
+
+    full, found = scorer.nats(vectors), loss(layout)
+    peers = [(loss(peer), peer) for peer in _uniform_peers(source, whole, layout.rows, total)]
+    cli_lines = [f"loss on {scorer.tokens:,} tokens of text: full rows {full:.5f}, within the budget {found:.5f}"]
+    if peers:
+        best, peer = min(peers, key=lambda p: p[0])
+        cli_lines.append(f"the best uniform setting of that size, {peer.codec()}: {best:.5f}")
+        if best < found:
+            layout = peer
+            cli_lines.append("the uniform setting is better and is taken")
+    print("\n".join(cli_lines), flush=True)
+    return layout, {name: np.asarray(bases[name][:rank]) for name, rank in layout.rotated.items()}
+
+
+def _uniform_peers(source, whole, rows, total):
+    """The largest uniform layout of plain bits that fits, and that of the next smaller number of bits."""
+    fitting = []
+    for bits in _BITS:
+        parts = tuple(
+            Part(p.name, (Band(source.dim, max(bits, 8) if p.name == "x0" else bits),)) for p in whole.tiers[0].parts
+        )
+        layout = dataclasses.replace(whole, tiers=(Tier(rows, parts),))
+        if layout.total_bytes <= total:
+            fitting.append(layout)
+    return fitting[:2]
+
+
+def _measure(source, scorer, names, bases, weights, order, tier_rows) -> list[_PartTable]:
+    """Errors and importance of every part."""
+    samples, starts = [], np.cumsum([0, *tier_rows])
+    for start, rows in zip(starts, tier_rows):
+        tokens = order[start : start + rows]
+        picked = tokens if rows <= _SAMPLED_ROWS else tokens[np.linspace(0, rows - 1, _SAMPLED_ROWS).astype(int)]
+        samples.append(picked.astype(np.int32))
+    sampled = [full_vectors(source, ids) for ids in samples]
+    share = [weights[order[a : a + n]].sum() / weights.sum() for a, n in zip(starts, tier_rows)]
+    vectors = full_vectors(source, scorer.ids)
+    base = scorer.nats(vectors)
+    rises = {}
+    progress = cli.Progress("importance", len(names), "part")
+    for number, name in enumerate(names):
+        coarse = _through(Band(source.dim, _PROBE_BITS), vectors[name])
+        error = np.average(np.asarray(jnp.square(coarse - vectors[name]).sum(1)), weights=scorer.counts)
+        rise = scorer.nats(vectors | {name: coarse}) - base
+        drop = None if name == "x0" else scorer.nats(vectors | {name: jnp.zeros_like(coarse)}) - base
+        rises[name] = (rise / error, drop)
+        progress.update(number + 1)
+    progress.close()
+    least = _LEAST_IMPORTANCE * max(r for r, _ in rises.values())
+    tables = []
+    for name in names:
+        importance, drop = max(rises[name][0], least), rises[name][1]
+        plain = np.array([
+            [_mean_error(Band(source.dim, bits), x[name], weights[ids]) for bits in _BITS]
+            for x, ids in zip(sampled, samples)
+        ])  # fmt: skip
+        factor = importance * np.array(share)[:, None]
+        sizes = [min(GROUP, source.dim - g) for g in range(0, source.dim, GROUP)]
+        groups = None
+        if name in bases:
+            errors = [_group_errors(x[name], bases[name], weights[ids], sizes) for x, ids in zip(sampled, samples)]
+            groups = factor[..., None] * np.array(errors)
+        # A part never costs less than nothing, whatever a short text says.
+        tables.append(_PartTable(name, None if drop is None else max(drop, 0.0), factor * plain, groups, sizes))
+    return tables
+
+
+@functools.partial(jax.jit, static_argnames="band")
+def _through(band: Band, x_Un):
+    """Encoded and decoded."""
+    return codec.decode_band(band, codec.encode_band(band, x_Un)).astype(jnp.float32)
+
+
+def _mean_error(band, x_Un, weights):
+    errors = np.asarray(jnp.square(_through(band, x_Un) - x_Un).sum(1))
+    return np.average(errors, weights=weights)
+
+
+def _group_errors(x_UD, basis, weights, sizes):
+    """[group, 1 + bits] of coefficients in the rotated basis; floats of 16 bits are left to plain parts."""
+    coefficients = x_UD @ basis.astype(jnp.float32).T
+    out, start = [], 0
+    for size in sizes:
+        c = coefficients[:, start : start + size]
+        nothing = np.average(np.asarray(jnp.square(c).sum(1)), weights=weights)
+        out.append([nothing] + [_mean_error(Band(size, bits), c, weights) for bits in _BITS])
+        start += size
+    return out
+
+
+def _solve(source, tables: list[_PartTable], tier_rows: list[int], total: int) -> Layout:
+    """The layout of least expected loss within `total` bytes."""
+
+    def layout_at(price):
+        tiers = [[] for _ in tier_rows]
+        for table in tables:
+            for parts, part in zip(tiers, _best(table, tier_rows, source.dim, price)):
+                if part is not None:
+                    parts.append(part)
+        return Layout(
+            source.dim, source.layers, source.has_x0,
+            tuple(Tier(rows, tuple(parts)) for rows, parts in zip(tier_rows, tiers)),
+        )  # fmt: skip
+
+    low, high = 1e-30, 1e6  # nats a byte
+    least = layout_at(high)
+    if least.total_bytes > total or not any(tier.parts for tier in least.tiers) and total < 1:
+        raise UserError(f"the budget: expected at least {least.total_bytes:,} bytes, found {total:,}")
+    for _ in range(100):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if layout_at(middle).total_bytes <= total else (middle, high)
+    return layout_at(high)
+
+
+def _best(table: _PartTable, tier_rows, dim, price) -> list[Part | None]:
+    """A part's cheapest choice for each tier, where nats and bytes are weighed by `price`."""
+    plain, plain_cost = [], 0.0
+    for rows, losses in zip(tier_rows, table.plain_loss):
+        costs = [loss + price * rows * Band(dim, bits).bytes for loss, bits in zip(losses, _BITS)]
+        k = int(np.argmin(costs))
+        plain.append(Part(table.name, (Band(dim, _BITS[k]),)))
+        plain_cost += costs[k]
+    choices = [(plain_cost, plain)]
+    if table.group_loss is not None:
+        choices.append(_rotated(table, tier_rows, dim, price))
+    if table.drop_loss is not None:
+        choices.append((table.drop_loss, [None] * len(tier_rows)))
+    return min(choices, key=lambda choice: choice[0])[1]
+
+
+def _rotated(table, tier_rows, dim, price):
+    """Each group of coefficients at the bits that pay for it; past the first that none pay for, nothing is stored."""
+    parts, cost, most = [], 0.0, 0
+    for rows, losses in zip(tier_rows, table.group_loss):
+        bytes_ = np.array([[0] + [Band(size, bits).bytes for bits in _BITS] for size in table.sizes])
+        costs = losses + price * rows * bytes_
+        best = costs.argmin(1)
+        kept = int(np.argmin(best)) if (best == 0).any() else len(best)
+        bits = [_BITS[k - 1] for k in best[:kept]]
+        cost += costs[np.arange(kept), best[:kept]].sum() + losses[kept:, 0].sum()
+        most = max(most, sum(table.sizes[:kept]))
+        bands: list[Band] = []
+        for size, b in zip(table.sizes, bits):
+            if bands and bands[-1].bits == b:
+                bands[-1] = Band(bands[-1].size + size, b)
+            else:
+                bands.append(Band(size, b))
+        parts.append(Part(table.name, tuple(bands), rotated=True) if bands else None)
+    return cost + price * most * dim * 2, parts

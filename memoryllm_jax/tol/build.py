@@ -1,0 +1,321 @@
+"""Builds a ToL file: rows are made in chunks of tokens on all devices, encoded there, and written where they belong.
+
+Each device owns a contiguous range of the rows of each tier, and each host writes what its devices made. Neither holds
+more than two chunks, so the table may be larger than any memory.
+"""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from memoryllm_jax import cli
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.decoder import live_rows
+from memoryllm_jax.saved import SavedModel
+from memoryllm_jax.tokenizer import Tokenizer
+from memoryllm_jax.tol import codec
+from memoryllm_jax.tol.format import Layout, TolFile, TolWriter
+from memoryllm_jax.tol.read import RowReader
+
+_CHUNK_BYTES = 64 << 20  # of the float32 rows of a chunk on one device
+_CHUNK_ROWS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What a ToL file says of where its rows come from."""
+
+    architecture: str
+    step: int
+    dtype: str  # of the computation that made the rows
+    rows_digest: str
+    decoder_digest: str
+    tokenizer: Tokenizer
+
+
+class LiveSource:
+    """Rows computed from a checkpoint by `jax.vmap` over token ids."""
+
+    def __init__(self, saved: SavedModel):
+        c = self.config = saved.config
+        self.mesh, self.vocab_size = saved.mesh, c.vocab_size
+        self.dim, self.layers, self.has_x0 = c.dim, c.layers, not c.tie_embeddings
+        _, decoder_digest = saved.load(lambda name: not saved.is_memory(name), keep=False)
+        self._params, rows_digest = saved.load(lambda name: saved.is_memory(name) or name == "embedding")
+        digests = {"rows_digest": rows_digest, "decoder_digest": decoder_digest}
+        self.identity = Identity(c.architecture, saved.step, c.dtype, **digests, tokenizer=saved.tokenizer)
+
+        self._rows = _row_function(c)
+
+    def vectors(self, ids_U) -> dict:
+        """{part name: [U, D]} of token ids on the mesh."""
+        with jax.set_mesh(self.mesh):
+            return self._rows(self._params, ids_U)
+
+
+def _row_function(config):
+    """Jitted (params, ids [U]) -> {part name: [U, D]}: one token's row, mapped over the vocabulary."""
+
+    def row(params, token):
+        rows = live_rows(config, params, token[None])
+        x0 = {} if config.tie_embeddings else {"x0": rows.x0_SUD[0, 0]}
+        return x0 | {f"ffn.{layer}": y[0, 0] for layer, y in enumerate(rows.ffn_LSUD)}
+
+    return jax.jit(lambda params, ids_U: jax.vmap(lambda token: row(params, token))(ids_U))
+
+
+class Repair:
+    """Computes damaged rows again from the checkpoint, whose FFN-M weights are loaded for that and let go."""
+
+    def __init__(self, saved: SavedModel, tol: TolFile):
+        self._saved, self._tol = saved, tol
+
+    def __call__(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Encoded rows of the ids. Raises: UserError if the weights are not those the file was made from."""
+        tol, saved = self._tol, self._saved
+        print(f"{tol.path}: {len(ids)} damaged rows, token {ids[0]} first: computed from the weights", file=sys.stderr)
+        params, digest = saved.load(lambda name: saved.is_memory(name) or name == "embedding")
+        if digest != tol.metadata["rows_digest"]:
+            raise UserError(f"{tol.path}: token {ids[0]}: its row is damaged, and the checkpoint has other weights")
+        with jax.set_mesh(saved.mesh):
+            vectors = _row_function(saved.config)(params, jnp.asarray(ids, jnp.int32))
+        bases = {name: jnp.asarray(tol.basis(name)) for name in tol.layout.rotated}
+        tiers = tol.tier_of_row[tol.row_of_token[ids]]
+        encoded = [np.asarray(codec.encode(tier.parts, vectors, bases)) for tier in tol.layout.tiers]
+        return [encoded[tier][i] for i, tier in enumerate(tiers)]
+
+
+class FileSource:
+    """Rows of an existing ToL file, decoded, with the edits of an overlay."""
+
+    def __init__(self, tol: TolFile, mesh, overlay=None):
+        meta, layout = tol.metadata, tol.layout
+        self._overlay = overlay
+        self._edits = overlay.arrays() if overlay else None
+        self.mesh, self.vocab_size = mesh, tol.vocab_size
+        self.dim, self.layers, self.has_x0 = layout.dim, layout.layers, layout.has_x0
+        digests = {"rows_digest": meta["rows_digest"], "decoder_digest": meta["decoder_digest"]}
+        self.identity = Identity(
+            meta["architecture"], int(meta["step"]), meta["dtype"], **digests, tokenizer=tol.tokenizer()
+        )
+        self._reader = RowReader(tol)
+        self._decode = RowDecoder(tol)
+
+    def vectors(self, ids_U) -> dict:
+        raw, tier = self._reader.read(np.asarray(ids_U))
+        vectors = self._decode(raw, tier)
+        zeros = jnp.zeros((len(raw), self.dim), jnp.float32)
+        vectors = {f"ffn.{layer}": zeros for layer in range(self.layers)} | vectors
+        if self._overlay is not None:
+            ffn = [vectors[f"ffn.{layer}"] for layer in range(self.layers)]
+            edited = self._overlay.apply(self._edits, jnp.asarray(ids_U), ffn)
+            vectors |= {f"ffn.{layer}": y for layer, y in enumerate(edited)}
+        return vectors
+
+
+class RowDecoder:
+    """Encoded rows of a file -> {part name: [U, D]} on the device."""
+
+    def __init__(self, tol: TolFile, device=None):
+        self._bases = {name: jax.device_put(tol.basis(name), device) for name in tol.layout.rotated}
+        self._decode = jax.jit(lambda raw, tier, bases: decode_rows(tol.layout, raw, tier, bases))
+
+    def __call__(self, raw, tier_U) -> dict:
+        return self._decode(raw, tier_U, self._bases)
+
+
+def decode_rows(layout: Layout, raw, tier_U, bases) -> dict:
+    """{part name: [U, D]}; a layer that a row's tier drops is zero, one that all drop is absent. For use in jit."""
+    decoded = [codec.decode(tier.parts, raw[:, : tier.stride], bases) for tier in layout.tiers]
+    if len(decoded) == 1:
+        return decoded[0]
+    out = {}
+    for number, vectors in enumerate(decoded):
+        for name, x in vectors.items():
+            out[name] = jnp.where((tier_U == number)[:, None], x.astype(jnp.float32), out.get(name, 0.0))
+    return out
+
+
+def chunks_of(rows: int, devices: int, dim: int, parts: int):
+    """(rows a device owns, rows of a chunk on a device, chunks) of a tier."""
+    owned = -(-rows // devices)
+    size = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // (4 * dim * max(parts, 1)), owned))
+    return owned, size, -(-owned // size)
+
+
+class _Chunks:
+    """The rows of one tier, chunk by chunk: global arrays in which every device holds rows of its own range."""
+
+    def __init__(self, mesh, rows: int, dim: int, parts: int):
+        self.rows, self.devices = rows, mesh.size
+        self.owned, self.size, self.count = chunks_of(rows, mesh.size, dim, parts)
+        self.sharding = NamedSharding(mesh, P(mesh.axis_names))
+
+    def span(self, device: int, chunk: int) -> tuple[int, int]:
+        """First row and number of rows that a device has in a chunk; none at the ends."""
+        first = device * self.owned + chunk * self.size
+        end = min(first + self.size, (device + 1) * self.owned, self.rows)
+        return min(first, self.rows), max(0, end - first)
+
+    def place(self, values: np.ndarray, chunk: int, fill):
+        """`values[row]` of the chunk's rows as a global array; `fill` where a device has none."""
+
+        def local(index):
+            first, count = self.span((index[0].start or 0) // self.size, chunk)
+            part = np.full(self.size, fill, values.dtype)
+            part[:count] = values[first : first + count]
+            return part
+
+        return jax.make_array_from_callback((self.devices * self.size,), self.sharding, local)
+
+    def local_parts(self, array, chunk: int):
+        """(first row, rows as numpy) of what this host's devices hold of a chunk's result."""
+        for shard in array.addressable_shards:
+            first, count = self.span((shard.index[0].start or 0) // self.size, chunk)
+            if count:
+                yield first, np.asarray(shard.data)[:count]
+
+
+def build(
+    source, layout: Layout, output: str, order: np.ndarray, counts=None, successors=None, bases=None, label="precompute"
+) -> str:
+    """Writes the file, or goes on with one that was left unfinished. On several hosts, call it on all of them.
+
+    Args:
+      order: token ids in the order of the rows.
+      counts: int64 [V], how often each occurs, if known.  successors: int32 [V, n], likely next tokens, if known.
+      bases: {part name: [rank, D]} for the layout's rotated parts.
+    Returns: one line on what was written. Raises: UserError.
+    """
+    mesh, host, hosts = source.mesh, jax.process_index(), jax.process_count()
+    tokenizer = np.frombuffer(source.identity.tokenizer.content, np.uint8)
+    extra = {"row_of_token": ("I32", (len(order),)), "tokenizer": ("U8", tokenizer.shape)}
+    extra |= {"counts": ("I64", (len(order),))} if counts is not None else {}
+    extra |= {"successors": ("I32", successors.shape)} if successors is not None else {}
+    extra |= {f"basis.{name}": ("BF16", (rank, layout.dim)) for name, rank in layout.rotated.items()}
+    writer = TolWriter(output, layout, extra, _metadata(source.identity, layout, len(order)), host)
+    try:
+        going_on = False
+        if host == 0:
+            going_on = writer.begin()
+        _sync("begun", hosts)
+        if host:
+            writer.begin()
+        if host == 0 and not going_on:
+            row_of_token = np.empty(len(order), np.int32)
+            row_of_token[order] = np.arange(len(order))
+            writer.write("row_of_token", row_of_token)
+            writer.write("tokenizer", tokenizer)
+            if counts is not None:
+                writer.write("counts", counts.astype(np.int64))
+            if successors is not None:
+                writer.write("successors", successors.astype(np.int32))
+            for name, basis in (bases or {}).items():
+                writer.write(f"basis.{name}", np.asarray(basis).astype(ml_dtypes.bfloat16).view(np.uint16))
+        _write_tiers(source, layout, writer, order, bases or {}, label)
+        _sync("written", hosts)
+        if host == 0:
+            writer.finish(range(hosts))
+    finally:
+        writer.close()
+    return f"{output}: {layout.codec()}, {layout.rows:,} rows, {writer.size:,} bytes"
+
+
+def _write_tiers(source, layout, writer, order, bases, label):
+    mesh = source.mesh
+    replicated = NamedSharding(mesh, P())
+    bases = {name: jax.device_put(np.asarray(b).astype(ml_dtypes.bfloat16), replicated) for name, b in bases.items()}
+    tiers = [_Chunks(mesh, t.rows, layout.dim, layout.layers + layout.has_x0) for t in layout.tiers]
+    work = [(number, chunk) for number, tier in enumerate(tiers) for chunk in range(tier.count)]
+    start = _agree(writer.done())
+    progress = cli.Progress(label, len(work), "chunk", initial=start, enabled=jax.process_index() == 0)
+    if start:
+        progress.line(f"going on from chunk {start} of {len(work)}")
+    encoders = [
+        jax.jit(lambda vectors, bases, parts=tier.parts: codec.encode(parts, vectors, bases)) for tier in layout.tiers
+    ]
+    firsts = np.cumsum([0] + [tier.rows for tier in layout.tiers])
+    pending = None
+    for position, (number, chunk) in enumerate([*work[start:], (None, None)], start):
+        upcoming = None
+        if number is not None and layout.tiers[number].stride:
+            tokens = order[firsts[number] : firsts[number + 1]].astype(np.int32)
+            ids = tiers[number].place(tokens, chunk, tokens[0])
+            upcoming = encoders[number](source.vectors(ids), bases), number, chunk
+        if pending is not None:
+            raw, earlier, part = pending
+            for first, rows in tiers[earlier].local_parts(raw, part):
+                writer.write_rows(earlier, first, rows)
+            writer.record(position)
+            progress.update(position)
+        pending = upcoming
+    progress.close()
+
+
+def _metadata(identity: Identity, layout: Layout, vocab_size: int) -> dict[str, str]:
+    kept = layout.kept_layers()
+    return {
+        "format": "memoryllm_tol",
+        "version": "1",
+        "architecture": identity.architecture,
+        "vocab_size": str(vocab_size),
+        "codec": layout.codec(),
+        "dtype": identity.dtype,
+        "kept_layers": json.dumps(kept),
+        "dropped_layers": json.dumps([layer for layer in range(layout.layers) if layer not in kept]),
+        "step": str(identity.step),
+        "rows_digest": identity.rows_digest,
+        "decoder_digest": identity.decoder_digest,
+        "tokenizer_kind": identity.tokenizer.kind,
+        "tokenizer_digest": identity.tokenizer.digest,
+        "layout": json.dumps(layout.to_json()),
+    }
+
+
+def grams(source, layout: Layout, names: list[str], weights_V: np.ndarray, label="measuring") -> dict[str, np.ndarray]:
+    """{part name: sum over tokens of weight * x x^T, float32 [D, D]} of full rows: what low rank is found from."""
+    chunks = _Chunks(source.mesh, source.vocab_size, layout.dim, layout.layers + layout.has_x0)
+    ids = np.arange(source.vocab_size, dtype=np.int32)
+
+    @jax.jit
+    def add(total, vectors, weights):
+        def gram(name):
+            x = vectors[name].astype(jnp.float32)
+            return jnp.einsum("ud,ue->de", x * weights[:, None], x, precision="highest")
+
+        return {name: total[name] + gram(name) for name in names}
+
+    total = {name: jnp.zeros((layout.dim, layout.dim), jnp.float32) for name in names}
+    progress = cli.Progress(label, chunks.count, "chunk", enabled=jax.process_index() == 0)
+    for chunk in range(chunks.count):
+        vectors = source.vectors(chunks.place(ids, chunk, 0))
+        total = add(total, vectors, chunks.place(weights_V.astype(np.float32), chunk, 0))
+        progress.update(chunk + 1)
+    progress.close()
+    return jax.device_get(total)
+
+
+def basis_of(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(eigenvalues, eigenvectors as rows [D, D]) in falling order: the right singular vectors of a layer's rows."""
+    values, vectors = np.linalg.eigh(gram.astype(np.float64))
+    return values[::-1].clip(0), np.ascontiguousarray(vectors[:, ::-1].T).astype(np.float32)
+
+
+def _agree(done: int) -> int:
+    """The least of all hosts' chunks."""
+    if jax.process_count() == 1:
+        return done
+    return int(multihost_utils.process_allgather(np.int32(done)).min())
+
+
+def _sync(name: str, hosts: int) -> None:
+    if hosts > 1:
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,247 @@
+"""Edits of a token memory, kept beside the ToL file in a small overlay: rows of named tokens, and suppressed keys.
+
+An overlay is a safetensors file with a list of edits. An edit either gives rows to tokens, FFN-M's of all layers, or
+takes one key of one layer out of every token's row: with SwiGLU's FFN = sum_i c_i v_i (paper, section 2.3.1), the row of
+token t loses c_i(t) v_i. Edits apply in order, each to what the ones before it left; the embedding x0 stays as it is.
+"""
+
+import dataclasses
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from memoryllm_jax import files
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.saved import SavedModel
+from memoryllm_jax.tol.build import RowDecoder
+from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.read import RowReader
+
+OPERATIONS = ("swap", "replace", "blend", "zero", "suppress")
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One entry of an overlay.
+
+    Attributes:
+      text: what a person asked for.
+      ids, rows: token ids [n] and their new rows float32 [n, layers, D]; None for a suppressed key.
+      layer, coefficients, value: of a suppressed key: float32 [V] and [D]; else None.
+    """
+
+    text: str
+    ids: np.ndarray | None = None
+    rows: np.ndarray | None = None
+    layer: int | None = None
+    coefficients: np.ndarray | None = None
+    value: np.ndarray | None = None
+
+
+class Overlay:
+    """The edits of one ToL file's rows. Raises: UserError if the overlay was made for other rows."""
+
+    def __init__(self, tol: TolFile, edits: list[Edit]):
+        self.tol, self.edits = tol, edits
+
+    @classmethod
+    def open(cls, path: str, tol: TolFile, missing_ok: bool = False) -> "Overlay":
+        if missing_ok and not os.path.exists(path):
+            return cls(tol, [])
+        try:
+            with safetensors.safe_open(path, "numpy") as file:
+                meta = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if meta.get("format") != "memoryllm_overlay":
+                raise ValueError("its metadata is not that of one")
+            listed = json.loads(meta["edits"])
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            raise UserError(f"{path}: expected an overlay that `tol edit` wrote: {error}") from error
+        if meta["rows_digest"] != tol.metadata["rows_digest"]:
+            raise UserError(
+                f"{path}: made for other rows than those of {tol.path}: "
+                f"{meta['rows_digest'][:12]}, found {tol.metadata['rows_digest'][:12]}"
+            )
+        names = ("ids", "rows", "coefficients", "value")
+        edits = [
+            Edit(e["text"], layer=e["layer"], **{n: arrays.get(f"{k}.{n}") for n in names})
+            for k, e in enumerate(listed)
+        ]
+        return cls(tol, edits)
+
+    def save(self, path: str) -> None:
+        listed = [{"text": e.text, "layer": e.layer} for e in self.edits]
+        meta = {"format": "memoryllm_overlay", "rows_digest": self.tol.metadata["rows_digest"]}
+        meta["edits"] = json.dumps(listed)
+        tensors = {
+            f"{k}.{name}": np.ascontiguousarray(array)
+            for k, edit in enumerate(self.edits)
+            for name in ("ids", "rows", "coefficients", "value")
+            if (array := getattr(edit, name)) is not None
+        }
+        files.write_bytes(path, safetensors.numpy.save(tensors, meta))
+
+    def arrays(self) -> list[dict]:
+        """What `apply` needs on the device."""
+        out = []
+        for edit in self.edits:
+            if edit.ids is None:
+                out.append({"coefficients": edit.coefficients, "value": edit.value})
+            else:
+                order = np.argsort(edit.ids)
+                out.append({"ids": edit.ids[order], "rows": edit.rows[order]})
+        return out
+
+    def apply(self, arrays: list[dict], ids_U, ffn: list) -> list:
+        """Rows [U, D] of every layer (None where dropped) with the edits. For use in jit."""
+        ffn = list(ffn)
+        for edit, a in zip(self.edits, arrays):
+            if edit.ids is None:
+                y = 0.0 if ffn[edit.layer] is None else ffn[edit.layer]
+                ffn[edit.layer] = y - a["coefficients"][ids_U][:, None] * a["value"]
+                continue
+            at = jnp.clip(jnp.searchsorted(a["ids"], ids_U), 0, len(edit.ids) - 1)
+            hit = (a["ids"][at] == ids_U)[:, None]
+            for layer, y in enumerate(ffn):
+                ffn[layer] = jnp.where(hit, a["rows"][at, layer], 0.0 if y is None else y)
+        return ffn
+
+    def touched(self) -> np.ndarray:
+        """Ids of tokens that some edit gives rows."""
+        ids = [e.ids for e in self.edits if e.ids is not None]
+        return np.unique(np.concatenate(ids)) if ids else np.empty(0, np.int32)
+
+
+class Editor:
+    """Makes edits of one ToL file.
+
+    Args:
+      workdir: of the model, which suppressing keys needs for its weights.
+    """
+
+    def __init__(self, tol: TolFile, overlay: Overlay, workdir: str = ""):
+        self.tol, self.overlay, self.workdir = tol, overlay, workdir
+        self.tokenizer = tol.tokenizer()
+
+    def token(self, text: str) -> int:
+        """The id of `#ID` or of a text that is one token. Raises: UserError."""
+        if text.startswith("#") and text[1:].isdecimal():
+            if int(text[1:]) >= self.tol.vocab_size:
+                raise UserError(f"token {text}: expected an id below {self.tol.vocab_size}")
+            return int(text[1:])
+        ids = self.tokenizer.encode(text)
+        if len(ids) != 1:
+            pieces = ", ".join(f"#{i} {self.tokenizer.decode([i])!r}" for i in ids)
+            raise UserError(f"token {text!r}: expected one token, found {len(ids)} ({pieces}); name one as #ID")
+        return ids[0]
+
+    def rows(self, ids: list[int]) -> np.ndarray:
+        """float32 [n, layers, D] of tokens, with the overlay's edits so far."""
+        return read_rows(self.tol, np.array(ids, np.int32), self.overlay)
+
+    def add(self, operation: str, spec: str) -> None:
+        """Adds an edit: swap=A,B  replace=A,B (A gets B's rows)  blend=A,B,SHARE  zero=A  suppress=LAYER:KEY."""
+        if operation == "suppress":
+            return self._suppress(spec)
+        fields = _fields(operation, spec, {"swap": 2, "replace": 2, "blend": 3, "zero": 1}[operation])
+        share = _share(fields.pop()) if operation == "blend" else None
+        ids = [self.token(field) for field in fields]
+        if len(set(ids)) < len(ids):
+            raise UserError(f"--{operation}={spec}: expected two different tokens, found the same twice")
+        rows = self.rows(ids)
+        new = {
+            "swap": lambda: (ids, rows[::-1]),
+            "replace": lambda: (ids[:1], rows[1:]),
+            "blend": lambda: (ids[:1], (1 - share) * rows[:1] + share * rows[1:]),
+            "zero": lambda: (ids, np.zeros_like(rows)),
+        }[operation]()
+        names = " ".join(f"#{i} {self.tokenizer.decode([i])!r}" for i in ids)
+        text = f"{operation} {names}" + (f" {share:g}" if operation == "blend" else "")
+        self.overlay.edits.append(Edit(text, np.array(new[0], np.int32), new[1].astype(np.float32)))
+
+    def _suppress(self, spec):
+        layer, _, key = spec.partition(":")
+        if not (layer.isdecimal() and key.isdecimal()):
+            raise UserError(f"--suppress={spec}: expected LAYER:KEY, two numbers")
+        if not self.workdir:
+            raise UserError("--suppress: a key's coefficients come from the weights: give --workdir")
+        layer, key = int(layer), int(key)
+        saved = SavedModel(self.workdir, int(self.tol.metadata["step"]), self.tol.metadata["dtype"])
+        c = saved.config
+        self.tol.check_model(c, saved.tokenizer.digest, None)
+        if layer >= c.layers or key >= c.memory_dim:
+            raise UserError(f"--suppress={spec}: expected a layer below {c.layers} and a key below {c.memory_dim}")
+        if layer not in self.tol.layout.kept_layers():
+            raise UserError(
+                f"--suppress={spec}: expected a layer that {self.tol.path} holds, found one that it dropped"
+            )
+        coefficients, value = key_of(saved, layer, key, self.tol.metadata["rows_digest"])
+        coefficients[self.overlay.touched()] = 0.0  # rows that an edit gave hold no such key
+        text = f"suppress layer {layer} key {key}"
+        self.overlay.edits.append(Edit(text, layer=layer, coefficients=coefficients, value=value))
+
+    def undo(self, count: int) -> list[str]:
+        """Takes back the last edits. Returns: what they were. Raises: UserError if there are fewer."""
+        edits = self.overlay.edits
+        if not 1 <= count <= len(edits):
+            raise UserError(f"--undo={count}: expected from 1 to {len(edits)}, the number of edits")
+        gone = [edit.text for edit in edits[-count:]]
+        del edits[-count:]
+        return gone
+
+
+def read_rows(tol: TolFile, ids: np.ndarray, overlay: Overlay | None = None) -> np.ndarray:
+    """float32 [n, layers, D] of distinct tokens, decoded, with the edits of an overlay; dropped layers are zero."""
+    reader = RowReader(tol)
+    raw, tier = reader.read(ids)
+    reader.close()
+    vectors = RowDecoder(tol)(raw, tier)
+    ffn = [vectors.get(f"ffn.{layer}") for layer in range(tol.layout.layers)]
+    if overlay is not None:
+        ffn = overlay.apply(overlay.arrays(), jnp.asarray(ids), ffn)
+    zeros = np.zeros((len(ids), tol.layout.dim), np.float32)
+    return np.stack([zeros if y is None else np.asarray(y, np.float32) for y in ffn], 1)
+
+
+def key_of(saved: SavedModel, layer: int, key: int, rows_digest: str) -> tuple[np.ndarray, np.ndarray]:
+    """(c_key(t) of every token t [V], v_key [D]) of FFN-M of a layer, float32. Raises: UserError for other weights."""
+    from memoryllm_jax.model import Norm
+
+    params, digest = saved.load(lambda name: saved.is_memory(name) or name == "embedding")
+    if digest != rows_digest:
+        raise UserError(f"the weights of {saved.step} are not those that the rows were made from")
+    p, c = params["memory"][layer], saved.config
+
+    @jax.jit
+    def coefficients(x0_UD):
+        q = Norm(c).apply({"params": p["norm"]}, x0_UD).astype(jnp.float32)
+        gate, up = (p["ffn"][name][:, key].astype(jnp.float32) for name in ("gate", "up"))
+        return jax.nn.silu(q @ gate) * (q @ up)
+
+    with jax.set_mesh(saved.mesh):
+        step, table = 8192, params["embedding"]
+        parts = [np.asarray(coefficients(table[i : i + step])) for i in range(0, len(table), step)]
+    return np.concatenate(parts), np.asarray(p["ffn"]["down"][key], np.float32)
+
+
+def _fields(operation, spec, count):
+    """Comma-separated names; a doubled comma is a comma."""
+    fields = [f.replace("\0", ",") for f in spec.replace(",,", "\0").split(",")]
+    if len(fields) != count or not all(fields):
+        raise UserError(f"--{operation}={spec}: expected {count} names with commas between them, found {len(fields)}")
+    return fields
+
+
+def _share(text) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UserError(f"--blend: expected a share from 0 to 1, found {text!r}")
+    return share

@@ -1,0 +1,390 @@
+"""The ToL file: a safetensors file whose rows can be read by position. docs/tol.md is its specification."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+
+import numpy as np
+import xxhash
+
+from memoryllm_jax import files
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.tol.codec import FLOATS, INTEGERS, Band, Part
+
+VERSION = 1
+ALIGN = 4096  # bytes; data, and the rows of each tier, begin at a multiple
+_DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64, "F32": np.float32, "BF16": np.uint16}
+_MAX_HEADER = 100_000_000  # bytes; what readers of safetensors accept
+
+
+@dataclasses.dataclass(frozen=True)
+class Tier:
+    """`rows` consecutive rows that are encoded alike."""
+
+    rows: int
+    parts: tuple[Part, ...]
+
+    @property
+    def stride(self) -> int:
+        """Bytes of a row."""
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def plain(self) -> int:
+        """16 or 32 if every element is a float of that size, so that the rows are one ordinary tensor; else 0."""
+        kinds = {(band.bits, band.size) for part in self.parts for band in part.bands}
+        single = len(kinds) == 1 and not any(part.rotated or len(part.bands) > 1 for part in self.parts)
+        return next(iter(kinds))[0] if single and next(iter(kinds))[0] in FLOATS else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What every row of the file holds; rows of the first tier come first."""
+
+    dim: int
+    layers: int
+    has_x0: bool
+    tiers: tuple[Tier, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(tier.rows for tier in self.tiers)
+
+    @property
+    def stride(self) -> int:
+        """Bytes of the longest row."""
+        return max(tier.stride for tier in self.tiers)
+
+    @property
+    def rotated(self) -> dict[str, int]:
+        """{part name: largest rank of any tier} of the parts that need a basis."""
+        ranks: dict[str, int] = {}
+        for part in (p for tier in self.tiers for p in tier.parts if p.rotated):
+            ranks[part.name] = max(ranks.get(part.name, 0), part.rank)
+        return ranks
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(tier.rows * tier.stride for tier in self.tiers)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all rows and bases: what a budget counts."""
+        return self.row_bytes + sum(rank * self.dim * 2 for rank in self.rotated.values())
+
+    def kept_layers(self) -> list[int]:
+        """Layers that some tier holds."""
+        names = {part.name for tier in self.tiers for part in tier.parts}
+        return [layer for layer in range(self.layers) if f"ffn.{layer}" in names]
+
+    def codec(self) -> str:
+        """In few words, for people."""
+        bits = sorted({b.bits for t in self.tiers for p in t.parts for b in p.bands}, reverse=True)
+        names = [{32: "float32", 16: "bfloat16"}.get(b, f"int{b}") for b in bits]
+        return "+".join(names) + (", low rank" if self.rotated else "")
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: dict) -> "Layout":
+        def part(p):
+            return Part(p["name"], tuple(Band(b["size"], b["bits"]) for b in p["bands"]), p["rotated"])
+
+        tiers = tuple(Tier(t["rows"], tuple(part(p) for p in t["parts"])) for t in tree["tiers"])
+        return cls(tree["dim"], tree["layers"], tree["has_x0"], tiers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies: its first byte counts from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(_DTYPES[self.dtype]).itemsize
+
+
+def plan(layout: Layout, extra: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]):
+    """(header bytes, {tensor name: Tensor}, size of the file) of a file to be written.
+
+    `extra`: {name: (dtype, shape)} of what comes beside the rows and their checksums.
+    """
+    entries, offset = [], 0
+
+    def add(name, dtype, shape):
+        nonlocal offset
+        tensor = Tensor(dtype, shape, offset)
+        entries.append((name, tensor))
+        offset += tensor.nbytes
+
+    for number, tier in enumerate(layout.tiers):
+        if offset % ALIGN:
+            add(f"padding.{number}", "U8", (-offset % ALIGN,))
+        if tier.plain:
+            width = tier.parts[0].rank
+            add(f"rows.{number}", {16: "BF16", 32: "F32"}[tier.plain], (tier.rows, len(tier.parts), width))
+        else:
+            add(f"rows.{number}", "U8", (tier.rows, tier.stride))
+    if offset % 8:
+        add("padding", "U8", (-offset % 8,))
+    add("checksums", "U64", (layout.rows,))
+    for name, (dtype, shape) in sorted(extra.items(), key=lambda item: -np.dtype(_DTYPES[item[1][0]]).itemsize):
+        add(name, dtype, shape)
+    header: dict = {"__metadata__": metadata}
+    for name, t in entries:
+        header[name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.start, t.start + t.nbytes]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % ALIGN)
+    start = 8 + len(text)
+    tensors = {name: dataclasses.replace(t, start=start + t.start) for name, t in entries}
+    return len(text).to_bytes(8, "little") + text, tensors, start + offset
+
+
+def checksum(row: np.ndarray) -> int:
+    """XXH3-64 of a row's bytes."""
+    return xxhash.xxh3_64_intdigest(row)
+
+
+class TolFile:
+    """A ToL file opened for reading, its header checked against its size and itself.
+
+    Attributes:
+      path, fd: of the file.  size: bytes.  layout, tensors.  metadata: {name: text} as in docs/tol.md.
+      row_of_token: int32 [V].
+    Raises: UserError that names the file and what is wrong.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{path}: expected a ToL file: {error.strerror}") from error
+        try:
+            self._read_header()
+            self.row_of_token = self.read("row_of_token")
+            if not np.array_equal(np.sort(self.row_of_token), np.arange(self.vocab_size)):
+                raise UserError(f"{path}: row_of_token: expected each of {self.vocab_size} rows once; it is damaged")
+            self._check_parts()
+        except Exception:
+            self.close()
+            raise
+        strides = np.repeat([t.stride for t in self.layout.tiers], [t.rows for t in self.layout.tiers])
+        firsts = np.cumsum([0] + [t.rows for t in self.layout.tiers])[:-1]
+        self.tier_of_row = np.repeat(np.arange(len(firsts)), [t.rows for t in self.layout.tiers])
+        starts = np.array([self.tensors[f"rows.{k}"].start for k in range(len(firsts))])
+        within = np.arange(self.vocab_size) - firsts[self.tier_of_row]
+        self.start_of_row = starts[self.tier_of_row] + within * strides
+        self.stride_of_row = strides
+        self._checksums = None
+
+    def _read_header(self):
+        self.size = os.fstat(self.fd).st_size
+        try:
+            length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
+            if self.size < 8 or not 0 < length <= min(_MAX_HEADER, self.size - 8):
+                raise ValueError(f"a header of {length} bytes in a file of {self.size}")
+            header = json.loads(os.pread(self.fd, length, 8))
+            self.metadata = header.pop("__metadata__")
+            kind, version = self.metadata["format"], self.metadata["version"]
+            if kind != "memoryllm_tol" or version != str(VERSION):
+                raise ValueError(f"format {kind!r} version {version!r}, where this reads version {VERSION}")
+            self.layout = Layout.from_json(json.loads(self.metadata["layout"]))
+            self.tensors = {
+                name: Tensor(t["dtype"], tuple(t["shape"]), 8 + length + t["data_offsets"][0])
+                for name, t in header.items()
+            }
+            self.vocab_size = int(self.metadata["vocab_size"])
+            end = max(t.start + t.nbytes for t in self.tensors.values())
+            rows = [self.tensors[f"rows.{k}"] for k in range(len(self.layout.tiers))]
+            needed = {"row_of_token": 4 * self.vocab_size, "checksums": 8 * self.vocab_size}
+            needed |= {f"rows.{k}": t.rows * t.stride for k, t in enumerate(self.layout.tiers)}
+            needed |= {f"basis.{n}": r * self.layout.dim * 2 for n, r in self.layout.rotated.items()}
+            wrong = [n for n, size in needed.items() if n not in self.tensors or self.tensors[n].nbytes != size]
+            if wrong or len(rows) == 0 or self.layout.rows != self.vocab_size:
+                raise ValueError(f"a layout that does not fit its tensors {', '.join(wrong)}")
+            if any(b.bits not in (*FLOATS, *INTEGERS) for t in self.layout.tiers for p in t.parts for b in p.bands):
+                raise ValueError("a number of bits that there is no codec for")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.path}: expected a ToL file, found {error}") from error
+        if self.size != end:
+            raise UserError(f"{self.path}: expected {end} bytes, found {self.size}; it is truncated or damaged")
+
+    def _check_parts(self):
+        named = set(json.loads(self.metadata["dropped_layers"]))
+        expected = {f"ffn.{layer}" for layer in range(self.layout.layers)} | ({"x0"} if self.layout.has_x0 else set())
+        for tier in self.layout.tiers:
+            missing = expected - {part.name for part in tier.parts} - {f"ffn.{layer}" for layer in named}
+            if missing:
+                raise UserError(f"{self.path}: expected rows of {', '.join(sorted(missing))}, found none")
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole tensor; BF16 comes as uint16 bit patterns. Raises: UserError."""
+        tensor = self.tensors[name]
+        out = np.empty(tensor.shape, _DTYPES[tensor.dtype])
+        read_into(self.fd, memoryview(out).cast("B") if out.nbytes else memoryview(b""), tensor.start, self.path, name)
+        return out
+
+    @property
+    def checksums(self) -> np.ndarray:
+        if self._checksums is None:
+            self._checksums = self.read("checksums")
+        return self._checksums
+
+    def basis(self, name: str) -> np.ndarray:
+        """[rank, D] of a rotated part, bfloat16."""
+        import ml_dtypes
+
+        return self.read(f"basis.{name}").view(ml_dtypes.bfloat16)
+
+    def token_of_row(self) -> np.ndarray:
+        return np.argsort(self.row_of_token).astype(np.int32)
+
+    def tokenizer(self):
+        from memoryllm_jax.tokenizer import Tokenizer
+
+        model = Tokenizer(self.metadata["tokenizer_kind"], self.read("tokenizer").tobytes(), f"of {self.path}")
+        if model.digest != self.metadata["tokenizer_digest"]:
+            raise UserError(f"{self.path}: the tokenizer in the file does not match its digest; it is damaged")
+        return model
+
+    def check_model(self, config, tokenizer_digest: str, decoder_digest: str | None) -> None:
+        """Refuses a model that the rows were not made for. Raises: UserError that names what differs."""
+        mine = self.metadata
+        pairs = [
+            ("vocabulary", mine["vocab_size"], str(config.vocab_size)),
+            ("width", str(self.layout.dim), str(config.dim)),
+            ("layers", str(self.layout.layers), str(config.layers)),
+            ("architecture", mine["architecture"], config.architecture),
+            ("tokenizer", mine["tokenizer_digest"], tokenizer_digest),
+            ("parameters", mine["decoder_digest"], decoder_digest or mine["decoder_digest"]),
+        ]
+        different = [f"{what} {a[:12]} in the file, {b[:12]} in the model" for what, a, b in pairs if a != b]
+        if different:
+            raise UserError(
+                f"{self.path}: made for another model (its step {mine['step']}): {'; '.join(different)}; "
+                "run precompute on this checkpoint"
+            )
+
+    def close(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+def read_into(fd: int, view: memoryview, start: int, path: str, what: str) -> None:
+    """Fills the view from the file. Raises: UserError that names the file and what was to be read."""
+    done = 0
+    try:
+        while done < len(view):
+            count = os.preadv(fd, [view[done:]], start + done)
+            if count == 0:
+                raise UserError(f"{path}: {what}: expected {len(view)} bytes, found {done}; the file is truncated")
+            done += count
+    except OSError as error:
+        raise UserError(f"{path}: {what}: cannot be read: {error.strerror}") from error
+
+
+class TolWriter:
+    """Writes a ToL file of a known layout in place, in any order, and gives it its name when it is whole.
+
+    Until then it is PATH.part, with PATH.part.HOST holding how many chunks this host has on disk, so that a writer
+    that was killed goes on. Several hosts write one file, each its own rows; the first of them begins and ends it.
+
+    Raises: UserError if the file does not fit the disk or cannot be written.
+    """
+
+    def __init__(self, path: str, layout: Layout, extra, metadata, host: int = 0):
+        self.path, self.layout = path, layout
+        self._part, self._progress, self._host = f"{path}.part", f"{path}.part.{host}", host
+        self._header, self.tensors, self.size = plan(layout, extra, metadata)
+        self._fd = None
+
+    def begin(self) -> bool:
+        """Opens the file, or makes it. Returns whether an earlier writer of the same file is gone on from."""
+        try:
+            if os.path.isdir(self.path):
+                raise UserError(f"{self.path}: expected a name for a file, found a folder")
+            self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o644)
+            files.lock_byte(self._fd, self._part, self._host)
+            same = os.pread(self._fd, len(self._header), 0) == self._header
+            if same and os.fstat(self._fd).st_size == self.size:
+                return True
+            free = os.statvfs(self._part)
+            room = free.f_bavail * free.f_frsize + os.fstat(self._fd).st_blocks * 512
+            if room < self.size:
+                self._give_up()
+                raise UserError(f"{self.path}: needs {self.size:,} bytes, found room for {room:,} on its disk")
+            os.ftruncate(self._fd, 0)
+            if os.path.exists(self._progress):
+                os.remove(self._progress)
+            os.posix_fallocate(self._fd, 0, self.size)
+            self._write(self._header, 0)
+            return False
+        except OSError as error:
+            self._give_up()
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def _give_up(self):
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+            os.remove(self._part)
+
+    def done(self) -> int:
+        """Chunks that this host has written."""
+        return files.read_json(self._progress, "progress")["chunks"] if os.path.exists(self._progress) else 0
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        self._write(np.ascontiguousarray(array), self.tensors[name].start)
+
+    def write_rows(self, tier: int, first: int, raw: np.ndarray) -> None:
+        """Consecutive encoded rows, uint8 [n, stride]; `first` counts within the tier."""
+        raw = np.ascontiguousarray(raw)
+        self._write(raw, self.tensors[f"rows.{tier}"].start + first * self.layout.tiers[tier].stride)
+        sums = np.array([checksum(row) for row in raw], np.uint64)
+        before = sum(t.rows for t in self.layout.tiers[:tier])
+        self._write(sums, self.tensors["checksums"].start + 8 * (before + first))
+
+    def _write(self, data, start):
+        view, done = memoryview(data).cast("B"), 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._fd, view[done:], start + done)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}; run the same line again") from error
+
+    def record(self, chunks: int) -> None:
+        """The first `chunks` chunks of this host are written; makes sure that they are on disk."""
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}; run the same line again") from error
+        files.write_json(self._progress, {"chunks": chunks})
+
+    def read(self, name: str) -> np.ndarray:
+        """What an earlier writer left in a tensor."""
+        tensor = self.tensors[name]
+        out = np.empty(tensor.shape, _DTYPES[tensor.dtype])
+        read_into(self._fd, memoryview(out).cast("B"), tensor.start, self._part, name)
+        return out
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def finish(self, hosts: Iterable[int]) -> None:
+        """Gives the file its name. For the first host, when all have written."""
+        os.fsync(self._fd)
+        os.replace(self._part, self.path)
+        for host in hosts:
+            if os.path.exists(f"{self._part}.{host}"):
+                os.remove(f"{self._part}.{host}")
+        self.close()

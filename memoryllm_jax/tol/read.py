@@ -1,0 +1,108 @@
+"""Rows read by position: several threads of positioned reads, neighbours in one call, every row's checksum verified.
+
+A memory-map would make the disk read ahead megabytes for a row of kilobytes; these reads fetch the row and no more.
+"""
+
+import concurrent.futures
+import os
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.tol.format import TolFile, checksum
+
+THREADS = 16  # reads in flight: what a solid-state disk needs to be busy
+
+
+class RowReader:
+    """Reads encoded rows of tokens.
+
+    Args:
+      repair: token ids -> encoded rows as the file should hold them, for rows whose checksum fails; None where the
+        weights are not at hand.
+    """
+
+    def __init__(self, tol: TolFile, threads: int = THREADS, repair: Callable | None = None):
+        self.tol, self._repair = tol, repair
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads)
+        self._threads = threads
+        self._lock = threading.Lock()
+        self.bytes = self.repaired = 0
+        os.posix_fadvise(tol.fd, 0, 0, os.POSIX_FADV_RANDOM)
+        tol.checksums  # noqa: B018  read before the threads start
+
+    def read(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(uint8 [U, longest row], tier [U]) of distinct token ids. Raises: UserError naming token and file."""
+        rows = self.tol.row_of_token[ids_U]
+        if out is None:
+            out = np.empty((len(rows), self.tol.layout.stride), np.uint8)
+        order = np.argsort(rows)
+        runs = self._runs(rows[order])
+        # Each thread takes a share of the runs of equal size, so that one task a thread is enough.
+        shares = np.array_split(np.arange(len(runs)), min(self._threads, len(runs)))
+        tasks = [[(order[a:b], rows[order[a:b]]) for a, b in (runs[k] for k in share)] for share in shares]
+        if len(tasks) == 1:
+            bad = self._read_runs(tasks[0], out)
+        else:
+            bad = [i for part in self._pool.map(lambda task: self._read_runs(task, out), tasks) for i in part]
+        if bad:
+            self._mend(ids_U, np.array(bad), out)
+        return out, self.tol.tier_of_row[rows].astype(np.int32)
+
+    def _runs(self, rows):
+        """(start, stop) of neighbours that one call reads, of at most 1/threads of all and at most a mebibyte."""
+        most = max(1, min((1 << 20) // self.tol.layout.stride, -(-len(rows) // self._threads)))
+        new = (np.diff(rows) != 1) | (np.diff(self.tol.tier_of_row[rows]) != 0)
+        starts = np.concatenate([[0], np.nonzero(new)[0] + 1, [len(rows)]])
+        pieces = [(s, min(s + most, stop)) for a, stop in zip(starts, starts[1:]) for s in range(a, stop, most)]
+        return [(int(a), int(b)) for a, b in pieces]
+
+    def _read_runs(self, runs, out):
+        bad = []
+        for at, rows in runs:
+            stride = int(self.tol.stride_of_row[rows[0]])
+            views = [memoryview(out[i])[:stride] for i in at]
+            self._fill(views, int(self.tol.start_of_row[rows[0]]), at, rows)
+            sums = self.tol.checksums[rows]
+            bad += [i for i, view, want in zip(at, views, sums) if checksum(view) != want]
+        return bad
+
+    def _fill(self, views, start, at, rows):
+        total = sum(len(view) for view in views)
+        try:
+            count = os.preadv(self.tol.fd, views, start)
+            done = count
+            while done < total:  # a short read: the rest byte range by byte range
+                skip, rest = done, list(views)
+                while rest and skip >= len(rest[0]):
+                    skip -= len(rest.pop(0))
+                rest[0] = rest[0][skip:]
+                count = os.preadv(self.tol.fd, rest, start + done)
+                if count == 0:
+                    raise UserError(f"{self._where(rows)}: the file ends inside its row; it is truncated")
+                done += count
+        except OSError as error:
+            raise UserError(f"{self._where(rows)}: its row cannot be read: {error.strerror}") from error
+        with self._lock:
+            self.bytes += total
+
+    def _where(self, rows) -> str:
+        token = int(np.nonzero(self.tol.row_of_token == rows[0])[0][0])
+        return f"{self.tol.path}: token {token}"
+
+    def _mend(self, ids_U, bad, out):
+        ids = ids_U[bad]
+        if self._repair is None:
+            raise UserError(
+                f"{self.tol.path}: token {ids[0]}: the checksum of its row differs; the file is damaged "
+                "and the weights to compute the row again are not at hand"
+            )
+        with self._lock:
+            self.repaired += len(ids)
+        for i, raw in zip(bad, self._repair(ids)):
+            out[i, : len(raw)] = raw
+
+    def close(self) -> None:
+        self._pool.shutdown()
