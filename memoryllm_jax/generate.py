@@ -1,19 +1,16 @@
 """Generates text from a trained model, its token memory computed live or looked up in a ToL file.
 
     python -m memoryllm_jax.generate --workdir=DIR --prompt="Once upon a time"
-    python -m memoryllm_jax.generate --workdir=DIR --tol=tol.safetensors --rows=disk --cache=256MiB --prompt="..." --stats
+    python -m memoryllm_jax.generate --workdir=DIR --tol=tol.safetensors --rows=disk --prompt="..." --stats
 
 With --tol the FFN-M weights, and the input embedding where it is untied, are never loaded; rows come from the
 device, the host's memory or the disk. Give --prompt more than once, or --prompts=FILE with one a line, for a batch.
 """
 
 import contextlib
-import json
 import sys
 import time
 
-import jax
-import numpy as np
 from absl import flags
 
 from memoryllm_jax import cli, files

@@ -15,6 +15,7 @@ result is measured against the best uniform setting of the same size, and the be
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -88,7 +89,7 @@ def tiers_of(order_counts: np.ndarray) -> list[int]:
     """Rows of each tier, for counts in the order of the rows."""
     share = np.cumsum(order_counts) / max(order_counts.sum(), 1)
     edges = [0, *(int(np.searchsorted(share, c)) + 1 for c in _COVERAGE), len(order_counts)]
-    return [b - a for a, b in zip(edges, edges[1:]) if b > a]
+    return [b - a for a, b in itertools.pairwise(edges) if b > a]
 
 
 @dataclasses.dataclass
@@ -127,14 +128,14 @@ def choose(source, scorer: Scorer, counts: np.ndarray, total: int) -> tuple[Layo
 
     full, found = scorer.nats(vectors), loss(layout)
     peers = [(loss(peer), peer) for peer in _uniform_peers(source, whole, layout.rows, total)]
-    cli_lines = [f"loss on {scorer.tokens:,} tokens of text: full rows {full:.5f}, within the budget {found:.5f}"]
+    lines = [f"loss on {scorer.tokens:,} tokens of text: full rows {full:.5f}, within the budget {found:.5f}"]
     if peers:
         best, peer = min(peers, key=lambda p: p[0])
-        cli_lines.append(f"the best uniform setting of that size, {peer.codec()}: {best:.5f}")
+        lines.append(f"the best uniform setting of that size, {peer.codec()}: {best:.5f}")
         if best < found:
             layout = peer
-            cli_lines.append("the uniform setting is better and is taken")
-    print("\n".join(cli_lines), flush=True)
+            lines.append("the uniform setting is better and is taken")
+    print("\n".join(lines), flush=True)
     return layout, {name: np.asarray(bases[name][:rank]) for name, rank in layout.rotated.items()}
 
 
@@ -230,7 +231,7 @@ def _solve(source, tables: list[_PartTable], tier_rows: list[int], total: int) -
 
     low, high = 1e-30, 1e6  # nats a byte
     least = layout_at(high)
-    if least.total_bytes > total or not any(tier.parts for tier in least.tiers) and total < 1:
+    if least.total_bytes > total:
         raise UserError(f"the budget: expected at least {least.total_bytes:,} bytes, found {total:,}")
     for _ in range(100):
         middle = math.sqrt(low * high)

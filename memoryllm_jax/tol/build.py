@@ -195,7 +195,7 @@ def build(
       bases: {part name: [rank, D]} for the layout's rotated parts.
     Returns: one line on what was written. Raises: UserError.
     """
-    mesh, host, hosts = source.mesh, jax.process_index(), jax.process_count()
+    host, hosts = jax.process_index(), jax.process_count()
     tokenizer = np.frombuffer(source.identity.tokenizer.content, np.uint8)
     extra = {"row_of_token": ("I32", (len(order),)), "tokenizer": ("U8", tokenizer.shape)}
     extra |= {"counts": ("I64", (len(order),))} if counts is not None else {}

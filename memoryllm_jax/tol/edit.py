@@ -1,8 +1,8 @@
 """Edits of a token memory, kept beside the ToL file in a small overlay: rows of named tokens, and suppressed keys.
 
 An overlay is a safetensors file with a list of edits. An edit either gives rows to tokens, FFN-M's of all layers, or
-takes one key of one layer out of every token's row: with SwiGLU's FFN = sum_i c_i v_i (paper, section 2.3.1), the row of
-token t loses c_i(t) v_i. Edits apply in order, each to what the ones before it left; the embedding x0 stays as it is.
+takes one key of one layer out of every token's row: with SwiGLU's FFN = sum_i c_i v_i (paper, section 2.3.1), the row
+of token t loses c_i(t) v_i. Edits apply in order, each to what the ones before it left; the embedding x0 stays as it is.
 """
 
 import dataclasses

@@ -4,6 +4,7 @@ A memory-map would make the disk read ahead megabytes for a row of kilobytes; th
 """
 
 import concurrent.futures
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -56,7 +57,7 @@ class RowReader:
         most = max(1, min((1 << 20) // self.tol.layout.stride, -(-len(rows) // self._threads)))
         new = (np.diff(rows) != 1) | (np.diff(self.tol.tier_of_row[rows]) != 0)
         starts = np.concatenate([[0], np.nonzero(new)[0] + 1, [len(rows)]])
-        pieces = [(s, min(s + most, stop)) for a, stop in zip(starts, starts[1:]) for s in range(a, stop, most)]
+        pieces = [(s, min(s + most, stop)) for a, stop in itertools.pairwise(starts) for s in range(a, stop, most)]
         return [(int(a), int(b)) for a, b in pieces]
 
     def _read_runs(self, runs, out):
