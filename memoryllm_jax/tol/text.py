@@ -6,7 +6,7 @@ from memoryllm_jax.data import Dataset
 
 _BLOCK = 1 << 20
 _COUNTED = 1 << 28  # tokens of the training text, evenly spread: enough to rank a vocabulary
-_PAIRED = 1 << 24  # likewise for pairs, which are sorted in memory
+_PAIRED = 1 << 22  # likewise for pairs, which are sorted in memory
 SUCCESSORS = 4  # of each token
 
 
