@@ -23,6 +23,8 @@ from memoryllm_jax.cli import UserError
 from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.tokenizer import Tokenizer
 
+_ROWS = 16384  # of an array, digested at a time
+
 
 class SavedModel:
     """The newest checkpoint of a workdir, or that of `step`.
@@ -71,10 +73,13 @@ class SavedModel:
                 dtype = jnp.float32 if name.endswith("scale") else jnp.dtype(self.config.dtype)
                 wanted_as = jax.ShapeDtypeStruct(shape.shape, dtype, sharding=shape.sharding)
                 leaf = self._checkpoints.restore_leaf(self.step, path, wanted_as)
-                sums[name] = [list(leaf.shape), *(int(_fingerprint(leaf, np.uint32(seed))) for seed in (1, 2))]
-                if keep:
-                    _put(params, name.split("/"), self._for_serving(name, leaf))
+                value = self._for_serving(name, leaf)
                 del leaf
+                parts = value if isinstance(value, list) else [value]
+                sums[name] = [[list(part.shape), *_fingerprints(part)] for part in parts]
+                if keep:
+                    _put(params, name.split("/"), value)
+                del value, parts
         return params, hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
     def _for_serving(self, name, leaf):
@@ -113,19 +118,24 @@ def _put(tree: dict, path: list[str], value) -> None:
         tree[path[0]] = value
 
 
+def _fingerprints(part) -> list[int]:
+    """Of one array, some rows at a time, so that nothing of its size is held beside it."""
+    blocks = [part[i : i + _ROWS] for i in range(0, len(part), _ROWS)] if part.ndim > 1 else [part]
+    return [int(_fingerprint(block, np.uint32(seed))) for block in blocks for seed in (1, 2)]
+
+
 @jax.jit
 def _fingerprint(x, seed):
     """A 32-bit sum over the bits and places of all elements: the same on any mesh, as integers add in any order.
 
-    Values are taken as bfloat16, so that a model read in either dtype has one digest. One pass that fuses: nothing
-    of the leaf's size is held.
+    Values are taken as bfloat16, so that a model read in either dtype has one digest.
     """
-    place = jnp.zeros(x.shape, jnp.uint32)
+    place = jnp.full(x.shape, seed, jnp.uint32)
     for axis in range(x.ndim):
         stride = int(np.prod(x.shape[axis + 1 :])) % 2**32
         place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    h = bits.astype(jnp.uint32) ^ ((place + seed) * jnp.uint32(0x9E3779B1))
+    h = bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return (h ^ (h >> 16)).sum(dtype=jnp.uint32)

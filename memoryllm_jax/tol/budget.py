@@ -103,32 +103,50 @@ class _PartTable:
     sizes: list[int]  # of the groups of coefficients
 
 
-def choose(source, scorer: Scorer, counts: np.ndarray, total: int) -> tuple[Layout, dict]:
-    """The layout and bases for at most `total` bytes of rows and bases. Raises: UserError if nothing is that small."""
-    order = np.argsort(-counts, kind="stable")
-    tier_rows = tiers_of(counts[order])
-    names = (["x0"] if source.has_x0 else []) + [f"ffn.{layer}" for layer in range(source.layers)]
-    whole = Layout(
-        source.dim, source.layers, source.has_x0,
-        (Tier(len(order), tuple(Part(name, (Band(source.dim, 16),)) for name in names)),),
-    )  # fmt: skip
-    weights = counts + 0.5  # a token that the text lacks still counts a little
-    gram = build.grams(source, whole, names[source.has_x0 :], weights, "singular vectors")
-    bases = {name: jnp.asarray(build.basis_of(g)[1], jnp.bfloat16) for name, g in gram.items()}
-    tier_of_token = np.empty(len(order), np.int32)
-    tier_of_token[order] = np.repeat(np.arange(len(tier_rows)), tier_rows)
-    tables = _measure(source, scorer, names, bases, weights, order, tier_rows)
-    layout = _solve(source, tables, tier_rows, total)
-    vectors = full_vectors(source, scorer.ids)
-    tier_U = tier_of_token[scorer.ids]
+class Planner:
+    """Measures a model's rows once, and then finds the layout for any size.
 
-    def loss(layout):
-        used = {name: bases[name][:rank] for name, rank in layout.rotated.items()}
+    Args:
+      source: of full rows (tol/build.py).  scorer: on text that is not what results are reported on.
+      counts: int64 [V], how often each token occurs.
+    Attributes:
+      bases: {part name: [D, D] bfloat16}, singular vectors of a layer's rows weighted by frequency.
+    """
+
+    def __init__(self, source, scorer: Scorer, counts: np.ndarray):
+        self._source, self._scorer = source, scorer
+        order = np.argsort(-counts, kind="stable")
+        self._tier_rows = tiers_of(counts[order])
+        names = (["x0"] if source.has_x0 else []) + [f"ffn.{layer}" for layer in range(source.layers)]
+        self.whole = plain_layout(source, 16)
+        weights = counts + 0.5  # a token that the text lacks still counts a little
+        gram = build.grams(source, self.whole, names[source.has_x0 :], weights, "singular vectors")
+        self.bases = {name: jnp.asarray(build.basis_of(g)[1], jnp.bfloat16) for name, g in gram.items()}
+        self.tier_of_token = np.empty(len(order), np.int32)
+        self.tier_of_token[order] = np.repeat(np.arange(len(self._tier_rows)), self._tier_rows)
+        self._tables = _measure(source, scorer, names, self.bases, weights, order, self._tier_rows)
+
+    def layout(self, total: int) -> Layout:
+        """Of least expected loss within `total` bytes of rows and bases. Raises: UserError if none is that small."""
+        return _solve(self._source, self._tables, self._tier_rows, total)
+
+    def loss(self, layout: Layout, scorer: Scorer, vectors: dict) -> float:
+        """Measured, with the full rows of the scorer's tokens as this layout stores them; tiers as planned, or one."""
+        used = {name: self.bases[name][:rank] for name, rank in layout.rotated.items()}
+        one = len(layout.tiers) == 1
+        tier_U = np.zeros(len(scorer.ids), np.int32) if one else self.tier_of_token[scorer.ids]
         return scorer.nats(as_stored(layout, vectors, tier_U, used))
 
-    full, found = scorer.nats(vectors), loss(layout)
-    peers = [(loss(peer), peer) for peer in _uniform_peers(source, whole, layout.rows, total)]
+
+def choose(source, scorer: Scorer, counts: np.ndarray, total: int) -> tuple[Layout, dict]:
+    """The layout and bases for at most `total` bytes of rows and bases. Raises: UserError if nothing is that small."""
+    planner = Planner(source, scorer, counts)
+    layout = planner.layout(total)
+    vectors = full_vectors(source, scorer.ids)
+    full, found = scorer.nats(vectors), planner.loss(layout, scorer, vectors)
     lines = [f"loss on {scorer.tokens:,} tokens of text: full rows {full:.5f}, within the budget {found:.5f}"]
+    fitting = [peer for bits in _BITS if (peer := plain_layout(source, bits)).total_bytes <= total][:2]
+    peers = [(planner.loss(peer, scorer, vectors), peer) for peer in fitting]
     if peers:
         best, peer = min(peers, key=lambda p: p[0])
         lines.append(f"the best uniform setting of that size, {peer.codec()}: {best:.5f}")
@@ -136,20 +154,14 @@ def choose(source, scorer: Scorer, counts: np.ndarray, total: int) -> tuple[Layo
             layout = peer
             lines.append("the uniform setting is better and is taken")
     print("\n".join(lines), flush=True)
-    return layout, {name: np.asarray(bases[name][:rank]) for name, rank in layout.rotated.items()}
+    return layout, {name: np.asarray(planner.bases[name][:rank]) for name, rank in layout.rotated.items()}
 
 
-def _uniform_peers(source, whole, rows, total):
-    """The largest uniform layout of plain bits that fits, and that of the next smaller number of bits."""
-    fitting = []
-    for bits in _BITS:
-        parts = tuple(
-            Part(p.name, (Band(source.dim, max(bits, 8) if p.name == "x0" else bits),)) for p in whole.tiers[0].parts
-        )
-        layout = dataclasses.replace(whole, tiers=(Tier(rows, parts),))
-        if layout.total_bytes <= total:
-            fitting.append(layout)
-    return fitting[:2]
+def plain_layout(source, bits: int) -> Layout:
+    """One tier, every layer at these bits, and x0 at no fewer than 8."""
+    parts = [Part("x0", (Band(source.dim, max(bits, 8)),))] if source.has_x0 else []
+    parts += [Part(f"ffn.{layer}", (Band(source.dim, bits),)) for layer in range(source.layers)]
+    return Layout(source.dim, source.layers, source.has_x0, (Tier(source.vocab_size, tuple(parts)),))
 
 
 def _measure(source, scorer, names, bases, weights, order, tier_rows) -> list[_PartTable]:

@@ -5,6 +5,8 @@ more than two chunks, so the table may be larger than any memory.
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 import sys
 
@@ -201,15 +203,16 @@ def build(
     extra |= {"counts": ("I64", (len(order),))} if counts is not None else {}
     extra |= {"successors": ("I32", successors.shape)} if successors is not None else {}
     extra |= {f"basis.{name}": ("BF16", (rank, layout.dim)) for name, rank in layout.rotated.items()}
-    writer = TolWriter(output, layout, extra, _metadata(source.identity, layout, len(order)), host)
+    metadata = _metadata(source.identity, layout, len(order))
+    written = {"order": order, "counts": counts, "successors": successors, **(bases or {})}
+    writer = TolWriter(output, layout, extra, metadata, _plan_digest(source.mesh, metadata, written), host)
     try:
-        going_on = False
         if host == 0:
-            going_on = writer.begin()
+            writer.begin()
         _sync("begun", hosts)
         if host:
             writer.begin()
-        if host == 0 and not going_on:
+        if host == 0 and writer.done() is None:
             row_of_token = np.empty(len(order), np.int32)
             row_of_token[order] = np.arange(len(order))
             writer.write("row_of_token", row_of_token)
@@ -220,6 +223,10 @@ def build(
                 writer.write("successors", successors.astype(np.int32))
             for name, basis in (bases or {}).items():
                 writer.write(f"basis.{name}", np.asarray(basis).astype(ml_dtypes.bfloat16).view(np.uint16))
+            for number, tier in enumerate(layout.tiers):
+                if not tier.stride:  # every layer dropped: the checksums are those of no bytes
+                    writer.write_rows(number, 0, np.empty((tier.rows, 0), np.uint8))
+            writer.record(0)
         _write_tiers(source, layout, writer, order, bases or {}, label)
         _sync("written", hosts)
         if host == 0:
@@ -235,12 +242,13 @@ def _write_tiers(source, layout, writer, order, bases, label):
     bases = {name: jax.device_put(np.asarray(b).astype(ml_dtypes.bfloat16), replicated) for name, b in bases.items()}
     tiers = [_Chunks(mesh, t.rows, layout.dim, layout.layers + layout.has_x0) for t in layout.tiers]
     work = [(number, chunk) for number, tier in enumerate(tiers) for chunk in range(tier.count)]
-    start = _agree(writer.done())
+    start = _agree(writer.done() or 0)
     progress = cli.Progress(label, len(work), "chunk", initial=start, enabled=jax.process_index() == 0)
     if start:
         progress.line(f"going on from chunk {start} of {len(work)}")
     encoders = [
-        jax.jit(lambda vectors, bases, parts=tier.parts: codec.encode(parts, vectors, bases)) for tier in layout.tiers
+        jax.jit(functools.partial(codec.encode, tier.parts), out_shardings=chunks.sharding)
+        for tier, chunks in zip(layout.tiers, tiers)
     ]
     firsts = np.cumsum([0] + [tier.rows for tier in layout.tiers])
     pending = None
@@ -260,8 +268,17 @@ def _write_tiers(source, layout, writer, order, bases, label):
     progress.close()
 
 
+def _plan_digest(mesh, metadata: dict, written: dict) -> str:
+    """Of all that decides the file's bytes and the chunks they are written in."""
+    digest = hashlib.sha256(json.dumps([metadata, mesh.size, jax.process_count(), _CHUNK_ROWS]).encode())
+    for name, array in written.items():
+        digest.update(name.encode() + (b"" if array is None else np.ascontiguousarray(array).tobytes()))
+    return digest.hexdigest()
+
+
 def _metadata(identity: Identity, layout: Layout, vocab_size: int) -> dict[str, str]:
-    kept = layout.kept_layers()
+    held = [{part.name for part in tier.parts} for tier in layout.tiers]
+    dropped = [layer for layer in range(layout.layers) if not all(f"ffn.{layer}" in names for names in held)]
     return {
         "format": "memoryllm_tol",
         "version": "1",
@@ -269,8 +286,8 @@ def _metadata(identity: Identity, layout: Layout, vocab_size: int) -> dict[str, 
         "vocab_size": str(vocab_size),
         "codec": layout.codec(),
         "dtype": identity.dtype,
-        "kept_layers": json.dumps(kept),
-        "dropped_layers": json.dumps([layer for layer in range(layout.layers) if layer not in kept]),
+        "kept_layers": json.dumps(layout.kept_layers()),
+        "dropped_layers": json.dumps(dropped),  # by at least one tier
         "step": str(identity.step),
         "rows_digest": identity.rows_digest,
         "decoder_digest": identity.decoder_digest,
@@ -285,7 +302,7 @@ def grams(source, layout: Layout, names: list[str], weights_V: np.ndarray, label
     chunks = _Chunks(source.mesh, source.vocab_size, layout.dim, layout.layers + layout.has_x0)
     ids = np.arange(source.vocab_size, dtype=np.int32)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=NamedSharding(source.mesh, P()))
     def add(total, vectors, weights):
         def gram(name):
             x = vectors[name].astype(jnp.float32)

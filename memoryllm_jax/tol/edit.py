@@ -2,7 +2,7 @@
 
 An overlay is a safetensors file with a list of edits. An edit either gives rows to tokens, FFN-M's of all layers, or
 takes one key of one layer out of every token's row: with SwiGLU's FFN = sum_i c_i v_i (paper, section 2.3.1), the row
-of token t loses c_i(t) v_i. Edits apply in order, each to what the ones before it left; the embedding x0 stays as it is.
+of token t loses c_i(t) v_i. Edits apply in order, each to what the ones before it left; the embedding x0 stays.
 """
 
 import dataclasses
@@ -32,12 +32,14 @@ class Edit:
     Attributes:
       text: what a person asked for.
       ids, rows: token ids [n] and their new rows float32 [n, layers, D]; None for a suppressed key.
+      mix: what the new rows are made of: for each id, (token id, weight) pairs of rows as they were before the edit.
       layer, coefficients, value: of a suppressed key: float32 [V] and [D]; else None.
     """
 
     text: str
     ids: np.ndarray | None = None
     rows: np.ndarray | None = None
+    mix: list | None = None
     layer: int | None = None
     coefficients: np.ndarray | None = None
     value: np.ndarray | None = None
@@ -59,23 +61,23 @@ class Overlay:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if meta.get("format") != "memoryllm_overlay":
                 raise ValueError("its metadata is not that of one")
-            listed = json.loads(meta["edits"])
+            listed, rows_digest = json.loads(meta["edits"]), meta["rows_digest"]
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
             raise UserError(f"{path}: expected an overlay that `tol edit` wrote: {error}") from error
-        if meta["rows_digest"] != tol.metadata["rows_digest"]:
+        if rows_digest != tol.metadata["rows_digest"]:
             raise UserError(
                 f"{path}: made for other rows than those of {tol.path}: "
-                f"{meta['rows_digest'][:12]}, found {tol.metadata['rows_digest'][:12]}"
+                f"{rows_digest[:12]}, found {tol.metadata['rows_digest'][:12]}"
             )
         names = ("ids", "rows", "coefficients", "value")
         edits = [
-            Edit(e["text"], layer=e["layer"], **{n: arrays.get(f"{k}.{n}") for n in names})
+            Edit(e["text"], mix=e["mix"], layer=e["layer"], **{n: arrays.get(f"{k}.{n}") for n in names})
             for k, e in enumerate(listed)
         ]
         return cls(tol, edits)
 
     def save(self, path: str) -> None:
-        listed = [{"text": e.text, "layer": e.layer} for e in self.edits]
+        listed = [{"text": e.text, "mix": e.mix, "layer": e.layer} for e in self.edits]
         meta = {"format": "memoryllm_overlay", "rows_digest": self.tol.metadata["rows_digest"]}
         meta["edits"] = json.dumps(listed)
         tensors = {
@@ -111,10 +113,14 @@ class Overlay:
                 ffn[layer] = jnp.where(hit, a["rows"][at, layer], 0.0 if y is None else y)
         return ffn
 
-    def touched(self) -> np.ndarray:
-        """Ids of tokens that some edit gives rows."""
-        ids = [e.ids for e in self.edits if e.ids is not None]
-        return np.unique(np.concatenate(ids)) if ids else np.empty(0, np.int32)
+    def mixed(self, values_V: np.ndarray) -> np.ndarray:
+        """A number that each token's row holds linearly -> what the rows that edits gave hold of it."""
+        for edit in self.edits:
+            if edit.ids is not None:
+                new = [sum(weight * values_V[source] for source, weight in mix) for mix in edit.mix]
+                values_V = values_V.copy()
+                values_V[edit.ids] = new
+        return values_V
 
 
 class Editor:
@@ -153,16 +159,19 @@ class Editor:
         ids = [self.token(field) for field in fields]
         if len(set(ids)) < len(ids):
             raise UserError(f"--{operation}={spec}: expected two different tokens, found the same twice")
-        rows = self.rows(ids)
-        new = {
-            "swap": lambda: (ids, rows[::-1]),
-            "replace": lambda: (ids[:1], rows[1:]),
-            "blend": lambda: (ids[:1], (1 - share) * rows[:1] + share * rows[1:]),
-            "zero": lambda: (ids, np.zeros_like(rows)),
-        }[operation]()
+        a, b = ids[0], ids[-1]
+        mix = {
+            "swap": {a: [(b, 1.0)], b: [(a, 1.0)]},
+            "replace": {a: [(b, 1.0)]},
+            "blend": {a: [(a, 1 - (share or 0)), (b, share)]},
+            "zero": {a: []},
+        }[operation]
+        row_of = dict(zip(ids, self.rows(ids)))
+        nothing = np.zeros_like(row_of[a])
+        rows = np.stack([sum((weight * row_of[token] for token, weight in m), nothing) for m in mix.values()])
         names = " ".join(f"#{i} {self.tokenizer.decode([i])!r}" for i in ids)
         text = f"{operation} {names}" + (f" {share:g}" if operation == "blend" else "")
-        self.overlay.edits.append(Edit(text, np.array(new[0], np.int32), new[1].astype(np.float32)))
+        self.overlay.edits.append(Edit(text, np.array(list(mix), np.int32), rows, list(mix.values())))
 
     def _suppress(self, spec):
         layer, _, key = spec.partition(":")
@@ -181,8 +190,10 @@ class Editor:
                 f"--suppress={spec}: expected a layer that {self.tol.path} holds, found one that it dropped"
             )
         coefficients, value = key_of(saved, layer, key, self.tol.metadata["rows_digest"])
-        coefficients[self.overlay.touched()] = 0.0  # rows that an edit gave hold no such key
         text = f"suppress layer {layer} key {key}"
+        if any(edit.text == text for edit in self.overlay.edits):
+            raise UserError(f"--suppress={spec}: this key is suppressed already")
+        coefficients = self.overlay.mixed(coefficients)
         self.overlay.edits.append(Edit(text, layer=layer, coefficients=coefficients, value=value))
 
     def undo(self, count: int) -> list[str]:

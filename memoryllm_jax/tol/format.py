@@ -15,6 +15,10 @@ from memoryllm_jax.tol.codec import FLOATS, INTEGERS, Band, Part
 VERSION = 1
 ALIGN = 4096  # bytes; data, and the rows of each tier, begin at a multiple
 _DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64, "F32": np.float32, "BF16": np.uint16}
+_METADATA = (
+    *("architecture", "vocab_size", "codec", "dtype", "kept_layers", "dropped_layers", "step", "layout"),
+    *("rows_digest", "decoder_digest", "tokenizer_kind", "tokenizer_digest"),
+)
 _MAX_HEADER = 100_000_000  # bytes; what readers of safetensors accept
 
 
@@ -171,7 +175,6 @@ class TolFile:
             self.row_of_token = self.read("row_of_token")
             if not np.array_equal(np.sort(self.row_of_token), np.arange(self.vocab_size)):
                 raise UserError(f"{path}: row_of_token: expected each of {self.vocab_size} rows once; it is damaged")
-            self._check_parts()
         except Exception:
             self.close()
             raise
@@ -209,20 +212,31 @@ class TolFile:
             wrong = [n for n, size in needed.items() if n not in self.tensors or self.tensors[n].nbytes != size]
             if wrong or len(rows) == 0 or self.layout.rows != self.vocab_size:
                 raise ValueError(f"a layout that does not fit its tensors {', '.join(wrong)}")
-            if any(b.bits not in (*FLOATS, *INTEGERS) for t in self.layout.tiers for p in t.parts for b in p.bands):
-                raise ValueError("a number of bits that there is no codec for")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._check_parts()
+            absent = [key for key in _METADATA if key not in self.metadata]
+            if absent:
+                raise ValueError(f"no metadata {', '.join(absent)}")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, OSError) as error:
             raise UserError(f"{self.path}: expected a ToL file, found {error}") from error
         if self.size != end:
             raise UserError(f"{self.path}: expected {end} bytes, found {self.size}; it is truncated or damaged")
 
     def _check_parts(self):
-        named = set(json.loads(self.metadata["dropped_layers"]))
-        expected = {f"ffn.{layer}" for layer in range(self.layout.layers)} | ({"x0"} if self.layout.has_x0 else set())
-        for tier in self.layout.tiers:
-            missing = expected - {part.name for part in tier.parts} - {f"ffn.{layer}" for layer in named}
+        layout = self.layout
+        dropped = {f"ffn.{layer}" for layer in json.loads(self.metadata["dropped_layers"])}
+        expected = {f"ffn.{layer}" for layer in range(layout.layers)} | ({"x0"} if layout.has_x0 else set())
+        for number, tier in enumerate(layout.tiers):
+            names = [part.name for part in tier.parts]
+            missing = expected - dropped - set(names)
             if missing:
-                raise UserError(f"{self.path}: expected rows of {', '.join(sorted(missing))}, found none")
+                raise ValueError(f"no rows of {', '.join(sorted(missing))} in tier {number}")
+            if len(set(names)) < len(names) or set(names) - expected:
+                raise ValueError(f"the parts {', '.join(names)} in tier {number}")
+            for part in tier.parts:
+                if any(band.bits not in (*FLOATS, *INTEGERS) or band.size < 1 for band in part.bands):
+                    raise ValueError(f"a band of {part.name} that there is no codec for")
+                if part.rank > layout.dim or (part.rank < layout.dim and not part.rotated):
+                    raise ValueError(f"{part.rank} elements of {part.name}, where the width is {layout.dim}")
 
     def read(self, name: str) -> np.ndarray:
         """A whole tensor; BF16 comes as uint16 bit patterns. Raises: UserError."""
@@ -297,25 +311,26 @@ class TolWriter:
     Until then it is PATH.part, with PATH.part.HOST holding how many chunks this host has on disk, so that a writer
     that was killed goes on. Several hosts write one file, each its own rows; the first of them begins and ends it.
 
+    Args:
+      plan_digest: of all that decides what is written and in which chunks; a writer goes on only with its own plan.
     Raises: UserError if the file does not fit the disk or cannot be written.
     """
 
-    def __init__(self, path: str, layout: Layout, extra, metadata, host: int = 0):
-        self.path, self.layout = path, layout
+    def __init__(self, path: str, layout: Layout, extra, metadata, plan_digest: str, host: int = 0):
+        self.path, self.layout, self._plan = path, layout, plan_digest
         self._part, self._progress, self._host = f"{path}.part", f"{path}.part.{host}", host
         self._header, self.tensors, self.size = plan(layout, extra, metadata)
         self._fd = None
 
-    def begin(self) -> bool:
-        """Opens the file, or makes it. Returns whether an earlier writer of the same file is gone on from."""
+    def begin(self) -> None:
+        """Opens the file; the first host makes it, unless an earlier writer with this plan left it unfinished."""
         try:
             if os.path.isdir(self.path):
                 raise UserError(f"{self.path}: expected a name for a file, found a folder")
             self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o644)
             files.lock_byte(self._fd, self._part, self._host)
-            same = os.pread(self._fd, len(self._header), 0) == self._header
-            if same and os.fstat(self._fd).st_size == self.size:
-                return True
+            if self._host or (self.done() is not None and os.fstat(self._fd).st_size == self.size):
+                return
             free = os.statvfs(self._part)
             room = free.f_bavail * free.f_frsize + os.fstat(self._fd).st_blocks * 512
             if room < self.size:
@@ -325,8 +340,7 @@ class TolWriter:
             if os.path.exists(self._progress):
                 os.remove(self._progress)
             os.posix_fallocate(self._fd, 0, self.size)
-            self._write(self._header, 0)
-            return False
+            self._write(np.frombuffer(self._header, np.uint8), 0)
         except OSError as error:
             self._give_up()
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
@@ -337,9 +351,12 @@ class TolWriter:
             self._fd = None
             os.remove(self._part)
 
-    def done(self) -> int:
-        """Chunks that this host has written."""
-        return files.read_json(self._progress, "progress")["chunks"] if os.path.exists(self._progress) else 0
+    def done(self) -> int | None:
+        """Chunks of this plan that this host has written; None if it has not begun."""
+        if not os.path.exists(self._progress):
+            return None
+        progress = files.read_json(self._progress, "progress")
+        return progress["chunks"] if progress["plan"] == self._plan else None
 
     def write(self, name: str, array: np.ndarray) -> None:
         self._write(np.ascontiguousarray(array), self.tensors[name].start)
@@ -352,8 +369,8 @@ class TolWriter:
         before = sum(t.rows for t in self.layout.tiers[:tier])
         self._write(sums, self.tensors["checksums"].start + 8 * (before + first))
 
-    def _write(self, data, start):
-        view, done = memoryview(data).cast("B"), 0
+    def _write(self, array, start):
+        view, done = memoryview(array.reshape(-1).view(np.uint8)), 0
         try:
             while done < len(view):
                 done += os.pwrite(self._fd, view[done:], start + done)
@@ -366,14 +383,7 @@ class TolWriter:
             os.fdatasync(self._fd)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}; run the same line again") from error
-        files.write_json(self._progress, {"chunks": chunks})
-
-    def read(self, name: str) -> np.ndarray:
-        """What an earlier writer left in a tensor."""
-        tensor = self.tensors[name]
-        out = np.empty(tensor.shape, _DTYPES[tensor.dtype])
-        read_into(self._fd, memoryview(out).cast("B"), tensor.start, self._part, name)
-        return out
+        files.write_json(self._progress, {"plan": self._plan, "chunks": chunks})
 
     def close(self) -> None:
         if self._fd is not None:

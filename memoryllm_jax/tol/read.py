@@ -14,6 +14,7 @@ import numpy as np
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.tol.format import TolFile, checksum
 
+_BUFFERS = os.sysconf("SC_IOV_MAX")  # that one call takes
 THREADS = 16  # reads in flight: what a solid-state disk needs to be busy
 
 
@@ -37,6 +38,8 @@ class RowReader:
     def read(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(uint8 [U, longest row], tier [U]) of distinct token ids. Raises: UserError naming token and file."""
         rows = self.tol.row_of_token[ids_U]
+        if not len(rows):
+            return np.empty((0, self.tol.layout.stride), np.uint8), np.empty(0, np.int32)
         if out is None:
             out = np.empty((len(rows), self.tol.layout.stride), np.uint8)
         order = np.argsort(rows)
@@ -54,7 +57,7 @@ class RowReader:
 
     def _runs(self, rows):
         """(start, stop) of neighbours that one call reads, of at most 1/threads of all and at most a mebibyte."""
-        most = max(1, min((1 << 20) // self.tol.layout.stride, -(-len(rows) // self._threads)))
+        most = max(1, min((1 << 20) // self.tol.layout.stride, -(-len(rows) // self._threads), _BUFFERS))
         new = (np.diff(rows) != 1) | (np.diff(self.tol.tier_of_row[rows]) != 0)
         starts = np.concatenate([[0], np.nonzero(new)[0] + 1, [len(rows)]])
         pieces = [(s, min(s + most, stop)) for a, stop in itertools.pairwise(starts) for s in range(a, stop, most)]

@@ -1,0 +1,153 @@
+"""Perplexity against the size of a ToL: uniform bits, ranks and dropped layers, and the budget mode.
+
+    python benchmarks/quality_by_size.py --workdir=DIR --data=DIR --output=benchmarks/results/NAME
+
+Budgets are planned on training text and everything is reported on held-out text. Rows go through the codecs exactly
+as they do into a file and out of it. Writes NAME.json, NAME.md (the table) and NAME.png (the picture).
+"""
+
+import math
+
+import common
+import numpy as np
+from absl import flags
+
+from memoryllm_jax import cli, data
+from memoryllm_jax.saved import SavedModel
+from memoryllm_jax.tol import budget, build, options, quality, text
+
+RANKS = (0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+def uniform_settings(source, least_harmful):
+    """{name: (kind, Options)}: the paper's settings and combinations of them."""
+    out = {"32 bits": ("bits", options.Options(bits="32"))}
+    for bits in (16, 8, 6, 5, 4, 3, 2):
+        out[f"{bits} bits"] = ("bits", options.Options(bits=str(bits)))
+    for rank in RANKS:
+        out[f"16 bits, rank {rank:.0%}"] = ("rank", options.Options(bits="16", rank=str(rank)))
+    for bits in (8, 4):
+        for rank in (0.75, 0.5):
+            out[f"{bits} bits, rank {rank:.0%}"] = ("bits and rank", options.Options(bits=str(bits), rank=str(rank)))
+    for count in range(1, len(least_harmful) // 2 + 1):
+        layers = tuple(str(layer) for layer in least_harmful[:count])
+        for bits in (16, 4):
+            name = f"{bits} bits, without layers {', '.join(sorted(layers))}"
+            out[name] = ("dropped layers", options.Options(bits=str(bits), drop_layers=layers))
+    return out
+
+
+def drop_order(source, scorer, vectors):
+    """Layers in the order in which dropping them, on top of those before, harms least."""
+    order, left = [], list(range(source.layers))
+    while len(order) < source.layers // 2:
+        losses = {layer: scorer.nats({k: v for k, v in vectors.items() if k != f"ffn.{layer}"}) for layer in left}
+        best = min(losses, key=losses.get)
+        order.append(best)
+        left.remove(best)
+        vectors = {k: v for k, v in vectors.items() if k != f"ffn.{best}"}
+    return order
+
+
+def main():
+    f = flags.FLAGS
+    saved = SavedModel(f.workdir)
+    source = build.LiveSource(saved)
+    dataset = data.Dataset(f.data)
+    counts = text.token_counts(dataset, source.vocab_size)
+    calibration = quality.scorer(saved, f.data)
+    held_out = quality.scorer(saved, f.data, f.tokens, "validation")
+    planner = budget.Planner(source, calibration, counts)
+    vectors = budget.full_vectors(source, held_out.ids)
+    paper = build.grams(source, planner.whole, list(planner.bases), np.ones(source.vocab_size))
+    rows = []
+
+    def add(kind, name, layout, bases):
+        used = {part: bases[part][:rank] for part, rank in layout.rotated.items()}
+        tier = np.zeros(len(held_out.ids), np.int32)
+        tier = planner.tier_of_token[held_out.ids] if len(layout.tiers) > 1 else tier
+        nats = held_out.nats(budget.as_stored(layout, vectors, tier, used))
+        rows.append({"kind": kind, "setting": name, "bytes": layout.total_bytes, "perplexity": math.exp(nats)})
+        print(f"{name:<44}{layout.total_bytes:>12,}{math.exp(nats):>10.3f}", flush=True)
+
+    full = math.exp(held_out.nats(vectors))
+    print(f"full rows: perplexity {full:.3f} on {held_out.tokens:,} held-out tokens\n{'setting':<44}{'bytes':>12}")
+    uniform_bases = {name: build.basis_of(gram)[1] for name, gram in paper.items()}  # every token counts alike
+    harmless = drop_order(source, calibration, budget.full_vectors(source, calibration.ids))
+    for name, (kind, setting) in uniform_settings(source, harmless).items():
+        add(kind, name, options.uniform(source, setting), uniform_bases)
+    for size in sorted({row["bytes"] for row in rows}):
+        try:
+            layout = planner.layout(size)
+        except cli.UserError:
+            continue
+        add("budget", f"budget of {size:,}", layout, planner.bases)
+        rows[-1]["budget"] = size
+    beaten = compare(rows)
+    table = write_table(rows, full, f.output)
+    draw(rows, full, f"{f.output}.png")
+    common.write(f"{f.output}.json", rows, {"full_perplexity": full, "tokens": held_out.tokens} | beaten)
+    print(f"\n{table}\nbudget mode against uniform settings of no smaller size: {beaten}")
+    return 0
+
+
+def compare(rows):
+    """Each uniform setting against the budget of its own size."""
+    found = {row["budget"]: row["perplexity"] for row in rows if row["kind"] == "budget"}
+    better = [row["setting"] for row in rows if row["kind"] != "budget" and found[row["bytes"]] < row["perplexity"]]
+    worse = [row["setting"] for row in rows if row["kind"] != "budget" and found[row["bytes"]] >= row["perplexity"]]
+    return {"budget_better_than": len(better), "budget_not_better_than": worse}
+
+
+def write_table(rows, full, output):
+    found = {row["budget"]: row for row in rows if row["kind"] == "budget"}
+    lines = [
+        "| setting | bytes | perplexity | budget of the same size | its bytes |",
+        "| --- | --- | --- | --- | --- |",
+        f"| full rows | | {full:.3f} | | |",
+    ]
+    for row in rows:
+        if row["kind"] != "budget":
+            peer = found[row["bytes"]]
+            lines.append(
+                f"| {row['setting']} | {row['bytes']:,} | {row['perplexity']:.3f} | {peer['perplexity']:.3f} "
+                f"| {peer['bytes']:,} |"
+            )
+    with open(f"{output}.md", "w") as file:
+        file.write("\n".join(lines) + "\n")
+    return "\n".join(lines)
+
+
+def draw(rows, full, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    marks = {"bits": "o-", "rank": "s-", "bits and rank": "D", "dropped layers": "^", "budget": "k*-"}
+    for kind, mark in marks.items():
+        points = sorted((r["bytes"] / 1e6, r["perplexity"]) for r in rows if r["kind"] == kind)
+        if points:
+            axes.plot(*zip(*points), mark, label=kind, markersize=5 if kind != "budget" else 8, linewidth=1)
+    axes.axhline(full, color="grey", linewidth=0.8, linestyle=":", label="full rows")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(full * 0.995, full * 1.5)
+    ticks = [round(full * x, 1) for x in (1, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5)]
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks], minor=False)
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    sizes = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 1000, 10000) if t < max(r["bytes"] for r in rows) / 1e6]
+    axes.set_xticks(sizes, [f"{t:g}" for t in sizes])
+    axes.set_xlabel("rows and bases, MB")
+    axes.set_ylabel("perplexity on held-out text (settings above 1.5 x full rows not shown)")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "the model's checkpoints", required=True)
+    flags.DEFINE_string("data", None, "prepared data", required=True)
+    flags.DEFINE_integer("tokens", 1 << 16, "held-out tokens to report on")
+    flags.DEFINE_string("output", None, "path of the results, without an ending", required=True)
+    cli.run(main)
