@@ -96,7 +96,8 @@ class Decoder:
         return constrain(jnp.broadcast_to(x_1UD, (self.shards, *x_1UD.shape[1:])), "shard", None, None)
 
     def _logits(self, params, x_BD):
-        return jnp.einsum("bd,vd->bv", x_BD, params["head"], preferred_element_type=jnp.float32)
+        logits_BV = jnp.einsum("bd,vd->bv", x_BD, params["head"], preferred_element_type=jnp.float32)
+        return constrain(logits_BV, None, None)  # whole on every device, so that every host draws the same
 
     def _prefill_body(self, params, rows, index_SN, lengths_B, length):
         x_BTD, kept = self._hidden(params, rows, index_SN, jnp.arange(length))

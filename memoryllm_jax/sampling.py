@@ -132,7 +132,7 @@ def _prefill(decoder, rows, prompts, batch, capacity, sampling, vocab_size):
     groups: dict[int, list[int]] = {}
     for sequence, prompt in enumerate(prompts):
         groups.setdefault(bucket(len(prompt), capacity), []).append(sequence)
-    tokens_B = jnp.zeros(batch, jnp.int32)
+    tokens_B = np.zeros(batch, np.int32)
     for length, members in sorted(groups.items()):
         b = -(-(1 << (len(members) - 1).bit_length()) // decoder.shards) * decoder.shards
         ids_bT = np.zeros((b, length), np.int32)
@@ -147,5 +147,10 @@ def _prefill(decoder, rows, prompts, batch, capacity, sampling, vocab_size):
         index_bT = index_bT.reshape(b, length).astype(np.int32)
         logits_bV, cache = decoder.prefill(rows.fetch(ids), index_bT, lengths_b, slots_b, cache)
         tokens_b = draw(logits_bV, slots_b, lengths_b, sampling, vocab_size)
-        tokens_B = tokens_B.at[slots_b].set(tokens_b, mode="drop")
+        tokens_B = _put(tokens_B, slots_b, tokens_b)
     return tokens_B, cache
+
+
+@jax.jit
+def _put(tokens_B, slots_b, tokens_b):
+    return tokens_B.at[slots_b].set(tokens_b, mode="drop")

@@ -73,7 +73,7 @@ class SavedModel:
                 dtype = jnp.float32 if name.endswith("scale") else jnp.dtype(self.config.dtype)
                 wanted_as = jax.ShapeDtypeStruct(shape.shape, dtype, sharding=shape.sharding)
                 leaf = self._checkpoints.restore_leaf(self.step, path, wanted_as)
-                value = self._for_serving(name, leaf)
+                value = _for_serving(name, leaf, self.config)
                 del leaf
                 parts = value if isinstance(value, list) else [value]
                 sums[name] = [[list(part.shape), *_fingerprints(part)] for part in parts]
@@ -82,14 +82,26 @@ class SavedModel:
                 del value, parts
         return params, hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
-    def _for_serving(self, name, leaf):
-        if not _stacked(name):
-            return leaf
-        layer = NamedSharding(self.mesh, P(*leaf.sharding.spec[1:]))
-        return jax.jit(lambda x: [x[i] for i in range(x.shape[0])], out_shardings=layer)(leaf)
-
     def close(self) -> None:
         self._checkpoints.close()
+
+
+def for_serving(params, config: ModelConfig) -> dict:
+    """A training state's parameters as `SavedModel.load` lays them out, on the devices they are on."""
+    out = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        _put(out, _name(path).split("/"), _for_serving(_name(path), leaf, config))
+    return out
+
+
+def _for_serving(name, leaf, config):
+    """The leaf in the dtype of the computation; of stacked layers, a list."""
+    dtype = jnp.float32 if name.endswith("scale") else jnp.dtype(config.dtype)
+    where = leaf.sharding
+    if not name.startswith(("layers/", "memory/")):
+        return jax.jit(lambda x: x.astype(dtype), out_shardings=where)(leaf) if leaf.dtype != dtype else leaf
+    layer = NamedSharding(where.mesh, P(*where.spec[1:]))
+    return jax.jit(lambda x: [x[i].astype(dtype) for i in range(x.shape[0])], out_shardings=layer)(leaf)
 
 
 def for_this_machine(config: ModelConfig, dtype: str) -> ModelConfig:
@@ -101,10 +113,6 @@ def for_this_machine(config: ModelConfig, dtype: str) -> ModelConfig:
 
 def _name(path) -> str:
     return "/".join(key.key for key in path)
-
-
-def _stacked(name: str) -> bool:
-    return name.startswith(("layers/", "memory/"))
 
 
 def _put(tree: dict, path: list[str], value) -> None:

@@ -1,6 +1,5 @@
 """The jitted train and eval steps, and the state they work on, pinned to a mesh."""
 
-import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -10,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryllm_jax import loss, model, optimizer, sample, sharding
+from memoryllm_jax import loss, model, optimizer, sharding
 from memoryllm_jax.config import Config
 
 
@@ -36,7 +35,6 @@ class Trainer:
       init(key) -> state: {"params", "opt_state", "step"}, made in place on its devices.
       train(state, batch) -> (state, metrics): one optimizer step; the old state is donated.
       evaluate(params, batch) -> (nll in nats, weight): sums over the batch's positions.
-      next_token(params, ids [T], last, vocab_size, key) -> id: sampled after position `last`.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -74,7 +72,6 @@ class Trainer:
         self.evaluate = self._in_mesh(
             jax.jit(self._evaluate, in_shardings=(params_sharding, self.batch_sharding), out_shardings=replicated)
         )
-        self.next_token = self._in_mesh(jax.jit(functools.partial(sample.next_token, self), out_shardings=replicated))
 
     def _in_mesh(self, function):
         def within(action):

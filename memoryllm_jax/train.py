@@ -26,7 +26,9 @@ from memoryllm_jax import attention, checkpoint, cli, data, files, metrics, prep
 from memoryllm_jax import config as config_lib
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.config import Config
-from memoryllm_jax.sample import sample
+from memoryllm_jax.decoder import Decoder, LiveRows
+from memoryllm_jax.sampling import Sampling, generate
+from memoryllm_jax.saved import for_serving
 from memoryllm_jax.step import Trainer
 
 STOPPED = 143  # exit code after a signal: 128 + SIGTERM
@@ -187,9 +189,22 @@ def finish(trainer, state, tokenizer, config, result, workdir, first_host):
         files.write_json(os.path.join(workdir, "result.json"), record)
         print(f"\nvalidation: {quality_text(result)}", flush=True)
     if config.sample.tokens:
-        text = sample(trainer, state["params"], tokenizer, config, config.sample.tokens, config.seed)
+        text = sample(trainer, state["params"], tokenizer, config)
         if first_host:
             print(f"sample at temperature {config.sample.temperature:g}:\n{text}")
+
+
+def sample(trainer, params, tokenizer, config) -> str:
+    """The config's prompt and the text that the model goes on with."""
+    s, m = config.sample, config.model
+    prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(s.prompt)
+    prompt = (prompt or [0])[: config.seq_len - 1]
+    params = for_serving(params, m)
+    decoder, rows = Decoder(m, params, trainer.mesh), LiveRows(m, params, trainer.mesh)
+    stop = frozenset({tokenizer.eos_id} - {None})
+    draws = Sampling(temperature=s.temperature, seed=config.seed)
+    steps = generate(decoder, rows, [prompt], s.tokens, draws, config.seq_len, tokenizer.vocab_size, stop)
+    return tokenizer.decode(prompt + [token for new in steps for _, token in new])
 
 
 def open_dataset(config: Config, workdir: str, first_host: bool) -> data.Dataset:

@@ -248,7 +248,10 @@ def _solve(source, tables: list[_PartTable], tier_rows: list[int], total: int) -
     for _ in range(100):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if layout_at(middle).total_bytes <= total else (middle, high)
-    return layout_at(high)
+    layout = layout_at(high)
+    if not any(tier.parts for tier in layout.tiers):
+        raise UserError(f"the budget: expected room for at least one layer, found {total:,} bytes")
+    return layout
 
 
 def _best(table: _PartTable, tier_rows, dim, price) -> list[Part | None]:

@@ -23,5 +23,6 @@ def scorer(saved: SavedModel, path: str, tokens: int = CALIBRATION_TOKENS, split
     wanted = lambda name: not saved.is_memory(name)  # noqa: E731
     params, _ = saved.load(wanted)
     embedding = params["embedding"] if saved.config.tie_embeddings else None
-    batch = max(1, min(8, 4096 // length))
-    return Scorer(Decoder(saved.config, params, saved.mesh), windows, embedding, batch)
+    decoder = Decoder(saved.config, params, saved.mesh)
+    batch = decoder.shards * max(1, min(8, 4096 // length) // decoder.shards)
+    return Scorer(decoder, windows, embedding, batch)

@@ -57,7 +57,7 @@ class RowReader:
 
     def _runs(self, rows):
         """(start, stop) of neighbours that one call reads, of at most 1/threads of all and at most a mebibyte."""
-        most = max(1, min((1 << 20) // self.tol.layout.stride, -(-len(rows) // self._threads), _BUFFERS))
+        most = max(1, min((1 << 20) // max(self.tol.layout.stride, 1), -(-len(rows) // self._threads), _BUFFERS))
         new = (np.diff(rows) != 1) | (np.diff(self.tol.tier_of_row[rows]) != 0)
         starts = np.concatenate([[0], np.nonzero(new)[0] + 1, [len(rows)]])
         pieces = [(s, min(s + most, stop)) for a, stop in itertools.pairwise(starts) for s in range(a, stop, most)]
