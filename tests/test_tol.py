@@ -164,12 +164,11 @@ def relative(a, b, axis=None):
 
 @contextlib.contextmanager
 def killed_after(monkeypatch, chunks):
-    record, seen = TolWriter.record, []
+    record = TolWriter.record
 
     def recorded(self, count):
         record(self, count)
-        seen.append(count)
-        if len(seen) == chunks:
+        if count == chunks:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -213,29 +212,36 @@ def test_logits_from_rows_of_a_file_are_those_of_the_equations(lab, name):
 
 @pytest.mark.parametrize("name", ["memory", "flex", "base"])
 def test_decode_steps_batches_and_meshes_agree_with_the_equations(lab, name):
-    params, m = lab.params(name)
+    """With random weights, as the greedy text of a model that barely trained repeats one frequent token."""
+    _, m = lab.params(name)
     prompts = [some_tokens(n, seed=n) for n in (5, 17, 40)]
-    with lab.model(name) as model:
-        tokens = prompts[-1]
-        expected = np.asarray(reference.logits(params, np.array([tokens]), m))[0]
-        found = step_logits(model.decoder, model.rows, tokens, first=7)
-        np.testing.assert_allclose(found, expected[6:], atol=3e-5 * np.abs(expected).max())
-        assert (found.argmax(-1) == expected[6:].argmax(-1)).all()
-        together = written(model, prompts)
-        assert together == [written(model, [p])[0] for p in prompts]
-        assert len({tuple(t) for t in together}) > 1  # the prompts matter
-    text = np.array([prompts[-1] + together[-1]])
-    chosen = np.asarray(reference.logits(params, text, m))[0].argmax(-1)
-    assert chosen[len(prompts[-1]) - 1 : -1].tolist() == together[-1]
-    mesh = sharding.make_mesh(config_lib.MeshConfig(2, 2, 2))
-    saved = SavedModel(lab.workdir(name), mesh=mesh)
-    weights, _ = saved.load(lambda _: True)
-    decoder, rows = Decoder(saved.config, weights, mesh), LiveRows(saved.config, weights, mesh)
-    sharded = [[] for _ in prompts]
-    for new in sampling.generate(decoder, rows, prompts, 12, GREEDY, CONTEXT, 512):
-        for sequence, token in new:
-            sharded[sequence].append(token)
-    assert sharded == together
+
+    def on(*mesh):
+        mesh = sharding.make_mesh(config_lib.MeshConfig(*mesh), jax.devices()[: np.prod(mesh)])
+        saved = SavedModel(lab.workdir(name), mesh=mesh)
+        weights, _ = saved.load(lambda _: True)
+        rng = np.random.default_rng(0)
+        weights = jax.tree.map(lambda x: jax.device_put(rng.normal(0, 0.3, x.shape).astype("f"), x.sharding), weights)
+        return (Decoder(saved.config, weights, mesh), LiveRows(saved.config, weights, mesh)), weights
+
+    def texts(decoder, rows, prompts):
+        out = [[] for _ in prompts]
+        for new in sampling.generate(decoder, rows, prompts, 12, GREEDY, CONTEXT, 512):
+            for sequence, token in new:
+                out[sequence].append(token)
+        return out
+
+    one, params = on(1, 1, 1)
+    stacked = {k: jax.tree.map(lambda *x: jnp.stack(x), *params[k]) for k in ("layers", "memory") if k in params}
+    together = texts(*one, prompts)
+    tokens = prompts[-1] + together[-1]
+    expected = np.asarray(reference.logits(params | stacked, np.array([tokens]), m))[0]
+    found = step_logits(*one, tokens, first=37)
+    np.testing.assert_allclose(found, expected[36:], atol=3e-5 * np.abs(expected).max())
+    assert found.argmax(-1)[3:-1].tolist() == expected.argmax(-1)[39:-1].tolist() == together[-1]
+    assert len({token for text in together for token in text}) > 12  # not one token over and over
+    assert together == [texts(*one, [p])[0] for p in prompts]
+    assert together == texts(*on(2, 2, 2)[0], prompts)
 
 
 def test_same_seed_same_text_wherever_rows_are(lab):
@@ -579,7 +585,7 @@ def without(keys):
     return change
 
 
-@pytest.mark.parametrize("keys", [[(1, 5)], [(1, 5), (0, 7)], [(1, 5), (1, 5)]])
+@pytest.mark.parametrize("keys", [[(1, 5)], [(1, 5), (0, 7)]])
 def test_suppressed_keys_are_values_set_to_zero(lab, keys):
     expected = lab.memory("flex", without(keys)).swapaxes(0, 1)
     assert relative(lab.memory("flex").swapaxes(0, 1), expected) > 1e-3
@@ -587,6 +593,8 @@ def test_suppressed_keys_are_values_set_to_zero(lab, keys):
         operations = [("suppress", f"{layer}:{key}") for layer, key in keys]
         found = rows_of(tol, edited(tol, lab.workdir("flex"), *operations))
         assert relative(found, expected) < 2e-6
+        with pytest.raises(UserError, match="--suppress=1:5: this key is suppressed already"):
+            edited(tol, lab.workdir("flex"), *operations, ("suppress", "1:5"))
 
 
 def test_suppressed_key_is_also_gone_from_rows_that_were_swapped(lab):
@@ -707,7 +715,7 @@ def test_budgets_are_kept_and_beat_every_uniform_setting(lab, measured, tmp_path
         bases = {part: jnp.asarray(build.basis_of(g)[1][: layout.rotated[part]]) for part, g in gram.items()}
         stored = budget.as_stored(layout, vectors, tier, bases)
         uniform.append((layout.total_bytes, scorer.nats(stored), bits, rank, dropped))
-    losses = []
+    full, losses = scorer.nats(vectors), []
     for per_token in (30, 100):
         total = (per_token + 34 * source.has_x0) * 512
         out = str(tmp_path / f"{per_token}.safetensors")
@@ -716,8 +724,9 @@ def test_budgets_are_kept_and_beat_every_uniform_setting(lab, measured, tmp_path
             assert 0 < tol.layout.total_bytes <= total and compare.damaged(tol) == []
         losses.append(file_loss(out, scorer))
         peers = [(loss, *rest) for size, loss, *rest in uniform if size <= total]
-        assert losses[-1] <= min(peers)[0] + 1e-5, (total, losses[-1], min(peers))
-    assert losses[0] > losses[1] and losses[1] < scorer.nats(vectors) + 0.02
+        # An error that happens to lower the loss below that of full rows is no merit of a setting.
+        assert losses[-1] <= max(min(peers)[0], full) + 1e-5, (total, losses[-1], min(peers))
+    assert losses[0] > losses[1] and losses[1] < full + 0.02
     with pytest.raises(UserError, match=r"the budget: expected at least [0-9,]+ bytes, found 100"):
         options.write(source, options.Options(total_size="100", data=lab.data_path), out, scorer)
 

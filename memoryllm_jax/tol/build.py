@@ -100,6 +100,7 @@ class FileSource:
 
     def __init__(self, tol: TolFile, mesh, overlay=None):
         meta, layout = tol.metadata, tol.layout
+        self._layout = layout
         self._overlay = overlay
         self._edits = overlay.arrays() if overlay else None
         self.mesh, self.vocab_size = mesh, tol.vocab_size
@@ -113,7 +114,7 @@ class FileSource:
 
     def vectors(self, ids_U) -> dict:
         raw, tier = self._reader.read(np.asarray(ids_U))
-        vectors = self._decode(raw, tier)
+        vectors = self._decode(self._layout.view(raw), tier)
         zeros = jnp.zeros((len(raw), self.dim), jnp.float32)
         vectors = {f"ffn.{layer}": zeros for layer in range(self.layers)} | vectors
         if self._overlay is not None:
@@ -135,7 +136,12 @@ class RowDecoder:
 
 
 def decode_rows(layout: Layout, raw, tier_U, bases) -> dict:
-    """{part name: [U, D]}; a layer that a row's tier drops is zero, one that all drop is absent. For use in jit."""
+    """{part name: [U, D]}; a layer that a row's tier drops is zero, one that all drop is absent. For use in jit.
+
+    `raw` is what `Layout.view` makes of encoded rows.
+    """
+    if raw.ndim == 3:
+        return {part.name: raw[:, i] for i, part in enumerate(layout.tiers[0].parts)}
     decoded = [codec.decode(tier.parts, raw[:, : tier.stride], bases) for tier in layout.tiers]
     if len(decoded) == 1:
         return decoded[0]

@@ -211,7 +211,7 @@ def read_rows(tol: TolFile, ids: np.ndarray, overlay: Overlay | None = None) -> 
     reader = RowReader(tol)
     raw, tier = reader.read(ids)
     reader.close()
-    vectors = RowDecoder(tol)(raw, tier)
+    vectors = RowDecoder(tol)(tol.layout.view(raw), tier)
     ffn = [vectors.get(f"ffn.{layer}") for layer in range(tol.layout.layers)]
     if overlay is not None:
         ffn = overlay.apply(overlay.arrays(), jnp.asarray(ids), ffn)

@@ -78,6 +78,18 @@ class Layout:
         """Bytes of all rows and bases: what a budget counts."""
         return self.row_bytes + sum(rank * self.dim * 2 for rank in self.rotated.values())
 
+    @property
+    def row_type(self) -> tuple[np.dtype, tuple[int, ...]]:
+        """dtype and shape of a row in memory: [parts, D] of floats where that is what it is, else bytes."""
+        if len(self.tiers) == 1 and self.tiers[0].plain:
+            return np.dtype(FLOATS[self.tiers[0].plain]), (len(self.tiers[0].parts), self.dim)
+        return np.dtype(np.uint8), (self.stride,)
+
+    def view(self, raw: np.ndarray) -> np.ndarray:
+        """Encoded rows uint8 [n, stride] as rows of `row_type`, without a copy."""
+        dtype, shape = self.row_type
+        return raw.view(dtype).reshape(len(raw), *shape)
+
     def kept_layers(self) -> list[int]:
         """Layers that some tier holds."""
         names = {part.name for tier in self.tiers for part in tier.parts}

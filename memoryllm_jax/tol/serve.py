@@ -40,6 +40,10 @@ class _Rows:
         self._constants |= {"overlay": jax.device_put(overlay.arrays(), self.replicated)} if overlay else {}
         self._overlay = overlay
 
+    def _zeros(self, *shape, dtype=np.uint8):
+        """On the devices, without a copy on the host."""
+        return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=self.replicated)()
+
     def _token_rows(self, constants, raw, tier_U, ids_U) -> TokenRows:
         """For use in jit."""
         layout = self.tol.layout
@@ -76,12 +80,14 @@ class DeviceRows(_Rows):
     def __init__(self, tol: TolFile, mesh, embedding=None, overlay=None):
         super().__init__(tol, mesh, embedding, overlay)
         _check_fits(tol.layout.row_bytes, device_memory(mesh), f"{tol.path}: rows on the device")
+        dtype, shape = tol.layout.row_type
         self._tables = [
-            jax.device_put(jnp.zeros((t.rows, t.stride), jnp.uint8), self.replicated) for t in tol.layout.tiers
+            self._zeros(t.rows, *(shape if dtype != np.uint8 else (t.stride,)), dtype=dtype) for t in tol.layout.tiers
         ]
-        put = jax.jit(lambda table, rows, at: jax.lax.dynamic_update_slice(table, rows, (at, 0)), donate_argnums=0)
+        put = jax.jit(lambda table, rows, at: jax.lax.dynamic_update_slice_in_dim(table, rows, at, 0), donate_argnums=0)
 
         def place(tier, start, rows):
+            rows = tol.layout.view(rows) if dtype != np.uint8 else rows
             self._tables[tier] = put(self._tables[tier], rows, start)
 
         _load(tol, place)
@@ -94,7 +100,8 @@ class DeviceRows(_Rows):
         tier_U = jnp.zeros_like(row_U)
         for number, (tier, table) in enumerate(zip(self.tol.layout.tiers, tables)):
             mine = table[jnp.clip(row_U - first, 0, tier.rows - 1)]
-            mine = jnp.pad(mine, ((0, 0), (0, self.tol.layout.stride - tier.stride)))
+            if len(tables) > 1:
+                mine = jnp.pad(mine, ((0, 0), (0, self.tol.layout.stride - tier.stride)))
             here = row_U >= first
             raw = mine if raw is None else jnp.where(here[:, None], mine, raw)
             tier_U = jnp.where(here, number, tier_U)
@@ -189,14 +196,15 @@ class CachedRows(_Rows):
         _check_fits(slots * stride, device_memory(mesh), "--cache")
         self._slot_of: collections.OrderedDict[int, int] = collections.OrderedDict()
         self._free = list(range(slots))[::-1]
-        self._cache = jax.device_put(jnp.zeros((slots, stride), jnp.uint8), self.replicated)
+        dtype, shape = tol.layout.row_type
+        self._cache = self._zeros(slots, *shape, dtype=dtype)
         self._tier = np.zeros(slots, np.int32)
         self._assemble = jax.jit(self._assemble_body)
         self._insert = jax.jit(
             lambda cache, staged, slots_M: cache.at[slots_M].set(staged, mode="drop"), donate_argnums=0
         )
         self._hinted: set[int] = set()
-        self._compiled: set[tuple[int, int]] = set()  # a fetch that compiles is not timed
+        self._compiled: set[tuple[int, int, bool]] = set()  # a fetch that compiles is not timed
         self.requests = self.hits = self.misses = self.hinted_misses = 0
         self.seconds: list[float] = []
         if "counts" in tol.tensors:
@@ -210,7 +218,7 @@ class CachedRows(_Rows):
         for start in range(0, slots, step):
             ids = tokens[start : start + step]
             raw, tier = self.table.read(ids)
-            self._keep(ids, raw, tier)
+            self._keep(ids, self.tol.layout.view(raw), tier)
         for token in tokens[::-1].tolist():
             self._slot_of.move_to_end(token)
 
@@ -227,8 +235,11 @@ class CachedRows(_Rows):
     def _assemble_body(self, constants, cache, staged, hit_U, at_U, tier_U, ids_U):
         if staged is None:
             raw = cache[at_U]
+        elif hit_U is None:
+            raw = staged[at_U]
         else:
-            raw = jnp.where(hit_U[:, None], cache[at_U], staged[jnp.where(hit_U, 0, at_U)])
+            hit = hit_U.reshape(-1, *[1] * (staged.ndim - 1))
+            raw = jnp.where(hit, cache[at_U], staged[jnp.where(hit_U, 0, at_U)])
         return self._token_rows(constants, raw, tier_U, ids_U)
 
     def fetch(self, ids_U: np.ndarray) -> TokenRows:
@@ -237,7 +248,8 @@ class CachedRows(_Rows):
         ids, inverse = np.unique(ids_U, return_inverse=True)
         slots = [self._slot_of.get(token, -1) for token in ids.tolist()]
         hit = np.array(slots) >= 0
-        at, missing = np.array(slots, np.int32), ids[~hit]
+        at, missing = np.array(slots, np.int32), np.nonzero(~hit)[0]
+        missing = missing[np.argsort(self.tol.row_of_token[ids[missing]])]
         tier = self._tier[np.maximum(at, 0)]
         for token in ids[hit].tolist():
             self._slot_of.move_to_end(token)
@@ -245,21 +257,22 @@ class CachedRows(_Rows):
         if len(missing):
             count = bucket(len(missing), len(ids_U)) if len(missing) > 1 else 1
             staged = np.empty((count, self.tol.layout.stride), np.uint8)
-            _, tier[~hit] = self.table.read(missing, staged)
-            at[~hit] = np.arange(len(missing))
-            staged = jax.device_put(staged, self.replicated)
+            _, tier[missing] = self.table.read(ids[missing], staged)
+            at[missing] = np.arange(len(missing))
+            staged = jax.device_put(self.tol.layout.view(staged), self.replicated)
         with jax.set_mesh(self.mesh):
-            rows = self._assemble(self._constants, self._cache, staged, hit[inverse], at[inverse], tier[inverse], ids_U)
+            some = hit[inverse] if hit.any() else None
+            rows = self._assemble(self._constants, self._cache, staged, some, at[inverse], tier[inverse], ids_U)
             if staged is not None:
-                self._keep(missing, staged, tier[~hit])
-        shape = (len(ids_U), 0 if staged is None else len(staged))
+                self._keep(ids[missing], staged, tier[missing])
+        shape = (len(ids_U), 0 if staged is None else len(staged), bool(hit.any()))
         if shape in self._compiled:
             self.seconds.append(time.perf_counter() - start)
         self._compiled.add(shape)
         self.requests += len(ids)
         self.hits += len(ids) - len(missing)
         self.misses += len(missing)
-        self.hinted_misses += len(self._hinted.intersection(missing.tolist()))
+        self.hinted_misses += len(self._hinted.intersection(ids[missing].tolist()))
         return rows
 
     def prefetch(self, ids) -> None:
