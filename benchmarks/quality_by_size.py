@@ -2,8 +2,8 @@
 
     python benchmarks/quality_by_size.py --workdir=DIR --data=DIR --output=benchmarks/results/NAME
 
-Budgets are planned on training text and everything is reported on held-out text. Rows go through the codecs exactly
-as they do into a file and out of it. Writes NAME.json, NAME.md (the table) and NAME.png (the picture).
+Budgets are planned on one half of the held-out text and everything is reported on the other. Rows go through the
+codecs as they do into a file and out of it. Writes NAME.json, NAME.md (the table) and NAME.png (the picture).
 """
 
 import math
@@ -56,7 +56,7 @@ def main():
     dataset = data.Dataset(f.data)
     counts = text.token_counts(dataset, source.vocab_size)
     calibration = quality.scorer(saved, f.data)
-    held_out = quality.scorer(saved, f.data, f.tokens, "validation")
+    held_out = quality.scorer(saved, f.data, f.tokens, half=1)
     planner = budget.Planner(source, calibration, counts)
     vectors = budget.full_vectors(source, held_out.ids)
     paper = build.grams(source, planner.whole, list(planner.bases), np.ones(source.vocab_size))

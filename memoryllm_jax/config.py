@@ -254,6 +254,8 @@ def validate(config: Config) -> None:
     for field in ("optimizer.b1", "optimizer.b2"):
         need(0 <= flat[field] < 1, field, "a number from 0 up to 1")
     need(config.seq_len >= 2, "seq_len", "at least 2 tokens")
+    temperature = config.sample.temperature
+    need(temperature == 0 or 1e-3 <= temperature <= 1e3, "sample.temperature", "0 (greedy), or from 0.001 to 1000")
     need(m.dim % m.heads == 0, "model.heads", f"a divisor of model.dim = {m.dim}")
     need(m.head_dim % 2 == 0, "model.heads", f"an even head size (model.dim / heads = {m.dim} / {m.heads})")
     need(0 <= m.beta <= 8, "model.beta", "a number from 0 (memory) to 8 (base)")

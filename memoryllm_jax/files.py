@@ -46,7 +46,7 @@ def lock_byte(fd: int, path: str, number: int) -> None:
     """Holds byte `number` of an open file for this process. Raises: UserError if another holds it."""
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         raise UserError(f"{path}: in use by another run") from error
 
 

@@ -62,12 +62,10 @@ class Model:
 
     def _looked_up(self, place, cache, params, edits):
         mesh, embedding = self.saved.mesh, params.get("embedding")
+        repair = build.Repair(self.saved, self._tol)
         if place == "device":
-            return serve.DeviceRows(self._tol, mesh, embedding, edits)
-        if place == "host":
-            table = serve.HostTable(self._tol)
-        else:
-            table = serve.DiskTable(self._tol, repair=build.Repair(self.saved, self._tol))
+            return serve.DeviceRows(self._tol, mesh, embedding, edits, repair)
+        table = serve.HostTable(self._tol, repair) if place == "host" else serve.DiskTable(self._tol, repair=repair)
         return serve.CachedRows(table, mesh, cache, embedding, edits)
 
     def prompt(self, text: str) -> list[int]:
@@ -75,10 +73,10 @@ class Model:
         bos = self.tokenizer.bos_id
         return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
 
-    def generate(self, prompts: list[list[int]], max_tokens: int, sampling: Sampling, stop_ids=frozenset()):
+    def generate(self, prompts: list[list[int]], max_tokens: int, sampling: Sampling, seed: int = 0, stop_ids=()):
         """As `sampling.generate`."""
         sizes = (self.saved.context, self.tokenizer.vocab_size)
-        return generate(self.decoder, self.rows, prompts, max_tokens, sampling, *sizes, stop_ids=frozenset(stop_ids))
+        return generate(self.decoder, self.rows, prompts, max_tokens, sampling, seed, *sizes, frozenset(stop_ids))
 
     def close(self) -> None:
         self.rows.close()
@@ -88,28 +86,33 @@ class Model:
 
 
 class Streamer:
-    """Texts that grow token by token: a character appears when all of its bytes are there."""
+    """A text that grows token by token: a character appears when all of its bytes are there."""
 
-    def __init__(self, tokenizer, prompts: list[list[int]]):
-        self._decode = tokenizer.decode
-        self._ids = [list(prompt) for prompt in prompts]
-        self._shown = [len(self._decode(prompt)) for prompt in prompts]
-        self.new: list[list[int]] = [[] for _ in prompts]
+    def __init__(self, tokenizer, prompt: list[int]):
+        self._decode, self._ids = tokenizer.decode, list(prompt)
+        # Decoding starts at a token that is shown already: tokenizers treat the first token of a text apart.
+        self._from, self._shown = max(0, len(prompt) - 1), len(prompt)
 
-    def add(self, sequence: int, token: int) -> str:
-        """The text that a new token adds."""
-        self._ids[sequence].append(token)
-        self.new[sequence].append(token)
-        text = self._decode(self._ids[sequence])
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+    def add(self, token: int) -> str:
+        """What a new token adds to the text."""
+        self._ids.append(token)
+        return self._piece(whole=False)
+
+    def end(self) -> str:
+        """What is left, where the last character is not complete."""
+        return self._piece(whole=True)
+
+    def _piece(self, whole):
+        before, text = self._decode(self._ids[self._from : self._shown]), self._decode(self._ids[self._from :])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and not whole:
             return ""
-        piece, self._shown[sequence] = text[self._shown[sequence] :], len(text)
-        return piece
+        self._from, self._shown = max(self._from, self._shown - 1), len(self._ids)
+        return text[len(before) :]
 
-    def text(self, sequence: int) -> str:
-        """All new text of a sequence."""
-        whole, prompt = self._ids[sequence], len(self._ids[sequence]) - len(self.new[sequence])
-        return self._decode(whole)[len(self._decode(whole[:prompt])) :]
+
+def text_after(tokenizer, prompt: list[int], new: list[int]) -> str:
+    """The text that new tokens add to a prompt."""
+    return tokenizer.decode(prompt + new)[len(tokenizer.decode(prompt)) :]
 
 
 def stop_ids_of(model: Model, texts: list[str]) -> set[int]:
@@ -141,37 +144,41 @@ def read_prompts(prompts: list[str], path: str) -> list[str]:
     return prompts
 
 
-def run(model: Model, prompts: list[str], max_tokens: int, sampling: Sampling, stops: list[str]) -> tuple[list, dict]:
+def run(
+    model: Model, prompts: list[str], max_tokens: int, sampling: Sampling, seed: int, stops: list[str]
+) -> tuple[list, dict]:
     """Generates and prints. One prompt streams to the terminal; several are printed one after another.
 
     Returns: ([{"prompt", "text", "tokens"}], statistics).
     """
     ids = [model.prompt(text) for text in prompts]
-    streamer = Streamer(model.tokenizer, ids)
-    if len(prompts) == 1:
+    new_ids: list[list[int]] = [[] for _ in prompts]
+    steps = model.generate(ids, max_tokens, sampling, seed, stop_ids_of(model, stops))
+    streamer = Streamer(model.tokenizer, ids[0]) if len(prompts) == 1 else None
+    if streamer:
         print(prompts[0], end="", flush=True)
     start, first = time.perf_counter(), None
-    for new in model.generate(ids, max_tokens, sampling, stop_ids_of(model, stops)):
+    for new in steps:
         first = first or time.perf_counter()
         for sequence, token in new:
-            piece = streamer.add(sequence, token)
-            if len(prompts) == 1:
-                print(piece, end="", flush=True)
+            new_ids[sequence].append(token)
+            if streamer:
+                print(streamer.add(token), end="", flush=True)
     end = time.perf_counter()
-    results = [{"prompt": text, "text": streamer.text(k), "tokens": streamer.new[k]} for k, text in enumerate(prompts)]
-    if len(prompts) == 1:
-        print()
+    texts = [text_after(model.tokenizer, *pair) for pair in zip(ids, new_ids)]
+    results = [{"prompt": p, "text": t, "tokens": n} for p, t, n in zip(prompts, texts, new_ids)]
+    if streamer:
+        print(streamer.end())
     else:
         for number, result in enumerate(results, 1):
             print(f"[{number}] {result['prompt']}{result['text']}\n")
-    made = sum(len(r["tokens"]) for r in results)
-    steps = max(len(r["tokens"]) for r in results)
+    longest = max(map(len, new_ids))
     first = first or end
     stats = {
         "prompt_tokens": sum(map(len, ids)),
-        "new_tokens": made,
+        "new_tokens": sum(map(len, new_ids)),
         "seconds_to_first_token": first - start,
-        "ms_per_step": 1e3 * (end - first) / max(steps - 1, 1),
+        "ms_per_step": 1e3 * (end - first) / max(longest - 1, 1),
         "weights_bytes": model.decoder.weights_bytes,
         **model.rows.stats(),
     }
@@ -187,14 +194,16 @@ def stats_text(stats: dict) -> str:
 
 def main():
     f = flags.FLAGS
-    sampling = Sampling(f.temperature, f.top_k, f.top_p, f.seed)
+    sampling = Sampling(f.temperature, f.top_k, f.top_p)
+    if not f.tol and (f["rows"].present or f["cache"].present):
+        raise UserError("--rows, --cache: expected --tol too, as they say where its rows come from")
     prompts = read_prompts(f.prompt, f.prompts)
     if f.max_tokens < 1:
         raise UserError(f"--max_tokens: expected at least 1, found {f.max_tokens}")
     cache = options.size(f.cache, "cache")
     model = Model(f.workdir, f.tol, f.rows, cache, f.overlay, f.step, f.dtype)
     with contextlib.closing(model):
-        results, stats = run(model, prompts, f.max_tokens, sampling, f.stop)
+        results, stats = run(model, prompts, f.max_tokens, sampling, f.seed, f.stop)
         if f.stats:
             print(stats_text(stats), file=sys.stderr)
         if f.output:

@@ -19,14 +19,12 @@ class Sampling:
     temperature: float = 0.8
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
 
     def __post_init__(self):
         checks = (
-            ("temperature", self.temperature >= 0, "zero or more"),
+            ("temperature", self.temperature == 0 or 1e-3 <= self.temperature <= 1e3, "0, or from 0.001 to 1000"),
             ("top_k", self.top_k >= 0, "zero or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
-            ("seed", self.seed >= 0, "zero or more"),
         )
         for name, holds, expected in checks:
             if not holds:
@@ -34,7 +32,7 @@ class Sampling:
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "vocab_size"))
-def draw(logits_BV, sequence_B, position_B, sampling: Sampling, vocab_size: int):
+def draw(logits_BV, seed, sequence_B, position_B, sampling: Sampling, vocab_size: int):
     """Ids below `vocab_size`. A draw depends on the seed, the sequence's number and the position, on nothing else."""
     logits_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < vocab_size, logits_BV, -jnp.inf)
     if sampling.temperature == 0:
@@ -51,7 +49,7 @@ def draw(logits_BV, sequence_B, position_B, sampling: Sampling, vocab_size: int)
         logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
 
     def one(logits_V, sequence, position):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), sequence), position)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sequence), position)
         return jax.random.categorical(key, logits_V)
 
     return jax.vmap(one)(logits_BV, sequence_B, position_B)
@@ -63,6 +61,7 @@ def generate(
     prompts: list[list[int]],
     max_tokens: int,
     sampling: Sampling,
+    seed: int,
     context: int,
     vocab_size: int,
     stop_ids: frozenset[int] = frozenset(),
@@ -76,17 +75,24 @@ def generate(
       rows: where rows of the token memory come from (`decoder.LiveRows`, or one of tol/serve.py).
     Raises: UserError for a prompt that is empty or does not fit the context.
     """
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise UserError(f"prompt {number + 1}: expected at least one token, found an empty prompt")
+            raise UserError(f"prompt {number}: expected at least one token, found an empty prompt")
         if len(prompt) >= context:
             raise UserError(
-                f"prompt {number + 1}: expected fewer than {context} tokens, the model's context, found {len(prompt)}"
+                f"prompt {number}: expected fewer than {context} tokens, the model's context, found {len(prompt)}"
             )
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed: expected a number from 0 to {2**32 - 1}, found {seed}")
+    how = {"sampling": sampling, "vocab_size": vocab_size}
+    return _steps(decoder, rows, prompts, max_tokens, np.uint32(seed), context, stop_ids, how)
+
+
+def _steps(decoder, rows, prompts, max_tokens, seed, context, stop_ids, how):
     count = len(prompts)
     batch = -(-(1 << (count - 1).bit_length()) // decoder.shards) * decoder.shards
     capacity = bucket(max(map(len, prompts)) + max_tokens, context)
-    tokens_B, cache = _prefill(decoder, rows, prompts, batch, capacity, sampling, vocab_size)
+    tokens_B, cache = _prefill(decoder, rows, prompts, batch, capacity, seed, how)
     sequence_B = np.arange(batch, dtype=np.int32)
     position_B = np.array([len(p) for p in prompts] + [1] * (batch - count), np.int32)
     running = set(range(count))
@@ -95,38 +101,28 @@ def generate(
         at_B = np.minimum(position_B + made, capacity - 1)
         last = made + 1 == max_tokens
         current_B = tokens_B
-        if not last:
-            fetched, index_B = _fetch(rows, current_B)
-            logits, cache = decoder.step(fetched, index_B, at_B, cache)
-            tokens_B = draw(logits, sequence_B, at_B + 1, sampling, vocab_size)
-        new = []
-        host_B = np.asarray(current_B)
-        for sequence in sorted(running):
-            token = int(host_B[sequence])
-            if token in stop_ids:
-                running.discard(sequence)
-                continue
-            new.append((sequence, token))
-            if position_B[sequence] + made + 1 >= context:
-                running.discard(sequence)
-        if not last:
-            rows.prefetch(host_B[:count])
+        if rows.on_device and not last:  # the next step needs nothing from the host: it goes before the tokens are read
+            logits, cache = decoder.step(rows.fetch(tokens_B), sequence_B, at_B, cache)
+            tokens_B = draw(logits, seed, sequence_B, at_B + 1, **how)
+        host_B = np.array(current_B)
+        running -= {sequence for sequence in running if int(host_B[sequence]) in stop_ids}
+        new = [(sequence, int(host_B[sequence])) for sequence in sorted(running)]
+        running -= {sequence for sequence in running if position_B[sequence] + made + 1 >= context}
+        if running and not last and not rows.on_device:
+            # Rows are read for sequences that go on; the others take one of theirs.
+            host_B[[s for s in range(batch) if s not in running]] = host_B[min(running)]
+            ids, index_B = np.unique(host_B, return_inverse=True)
+            padded = np.pad(ids, (0, batch - len(ids)), mode="edge")
+            logits, cache = decoder.step(rows.fetch(padded), index_B.astype(np.int32), at_B, cache)
+            tokens_B = draw(logits, seed, sequence_B, at_B + 1, **how)
+            rows.prefetch(ids)
         if new:
             yield new
         if not running:
             return
 
 
-def _fetch(rows, tokens_B):
-    """Rows of the batch's tokens, each distinct one once, unless they are made where the tokens are."""
-    if rows.on_device:
-        return rows.fetch(tokens_B), np.arange(len(tokens_B), dtype=np.int32)
-    ids, index_B = np.unique(np.asarray(tokens_B), return_inverse=True)
-    padded = np.pad(ids, (0, len(index_B) - len(ids)), mode="edge")
-    return rows.fetch(padded), index_B.astype(np.int32)
-
-
-def _prefill(decoder, rows, prompts, batch, capacity, sampling, vocab_size):
+def _prefill(decoder, rows, prompts, batch, capacity, seed, how):
     """Prompts by length bucket: while the device works on one bucket, the rows of the next are fetched."""
     cache = decoder.empty_cache(batch, capacity)
     groups: dict[int, list[int]] = {}
@@ -146,8 +142,7 @@ def _prefill(decoder, rows, prompts, batch, capacity, sampling, vocab_size):
         ids = np.pad(ids, (0, bucket(len(ids), b * length) - len(ids)), mode="edge").astype(np.int32)
         index_bT = index_bT.reshape(b, length).astype(np.int32)
         logits_bV, cache = decoder.prefill(rows.fetch(ids), index_bT, lengths_b, slots_b, cache)
-        tokens_b = draw(logits_bV, slots_b, lengths_b, sampling, vocab_size)
-        tokens_B = _put(tokens_B, slots_b, tokens_b)
+        tokens_B = _put(tokens_B, slots_b, draw(logits_bV, seed, slots_b, lengths_b, **how))
     return tokens_B, cache
 
 

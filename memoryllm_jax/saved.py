@@ -33,13 +33,14 @@ class SavedModel:
       dtype: of the computation; "" takes the one that the model was trained with.
       mesh: devices the parameters are spread over; by default the first device alone.
     Attributes:
-      config: ModelConfig for this machine.  context: positions a sequence may have.  step, tokenizer, mesh.
+      workdir.  config: ModelConfig for this machine.  context: positions a sequence may have.  step, tokenizer, mesh.
     Raises: UserError.
     """
 
     def __init__(self, workdir: str, step: int | None = None, dtype: str = "", mesh=None):
         if not os.path.isdir(workdir):
             raise UserError(f"--workdir={workdir}: expected a folder with checkpoints, found none")
+        self.workdir = workdir
         self._checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
         steps = self._checkpoints.steps()
         self.step = max(steps, default=None) if step is None else step

@@ -202,8 +202,8 @@ def sample(trainer, params, tokenizer, config) -> str:
     params = for_serving(params, m)
     decoder, rows = Decoder(m, params, trainer.mesh), LiveRows(m, params, trainer.mesh)
     stop = frozenset({tokenizer.eos_id} - {None})
-    draws = Sampling(temperature=s.temperature, seed=config.seed)
-    steps = generate(decoder, rows, [prompt], s.tokens, draws, config.seq_len, tokenizer.vocab_size, stop)
+    sizes = (config.seq_len, tokenizer.vocab_size)
+    steps = generate(decoder, rows, [prompt], s.tokens, Sampling(s.temperature), config.seed % 2**32, *sizes, stop)
     return tokenizer.decode(prompt + [token for new in steps for _, token in new])
 
 

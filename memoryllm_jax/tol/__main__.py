@@ -96,6 +96,11 @@ def verify(tol: TolFile) -> dict:
 def compress(tol: TolFile) -> dict:
     f = flags.FLAGS
     choices = options.from_flags()
+    if not tol.layout.tiers[0].plain or len(tol.layout.kept_layers()) < tol.layout.layers:
+        raise UserError(
+            f"{tol.path}: expected a file of 16 or 32 bits with all layers, found {tol.metadata['codec']} of "
+            f"{len(tol.layout.kept_layers())} layers; compress the file that it was made from"
+        )
     source = build.FileSource(tol, mesh_here())
     scorer = None
     if f.workdir:
@@ -111,9 +116,11 @@ def edit_command(tol: TolFile) -> dict:
     f = flags.FLAGS
     if not f.overlay:
         raise UserError("--overlay: expected the name of the overlay file")
-    overlay = edit.Overlay.open(f.overlay, tol, missing_ok=True)
-    editor = edit.Editor(tol, overlay, f.workdir)
     asked = [(name, spec) for name in edit.OPERATIONS for spec in f[name].value]
+    overlay = edit.Overlay.open(f.overlay, tol, missing_ok=bool(asked))
+    editor = edit.Editor(tol, overlay, f.workdir)
+    if f.list and (asked or f.undo or f.output):
+        raise UserError("--list: expected no edit, --undo or --output on the same line")
     if f.undo and asked:
         raise UserError("--undo: expected no other edit on the same line")
     for name, spec in asked:
@@ -181,7 +188,7 @@ def define_flags(command):
         flags.DEFINE_multi_string("zero", [], "A: take the row of A away")
         flags.DEFINE_multi_string("suppress", [], "LAYER:KEY: take one key's value out of all rows (needs --workdir)")
         flags.DEFINE_integer("undo", 0, "take back this many of the last edits")
-        flags.DEFINE_bool("list", False, "list the edits, which every edit does too")
+        flags.DEFINE_bool("list", False, "only list the edits, as every edit does at its end")
         flags.DEFINE_string("output", "", "apply the edits to a new ToL file")
     if command == "diff":
         flags.DEFINE_integer("top", 10, "tokens listed")

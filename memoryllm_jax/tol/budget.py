@@ -182,7 +182,7 @@ def _measure(source, scorer, names, bases, weights, order, tier_rows) -> list[_P
         error = np.average(np.asarray(jnp.square(coarse - vectors[name]).sum(1)), weights=scorer.counts)
         rise = scorer.nats(vectors | {name: coarse}) - base
         drop = None if name == "x0" else scorer.nats(vectors | {name: jnp.zeros_like(coarse)}) - base
-        rises[name] = (rise / error, drop)
+        rises[name] = (rise / max(error, 1e-30), drop)
         progress.update(number + 1)
     progress.close()
     least = _LEAST_IMPORTANCE * max(r for r, _ in rises.values())

@@ -24,11 +24,12 @@ from memoryllm_jax.decoder import live_rows
 from memoryllm_jax.saved import SavedModel
 from memoryllm_jax.tokenizer import Tokenizer
 from memoryllm_jax.tol import codec
-from memoryllm_jax.tol.format import Layout, TolFile, TolWriter
+from memoryllm_jax.tol.format import Layout, TolFile, TolWriter, checksum
 from memoryllm_jax.tol.read import RowReader
 
 _CHUNK_BYTES = 64 << 20  # of the float32 rows of a chunk on one device
 _CHUNK_ROWS = 1024
+_TYPES = {"int32": "I32", "int64": "I64", "uint8": "U8", "uint16": "BF16"}  # of tensors beside the rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,19 +80,28 @@ class Repair:
 
     def __init__(self, saved: SavedModel, tol: TolFile):
         self._saved, self._tol = saved, tol
+        self._mended: dict[int, np.ndarray] = {}
 
     def __call__(self, ids: np.ndarray) -> list[np.ndarray]:
         """Encoded rows of the ids. Raises: UserError if the weights are not those the file was made from."""
-        tol, saved = self._tol, self._saved
+        new = np.array([token for token in ids.tolist() if token not in self._mended], np.int32)
+        if len(new):
+            self._mended.update(zip(new.tolist(), self._compute(new)))
+        return [self._mended[token] for token in ids.tolist()]
+
+    def _compute(self, ids):
+        tol = self._tol
         print(f"{tol.path}: {len(ids)} damaged rows, token {ids[0]} first: computed from the weights", file=sys.stderr)
+        saved = SavedModel(self._saved.workdir, self._saved.step, tol.metadata["dtype"], self._saved.mesh)
         params, digest = saved.load(lambda name: saved.is_memory(name) or name == "embedding")
+        saved.close()
         if digest != tol.metadata["rows_digest"]:
             raise UserError(f"{tol.path}: token {ids[0]}: its row is damaged, and the checkpoint has other weights")
         with jax.set_mesh(saved.mesh):
-            vectors = _row_function(saved.config)(params, jnp.asarray(ids, jnp.int32))
+            vectors = _row_function(saved.config)(params, jnp.asarray(ids))
         bases = {name: jnp.asarray(tol.basis(name)) for name in tol.layout.rotated}
         tiers = tol.tier_of_row[tol.row_of_token[ids]]
-        encoded = [np.asarray(codec.encode(tier.parts, vectors, bases)) for tier in tol.layout.tiers]
+        encoded = {k: np.asarray(codec.encode(tol.layout.tiers[k].parts, vectors, bases)) for k in np.unique(tiers)}
         return [encoded[tier][i] for i, tier in enumerate(tiers)]
 
 
@@ -204,31 +214,22 @@ def build(
     Returns: one line on what was written. Raises: UserError.
     """
     host, hosts = jax.process_index(), jax.process_count()
-    tokenizer = np.frombuffer(source.identity.tokenizer.content, np.uint8)
-    extra = {"row_of_token": ("I32", (len(order),)), "tokenizer": ("U8", tokenizer.shape)}
-    extra |= {"counts": ("I64", (len(order),))} if counts is not None else {}
-    extra |= {"successors": ("I32", successors.shape)} if successors is not None else {}
-    extra |= {f"basis.{name}": ("BF16", (rank, layout.dim)) for name, rank in layout.rotated.items()}
-    metadata = _metadata(source.identity, layout, len(order))
-    written = {"order": order, "counts": counts, "successors": successors, **(bases or {})}
-    writer = TolWriter(output, layout, extra, metadata, _plan_digest(source.mesh, metadata, written), host)
+    arrays = {"row_of_token": np.empty(len(order), np.int32)}
+    arrays["row_of_token"][order] = np.arange(len(order))
+    arrays["tokenizer"] = np.frombuffer(source.identity.tokenizer.content, np.uint8)
+    arrays |= {} if counts is None else {"counts": counts.astype(np.int64)}
+    arrays |= {} if successors is None else {"successors": successors.astype(np.int32)}
+    for name, basis in (bases or {}).items():
+        arrays[f"basis.{name}"] = np.asarray(basis).astype(ml_dtypes.bfloat16).view(np.uint16)
+    metadata = _metadata(source.identity, layout, arrays)
+    extra = {name: (_TYPES[array.dtype.name], array.shape) for name, array in arrays.items()}
+    writer = TolWriter(output, layout, extra, metadata, _plan_digest(source.mesh, metadata), host)
     try:
-        if host == 0:
-            writer.begin()
-        _sync("begun", hosts)
-        if host:
-            writer.begin()
+        for first in (True, False):  # the first host makes the file, then the others open it
+            _together(writer.begin if first == (host == 0) else None)
         if host == 0 and writer.done() is None:
-            row_of_token = np.empty(len(order), np.int32)
-            row_of_token[order] = np.arange(len(order))
-            writer.write("row_of_token", row_of_token)
-            writer.write("tokenizer", tokenizer)
-            if counts is not None:
-                writer.write("counts", counts.astype(np.int64))
-            if successors is not None:
-                writer.write("successors", successors.astype(np.int32))
-            for name, basis in (bases or {}).items():
-                writer.write(f"basis.{name}", np.asarray(basis).astype(ml_dtypes.bfloat16).view(np.uint16))
+            for name, array in arrays.items():
+                writer.write(name, array)
             for number, tier in enumerate(layout.tiers):
                 if not tier.stride:  # every layer dropped: the checksums are those of no bytes
                     writer.write_rows(number, 0, np.empty((tier.rows, 0), np.uint8))
@@ -274,22 +275,20 @@ def _write_tiers(source, layout, writer, order, bases, label):
     progress.close()
 
 
-def _plan_digest(mesh, metadata: dict, written: dict) -> str:
+def _plan_digest(mesh, metadata: dict) -> str:
     """Of all that decides the file's bytes and the chunks they are written in."""
-    digest = hashlib.sha256(json.dumps([metadata, mesh.size, jax.process_count(), _CHUNK_ROWS]).encode())
-    for name, array in written.items():
-        digest.update(name.encode() + (b"" if array is None else np.ascontiguousarray(array).tobytes()))
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps([metadata, mesh.size, jax.process_count(), _CHUNK_ROWS]).encode()).hexdigest()
 
 
-def _metadata(identity: Identity, layout: Layout, vocab_size: int) -> dict[str, str]:
+def _metadata(identity: Identity, layout: Layout, arrays: dict) -> dict[str, str]:
+    sums = {name: f"{checksum(array.reshape(-1).view(np.uint8)):016x}" for name, array in arrays.items()}
     held = [{part.name for part in tier.parts} for tier in layout.tiers]
     dropped = [layer for layer in range(layout.layers) if not all(f"ffn.{layer}" in names for names in held)]
     return {
         "format": "memoryllm_tol",
         "version": "1",
         "architecture": identity.architecture,
-        "vocab_size": str(vocab_size),
+        "vocab_size": str(layout.rows),
         "codec": layout.codec(),
         "dtype": identity.dtype,
         "kept_layers": json.dumps(layout.kept_layers()),
@@ -299,6 +298,7 @@ def _metadata(identity: Identity, layout: Layout, vocab_size: int) -> dict[str, 
         "decoder_digest": identity.decoder_digest,
         "tokenizer_kind": identity.tokenizer.kind,
         "tokenizer_digest": identity.tokenizer.digest,
+        "tensor_checksums": json.dumps(sums),
         "layout": json.dumps(layout.to_json()),
     }
 
@@ -337,6 +337,22 @@ def _agree(done: int) -> int:
     if jax.process_count() == 1:
         return done
     return int(multihost_utils.process_allgather(np.int32(done)).min())
+
+
+def _together(action) -> None:
+    """Runs an action, if this host has one; if it fails on any host, all stop. Raises: UserError."""
+    failure = None
+    try:
+        if action:
+            action()
+    except UserError as error:
+        failure = error
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.int32(failure is not None))
+        if failed.any() and failure is None:
+            raise UserError("another host could not open the file; its message says why")
+    if failure:
+        raise failure
 
 
 def _sync(name: str, hosts: int) -> None:

@@ -1,7 +1,10 @@
 """Whole ToL files against their checksums, against each other, and with edits applied."""
 
 import dataclasses
+import functools
 import hashlib
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +12,9 @@ import numpy as np
 
 from memoryllm_jax import cli
 from memoryllm_jax.cli import UserError
-from memoryllm_jax.tol import build
+from memoryllm_jax.tol import build, codec
 from memoryllm_jax.tol.edit import Overlay
-from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.format import TolFile, checksum
 from memoryllm_jax.tol.read import RowReader
 
 _CHUNK = 512  # tokens compared at a time
@@ -94,11 +97,55 @@ def compare(first, second) -> Comparison:
 
 
 def apply(tol: TolFile, overlay: Overlay, mesh, output: str) -> str:
-    """Writes a file of the same layout with the edits in its rows. Returns: one line on it."""
+    """Writes a copy of the file with the edits in its rows; what no edit touches stays byte by byte.
+
+    Returns: one line on it. Raises: UserError.
+    """
+    if os.path.exists(output) and os.path.samefile(output, tol.path):
+        raise UserError(f"--output={output}: expected another file than the one that is edited")
     source = build.FileSource(tol, mesh, overlay)
     texts = "".join(entry.text for entry in overlay.edits)
-    digest = hashlib.sha256((source.identity.rows_digest + texts).encode()).hexdigest()
-    source.identity = dataclasses.replace(source.identity, rows_digest=digest)
-    optional = {name: tol.read(name) if name in tol.tensors else None for name in ("counts", "successors")}
-    bases = {name: tol.basis(name) for name in tol.layout.rotated}
-    return build.build(source, tol.layout, output, tol.token_of_row(), **optional, bases=bases, label="apply")
+    old, new = (tol.metadata["rows_digest"], hashlib.sha256((tol.metadata["rows_digest"] + texts).encode()).hexdigest())
+    part = f"{output}.part"
+    try:
+        shutil.copyfile(tol.path, part)
+        with open(part, "r+b") as file:
+            header = os.pread(file.fileno(), tol.tensors["rows.0"].start, 0)
+            os.pwrite(file.fileno(), header.replace(old.encode(), new.encode()), 0)
+            _write_edited(tol, overlay, source, file.fileno())
+            os.fsync(file.fileno())
+        os.replace(part, output)
+    except OSError as error:
+        if os.path.exists(part):
+            os.remove(part)
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from error
+    return f"{output}: {len(overlay.edits)} edits in a copy of {tol.path}"
+
+
+def _write_edited(tol, overlay, source, fd):
+    """Encodes the parts that edits change, token by token, into the rows of a copy."""
+    layout, bases = tol.layout, {name: jnp.asarray(tol.basis(name)) for name in tol.layout.rotated}
+    changed: dict[int, set[str]] = {}  # token: parts
+    for entry in overlay.edits:
+        ids = np.nonzero(entry.coefficients)[0] if entry.ids is None else entry.ids
+        names = {f"ffn.{layer}" for layer in range(layout.layers)} if entry.ids is not None else {f"ffn.{entry.layer}"}
+        for token in ids.tolist():
+            changed.setdefault(token, set()).update(names)
+    tokens = np.array(sorted(changed, key=lambda token: tol.row_of_token[token]), np.int32)
+    reader = RowReader(tol)
+    encoders = [jax.jit(functools.partial(codec.encode, tier.parts)) for tier in layout.tiers]
+    for start in range(0, len(tokens), _CHUNK):
+        ids = tokens[start : start + _CHUNK]
+        raw, tier_U = reader.read(ids)
+        vectors = source.vectors(np.pad(ids, (0, _CHUNK - len(ids)), mode="edge"))
+        encoded = [np.asarray(encode(vectors, bases)) if t.parts else None for encode, t in zip(encoders, layout.tiers)]
+        for i, (token, tier) in enumerate(zip(ids.tolist(), tier_U)):
+            offset, stride = 0, layout.tiers[tier].stride
+            for part in layout.tiers[tier].parts:
+                if part.name in changed[token]:
+                    raw[i, offset : offset + part.bytes] = encoded[tier][i, offset : offset + part.bytes]
+                offset += part.bytes
+            row = int(tol.row_of_token[token])
+            os.pwrite(fd, raw[i, :stride].tobytes(), int(tol.start_of_row[row]))
+            os.pwrite(fd, checksum(raw[i, :stride]).to_bytes(8, "little"), tol.tensors["checksums"].start + 8 * row)
+    reader.close()

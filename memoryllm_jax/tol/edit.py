@@ -61,19 +61,15 @@ class Overlay:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if meta.get("format") != "memoryllm_overlay":
                 raise ValueError("its metadata is not that of one")
-            listed, rows_digest = json.loads(meta["edits"]), meta["rows_digest"]
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            edits = [_edit(entry, k, arrays, tol) for k, entry in enumerate(json.loads(meta["edits"]))]
+            rows_digest = meta["rows_digest"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
             raise UserError(f"{path}: expected an overlay that `tol edit` wrote: {error}") from error
         if rows_digest != tol.metadata["rows_digest"]:
             raise UserError(
                 f"{path}: made for other rows than those of {tol.path}: "
                 f"{rows_digest[:12]}, found {tol.metadata['rows_digest'][:12]}"
             )
-        names = ("ids", "rows", "coefficients", "value")
-        edits = [
-            Edit(e["text"], mix=e["mix"], layer=e["layer"], **{n: arrays.get(f"{k}.{n}") for n in names})
-            for k, e in enumerate(listed)
-        ]
         return cls(tol, edits)
 
     def save(self, path: str) -> None:
@@ -238,6 +234,21 @@ def key_of(saved: SavedModel, layer: int, key: int, rows_digest: str) -> tuple[n
         step, table = 8192, params["embedding"]
         parts = [np.asarray(coefficients(table[i : i + step])) for i in range(0, len(table), step)]
     return np.concatenate(parts), np.asarray(p["ffn"]["down"][key], np.float32)
+
+
+def _edit(entry: dict, k: int, arrays: dict, tol: TolFile) -> Edit:
+    """Edit k of a file. Raises: ValueError, KeyError or TypeError for one that is not whole."""
+    names = ("ids", "rows", "coefficients", "value")
+    edit = Edit(entry["text"], mix=entry["mix"], layer=entry["layer"], **{n: arrays.get(f"{k}.{n}") for n in names})
+    V, L, D = tol.vocab_size, tol.layout.layers, tol.layout.dim
+    if edit.layer is None:
+        whole = edit.rows.shape == (len(edit.ids), L, D) and len(edit.mix) == len(edit.ids) > 0
+        whole = whole and edit.ids.min() >= 0 and edit.ids.max() < V
+    else:
+        whole = edit.coefficients.shape == (V,) and edit.value.shape == (D,) and 0 <= edit.layer < L
+    if not whole:
+        raise ValueError(f"edit {k + 1} does not fit {tol.path}")
+    return edit
 
 
 def _fields(operation, spec, count):

@@ -1,6 +1,7 @@
 """The ToL file: a safetensors file whose rows can be read by position. docs/tol.md is its specification."""
 
 import dataclasses
+import glob
 import json
 import os
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ ALIGN = 4096  # bytes; data, and the rows of each tier, begin at a multiple
 _DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64, "F32": np.float32, "BF16": np.uint16}
 _METADATA = (
     *("architecture", "vocab_size", "codec", "dtype", "kept_layers", "dropped_layers", "step", "layout"),
-    *("rows_digest", "decoder_digest", "tokenizer_kind", "tokenizer_digest"),
+    *("rows_digest", "decoder_digest", "tokenizer_kind", "tokenizer_digest", "tensor_checksums"),
 )
 _MAX_HEADER = 100_000_000  # bytes; what readers of safetensors accept
 
@@ -216,6 +217,7 @@ class TolFile:
                 for name, t in header.items()
             }
             self.vocab_size = int(self.metadata["vocab_size"])
+            self._tensor_checksums = json.loads(self.metadata["tensor_checksums"])
             end = max(t.start + t.nbytes for t in self.tensors.values())
             rows = [self.tensors[f"rows.{k}"] for k in range(len(self.layout.tiers))]
             needed = {"row_of_token": 4 * self.vocab_size, "checksums": 8 * self.vocab_size}
@@ -229,7 +231,8 @@ class TolFile:
             if absent:
                 raise ValueError(f"no metadata {', '.join(absent)}")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, OSError) as error:
-            raise UserError(f"{self.path}: expected a ToL file, found {error}") from error
+            found = f"no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{self.path}: expected a ToL file, found {found}") from error
         if self.size != end:
             raise UserError(f"{self.path}: expected {end} bytes, found {self.size}; it is truncated or damaged")
 
@@ -254,7 +257,10 @@ class TolFile:
         """A whole tensor; BF16 comes as uint16 bit patterns. Raises: UserError."""
         tensor = self.tensors[name]
         out = np.empty(tensor.shape, _DTYPES[tensor.dtype])
-        read_into(self.fd, memoryview(out).cast("B") if out.nbytes else memoryview(b""), tensor.start, self.path, name)
+        read_into(self.fd, memoryview(out.reshape(-1).view(np.uint8)), tensor.start, self.path, name)
+        expected = self._tensor_checksums.get(name)
+        if expected is not None and expected != f"{checksum(out.reshape(-1).view(np.uint8)):016x}":
+            raise UserError(f"{self.path}: {name}: its checksum differs; the file is damaged")
         return out
 
     @property
@@ -341,6 +347,8 @@ class TolWriter:
                 raise UserError(f"{self.path}: expected a name for a file, found a folder")
             self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o644)
             files.lock_byte(self._fd, self._part, self._host)
+            if os.fstat(self._fd).st_ino != os.stat(self._part).st_ino:
+                raise UserError(f"{self.path}: another run has just finished it; run the same line again")
             if self._host or (self.done() is not None and os.fstat(self._fd).st_size == self.size):
                 return
             free = os.statvfs(self._part)
@@ -349,8 +357,8 @@ class TolWriter:
                 self._give_up()
                 raise UserError(f"{self.path}: needs {self.size:,} bytes, found room for {room:,} on its disk")
             os.ftruncate(self._fd, 0)
-            if os.path.exists(self._progress):
-                os.remove(self._progress)
+            for progress in glob.glob(f"{glob.escape(self._part)}.*"):
+                os.remove(progress)
             os.posix_fallocate(self._fd, 0, self.size)
             self._write(np.frombuffer(self._header, np.uint8), 0)
         except OSError as error:

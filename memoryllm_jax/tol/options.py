@@ -1,8 +1,10 @@
 """The compression options that `precompute` and `tol compress` share, and the file they lead to."""
 
 import dataclasses
+import math
 import re
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -44,11 +46,8 @@ def define_flags() -> None:
 
 
 def from_flags() -> Options:
-    return Options(**{f.name: (tuple(v) if isinstance(v := flags.FLAGS[f.name].value, list) else v) for f in _fields()})
-
-
-def _fields():
-    return dataclasses.fields(Options)
+    values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Options)}
+    return Options(**values | {"drop_layers": tuple(values["drop_layers"])})
 
 
 def size(value: str, flag: str) -> int:
@@ -82,6 +81,8 @@ def write(source, options: Options, output: str, scorer=None, label: str = "prec
 def _within_budget(source, options, scorer, counts):
     if options.bits or options.rank != "1.0" or options.drop_layers or (options.bytes_per_token and options.total_size):
         raise UserError("--bytes_per_token, --total_size: expected one of them, without --bits, --rank, --drop_layers")
+    if jax.process_count() > 1:
+        raise UserError("a budget is planned on one host: run without --multihost")
     if scorer is None or counts is None:
         raise UserError("a budget is measured on text: give --data, and --workdir for the model")
     if options.bytes_per_token:
@@ -97,6 +98,8 @@ def uniform(source, options: Options) -> Layout:
     default_bits = "32" if source.identity.dtype == "float32" else "16"
     bits = _per_layer("bits", options.bits or default_bits, source.layers)
     ranks = _per_layer("rank", options.rank, source.layers)
+    if "x0" in ranks:
+        raise UserError("--rank: expected layers, found x0, which is stored as it is")
     dropped = {f"ffn.{_layer('drop_layers', layer, source.layers)}" for layer in options.drop_layers}
     parts = []
     if source.has_x0:
@@ -145,7 +148,8 @@ def _rank(text, dim) -> int:
         value = float(text)
     except ValueError:
         value = 0.0
-    kept = round(value * dim) if value <= 1 else int(value)
+    value = value if math.isfinite(value) else 0.0
+    kept = round(value * dim) if value <= 1 else int(min(value, dim + 1))
     if not 0 < kept <= dim or (value > 1 and value != int(value)):
         raise UserError(f"--rank: expected a share up to 1.0 or a number of directions up to {dim}, found {text!r}")
     return 0 if kept == dim else kept

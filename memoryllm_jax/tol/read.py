@@ -4,6 +4,7 @@ A memory-map would make the disk read ahead megabytes for a row of kilobytes; th
 """
 
 import concurrent.futures
+import errno
 import itertools
 import os
 import threading
@@ -83,31 +84,35 @@ class RowReader:
             stride = int(self.tol.stride_of_row[rows[a]])
             whole = stride == out.shape[1]
             views = [memoryview(out[a:b].reshape(-1))] if whole else [memoryview(row[:stride]) for row in out[a:b]]
-            self._fill(views, int(self.tol.start_of_row[rows[a]]), rows[a])
+            try:
+                self._fill(views, int(self.tol.start_of_row[rows[a]]))
+            except OSError:
+                for row, data in zip(rows[a:b], out[a:b]):  # which of them it is
+                    self._read_one(row, data)
             sums = self.tol.checksums[rows[a:b]].tolist()
             bad += [i for i, want in zip(range(a, b), sums) if checksum(out[i, :stride]) != want]
         return bad
 
-    def _fill(self, views, start, row):
-        total, done = sum(len(view) for view in views), 0
+    def _read_one(self, row, out):
         try:
-            while done < total:
-                count = os.preadv(self.tol.fd, views, start + done)
-                if count == 0:
-                    raise UserError(f"{self._where(row)}: the file ends inside its row; it is truncated")
-                done += count
-                while views and count >= len(views[0]):
-                    count -= len(views.pop(0))
-                if count:
-                    views[0] = views[0][count:]
+            self._fill([memoryview(out[: self.tol.stride_of_row[row]])], int(self.tol.start_of_row[row]))
         except OSError as error:
-            raise UserError(f"{self._where(row)}: its row cannot be read: {error.strerror}") from error
+            token = int(np.nonzero(self.tol.row_of_token == row)[0][0])
+            raise UserError(f"{self.tol.path}: token {token}: its row cannot be read: {error.strerror}") from error
+
+    def _fill(self, views, start):
+        total, done = sum(len(view) for view in views), 0
+        while done < total:
+            count = os.preadv(self.tol.fd, views, start + done)
+            if count == 0:
+                raise OSError(errno.EIO, "the file ends inside it")
+            done += count
+            while views and count >= len(views[0]):
+                count -= len(views.pop(0))
+            if count:
+                views[0] = views[0][count:]
         with self._lock:
             self.bytes += total
-
-    def _where(self, row) -> str:
-        token = int(np.nonzero(self.tol.row_of_token == row)[0][0])
-        return f"{self.tol.path}: token {token}"
 
     def _mend(self, ids_U, bad, out):
         ids = ids_U[bad]

@@ -55,9 +55,9 @@ class _Rows:
         return TokenRows(x0[None], [None if y is None else y[None] for y in ffn])
 
 
-def _load(tol: TolFile, place) -> None:
+def _load(tol: TolFile, place, repair) -> None:
     """Hands `place(tier, first, rows)` the whole table piece by piece, checksums verified."""
-    reader = RowReader(tol)
+    reader = RowReader(tol, repair=repair)
     token_of_row = tol.token_of_row()
     first = 0
     progress = cli.Progress("loading rows", tol.vocab_size, "row")
@@ -77,7 +77,7 @@ class DeviceRows(_Rows):
 
     on_device = True
 
-    def __init__(self, tol: TolFile, mesh, embedding=None, overlay=None):
+    def __init__(self, tol: TolFile, mesh, embedding=None, overlay=None, repair=None):
         super().__init__(tol, mesh, embedding, overlay)
         _check_fits(tol.layout.row_bytes, device_memory(mesh), f"{tol.path}: rows on the device")
         dtype, shape = tol.layout.row_type
@@ -90,7 +90,7 @@ class DeviceRows(_Rows):
             rows = tol.layout.view(rows) if dtype != np.uint8 else rows
             self._tables[tier] = put(self._tables[tier], rows, start)
 
-        _load(tol, place)
+        _load(tol, place, repair)
         self._constants["row_of_token"] = jax.device_put(tol.row_of_token, self.replicated)
         self._fetch = jax.jit(self._fetch_body)
         self.tokens = 0
@@ -128,7 +128,7 @@ class HostTable:
 
     name = "host"
 
-    def __init__(self, tol: TolFile):
+    def __init__(self, tol: TolFile, repair=None):
         self.tol, self.bytes = tol, 0
         _check_fits(tol.layout.row_bytes, host_memory(), f"{tol.path}: rows in host memory")
         self._tables = [np.empty((t.rows, t.stride), np.uint8) for t in tol.layout.tiers]
@@ -136,7 +136,7 @@ class HostTable:
         def place(tier, start, rows):
             self._tables[tier][start : start + len(rows)] = rows
 
-        _load(tol, place)
+        _load(tol, place, repair)
         self._firsts = np.cumsum([0] + [t.rows for t in tol.layout.tiers])[:-1]
 
     def read(self, ids_U, out=None):
@@ -192,8 +192,8 @@ class CachedRows(_Rows):
             raise UserError(
                 f"--cache: expected at least one row of {tol.path}, {stride:,} bytes, found {cache_bytes:,}"
             )
+        _check_fits(cache_bytes, device_memory(mesh), "--cache")
         slots = min(cache_bytes // stride, tol.vocab_size)
-        _check_fits(slots * stride, device_memory(mesh), "--cache")
         self._slot_of: collections.OrderedDict[int, int] = collections.OrderedDict()
         self._free = list(range(slots))[::-1]
         dtype, shape = tol.layout.row_type
@@ -303,13 +303,15 @@ class CachedRows(_Rows):
 
 
 def device_memory(mesh) -> int:
-    """Bytes a device has, or on a CPU the host."""
+    """Bytes that a device has left, or on a CPU the host."""
     stats = mesh.devices.flat[0].memory_stats()
-    return stats["bytes_limit"] if stats and "bytes_limit" in stats else host_memory()
+    return stats["bytes_limit"] - stats["bytes_in_use"] if stats and "bytes_limit" in stats else host_memory()
 
 
 def host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes that the host has left."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
 
 
 def _check_fits(needed: int, there: int, what: str) -> None:
