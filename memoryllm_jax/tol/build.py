@@ -151,7 +151,9 @@ def decode_rows(layout: Layout, raw, tier_U, bases) -> dict:
     `raw` is what `Layout.view` makes of encoded rows.
     """
     if raw.ndim == 3:
-        return {part.name: raw[:, i] for i, part in enumerate(layout.tiers[0].parts)}
+        floats = codec.FLOATS[layout.tiers[0].plain]
+        parts = enumerate(layout.tiers[0].parts)
+        return {part.name: jax.lax.bitcast_convert_type(raw[:, i], floats) for i, part in parts}
     decoded = [codec.decode(tier.parts, raw[:, : tier.stride], bases) for tier in layout.tiers]
     if len(decoded) == 1:
         return decoded[0]

@@ -16,7 +16,15 @@ from memoryllm_jax.cli import UserError
 from memoryllm_jax.tol.format import TolFile, checksum
 
 _BUFFERS = os.sysconf("SC_IOV_MAX")  # that one call takes
+_ALIGN = 64  # bytes
 THREADS = 16  # reads in flight: what a solid-state disk needs to be busy
+
+
+def staging(rows: int, row_bytes: int) -> np.ndarray:
+    """uint8 [rows, row_bytes] at an address that a CPU device takes over without a copy; not to be written again."""
+    memory = np.empty(rows * row_bytes + _ALIGN, np.uint8)
+    start = -memory.ctypes.data % _ALIGN
+    return memory[start : start + rows * row_bytes].reshape(rows, row_bytes)
 
 
 class RowReader:
@@ -37,33 +45,32 @@ class RowReader:
         tol.checksums  # noqa: B018  read before the threads start
 
     def read(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(uint8 [U, longest row], tier [U]) of distinct token ids; quickest if they come in the order of their rows.
+        """(uint8 [U, longest row], tier [U]) of distinct token ids.
 
         Args:
-          out: where the rows go, of at least U rows; only for ids in the order of their rows.
+          out: where the rows go, of at least U rows.
         Raises: UserError naming token and file.
         """
-        rows = self.tol.row_of_token[ids_U]
         if out is None:
-            out = np.empty((len(rows), self.tol.layout.stride), np.uint8)
-        order = np.argsort(rows, kind="stable")
-        if not np.array_equal(order, np.arange(len(rows))):
-            raw, tier = self.read(np.asarray(ids_U)[order], out)
-            back = np.argsort(order)
-            return raw[back], tier[back]
+            out = np.empty((len(ids_U), self.tol.layout.stride), np.uint8)
+        rows = self.tol.row_of_token[ids_U]
+        order = np.argsort(rows, kind="stable")  # of the disk
+        rows = rows[order]
         runs = self._runs(rows)
         if len(runs) > self._threads:  # the kernel begins to read all while the threads take them one by one
             for start, stop in runs:
                 self._hint(rows[start], rows[stop - 1])
         shares = np.array_split(np.arange(len(runs)), min(self._threads, max(len(runs), 1)))
-        tasks = [[runs[k] for k in share] for share in shares]
+        tasks = [[(order[a:b].tolist(), rows[a:b]) for a, b in (runs[k] for k in share)] for share in shares]
         if len(tasks) == 1:
-            bad = self._read_runs(tasks[0], rows, out)
+            bad = self._read_runs(tasks[0], out)
         else:
-            bad = [i for part in self._pool.map(lambda task: self._read_runs(task, rows, out), tasks) for i in part]
+            bad = [i for part in self._pool.map(lambda task: self._read_runs(task, out), tasks) for i in part]
         if bad:
             self._mend(ids_U, np.array(bad), out)
-        return out[: len(rows)], self.tol.tier_of_row[rows].astype(np.int32)
+        tier = np.empty(len(rows), np.int32)
+        tier[order] = self.tol.tier_of_row[rows]
+        return out[: len(rows)], tier
 
     def _runs(self, rows):
         """(start, stop) of neighbours that one call reads, of at most 1/threads of all and at most a mebibyte."""
@@ -78,19 +85,18 @@ class RowReader:
         end = int(self.tol.start_of_row[last_row] + self.tol.stride_of_row[last_row])
         os.posix_fadvise(self.tol.fd, start, end - start, os.POSIX_FADV_WILLNEED)
 
-    def _read_runs(self, runs, rows, out):
+    def _read_runs(self, runs, out):
         bad = []
-        for a, b in runs:
-            stride = int(self.tol.stride_of_row[rows[a]])
-            whole = stride == out.shape[1]
-            views = [memoryview(out[a:b].reshape(-1))] if whole else [memoryview(row[:stride]) for row in out[a:b]]
+        for places, rows in runs:
+            stride = int(self.tol.stride_of_row[rows[0]])
+            views = [memoryview(out[i])[:stride] for i in places]
             try:
-                self._fill(views, int(self.tol.start_of_row[rows[a]]))
+                self._fill(list(views), int(self.tol.start_of_row[rows[0]]))
             except OSError:
-                for row, data in zip(rows[a:b], out[a:b]):  # which of them it is
-                    self._read_one(row, data)
-            sums = self.tol.checksums[rows[a:b]].tolist()
-            bad += [i for i, want in zip(range(a, b), sums) if checksum(out[i, :stride]) != want]
+                for row, i in zip(rows, places):  # which of them it is
+                    self._read_one(row, out[i])
+            sums = self.tol.checksums[rows].tolist()
+            bad += [i for i, view, want in zip(places, views, sums) if checksum(view) != want]
         return bad
 
     def _read_one(self, row, out):

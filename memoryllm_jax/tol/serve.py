@@ -21,7 +21,7 @@ from memoryllm_jax.decoder import bucket
 from memoryllm_jax.memory import TokenRows
 from memoryllm_jax.tol.build import decode_rows
 from memoryllm_jax.tol.format import TolFile
-from memoryllm_jax.tol.read import RowReader
+from memoryllm_jax.tol.read import RowReader, staging
 
 _LOAD_BYTES = 64 << 20  # read at a time where a whole table is loaded
 
@@ -236,36 +236,38 @@ class CachedRows(_Rows):
         if staged is None:
             raw = cache[at_U]
         elif hit_U is None:
-            raw = staged[at_U]
+            raw = staged
         else:
             hit = hit_U.reshape(-1, *[1] * (staged.ndim - 1))
             raw = jnp.where(hit, cache[at_U], staged[jnp.where(hit_U, 0, at_U)])
         return self._token_rows(constants, raw, tier_U, ids_U)
 
     def fetch(self, ids_U: np.ndarray) -> TokenRows:
-        """Rows of token ids; ids may repeat and are read once."""
+        """Rows of token ids; ids may repeat, and are read once. Repeats at the end are padding: rows may be zero."""
         start = time.perf_counter()
         ids, inverse = np.unique(ids_U, return_inverse=True)
         slots = [self._slot_of.get(token, -1) for token in ids.tolist()]
         hit = np.array(slots) >= 0
         at, missing = np.array(slots, np.int32), np.nonzero(~hit)[0]
-        missing = missing[np.argsort(self.tol.row_of_token[ids[missing]])]
         tier = self._tier[np.maximum(at, 0)]
         for token in ids[hit].tolist():
             self._slot_of.move_to_end(token)
         staged = None
+        # All rows are new and each is asked for once, but for repeats at the end: they are staged as they are wanted.
+        straight = not hit.any() and np.array_equal(inverse[: len(ids)], np.arange(len(ids)))
         if len(missing):
-            count = bucket(len(missing), len(ids_U)) if len(missing) > 1 else 1
-            staged = np.empty((count, self.tol.layout.stride), np.uint8)
+            count = len(ids_U) if straight else bucket(len(missing), len(ids_U)) if len(missing) > 1 else 1
+            staged = staging(count, self.tol.layout.stride)
+            staged[len(missing) :] = 0
             _, tier[missing] = self.table.read(ids[missing], staged)
             at[missing] = np.arange(len(missing))
             staged = jax.device_put(self.tol.layout.view(staged), self.replicated)
         with jax.set_mesh(self.mesh):
-            some = hit[inverse] if hit.any() else None
+            some = None if straight else hit[inverse]
             rows = self._assemble(self._constants, self._cache, staged, some, at[inverse], tier[inverse], ids_U)
             if staged is not None:
                 self._keep(ids[missing], staged, tier[missing])
-        shape = (len(ids_U), 0 if staged is None else len(staged), bool(hit.any()))
+        shape = (len(ids_U), 0 if staged is None else len(staged), straight)
         if shape in self._compiled:
             self.seconds.append(time.perf_counter() - start)
         self._compiled.add(shape)
