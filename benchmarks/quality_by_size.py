@@ -127,22 +127,26 @@ def draw(rows, full, path):
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     marks = {"bits": "o-", "rank": "s-", "bits and rank": "D", "dropped layers": "^", "budget": "k*-"}
     for kind, mark in marks.items():
-        points = sorted((r["bytes"] / 1e6, r["perplexity"]) for r in rows if r["kind"] == kind)
+        points = sorted((r["bytes"] / 1e6, 100 * (r["perplexity"] / full - 1)) for r in rows if r["kind"] == kind)
         if points:
-            axes.plot(*zip(*points), mark, label=kind, markersize=5 if kind != "budget" else 8, linewidth=1)
-    axes.axhline(full, color="grey", linewidth=0.8, linestyle=":", label="full rows")
+            sizes, rises = zip(*points)
+            axes.plot(sizes, rises, mark, label=kind, markersize=9 if kind == "budget" else 5, linewidth=1)
+    axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_ylim(full * 0.995, full * 1.5)
-    ticks = [round(full * x, 1) for x in (1, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5)]
-    axes.set_yticks(ticks, [f"{t:g}" for t in ticks], minor=False)
-    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    sizes = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 1000, 10000) if t < max(r["bytes"] for r in rows) / 1e6]
-    axes.set_xticks(sizes, [f"{t:g}" for t in sizes])
+    axes.set_yscale("symlog", linthresh=0.1)  # linear near zero, where differences are noise of either sign
+    axes.set_xticks(ticks := _ticks([r["bytes"] / 1e6 for r in rows]), [f"{t:g}" for t in ticks])
+    axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.set_yticks(rises := [-0.05, 0, 0.05, 0.1, 0.3, 1, 3, 10], [f"{rise:g}%" for rise in rises])
     axes.set_xlabel("rows and bases, MB")
-    axes.set_ylabel("perplexity on held-out text (settings above 1.5 x full rows not shown)")
+    axes.set_ylabel(f"rise of perplexity over {full:.2f} of full rows")
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _ticks(sizes):
+    steps = [m * 10**e for e in range(-2, 6) for m in (1, 2, 3, 5)]
+    return [t for t in steps if min(sizes) * 0.8 <= t <= max(sizes) * 1.2]
 
 
 if __name__ == "__main__":

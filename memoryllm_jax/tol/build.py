@@ -226,6 +226,8 @@ def build(
     metadata = _metadata(source.identity, layout, arrays)
     extra = {name: (_TYPES[array.dtype.name], array.shape) for name, array in arrays.items()}
     writer = TolWriter(output, layout, extra, metadata, _plan_digest(source.mesh, metadata), host)
+    if writer.is_there():
+        return f"{output}: is there already, from the same weights; remove it to build it again"
     try:
         for first in (True, False):  # the first host makes the file, then the others open it
             _together(writer.begin if first == (host == 0) else None)

@@ -369,6 +369,13 @@ class TolWriter:
             self._give_up()
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
 
+    def is_there(self) -> bool:
+        """Whether the file is there already, whole and with this header."""
+        if not os.path.isfile(self.path) or os.path.getsize(self.path) != self.size:
+            return False
+        with open(self.path, "rb") as file:
+            return file.read(len(self._header)) == self._header
+
     def _give_up(self):
         if self._fd is not None:
             os.close(self._fd)

@@ -7,8 +7,8 @@ import concurrent.futures
 import errno
 import itertools
 import os
-import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,34 @@ def staging(rows: int, row_bytes: int) -> np.ndarray:
     return memory[start : start + rows * row_bytes].reshape(rows, row_bytes)
 
 
+class _Plan(NamedTuple):
+    """Rows in the order of the disk: the places they go to in a buffer, where they lie, and their checksums."""
+
+    places: list[int]
+    starts: list[int]
+    strides: list[int]
+    sums: list[int]
+    buffer: memoryview
+    width: int  # bytes of a place
+
+    def view(self, k) -> memoryview:
+        start = self.places[k] * self.width
+        return self.buffer[start : start + self.strides[k]]
+
+
+def _fill(fd: int, views: list[memoryview], start: int) -> None:
+    """Fills the views from consecutive bytes of a file. Raises: OSError, also where the file ends too early."""
+    while views:
+        count = os.preadv(fd, views, start)
+        if count == 0 and len(views[0]):
+            raise OSError(errno.EIO, "the file ends inside it")
+        start += count
+        while views and count >= len(views[0]):
+            count -= len(views.pop(0))
+        if count:
+            views[0] = views[0][count:]
+
+
 class RowReader:
     """Reads encoded rows of tokens.
 
@@ -39,10 +67,9 @@ class RowReader:
         self.tol, self._repair = tol, repair
         self._pool = concurrent.futures.ThreadPoolExecutor(threads)
         self._threads = threads
-        self._lock = threading.Lock()
         self.bytes = self.repaired = 0
         os.posix_fadvise(tol.fd, 0, 0, os.POSIX_FADV_RANDOM)
-        tol.checksums  # noqa: B018  read before the threads start
+        self._of_row = (tol.start_of_row, tol.stride_of_row, tol.checksums)
 
     def read(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(uint8 [U, longest row], tier [U]) of distinct token ids.
@@ -56,69 +83,53 @@ class RowReader:
         rows = self.tol.row_of_token[ids_U]
         order = np.argsort(rows, kind="stable")  # of the disk
         rows = rows[order]
-        runs = self._runs(rows)
-        if len(runs) > self._threads:  # the kernel begins to read all while the threads take them one by one
-            for start, stop in runs:
-                self._hint(rows[start], rows[stop - 1])
-        shares = np.array_split(np.arange(len(runs)), min(self._threads, max(len(runs), 1)))
-        tasks = [[(order[a:b].tolist(), rows[a:b]) for a, b in (runs[k] for k in share)] for share in shares]
-        if len(tasks) == 1:
-            bad = self._read_runs(tasks[0], out)
-        else:
-            bad = [i for part in self._pool.map(lambda task: self._read_runs(task, out), tasks) for i in part]
-        if bad:
-            self._mend(ids_U, np.array(bad), out)
         tier = np.empty(len(rows), np.int32)
         tier[order] = self.tol.tier_of_row[rows]
+        # Plain lists of all that the threads need: they share one interpreter.
+        plan = _Plan(
+            order.tolist(), *(a[rows].tolist() for a in self._of_row), memoryview(out.reshape(-1)), out.shape[1]
+        )
+        runs = self._runs(rows)
+        if len(runs) > self._threads:  # the kernel begins to read all while the threads take them one by one
+            for a, b in runs:
+                end = plan.starts[b - 1] + plan.strides[b - 1]
+                os.posix_fadvise(self.tol.fd, plan.starts[a], end - plan.starts[a], os.POSIX_FADV_WILLNEED)
+        tasks = [runs[k :: self._threads] for k in range(min(self._threads, len(runs)))]
+        if len(tasks) < 2:
+            bad = [i for task in tasks for i in self._read_runs(task, plan)]
+        else:
+            bad = [i for part in self._pool.map(lambda task: self._read_runs(task, plan), tasks) for i in part]
+        self.bytes += sum(plan.strides)
+        if bad:
+            self._mend(ids_U, np.array(bad), out)
         return out[: len(rows)], tier
 
     def _runs(self, rows):
         """(start, stop) of neighbours that one call reads, of at most 1/threads of all and at most a mebibyte."""
         most = max(1, min((1 << 20) // max(self.tol.layout.stride, 1), -(-len(rows) // self._threads), _BUFFERS))
         new = (np.diff(rows) != 1) | (np.diff(self.tol.tier_of_row[rows]) != 0)
-        starts = np.concatenate([[0], np.nonzero(new)[0] + 1, [len(rows)]])
-        pieces = [(s, min(s + most, stop)) for a, stop in itertools.pairwise(starts) for s in range(a, stop, most)]
-        return [(int(a), int(b)) for a, b in pieces]
+        starts = [0, *(np.nonzero(new)[0] + 1).tolist(), len(rows)]
+        return [(s, min(s + most, stop)) for a, stop in itertools.pairwise(starts) for s in range(a, stop, most)]
 
-    def _hint(self, first_row, last_row):
-        start = int(self.tol.start_of_row[first_row])
-        end = int(self.tol.start_of_row[last_row] + self.tol.stride_of_row[last_row])
-        os.posix_fadvise(self.tol.fd, start, end - start, os.POSIX_FADV_WILLNEED)
-
-    def _read_runs(self, runs, out):
+    def _read_runs(self, runs, plan):
+        """Reads runs and returns the places in `out` whose checksums differ."""
         bad = []
-        for places, rows in runs:
-            stride = int(self.tol.stride_of_row[rows[0]])
-            views = [memoryview(out[i])[:stride] for i in places]
+        for a, b in runs:
+            views = [plan.view(k) for k in range(a, b)]
             try:
-                self._fill(list(views), int(self.tol.start_of_row[rows[0]]))
+                _fill(self.tol.fd, views[:], plan.starts[a])
             except OSError:
-                for row, i in zip(rows, places):  # which of them it is
-                    self._read_one(row, out[i])
-            sums = self.tol.checksums[rows].tolist()
-            bad += [i for i, view, want in zip(places, views, sums) if checksum(view) != want]
+                for k in range(a, b):  # which of them it is
+                    self._read_one(plan, k)
+            bad += [plan.places[a + k] for k, view in enumerate(views) if checksum(view) != plan.sums[a + k]]
         return bad
 
-    def _read_one(self, row, out):
+    def _read_one(self, plan, k):
         try:
-            self._fill([memoryview(out[: self.tol.stride_of_row[row]])], int(self.tol.start_of_row[row]))
+            _fill(self.tol.fd, [plan.view(k)], plan.starts[k])
         except OSError as error:
-            token = int(np.nonzero(self.tol.row_of_token == row)[0][0])
+            token = int(np.nonzero(self.tol.start_of_row[self.tol.row_of_token] == plan.starts[k])[0][0])
             raise UserError(f"{self.tol.path}: token {token}: its row cannot be read: {error.strerror}") from error
-
-    def _fill(self, views, start):
-        total, done = sum(len(view) for view in views), 0
-        while done < total:
-            count = os.preadv(self.tol.fd, views, start + done)
-            if count == 0:
-                raise OSError(errno.EIO, "the file ends inside it")
-            done += count
-            while views and count >= len(views[0]):
-                count -= len(views.pop(0))
-            if count:
-                views[0] = views[0][count:]
-        with self._lock:
-            self.bytes += total
 
     def _mend(self, ids_U, bad, out):
         ids = ids_U[bad]
@@ -127,8 +138,7 @@ class RowReader:
                 f"{self.tol.path}: token {ids[0]}: the checksum of its row differs; the file is damaged "
                 "and the weights to compute the row again are not at hand"
             )
-        with self._lock:
-            self.repaired += len(ids)
+        self.repaired += len(ids)
         for i, row in zip(bad, self._repair(ids)):
             out[i, : len(row)] = row
 
