@@ -2,12 +2,12 @@
 
     python benchmarks/decode.py --workdir=DIR --base=DIR --tol=FILE --data=DIR --output=benchmarks/results/NAME.json
 
-Sides that share a decoder share a process, which lives through its group, and they take turns, each on the same next stretch of text: the
-token is given by the text, so that cold rows are as frequent as they are; as in `generate`, the row is fetched when
-the token before it is known. Sides that do not fit the memory together are split into groups (--groups, with a slash between
-processes); every group holds `disk`, which the others are compared with in the same round. disk-warm: the file's pages that the stretch needs
-are in the page cache; disk-cold: all of the file's pages are dropped before the round. The device cache of rows
-stays as text has left it.
+Sides that share a decoder share a process, which lives through its group, and they take turns, each on the same next
+stretch of text: the token is given by the text, so that cold rows are as frequent as they are; as in `generate`, the
+row is fetched when the token before it is known. Sides that do not fit the memory together are split into groups
+(--groups, with a slash between processes); every group holds `disk`, which the others are compared with in the same
+round. disk-warm: the file's pages that the stretch needs are in the page cache; disk-cold: all of the file's pages are
+dropped before the round. The device cache of rows stays as text has left it.
 """
 
 import json

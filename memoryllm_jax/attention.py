@@ -36,25 +36,32 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, backend: str):
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer's earlier positions, for attention of one new position a sequence."""
+    """Keys and values of one layer's earlier positions, for attention of one new position a sequence.
+
+    Attending and writing are for two jitted functions: in one, XLA copies a cache that it reads and updates.
+    """
 
     k_BHSK: jax.Array
     v_BHSK: jax.Array
 
-    def write(self, k_BHK, v_BHK, position_B) -> "Cache":
-        """With the keys and values of each sequence's new position."""
+    def attend(self, q_BHK, k_BHK, v_BHK, position_B):
+        """Attention of the new positions over what came before, in the cache, and over themselves: [B, H, K]."""
+        q_BHK = q_BHK * q_BHK.shape[-1] ** -0.5
+        earlier = jnp.arange(self.k_BHSK.shape[2]) < position_B[:, None, None]
+        s_BHS = jnp.where(earlier, _einsum("bhk,bhsk->bhs", q_BHK, self.k_BHSK), MASKED)
+        own_BH1 = (q_BHK * k_BHK).sum(-1, keepdims=True, dtype=jnp.float32)
+        top = jnp.maximum(s_BHS.max(-1, keepdims=True), own_BH1)
+        p_BHS, p_own = jnp.exp(s_BHS - top), jnp.exp(own_BH1 - top)
+        y = _einsum("bhs,bhsk->bhk", p_BHS.astype(self.v_BHSK.dtype), self.v_BHSK) + p_own * v_BHK
+        return (y / (p_BHS.sum(-1, keepdims=True) + p_own)).astype(q_BHK.dtype)
 
-        def put(cache_HSK, new_HK, position):
-            return jax.lax.dynamic_update_slice(cache_HSK, new_HK[:, None], (0, position, 0))
+    def write(self, new: "Cache", position_B) -> "Cache":
+        """With the keys and values [B, H, 1, K] of each sequence's new position."""
 
-        return Cache(jax.vmap(put)(self.k_BHSK, k_BHK, position_B), jax.vmap(put)(self.v_BHSK, v_BHK, position_B))
+        def put(cache_HSK, new_H1K, position):
+            return jax.lax.dynamic_update_slice(cache_HSK, new_H1K, (0, position, 0))
 
-    def attend(self, q_BHK, position_B):
-        """Attention of the new positions over themselves and what came before, [B, H, K]."""
-        scores_BHS = _einsum("bhk,bhsk->bhs", q_BHK * q_BHK.shape[-1] ** -0.5, self.k_BHSK)
-        visible = jnp.arange(self.k_BHSK.shape[2]) <= position_B[:, None, None]
-        p = jax.nn.softmax(jnp.where(visible, scores_BHS, MASKED), -1).astype(self.v_BHSK.dtype)
-        return _einsum("bhs,bhsk->bhk", p, self.v_BHSK).astype(q_BHK.dtype)
+        return Cache(*(jax.vmap(put)(old, added, position_B) for old, added in zip(self, new)))
 
 
 def plain(q_BTHK, k_BTHK, v_BTHK):

@@ -37,7 +37,10 @@ class Decoder:
         self._params["head"] = params["embedding" if config.tie_embeddings else "head"]
         self._prefill = jax.jit(self._prefill_body, static_argnames="length")
         self._place = jax.jit(self._place_body, donate_argnums=0)
-        self._step = jax.jit(self._step_body, donate_argnums=3)
+        self._step = jax.jit(self._step_body)
+        self._append = jax.jit(
+            lambda cache, new, position_B: [old.write(n, position_B) for old, n in zip(cache, new)], donate_argnums=0
+        )
         self._score = jax.jit(self._score_body, static_argnames="length")
 
     @property
@@ -66,7 +69,8 @@ class Decoder:
     def step(self, rows: TokenRows, index_B, position_B, cache):
         """One token a sequence, at its position. Returns: (logits [B, V], cache). The old cache is donated."""
         with jax.set_mesh(self.mesh):
-            return self._step(self._params, rows, (self._by_shard(index_B), position_B), cache)
+            logits, new = self._step(self._params, rows, self._by_shard(index_B), position_B, cache)
+            return logits, self._append(cache, new, position_B)
 
     def score(self, rows: TokenRows, index_BT, targets_BT, weights_BT):
         """Sum of weight * nats over the targets."""
@@ -109,10 +113,9 @@ class Decoder:
 
         return jax.tree.map(put, cache, kept)
 
-    def _step_body(self, params, rows, at, cache):
-        index_SN, position_B = at
-        x_BTD, cache = self._hidden(params, rows, index_SN, position_B[:, None], (cache, position_B))
-        return self._logits(params, x_BTD[:, 0]), cache
+    def _step_body(self, params, rows, index_SN, position_B, cache):
+        x_BTD, new = self._hidden(params, rows, index_SN, position_B[:, None], (cache, position_B))
+        return self._logits(params, x_BTD[:, 0]), new
 
     def _score_body(self, params, rows, index_SN, targets_SN, weights_SN, length):
         x_BTD, _ = self._hidden(params, rows, index_SN, jnp.arange(length))

@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, rope, past=None):
-        """The result and the keys and values to keep: those of x, or `past` with those of its one position added."""
+        """The result, and the keys and values of x to keep; `past` is the cache and the place of x's one position."""
         c = self.config
         B, T, D = x_BTD.shape
         H, K = c.heads, c.head_dim
@@ -100,11 +100,10 @@ class Attention(nn.Module):
         out_HKD = _weight(self, "out", (H, K, D), ("heads", "head_dim", "embed"), _output_std(c))
         if past is None:
             y = attention.causal_attention(q, k, v, c.attention)
-            kept = attention.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:
             cache, position_B = past
-            kept = cache.write(k[:, 0], v[:, 0], position_B)
-            y = kept.attend(q[:, 0], position_B)
+            y = cache.attend(q[:, 0], k[:, 0], v[:, 0], position_B)
+        kept = attention.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
         return _matmul(y.reshape(B, T, H * K), out_HKD.reshape(H * K, D)), kept
 
 

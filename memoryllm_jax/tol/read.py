@@ -90,10 +90,6 @@ class RowReader:
             order.tolist(), *(a[rows].tolist() for a in self._of_row), memoryview(out.reshape(-1)), out.shape[1]
         )
         runs = self._runs(rows)
-        if len(runs) > self._threads:  # the kernel begins to read all while the threads take them one by one
-            for a, b in runs:
-                end = plan.starts[b - 1] + plan.strides[b - 1]
-                os.posix_fadvise(self.tol.fd, plan.starts[a], end - plan.starts[a], os.POSIX_FADV_WILLNEED)
         tasks = [runs[k :: self._threads] for k in range(min(self._threads, len(runs)))]
         if len(tasks) < 2:
             bad = [i for task in tasks for i in self._read_runs(task, plan)]
