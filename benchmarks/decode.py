@@ -112,7 +112,10 @@ def worker(sides):
             _, cache = step(rows, token, position, cache)
         seconds = time.perf_counter() - start
         hits, requests = (b - a for a, b in zip(before, hits_of(rows)))
-        print(json.dumps({"ms": 1e3 * seconds / FLAGS.steps, "hit_rate": hits / max(requests, 1)}), flush=True)
+        print(
+            json.dumps({"ms": 1e3 * seconds / FLAGS.steps, "hit_rate": hits / max(requests, 1)}),
+            flush=True,
+        )
 
 
 def hits_of(rows):
@@ -166,7 +169,9 @@ def main():
                 "speed_over_disk_warm": ratio(warm, ms),
                 "bytes_touched": touched,
                 "bandwidth_ms": 1e3 * touched / speed,
-                "hit_rate": statistics.mean(r["hit_rate"] for r in rounds),
+                "hit_rate": statistics.mean(rates)
+                if (rates := [r["hit_rate"] for r in rounds if r["hit_rate"]])
+                else None,
                 **facts[side],
             }
             over_base = ""

@@ -137,6 +137,7 @@ def draw(rows, full, path):
     axes.set_xticks(ticks := _ticks([r["bytes"] / 1e6 for r in rows]), [f"{t:g}" for t in ticks])
     axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.set_yticks(rises := [-0.05, 0, 0.05, 0.1, 0.3, 1, 3, 10], [f"{rise:g}%" for rise in rises])
+    axes.set_ylim(bottom=-0.07)
     axes.set_xlabel("rows and bases, MB")
     axes.set_ylabel(f"rise of perplexity over {full:.2f} of full rows")
     axes.grid(alpha=0.3)

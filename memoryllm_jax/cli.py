@@ -71,9 +71,13 @@ class Progress:
       total: amount of work, in `unit`s.
       initial: amount already done when this process starts; it does not count towards the rate.
       enabled: False on every host but the first.
+      stream: where plain lines go, by default stdout.
     """
 
-    def __init__(self, label: str, total: int, unit: str, initial: int = 0, every_s: float = 10.0, enabled=True):
+    def __init__(
+        self, label: str, total: int, unit: str, initial: int = 0, every_s: float = 10.0, enabled=True, stream=None
+    ):
+        self.stream = stream
         self.label, self.total, self.every_s, self.enabled = label, total, every_s, enabled
         self.done = self.initial = initial
         self.start = self.last_line = time.monotonic()
@@ -106,7 +110,7 @@ class Progress:
         if self.enabled and self.bar is not None:
             self.bar.write(text)
         elif self.enabled:
-            print(text, flush=True)
+            print(text, flush=True, file=self.stream)
 
     def close(self) -> None:
         if self.bar is not None:

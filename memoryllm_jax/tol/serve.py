@@ -7,6 +7,7 @@ with the most frequent rows. A disk is told which rows are likely next while the
 
 import collections
 import os
+import sys
 import time
 
 import jax
@@ -60,7 +61,7 @@ def _load(tol: TolFile, place, repair) -> None:
     reader = RowReader(tol, repair=repair)
     token_of_row = tol.token_of_row()
     first = 0
-    progress = cli.Progress("loading rows", tol.vocab_size, "row")
+    progress = cli.Progress("loading rows", tol.vocab_size, "row", stream=sys.stderr)  # stdout is for the text
     for number, tier in enumerate(tol.layout.tiers):
         step = max(1, _LOAD_BYTES // max(tier.stride, 1))
         for start in range(0, tier.rows, step):
