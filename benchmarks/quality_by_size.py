@@ -3,12 +3,15 @@
     python benchmarks/quality_by_size.py --workdir=DIR --data=DIR --output=benchmarks/results/NAME
 
 Budgets are planned on one half of the held-out text and everything is reported on the other. Rows go through the
-codecs as they do into a file and out of it. Writes NAME.json, NAME.md (the table) and NAME.png (the picture).
+codecs as they do into a file and out of it. Writes NAME.json, NAME.md (the table) and NAME.png (the picture, drawn by
+matplotlib: the extra `bench`).
 """
 
 import math
 
 import common
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
 
@@ -119,11 +122,6 @@ def write_table(rows, full, output):
 
 
 def draw(rows, full, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     marks = {"bits": "o-", "rank": "s-", "bits and rank": "D", "dropped layers": "^", "budget": "k*-"}
     for kind, mark in marks.items():
@@ -151,6 +149,7 @@ def _ticks(sizes):
 
 
 if __name__ == "__main__":
+    matplotlib.use("Agg")
     flags.DEFINE_string("workdir", None, "the model's checkpoints", required=True)
     flags.DEFINE_string("data", None, "prepared data", required=True)
     flags.DEFINE_integer("tokens", 1 << 16, "held-out tokens to report on")
