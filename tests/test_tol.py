@@ -226,7 +226,7 @@ def test_decode_steps_batches_and_meshes_agree_with_the_equations(lab, name):
 
     def texts(decoder, rows, prompts):
         out = [[] for _ in prompts]
-        for new in sampling.generate(decoder, rows, prompts, 12, GREEDY, CONTEXT, 512):
+        for new in sampling.generate(decoder, rows, prompts, 12, GREEDY, 0, CONTEXT, 512):
             for sequence, token in new:
                 out[sequence].append(token)
         return out
@@ -241,15 +241,16 @@ def test_decode_steps_batches_and_meshes_agree_with_the_equations(lab, name):
     assert found.argmax(-1)[3:-1].tolist() == expected.argmax(-1)[39:-1].tolist() == together[-1]
     assert len({token for text in together for token in text}) > 12  # not one token over and over
     assert together == [texts(*one, [p])[0] for p in prompts]
-    assert together == texts(*on(2, 2, 2)[0], prompts)
+    if name == "flex":
+        assert together == texts(*on(2, 2, 2)[0], prompts)
 
 
 def test_same_seed_same_text_wherever_rows_are(lab):
-    settings = Sampling(0.9, top_k=40, top_p=0.95, seed=7)
+    settings = Sampling(0.9, top_k=40, top_p=0.95)
     prompts = [some_tokens(n, seed=n) for n in (3, 20, 9)]
     with lab.model("flex") as model:
-        live = written(model, prompts, 24, settings)
-        assert live != written(model, prompts, 24, Sampling(0.9, 40, 0.95, seed=8))
+        live = written(model, prompts, 24, settings, seed=7)
+        assert live != written(model, prompts, 24, settings, seed=8)
         assert live != written(model, prompts, 24, GREEDY)
     plain, counted = lab.tol("flex"), lab.tol("flex", data=lab.data_path)
     row = 4 * 4 * 32  # bytes
@@ -260,7 +261,7 @@ def test_same_seed_same_text_wherever_rows_are(lab):
         (plain, "disk", 1),
     ]:
         with lab.model("flex", path, place, cache=cached * row) as model:
-            assert written(model, prompts, 24, settings) == live, (place, cached)
+            assert written(model, prompts, 24, settings, seed=7) == live, (place, cached)
             stats = model.rows.stats()
             if place != "device":
                 assert stats["cache_bytes"] == cached * row and model.rows.misses > cached  # rows had to leave
@@ -268,7 +269,7 @@ def test_same_seed_same_text_wherever_rows_are(lab):
             if path == counted:
                 assert stats["misses_hinted"] > 0
     with lab.model("flex", counted, cache=512 * row) as model:  # began with all rows in the cache
-        assert written(model, prompts, 24, settings) == live and model.rows.stats()["hit_rate"] == 1
+        assert written(model, prompts, 24, settings, seed=7) == live and model.rows.stats()["hit_rate"] == 1
 
 
 def test_model_in_bfloat16_takes_the_file_of_its_checkpoint(lab):
@@ -279,10 +280,10 @@ def test_model_in_bfloat16_takes_the_file_of_its_checkpoint(lab):
 # Sampling
 
 
-def draws(logits, count, settings, vocab):
+def draws(logits, count, settings, vocab, seed=0):
     logits = jnp.tile(jnp.asarray(logits, jnp.float32), (count, 1))
     sequences = np.arange(count, dtype=np.int32)
-    return np.asarray(sampling.draw(logits, sequences, sequences % 7, settings, vocab))
+    return np.asarray(sampling.draw(logits, np.uint32(seed), sequences, sequences % 7, settings, vocab))
 
 
 def test_draws_follow_the_softmax_within_their_limits():
@@ -302,14 +303,14 @@ def test_draws_follow_the_softmax_within_their_limits():
     at = np.arange(64, dtype=np.int32)
     greedy = np.asarray(many[:, :vocab].argmax(1))
     for settings in (GREEDY, Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-6)):
-        np.testing.assert_array_equal(sampling.draw(many, at, at, settings, vocab), greedy)
-    again = [draws(logits, 64, Sampling(0.7, seed=seed), vocab).tolist() for seed in (1, 1, 2)]
+        np.testing.assert_array_equal(sampling.draw(many, np.uint32(0), at, at, settings, vocab), greedy)
+    again = [draws(logits, 64, Sampling(0.7), vocab, seed).tolist() for seed in (1, 1, 2)]
     assert again[0] == again[1] != again[2]
 
 
 def test_texts_end_at_stop_tokens_the_context_and_max_tokens(lab):
     prompts = [some_tokens(5), some_tokens(50, seed=1), some_tokens(CONTEXT - 1, seed=2)]
-    settings = Sampling(1.0, seed=3)
+    settings = Sampling(1.0)
     with lab.model("memory") as model:
         full = written(model, prompts, 1000, settings)
         assert [len(p) + len(t) for p, t in zip(prompts, full)] == [CONTEXT] * 3
@@ -702,9 +703,8 @@ def test_loss_of_full_rows_is_that_of_the_equations(lab, measured):
     assert scorer.nats(vectors) == pytest.approx(total / scorer.tokens, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["flex", "tied"])
-def test_budgets_are_kept_and_beat_every_uniform_setting(lab, measured, tmp_path, name):
-    source, scorer, vectors = measured(name)
+def test_budgets_are_kept_and_beat_every_uniform_setting(lab, measured, tmp_path):
+    source, scorer, vectors = measured("flex")
     uniform = []
     tier = np.zeros(len(scorer.ids), np.int32)
     for bits, rank, dropped in [

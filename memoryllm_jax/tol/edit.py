@@ -61,15 +61,14 @@ class Overlay:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if meta.get("format") != "memoryllm_overlay":
                 raise ValueError("its metadata is not that of one")
+            if meta["rows_digest"] != tol.metadata["rows_digest"]:
+                raise UserError(
+                    f"{path}: made for other rows than those of {tol.path}: "
+                    f"{meta['rows_digest'][:12]}, found {tol.metadata['rows_digest'][:12]}"
+                )
             edits = [_edit(entry, k, arrays, tol) for k, entry in enumerate(json.loads(meta["edits"]))]
-            rows_digest = meta["rows_digest"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
             raise UserError(f"{path}: expected an overlay that `tol edit` wrote: {error}") from error
-        if rows_digest != tol.metadata["rows_digest"]:
-            raise UserError(
-                f"{path}: made for other rows than those of {tol.path}: "
-                f"{rows_digest[:12]}, found {tol.metadata['rows_digest'][:12]}"
-            )
         return cls(tol, edits)
 
     def save(self, path: str) -> None:
