@@ -94,8 +94,11 @@ class Checkpoints:
         return self._restore(step, description=ocp.args.JsonRestore())["description"]
 
     def restore(self, step: int, shapes):
-        """The state of a step on the devices that `shapes` names, whatever devices it was saved from."""
-        return self._restore(step, state=ocp.args.StandardRestore(shapes))["state"]
+        """The state of a step on the devices that `shapes` names, whatever devices it was saved from.
+
+        Padding differs from mesh to mesh: it is cut off or filled with zeros.
+        """
+        return self._restore(step, state=ocp.args.StandardRestore(shapes, strict=False))["state"]
 
     def restore_leaf(self, step: int, path, shape: jax.ShapeDtypeStruct):
         """One parameter, by its tree path, in the dtype and on the devices that `shape` names."""
@@ -103,9 +106,9 @@ class Checkpoints:
         for key in reversed(path):
             tree = {key.key: tree}
         tree = {"params": tree}
-        args = ocp.args.PyTreeRestore(
-            item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
-        )
+        how = ocp.checkpoint_utils.construct_restore_args(tree)
+        how = jax.tree.map(lambda leaf: dataclasses.replace(leaf, strict=False), how)  # padding is cut off
+        args = ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)
 
         def read():
             with ocp.PyTreeCheckpointer() as reader:

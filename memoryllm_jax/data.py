@@ -262,25 +262,30 @@ def local_shards(sharding: NamedSharding, shards: int) -> list[int]:
 def place(batch: HostBatch, size: int, sharding: NamedSharding, model: ModelConfig) -> Batch:
     """The batch as global arrays, its distinct ids padded to `size`; at the vocabulary's size they are all ids."""
     shards = batch_shards(sharding.mesh)
+    whole = size == model.vocab_size and model.unique_tokens
 
     def padded(shard):
         ids, index, *rest = batch[shard]
-        if size == model.vocab_size and model.unique_tokens:
-            return np.arange(size, dtype=np.int32), ids[index], *rest
-        return np.pad(ids, (0, size - len(ids))), index, *rest
+        return (None, ids[index], *rest) if whole else (np.pad(ids, (0, size - len(ids))), index, *rest)
 
     parts = {shard: padded(shard) for shard in batch}
-    like = next(iter(parts.values()))
-    return Batch(
-        *(
-            jax.make_array_from_callback(
-                (shards, *like[field].shape),
-                sharding,
-                lambda index, field=field: parts[index[0].indices(shards)[0]][field][None],
-            )
-            for field in range(len(like))
+
+    def placed(field):
+        shape = (shards, *next(iter(parts.values()))[field].shape)
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: parts[index[0].indices(shards)[0]][field][None]
         )
-    )
+
+    ids = vocabulary(size, sharding) if whole else placed(0)
+    return Batch(ids, *(placed(field) for field in range(1, len(Batch._fields))))
+
+
+def vocabulary(size: int, sharding: NamedSharding) -> jax.Array:
+    """[1, V] all token ids, the last one repeated until the batch shards divide them, each of which holds a part."""
+    shards = batch_shards(sharding.mesh)
+    ids = np.minimum(np.arange(-(-size // shards) * shards, dtype=np.int32), size - 1)[None]
+    where = NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec))
+    return jax.make_array_from_callback(ids.shape, where, lambda index: ids[index])
 
 
 class SizeAgreement:

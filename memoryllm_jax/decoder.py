@@ -13,7 +13,7 @@ import numpy as np
 from memoryllm_jax import attention, loss, model, sharding
 from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.memory import TokenRows, take_rows
-from memoryllm_jax.sharding import constrain
+from memoryllm_jax.sharding import constrain, unpadded_embed
 
 _SMALLEST_BUCKET = 16
 
@@ -51,8 +51,9 @@ class Decoder:
     def empty_cache(self, batch: int, capacity: int) -> list[attention.Cache]:
         c = self.config
         with jax.set_mesh(self.mesh):
-            shape = (batch, c.heads, capacity, c.head_dim)
-            where = jax.sharding.NamedSharding(self.mesh, sharding.spec("batch", "heads", None, None))
+            axes = ("batch", "heads", None, None)
+            shape = sharding.padded((batch, c.heads, capacity, c.head_dim), axes)
+            where = jax.sharding.NamedSharding(self.mesh, sharding.spec(*axes))
             zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=where)
             return [attention.Cache(zeros(), zeros()) for _ in range(c.layers)]
 
@@ -84,23 +85,20 @@ class Decoder:
     def _hidden(self, params, rows, index_SN, positions, past=None):
         """Final states [B, T, D] and what each layer keeps; positions [T] or [B, T]."""
         c = self.config
-        take = lambda x_1UD: take_rows(self._on_shards(x_1UD), index_SN)  # noqa: E731
-        x_BTD = take(rows.x0_SUD).reshape(-1, positions.shape[-1], c.dim).astype(c.dtype)
+        x_BTD = take_rows(rows.x0_SUD, index_SN).reshape(-1, positions.shape[-1], c.dim).astype(c.dtype)
         x_BTD = constrain(x_BTD, "batch", None, None)
         rope, kept = model.rope_table(c, positions), []
         for layer, layer_params in enumerate(params["layers"]):
             ffn = None if rows.ffn_LSUD is None else rows.ffn_LSUD[layer]
-            ffn = None if ffn is None else self._on_shards(ffn).astype(c.dtype)
+            ffn = None if ffn is None else ffn.astype(c.dtype)
             at = None if past is None else (past[0][layer], past[1])
             x_BTD, new = model.Block(c).apply({"params": layer_params}, x_BTD, ffn, index_SN, rope, at)
             kept.append(new)
         return model.Norm(c).apply({"params": params["final_norm"]}, x_BTD), kept
 
-    def _on_shards(self, x_1UD):
-        return constrain(jnp.broadcast_to(x_1UD, (self.shards, *x_1UD.shape[1:])), "shard", None, None)
-
     def _logits(self, params, x_BD):
-        logits_BV = jnp.einsum("bd,vd->bv", x_BD, params["head"], preferred_element_type=jnp.float32)
+        head_VD = unpadded_embed(params["head"], self.config.dim, ("vocab", "embed"))
+        logits_BV = jnp.einsum("bd,vd->bv", x_BD, head_VD, preferred_element_type=jnp.float32)
         return constrain(logits_BV, None, None)  # whole on every device, so that every host draws the same
 
     def _prefill_body(self, params, rows, index_SN, lengths_B, length):
@@ -120,8 +118,8 @@ class Decoder:
     def _score_body(self, params, rows, index_SN, targets_SN, weights_SN, length):
         x_BTD, _ = self._hidden(params, rows, index_SN, jnp.arange(length))
         x_SND = x_BTD.reshape(*index_SN.shape, -1)
-        options = {"z_loss": 0.0, "chunk": self.config.loss_chunk, "dtype": self.config.dtype}
-        return loss.cross_entropy(x_SND, params["head"], targets_SN, weights_SN, **options)[1]
+        options = loss.Options(self.config.vocab_size, 0.0, self.config.loss_chunk, self.config.dtype)
+        return loss.cross_entropy(x_SND, params["head"], targets_SN, weights_SN, options)[1]
 
 
 def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
@@ -129,7 +127,7 @@ def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
 
     `params` is what `SavedModel.load` returns, with "embedding" and, unless the model is base, "memory".
     """
-    x0 = params["embedding"][ids_U][None]
+    x0 = params["embedding"][ids_U][None, :, : config.dim]
     layer = model.MemoryLayer(config)
     ffn = [layer.apply({"params": p}, x0) for p in params["memory"]] if config.memory_dim else None
     return TokenRows(x0, ffn)

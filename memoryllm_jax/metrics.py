@@ -68,6 +68,38 @@ def quality(loss: float, tokens: int, text_bytes: int) -> dict:
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}
 
 
+class Trace:
+    """Leaves a profile of some steps in WORKDIR/profile, of every host its own.
+
+    Args:
+      steps: how many; 0: none. The first steps of a process, which compile, are not among them.
+      say: prints a line.
+    """
+
+    SKIPPED = 5
+
+    def __init__(self, workdir: str, steps: int, say):
+        self._folder, self._steps, self._say = os.path.join(workdir, "profile"), steps, say
+        self._on = False
+
+    def step(self, step: int, done: int) -> None:
+        """Before a step, the process's `done`-th."""
+        if self._steps and done == self.SKIPPED:
+            self._on, self._first = True, step
+            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+        if done == self.SKIPPED + self._steps:
+            self.close()
+
+    def close(self) -> None:
+        if self._on:
+            self._on = False
+            jax.profiler.stop_trace()
+            self._say(
+                f"profile from step {self._first + 1} on in {self._folder}: open the perfetto_trace.json.gz in it "
+                "at ui.perfetto.dev, or the folder in TensorBoard with xprof"
+            )
+
+
 def _kept_lines(path: str, start: int) -> list[str]:
     """Records of a run that goes on from `start`: none past it, and not its evaluation, which is made again."""
     if not os.path.exists(path):

@@ -14,13 +14,23 @@ import jax.numpy as jnp
 
 from memoryllm_jax import attention
 from memoryllm_jax.config import ModelConfig
-from memoryllm_jax.memory import TokenRows, take_rows
-from memoryllm_jax.sharding import batch_shards, constrain, shardings
+from memoryllm_jax.memory import TokenRows, rows_axes, take_rows
+from memoryllm_jax.sharding import batch_shards, constrain, padded, shardings, unpadded_embed
+
+
+def _parameter(module, name, shape, axes, std):
+    """Stored padded to what the mesh divides; its values do not depend on the mesh."""
+
+    def init(key, stored, dtype):
+        values = nn.initializers.normal(std)(key, shape, dtype)
+        return jnp.pad(values, [(0, b - a) for a, b in zip(shape, stored)])
+
+    return module.param(name, nn.with_logical_partitioning(init, axes), padded(shape, axes), jnp.float32)
 
 
 def _weight(module, name, shape, axes, std):
-    init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-    return module.param(name, init, shape, jnp.float32).astype(module.config.dtype)
+    w = _parameter(module, name, shape, axes, std).astype(module.config.dtype)
+    return unpadded_embed(w, module.config.dim, axes)
 
 
 def _matmul(x, w):
@@ -28,7 +38,8 @@ def _matmul(x, w):
 
     A CPU's bfloat16 product is five times as fast when it may give its float32 sums.
     """
-    sums = jnp.float32 if jax.default_backend() == "cpu" else None
+    on_cpu = jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu"
+    sums = jnp.float32 if on_cpu else None
     y = jnp.dot(x.reshape(-1, x.shape[-1]), w, preferred_element_type=sums).astype(x.dtype)
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
@@ -40,7 +51,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         scale_D = self.param("scale", init, x.shape[-1:], jnp.float32)
         y = x.astype(jnp.float32)
         if self.config.norm == "layernorm":
@@ -90,21 +101,21 @@ class Attention(nn.Module):
         """The result, and the keys and values of x to keep; `past` is the cache and the place of x's one position."""
         c = self.config
         B, T, D = x_BTD.shape
-        H, K = c.heads, c.head_dim
+        K = c.head_dim
 
         def project(name):
-            w_DHK = _weight(self, name, (D, H, K), ("embed", "heads", "head_dim"), c.init_std)
-            return _matmul(x_BTD, w_DHK.reshape(D, H * K)).reshape(B, T, H, K)
+            w_DHK = _weight(self, name, (D, c.heads, K), ("embed", "heads", "head_dim"), c.init_std)
+            return _matmul(x_BTD, w_DHK.reshape(D, -1)).reshape(B, T, -1, K)
 
         q, k, v = _rotate(project("q"), rope), _rotate(project("k"), rope), project("v")
-        out_HKD = _weight(self, "out", (H, K, D), ("heads", "head_dim", "embed"), _output_std(c))
+        out_HKD = _weight(self, "out", (c.heads, K, D), ("heads", "head_dim", "embed"), _output_std(c))
         if past is None:
             y = attention.causal_attention(q, k, v, c.attention)
         else:
             cache, position_B = past
             y = cache.attend(q[:, 0], k[:, 0], v[:, 0], position_B)
         kept = attention.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
-        return _matmul(y.reshape(B, T, H * K), out_HKD.reshape(H * K, D)), kept
+        return _matmul(y.reshape(B, T, -1), out_HKD.reshape(-1, D)), kept
 
 
 class Block(nn.Module):
@@ -146,7 +157,7 @@ class TrainMemoryLayer(MemoryLayer):
     """A memory layer of a scan: all read the same embeddings."""
 
     def __call__(self, x0_SUD):
-        return x0_SUD, constrain(super().__call__(x0_SUD), "shard", None, None)
+        return x0_SUD, constrain(super().__call__(x0_SUD), *rows_axes(x0_SUD))
 
 
 def _over_layers(layer, config, in_axes):
@@ -174,10 +185,10 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         c = self.config
-        table = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("vocab", "embed"))
-        self.embedding_VD = self.param("embedding", table, (c.vocab_size, c.dim), jnp.float32)
+        table = (c.vocab_size, c.dim), ("vocab", "embed"), c.init_std
+        self.embedding_VD = _parameter(self, "embedding", *table)
         if not c.tie_embeddings:
-            self.head_VD = self.param("head", table, (c.vocab_size, c.dim), jnp.float32)
+            self.head_VD = _parameter(self, "head", *table)
         self.layers = _over_layers(TrainBlock, c, (0, nn.broadcast, nn.broadcast))(c)
         if c.memory_dim:
             self.memory = _over_layers(TrainMemoryLayer, c, ())(c)
@@ -187,8 +198,12 @@ class LanguageModel(nn.Module):
         return self.hidden(self.token_rows(ids_SU), index_SN, length), self.output_embedding()
 
     def token_rows(self, ids_SU) -> TokenRows:
-        """Embeddings and token memory of the ids. A row that no position takes has no gradient, so padding is free."""
-        x0_SUD = constrain(self.embedding_VD[ids_SU].astype(self.config.dtype), "shard", None, None)
+        """Embeddings and token memory of the ids: [S, U] of each batch shard, or [1, V] that all shards share.
+
+        A row that no position takes has no gradient, so padding is free.
+        """
+        x0_SUD = self.embedding_VD[ids_SU][..., : self.config.dim].astype(self.config.dtype)
+        x0_SUD = constrain(x0_SUD, *rows_axes(x0_SUD))
         ffn_LSUD = self.memory(x0_SUD)[1] if self.config.memory_dim else None
         return TokenRows(x0_SUD, ffn_LSUD)
 
@@ -200,7 +215,7 @@ class LanguageModel(nn.Module):
         return self.final_norm(x_BTD)
 
     def output_embedding(self):
-        """[V, D], float32."""
+        """[V, D] as stored, padding included, float32."""
         return self.embedding_VD if self.config.tie_embeddings else self.head_VD
 
 
@@ -213,6 +228,6 @@ def init(model: LanguageModel, key, shards: int = 1):
 def abstract_params(model: LanguageModel, mesh):
     """Shapes, dtypes and shardings of the parameters on the mesh, without boxes."""
     with jax.set_mesh(mesh):
-        boxed = jax.eval_shape(lambda key: init(model, key, batch_shards(mesh)), jax.random.key(0))
+        boxed = jax.eval_shape(lambda: init(model, jax.random.key(0), batch_shards(mesh)))
     placed = shardings(mesh, nn.get_partition_spec(boxed))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), placed)

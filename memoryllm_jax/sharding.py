@@ -1,7 +1,10 @@
 """One table from logical to physical axes, the mesh, and the checks that make a wrong pairing an error."""
 
+import math
+
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -13,6 +16,7 @@ RULES = {
     "batch": ("data", "fsdp"),
     "shard": ("data", "fsdp"),
     "embed": ("fsdp",),
+    "norm": (),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
@@ -38,8 +42,36 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
+def _parts(axis: str | None) -> int:
+    """Number of parts that the current mesh cuts a logical axis into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise ValueError("no mesh is set: call inside `with jax.set_mesh(make_mesh(...))`")
+    return math.prod(mesh.shape[name] for name in RULES[axis])
+
+
+def padded(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[int, ...]:
+    """The shape with every size rounded up to what the current mesh divides: how parameters are stored.
+
+    What is added holds zeros and stays zero in training: zero keys meet zero values, so no gradient reaches them.
+    """
+    return tuple(-(-size // _parts(axis)) * _parts(axis) for size, axis in zip(shape, axes))
+
+
+def unpadded_embed(w: jax.Array, dim: int, axes: tuple[str | None, ...]) -> jax.Array:
+    """w with its "embed" axis gathered and cut to `dim`; what pads other axes takes part in the computation."""
+    at = axes.index("embed")
+    if w.shape[at] == dim:
+        return w
+    w = constrain(w, *(None if axis == "embed" else axis for axis in axes))
+    return jax.lax.slice_in_dim(w, 0, dim, axis=at)
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices. Raises: UserError."""
+    """A (data, fsdp, tensor) mesh over all devices. Raises: UserError.
+
+    On several TPU slices the data axis runs across them and the others stay within one.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     known = int(np.prod([size for size in sizes.values() if size != -1]))
@@ -47,7 +79,20 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(f"config.mesh: expected parts whose product is the {len(devices)} devices, found {shape}")
     shape = [len(devices) // known if size == -1 else size for size in sizes.values()]
-    return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(_grid(shape, devices), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def _grid(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if shape[0] % slices:
+        raise UserError(
+            f"config.mesh.data: expected a multiple of the {slices} slices, as fsdp and tensor stay within one, "
+            f"found {shape[0]}"
+        )
+    within = [shape[0] // slices, *shape[1:]]
+    if slices > 1:
+        return mesh_utils.create_hybrid_device_mesh(within, [slices, 1, 1], devices)
+    return mesh_utils.create_device_mesh(within, devices)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -55,20 +100,14 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_divisible(config: Config, mesh: Mesh) -> None:
-    """Refuses sizes that the mesh does not divide. Raises: UserError that names the field."""
-    m, shards = config.model, batch_shards(mesh)
-    checks = [
-        ("batch_size", config.batch_size, shards * config.accumulate, "mesh.data * mesh.fsdp * accumulate"),
-        ("model.dim", m.dim, mesh.shape["fsdp"], "mesh.fsdp"),
-        ("model.heads", m.heads, mesh.shape["tensor"], "mesh.tensor"),
-        ("model.vocab_size", m.vocab_size, mesh.shape["tensor"], "mesh.tensor"),
-        ("model.ffn_dim (FFN-M part)", m.memory_dim, mesh.shape["tensor"], "mesh.tensor"),
-        ("model.ffn_dim (FFN-C part)", m.compute_dim, mesh.shape["tensor"], "mesh.tensor"),
-    ]
-    for field, size, parts, what in checks:
-        if size % parts:
-            raise UserError(f"config.{field}: expected a multiple of {what} = {parts}, found {size}")
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Refuses a batch that the mesh does not divide; widths are padded. Raises: UserError that names the field."""
+    parts = batch_shards(mesh) * config.accumulate
+    if config.batch_size % parts:
+        raise UserError(
+            f"config.batch_size: expected a multiple of mesh.data * mesh.fsdp * accumulate = {parts}, "
+            f"found {config.batch_size}"
+        )
 
 
 def shardings(mesh: Mesh, logical_axes):

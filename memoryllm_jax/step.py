@@ -16,7 +16,8 @@ from memoryllm_jax.config import Config
 class Batch(NamedTuple):
     """Positions of one optimizer step, by batch shard S and micro-batch A, with N positions in each.
 
-    ids_SU: distinct token ids of a shard's positions, all micro-batches together, padded to U.
+    ids_SU: distinct token ids of a shard's positions, all micro-batches together, padded to U; or, as [1, U], the whole
+      vocabulary, of which each shard evaluates a part for all.
     index_SAN: which of them each position holds.
     targets_SAN, weights_SAN: the next token, and its weight in the loss: 0 where there is none.
     """
@@ -44,7 +45,7 @@ class Trainer:
         self.shards = sharding.batch_shards(mesh)
         params_sharding = jax.tree.map(lambda x: x.sharding, model.abstract_params(self.model, mesh))
         with jax.set_mesh(mesh):
-            shapes = jax.eval_shape(self._init, jax.random.key(0))
+            shapes = jax.eval_shape(lambda: self._init(jax.random.key(0)))
         replicated = NamedSharding(mesh, P())
         # Without pinned outputs jit replicates the Adam moments.
         moments = optax.tree_utils.tree_map_params(
@@ -61,17 +62,9 @@ class Trainer:
         self.params_shape = self.state_shape["params"]
         self.batch_sharding = NamedSharding(mesh, sharding.spec("shard"))
         self.init = self._in_mesh(jax.jit(self._init, out_shardings=state_sharding))
-        self.train = self._in_mesh(
-            jax.jit(
-                self._train,
-                donate_argnums=0,
-                in_shardings=(state_sharding, self.batch_sharding),
-                out_shardings=(state_sharding, replicated),
-            )
-        )
-        self.evaluate = self._in_mesh(
-            jax.jit(self._evaluate, in_shardings=(params_sharding, self.batch_sharding), out_shardings=replicated)
-        )
+        out = (state_sharding, replicated)
+        self.train = self._in_mesh(jax.jit(self._train, donate_argnums=0, out_shardings=out))
+        self.evaluate = self._in_mesh(jax.jit(self._evaluate, out_shardings=replicated))
 
     def _in_mesh(self, function):
         def within(action):
@@ -96,15 +89,8 @@ class Trainer:
         hidden = self.model.apply({"params": params}, rows, index_SN, c.seq_len, method="hidden")
         head_VD = self.model.apply({"params": params}, method="output_embedding")
         x_SND = hidden.reshape(*index_SN.shape, c.model.dim)
-        return loss.cross_entropy(
-            x_SND,
-            head_VD,
-            targets_SN,
-            weights_SN,
-            z_loss=c.optimizer.z_loss,
-            chunk=c.model.loss_chunk,
-            dtype=c.model.dtype,
-        )
+        options = loss.Options(c.model.vocab_size, c.optimizer.z_loss, c.model.loss_chunk, c.model.dtype)
+        return loss.cross_entropy(x_SND, head_VD, targets_SN, weights_SN, options)
 
     def _token_rows(self, params, ids_SU):
         return self.model.apply({"params": params}, ids_SU, method="token_rows")

@@ -6,6 +6,10 @@ The name after the colon is the architecture: base, memory, or flex-B (flex-1, f
 memoryllm_jax/config.py can be overridden as --config.FIELD=VALUE. Kill the run at any time and run the same line
 again: it goes on from its newest checkpoint. On SIGTERM or Ctrl-C it saves one first and exits with code 143.
 
+    python -m memoryllm_jax.train --config=configs/1b.py:flex-3 --dry_run --devices=256 --chip=v5p
+
+compiles the step for devices that are not here and prints what the run needs of memory, network and time.
+
 Writes into the workdir: numbered checkpoint folders, metrics.jsonl, TensorBoard events, and at the end result.json.
 On several hosts add --multihost to the line on each of them.
 """
@@ -22,7 +26,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from memoryllm_jax import attention, checkpoint, cli, data, files, metrics, prepare, sharding
+from memoryllm_jax import attention, checkpoint, chips, cli, data, files, metrics, plan, prepare, sharding
 from memoryllm_jax import config as config_lib
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.config import Config
@@ -34,13 +38,13 @@ from memoryllm_jax.step import Trainer
 STOPPED = 143  # exit code after a signal: 128 + SIGTERM
 
 
-def train(config: Config, workdir: str, devices: list[jax.Device] | None = None) -> int:
+def train(config: Config, workdir: str, devices: list[jax.Device] | None = None, profile: int = 0) -> int:
     """One run on all devices or those given, from its newest checkpoint or the start, to its end.
 
+    Args:
+      profile: steps to leave a trace of in the workdir.
     Returns the exit code. Raises: UserError.
     """
-    if not workdir:
-        raise UserError("--workdir: expected a folder, found an empty name")
     first_host = jax.process_index() == 0
     workdir = os.path.abspath(workdir)
     lock = files.lock_folder(workdir) if first_host else None
@@ -49,14 +53,14 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None)
         at_exit.callback(stop.restore)
         if lock is not None:
             at_exit.callback(lock.close)
-        return _train(config, workdir, devices, stop, first_host, at_exit)
+        return _train(config, workdir, devices, profile, stop, first_host, at_exit)
 
 
-def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host: bool, at_exit) -> int:
+def _train(config: Config, workdir: str, devices, profile, stop: "StopSignal", first_host: bool, at_exit) -> int:
     dataset = open_dataset(config, workdir, first_host)
     config = complete(config, dataset)
     mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_divisible(config, mesh)
+    sharding.check_batch(config, mesh)
     tokenizer = dataset.tokenizer()
     if config.data.verify:
         dataset.verify(jax.process_index(), jax.process_count())
@@ -87,14 +91,20 @@ def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host
     peak = metrics.peak_flops(config)
     agreement, validation_agreement = (data.SizeAgreement(s, mesh) for s in (sizes, validation.sizes()))
     clock = Clock()
+    trace = metrics.Trace(workdir, profile, progress.line)
+    at_exit.callback(trace.close)
     compiled = set()
     since_log = {"steps": 0, "rows": 0}
+
+    def rows_of(size):
+        """Rows of token memory that a step evaluates; at the vocabulary's size all shards share one set."""
+        return size if config.model.unique_tokens and size == config.model.vocab_size else size * shards
 
     def report(step, size, values):
         """Reads a step's metrics, which waits for it: called when the next step is on its way."""
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         since_log["steps"] += 1
-        since_log["rows"] += size * shards
+        since_log["rows"] += rows_of(size)
         loss = values.pop("loss")
         if not math.isfinite(loss + values["grad_norm"]):
             low, high = step * config.batch_size, (step + 1) * config.batch_size - 1
@@ -109,7 +119,7 @@ def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host
                 **values,
                 "tokens": (step + 1) * tokens_a_step,
                 "epoch": train_batches.epoch(step + 1),
-                "rows": size * shards,
+                "rows": rows_of(size),
                 **metrics.speed(config, peak, done, since_log["rows"], clock.lap()),
             }
             since_log.update(steps=0, rows=0)
@@ -148,8 +158,9 @@ def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host
         if step + 1 < config.steps:
             upcoming = next(batches)
             proposal = agreement.propose(upcoming.distinct)
+        trace.step(step, step - start)
         placed = data.place(batch, size, trainer.batch_sharding, config.model)
-        with clock.paused(size not in compiled):
+        with clock.paused(size not in compiled), jax.profiler.StepTraceAnnotation("train", step_num=step):
             compiled.add(size)
             state, values = trainer.train(state, placed)
         if unread:
@@ -316,14 +327,28 @@ class StopSignal:
 
 
 def main():
-    config = config_lib.resolve(flags.FLAGS.config)
+    f = flags.FLAGS
+    config = config_lib.resolve(f.config)
+    if f.dry_run:
+        return plan.dry_run(config, f.chip, f.devices, f.tokens, f.plan)
+    for name in ("devices", "chip", "tokens", "plan"):
+        if f[name].present:
+            raise UserError(f"--{name}: expected --dry_run too, as it is about devices that are not here")
+    if not f.workdir:
+        raise UserError("--workdir: expected a folder for checkpoints and metrics, found none")
     cli.join_hosts()
-    return train(config, flags.FLAGS.workdir)
+    return train(config, f.workdir, profile=f.profile)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/SIZE.py:ARCHITECTURE; override as --config.FIELD=VALUE")
-    flags.DEFINE_string("workdir", None, "folder for checkpoints and metrics; one run at a time", required=True)
+    flags.DEFINE_string("workdir", "", "folder for checkpoints and metrics; one run at a time")
+    flags.DEFINE_integer("profile", 0, "steps to leave a trace of in WORKDIR/profile", lower_bound=0)
+    flags.DEFINE_bool("dry_run", False, "compile the step for --devices of --chip, print the plan, train nothing")
+    flags.DEFINE_integer("devices", 8, "devices to plan for", lower_bound=1)
+    flags.DEFINE_string("chip", "h100", "what to plan for: " + ", ".join(chips.CHIPS))
+    flags.DEFINE_float("tokens", 0, "length of the run to plan; by default that of the config", lower_bound=0)
+    flags.DEFINE_string("plan", "", "JSON file for the plan")
     cli.define_multihost_flags()
     flags.mark_flag_as_required("config")
     cli.run(main)

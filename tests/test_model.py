@@ -230,7 +230,7 @@ def test_loss_of_positions_without_weight(make_config):
 
     @functools.partial(jax.jit, static_argnums=1)
     def sums(x, dtype):
-        return loss.cross_entropy(x.astype(dtype), head, targets, weights, z_loss=0.1, chunk=16, dtype=dtype)
+        return loss.cross_entropy(x.astype(dtype), head, targets, weights, loss.Options(head.shape[0], 0.1, 16, dtype))
 
     with jax.set_mesh(mesh):
         total, nll = sums(x, "float32")
