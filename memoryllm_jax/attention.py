@@ -40,16 +40,19 @@ def resolve_backend(name: str, dtype: str, platform: str | None = None) -> str:
 
 def _this_platform():
     device = jax.devices()[0]
-    if device.platform == "gpu" and "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8:
-        return "cuda"
-    return device.device_kind if device.platform == "gpu" else device.platform
+    if device.platform != "gpu":
+        return device.platform
+    is_cuda = "cuda" in device.client.platform_version
+    return "cuda" if is_cuda and float(device.compute_capability) >= 8 else device.device_kind
 
 
 def causal_attention(q_BTHK, k_BTHK, v_BTHK, backend: str):
     """softmax(q k^T / sqrt(K)) v over earlier positions and itself; each device works on its rows and heads.
 
-    backend: one that `resolve_backend` gave.
+    backend: one that `resolve_backend` gave, or `auto`, which is asked for here.
     """
+    if backend == "auto":
+        backend = resolve_backend(backend, q_BTHK.dtype.name)
     kernel = {"plain": plain, "blocked": blocked, "cudnn": cudnn, "splash": splash}[backend]
     qkv = spec("batch", None, "heads", None)
     return jax.shard_map(kernel, in_specs=(qkv, qkv, qkv), out_specs=qkv, check_vma=False)(q_BTHK, k_BTHK, v_BTHK)

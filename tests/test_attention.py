@@ -118,4 +118,20 @@ def test_auto_is_the_fastest_that_runs():
         ("tpu", "bfloat16"): "splash",
         ("tpu", "float32"): "splash",
     }
-    assert attention.resolve_backend("auto", "bfloat16") == "blocked"  # here
+
+
+@pytest.mark.parametrize(
+    "platform, kind, capability, version, backend",
+    [
+        ("cpu", "cpu", None, "cpu", "blocked"),
+        ("tpu", "TPU v5 lite", None, "tpu", "splash"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "9.0", "cuda 13000", "cudnn"),
+        ("gpu", "Tesla T4", "7.5", "cuda 13000", "blocked"),
+        ("gpu", "AMD Instinct MI300X", "gfx942", "rocm 70000", "blocked"),
+    ],
+)
+def test_auto_asks_the_device(monkeypatch, platform, kind, capability, version, backend):
+    client = types.SimpleNamespace(platform_version=version)
+    device = types.SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability, client=client)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert attention.resolve_backend("auto", "bfloat16") == backend
