@@ -211,6 +211,6 @@ def init(model: LanguageModel, key, shards: int = 1):
 def abstract_params(model: LanguageModel, mesh):
     """Shapes, dtypes and shardings of the parameters on the mesh, without boxes."""
     with jax.set_mesh(mesh):
-        boxed = jax.eval_shape(lambda key: init(model, key, batch_shards(mesh)), jax.random.key(0))
+        boxed = jax.eval_shape(lambda: init(model, jax.random.key(0), batch_shards(mesh)))
     placed = shardings(mesh, nn.get_partition_spec(boxed))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), placed)

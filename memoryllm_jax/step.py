@@ -44,7 +44,7 @@ class Trainer:
         self.shards = sharding.batch_shards(mesh)
         params_sharding = jax.tree.map(lambda x: x.sharding, model.abstract_params(self.model, mesh))
         with jax.set_mesh(mesh):
-            shapes = jax.eval_shape(self._init, jax.random.key(0))
+            shapes = jax.eval_shape(lambda: self._init(jax.random.key(0)))
         replicated = NamedSharding(mesh, P())
         # Without pinned outputs jit replicates the Adam moments.
         moments = optax.tree_utils.tree_map_params(
