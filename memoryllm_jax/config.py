@@ -15,7 +15,7 @@ import ml_collections
 
 from memoryllm_jax.cli import UserError
 
-ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn")
+ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn", "splash")
 REMAT_POLICIES = ("none", "dots", "full")
 
 # FFN-M widths of the paper's Table 5 that its own rounding, not ours, gives: (base width, beta) -> FFN-M width.
@@ -45,8 +45,8 @@ class ModelConfig:
     tie_embeddings: bool = False  # one table for input and output
     init_std: float = 0.02  # not given in the paper; output projections use init_std / sqrt(2 layers)
     dtype: str = "bfloat16"  # of the computation; parameters are float32
-    attention: str = "auto"  # plain, blocked or cudnn; auto: cudnn in bfloat16 on an NVIDIA GPU, else blocked
-    remat: str = "dots"  # what the backward pass recomputes: none, dots (all but matrix products), full
+    attention: str = "auto"  # plain, blocked, cudnn, splash; auto: splash on TPU, cudnn on NVIDIA in bf16, else blocked
+    remat: str = "dots"  # what the backward pass recomputes: none, dots (all but matrix products and attention), full
     loss_chunk: int = 4096  # tokens a batch shard whose logits exist at one time
     unique_tokens: bool = True  # compute each distinct token of a batch once; False: every position (to compare)
 

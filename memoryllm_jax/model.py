@@ -164,9 +164,7 @@ def _over_layers(layer, config, in_axes):
     """`layer` scanned over the depth, its parameters stacked on a leading axis, under the remat policy."""
     if config.remat != "none":
         policies = jax.checkpoint_policies
-        dots = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(attention.SAVED)
-        )
+        dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention.keep_results)
         layer = nn.remat(layer, policy=dots if config.remat == "dots" else None, prevent_cse=False)
     return nn.scan(
         layer,

@@ -85,7 +85,7 @@ def test_width_follows_an_overridden_dim():
         (
             "model.attention",
             "flash",
-            "config.model.attention: expected one of auto, plain, blocked, cudnn, found 'flash'",
+            "config.model.attention: expected one of auto, plain, blocked, cudnn, splash, found 'flash'",
         ),
         ("model.ffn_dim", 1, "config.model.ffn_dim: expected at least 2"),
         ("steps", 0, "config.steps: expected at least 1, found 0"),

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import reference
 
-from memoryllm_jax import attention, data, loss, optimizer, sharding, train
-from memoryllm_jax.cli import UserError
+from memoryllm_jax import data, loss, optimizer, sharding, train
 from memoryllm_jax.step import Trainer
 
 
@@ -180,22 +179,6 @@ def test_base_is_llama_in_pytorch(make_config):
         index = np.arange(ids.size)[None]
         hidden = trainer.model.apply({"params": params}, rows, index, config.seq_len, method="hidden")
     np.testing.assert_allclose(hidden @ params["head"].T, expected, atol=2e-6)
-
-
-@pytest.mark.parametrize("length", [1, 127, 300])
-def test_blocked_attention_is_plain_attention(length):
-    q, k, v, g = jax.random.normal(jax.random.key(0), (4, 2, length, 3, 10))
-    out, vjp = jax.vjp(attention.blocked, q, k, v)
-    expected, expected_vjp = jax.vjp(attention.plain, q, k, v)
-    np.testing.assert_allclose(out, expected, atol=2e-6)
-    for a, b in zip(vjp(g), expected_vjp(g)):
-        np.testing.assert_allclose(a, b, atol=5e-6)
-
-
-def test_unavailable_attention_is_an_error():
-    with pytest.raises(UserError, match="cudnn needs an NVIDIA GPU, found cpu"):
-        attention.resolve_backend("cudnn", "bfloat16")
-    assert attention.resolve_backend("auto", "bfloat16") == "blocked"
 
 
 def test_remat_recomputes(make_config):

@@ -1,0 +1,137 @@
+"""Each attention backend against the plain one where it can run, and lowered for its own machine where it cannot."""
+
+import dataclasses
+import functools
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+from memoryllm_jax import attention, config, sharding
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.step import Batch, Trainer
+
+
+@pytest.fixture
+def with_cudnn(monkeypatch):
+    """JAX asks for cuDNN's version before it traces a call, also for a machine that is not this one."""
+    version = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", version)
+
+
+def forward_and_backward(kernel, q, k, v, g):
+    out, vjp = jax.vjp(kernel, q, k, v)
+    return out, *vjp(g)
+
+
+def assert_is_plain_attention(kernel, batch, length, heads, head_dim):
+    args = np.random.default_rng(0).normal(size=(4, batch, length, heads, head_dim)).astype(np.float32)
+    both = jax.jit(lambda *args: [forward_and_backward(k, *args) for k in (kernel, attention.plain)])
+    for a, b in zip(*both(*args)):
+        np.testing.assert_allclose(a, b, atol=5e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("length", [1, 127, 300])
+def test_blocked_attention_is_plain_attention(length):
+    assert_is_plain_attention(attention.blocked, 2, length, 3, 10)
+
+
+@pytest.mark.parametrize("batch, length, head_dim", [(1, 16, 60), (2, 150, 100), (1, 300, 64)])
+def test_splash_attention_is_plain_attention(monkeypatch, batch, length, head_dim):
+    """In Pallas' interpreter: one block and several, prompts shorter than a block, lengths that no block divides."""
+    make = functools.partial(splash_attention.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention, "make_splash_mha", make)
+    monkeypatch.setattr(attention, "SPLASH_BLOCK", 128)
+    assert_is_plain_attention(attention.splash, batch, length, 2, head_dim)
+
+
+def kernels(text: str) -> list[str]:
+    """Names of the attention kernels that lowered text calls, in order."""
+    return re.findall(r'kernel_name = "splash_mha_([a-z]+)_|@__cudnn\$fmhaSoftmax(\w*)\(', text)
+
+
+CALLS = {"cuda": [("", ""), ("", "Backward")], "tpu": [("fwd", ""), ("dkv", "")]}
+
+
+@pytest.mark.parametrize("head_dim", [60, 100, 64])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_flash_attention_is_lowered_for_gpu_and_tpu(with_cudnn, platform, head_dim):
+    """Forward and backward on a device's own rows and heads, with the head sizes that the kernels want."""
+    backend = attention.resolve_backend("auto", "bfloat16", platform)
+    x = jax.ShapeDtypeStruct((8, 2048, 4, head_dim), jnp.bfloat16)
+    step = functools.partial(forward_and_backward, functools.partial(attention.causal_attention, backend=backend))
+    with jax.set_mesh(sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))):
+        text = jax.jit(step).trace(x, x, x, x).lower(lowering_platforms=(platform,)).as_text()
+    assert kernels(text) == CALLS[platform]
+    padded = {60: 64, 100: 104, 64: 64} if platform == "cuda" else {60: 64, 100: 128, 64: 64}
+    local = {"cuda": (2, 2048, 2, padded[head_dim]), "tpu": (4, 2048, padded[head_dim])}[platform]
+    for line in text.splitlines():
+        if "custom_call @tpu" in line or "custom_call @__cudnn" in line:
+            assert f"tensor<{'x'.join(map(str, local))}xbf16>" in line, line
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_the_train_step_calls_each_kernel_once(make_config, with_cudnn, platform, remat):
+    """Under `dots` the backward pass keeps the forward kernel's results; `full` runs it again."""
+    c = make_config(**{"model.remat": remat, "model.dtype": "bfloat16", "mesh.fsdp": 4, "mesh.tensor": 2})
+    backend = attention.resolve_backend("auto", "bfloat16", platform)
+    c = dataclasses.replace(c, model=dataclasses.replace(c.model, attention=backend, vocab_size=512))
+    trainer = Trainer(c, sharding.make_mesh(c.mesh))
+    S, N = trainer.shards, c.batch_size * c.seq_len // trainer.shards
+    shapes = {"ids": (S, 64), "index": (S, 1, N), "targets": (S, 1, N), "weights": (S, 1, N)}
+    batch = Batch(*(jnp.zeros(s, jnp.float32 if name == "weights" else jnp.int32) for name, s in shapes.items()))
+    with jax.set_mesh(trainer.mesh):
+        traced = jax.jit(trainer._train).trace(trainer.state_shape, batch)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    forward, backward = CALLS[platform]
+    assert kernels(text) == [forward] * (1 if remat == "dots" else 2) + [backward]
+
+
+@pytest.mark.parametrize(
+    "name, dtype, platform, message",
+    [
+        ("cudnn", "bfloat16", None, "cudnn needs an NVIDIA GPU of compute capability 8 or more, found cpu"),
+        ("cudnn", "float32", "cuda", "cudnn needs config.model.dtype bfloat16, found float32"),
+        ("splash", "bfloat16", "cuda", "splash needs a TPU, found cuda"),
+    ],
+)
+def test_unavailable_attention_is_an_error(name, dtype, platform, message):
+    with pytest.raises(UserError, match=f"config.model.attention: {message}"):
+        attention.resolve_backend(name, dtype, platform)
+
+
+def test_auto_is_the_fastest_that_runs():
+    resolved = {
+        (p, d): attention.resolve_backend("auto", d, p) for p in ("cpu", "cuda", "tpu") for d in ("bfloat16", "float32")
+    }
+    assert resolved == {
+        ("cpu", "bfloat16"): "blocked",
+        ("cpu", "float32"): "blocked",
+        ("cuda", "bfloat16"): "cudnn",
+        ("cuda", "float32"): "blocked",
+        ("tpu", "bfloat16"): "splash",
+        ("tpu", "float32"): "splash",
+    }
+
+
+@pytest.mark.parametrize(
+    "platform, kind, capability, version, backend",
+    [
+        ("cpu", "cpu", None, "cpu", "blocked"),
+        ("tpu", "TPU v5 lite", None, "tpu", "splash"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "9.0", "cuda 13000", "cudnn"),
+        ("gpu", "Tesla T4", "7.5", "cuda 13000", "blocked"),
+        ("gpu", "AMD Instinct MI300X", "gfx942", "rocm 70000", "blocked"),
+    ],
+)
+def test_auto_asks_the_device(monkeypatch, platform, kind, capability, version, backend):
+    client = types.SimpleNamespace(platform_version=version)
+    device = types.SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability, client=client)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert attention.resolve_backend("auto", "bfloat16") == backend
