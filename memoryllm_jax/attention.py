@@ -16,7 +16,7 @@ HEADS_A_TILE = 2
 SPLASH_BLOCK = 512
 MASKED = -1e30
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-SAVED = "attention"  # name of a kernel's output and log-partition
+SAVED = "saved"  # name of what the backward pass finds: products with weights, attention's output and log-partition
 
 
 def resolve_backend(name: str, dtype: str, platform: str | None = None) -> str:
@@ -59,7 +59,7 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, backend: str):
 
 
 def keep_results(primitive, *args, **params) -> bool:
-    """Remat policy: the backward pass has every kernel's output and log-partition, so that no forward runs twice."""
+    """Remat policy `dots`: the backward pass has every product and attention's results, so that none is made twice."""
     named = jax.checkpoint_policies.save_only_these_names(SAVED)
     # cuDNN's own results bear no name; the test of the lowered step fails should JAX rename the call.
     return primitive.name == "dot_product_attention_fwd_wrapper" or named(primitive, *args, **params)

@@ -1,11 +1,15 @@
 """What all commands share: one error type for bad input, flag parsing, and progress for a terminal or a log."""
 
+import os
 import sys
 import time
 
 import jax
 import tqdm
 from absl import app, flags, logging
+
+
+LOST_AFTER = 30  # seconds without a sign of life from a process, after which JAX ends the others
 
 
 class UserError(Exception):
@@ -54,12 +58,22 @@ def define_multihost_flags() -> None:
     flags.DEFINE_integer("process_id", None, "number of this process, likewise")
 
 
+def abandon(error: Exception) -> None:
+    """Ends this process of several at once: to close what it has open would be to wait for others that may be gone."""
+    reason = " ".join(str(error).split())[:600]
+    if not isinstance(error, UserError):
+        reason = f"another process has ended, or cannot be reached: {reason}"
+    where = f"process {jax.process_index()} of {jax.process_count()}"
+    print(f"error: {where}: {reason}; start all processes again to go on", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def join_hosts() -> None:
     """Joins the other processes if the flags say so. Raises: UserError."""
     if flags.FLAGS.multihost:
         where = (flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id)
         try:
-            jax.distributed.initialize(*where)
+            jax.distributed.initialize(*where, heartbeat_timeout_seconds=LOST_AFTER)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"--multihost: {' '.join(str(error).split())}") from error
 

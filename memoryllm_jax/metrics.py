@@ -45,6 +45,21 @@ def train_flops(config: Config, tokens: int, rows: int) -> float:
     return 3.0 * (tokens * per_token + rows * m.layers * 6 * m.dim * m.memory_dim)
 
 
+def parameters(config: Config) -> dict[str, int]:
+    """Numbers of parameters by part, padding left out; `active` leaves out the token memory and the two tables."""
+    m = config.model
+    norms = m.layers * (1 + bool(m.compute_dim)) * m.dim + m.dim
+    parts = {
+        "attention": m.layers * 4 * m.dim**2,
+        "ffn_c": m.layers * 3 * m.dim * m.compute_dim,
+        "norms": norms,
+        "ffn_m": m.layers * (3 * m.dim * m.memory_dim + (m.dim if m.memory_dim else 0)),
+        "embedding_and_head": (1 if m.tie_embeddings else 2) * m.vocab_size * m.dim,
+    }
+    active = parts["attention"] + parts["ffn_c"] + parts["norms"]
+    return parts | {"active": active, "total": sum(parts.values())}
+
+
 def peak_flops(config: Config) -> float | None:
     """FLOP/s of all devices at their best, or None where this is not known, as on a CPU."""
     kind = jax.devices()[0].device_kind

@@ -11,6 +11,7 @@ S batch shards, U distinct token ids of a shard, N = B T / S positions of a shar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from memoryllm_jax import attention
 from memoryllm_jax.config import ModelConfig
@@ -41,7 +42,7 @@ def _matmul(x, w):
     on_cpu = jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu"
     sums = jnp.float32 if on_cpu else None
     y = jnp.dot(x.reshape(-1, x.shape[-1]), w, preferred_element_type=sums).astype(x.dtype)
-    return y.reshape(*x.shape[:-1], w.shape[-1])
+    return checkpoint_name(y, attention.SAVED).reshape(*x.shape[:-1], w.shape[-1])
 
 
 class Norm(nn.Module):
@@ -163,9 +164,8 @@ class TrainMemoryLayer(MemoryLayer):
 def _over_layers(layer, config, in_axes):
     """`layer` scanned over the depth, its parameters stacked on a leading axis, under the remat policy."""
     if config.remat != "none":
-        policies = jax.checkpoint_policies
-        dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention.keep_results)
-        layer = nn.remat(layer, policy=dots if config.remat == "dots" else None, prevent_cse=False)
+        policy = attention.keep_results if config.remat == "dots" else None
+        layer = nn.remat(layer, policy=policy, prevent_cse=False)
     return nn.scan(
         layer,
         variable_axes={"params": 0},

@@ -88,7 +88,7 @@ def plan(config: Config, name: str, devices: list[jax.Device], tokens: float = 0
         "seq_len": config.seq_len,
         "sequences_a_device": sequences,
         "assumed": assumed,
-        "parameters": parameters(config),
+        "parameters": metrics.parameters(config),
         "memory": memory,
         "memory_of_device": chip.memory,
         "fits": memory["total"] <= chip.memory,
@@ -105,21 +105,6 @@ def plan(config: Config, name: str, devices: list[jax.Device], tokens: float = 0
         "run_device_hours": tokens / step_tokens * seconds * mesh.size / 3600,
         "compile_seconds": time.monotonic() - start,
     }
-
-
-def parameters(config: Config) -> dict[str, int]:
-    """Numbers of parameters by part, padding left out; `active` leaves out the token memory and the two tables."""
-    m = config.model
-    norms = m.layers * (1 + bool(m.compute_dim)) * m.dim + m.dim
-    parts = {
-        "attention": m.layers * 4 * m.dim**2,
-        "ffn_c": m.layers * 3 * m.dim * m.compute_dim,
-        "norms": norms,
-        "ffn_m": m.layers * (3 * m.dim * m.memory_dim + (m.dim if m.memory_dim else 0)),
-        "embedding_and_head": (1 if m.tie_embeddings else 2) * m.vocab_size * m.dim,
-    }
-    active = parts["attention"] + parts["ffn_c"] + parts["norms"]
-    return parts | {"active": active, "total": sum(parts.values())}
 
 
 def _completed(config: Config, chip) -> tuple[Config, list[str]]:
@@ -285,8 +270,8 @@ def text(p: dict) -> str:
         f"{_gb(m['each_sequence'])} a sequence",
         *([] if p["fits"] else ["DOES NOT FIT.     " + "; or ".join(p["advice"])]),
         "",
-        f"FLOPs a token    {f['per_token'] / 1e9:.2f} G, with FFN-M at every position {f['per_token_plain'] / 1e9:.2f} G, "
-        f"computed again {f['recomputed_per_token'] / 1e9:.2f} G",
+        f"FLOPs a token    {f['per_token'] / 1e9:.2f} G, with FFN-M at every position {f['per_token_plain'] / 1e9:.2f} "
+        f"G, computed again {f['recomputed_per_token'] / 1e9:.2f} G",
         *(
             f"{'collectives' if i == 0 else '':<16} {c['kind']} among {c['group']} over the {c['over']}: "
             f"{c['times']} times, {_gb(c['bytes'])} sent a device, {1e3 * c['seconds']:.1f} ms"
@@ -298,7 +283,7 @@ def text(p: dict) -> str:
         f"MFU {100 * p['mfu']:.0f}%",
         f"the run          {p['run_tokens'] / 1e9:,.1f} G tokens: {p['run_device_hours']:,.0f} device hours, "
         f"{cli.duration(p['run_device_hours'] / p['devices'] * 3600)}",
-        f"roofline, not a measurement: compute at {100 * EFFICIENCY:.0f}% of peak FLOP/s, collectives by ring, behind compute, "
-        "speeds of the data sheets (memoryllm_jax/chips.py)",
+        f"roofline, not a measurement: compute at {100 * EFFICIENCY:.0f}% of peak FLOP/s, collectives by ring, hidden behind "
+        "it, speeds of the data sheets (memoryllm_jax/chips.py)",
     ]
     return "\n".join(lines)

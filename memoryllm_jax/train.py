@@ -53,7 +53,12 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
         at_exit.callback(stop.restore)
         if lock is not None:
             at_exit.callback(lock.close)
-        return _train(config, workdir, devices, profile, stop, first_host, at_exit)
+        try:
+            return _train(config, workdir, devices, profile, stop, first_host, at_exit)
+        except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
+            if jax.process_count() == 1:
+                raise
+            cli.abandon(error)
 
 
 def _train(config: Config, workdir: str, devices, profile, stop: "StopSignal", first_host: bool, at_exit) -> int:
@@ -84,7 +89,7 @@ def _train(config: Config, workdir: str, devices, profile, stop: "StopSignal", f
     at_exit.callback(writer.close)
     progress = cli.Progress("train", config.steps, "step", initial=start, enabled=first_host)
     at_exit.callback(progress.close)
-    progress.line(summary(config, mesh, trainer, train_batches, sizes, start))
+    progress.line(summary(config, mesh, train_batches, sizes, start))
 
     tokens_a_step = config.batch_size * config.seq_len
     bytes_a_token = dataset.train.bytes / dataset.train.tokens
@@ -226,8 +231,8 @@ def open_dataset(config: Config, workdir: str, first_host: bool) -> data.Dataset
         if first_host and not os.path.exists(os.path.join(path, "dataset.json")):
             print("preparing the embedded corpus: Python's documentation topics and standard library", flush=True)
             prepare.prepare("embedded", "sentencepiece:train:4096", path, validation_fraction=0.02)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("embedded corpus")
+        while not os.path.exists(os.path.join(path, "dataset.json")):  # a barrier would give up sooner
+            time.sleep(1)
     return data.Dataset(path)
 
 
@@ -245,25 +250,18 @@ def complete(config: Config, dataset: data.Dataset) -> Config:
     )
 
 
-def summary(config, mesh, trainer, batches, sizes, start) -> str:
-    sizes_of = {k: math.prod(x.shape) for k, x in _named_leaves(trainer.params_shape)}
-    total = sum(sizes_of.values())
-    memory = sum(n for k, n in sizes_of.items() if k.startswith("memory/"))
-    tables = sum(n for k, n in sizes_of.items() if k in ("embedding", "head"))
+def summary(config, mesh, batches, sizes, start) -> str:
+    n = metrics.parameters(config)
     shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     lines = [
-        f"{config.model.architecture}: {total / 1e6:.1f}M parameters: {(total - memory - tables) / 1e6:.1f}M active, "
-        f"{memory / 1e6:.1f}M in the token memory, {tables / 1e6:.1f}M in embedding and head",
+        f"{config.model.architecture}: {n['total'] / 1e6:.1f}M parameters: {n['active'] / 1e6:.1f}M active, "
+        f"{n['ffn_m'] / 1e6:.1f}M in the token memory, {n['embedding_and_head'] / 1e6:.1f}M in embedding and head",
         f"{jax.device_count()} x {jax.devices()[0].device_kind} as {shape}; attention {config.model.attention}, "
         f"{config.model.dtype}",
         f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens, "
         f"{batches.epoch(config.steps):.2f} epochs; distinct ids a shard padded to {sizes[0]}",
     ]
     return "\n".join(lines + ([f"going on from step {start}"] if start else []))
-
-
-def _named_leaves(tree):
-    return [("/".join(k.key for k in path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def quality_text(result: dict) -> str:
