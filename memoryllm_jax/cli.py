@@ -8,7 +8,6 @@ import jax
 import tqdm
 from absl import app, flags, logging
 
-
 LOST_AFTER = 30  # seconds without a sign of life from a process, after which JAX ends the others
 
 

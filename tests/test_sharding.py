@@ -146,7 +146,7 @@ def test_plan_says_what_to_change(make_config, monkeypatch):
     accumulate = int(re.search(r"--config.accumulate=(\d+)", p["advice"][0])[1])
     changed = make_config("memory", **big, **{"data.path": "embedded", "accumulate": accumulate})
     assert plan.plan(changed, "h100", jax.devices()[:4])["fits"]
-    with pytest.raises(UserError, match="--chip: expected one of a100, .*, found 'tpu'"):
+    with pytest.raises(UserError, match=r"--chip: expected one of a100, .*, found 'tpu'"):
         plan.plan(changed, "tpu", jax.devices())
     with pytest.raises(UserError, match="--devices: expected up to 8 or whole nodes of 8, found 12"):
         chips.devices("h100", 12)
@@ -206,5 +206,5 @@ def test_data_runs_across_slices():
     devices = [chip(i) for i in range(8)]
     grid = sharding._grid([2, 4, 1], devices)
     assert [{d.slice_index for d in part.flat} for part in grid] == [{0}, {1}]
-    with pytest.raises(UserError, match="config.mesh.data: expected a multiple of the 2 slices"):
+    with pytest.raises(UserError, match=r"config.mesh.data: expected a multiple of the 2 slices"):
         sharding._grid([1, 8, 1], devices)
