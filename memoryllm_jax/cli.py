@@ -7,6 +7,8 @@ import jax
 import tqdm
 from absl import app, flags, logging
 
+flags.disclaim_key_flags()  # flags that are defined here are the command's: --help lists them
+
 
 class UserError(Exception):
     """Bad input. Its text is one sentence for the person who gave it."""
