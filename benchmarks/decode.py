@@ -96,7 +96,7 @@ def worker(sides):
             + rows.stats().get("device_bytes", rows.stats().get("cache_bytes", 0)),
         }
         facts[side]["held_bytes"] += model._tol.layout.row_bytes if side == "host" else 0
-    print(json.dumps({"facts": facts, "bandwidth": bandwidth(), "peak_bytes": peak_memory()}), flush=True)
+    print(json.dumps({"facts": facts, "peak_bytes": peak_memory(), "bandwidth": bandwidth()}), flush=True)
     for line in sys.stdin:
         task = json.loads(line)
         side, rows = task["side"], sources[task["side"]]
@@ -169,9 +169,7 @@ def main():
                 "speed_over_disk_warm": ratio(warm, ms),
                 "bytes_touched": touched,
                 "bandwidth_ms": 1e3 * touched / speed,
-                "hit_rate": statistics.mean(rates)
-                if (rates := [r["hit_rate"] for r in rounds if r["hit_rate"]])
-                else None,
+                "hit_rate": statistics.mean(r["hit_rate"] for r in rounds),
                 **facts[side],
             }
             over_base = ""

@@ -10,6 +10,8 @@ from absl import app, flags, logging
 
 LOST_AFTER = 30  # seconds without a sign of life from a process, after which JAX ends the others
 
+flags.disclaim_key_flags()  # flags that are defined here are the command's: --help lists them
+
 
 class UserError(Exception):
     """Bad input. Its text is one sentence for the person who gave it."""
@@ -47,7 +49,12 @@ def run(main, positional: bool = False) -> None:
             sys.exit(1)
         return app.parse_flags_with_usage(argv)
 
-    app.run(wrapped, flags_parser=parse_flags)
+    try:
+        app.run(wrapped, flags_parser=parse_flags)
+    except SystemExit:
+        if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv):
+            sys.exit(0)  # absl's is 1
+        raise
 
 
 def define_multihost_flags() -> None:

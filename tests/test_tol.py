@@ -395,8 +395,9 @@ def test_bad_precompute_options_are_refused_and_leave_nothing(lab, tmp_path, mon
     ]:
         with pytest.raises(UserError, match=found):
             precompute.precompute(lab.workdir("memory"), out, options.Options(**choices))
-    with pytest.raises(UserError, match="--drop_layers: expected at least one layer to stay"):
-        precompute.precompute(lab.workdir("tied"), out, options.Options(drop_layers=("0", "1")))
+    for name in ("tied", "memory"):
+        with pytest.raises(UserError, match="--drop_layers: expected at least one layer to stay"):
+            precompute.precompute(lab.workdir(name), out, options.Options(drop_layers=("0", "1")))
     real = os.statvfs
     with monkeypatch.context() as patch:
         full = collections.namedtuple("Free", "f_bavail f_frsize")(40, 4096)
@@ -410,10 +411,10 @@ def test_bad_precompute_options_are_refused_and_leave_nothing(lab, tmp_path, mon
 
 
 def damaged_copy(path, token, copy):
-    """A copy of a file with one bit of a token's row flipped."""
+    """A copy of a file with one bit flipped, of a token's row or of a tensor beside the rows."""
     shutil.copy(path, copy)
     with opened(str(copy)) as tol:
-        at = int(tol.start_of_row[tol.row_of_token[token]]) + 5
+        at = tol.tensors[token].start if token in tol.tensors else int(tol.start_of_row[tol.row_of_token[token]]) + 5
     with open(copy, "r+b") as file:
         file.seek(at)
         byte = file.read(1)[0]
@@ -452,6 +453,9 @@ def test_damaged_row_is_made_again_or_named(lab, tmp_path, capfd):
     for place in ("host", "device"):
         with lab.model("flex", path, place) as model:
             assert written(model, prompts) == expected
+    other = damaged_copy(whole, "basis.ffn.2", tmp_path / "basis.safetensors")
+    with opened(other) as tol, pytest.raises(UserError, match=rf"{other}: basis\.ffn\.2: its checksum differs"):
+        verify(tol)
     # Weights of another checkpoint make other rows: they must not be used.
     with opened(path) as tol, pytest.raises(UserError, match=f"{path}: token {token}: .* other weights"):
         build.Repair(SavedModel(lab.workdir("flex"), 12), tol)(np.array([token]))
@@ -620,9 +624,13 @@ def test_applied_edits_make_a_file_that_differs_in_those_tokens(lab, tmp_path):
             result = compare.compare(build.FileSource(tol, mesh), build.FileSource(after, mesh))
             assert result.changed == 3 and {token for token, _, _ in result.most(10)} == {40, 41, 500}
             assert result.by_part["x0"] == 0
+            overlay.save(str(tmp_path / "o"))
             with pytest.raises(UserError, match="made for other rows"):
-                overlay.save(str(tmp_path / "o"))
                 edit.Overlay.open(str(tmp_path / "o"), after)
+    damaged = damaged_copy(lab.tol("flex"), 40, tmp_path / "damaged")
+    with opened(damaged) as tol, pytest.raises(UserError, match="token 40: the checksum of its row differs"):
+        compare.apply(tol, edit.Overlay.open(str(tmp_path / "o"), tol), mesh, str(tmp_path / "other"))
+    assert sorted(os.listdir(tmp_path)) == ["damaged", "edited.safetensors", "o"]
     with lab.model("flex", path) as model:  # the model it was made for still takes it
         assert len(written(model, [[40]])[0]) == 12
 
@@ -744,10 +752,10 @@ def test_budget_is_measured_on_eight_devices_at_long_context(lab):
 
 def test_compress_of_a_file_equals_precompute_with_the_same_options(lab, tmp_path):
     choices = {"bits": "4,2:16", "drop_layers": ("1",)}
-    with opened(lab.tol("flex")) as tol:
+    with opened(lab.tol("flex", data=lab.data_path)) as tol:  # order, counts and successors come along
         mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
         options.write(build.FileSource(tol, mesh), options.Options(**choices), str(tmp_path / "t"))
-    with opened(str(tmp_path / "t")) as tol, opened(lab.tol("flex", **choices)) as direct:
+    with opened(str(tmp_path / "t")) as tol, opened(lab.tol("flex", data=lab.data_path, **choices)) as direct:
         assert tol.layout == direct.layout and tol.metadata == direct.metadata
         assert relative(rows_of(tol), rows_of(direct)) < 1e-4
 

@@ -72,7 +72,9 @@ def inspect(tol: TolFile) -> dict:
 
 
 def verify(tol: TolFile) -> dict:
-    """Reads every row. Raises: UserError that names the damaged tokens."""
+    """Reads every row and every other tensor. Raises: UserError that names the damaged tokens."""
+    for name in json.loads(tol.metadata["tensor_checksums"]):
+        tol.read(name)
     tol.tokenizer()
     bad = compare.damaged(tol)
     if bad:
@@ -127,14 +129,15 @@ def edit_command(tol: TolFile) -> dict:
         editor.add(name, spec)
     for text in editor.undo(f.undo) if f.undo else []:
         print(f"undone: {text}")
-    if asked or f.undo:
+    written = compare.apply(tol, overlay, mesh_here(), f.output) if f.output else ""
+    if asked or f.undo:  # not before the rest of the line is done, so that it can be run again
         overlay.save(f.overlay)
     if not overlay.edits:
         print(f"{f.overlay}: no edits")
     for number, entry in enumerate(overlay.edits, 1):
         print(f"{number}: {entry.text}")
-    if f.output:
-        print(compare.apply(tol, overlay, mesh_here(), f.output))
+    if written:
+        print(written)
     return {"edits": [entry.text for entry in overlay.edits]}
 
 

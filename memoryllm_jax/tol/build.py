@@ -47,6 +47,8 @@ class Identity:
 class LiveSource:
     """Rows computed from a checkpoint by `jax.vmap` over token ids."""
 
+    counts = successors = None  # it takes text to know them
+
     def __init__(self, saved: SavedModel):
         c = self.config = saved.config
         self.mesh, self.vocab_size = saved.mesh, c.vocab_size
@@ -119,6 +121,7 @@ class FileSource:
         self.identity = Identity(
             meta["architecture"], int(meta["step"]), meta["dtype"], **digests, tokenizer=tol.tokenizer()
         )
+        self.counts, self.successors = (tol.read(n) if n in tol.tensors else None for n in ("counts", "successors"))
         self._reader = RowReader(tol)
         self._decode = RowDecoder(tol)
 

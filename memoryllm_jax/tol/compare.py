@@ -116,9 +116,10 @@ def apply(tol: TolFile, overlay: Overlay, mesh, output: str) -> str:
             os.fsync(file.fileno())
         os.replace(part, output)
     except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from error
+    finally:
         if os.path.exists(part):
             os.remove(part)
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from error
     return f"{output}: {len(overlay.edits)} edits in a copy of {tol.path}"
 
 

@@ -220,7 +220,7 @@ def key_of(saved: SavedModel, layer: int, key: int, rows_digest: str) -> tuple[n
 
     params, digest = saved.load(lambda name: saved.is_memory(name) or name == "embedding")
     if digest != rows_digest:
-        raise UserError(f"the weights of {saved.step} are not those that the rows were made from")
+        raise UserError(f"--workdir={saved.workdir}: other weights at step {saved.step} than the rows were made from")
     p, c = params["memory"][layer], saved.config
 
     @jax.jit
@@ -254,7 +254,8 @@ def _fields(operation, spec, count):
     """Comma-separated names; a doubled comma is a comma."""
     fields = [f.replace("\0", ",") for f in spec.replace(",,", "\0").split(",")]
     if len(fields) != count or not all(fields):
-        raise UserError(f"--{operation}={spec}: expected {count} names with commas between them, found {len(fields)}")
+        expected = "a token" if count == 1 else f"{count} values with commas between them"
+        raise UserError(f"--{operation}={spec}: expected {expected}, found {sum(map(bool, fields))}")
     return fields
 
 

@@ -183,6 +183,8 @@ class TolFile:
 
     def __init__(self, path: str):
         self.path = path
+        if path.endswith(".part"):
+            raise UserError(f"{path}: expected a whole ToL file, found one that precompute has not finished")
         try:
             self.fd = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -230,6 +232,9 @@ class TolFile:
             wrong = [n for n, size in needed.items() if n not in self.tensors or self.tensors[n].nbytes != size]
             if wrong or len(rows) == 0 or self.layout.rows != self.vocab_size:
                 raise ValueError(f"a layout that does not fit its tensors {', '.join(wrong)}")
+            summed = {n for n in self.tensors if not n.startswith(("rows.", "padding")) and n != "checksums"}
+            if summed != set(self._tensor_checksums):
+                raise ValueError(f"checksums of {sorted(self._tensor_checksums)} for the tensors {sorted(summed)}")
             self._check_parts()
             absent = [key for key in _METADATA if key not in self.metadata]
             if absent:

@@ -14,6 +14,8 @@ from memoryllm_jax.tol import budget, build, text
 from memoryllm_jax.tol.codec import FLOATS, INTEGERS, Band, Part
 from memoryllm_jax.tol.format import Layout, Tier
 
+flags.disclaim_key_flags()  # they are the command's: its --help lists them
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -63,10 +65,12 @@ def write(source, options: Options, output: str, scorer=None, label: str = "prec
 
     `scorer`: budget.Scorer of the model, needed for a budget.
     """
-    dataset = _dataset(source, options.data) if options.data else None
-    counts = text.token_counts(dataset, source.vocab_size) if dataset else None
-    successors = text.likely_successors(dataset, source.vocab_size) if dataset else None
-    order = np.argsort(-counts, kind="stable") if dataset else np.arange(source.vocab_size)
+    counts, successors = source.counts, source.successors
+    if options.data:
+        dataset = _dataset(source, options.data)
+        counts = text.token_counts(dataset, source.vocab_size)
+        successors = text.likely_successors(dataset, source.vocab_size)
+    order = np.arange(source.vocab_size) if counts is None else np.argsort(-counts, kind="stable")
     if options.bytes_per_token or options.total_size:
         layout, bases = _within_budget(source, options, scorer, counts)
     else:
@@ -110,7 +114,7 @@ def uniform(source, options: Options) -> Layout:
             kept = _rank(ranks.get(name, ranks[""]), source.dim)
             band = Band(kept or source.dim, _bits(bits.get(name, bits[""])))
             parts.append(Part(name, (band,), rotated=bool(kept)))
-    if not parts:
+    if len(dropped) == source.layers:
         raise UserError("--drop_layers: expected at least one layer to stay, found all of them")
     return Layout(source.dim, source.layers, source.has_x0, (Tier(source.vocab_size, tuple(parts)),))
 

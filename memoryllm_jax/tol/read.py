@@ -131,8 +131,8 @@ class RowReader:
         ids = ids_U[bad]
         if self._repair is None:
             raise UserError(
-                f"{self.tol.path}: token {ids[0]}: the checksum of its row differs; the file is damaged "
-                "and the weights to compute the row again are not at hand"
+                f"{self.tol.path}: token {ids[0]}: the checksum of its row differs; the file is damaged: run "
+                "precompute again"
             )
         self.repaired += len(ids)
         for i, row in zip(bad, self._repair(ids)):
