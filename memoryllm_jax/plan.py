@@ -283,7 +283,7 @@ def text(p: dict) -> str:
         f"MFU {100 * p['mfu']:.0f}%",
         f"the run          {p['run_tokens'] / 1e9:,.1f} G tokens: {p['run_device_hours']:,.0f} device hours, "
         f"{cli.duration(p['run_device_hours'] / p['devices'] * 3600)}",
-        f"roofline, not a measurement: compute at {100 * EFFICIENCY:.0f}% of peak FLOP/s, collectives by ring and hidden "
-        "behind it, speeds of the data sheets (memoryllm_jax/chips.py)",
+        f"roofline, not a measurement: compute at {100 * EFFICIENCY:.0f}% of peak FLOP/s, collectives by ring and "
+        "hidden behind it, speeds of the data sheets (memoryllm_jax/chips.py)",
     ]
     return "\n".join(lines)

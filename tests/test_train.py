@@ -1,5 +1,6 @@
 """Whole runs: resuming, stopping, meshes, and what ends a run early."""
 
+import gzip
 import json
 import os
 import signal
@@ -312,6 +313,14 @@ def test_vocabulary_larger_than_the_data_trains_and_samples(make_config, tmp_pat
     assert "sample at temperature" in capfd.readouterr().out
     with pytest.raises(UserError, match=r"config.model.vocab_size: expected at least the 512 ids of .* found 500"):
         run(make_config("memory", steps=1, **{"model.vocab_size": 500}), tmp_path / "other")
+
+
+def test_profile_leaves_a_trace_of_the_steps_asked_for(make_config, tmp_path, capfd):
+    assert train.train(make_config("memory", steps=8), str(tmp_path / "w"), jax.devices()[:1], profile=2) == 0
+    (trace,) = (tmp_path / "w" / "profile").rglob("perfetto_trace.json.gz")
+    events = json.load(gzip.open(trace))["traceEvents"]
+    steps = {e["args"]["step_num"] for e in events if e.get("name") == "train" and "step_num" in e.get("args", {})}
+    assert steps == {"5", "6"} and "profile from step 6 on in" in capfd.readouterr().out
 
 
 def test_unwritable_workdir(make_config, tmp_path):
