@@ -85,6 +85,12 @@ def write_bytes(path: str, data: bytes) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
+def upload(path: str, url: str) -> None:
+    fs, name = filesystem(url)
+    with told(url, "a place to write to"):
+        fs.put_file(path, name)
+
+
 def read_bytes(path: str, what: str) -> bytes:
     """Raises: UserError that names the file and what was expected of it."""
     fs, name = filesystem(path)

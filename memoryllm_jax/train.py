@@ -7,6 +7,7 @@ memoryllm_jax/config.py can be overridden as --config.FIELD=VALUE. Kill the run 
 again: it goes on from its newest checkpoint. On SIGTERM or Ctrl-C it saves one first and exits with code 143.
 
 Writes into the workdir: numbered checkpoint folders, metrics.jsonl, TensorBoard events, and at the end result.json.
+The workdir may be gs://BUCKET/FOLDER, and config.data.path any URL that fsspec reads.
 On several hosts add --multihost to the line on each of them.
 """
 
@@ -42,8 +43,8 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None)
     if not workdir:
         raise UserError("--workdir: expected a folder, found an empty name")
     first_host = jax.process_index() == 0
-    workdir = os.path.abspath(workdir)
-    lock = files.lock_folder(workdir) if first_host else None
+    workdir = checkpoint.folder(workdir)
+    lock = files.lock_folder(workdir) if first_host and not files.is_url(workdir) else None
     stop = StopSignal()
     with contextlib.ExitStack() as at_exit:
         at_exit.callback(stop.restore)
@@ -165,14 +166,17 @@ def _train(config: Config, workdir: str, devices, stop: "StopSignal", first_host
             unread = None
             with clock.paused():
                 if save:
+                    writer.sync()
                     checkpoints.save(done, state, description)
                     saved = done
                 result = evaluate(done) if look else None
                 stopped = stopped or (look and result is None)
         if stopped:
             if saved != done:
+                writer.sync()
                 checkpoints.save(done, state, description)
             break
+    writer.sync()
     checkpoints.wait()
     if stopped:
         progress.line(f"stopped by a signal after step {done}; saved {workdir}/{done}; run the same line to go on")
@@ -211,6 +215,8 @@ def open_dataset(config: Config, workdir: str, first_host: bool) -> data.Dataset
     """The prepared data of the config; the embedded corpus is prepared in the workdir first."""
     path = config.data.path
     if path == "embedded":
+        if files.is_url(workdir):
+            raise UserError("config.data.path: embedded is prepared in the workdir, which must then be on a disk")
         path = os.path.join(workdir, "data")
         if first_host and not os.path.exists(os.path.join(path, "dataset.json")):
             print("preparing the embedded corpus: Python's documentation topics and standard library", flush=True)
@@ -323,7 +329,7 @@ def main():
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/SIZE.py:ARCHITECTURE; override as --config.FIELD=VALUE")
-    flags.DEFINE_string("workdir", None, "folder for checkpoints and metrics; one run at a time", required=True)
+    flags.DEFINE_string("workdir", None, "folder or gs:// URL for checkpoints and metrics, of one run", required=True)
     cli.define_multihost_flags()
     flags.mark_flag_as_required("config")
     cli.run(main)
