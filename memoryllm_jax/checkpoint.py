@@ -42,16 +42,26 @@ class Checkpoints:
 
     def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0, read_only: bool = False):
         self.workdir = folder(workdir)
+        far = files.is_url(workdir)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             keep_period=keep_every or None,
-            cleanup_tmp_directories=not read_only,
+            cleanup_tmp_directories=not read_only and not far,
             read_only=read_only,
         )
         with files.told(self.workdir, "a folder for checkpoints"):
+            if far and not read_only and jax.process_index() == 0:
+                self._remove_unfinished()
             self._manager = ocp.CheckpointManager(self.workdir, options=options)
         self._closed = False
         threading.excepthook, sys.unraisablehook = _quiet_threads, _quiet_callbacks
+
+    def _remove_unfinished(self):
+        """For Orbax's own clean-up, which on gs:// takes every folder that is no checkpoint for an unfinished one."""
+        fs, root = files.filesystem(self.workdir)
+        for path in fs.ls(root, detail=False) if fs.exists(root) else []:
+            if os.path.basename(path).isdigit() and not fs.exists(f"{path}/commit_success.txt"):
+                fs.rm(path, recursive=True)
 
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint."""
@@ -96,7 +106,10 @@ class Checkpoints:
         """A clause that names the newest whole checkpoint, once a save in the background has ended."""
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
-        self._manager.reload()
+        try:
+            self._manager.reload()
+        except Exception as error:  # a storage service that cannot be reached
+            return f"{self.workdir} cannot be read: {files.reason(error)}"
         step = self._manager.latest_step()
         return "there is no checkpoint yet" if step is None else f"the last good checkpoint is {self.workdir}/{step}"
 

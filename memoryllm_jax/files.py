@@ -30,7 +30,7 @@ def absolute(path: str) -> str:
 def filesystem(path: str):
     """(fsspec file system, path as it knows it). Raises: UserError, also where its package is missing."""
     try:
-        return fsspec.core.url_to_fs(path)
+        return fsspec.core.url_to_fs(path, use_listings_cache=False)  # TensorStore and other hosts write there too
     except Exception as error:
         raise UserError(f"{path}: {reason(error)}") from error
 

@@ -174,10 +174,9 @@ class Writer:
                 self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
-        if self._claim is not None:
-            with contextlib.suppress(UserError):  # likewise
-                self.sync()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._claim is not None:
+            with contextlib.suppress(UserError):  # likewise
+                self.sync()
             self._scratch.cleanup()
