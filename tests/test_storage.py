@@ -4,13 +4,15 @@ import json
 import os
 import socket
 import threading
+import time
 
 import fsspec
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memoryllm_jax import data, files, prepare, saved, train
+from memoryllm_jax import checkpoint, data, files, metrics, prepare, train
 from memoryllm_jax.cli import UserError
 
 
@@ -123,29 +125,44 @@ def bucket(monkeypatch):
     running.stop()
 
 
-def test_a_run_on_object_storage(make_config, data_path, bucket, monkeypatch):
-    """Data and workdir on gs://: stopped, gone on with and so taken over, read back; nothing else there is touched."""
-    fs, workdir, devices = files.filesystem(bucket)[0], f"{bucket}/run", jax.devices()[:1]
+def test_data_checkpoints_and_records_on_object_storage(make_config, data_path, bucket):
+    fs, workdir = files.filesystem(bucket)[0], f"{bucket}/run"
     fs.put(f"{data_path}/", f"{bucket}/data/", recursive=True)
+    config = make_config("memory", **{"log.tensorboard": True})
+    ours, expected = (data.TrainBatches(config, data.Dataset(p), 2, [0, 1]) for p in (f"{bucket}/data", data_path))
+    assert_same_batches(ours, expected)
+
+    # A save that was cut off is removed, folders of others are not.
+    fs.pipe_file(f"{workdir}/9/state", b"half")
     fs.pipe_file(f"{workdir}/own/notes", b"ours")
-    fs.pipe_file(f"{workdir}/9/state", b"of a save that was cut off")
-    small = {"data.path": f"{bucket}/data", "checkpoint.every": 2, "checkpoint.keep": 2, "log.tensorboard": True}
-    config = make_config("memory", steps=5, **small, **{"model.layers": 1, "model.dim": 8, "model.heads": 2})
-    with monkeypatch.context() as patch:
-        patch.setattr(train.StopSignal, "requested", lambda self, done: done == 3)
-        assert train.train(config, workdir, devices) == train.STOPPED
-    claim = files.Claim(workdir)
-    assert train.train(config, workdir, devices) == 0
+    state = {"params": {"a": jnp.arange(6.0)}, "step": jnp.int32(3)}
+    checkpoints, writer = checkpoint.Checkpoints(workdir, keep=1), metrics.Writer(config, {}, workdir, 0, True)
+    for step in (1, 2, 3):
+        writer.write(step, "train", {"loss": 1 / step})
+        if step > 1:
+            writer.sync()
+            checkpoints.save(step, state, {"of": step})
+    checkpoints.close()
+    for step in (3, 4):
+        writer.write(step, "validation", {"loss": 0.5})
+    writer.close()
+
+    # As `train` goes on from step 3, which another run then does too.
+    later = checkpoint.Checkpoints(workdir, read_only=True)
+    assert later.steps() == [3] and later.description(3) == {"of": 3}
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    jax.tree.map(np.testing.assert_array_equal, later.restore(3, shapes), state)
+    path, shape = jax.tree_util.tree_leaves_with_path(shapes["params"])[0]
+    np.testing.assert_array_equal(later.restore_leaf(3, path, shape), state["params"]["a"])
+    time.sleep(1)  # TensorBoard names its files by the second
+    first, second = (metrics.Writer(config, {}, workdir, 3, True) for _ in range(2))
+    second.write(4, "train", {"loss": 0.25})
     with pytest.raises(UserError, match=rf"another run has taken over \(process {os.getpid()} on .* so this one ends"):
-        claim.check()
+        first.sync()
+    first.close()
+    second.close()
     records = [json.loads(line) for line in fs.cat_file(f"{workdir}/metrics.jsonl").splitlines()]
-    assert [(r["step"], r["kind"]) for r in records] == [(i, "train") for i in range(1, 6)] + [(5, "validation")]
-    result = files.read_json(f"{workdir}/result.json", "a result")
-    assert result["validation"]["loss"] == records[-1]["loss"]
+    assert [(r["step"], r["kind"]) for r in records] == [(i, "train") for i in range(1, 5)]
     names = {os.path.basename(path) for path in fs.ls(workdir, detail=False)}
-    assert names == {".lock", "4", "5", "metrics.jsonl", "own", "result.json", "tensorboard"}
+    assert names == {".lock", "3", "metrics.jsonl", "own", "tensorboard"}
     assert len(files.sizes(f"{workdir}/tensorboard")) == 2
-    model = saved.SavedModel(workdir)
-    assert model.step == 5 and model.load(lambda name: True)[0]["head"].shape == (512, 8)
-    with pytest.raises(UserError, match=f"{workdir}: expected a checkpoint of step 3, found 4, 5"):
-        saved.SavedModel(workdir, 3)
