@@ -1,6 +1,7 @@
 """Checkpoints: parameters, optimizer, data position, config and tokenizer together, in numbered folders of the workdir.
 
-Orbax saves in the background and gives a checkpoint its name only when it is whole.
+Orbax saves in the background and gives a checkpoint its name only when it is whole; on gs://, where nothing can be
+renamed, it writes a file commit_success.txt last.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from memoryllm_jax import config as config_lib
+from memoryllm_jax import files
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data import Dataset
@@ -28,20 +30,38 @@ def describe(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> dict:
     return {"config": dataclasses.asdict(config), "data": {"digest": dataset.digest}, "tokenizer": tokenizer.to_json()}
 
 
+def folder(workdir: str) -> str:
+    """The workdir as Orbax takes it. Raises: UserError for a URL that Orbax does not write to."""
+    if files.is_url(workdir) and not workdir.startswith("gs://"):
+        raise UserError(f"--workdir={workdir}: expected a folder on a disk or gs://BUCKET/FOLDER, as Orbax needs it")
+    return files.absolute(workdir)
+
+
 class Checkpoints:
     """The checkpoints of one workdir. Every error of a save, also of one in the background, is a UserError."""
 
     def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0, read_only: bool = False):
-        self.workdir = os.path.abspath(workdir)
+        self.workdir = folder(workdir)
+        far = files.is_url(workdir)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             keep_period=keep_every or None,
-            cleanup_tmp_directories=not read_only,
+            cleanup_tmp_directories=not read_only and not far,
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(self.workdir, options=options)
+        with files.told(self.workdir, "a folder for checkpoints"):
+            if far and not read_only and jax.process_index() == 0:
+                self._remove_unfinished()
+            self._manager = ocp.CheckpointManager(self.workdir, options=options)
         self._closed = False
         threading.excepthook, sys.unraisablehook = _quiet_threads, _quiet_callbacks
+
+    def _remove_unfinished(self):
+        """For Orbax's own clean-up, which on gs:// takes every folder that is no checkpoint for an unfinished one."""
+        fs, root = files.filesystem(self.workdir)
+        for path in fs.ls(root, detail=False) if fs.exists(root) else []:
+            if os.path.basename(path).isdigit() and not fs.exists(f"{path}/commit_success.txt"):
+                fs.rm(path, recursive=True)
 
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint."""
@@ -75,7 +95,7 @@ class Checkpoints:
             last_good = self.last_good()
             with contextlib.suppress(Exception):
                 self.close()
-            for name in os.listdir(self.workdir):
+            for name in [] if files.is_url(self.workdir) else os.listdir(self.workdir):
                 if ".orbax-checkpoint-tmp" in name:
                     shutil.rmtree(os.path.join(self.workdir, name), ignore_errors=True)
             reason = " ".join(str(error).split())
@@ -86,7 +106,10 @@ class Checkpoints:
         """A clause that names the newest whole checkpoint, once a save in the background has ended."""
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
-        self._manager.reload()
+        try:
+            self._manager.reload()
+        except Exception as error:  # a storage service that cannot be reached
+            return f"{self.workdir} cannot be read: {files.reason(error)}"
         step = self._manager.latest_step()
         return "there is no checkpoint yet" if step is None else f"the last good checkpoint is {self.workdir}/{step}"
 

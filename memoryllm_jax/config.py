@@ -74,9 +74,9 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    path: str = "embedded"  # a folder that `prepare` wrote; embedded: prepare Python's own texts in the workdir
+    path: str = "embedded"  # a folder that `prepare` wrote, or its URL; embedded: Python's own texts, in the workdir
     epochs: int = 1  # passes over the training tokens that may be made; a run that needs more is refused
-    verify: bool = True  # check every shard's checksum before training
+    verify: bool = True  # check every shard's checksum before training, for which each host reads its share of them
     threads: int = 4  # reader threads a host
     prefetch: int = 4  # batches read ahead
 

@@ -1,8 +1,11 @@
-"""Batches out of prepared token shards: memory-mapped, globally shuffled, and found again from the step number.
+"""Batches out of prepared token shards: globally shuffled, and found again from the step number.
 
 The training text is one stream of tokens cut into windows of seq_len. Grain shuffles the windows anew each epoch
 and gives random access to the result, so the batch of any step is a function of (data, seed, step): resuming needs
 one integer, and any number of hosts reads the same global batches, each its own batch shards only.
+
+Shards on a disk are memory-mapped. Of those behind a URL each window is one ranged read, and all windows of a batch
+shard are under way at once.
 """
 
 import abc
@@ -31,7 +34,7 @@ _GROWTH = 1.25  # between the sizes that distinct ids are padded to
 
 
 class Dataset:
-    """What `prepare` wrote in a folder.
+    """What `prepare` wrote in a folder, or a copy of it behind a URL that fsspec reads.
 
     Attributes:
       vocab_size, digest (of all shards' checksums and the tokenizer's), train, validation: `Tokens`.
@@ -52,7 +55,8 @@ class Dataset:
         if version != FORMAT:
             raise UserError(f"{path}/dataset.json: expected format {FORMAT}, found {version}; prepare the data again")
         self.digest = hashlib.sha256(json.dumps([self._tokenizer["digest"], *checksums]).encode()).hexdigest()
-        self.train, self.validation = (Tokens(self, split) for split in ("train", "validation"))
+        found = files.sizes(path)
+        self.train, self.validation = (Tokens(self, split, found) for split in ("train", "validation"))
 
     def tokenizer(self) -> tokenizer.Tokenizer:
         """The tokenizer that made the data. Raises: UserError if the file is another one."""
@@ -82,16 +86,17 @@ class Dataset:
 class Tokens:
     """One split as a stream of token ids over its shards, read by position."""
 
-    def __init__(self, dataset: Dataset, split: str):
+    def __init__(self, dataset: Dataset, split: str, sizes: dict[str, int]):
         record = dataset.splits[split]
         self.tokens, self.bytes, self.documents = record["tokens"], record["bytes"], record["documents"]
-        self.vocab_size = dataset.vocab_size
+        self.vocab_size, self._dtype = dataset.vocab_size, dataset.dtype
         self._paths = [os.path.join(dataset.path, shard["file"]) for shard in record["shards"]]
+        self._fs, root = files.filesystem(dataset.path)
+        self._names = [os.path.join(root, shard["file"]) for shard in record["shards"]]
+        self._mapped = functools.lru_cache(_OPEN_SHARDS)(lambda k: np.memmap(self._names[k], self._dtype, "r"))
         self._starts, start = [], 0
-        self._shard = functools.lru_cache(_OPEN_SHARDS)(lambda k: np.memmap(self._paths[k], dataset.dtype, "r"))
         for path, shard in zip(self._paths, record["shards"]):
-            expected = shard["tokens"] * dataset.dtype.itemsize
-            found = os.path.getsize(path) if os.path.exists(path) else None
+            expected, found = shard["tokens"] * self._dtype.itemsize, sizes.get(shard["file"])
             if found != expected:
                 raise UserError(f"{path}: expected {expected} bytes, found {'no file' if found is None else found}")
             self._starts.append(start)
@@ -99,32 +104,43 @@ class Tokens:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """int32 ids of positions start to start + count, or to the end. Raises: UserError for an id out of range."""
-        parts, stop = [], min(start + count, self.tokens)
+        return self.read_each([start], count)[0]
+
+    def read_each(self, starts: list[int], count: int) -> list[np.ndarray]:
+        """`read` of each start; ranges behind a URL are fetched at the same time."""
+        pieces = [list(self._pieces(start, min(start + count, self.tokens))) for start in starts]
+        fetched = iter(self._fetch([piece for of_one in pieces for piece in of_one]))
+        return [np.concatenate([self._checked(piece, next(fetched)) for piece in of_one]) for of_one in pieces]
+
+    def _pieces(self, start, stop):
+        """(shard, first token in it, one past the last) of each shard that the range touches."""
         while start < stop:
             k = bisect.bisect_right(self._starts, start) - 1
-            offset = start - self._starts[k]
-            part = np.asarray(self._shard(k)[offset : offset + stop - start]).astype(np.int64)
-            if part.max() >= self.vocab_size:
-                at = offset + int(part.argmax())
+            end = min(stop, self._starts[k + 1]) if k + 1 < len(self._starts) else stop
+            yield k, start - self._starts[k], end - self._starts[k]
+            start = end
+
+    def _fetch(self, pieces):
+        if files.is_local(self._fs):
+            return [self._mapped(k)[first:end] for k, first, end in pieces]
+        size = self._dtype.itemsize
+        names, firsts, ends = ([self._names[k] for k, _, _ in pieces], *([p[i] * size for p in pieces] for i in (1, 2)))
+        found = self._fs.cat_ranges(names, firsts, ends)  # bytes, or the exception that a range ran into
+        for (k, first, end), data in zip(pieces, found):
+            if isinstance(data, Exception):
+                raise UserError(f"{self._paths[k]}: cannot be read: {files.reason(data)}") from data
+            if len(data) != (end - first) * size:
                 raise UserError(
-                    f"{self._paths[k]}: token {at}: expected an id below {self.vocab_size}, found {part.max()}"
+                    f"{self._paths[k]}: expected bytes up to {end * size}, found {len(data)} from {first * size}"
                 )
-            parts.append(part)
-            start += len(part)
-        return np.concatenate(parts).astype(np.int32)
+        return [np.frombuffer(data, self._dtype) for data in found]
 
-
-class _Windows:
-    """Windows of seq_len + 1 tokens, the last of one being the first of the next."""
-
-    def __init__(self, tokens: Tokens, seq_len: int):
-        self.tokens, self.seq_len = tokens, seq_len
-
-    def __len__(self):
-        return (self.tokens.tokens - 1) // self.seq_len
-
-    def __getitem__(self, i):
-        return self.tokens.read(int(i) * self.seq_len, self.seq_len + 1)
+    def _checked(self, piece, ids):
+        if ids.max() >= self.vocab_size:
+            k, first, _ = piece
+            at = first + int(ids.argmax())
+            raise UserError(f"{self._paths[k]}: token {at}: expected an id below {self.vocab_size}, found {ids.max()}")
+        return ids.astype(np.int32)
 
 
 class HostBatch(dict):
@@ -190,10 +206,12 @@ class Batches(abc.ABC):
 
 
 class TrainBatches(Batches):
+    """Windows of seq_len + 1 tokens, the last of one being the first of the next, shuffled anew each epoch."""
+
     def __init__(self, config, dataset: Dataset, shards, local):
         super().__init__(config, shards, local)
-        windows = _Windows(dataset.train, config.seq_len)
-        self.windows = len(windows)
+        self.tokens = dataset.train
+        self.windows = (self.tokens.tokens - 1) // config.seq_len
         if not self.windows:
             raise UserError(
                 f"config.seq_len: {config.seq_len} tokens are more than {dataset.path} has to train on, "
@@ -206,8 +224,8 @@ class TrainBatches(Batches):
                 f"config.data.epochs: {config.steps} steps of {config.batch_size} sequences need {epochs:.2f} epochs "
                 f"of {dataset.path}, which has {self.windows} sequences; set it to {needed}, or train fewer steps"
             )
-        source = grain.MapDataset.source(windows).seed(config.seed).shuffle()
-        self._stream = source.repeat(config.data.epochs) if config.data.epochs > 1 else source
+        source = grain.MapDataset.range(self.windows).seed(config.seed).shuffle()
+        self._order = source.repeat(config.data.epochs) if config.data.epochs > 1 else source
 
     def __len__(self):
         return self.config.steps
@@ -217,9 +235,9 @@ class TrainBatches(Batches):
         return step * self.config.batch_size / self.windows
 
     def _rows(self, step, shard):
-        first = step * self.config.batch_size + shard * self.rows
-        windows = np.stack([self._stream[i] for i in range(first, first + self.rows)])
-        return windows, np.ones((self.rows, self.config.seq_len))
+        T, first = self.config.seq_len, step * self.config.batch_size + shard * self.rows
+        starts = [int(self._order[i]) * T for i in range(first, first + self.rows)]
+        return np.stack(self.tokens.read_each(starts, T + 1)), np.ones((self.rows, T))
 
     def iterate(self, start: int):
         """HostBatches of steps start, start + 1, ..., read ahead by threads."""
@@ -245,11 +263,10 @@ class ValidationBatches(Batches):
         T = self.config.seq_len
         windows, weights = np.zeros((self.rows, T + 1), np.int64), np.zeros((self.rows, T))
         first = (step * self.config.batch_size + shard * self.rows) * T
-        for row in range(self.rows):
-            if first + row * T < self.tokens.tokens - 1:
-                window = self.tokens.read(first + row * T, T + 1)
-                windows[row, : len(window)] = window
-                weights[row, : len(window) - 1] = 1
+        starts = [start for start in range(first, first + self.rows * T, T) if start < self.tokens.tokens - 1]
+        for row, window in enumerate(self.tokens.read_each(starts, T + 1)):
+            windows[row, : len(window)] = window
+            weights[row, : len(window) - 1] = 1
         return windows, weights
 
 

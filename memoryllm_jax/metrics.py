@@ -12,9 +12,12 @@ that a step without unique tokens would do for the same result.
 """
 
 import contextlib
+import glob
 import json
 import math
 import os
+import tempfile
+import time
 import uuid
 
 import jax
@@ -35,6 +38,7 @@ PEAK_FLOPS = {
     "TPU v5": 459e12,
     "TPU v4": 275e12,
 }
+_SYNC_S = 60  # between copies of the records to a workdir behind a URL
 
 
 def train_flops(config: Config, tokens: int, rows: int) -> float:
@@ -117,10 +121,10 @@ class Trace:
 
 def _kept_lines(path: str, start: int) -> list[str]:
     """Records of a run that goes on from `start`: none past it, and not its evaluation, which is made again."""
-    if not os.path.exists(path):
+    if not files.exists(path):
         return []
-    with open(path, encoding="utf-8") as file:
-        lines = [line for line in file if line.endswith("\n")]
+    text = files.read_bytes(path, "records of an earlier run").decode("utf-8", errors="replace")
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     kept = []
     for number, line in enumerate(lines, 1):
         try:
@@ -138,40 +142,47 @@ def _kept_lines(path: str, start: int) -> list[str]:
 class Writer:
     """Appends records of a run to WORKDIR/metrics.jsonl and, as configured, TensorBoard and Weights & Biases.
 
+    Behind a URL files cannot grow, so they grow on this machine and are brought there whole, once a minute and by
+    `sync`. A run that goes on drops what lies past its checkpoint, so with a `sync` before each nothing is missing.
+
     Args:
       start: step the run goes on from; records past it, of a run that was killed, are dropped.
       enabled: False on every host but the first.
     """
 
     def __init__(self, config: Config, description: dict, workdir: str, start: int, enabled: bool):
-        self._file = self._tensorboard = self._wandb = None
+        self._file = self._tensorboard = self._wandb = self._claim = None
         if not enabled:
             return
-        self._path = os.path.join(workdir, "metrics.jsonl")
-        files.write_bytes(self._path, "".join(_kept_lines(self._path, start)).encode())
+        self._workdir, folder = workdir, workdir
+        if files.is_url(workdir):
+            self._claim, self._synced = files.Claim(workdir), time.monotonic()
+            self._scratch = tempfile.TemporaryDirectory(prefix="memoryllm_jax-")
+            folder = self._scratch.name
+        kept = _kept_lines(os.path.join(workdir, "metrics.jsonl"), start)
+        self._path = os.path.join(folder, "metrics.jsonl")
+        files.write_bytes(self._path, "".join(kept).encode())
         self._file = open(self._path, "a", encoding="utf-8")
         if config.log.tensorboard:
             import tensorboardX
 
-            folder = os.path.join(workdir, "tensorboard")
-            self._tensorboard = tensorboardX.SummaryWriter(folder, purge_step=start + 1)
+            self._tensorboard = tensorboardX.SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=start + 1)
         if config.log.wandb:
             try:
                 import wandb
             except ImportError as error:
                 raise UserError("config.log.wandb: needs wandb: pip install 'memoryllm_jax[wandb]'") from error
             id_path = os.path.join(workdir, "wandb_id")
-            if not os.path.exists(id_path):
+            if not files.exists(id_path):
                 files.write_bytes(id_path, uuid.uuid4().hex.encode())
-            with open(id_path, encoding="utf-8") as file:
-                self._wandb = wandb.init(
-                    project="memoryllm_jax",
-                    name=os.path.basename(os.path.abspath(workdir)),
-                    id=file.read(),
-                    resume="allow",
-                    dir=workdir,
-                    config=description["config"],
-                )
+            self._wandb = wandb.init(
+                project="memoryllm_jax",
+                name=os.path.basename(workdir),
+                id=files.read_bytes(id_path, "the id of the run").decode(),
+                resume="allow",
+                dir=folder,
+                config=description["config"],
+            )
             self._wandb.define_metric("*", step_metric="step")
 
     def write(self, step: int, kind: str, values: dict) -> None:
@@ -189,12 +200,30 @@ class Writer:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(named | {"step": step})
+        if self._claim is not None and time.monotonic() - self._synced > _SYNC_S:
+            self.sync()
+
+    def sync(self) -> None:
+        """Brings the records to a workdir behind a URL. Raises: UserError, also if another run has it now."""
+        if self._claim is None:
+            return
+        self._claim.check()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+        folder = os.path.dirname(self._path)
+        for path in [self._path, *glob.glob(os.path.join(folder, "tensorboard", "*"))]:
+            files.upload(path, os.path.join(self._workdir, os.path.relpath(path, folder)))
+        self._synced = time.monotonic()
 
     def close(self) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):  # the write that failed has been told of
                 self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._claim is not None:
+            with contextlib.suppress(UserError):  # likewise
+                self.sync()
+            self._scratch.cleanup()

@@ -59,6 +59,8 @@ def prepare(
     workers: int = 0,
 ) -> dict:
     """Writes the token shards and returns the contents of dataset.json. Raises: UserError."""
+    if files.is_url(output):
+        raise UserError(f"--output={output}: expected a folder on a disk, which can be copied to a URL when it is done")
     if not 0 < validation_fraction < 1:
         raise UserError(f"--validation_fraction: expected a number between 0 and 1, found {validation_fraction}")
     if workers < 0:
@@ -401,7 +403,7 @@ if __name__ == "__main__":
         "sentencepiece:FILE, sentencepiece:train:VOCAB, llama3:FILE (tokenizer.model) or hf:FILE (tokenizer.json)",
         required=True,
     )
-    flags.DEFINE_string("output", None, "folder for the token shards", required=True)
+    flags.DEFINE_string("output", None, "folder for the token shards, on a disk", required=True)
     flags.DEFINE_string("validation_input", "", "globs of files that are held out whole")
     flags.DEFINE_float("validation_fraction", 0.005, "share of the documents that is held out")
     flags.DEFINE_string("text_key", "text", "JSON field or parquet column that holds the text")

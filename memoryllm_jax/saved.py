@@ -8,7 +8,6 @@ layers copies each slice first.
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryllm_jax import attention, checkpoint, model, sharding
+from memoryllm_jax import attention, checkpoint, files, model, sharding
 from memoryllm_jax import config as config_lib
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.config import ModelConfig
@@ -38,7 +37,8 @@ class SavedModel:
     """
 
     def __init__(self, workdir: str, step: int | None = None, dtype: str = "", mesh=None):
-        if not os.path.isdir(workdir):
+        workdir = checkpoint.folder(workdir)
+        if not files.exists(workdir):
             raise UserError(f"--workdir={workdir}: expected a folder with checkpoints, found none")
         self.workdir = workdir
         self._checkpoints = checkpoint.Checkpoints(workdir, read_only=True)

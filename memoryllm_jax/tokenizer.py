@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 
+from memoryllm_jax import files
 from memoryllm_jax.cli import UserError
 
 # Texts are tokenised in pieces of at most this many characters: tiktoken's regular expressions and
@@ -76,11 +77,7 @@ def load(spec: str) -> Tokenizer:
     kind, _, path = spec.partition(":")
     if not path:
         raise UserError(f"tokenizer {spec!r}: expected KIND:FILE with KIND one of {', '.join(_LOADERS)}")
-    try:
-        with open(path, "rb") as file:
-            return Tokenizer(kind, file.read(), path)
-    except OSError as error:
-        raise UserError(f"tokenizer {path}: {error.strerror}") from error
+    return Tokenizer(kind, files.read_bytes(path, "a tokenizer"), path)
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int, threads: int) -> Tokenizer:

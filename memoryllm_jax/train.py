@@ -11,6 +11,7 @@ again: it goes on from its newest checkpoint. On SIGTERM or Ctrl-C it saves one 
 compiles the step for devices that are not here and prints what the run needs of memory, network and time.
 
 Writes into the workdir: numbered checkpoint folders, metrics.jsonl, TensorBoard events, and at the end result.json.
+The workdir may be gs://BUCKET/FOLDER, and config.data.path any URL that fsspec reads.
 On several hosts add --multihost to the line on each of them.
 """
 
@@ -46,8 +47,8 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
     Returns the exit code. Raises: UserError.
     """
     first_host = jax.process_index() == 0
-    workdir = os.path.abspath(workdir)
-    lock = files.lock_folder(workdir) if first_host else None
+    workdir = checkpoint.folder(workdir)
+    lock = files.lock_folder(workdir) if first_host and not files.is_url(workdir) else None
     stop = StopSignal()
     with contextlib.ExitStack() as at_exit:
         at_exit.callback(stop.restore)
@@ -181,14 +182,17 @@ def _train(config: Config, workdir: str, devices, profile, stop: "StopSignal", f
             unread = None
             with clock.paused():
                 if save:
+                    writer.sync()
                     checkpoints.save(done, state, description)
                     saved = done
                 result = evaluate(done) if look else None
                 stopped = stopped or (look and result is None)
         if stopped:
             if saved != done:
+                writer.sync()
                 checkpoints.save(done, state, description)
             break
+    writer.sync()
     checkpoints.wait()
     if stopped:
         progress.line(f"stopped by a signal after step {done}; saved {workdir}/{done}; run the same line to go on")
@@ -227,6 +231,8 @@ def open_dataset(config: Config, workdir: str, first_host: bool) -> data.Dataset
     """The prepared data of the config; the embedded corpus is prepared in the workdir first."""
     path = config.data.path
     if path == "embedded":
+        if files.is_url(workdir):
+            raise UserError("config.data.path: embedded is prepared in the workdir, which must then be on a disk")
         path = os.path.join(workdir, "data")
         if first_host and not os.path.exists(os.path.join(path, "dataset.json")):
             print("preparing the embedded corpus: Python's documentation topics and standard library", flush=True)
@@ -334,13 +340,15 @@ def main():
             raise UserError(f"--{name}: expected --dry_run too, as it is about devices that are not here")
     if not f.workdir:
         raise UserError("--workdir: expected a folder for checkpoints and metrics, found none")
+    if f.profile and files.is_url(f.workdir):
+        raise UserError("--profile: expected a local --workdir, which the trace is written to")
     cli.join_hosts()
     return train(config, f.workdir, profile=f.profile)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/SIZE.py:ARCHITECTURE; override as --config.FIELD=VALUE")
-    flags.DEFINE_string("workdir", "", "folder for checkpoints and metrics; one run at a time")
+    flags.DEFINE_string("workdir", "", "folder or gs:// URL for checkpoints and metrics, of one run")
     flags.DEFINE_integer("profile", 0, "steps to leave a trace of in WORKDIR/profile", lower_bound=0)
     flags.DEFINE_bool("dry_run", False, "compile the step for --devices of --chip, print the plan, train nothing")
     flags.DEFINE_integer("devices", 8, "devices to plan for", lower_bound=1)
