@@ -1,7 +1,10 @@
 """One table from logical to physical axes, the mesh, and the checks that make a wrong pairing an error."""
 
+import math
+
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,7 +50,20 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(f"config.mesh: expected parts whose product is the {len(devices)} devices, found {shape}")
     shape = [len(devices) // known if size == -1 else size for size in sizes.values()]
-    return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(_arrange(shape, devices), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def _arrange(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
+    """The devices in this shape, slices of TPUs or nodes of GPUs along its first axes, where least is sent."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across, left = [], slices
+    for size in shape:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    within = [size // parts for size, parts in zip(shape, across)]
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def batch_shards(mesh: Mesh) -> int:
