@@ -16,9 +16,12 @@ export JAX_COMPILATION_CACHE_DIR=$folder/cache JAX_PERSISTENT_CACHE_MIN_COMPILE_
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
 stop_cluster() {
-    squeue --noheader --format=%i | xargs --no-run-if-empty scancel --full --signal=KILL || true
-    jobs -p | xargs --no-run-if-empty kill || true
-    wait
+    squeue --noheader --format=%i | xargs --no-run-if-empty scancel || true
+    for ((i = 0; i < 400; i++)); do # the end of a job is told to slurmctld, which must still be there
+        if [ -z "$(squeue --noheader)" ]; then break; fi
+        sleep 0.1
+    done
+    jobs -p | xargs kill -KILL
 }
 trap stop_cluster EXIT
 
