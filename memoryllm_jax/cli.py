@@ -8,6 +8,7 @@ import jax
 import tqdm
 from absl import app, flags, logging
 
+LOST = 134  # exit code where others are gone: 128 + SIGABRT, as when JAX itself ends a process for that
 LOST_AFTER = 30  # seconds without a sign of life from a process, after which JAX ends the others
 
 flags.disclaim_key_flags()  # flags that are defined here are the command's: --help lists them
@@ -71,7 +72,7 @@ def abandon(error: Exception) -> None:
         reason = f"another process has ended, or cannot be reached: {reason}"
     where = f"process {jax.process_index()} of {jax.process_count()}"
     print(f"error: {where}: {reason}; start all processes again to go on", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(1 if isinstance(error, UserError) else LOST)
 
 
 def join_hosts() -> None:

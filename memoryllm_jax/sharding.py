@@ -68,10 +68,7 @@ def unpadded_embed(w: jax.Array, dim: int, axes: tuple[str | None, ...]) -> jax.
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices. Raises: UserError.
-
-    On several TPU slices the data axis runs across them and the others stay within one.
-    """
+    """A (data, fsdp, tensor) mesh over all devices. Raises: UserError."""
     devices = jax.devices() if devices is None else devices
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     known = int(np.prod([size for size in sizes.values() if size != -1]))
@@ -79,20 +76,20 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(f"config.mesh: expected parts whose product is the {len(devices)} devices, found {shape}")
     shape = [len(devices) // known if size == -1 else size for size in sizes.values()]
-    return Mesh(_grid(shape, devices), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_arrange(shape, devices), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
-def _grid(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
-    if shape[0] % slices:
-        raise UserError(
-            f"config.mesh.data: expected a multiple of the {slices} slices, as fsdp and tensor stay within one, "
-            f"found {shape[0]}"
-        )
-    within = [shape[0] // slices, *shape[1:]]
-    if slices > 1:
-        return mesh_utils.create_hybrid_device_mesh(within, [slices, 1, 1], devices)
-    return mesh_utils.create_device_mesh(within, devices)
+def _arrange(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
+    """The devices in this shape, slices of TPUs or nodes of GPUs along its first axes, where least is sent."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across, left = [], slices
+    for size in shape:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    within = [size // parts for size, parts in zip(shape, across)]
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -188,23 +187,3 @@ def test_collectives_are_counted_with_the_loops_they_are_in():
 )
 def test_device_groups_in_all_notations(notation, group):
     assert hlo._group(notation, 8) == group
-
-
-def test_data_runs_across_slices():
-    def chip(index):
-        where, within = divmod(index, 4)
-        return SimpleNamespace(
-            id=index,
-            platform="tpu",
-            device_kind="TPU v5 lite",
-            slice_index=where,
-            process_index=where,
-            coords=(within % 2, within // 2, 0),
-            core_on_chip=0,
-        )
-
-    devices = [chip(i) for i in range(8)]
-    grid = sharding._grid([2, 4, 1], devices)
-    assert [{d.slice_index for d in part.flat} for part in grid] == [{0}, {1}]
-    with pytest.raises(UserError, match=r"config.mesh.data: expected a multiple of the 2 slices"):
-        sharding._grid([1, 8, 1], devices)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from memoryllm_jax import checkpoint, data, metrics, sharding, train
+from memoryllm_jax import checkpoint, cli, data, metrics, sharding, train
 from memoryllm_jax import config as config_lib
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.step import Trainer
@@ -288,7 +288,7 @@ def test_four_processes_train_as_one_and_end_when_one_is_killed(data_path, tmp_p
         assert all(p.poll() is None for p in processes) and time.time() < deadline, open(tmp_path / "log0").read()
         time.sleep(0.1)
     processes[2].kill()
-    assert all(processes[i].wait(60) == 1 for i in (0, 1, 3))
+    assert all(processes[i].wait(60) == cli.LOST for i in (0, 1, 3))
     for i in (0, 1, 3):
         text = open(tmp_path / f"log{i}").read()
         assert f"error: process {i} of 4: another process has ended" in text and "Traceback" not in text

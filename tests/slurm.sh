@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# Runs launch/slurm.sbatch on a real SLURM cluster of one node, which it sets up in a folder and takes down again.
+#
+#     apt-get install slurm-wlm munge
+#     tests/slurm.sh DATA FOLDER
+#
+# As root. DATA is prepared text, FOLDER is new. Trains on the CPU with two tasks of the `python` on PATH.
+set -euo pipefail
+
+data=$1 folder=$2
+cd "$(dirname "$0")/.."
+mkdir -p "$folder"/{state,spool}
+export PATH=$PATH:/usr/sbin SLURM_CONF=$folder/slurm.conf JAX_PLATFORMS=cpu XLA_FLAGS='' CRASH_LOOP=0
+# Most of a start is compilation, and all compile the same.
+export JAX_COMPILATION_CACHE_DIR=$folder/cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+
+stop_cluster() {
+    squeue --noheader --format=%i | xargs --no-run-if-empty scancel || true
+    for ((i = 0; i < 400; i++)); do # the end of a job is told to slurmctld, which must still be there
+        if [ -z "$(squeue --noheader)" ]; then break; fi
+        sleep 0.1
+    done
+    jobs -p | xargs kill -KILL
+}
+trap stop_cluster EXIT
+
+start_cluster() {
+    head -c 128 /dev/urandom > "$folder/munge.key"
+    chmod 600 "$folder/munge.key"
+    port=$((20000 + RANDOM % 10000)) # JAX takes a port that follows from the job's number
+    printf 'Name=gpu File=/dev/%s\n' null zero full random > "$folder/gres.conf" # devices that the tasks can ask for
+    cat > "$SLURM_CONF" <<EOF
+ClusterName=test
+SlurmctldHost=localhost
+SlurmctldPort=$port
+SlurmdPort=$((port + 1))
+FirstJobId=$port
+SlurmUser=root
+AuthInfo=socket=$folder/munge.socket,cred_expire=5
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/spool
+SlurmctldPidFile=$folder/slurmctld.pid
+SlurmdPidFile=$folder/slurmd.pid
+MailProg=/bin/true
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+GresTypes=gpu
+SchedulerParameters=bf_interval=1,sched_interval=1
+NodeName=localhost CPUs=4 Gres=gpu:4
+PartitionName=main Nodes=ALL Default=YES
+EOF
+    munged --foreground --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
+        --pid-file="$folder/munge.pid" --log-file="$folder/munge.log" --seed-file="$folder/munge.seed" \
+        > "$folder/munged" 2>&1 & # --force, as FOLDER may be for its owner alone
+    wait_for test -S "$folder/munge.socket"
+    slurmctld -D -i > "$folder/slurmctld" 2>&1 &
+    slurmd -D -N localhost > "$folder/slurmd" 2>&1 &
+    wait_for node_is_idle
+}
+
+node_is_idle() { [ "$(sinfo --noheader --format=%T)" = idle ]; }
+
+wait_for() { # COMMAND...: until it succeeds
+    for ((i = 0; i < 2400; i++)); do
+        if "$@" 2> /dev/null; then return; fi
+        sleep 0.1
+    done
+    fail "waited in vain for: $*"
+}
+
+fail() {
+    echo "$1" >&2
+    squeue >&2
+    tail -n 30 "$folder"/*.log >&2
+    exit 1
+}
+
+submit() { # NAME ARGUMENT...: sets `job`
+    name=$1
+    shift
+    job=$(sbatch --parsable --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=1 --output="$folder/$name.log" \
+        launch/slurm.sbatch --config=configs/tiny.py:memory --workdir="$folder/$name" --config.data.path="$data" \
+        --config.{model.dim=16,model.layers=1,model.heads=2,seq_len=32,batch_size=4,data.epochs=9} \
+        --config.{log.every=1,log.tensorboard=false,eval.every=9999,eval.batches=1,checkpoint.every=9999} \
+        --config.sample.tokens=0 "$@")
+}
+
+field() { scontrol show job "$job" | tr ' ' '\n' | sed -n "s/^$1=//p"; }
+has() { [ "$(field "$1")" = "$2" ]; }
+logged() { grep -q -- "$1" "$folder/$name.log"; }
+expect() { "$@" || fail "expected: $*; found $(field JobState) $(field ExitCode), $(field Restarts) restarts"; }
+
+echo "starting a cluster in $folder"
+start_cluster
+
+echo "SIGTERM to the tasks: a checkpoint, and a start that goes on from it"
+submit train --config.steps=300
+wait_for logged "step 5/"
+scancel --signal=TERM "$job"
+wait_for logged "stopped by a signal after step"
+wait_for logged "going on from step"
+
+echo "the loss of a task: another start"
+steps=$(grep -c ^step "$folder/train.log")
+wait_for logged "step $((steps + 5))/"
+kill -KILL "$(scontrol listpids "$job" | awk '$5 == 1 { print $1 }')"
+killed=$job
+
+echo "a wrong config: no other start"
+submit wrong --config.model.dim=7
+wait_for has JobState FAILED
+expect has ExitCode 1:0
+expect has Restarts 0
+
+echo "scancel: a checkpoint, and no other start"
+submit cancelled --config.steps=300
+wait_for logged "step 5/"
+scancel "$job"
+wait_for logged "stopped by a signal after step"
+wait_for has JobState CANCELLED
+expect has Restarts 0
+
+echo "the job that lost a task goes on to its end"
+job=$killed name=train
+wait_for has JobState COMPLETED
+expect has Restarts 2
+expect [ "$(grep -c "going on from step" "$folder/train.log")" = 2 ]
+[ -s "$folder/train/result.json" ] || fail "no result.json"
+for ((step = 1; step <= 300; step++)); do
+    grep -q "\"step\": $step, \"kind\": \"train\"" "$folder/train/metrics.jsonl" || fail "no metrics of step $step"
+done
+echo "done in $SECONDS seconds"

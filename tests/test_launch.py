@@ -1,0 +1,170 @@
+"""The launchers: SLURM on a real cluster of one node, manifests against their schemas, the rest by what it runs."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memoryllm_jax import sharding, train
+from memoryllm_jax.config import MeshConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_slurm_restarts_what_can_go_on(data_path, tmp_path):
+    if not (shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin") and os.geteuid() == 0):
+        pytest.skip("needs Debian's packages slurm-wlm and munge, and root")
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [ROOT / "tests/slurm.sh", data_path, tmp_path], env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    id: int
+    process_index: int
+    slice_index: int  # JAX's number of a node
+    platform: str = "gpu"
+    device_kind: str = "GPU"
+
+
+@pytest.mark.parametrize(
+    "sizes, nodes",
+    [
+        ((1, -1, 1), [[[0]] * 4 + [[1]] * 4]),
+        ((2, -1, 1), [[[0]] * 4, [[1]] * 4]),
+        ((4, -1, 1), [[[0]] * 2, [[0]] * 2, [[1]] * 2, [[1]] * 2]),
+        ((1, -1, 4), [[[0] * 4, [1] * 4]]),
+    ],
+)
+def test_nodes_lie_along_the_first_axes(sizes, nodes):
+    """Two nodes of four GPUs, one process a GPU, which jax.make_mesh refuses."""
+    gpus = [Gpu(i, i, i // 4) for i in range(8)]
+    mesh = sharding.make_mesh(MeshConfig(*sizes), gpus)
+    assert [[[gpu.slice_index for gpu in row] for row in plane] for plane in mesh.devices.tolist()] == nodes
+
+
+def jobset(name: str) -> dict:
+    yaml = pytest.importorskip("yaml")
+    return yaml.safe_load((ROOT / "launch" / name).read_text())
+
+
+def check(model, tree) -> None:
+    """Raises where a manifest has a field that the API does not have, or a value of another type."""
+
+    def same(given, kept, where):
+        if isinstance(given, dict):
+            assert set(given) <= set(kept), f"{where}: no such field: {set(given) - set(kept)}"
+            for key, value in given.items():
+                same(value, kept[key], f"{where}.{key}")
+        elif isinstance(given, list):
+            for i, (a, b) in enumerate(zip(given, kept, strict=True)):
+                same(a, b, f"{where}[{i}]")
+
+    same(tree, model.from_dict(tree).to_dict(), "JobSet")
+
+
+@pytest.mark.parametrize("name", ["jobset-tpu.yaml", "jobset-gpu.yaml"])
+def test_jobset_is_one_and_restarts_what_can_go_on(name):
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs the package kubeflow_trainer_api")
+    tree = jobset(name)
+    check(models.JobsetV1alpha2JobSet, tree)
+    for old, new in (("backoffLimit", "backofLimit"), ("maxRestarts", "maxRestart"), ("nodeSelector", "nodeSelectors")):
+        text = json.dumps(tree)
+        if old in text:
+            with pytest.raises(AssertionError, match=f"no such field: {{'{new}'}}"):
+                check(models.JobsetV1alpha2JobSet, json.loads(text.replace(old, new)))
+
+    spec = tree["spec"]
+    assert [(r["action"], r["onJobFailureReasons"]) for r in spec["failurePolicy"]["rules"]] == [
+        ("FailJobSet", ["PodFailurePolicy"])
+    ]
+    (replicated,) = spec["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    evicted, user_error = job["podFailurePolicy"]["rules"]
+    assert evicted["action"] == "Count" and user_error["action"] == "FailJob"
+    assert user_error["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [1]}
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["name"] == "train" and pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
+    assert job["parallelism"] == job["completions"]
+    flags = dict(re.match("--([^=]*)=?(.*)", a).groups() for a in container["command"][3:] + container["args"])
+    assert "multihost" in flags
+    if "gpu" in name:
+        pods = job["parallelism"] * replicated["replicas"]
+        first = f"{tree['metadata']['name']}-{replicated['name']}-0-0.{tree['metadata']['name']}"
+        assert flags["num_processes"] == str(pods) and flags["coordinator"].startswith(first + ":")
+        assert flags["process_id"] == "$(JOB_COMPLETION_INDEX)" and replicated["replicas"] == 1
+        assert flags["config.mesh.data"] == str(pods)
+    else:
+        chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
+        assert chips == job["parallelism"] * container["resources"]["limits"]["google.com/tpu"]
+        assert flags["config.mesh.data"] == str(replicated["replicas"])
+
+
+def test_skypilot_reads_its_task(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sky = pytest.importorskip("sky", reason="needs the package skypilot, too large to be a test's requirement")
+    task = sky.Task.from_yaml(str(ROOT / "launch/skypilot.yaml"))
+    (resources,) = task.resources
+    assert resources.use_spot and resources.job_recovery["recover_on_exit_codes"] == [134, train.STOPPED]
+    text = (ROOT / "launch/skypilot.yaml").read_text()
+    (tmp_path / "wrong.yaml").write_text(text.replace("num_nodes:", "num_node:"))
+    with pytest.raises(ValueError, match="num_node"):
+        sky.Task.from_yaml(str(tmp_path / "wrong.yaml"))
+
+
+GCLOUD = """#!/bin/bash
+# Writes down what it is asked, and answers with the next state of a request, or the next exit code of a training.
+echo "$*" >> "$FAKE/calls"
+next() { head -n 1 "$FAKE/$1"; sed -i 1d "$FAKE/$1"; }
+case "$*" in
+    *" describe "*) state=$(next states); [ "$state" = NONE ] && exit 1; echo "$state" ;;
+    *memoryllm_jax.train*) exit "$(next codes)" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    "states, codes, code, calls",
+    [
+        ("NONE CREATING ACTIVE", "0", 0, "create install train"),
+        ("ACTIVE SUSPENDING SUSPENDED NONE ACTIVE", "255 0", 0, "install train delete create install train"),
+        ("ACTIVE ACTIVE", "143 0", 0, "install train install train"),
+        ("ACTIVE ACTIVE", "1", 1, "install train"),
+        ("ACTIVE SUSPENDED ACTIVE", "1 0", 0, "install train install train"),
+        ("ACTIVE ACTIVE", "134", 134, "install train"),
+    ],
+)
+def test_tpu_vm_goes_on_after_preemption(tmp_path, states, codes, code, calls):
+    """The commands alone, by a gcloud that does nothing: what they do on the cloud is not tested."""
+    for name, text in (("gcloud", GCLOUD), ("states", states), ("codes", codes)):
+        (tmp_path / name).write_text(text if name == "gcloud" else text.replace(" ", "\n") + "\n")
+    (tmp_path / "gcloud").chmod(0o755)
+    env = os.environ | {"FAKE": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}", "POLL": "0"}
+    env |= {"ZONE": "z", "ACCELERATOR": "v5p-128", "SLICES": "2"}
+    command = [ROOT / "launch/tpu_vm.sh", "run", "--config=configs/1b.py:flex-3", "--workdir=gs://b/a run"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    every = "--node=all --worker=all --batch-size=all"
+    start = "gcloud compute tpus queued-resources"
+    train = r"--config=configs/1b.py:flex-3 --workdir=gs://b/a\ run --multihost"
+    texts = {
+        f"{start} create run --node-count=2 --node-prefix=run --accelerator-type=v5p-128 "
+        "--runtime-version=v2-alpha-tpuv5 --spot --zone=z": "create",
+        f"{start} delete run --force --quiet --zone=z": "delete",
+        f"{start} ssh run {every} --command=cd memoryllm && flock run.lock .venv/bin/python -m memoryllm_jax.train "
+        f"{train} --zone=z": "train",
+    }
+    lines = ["gcloud " + line for line in (tmp_path / "calls").read_text().splitlines()]
+    found = [texts.get(line) or ("install" if f"run:memoryllm.tar.gz {every}" in line else None) for line in lines]
+    assert [name for name in found if name] == calls.split()
