@@ -1,7 +1,11 @@
 """Eight emulated CPU devices, one prepared data set of real text, and a small config that trains on it."""
 
 import os
+import tempfile
 
+_cache = tempfile.TemporaryDirectory(prefix="memoryllm_jax_tests_")  # what one test compiled, commands take over
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
