@@ -141,7 +141,7 @@ class _Compiled:
         tokens = config.batch_size * config.seq_len // shards
         distinct = distinct_ids(config, tokens)
         whole = config.model.unique_tokens and distinct == config.model.vocab_size
-        self.rows = distinct if whole else distinct * shards
+        self.rows = (distinct if whole else distinct * shards) if config.model.memory_dim else 0
 
         def array(dtype, *shape):
             return jax.ShapeDtypeStruct((shards, *shape), dtype, sharding=trainer.batch_sharding)
