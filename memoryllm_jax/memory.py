@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memoryllm_jax.sharding import constrain
+from memoryllm_jax.sharding import constrain, spec
 
 
 class TokenRows(NamedTuple):
@@ -28,6 +28,25 @@ class TokenRows(NamedTuple):
 def rows_axes(rows_SUD) -> tuple[str | None, ...]:
     """Logical axes of rows: those of each shard, or those that all shards share and hold a part of."""
     return (None, "shard", None) if rows_SUD.shape[0] == 1 else ("shard", None, None)
+
+
+def embed(table_VD, ids_SU, dtype):
+    """table[ids] in `dtype`, D as stored. A device looks its columns up for the ids of its fsdp group and sends them on.
+
+    What crosses devices is U rows, however many shards there are; left to XLA, data x fsdp meshes replicate all rows.
+    """
+
+    def local(table_vd, ids_su):
+        ids_Fsu = jax.lax.all_gather(ids_su, "fsdp") - jax.lax.axis_index("tensor") * len(table_vd)
+        here = (ids_Fsu >= 0) & (ids_Fsu < len(table_vd))
+        part_Fsud = table_vd.at[jnp.where(here, ids_Fsu, 0)].get(mode="promise_in_bounds").astype(dtype)
+        part_Fsud = jax.lax.psum(jnp.where(here[..., None], part_Fsud, 0), "tensor")
+        return jax.lax.all_to_all(part_Fsud, "fsdp", 0, 3, tiled=True)[0]
+
+    rows = spec(*rows_axes(ids_SU[..., None]))
+    ids = spec(*rows_axes(ids_SU[..., None])[:2])
+    specs = {"in_specs": (spec("vocab", "embed"), ids), "out_specs": rows}
+    return jax.shard_map(local, **specs)(table_VD, ids_SU)
 
 
 @jax.custom_vjp

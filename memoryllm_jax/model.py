@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from memoryllm_jax import attention
 from memoryllm_jax.config import ModelConfig
-from memoryllm_jax.memory import TokenRows, rows_axes, take_rows
+from memoryllm_jax.memory import TokenRows, embed, rows_axes, take_rows
 from memoryllm_jax.sharding import batch_shards, constrain, padded, shardings, unpadded_embed
 
 
@@ -200,7 +200,7 @@ class LanguageModel(nn.Module):
 
         A row that no position takes has no gradient, so padding is free.
         """
-        x0_SUD = self.embedding_VD[ids_SU][..., : self.config.dim].astype(self.config.dtype)
+        x0_SUD = embed(self.embedding_VD, ids_SU, self.config.dtype)[..., : self.config.dim]
         x0_SUD = constrain(x0_SUD, *rows_axes(x0_SUD))
         ffn_LSUD = self.memory(x0_SUD)[1] if self.config.memory_dim else None
         return TokenRows(x0_SUD, ffn_LSUD)

@@ -217,25 +217,24 @@ def _traffic(found: list[hlo.Collective], chip) -> list[dict]:
 
 
 def _advice(config: Config, mesh, memory: dict, chip) -> list[str]:
-    """What to change where the step does not fit; empty where it does."""
+    """What to change where the step does not fit; empty where it does. More micro-batches are compiled to make sure."""
     if memory["total"] <= chip.memory:
         return []
-    out, most = [], memory["largest_sequences_a_device"]
+    out = []
     sequences = config.batch_size // config.accumulate // sharding.batch_shards(mesh)
-    if most >= 1:
-        parts = next(n for n in range(-(-sequences // most), sequences + 1) if sequences % n == 0)
-        total = memory["fixed"] + memory["each_sequence"] * sequences / parts
-        out.append(f"--config.accumulate={config.accumulate * parts}: about {_gb(total)} a device")
+    least = -(-sequences // max(memory["largest_sequences_a_device"], 1))
+    for parts in (n for n in range(max(least, 2), sequences + 1) if sequences % n == 0):
+        accumulate = config.accumulate * parts
+        total = _Compiled(dataclasses.replace(config, accumulate=accumulate), mesh).memory["total"]
+        if total <= chip.memory:
+            out.append(f"--config.accumulate={accumulate}: {_gb(total)} a device")
+            break
     if config.model.remat != "full":
         out.append(f"--config.model.remat=full: recomputes a block, for activations of {_blocks(config)} a sequence")
     if mesh.shape["data"] > 1:
-        out.append(
-            f"--config.mesh.data=1 --config.mesh.fsdp=-1: splits the {_gb(memory['parameters'] + memory['optimizer'])} "
-            "of parameters and moments further"
-        )
-    elif most < 1:
-        out.append("more devices, or --config.mesh.tensor=2: parameters and moments alone leave no room")
-    return out
+        state = _gb(memory["parameters"] + memory["optimizer"])
+        out.append(f"--config.mesh.data=1 --config.mesh.fsdp=-1: splits the {state} of parameters and moments further")
+    return out or ["more devices"]
 
 
 def _blocks(config: Config) -> str:

@@ -3,19 +3,23 @@
 import os
 import tempfile
 
-_cache = tempfile.TemporaryDirectory(prefix="memoryllm_jax_tests_")  # what one test compiled, commands take over
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="memoryllm_jax_tests_")  # tests' commands share it
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import itertools
 import json
+import shutil
 
 import pytest
 
 from memoryllm_jax import config as config_lib
 from memoryllm_jax import documents, prepare
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from memoryllm_jax.cli import UserError
 from memoryllm_jax.config import MeshConfig
 from memoryllm_jax.step import Trainer
 
-ODD = {"model.dim": 36, "model.heads": 6, "model.ffn_dim": 103, "model.vocab_size": 517}
+ODD = {"model.dim": 30, "model.heads": 3, "model.ffn_dim": 103, "model.vocab_size": 517, "eval.batches": 1}
 
 
 def losses(config, workdir, devices):
@@ -27,12 +27,10 @@ def losses(config, workdir, devices):
         return [r["loss"] for r in map(json.loads, file) if r["kind"] == "train"]
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 1, 8)])
-def test_widths_that_the_mesh_does_not_divide_train_as_one(make_config, tmp_path, mesh):
+def test_widths_that_the_mesh_does_not_divide_train_as_one(make_config, tmp_path):
     """And what they are padded with stays zero, and is cut off where another mesh goes on."""
-    on_mesh = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh))
     one = losses(make_config("flex-3", **ODD), tmp_path / "one", 1)
-    config = make_config("flex-3", **ODD, **on_mesh, **{"checkpoint.every": 2})
+    config = make_config("flex-3", **ODD, **{"mesh.fsdp": 4, "mesh.tensor": 2, "checkpoint.every": 2})
     assert one[0] != pytest.approx(one[-1], rel=1e-2)  # it trained
     np.testing.assert_allclose(losses(config, tmp_path / "odd", 8), one, rtol=2e-5)
 
@@ -102,22 +100,22 @@ def test_vocabulary_of_many_tokens_is_shared_in_training(make_config, tmp_path):
         assert json.loads(file.readline())["rows"] == 512
 
 
-def plan_on(tmp_path, devices, *more):
+def plan_on(tmp_path, devices):
     """What `train --dry_run` says of a small model on so many emulated devices."""
-    small = {"model.dim": 128, "model.layers": 3, "model.heads": 8, "model.vocab_size": 1000, "seq_len": 64}
+    small = {"model.dim": 128, "model.layers": 2, "model.heads": 8, "model.vocab_size": 1000, "seq_len": 64}
     small |= {"batch_size": devices, "mesh.data": 2, "mesh.tensor": 2, "mesh.fsdp": -1, "model.dtype": "float32"}
     command = [sys.executable, "-m", "memoryllm_jax.train", "--config=configs/tiny.py:flex-3", "--dry_run"]
     command += [f"--config.{name}={value}" for name, value in small.items()]
-    command += [f"--devices={devices}", "--chip=h100", f"--plan={tmp_path}/{devices}.json", *more]
+    command += [f"--devices={devices}", "--chip=h100", f"--plan={tmp_path}/{devices}.json"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
     assert done.returncode == 0, done.stderr
     with open(tmp_path / f"{devices}.json") as file:
-        return json.load(file), done.stdout
+        return json.load(file)
 
 
 def test_plan_places_state_and_activations_on_8_16_and_64_devices(tmp_path):
-    plans = {n: plan_on(tmp_path, n)[0] for n in (8, 16, 64)}
-    D, L, V = 128, 3, 1000
+    plans = {n: plan_on(tmp_path, n) for n in (8, 16, 64)}
+    D, L, V = 128, 2, 1000
     C, M = 128, 216  # FFN-C and FFN-M of width 344
     for n, p in plans.items():
         assert p["mesh"] == {"data": 2, "fsdp": n // 4, "tensor": 2}
@@ -131,22 +129,27 @@ def test_plan_places_state_and_activations_on_8_16_and_64_devices(tmp_path):
     held = [p["memory"]["activations"] for p in plans.values()]
     assert max(held) < 1.2 * min(held)
     sent = [p["collective_bytes"] for p in plans.values()]
-    assert sent[0] < sent[1] < sent[2] < 2.2 * sent[0]
+    assert sent[0] < sent[1] < sent[2] < 1.9 * sent[0]
 
 
 def test_plan_says_what_to_change(make_config, monkeypatch):
     from memoryllm_jax import chips, plan
 
-    small = dataclasses.replace(chips.get("h100"), memory=40e6)
-    monkeypatch.setitem(chips.CHIPS, "h100", small)
-    big = {"model.vocab_size": 1000, "batch_size": 64, "seq_len": 256, "model.attention": "auto", "mesh.data": 2}
-    p = plan.plan(make_config("memory", **big, **{"data.path": "embedded"}), "h100", jax.devices()[:4])
-    assert not p["fits"] and "DOES NOT FIT" in plan.text(p)
-    accumulate = int(re.search(r"--config.accumulate=(\d+)", p["advice"][0])[1])
-    changed = make_config("memory", **big, **{"data.path": "embedded", "accumulate": accumulate})
-    assert plan.plan(changed, "h100", jax.devices()[:4])["fits"]
+    big = {"model.vocab_size": 1000, "model.layers": 1, "batch_size": 64, "mesh.data": 2, "data.path": "embedded"}
+
+    def planned(memory, **more):
+        monkeypatch.setitem(chips.CHIPS, "h100", dataclasses.replace(chips.get("h100"), memory=memory))
+        return plan.plan(make_config("memory", **big, **more), "h100", jax.devices()[:4])
+
+    p = planned(1e9)
+    assert p["fits"] and p["memory"]["largest_sequences_a_device"] > 16 and "DOES NOT FIT" not in plan.text(p)
+    room = p["memory"]["fixed"] + 10 * p["memory"]["each_sequence"]
+    p = planned(room)
+    assert not p["fits"] and p["memory"]["largest_sequences_a_device"] == 10 and "DOES NOT FIT" in plan.text(p)
+    accumulate, size = re.match(r"--config.accumulate=(\d+): ([\d.]+) GB a device", p["advice"][0]).groups()
+    assert accumulate in ("2", "4", "8", "16") and float(size) <= room / 1e9 + 0.005
     with pytest.raises(UserError, match=r"--chip: expected one of a100, .*, found 'tpu'"):
-        plan.plan(changed, "tpu", jax.devices())
+        chips.get("tpu")
     with pytest.raises(UserError, match="--devices: expected up to 8 or whole nodes of 8, found 12"):
         chips.devices("h100", 12)
     with pytest.raises(UserError, match="--devices: expected a power of two from 4 on for a slice of v5p"):
