@@ -31,7 +31,7 @@ def rows_axes(rows_SUD) -> tuple[str | None, ...]:
 
 
 def embed(table_VD, ids_SU, dtype):
-    """table[ids] in `dtype`, D as stored. A device looks its columns up for the ids of its fsdp group and sends them on.
+    """table[ids] in `dtype`, D as stored. A device looks up its columns for all ids of its fsdp group and sends them.
 
     What crosses devices is U rows, however many shards there are; left to XLA, data x fsdp meshes replicate all rows.
     """

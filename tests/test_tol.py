@@ -568,7 +568,7 @@ def test_zero_replace_and_blend_apply_in_order(lab):
             ("zero", "several tokens here", "token 'several tokens here': expected one token, found [0-9]+ .*#ID"),
             ("zero", "#9999999", "token #9999999: expected an id below 512"),
             ("swap", "#9,#9", "--swap=#9,#9: expected two different tokens"),
-            ("swap", "#9", "--swap=#9: expected 2 names .* found 1"),
+            ("swap", "#9", "--swap=#9: expected 2 values .* found 1"),
             ("blend", "#9,#8,2", "--blend: expected a share from 0 to 1, found '2'"),
             ("suppress", "1:2", "--suppress: .* give --workdir"),
             ("suppress", "x", "--suppress=x: expected LAYER:KEY"),
