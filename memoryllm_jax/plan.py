@@ -13,6 +13,7 @@ Memory and collectives are read off the compiled step. Time is a roofline from d
 import collections
 import dataclasses
 import math
+import re
 import time
 
 import jax
@@ -54,8 +55,12 @@ def plan(config: Config, name: str, devices: list[jax.Device], tokens: float = 0
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(config, mesh)
     start = time.monotonic()
-    compiled = _Compiled(config, mesh)
     sequences = config.batch_size // config.accumulate // sharding.batch_shards(mesh)
+    try:
+        compiled = _Compiled(config, mesh)
+    except _OutOfMemoryError as error:
+        advice = "; or ".join(_changes(config, mesh, chip, 2)) or "take more devices"
+        raise UserError(f"the step does not fit: {error}; {advice}") from error
     other = dataclasses.replace(
         config, batch_size=config.batch_size // sequences * (sequences // 2 if sequences > 1 else 2)
     )
@@ -129,6 +134,10 @@ def distinct_ids(config: Config, tokens: int) -> int:
     return min(-(-int(1.05 * share * tokens) // 128) * 128, tokens, config.model.vocab_size)
 
 
+class _OutOfMemoryError(Exception):
+    """What a TPU's compiler says where the step does not fit; others leave that to us."""
+
+
 class _Compiled:
     """The train step of a config, compiled for a mesh, and what can be read off it."""
 
@@ -156,6 +165,8 @@ class _Compiled:
         try:
             self.compiled = trainer.train.lower(trainer.state_shape, batch).compile()
         except jax.errors.JaxRuntimeError as error:
+            if used := re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm", str(error)):
+                raise _OutOfMemoryError(used[0]) from error
             raise UserError(f"the step cannot be compiled: {' '.join(str(error).split())[:600]}") from error
         self.collectives = hlo.collectives(self.compiled.as_text(), mesh.size)
         self.sequences = tokens // config.seq_len // config.accumulate
@@ -217,24 +228,32 @@ def _traffic(found: list[hlo.Collective], chip) -> list[dict]:
 
 
 def _advice(config: Config, mesh, memory: dict, chip) -> list[str]:
-    """What to change where the step does not fit; empty where it does. More micro-batches are compiled to make sure."""
+    """What to change where the step does not fit; empty where it does."""
     if memory["total"] <= chip.memory:
         return []
-    out = []
     sequences = config.batch_size // config.accumulate // sharding.batch_shards(mesh)
-    least = -(-sequences // max(memory["largest_sequences_a_device"], 1))
-    for parts in (n for n in range(max(least, 2), sequences + 1) if sequences % n == 0):
+    out = _changes(config, mesh, chip, max(2, -(-sequences // max(memory["largest_sequences_a_device"], 1))))
+    if mesh.shape["data"] > 1:
+        state = _gb(memory["parameters"] + memory["optimizer"])
+        out.append(f"--config.mesh.data=1 --config.mesh.fsdp=-1: splits the {state} of parameters and moments further")
+    return out or ["more devices"]
+
+
+def _changes(config: Config, mesh, chip, least: int) -> list[str]:
+    """Settings that need less memory; `least`: micro-batches in place of one to begin with. Compiled to make sure."""
+    sequences, out = config.batch_size // config.accumulate // sharding.batch_shards(mesh), []
+    for parts in (n for n in range(least, sequences + 1) if sequences % n == 0):
         accumulate = config.accumulate * parts
-        total = _Compiled(dataclasses.replace(config, accumulate=accumulate), mesh).memory["total"]
+        try:
+            total = _Compiled(dataclasses.replace(config, accumulate=accumulate), mesh).memory["total"]
+        except _OutOfMemoryError:
+            continue
         if total <= chip.memory:
             out.append(f"--config.accumulate={accumulate}: {_gb(total)} a device")
             break
     if config.model.remat != "full":
         out.append(f"--config.model.remat=full: recomputes a block, for activations of {_blocks(config)} a sequence")
-    if mesh.shape["data"] > 1:
-        state = _gb(memory["parameters"] + memory["optimizer"])
-        out.append(f"--config.mesh.data=1 --config.mesh.fsdp=-1: splits the {state} of parameters and moments further")
-    return out or ["more devices"]
+    return out
 
 
 def _blocks(config: Config) -> str:
