@@ -119,8 +119,6 @@ def our_step(config, dataset):
     from memoryllm_jax import data, metrics, sharding
     from memoryllm_jax.step import Trainer
 
-    if jax.default_backend() != FLAGS.platform:
-        raise UserError(f"--platform={FLAGS.platform}: expected such a device, found {jax.default_backend()}")
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     state = trainer.init(jax.random.key(0))
     batches = data.TrainBatches(config, dataset, 1, [0])
@@ -306,6 +304,12 @@ def main():
         out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         return worker(FLAGS.worker, out)
+    # Asked in a process of its own, as this one must not take the device's memory.
+    look = subprocess.run(
+        [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True
+    )
+    if look.stdout.strip() != FLAGS.platform:
+        raise UserError(f"--platform={FLAGS.platform}: expected such a device, found {look.stdout.strip() or 'none'}")
     sides = setting("sides")
     for side in sides:
         if side in PEERS and FLAGS.platform != "cpu":
