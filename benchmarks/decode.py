@@ -3,8 +3,9 @@
     python benchmarks/decode.py --workdir=DIR --base=DIR --tol=FILE --data=DIR --output=benchmarks/results/NAME.json
 
 Sides that share a decoder share a process, which lives through its group, and they take turns, each on the same next
-stretch of text: the token is given by the text, so that cold rows are as frequent as they are; as in `generate`, the
-row is fetched when the token before it is known. Sides that do not fit the memory together are split into groups
+stretch of text: the token is given by the text, so that cold rows are as frequent as they are. As in `generate`, a
+row from host or disk is fetched when the token before it is known, and where rows are on the device the next step goes
+before the token is read. Sides that do not fit the memory together are split into groups
 (--groups, with a slash between processes); every group holds `disk`, which the others are compared with in the same
 round. disk-warm: the file's pages that the stretch needs are in the page cache; disk-cold: all of the file's pages are
 dropped before the round. The device cache of rows stays as text has left it.
@@ -26,6 +27,7 @@ from absl import flags, logging
 from memoryllm_jax import cli, data
 from memoryllm_jax.decoder import LiveRows
 from memoryllm_jax.generate import Model
+from memoryllm_jax.sampling import Sampling, draw
 from memoryllm_jax.tol import serve
 
 FLAGS = flags.FLAGS
@@ -33,7 +35,7 @@ FLAGS = flags.FLAGS
 
 def bandwidth() -> float:
     """Bytes a second that the device reads, by the sum of a large array; the best of several."""
-    x = jnp.ones(1 << 28, jnp.float32)
+    x = jnp.ones(1 << (28 if jax.default_backend() == "cpu" else 30), jnp.float32)
     add = jax.jit(jnp.sum)
     add(x).block_until_ready()
     times = []
@@ -42,15 +44,6 @@ def bandwidth() -> float:
         add(x).block_until_ready()
         times.append(time.perf_counter() - start)
     return x.nbytes / min(times)
-
-
-def peak_memory() -> int:
-    """Bytes: of the device where it tells, else of this process."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def rows_of(model, side):
@@ -76,16 +69,26 @@ def worker(sides):
     decoder = model.decoder
     cache = decoder.empty_cache(1, FLAGS.capacity)
 
-    def step(rows, token, position, cache):
-        ids = np.array([token], np.int32)
-        logits, cache = decoder.step(rows.fetch(ids), np.zeros(1, np.int32), np.array([position], np.int32), cache)
-        rows.prefetch(ids)
-        return int(logits[0].argmax()), cache
+    zero = np.zeros(1, np.int32)
+    greedy = {"sampling": Sampling(0.0), "vocab_size": model.tokenizer.vocab_size}
+
+    def decode(rows, tokens, cache):
+        earlier = None
+        for number, token in enumerate(tokens):
+            ids, position = np.array([token], np.int32), np.array([number], np.int32)
+            logits, cache = decoder.step(rows.fetch(ids), zero, position, cache)
+            drawn = draw(logits, np.uint32(0), zero, position, **greedy)
+            rows.prefetch(ids)
+            if rows.on_device:
+                earlier, drawn = drawn, earlier
+            if drawn is not None:
+                np.asarray(drawn)
+        jax.block_until_ready((earlier, cache))
+        return cache
 
     facts = {}
     for side, rows in sources.items():
-        for position, token in enumerate(stream.read(0, 4)):
-            _, cache = step(rows, token, position, cache)
+        cache = decode(rows, stream.read(0, 4), cache)
         live = sum(x.nbytes for x in jax.tree.leaves(rows._params.get("memory"))) if side == "live" else 0
         facts[side] = {
             "weights_bytes": decoder.weights_bytes + live,
@@ -96,7 +99,8 @@ def worker(sides):
             + rows.stats().get("device_bytes", rows.stats().get("cache_bytes", 0)),
         }
         facts[side]["held_bytes"] += model._tol.layout.row_bytes if side == "host" else 0
-    print(json.dumps({"facts": facts, "peak_bytes": peak_memory(), "bandwidth": bandwidth()}), flush=True)
+    peak = common.peak_memory(jax.devices()[0])
+    print(json.dumps({"facts": facts, "bandwidth": bandwidth(), "peak_bytes": peak}), flush=True)
     for line in sys.stdin:
         task = json.loads(line)
         side, rows = task["side"], sources[task["side"]]
@@ -108,8 +112,7 @@ def worker(sides):
             rows.table.read(np.unique(tokens))
         before = hits_of(rows)
         start = time.perf_counter()
-        for position, token in enumerate(tokens):
-            _, cache = step(rows, token, position, cache)
+        cache = decode(rows, tokens, cache)
         seconds = time.perf_counter() - start
         hits, requests = (b - a for a, b in zip(before, hits_of(rows)))
         print(
@@ -166,7 +169,7 @@ def main():
             touched = sum(facts[side][part] for part in ("weights_bytes", "row_bytes", "kv_cache_bytes"))
             r = {
                 "ms_per_token": ms,
-                "speed_over_disk_warm": ratio(warm, ms),
+                "speed_over_disk_warm": common.ratio(warm, ms),
                 "bytes_touched": touched,
                 "bandwidth_ms": 1e3 * touched / speed,
                 "hit_rate": statistics.mean(r["hit_rate"] for r in rounds),
@@ -174,23 +177,19 @@ def main():
             }
             over_base = ""
             if ("base", "warm") in figures:
-                r["speed_over_base"] = ratio([b["ms"] for b in figures["base", "warm"]], ms)
+                r["speed_over_base"] = common.ratio([b["ms"] for b in figures["base", "warm"]], ms)
                 over_base = f"{r['speed_over_base']['median']:.2f}"
             results[f"{group}: {name}"] = r
+            hits = "" if r["hit_rate"] is None else f"{r['hit_rate']:.2f}"
             print(
-                f"{name:<11}{statistics.median(ms):>8.1f}{over_base:>11}{r['speed_over_disk_warm']['median']:>16.3f}"
-                f"{touched / 1e9:>12.3f}{r['bandwidth_ms']:>14.1f}{r['held_bytes'] / 1e9:>9.2f}{r['hit_rate']:>7.2f}",
+                f"{name:<11}{statistics.median(ms):>8.2f}{over_base:>11}{r['speed_over_disk_warm']['median']:>16.3f}"
+                f"{touched / 1e9:>12.3f}{r['bandwidth_ms']:>14.2f}{r['held_bytes'] / 1e9:>9.2f}{hits:>7}",
                 flush=True,
             )
         more = {"dtype": FLAGS.dtype, "capacity": FLAGS.capacity, "steps": FLAGS.steps, "bandwidth": speed}
         common.write(FLAGS.output, results, more)
     print(f"memory reads at {speed / 1e9:.1f} GB/s")
     return 0
-
-
-def ratio(of, ms):
-    values = sorted(a / b for a, b in zip(of, ms))
-    return {"median": statistics.median(values), "min": values[0], "max": values[-1]}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""Base in other codes: the same shape, batch, AdamW and clipping, each with its own usual training step.
+
+They need packages that the project does not:
+
+    pip install torch==2.13.0 'transformers>=5,<6' litgpt keras-hub
+    pip install 'huggingface-hub>=1.31,<3'    # after litgpt, which asks for one that transformers refuses
+
+A peer is a function (shape: ModelConfig, windows_BT1) -> (number of parameters, step); step() trains once and returns
+the loss before it in nats a token.
+"""
+
+import os
+
+import numpy as np
+
+
+def _torch_step(model, logits_of, windows, compiled=False):
+    import torch
+
+    torch.set_num_threads(os.cpu_count())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    ids = torch.tensor(windows.astype(np.int64))
+    inputs, targets = ids[:, :-1], ids[:, 1:].reshape(-1)
+
+    def loss_of(inputs, targets):
+        return torch.nn.functional.cross_entropy(logits_of(inputs).flatten(0, 1), targets)
+
+    loss_of = torch.compile(loss_of) if compiled else loss_of
+
+    def step():
+        loss = loss_of(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return sum(p.numel() for p in model.parameters()), step
+
+
+def llama(shape, windows, compiled=False):
+    """Hugging Face transformers, SDPA attention, fused AdamW; eager, or under torch.compile."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=shape.dim,
+            intermediate_size=shape.ffn_dim,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            vocab_size=shape.vocab_size,
+            max_position_embeddings=windows.shape[1] - 1,
+            tie_word_embeddings=False,
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
+    ).float()
+    return _torch_step(model, lambda ids: model(input_ids=ids).logits, windows, compiled)
+
+
+def litgpt(shape, windows):
+    """LitGPT's GPT, eager, fused AdamW."""
+    import torch
+    from litgpt import GPT, Config
+
+    torch.manual_seed(0)
+    config = Config(
+        block_size=windows.shape[1] - 1,
+        n_layer=shape.layers,
+        n_embd=shape.dim,
+        n_head=shape.heads,
+        vocab_size=shape.vocab_size,
+        padded_vocab_size=shape.vocab_size,
+        intermediate_size=shape.ffn_dim,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+    )
+    model = GPT(config)
+    return _torch_step(model, model, windows)
+
+
+def keras_hub(shape, windows, backend):
+    """KerasHub's LlamaCausalLM by `train_on_batch`: compiled on jax, eager on torch."""
+    os.environ |= {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    import keras
+    import keras_hub
+
+    keras.utils.set_random_seed(0)
+    if backend == "torch":
+        import torch
+
+        torch.set_num_threads(os.cpu_count())
+    backbone = keras_hub.models.LlamaBackbone(
+        vocabulary_size=shape.vocab_size,
+        num_layers=shape.layers,
+        num_query_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        hidden_dim=shape.dim,
+        intermediate_dim=shape.ffn_dim,
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+    model = keras_hub.models.LlamaCausalLM(backbone=backbone, preprocessor=None)
+    model.compile(
+        optimizer=keras.optimizers.AdamW(
+            1e-4, weight_decay=0.1, beta_1=0.9, beta_2=0.95, epsilon=1e-8, global_clipnorm=1.0
+        ),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    inputs = {"token_ids": windows[:, :-1], "padding_mask": np.ones_like(windows[:, :-1])}
+    return model.count_params(), lambda: float(model.train_on_batch(inputs, windows[:, 1:], return_dict=True)["loss"])
+
+
+PEERS = {
+    "llama": llama,
+    "llama-compile": lambda *args: llama(*args, compiled=True),
+    "litgpt": litgpt,
+    "keras-hub-torch": lambda *args: keras_hub(*args, "torch"),
+    "keras-hub-jax": lambda *args: keras_hub(*args, "jax"),
+}
