@@ -18,6 +18,7 @@ from memoryllm_jax.config import MeshConfig
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_slurm_restarts_what_can_go_on(data_path, tmp_path):
     if not (shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin") and os.geteuid() == 0):
         pytest.skip("needs Debian's packages slurm-wlm and munge, and root")

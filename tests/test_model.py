@@ -181,6 +181,7 @@ def test_base_is_llama_in_pytorch(make_config):
     np.testing.assert_allclose(hidden @ params["head"].T, expected, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_remat_recomputes(make_config):
     """Temporary memory falls from keeping all, to matrix products, to block inputs."""
     memory = []

@@ -27,6 +27,7 @@ def losses(config, workdir, devices):
         return [r["loss"] for r in map(json.loads, file) if r["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_widths_that_the_mesh_does_not_divide_train_as_one(make_config, tmp_path):
     """And what they are padded with stays zero, and is cut off where another mesh goes on."""
     one = losses(make_config("flex-3", **ODD), tmp_path / "one", 1)
@@ -89,6 +90,7 @@ def test_rows_stay_on_their_shard_unless_the_vocabulary_is_shared(make_config):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_vocabulary_of_many_tokens_is_shared_in_training(make_config, tmp_path):
     """Enough tokens a shard that all ids occur: the run takes the shared rows by itself, and counts them once."""
     overrides = {"model.vocab_size": 512, "seq_len": 256, "mesh.fsdp": 2}
@@ -113,6 +115,7 @@ def plan_on(tmp_path, devices):
         return json.load(file)
 
 
+@pytest.mark.slow
 def test_plan_places_state_and_activations_on_8_16_and_64_devices(tmp_path):
     plans = {n: plan_on(tmp_path, n) for n in (8, 16, 64)}
     D, L, V = 128, 2, 1000

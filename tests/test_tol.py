@@ -210,6 +210,7 @@ def test_logits_from_rows_of_a_file_are_those_of_the_equations(lab, name):
         assert np.abs(found - expected[19:]).max() < bound * np.abs(expected).max(), (place, bits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["memory", "flex", "base"])
 def test_decode_steps_batches_and_meshes_agree_with_the_equations(lab, name):
     """With random weights, as the greedy text of a model that barely trained repeats one frequent token."""
@@ -711,6 +712,7 @@ def test_loss_of_full_rows_is_that_of_the_equations(lab, measured):
     assert scorer.nats(vectors) == pytest.approx(total / scorer.tokens, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_budgets_are_kept_and_beat_every_uniform_setting(lab, measured, tmp_path):
     source, scorer, vectors = measured("flex")
     uniform = []

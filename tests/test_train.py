@@ -67,6 +67,7 @@ def test_resumed_is_bitwise_uninterrupted(make_config, tmp_path, monkeypatch):
     assert len(records(tmp_path / "parts", "validation")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture, mesh", [("memory", (1, 8, 1)), ("flex-3", (2, 2, 2)), ("base", (2, 2, 2))])
 def test_eight_devices_train_as_one(make_config, tmp_path, architecture, mesh):
     names = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh))
@@ -231,6 +232,7 @@ def test_step_is_dispatched_before_the_last_ones_metrics_are_read(make_config, t
     assert order == ["train 0", "train 1", "read 0", "train 2", "read 1", "train 3", "read 2", "read 3"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_sigterm_to_one_saves_both(data_path, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
