@@ -5,13 +5,8 @@ import tempfile
 
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="memoryllm_jax_tests_")  # tests' commands share it
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",  # compiles in two thirds of the time
-    ]
-)
+# LLVM's optimisations would make compiling half as long again.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import itertools
@@ -22,6 +17,11 @@ import pytest
 
 from memoryllm_jax import config as config_lib
 from memoryllm_jax import documents, prepare
+
+
+def with_devices(count: int) -> dict[str, str]:
+    """The environment of a command with so many emulated devices that computes as the tests here do."""
+    return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={count}")}
 
 
 def pytest_sessionfinish():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import with_devices
 from jax.sharding import PartitionSpec as P
 
 from memoryllm_jax import checkpoint, data, hlo, model, sharding, train
@@ -109,7 +109,7 @@ def plan_on(tmp_path, devices):
     command = [sys.executable, "-m", "memoryllm_jax.train", "--config=configs/tiny.py:flex-3", "--dry_run"]
     command += [f"--config.{name}={value}" for name, value in small.items()]
     command += [f"--devices={devices}", "--chip=h100", f"--plan={tmp_path}/{devices}.json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
+    done = subprocess.run(command, capture_output=True, text=True, env=with_devices(1))
     assert done.returncode == 0, done.stderr
     with open(tmp_path / f"{devices}.json") as file:
         return json.load(file)

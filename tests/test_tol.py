@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from conftest import with_devices
 
 from memoryllm_jax import config as config_lib
 from memoryllm_jax import generate, precompute, prepare, sampling, sharding, train
@@ -881,7 +882,7 @@ def test_two_processes_write_the_file_of_one_with_two_devices(lab, tmp_path):
     line = [sys.executable, "-m", "memoryllm_jax.precompute", f"--workdir={lab.workdir('flex')}"]
     line += [f"--output={tmp_path}/both", "--bits=8", "--rank=0.5", f"--data={lab.data_path}"]
     line += ["--multihost", f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    env = with_devices(1)
     processes = []
     for i in range(2):
         log = open(tmp_path / f"log{i}", "w")

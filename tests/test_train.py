@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import with_devices
 
 from memoryllm_jax import checkpoint, cli, data, metrics, sharding, train
 from memoryllm_jax import config as config_lib
@@ -188,7 +189,7 @@ def test_sigterm_saves_and_one_workdir_takes_one_run(data_path, tmp_path):
     small = {"steps": 3000, "seq_len": 32, "batch_size": 2, "log.every": 1, "eval.every": 10_000, "eval.batches": 1}
     small |= {"model.dim": 16, "model.layers": 1, "model.heads": 2, "data.path": data_path, "data.epochs": 9}
     command += [f"--config.{name}={value}" for name, value in small.items()]
-    env = os.environ | {"XLA_FLAGS": ""}
+    env = with_devices(1)
     log = open(tmp_path / "log", "w+")
     process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
     deadline = time.time() + 120
@@ -246,7 +247,7 @@ def test_two_processes_train_as_one_and_sigterm_to_one_saves_both(data_path, tmp
 
     def start(name, devices, *more):
         log = open(tmp_path / f"log{name}{more[-1:]}", "w")
-        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        env = with_devices(devices)
         return subprocess.Popen([*command, f"--workdir={tmp_path}/{name}", *more], stdout=log, stderr=log, env=env)
 
     alone = start("alone", 2)
@@ -278,7 +279,7 @@ def test_four_processes_train_as_one_and_end_when_one_is_killed(data_path, tmp_p
     command += [f"--workdir={tmp_path}/w", "--config.checkpoint.every=20"]
     command += [f"--config.{name}={value}" for name, value in small.items()]
     logs = [open(tmp_path / f"log{i}", "w+") for i in range(4)]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    env = with_devices(1)
     several = [*command, "--multihost", f"--coordinator=127.0.0.1:{port}", "--num_processes=4"]
     processes = [
         subprocess.Popen([*several, f"--process_id={i}"], stdout=log, stderr=log, env=env) for i, log in enumerate(logs)
