@@ -224,7 +224,7 @@ class Side:
 
 
 def measure(sides, data):
-    """{side: facts and seconds}; `sides` are processes at the same time."""
+    """Yields {side: facts and seconds} after each round; `sides` are processes at the same time."""
     running = {}
     for side in sides:
         running[side] = Side(side, data)
@@ -233,9 +233,9 @@ def measure(sides, data):
         for process in running.values():
             process.round()
         print(f"round {number + 1} of {setting('rounds')}", flush=True)
+        yield {side: process.facts for side, process in running.items()}
     for process in running.values():
         process.end()
-    return {side: process.facts for side, process in running.items()}
 
 
 def base_of(side, results):
@@ -338,10 +338,10 @@ def run(sides, path, scratch):
 
         more["ids"] = f"no text: {synthetic.LAW}, {dataset.vocab_size} ids"
     results = {}
-    # What is done is written before the next begins, in case there is not time for all.
     for group in [sides] if FLAGS.platform == "cpu" else [[side] for side in sides]:
-        results = compare(results | measure(group, path))
-        common.write(FLAGS.output, results, more)
+        for found in measure(group, path):  # each round is written, in case there is not time for all
+            results = compare(results | found)
+            common.write(FLAGS.output, results, more)
     if FLAGS.decode or (FLAGS.decode is None and FLAGS.platform != "cpu"):
         more |= serving(path, scratch)
         common.write(FLAGS.output, results, more)
