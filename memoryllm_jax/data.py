@@ -279,7 +279,7 @@ def local_shards(sharding: NamedSharding, shards: int) -> list[int]:
 def place(batch: HostBatch, size: int, sharding: NamedSharding, model: ModelConfig) -> Batch:
     """The batch as global arrays, its distinct ids padded to `size`; at the vocabulary's size they are all ids."""
     shards = batch_shards(sharding.mesh)
-    whole = size == model.vocab_size and model.unique_tokens
+    whole = is_vocabulary(size, model)
 
     def padded(shard):
         ids, index, *rest = batch[shard]
@@ -295,6 +295,11 @@ def place(batch: HostBatch, size: int, sharding: NamedSharding, model: ModelConf
 
     ids = vocabulary(size, sharding) if whole else placed(0)
     return Batch(ids, *(placed(field) for field in range(1, len(Batch._fields))))
+
+
+def is_vocabulary(size: int, model: ModelConfig) -> bool:
+    """Whether ids padded to `size` are all there are, of which all shards share one set of rows."""
+    return model.unique_tokens and size == model.vocab_size
 
 
 def vocabulary(size: int, sharding: NamedSharding) -> jax.Array:

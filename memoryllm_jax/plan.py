@@ -55,7 +55,7 @@ def plan(config: Config, name: str, devices: list[jax.Device], tokens: float = 0
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(config, mesh)
     start = time.monotonic()
-    sequences = config.batch_size // config.accumulate // sharding.batch_shards(mesh)
+    sequences = _sequences(config, mesh)
     try:
         compiled = _Compiled(config, mesh)
     except _OutOfMemoryError as error:
@@ -149,7 +149,7 @@ class _Compiled:
         shards = trainer.shards
         tokens = config.batch_size * config.seq_len // shards
         distinct = distinct_ids(config, tokens)
-        whole = config.model.unique_tokens and distinct == config.model.vocab_size
+        whole = data.is_vocabulary(distinct, config.model)
         self.rows = (distinct if whole else distinct * shards) if config.model.memory_dim else 0
 
         def array(dtype, *shape):
@@ -169,7 +169,7 @@ class _Compiled:
                 raise _OutOfMemoryError(used[0]) from error
             raise UserError(f"the step cannot be compiled: {' '.join(str(error).split())[:600]}") from error
         self.collectives = hlo.collectives(self.compiled.as_text(), mesh.size)
-        self.sequences = tokens // config.seq_len // config.accumulate
+        self.sequences = _sequences(config, mesh)
         self.local_parameters = _local_elements(trainer.params_shape)
         stats = self.compiled.memory_analysis()
         state, gradients = 4 * self.local_parameters, 4 * self.local_parameters
@@ -183,6 +183,11 @@ class _Compiled:
             "activations": max(total - state - moments - gradients, 0),
             "total": total,
         }
+
+
+def _sequences(config: Config, mesh) -> int:
+    """That a device holds at a time."""
+    return config.batch_size // config.accumulate // sharding.batch_shards(mesh)
 
 
 def _local_bytes(x) -> int:
@@ -231,7 +236,7 @@ def _advice(config: Config, mesh, memory: dict, chip) -> list[str]:
     """What to change where the step does not fit; empty where it does."""
     if memory["total"] <= chip.memory:
         return []
-    sequences = config.batch_size // config.accumulate // sharding.batch_shards(mesh)
+    sequences = _sequences(config, mesh)
     out = _changes(config, mesh, chip, max(2, -(-sequences // max(memory["largest_sequences_a_device"], 1))))
     if mesh.shape["data"] > 1:
         state = _gb(memory["parameters"] + memory["optimizer"])
@@ -241,7 +246,7 @@ def _advice(config: Config, mesh, memory: dict, chip) -> list[str]:
 
 def _changes(config: Config, mesh, chip, least: int) -> list[str]:
     """Settings that need less memory; `least`: micro-batches in place of one to begin with. Compiled to make sure."""
-    sequences, out = config.batch_size // config.accumulate // sharding.batch_shards(mesh), []
+    sequences, out = _sequences(config, mesh), []
     for parts in (n for n in range(least, sequences + 1) if sequences % n == 0):
         accumulate = config.accumulate * parts
         try:

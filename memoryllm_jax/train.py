@@ -104,7 +104,7 @@ def _train(config: Config, workdir: str, devices, profile, stop: "StopSignal", f
 
     def rows_of(size):
         """Rows of token memory that a step evaluates; at the vocabulary's size all shards share one set."""
-        return size if config.model.unique_tokens and size == config.model.vocab_size else size * shards
+        return size if data.is_vocabulary(size, config.model) else size * shards
 
     def report(step, size, values):
         """Reads a step's metrics, which waits for it: called when the next step is on its way."""
