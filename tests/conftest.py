@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import itertools
 import json
 import shutil
+import socket
 
 import pytest
 
@@ -22,6 +23,13 @@ from memoryllm_jax import documents, prepare
 def with_devices(count: int) -> dict[str, str]:
     """The environment of a command with so many emulated devices that computes as the tests here do."""
     return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={count}")}
+
+
+def free_port() -> int:
+    """Of this machine, for the processes of one run to meet at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def pytest_sessionfinish():

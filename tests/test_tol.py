@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import with_devices
+from conftest import free_port, with_devices
 
 from memoryllm_jax import config as config_lib
 from memoryllm_jax import generate, precompute, prepare, sampling, sharding, train
@@ -876,9 +875,7 @@ def test_commands(lab, tmp_path):
 
 
 def test_two_processes_write_the_file_of_one_with_two_devices(lab, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     line = [sys.executable, "-m", "memoryllm_jax.precompute", f"--workdir={lab.workdir('flex')}"]
     line += [f"--output={tmp_path}/both", "--bits=8", "--rank=0.5", f"--data={lab.data_path}"]
     line += ["--multihost", f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]

@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import with_devices
+from conftest import free_port, with_devices
 
 from memoryllm_jax import checkpoint, cli, data, metrics, sharding, train
 from memoryllm_jax import config as config_lib
@@ -235,9 +234,7 @@ def test_step_is_dispatched_before_the_last_ones_metrics_are_read(make_config, t
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_sigterm_to_one_saves_both(data_path, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     small = {"steps": 120, "seq_len": 32, "batch_size": 4, "log.every": 1, "eval.every": 1000, "eval.batches": 1}
     small |= {"model.dim": 16, "model.layers": 1, "model.heads": 2, "data.path": data_path, "data.epochs": 9}
     small |= {"checkpoint.every": 1000, "sample.tokens": 3}
@@ -270,9 +267,7 @@ def test_two_processes_train_as_one_and_sigterm_to_one_saves_both(data_path, tmp
 
 def test_four_processes_train_as_one_and_end_when_one_is_killed(data_path, tmp_path):
     """What is left ends within a minute and says why; one process goes on from what four have saved."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     small = {"steps": 4000, "seq_len": 32, "batch_size": 4, "log.every": 1, "eval.every": 10**6, "eval.batches": 1}
     small |= {"model.dim": 16, "model.layers": 1, "model.heads": 2, "data.path": data_path, "data.epochs": 90}
     command = [sys.executable, "-m", "memoryllm_jax.train", "--config=configs/tiny.py:memory"]
