@@ -112,7 +112,7 @@ def test_killed_prepare_goes_on(corpus, tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.json.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "a.json.gz: the compressed file is cut off"),
+        ("a.json.gz", gzip.compress(b"{}\n" * 99, mtime=0)[:-9], "a.json.gz: the compressed file is cut off"),
         ("a.json.gz", b"\x1f\x8b plain text", "a.json.gz: damaged compressed data"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl: line 2: invalid JSON"),
         ("a.jsonl", b'{"text": "a"}\n\n{"txt": "b"}\n', "a.jsonl: line 3: expected text under 'text', found NoneType"),
