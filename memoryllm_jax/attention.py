@@ -68,6 +68,8 @@ def keep_results(primitive, *args, **params) -> bool:
 class Cache(NamedTuple):
     """Keys and values of one layer's earlier positions, for attention of one new position a sequence.
 
+    Each of its heads serves G of the query's.
+
     Attending and writing are for two jitted functions: in one, XLA copies a cache that it reads and updates.
     """
 
@@ -75,15 +77,17 @@ class Cache(NamedTuple):
     v_BHSK: jax.Array
 
     def attend(self, q_BHK, k_BHK, v_BHK, position_B):
-        """Attention of the new positions over what came before, in the cache, and over themselves: [B, H, K]."""
-        q_BHK = q_BHK * q_BHK.shape[-1] ** -0.5
-        earlier = jnp.arange(self.k_BHSK.shape[2]) < position_B[:, None, None]
-        s_BHS = jnp.where(earlier, _einsum("bhk,bhsk->bhs", q_BHK, self.k_BHSK), MASKED)
-        own_BH1 = (q_BHK * k_BHK).sum(-1, keepdims=True, dtype=jnp.float32)
-        top = jnp.maximum(s_BHS.max(-1, keepdims=True), own_BH1)
-        p_BHS, p_own = jnp.exp(s_BHS - top), jnp.exp(own_BH1 - top)
-        y = _einsum("bhs,bhsk->bhk", p_BHS.astype(self.v_BHSK.dtype), self.v_BHSK) + p_own * v_BHK
-        return (y / (p_BHS.sum(-1, keepdims=True) + p_own)).astype(q_BHK.dtype)
+        """Attention of the new positions over what came before, in the cache, and over themselves: as q_BHK."""
+        B, H, S, K = self.k_BHSK.shape
+        q_BHGK = (q_BHK * K**-0.5).reshape(B, H, -1, K)
+        k_BH1K, v_BH1K = k_BHK[:, :, None], v_BHK[:, :, None]
+        earlier = jnp.arange(S) < position_B[:, None, None, None]
+        s_BHGS = jnp.where(earlier, _einsum("bhgk,bhsk->bhgs", q_BHGK, self.k_BHSK), MASKED)
+        own_BHG1 = (q_BHGK * k_BH1K).sum(-1, keepdims=True, dtype=jnp.float32)
+        top = jnp.maximum(s_BHGS.max(-1, keepdims=True), own_BHG1)
+        p_BHGS, p_own = jnp.exp(s_BHGS - top), jnp.exp(own_BHG1 - top)
+        y = _einsum("bhgs,bhsk->bhgk", p_BHGS.astype(self.v_BHSK.dtype), self.v_BHSK) + p_own * v_BH1K
+        return (y / (p_BHGS.sum(-1, keepdims=True) + p_own)).astype(q_BHK.dtype).reshape(q_BHK.shape)
 
     def write(self, new: "Cache", position_B) -> "Cache":
         """With the keys and values [B, H, 1, K] of each sequence's new position."""

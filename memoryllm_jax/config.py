@@ -17,6 +17,7 @@ from memoryllm_jax.cli import UserError
 
 ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn", "splash")
 REMAT_POLICIES = ("none", "dots", "full")
+ROPE_SCALINGS = ("none", "linear", "llama3")
 
 # FFN-M widths of the paper's Table 5 that its own rounding, not ours, gives: (base width, beta) -> FFN-M width.
 # Table 5 prints beta 1 and 3 of the 1B model the wrong way round; Table 6 and section 4.2 confirm this order.
@@ -35,6 +36,7 @@ class ModelConfig:
     dim: int = 256  # h, the width of the residual stream
     layers: int = 4
     heads: int = 8
+    kv_heads: int = 0  # key-value heads, each for heads / kv_heads query heads; 0: as many as heads
     ffn_dim: int = 688  # base width W; FFN-C and FFN-M share it. Follows dim (8/3 h, up to a multiple of 8)
     vocab_size: int = 0  # token ids; 0: that of the prepared data
     beta: float = 0.0  # FFN-C holds beta of the FFN's 8 h^2 parameters: 0 is memory, 8 is base
@@ -42,6 +44,11 @@ class ModelConfig:
     norm: str = "rmsnorm"  # or layernorm (scale only: the model has no biases)
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0  # not given in the paper; Llama 2's value, for 2,048 tokens
+    rope_scaling: str = "none"  # linear, or llama3 (low frequencies only), both by rope_factor
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0  # llama3: slower than this many turns in the original context is scaled whole
+    rope_high_freq_factor: float = 4.0  # llama3: faster than this many turns is not scaled
+    rope_original_context: int = 8192  # tokens
     tie_embeddings: bool = False  # one table for input and output
     init_std: float = 0.02  # not given in the paper; output projections use init_std / sqrt(2 layers)
     dtype: str = "bfloat16"  # of the computation; parameters are float32
@@ -53,6 +60,10 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads
+
+    @property
+    def key_heads(self) -> int:
+        return self.kv_heads or self.heads
 
     @property
     def memory_dim(self) -> int:
@@ -70,6 +81,13 @@ class ModelConfig:
     @property
     def architecture(self) -> str:
         return {0.0: "memory", 8.0: "base"}.get(self.beta, f"flex-{self.beta:g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StartConfig:
+    workdir: str = ""  # trained or imported model to start from, converted if that is base and this is not; "": none
+    step: int = -1  # its checkpoint; -1: the newest
+    memory: str = "copy"  # FFN-M of a converted model: copy (base's FFN) or new (initialised)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +155,7 @@ class Config:
     accumulate: int = 1  # micro-batches that one optimizer step's batch is split into
     seq_len: int = 2048  # tokens
     model: ModelConfig = ModelConfig()
+    start: StartConfig = StartConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -162,11 +181,12 @@ _AT_LEAST_ONE = (
     *("data.epochs", "data.threads", "data.prefetch", "checkpoint.every", "checkpoint.keep", "eval.every", "log.every"),
 )
 _ZERO_OR_MORE = (
-    *("seed", "model.vocab_size", "checkpoint.keep_every", "eval.batches", "sample.tokens", "sample.temperature"),
+    *("seed", "model.vocab_size", "model.kv_heads", "checkpoint.keep_every", "eval.batches"),
+    *("sample.tokens", "sample.temperature"),
     *("optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.z_loss", "optimizer.final_lr", "log.peak_flops"),
 )
 _POSITIVE = (
-    *("model.norm_eps", "model.rope_theta", "model.init_std"),
+    *("model.norm_eps", "model.rope_theta", "model.rope_factor", "model.rope_original_context", "model.init_std"),
     *("optimizer.peak_lr", "optimizer.eps", "optimizer.clip_norm"),
 )
 
@@ -257,6 +277,13 @@ def validate(config: Config) -> None:
     temperature = config.sample.temperature
     need(temperature == 0 or 1e-3 <= temperature <= 1e3, "sample.temperature", "0 (greedy), or from 0.001 to 1000")
     need(m.dim % m.heads == 0, "model.heads", f"a divisor of model.dim = {m.dim}")
+    need(m.heads % m.key_heads == 0, "model.kv_heads", f"a divisor of model.heads = {m.heads}, or 0")
+    need(m.rope_scaling in ROPE_SCALINGS, "model.rope_scaling", "one of " + ", ".join(ROPE_SCALINGS))
+    need(
+        0 < m.rope_low_freq_factor < m.rope_high_freq_factor,
+        "model.rope_low_freq_factor",
+        f"more than zero and less than rope_high_freq_factor = {m.rope_high_freq_factor}",
+    )
     need(m.head_dim % 2 == 0, "model.heads", f"an even head size (model.dim / heads = {m.dim} / {m.heads})")
     need(0 <= m.beta <= 8, "model.beta", "a number from 0 (memory) to 8 (base)")
     need(m.compute_input in ("block_input", "after_attention"), "model.compute_input", "block_input or after_attention")
@@ -267,6 +294,8 @@ def validate(config: Config) -> None:
     need(m.ffn_dim >= smallest, "model.ffn_dim", f"at least {smallest}")
     if 0 < m.beta < 8:
         need(0 < m.memory_dim < m.ffn_dim, "model.ffn_dim", f"room for both FFN-C and FFN-M at beta {m.beta:g}")
+    need(config.start.step >= -1, "start.step", "a checkpoint's step, or -1 for the newest")
+    need(config.start.memory in ("copy", "new"), "start.memory", "copy or new")
     need(m.norm in ("rmsnorm", "layernorm"), "model.norm", "rmsnorm or layernorm")
     need(m.dtype in ("bfloat16", "float32"), "model.dtype", "bfloat16 or float32")
     need(m.attention in ATTENTION_BACKENDS, "model.attention", "one of " + ", ".join(ATTENTION_BACKENDS))

@@ -52,7 +52,7 @@ class Decoder:
         c = self.config
         with jax.set_mesh(self.mesh):
             axes = ("batch", "heads", None, None)
-            shape = sharding.padded((batch, c.heads, capacity, c.head_dim), axes)
+            shape = sharding.padded((batch, model.kept_heads(c), capacity, c.head_dim), axes)
             where = jax.sharding.NamedSharding(self.mesh, sharding.spec(*axes))
             zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=where)
             return [attention.Cache(zeros(), zeros()) for _ in range(c.layers)]

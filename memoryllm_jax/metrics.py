@@ -2,9 +2,10 @@
 
 FLOPs of a forward pass, a multiply-add counted as two, for N tokens of which R rows of token memory are evaluated:
 
-    N L (8 h^2 + 2 h T + 6 h W_C)  +  R L (6 h W_M)  +  N 2 h V
+    N L (4 h^2 (1 + G) + 2 h T + 6 h W_C)  +  R L (6 h W_M)  +  N 2 h V
 
-that is attention projections, scores and values with causal attention counted at half, FFN-C, FFN-M, and the output
+that is attention projections, of which keys and values have G heads for each of the query (G = 1 unless
+`model.kv_heads` is set), scores and values with causal attention counted at half, FFN-C, FFN-M, and the output
 head. The embedding lookup, norms and element-wise work are not counted. A training step is three forward passes; what
 rematerialisation computes again is not counted. `model_flops_per_second` and `mfu` count R as done (distinct ids,
 padding included); the `_plain` figures count R = N, as if every position had evaluated its FFN-M, which is the work
@@ -44,7 +45,8 @@ _SYNC_S = 60  # between copies of the records to a workdir behind a URL
 def train_flops(config: Config, tokens: int, rows: int) -> float:
     """Model FLOPs of a training step (the formula above)."""
     m = config.model
-    per_token = m.layers * (8 * m.dim**2 + 2 * m.dim * config.seq_len + 6 * m.dim * m.compute_dim)
+    projections = 4 * m.dim**2 * (1 + m.key_heads / m.heads)
+    per_token = m.layers * (projections + 2 * m.dim * config.seq_len + 6 * m.dim * m.compute_dim)
     per_token += 2 * m.dim * m.vocab_size
     return 3.0 * (tokens * per_token + rows * m.layers * 6 * m.dim * m.memory_dim)
 
@@ -54,7 +56,7 @@ def parameters(config: Config) -> dict[str, int]:
     m = config.model
     norms = m.layers * (1 + bool(m.compute_dim)) * m.dim + m.dim
     parts = {
-        "attention": m.layers * 4 * m.dim**2,
+        "attention": m.layers * 2 * m.dim * (m.heads + m.key_heads) * m.head_dim,
         "ffn_c": m.layers * 3 * m.dim * m.compute_dim,
         "norms": norms,
         "ffn_m": m.layers * (3 * m.dim * m.memory_dim + (m.dim if m.memory_dim else 0)),

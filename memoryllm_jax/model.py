@@ -11,6 +11,7 @@ S batch shards, U distinct token ids of a shard, N = B T / S positions of a shar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from memoryllm_jax import attention
@@ -82,16 +83,41 @@ def _output_std(config):
 
 def rope_table(config: ModelConfig, positions):
     """cos and sin [..., T, K/2] of the rotary embedding (Su et al. 2021), in the half-split layout of Llama."""
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[..., None] * frequency
+    angle = positions.astype(jnp.float32)[..., None] * _rope_frequencies(config)
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rope_frequencies(c: ModelConfig):
+    """[K/2], radians a position; scaled for contexts longer than trained on (llama3: Llama Team 2024)."""
+    half = c.head_dim // 2
+    frequency = c.rope_theta ** (-np.arange(half) / half)
+    if c.rope_scaling == "none":
+        return frequency.astype(np.float32)
+    kept = 0.0
+    if c.rope_scaling == "llama3":
+        turns = frequency * c.rope_original_context / (2 * np.pi)
+        kept = (turns - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor)
+        kept = np.clip(kept, 0, 1)
+    return (frequency * (kept + (1 - kept) / c.rope_factor)).astype(np.float32)
 
 
 def _rotate(x_BTHK, rope):
     cos, sin = (table[..., None, :] for table in rope)
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHK.dtype)
+
+
+def kept_heads(config: ModelConfig) -> int:
+    """Heads of keys and values that a cache holds: the key-value heads, where padding leaves groups of equal size."""
+    stored = [padded((heads,), ("heads",))[0] for heads in (config.heads, config.key_heads)]
+    return stored[1] if stored[0] * config.key_heads == stored[1] * config.heads else stored[0]
+
+
+def _for_each_head(x_BTHK, config):
+    """Keys or values of shared heads, repeated for the query heads; zeros for those that are padding."""
+    x_BTHK = jnp.repeat(x_BTHK[:, :, : config.key_heads], config.heads // config.key_heads, 2)
+    stored = padded((config.heads,), ("heads",))[0]
+    return jnp.pad(x_BTHK, [(0, 0), (0, 0), (0, stored - config.heads), (0, 0)])
 
 
 class Attention(nn.Module):
@@ -104,14 +130,18 @@ class Attention(nn.Module):
         B, T, D = x_BTD.shape
         K = c.head_dim
 
-        def project(name):
-            w_DHK = _weight(self, name, (D, c.heads, K), ("embed", "heads", "head_dim"), c.init_std)
+        def project(name, heads):
+            w_DHK = _weight(self, name, (D, heads, K), ("embed", "heads", "head_dim"), c.init_std)
             return _matmul(x_BTD, w_DHK.reshape(D, -1)).reshape(B, T, -1, K)
 
-        q, k, v = _rotate(project("q"), rope), _rotate(project("k"), rope), project("v")
+        q = _rotate(project("q", c.heads), rope)
+        k, v = _rotate(project("k", c.key_heads), rope), project("v", c.key_heads)
+        if kept_heads(c) != k.shape[2]:
+            k, v = (_for_each_head(x, c) for x in (k, v))
         out_HKD = _weight(self, "out", (c.heads, K, D), ("heads", "head_dim", "embed"), _output_std(c))
         if past is None:
-            y = attention.causal_attention(q, k, v, c.attention)
+            each = (k, v) if k.shape[2] == q.shape[2] else (_for_each_head(x, c) for x in (k, v))
+            y = attention.causal_attention(q, *each, c.attention)
         else:
             cache, position_B = past
             y = cache.attend(q[:, 0], k[:, 0], v[:, 0], position_B)

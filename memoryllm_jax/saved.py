@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from memoryllm_jax import attention, checkpoint, files, model, sharding
 from memoryllm_jax import config as config_lib
 from memoryllm_jax.cli import UserError
-from memoryllm_jax.config import ModelConfig
+from memoryllm_jax.config import Config, ModelConfig
 from memoryllm_jax.tokenizer import Tokenizer
 
 _ROWS = 16384  # of an array, digested at a time
@@ -33,25 +33,16 @@ class SavedModel:
       mesh: devices the parameters are spread over; by default the first device alone.
     Attributes:
       workdir.  config: ModelConfig for this machine.  context: positions a sequence may have.  step, tokenizer, mesh.
+      description: what the checkpoint holds beside the arrays (`checkpoint.describe`).
     Raises: UserError.
     """
 
     def __init__(self, workdir: str, step: int | None = None, dtype: str = "", mesh=None):
-        workdir = checkpoint.folder(workdir)
-        if not files.exists(workdir):
-            raise UserError(f"--workdir={workdir}: expected a folder with checkpoints, found none")
-        self.workdir = workdir
-        self._checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
-        steps = self._checkpoints.steps()
-        self.step = max(steps, default=None) if step is None else step
-        if self.step not in steps:
-            found = ", ".join(map(str, steps)) or "none"
-            raise UserError(
-                f"{workdir}: expected a checkpoint{'' if step is None else f' of step {step}'}, found {found}"
-            )
-        description = self._checkpoints.description(self.step)
-        run = config_lib.from_saved(description["config"])
-        self.context, self.tokenizer = run.seq_len, Tokenizer.from_json(description["tokenizer"])
+        self._checkpoints, self.step = _open(workdir, step)
+        self.workdir = self._checkpoints.workdir
+        self.description = self._checkpoints.description(self.step)
+        run = config_lib.from_saved(self.description["config"])
+        self.context, self.tokenizer = run.seq_len, Tokenizer.from_json(self.description["tokenizer"])
         self.config = for_this_machine(run.model, dtype or run.model.dtype)
         self.mesh = mesh or sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
         shapes = model.abstract_params(model.LanguageModel(self.config), self.mesh)
@@ -68,23 +59,67 @@ class SavedModel:
           params: {"layers": [tree of layer 0, ...], "memory": likewise, "head", ...}, matrices in the config's dtype;
             empty if not `keep`.
         """
-        params, sums = {}, {}
-        for name, (path, shape) in self._shapes.items():
+        params, digest = {}, Digest()
+        for name in self._shapes:
             if wanted(name):
                 dtype = jnp.float32 if name.endswith("scale") else jnp.dtype(self.config.dtype)
-                wanted_as = jax.ShapeDtypeStruct(shape.shape, dtype, sharding=shape.sharding)
-                leaf = self._checkpoints.restore_leaf(self.step, path, wanted_as)
-                value = _for_serving(name, leaf, self.config)
-                del leaf
-                parts = value if isinstance(value, list) else [value]
-                sums[name] = [[list(part.shape), *_fingerprints(part)] for part in parts]
+                value = _for_serving(name, self.leaf(name, dtype), self.config)
+                digest.add(name, value if isinstance(value, list) else [value])
                 if keep:
                     _put(params, name.split("/"), value)
-                del value, parts
-        return params, hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+                del value
+        return params, digest.text()
+
+    def names(self) -> list[str]:
+        """Names of all parameters, in the order in which `load` reads them."""
+        return list(self._shapes)
+
+    def leaf(self, name: str, dtype, like: jax.ShapeDtypeStruct | None = None) -> jax.Array:
+        """One parameter, stacked over the layers if it is one of theirs; in the shape and place of `like`, if given."""
+        path, shape = self._shapes[name]
+        like = shape if like is None else like
+        wanted = jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
+        return self._checkpoints.restore_leaf(self.step, path, wanted)
 
     def close(self) -> None:
         self._checkpoints.close()
+
+
+def config_of(workdir: str, step: int | None = None) -> Config:
+    """The config that a checkpoint was trained with. Raises: UserError."""
+    checkpoints, step = _open(workdir, step)
+    try:
+        return config_lib.from_saved(checkpoints.description(step)["config"])
+    finally:
+        checkpoints.close()
+
+
+def _open(workdir, step):
+    """The checkpoints of a workdir, and `step` or the newest of them. Raises: UserError."""
+    workdir = checkpoint.folder(workdir)
+    if not files.exists(workdir):
+        raise UserError(f"--workdir={workdir}: expected a folder with checkpoints, found none")
+    checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
+    steps = checkpoints.steps()
+    chosen = max(steps, default=None) if step is None else step
+    if chosen not in steps:
+        found = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"{workdir}: expected a checkpoint{'' if step is None else f' of step {step}'}, found {found}")
+    return checkpoints, chosen
+
+
+class Digest:
+    """Names the values of some parameters, taken as bfloat16, so that a model read in any dtype has one digest."""
+
+    def __init__(self):
+        self._sums = {}
+
+    def add(self, name: str, parts: list[jax.Array]) -> None:
+        """The arrays of a parameter, one a layer."""
+        self._sums[name] = [[list(part.shape), *_fingerprints(part)] for part in parts]
+
+    def text(self) -> str:
+        return hashlib.sha256(json.dumps(self._sums).encode()).hexdigest()
 
 
 def for_serving(params, config: ModelConfig) -> dict:
@@ -135,10 +170,7 @@ def _fingerprints(part) -> list[int]:
 
 @jax.jit
 def _fingerprint(x, seed):
-    """A 32-bit sum over the bits and places of all elements: the same on any mesh, as integers add in any order.
-
-    Values are taken as bfloat16, so that a model read in either dtype has one digest.
-    """
+    """A 32-bit sum over the bits and places of all elements: the same on any mesh, as integers add in any order."""
     place = jnp.full(x.shape, seed, jnp.uint32)
     for axis in range(x.ndim):
         stride = int(np.prod(x.shape[axis + 1 :])) % 2**32

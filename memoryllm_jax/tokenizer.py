@@ -131,7 +131,7 @@ def _pieces(text: str) -> Iterator[str]:
             yield piece
 
 
-def _need(package: str):
+def need(package: str):
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -150,8 +150,8 @@ def _load_sentencepiece(content):
     return processor.vocab_size(), bos, eos, encode_batch, processor.decode
 
 
-def _load_llama3(content):
-    tiktoken = _need("tiktoken")
+def llama3_tokens(content: bytes) -> tuple[dict[bytes, int], dict[str, int]]:
+    """Ids of the tokens in a file of tiktoken ranks, and of Llama 3's special tokens. Raises: UserError."""
     ranks = {}
     for number, line in enumerate(content.splitlines(), 1):
         try:
@@ -166,18 +166,23 @@ def _load_llama3(content):
     n = len(ranks)
     specials = {name: n + offset for name, offset in LLAMA3_SPECIALS.items()}
     taken = set(specials.values())
-    specials |= {f"<|reserved_{i}|>": i for i in range(n, n + LLAMA3_RESERVED) if i not in taken}
+    return ranks, specials | {f"<|reserved_{i}|>": i for i in range(n, n + LLAMA3_RESERVED) if i not in taken}
+
+
+def _load_llama3(content):
+    tiktoken = need("tiktoken")
+    ranks, specials = llama3_tokens(content)
     encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
 
     def encode_batch(texts, threads):
         return encoding.encode_ordinary_batch(texts, num_threads=threads)
 
     bos, eos = specials["<|begin_of_text|>"], specials["<|end_of_text|>"]
-    return n + LLAMA3_RESERVED, bos, eos, encode_batch, encoding.decode
+    return len(ranks) + LLAMA3_RESERVED, bos, eos, encode_batch, encoding.decode
 
 
 def _load_hf(content):
-    tokenizer = _need("tokenizers").Tokenizer.from_str(content.decode("utf-8"))
+    tokenizer = need("tokenizers").Tokenizer.from_str(content.decode("utf-8"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     bos, eos = (

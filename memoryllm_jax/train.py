@@ -31,6 +31,7 @@ from memoryllm_jax import attention, checkpoint, chips, cli, data, files, metric
 from memoryllm_jax import config as config_lib
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.config import Config
+from memoryllm_jax.convert import starting_params
 from memoryllm_jax.decoder import Decoder, LiveRows
 from memoryllm_jax.sampling import Sampling, generate
 from memoryllm_jax.saved import for_serving
@@ -80,12 +81,20 @@ def _train(config: Config, workdir: str, devices, profile, stop: "StopSignal", f
     description = checkpoint.describe(config, dataset, tokenizer)
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
     at_exit.callback(checkpoints.close)
-    start = checkpoints.latest() or 0
+    newest = checkpoints.latest()
+    if newest == 0:
+        raise UserError(
+            f"{workdir}: expected a folder of a training run, found an imported model: "
+            f"start from it in another one, with --config=configs/start.py:ARCHITECTURE@{workdir}"
+        )
+    start = newest or 0
     if start:
         checkpoint.check_matches(checkpoints.description(start), description, f"{workdir}/{start}")
         state = checkpoints.restore(start, trainer.state_shape)
     else:
         state = trainer.init(jax.random.key(config.seed))
+        if config.start.workdir:
+            state["params"] = starting_params(config, tokenizer, state["params"], mesh)
     writer = metrics.Writer(config, description, workdir, start, first_host)
     at_exit.callback(writer.close)
     progress = cli.Progress("train", config.steps, "step", initial=start, enabled=first_host)

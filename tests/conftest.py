@@ -19,6 +19,8 @@ import pytest
 from memoryllm_jax import config as config_lib
 from memoryllm_jax import documents, prepare
 
+GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden_hf")
+
 
 def with_devices(count: int) -> dict[str, str]:
     """The environment of a command with so many emulated devices that computes as the tests here do."""

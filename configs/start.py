@@ -1,0 +1,25 @@
+"""Training that starts from a trained or imported model: the same architecture goes on, base becomes memory or flex-B.
+
+    python -m memoryllm_jax.train --config=configs/start.py:memory@WORKDIR --workdir=DIR --config.data.path=DATA
+
+The name before @ is the architecture, WORKDIR after it the model's workdir (`export --import` makes one of a Hugging
+Face directory). Its newest checkpoint gives the sizes and the parameters; the optimizer starts anew. The data must be
+prepared with its tokenizer. docs/huggingface.md tells how base is converted, and what that came to.
+"""
+
+import dataclasses
+
+from memoryllm_jax import config, saved
+
+
+def get_config(start="base@"):
+    architecture, _, workdir = start.partition("@")
+    c = config.default(architecture)
+    beta, compute_input = c.model.beta, c.model.compute_input
+    c.model.update(dataclasses.asdict(saved.config_of(workdir).model))
+    c.model.beta, c.model.compute_input = beta, compute_input
+    c.model.attention = "auto"
+    c.start.workdir = workdir
+    c.steps = 10_000
+    c.optimizer.warmup_steps = 500
+    return c

@@ -1,0 +1,65 @@
+"""The model card, filled from the run."""
+
+import json
+import os
+
+from memoryllm_jax import config as config_lib
+from memoryllm_jax import files, metrics
+from memoryllm_jax.saved import SavedModel
+
+_USE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(DIR)
+model = AutoModelForCausalLM.from_pretrained(DIR{trust})
+inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+"""
+_TOL = """
+Every FFN-M reads the token's embedding alone, so its outputs can be looked up: `python -m memoryllm_jax.precompute`
+writes them into a file, and `from_pretrained(DIR, trust_remote_code=True, tol="FILE")` then loads no FFN-M weights.
+"""
+
+
+def text(saved: SavedModel, dtype: str) -> str:
+    """Markdown with the metadata that model hubs read."""
+    run = config_lib.from_saved(saved.description["config"])
+    c, counts = saved.config, metrics.parameters(run)
+    tags = ["base_model" if not c.memory_dim else "memoryllm", "memoryllm_jax"]
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {t}" for t in tags)]
+    widths = f"FFN width {c.compute_dim}" if not c.memory_dim else f"FFN-C width {c.compute_dim}, FFN-M {c.memory_dim}"
+    facts = {
+        "architecture": f"{c.architecture}, {c.layers} layers of width {c.dim}, {c.heads} heads "
+        f"({c.key_heads} for keys and values), {widths}, {c.vocab_size:,} token ids",
+        "parameters": f"{counts['total']:,}: {counts['active']:,} active, {counts['ffn_m']:,} in the token memory, "
+        f"{counts['embedding_and_head']:,} in embedding and head",
+        "dtype": dtype,
+        "context": f"{saved.context:,} tokens",
+        "tokenizer": f"{saved.tokenizer.kind}, SHA-256 {saved.tokenizer.digest}",
+        "data": f"digest {saved.description['data']['digest']}",
+    }
+    if saved.step:
+        facts["training"] = (
+            f"{saved.step:,} steps, {saved.step * run.batch_size * run.seq_len:,} tokens, seed {run.seed}"
+        )
+        facts["optimizer"] = ", ".join(f"{k} {v}" for k, v in config_lib.flatten(run).items() if "optimizer." in k)
+    facts |= _validation(saved)
+    lines = [*head, "---", "", f"# {c.architecture}", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    trust = ", trust_remote_code=True" if c.memory_dim else ""
+    return "\n".join([*lines, "", _USE.format(trust=trust)]) + (_TOL if c.memory_dim else "")
+
+
+def _validation(saved):
+    """The held-out loss of this very step, from the run's records."""
+    path = os.path.join(saved.workdir, "metrics.jsonl")
+    if not files.exists(path):
+        return {}
+    records = [json.loads(line) for line in files.read_bytes(path, "metrics").decode().splitlines() if line.strip()]
+    found = [r for r in records if r.get("kind") == "validation" and r.get("step") == saved.step]
+    if not found:
+        return {}
+    r = found[-1]
+    return {"held-out text": f"{r['loss']:.4f} nats a token, {r['bits_per_byte']:.4f} bits per byte"}

@@ -1,0 +1,63 @@
+"""Makes the golden directories: python tests/golden_hf/make.py, with PyTorch and transformers installed."""
+
+import os
+import shutil
+import sys
+import tempfile
+
+import numpy as np
+import torch
+import transformers
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+from test_hf import IDS, LLAMA3_ROPE, their_logits, their_text, write_tokenizer  # noqa: E402
+
+from memoryllm_jax import export  # noqa: E402
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+
+
+def keep(model, folder):
+    np.save(f"{folder}/logits.npy", their_logits(model, IDS))
+    np.save(f"{folder}/text.npy", their_text(model, IDS[0].tolist(), 8))
+    for name in ("generation_config.json", "README.md", "modeling_memoryllm.py", "tokenizer_config.json"):
+        if os.path.exists(f"{folder}/{name}"):
+            os.remove(f"{folder}/{name}")
+
+
+def main():
+    torch.manual_seed(0)
+    for name in ("base", "memory", "flex"):
+        shutil.rmtree(f"{HERE}/{name}", ignore_errors=True)
+    rope = {"rope_theta": 1e4} | LLAMA3_ROPE
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, rope_parameters=rope))
+    llama.save_pretrained(f"{HERE}/base")
+    write_tokenizer(f"{HERE}/base")
+    keep(llama, f"{HERE}/base")
+    for name, beta, width, memory in (("memory", 0.0, 0, 40), ("flex", 3.0, 16, 24)):
+        with tempfile.TemporaryDirectory() as scratch:
+            code = transformers.dynamic_module_utils
+            module = os.path.join(os.path.dirname(export.__file__), "hf")
+            auto = code.get_class_from_dynamic_module("modeling_memoryllm.MemoryLLMConfig", module)
+            config = auto(**SHAPE | {"intermediate_size": width, "memory_size": memory, "beta": beta})
+            kind = code.get_class_from_dynamic_module("modeling_memoryllm.MemoryLLMForCausalLM", module)
+            model = kind(config)
+            model.save_pretrained(scratch)
+            write_tokenizer(scratch)
+            folder = f"{HERE}/{name}"
+            shutil.copytree(scratch, folder)
+            keep(model, folder)
+
+
+if __name__ == "__main__":
+    main()

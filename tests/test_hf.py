@@ -1,0 +1,355 @@
+"""In and out of Hugging Face's layout: against transformers, against golden logits, and bit by bit."""
+
+import base64
+import dataclasses
+import filecmp
+import functools
+import itertools
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from conftest import GOLDEN
+from safetensors.numpy import load_file, save_file
+
+from memoryllm_jax import config as config_lib
+from memoryllm_jax import convert, data, documents, export, generate, precompute, sharding, tokenizer, train
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.hf import names, settings
+from memoryllm_jax.hf import tokenizer as hf_tokenizer
+from memoryllm_jax.sampling import Sampling
+from memoryllm_jax.saved import SavedModel
+from memoryllm_jax.step import Trainer
+from memoryllm_jax.tol import options
+
+IDS = np.random.default_rng(0).integers(0, 64, (2, 12))
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS = {
+    "base": ("base", {}),
+    "memory": ("memory", {}),
+    "flex": ("flex-3", {"model.kv_heads": 2, "model.tie_embeddings": True}),
+    "layernorm": ("flex-3", {"model.norm": "layernorm", "model.compute_input": "after_attention"}),
+}
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    pytest.importorskip("torch", reason="the independent side is PyTorch")
+    return pytest.importorskip("transformers", reason="the independent side is Hugging Face transformers")
+
+
+@pytest.fixture(scope="session")
+def workdir(data_path, tmp_path_factory):
+    """workdir(name, steps): a model trained for so few steps, of large initial weights, so that its texts vary."""
+    folder = tmp_path_factory.mktemp("hf")
+
+    @functools.cache
+    def make(name, steps=1):
+        architecture, overrides = MODELS[name]
+        c = config_lib.default(architecture)
+        c.steps, c.batch_size, c.seq_len = steps, 8, 64
+        c.model.dim, c.model.layers, c.model.heads, c.model.dtype, c.model.init_std = 32, 2, 4, "float32", 0.1
+        c.data.path, c.data.epochs, c.eval.batches, c.log.tensorboard = data_path, 9, 1, False
+        c.update_from_flattened_dict(overrides)
+        path = str(folder / f"{name}-{steps}")
+        assert train.train(config_lib.resolve(c), path, jax.devices()[:1]) == 0
+        return path
+
+    return make
+
+
+def our_logits(workdir, ids):
+    """[B, T, V] from the plain equations, of a checkpoint's parameters."""
+    saved = SavedModel(workdir, dtype="float32")
+    params, _ = saved.load(lambda _: True)
+    stacked = {k: jax.tree.map(lambda *x: jnp.stack(x), *params[k]) for k in ("layers", "memory") if k in params}
+    saved.close()
+    return np.asarray(reference.logits(params | stacked, ids, saved.config))
+
+
+def their_logits(model, ids):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(ids.astype(np.int64))).logits.float().numpy()
+
+
+def their_text(model, prompt, tokens):
+    import torch
+
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name, steps", [("base", 1), ("memory", 20), ("flex", 20), ("layernorm", 1)])
+def test_exported_models_compute_what_ours_do(transformers, workdir, name, steps, tmp_path):
+    """Logits, and greedy text through either side's cache; for FFN-M live and looked up."""
+    if name == "layernorm":
+        assert_refused("config.model.norm: expected rmsnorm", export_base_with_layernorm, workdir("base"))
+    path, out = workdir(name, steps), str(tmp_path / "hf")
+    export.export(path, out)
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, out, trust_remote_code=name != "base")
+    with open(f"{out}/README.md") as file:
+        assert f"{steps:,} steps" in file.read()
+    ours = generate.Model(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    prompt = ours.prompt("A string is\ta sequence, of\n\n  12 ünits")
+    assert tokenizer("A string is\ta sequence, of\n\n  12 ünits").input_ids == prompt
+    assert tokenizer.decode(prompt, skip_special_tokens=True) == ours.tokenizer.decode(prompt)
+    text = [token for new in ours.generate([prompt], 20, Sampling(0)) for _, token in new]
+    sides = [load()]
+    if name != "base":
+        precompute.precompute(path, str(tmp_path / "tol"), options.Options(bits=32))
+        sides.append(load(tol=str(tmp_path / "tol")))
+        assert not [n for n, _ in sides[1].named_parameters() if ".memory." in n]
+    for model in sides:
+        np.testing.assert_allclose(their_logits(model, IDS), our_logits(path, IDS), atol=1e-4)
+        assert their_text(model, prompt, 20) == text
+
+
+def export_base_with_layernorm(path):
+    saved = SavedModel(path)
+    saved.close()
+    settings.to_json(dataclasses.replace(saved.config, norm="layernorm"), 64, "float32", None, None)
+
+
+def assert_refused(message, function, *args):
+    with pytest.raises(UserError, match=message):
+        function(*args)
+
+
+@pytest.mark.parametrize("name", ["memory", "flex"])
+def test_compressed_rows_are_read_by_the_modeling_file(transformers, workdir, name, tmp_path):
+    """Two tiers of bits and ranks with a dropped layer: as our own reader reads them; damage and strangers refused."""
+    path, out, tol = workdir(name, 20), str(tmp_path / "hf"), str(tmp_path / "tol")
+    export.export(path, out)
+    precompute.precompute(path, tol, options.Options(bits=5, rank="50%", drop_layers=(1,)))
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, out, trust_remote_code=True)
+    ours = generate.Model(path, tol)
+    prompt = ours.prompt("The file is")
+    text = [token for new in ours.generate([prompt], 20, Sampling(0)) for _, token in new]
+    assert their_text(load(tol=tol), prompt, 20) == text
+    other = str(tmp_path / "other")
+    precompute.precompute(workdir(name, 1), other, options.Options())
+    with pytest.raises(ValueError, match="decoder_digest: expected"):
+        load(tol=other)
+
+
+@pytest.mark.parametrize(
+    "dtype, tied, rope", [("float32", False, LLAMA3_ROPE), ("bfloat16", True, None), ("float16", False, None)]
+)
+def test_import_is_llama_and_goes_back_bit_by_bit(transformers, tmp_path, dtype, tied, rope):
+    torch = pytest.importorskip("torch")
+    source, path, out = (str(tmp_path / n) for n in ("source", "work", "out"))
+    torch.manual_seed(0)
+    rope = {"rope_theta": 5e5} | (rope or {"rope_type": "linear", "factor": 2.0})
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=88, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, rms_norm_eps=3e-6, tie_word_embeddings=tied, max_position_embeddings=64,
+            rope_parameters=rope, initializer_range=0.2,
+        )
+    ).to(getattr(torch, dtype))  # fmt: skip
+    llama.save_pretrained(source, max_shard_size="20KB")
+    write_tokenizer(source)
+    export.import_(source, path)
+    np.testing.assert_allclose(our_logits(path, IDS), their_logits(llama.float(), IDS), atol=1e-4)
+    export.export(path, out)
+    files = [name for name in os.listdir(source) if "safetensors" in name]
+    assert len(files) > 2
+    for name in files:
+        if name.endswith(".json"):
+            theirs, ours = (json.load(open(f"{folder}/{name}"))["weight_map"] for folder in (source, out))
+            assert theirs == ours
+        else:
+            assert filecmp.cmp(f"{source}/{name}", f"{out}/{name}", shallow=False), name
+    other = next(d for d in ("float32", "bfloat16") if d != dtype)
+    export.export(path, str(tmp_path / "other"), dtype=other)
+    (single,) = [n for n in os.listdir(tmp_path / "other") if n.endswith("safetensors")]
+    llama = llama.to(getattr(torch, other))
+    for name, tensor in load_file_of(str(tmp_path / "other" / single)).items():
+        assert torch.equal(tensor, llama.state_dict()[name]), name
+
+
+def load_file_of(path):
+    from safetensors.torch import load_file as load
+
+    return load(path)
+
+
+def write_tokenizer(folder):
+    """A tokenizer.json of 64 ids."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {chr(32 + i): i for i in range(62)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    made.add_special_tokens(["<s>", "</s>"])
+    made.save(os.path.join(folder, "tokenizer.json"))
+
+
+@pytest.mark.parametrize("name", ["base", "memory", "flex"])
+def test_golden_logits(name, tmp_path):
+    """Small models whose logits transformers gave, to be checked where it is not (tests/golden_hf/make.py)."""
+    export.import_(f"{GOLDEN}/{name}", str(tmp_path / "work"))
+    golden = np.load(f"{GOLDEN}/{name}/logits.npy")
+    np.testing.assert_allclose(our_logits(str(tmp_path / "work"), IDS), golden, atol=1e-5)
+    model = generate.Model(str(tmp_path / "work"))
+    text = [token for new in model.generate([IDS[0].tolist()], 8, Sampling(0)) for _, token in new]
+    assert text == np.load(f"{GOLDEN}/{name}/text.npy").tolist()
+    export.export(str(tmp_path / "work"), str(tmp_path / "out"))
+    assert filecmp.cmp(f"{GOLDEN}/{name}/model.safetensors", tmp_path / "out" / "model.safetensors", shallow=False)
+
+
+def config_json(**changes):
+    with open(f"{GOLDEN}/base/config.json") as file:
+        return json.load(file) | changes
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "mistral"}, "model_type: expected llama .*, found 'mistral'"),
+        ({"attention_bias": True}, "attention_bias: expected False, found True"),
+        ({"mlp_bias": True}, "mlp_bias: expected False, found True"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
+        ({"head_dim": 12}, "head_dim: expected hidden_size / num_attention_heads = 4, found 12"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling: expected one of default, .*, found 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: expected a number, found None"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: expected None"),
+        ({"sliding_window": 4096}, "sliding_window: expected None, found 4096"),
+        ({"hidden_size": None}, "hidden_size: expected a number .*, found None"),
+        ({"num_key_value_heads": 3}, "config.model.kv_heads: expected a divisor of model.heads = 4"),
+    ],
+)
+def test_what_the_family_cannot_express_is_refused_by_name(changes, message):
+    with pytest.raises(UserError, match=message):
+        settings.from_json(config_json(**changes), "config.json")
+
+
+def test_damaged_directories_are_named_and_leave_nothing(tmp_path):
+    def import_changed(change):
+        source = tmp_path / f"source{len(os.listdir(tmp_path))}"
+        source.mkdir()
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            (source / name).write_bytes(open(f"{GOLDEN}/base/{name}", "rb").read())
+        change(source)
+        export.import_(str(source), str(tmp_path / "work"))
+
+    def without(name):
+        def change(source):
+            tensors = load_file(source / "model.safetensors")
+            tensors.pop(name, None)
+            tensors |= {"model.layers.0.mlp.bias": np.zeros(3, np.float32)} if name == "" else {}
+            save_file(tensors, source / "model.safetensors")
+
+        return change
+
+    def cut(source):
+        raw = (source / "model.safetensors").read_bytes()
+        (source / "model.safetensors").write_bytes(raw[:-9])
+
+    for change, message in (
+        (without("lm_head.weight"), "expected a tensor lm_head.weight, found none"),
+        (without(""), "tensor model.layers.0.mlp.bias: this model family has no place for it"),
+        (cut, "model.safetensors: cannot be read as a safetensors file"),
+        (lambda source: os.remove(source / "tokenizer.json"), "expected tokenizer.json or tokenizer.model"),
+        (lambda source: os.remove(source / "model.safetensors"), "expected model.safetensors or"),
+    ):
+        assert_refused(message, import_changed, change)
+        assert not os.path.exists(tmp_path / "work")
+
+
+def test_tokenizers_become_tokenizer_json(data_path, tmp_path):
+    """The same ids and texts for both kinds that are not one already."""
+    tokenizers = pytest.importorskip("tokenizers")
+    text = "".join(t for t, _ in itertools.islice(documents.read("embedded"), 3)) + "\t\x00 é漢字🙂 \n\n   x  1234567"
+    ranks = [bytes([i]) for i in range(256)] + [b"th", b"he", b"the", b" the", b"in", b"ing", b" a", b"12", b"123"]
+    lines = b"\n".join(base64.b64encode(t) + b" " + str(i).encode() for i, t in enumerate(ranks))
+    (tmp_path / "llama3.model").write_bytes(lines)
+    for ours in (data.Dataset(data_path).tokenizer(), tokenizer.load(f"llama3:{tmp_path}/llama3.model")):
+        theirs = tokenizers.Tokenizer.from_str(hf_tokenizer.to_json(ours).decode())
+        for piece in [text[i : i + 500] for i in range(0, len(text), 500)]:
+            ids = theirs.encode(piece).ids
+            assert ids[0] == ours.bos_id and ids[1:] == ours.encode(piece), piece
+            assert theirs.decode(ids) == ours.decode(ids[1:]) == piece
+
+
+@pytest.mark.parametrize("name, tensor", [("memory", 1), ("flex-3", 1), ("flex-3", 3)])
+def test_converted_ffns_add_up_to_that_of_base(make_config, workdir, data_path, name, tensor):
+    """At one input FFN-C and FFN-M together are base's FFN; everything else is base's, on padded meshes too."""
+    start = {"start.workdir": workdir("base"), "mesh.fsdp": 1, "mesh.tensor": tensor}
+    config = train.complete(make_config(name, **start, **{"model.init_std": 0.1}), data.Dataset(data_path))
+    trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:tensor]))
+    params = trainer.init(jax.random.key(9))["params"]
+    params = convert.starting_params(config, data.Dataset(data_path).tokenizer(), params, trainer.mesh)
+    saved = SavedModel(workdir("base"))
+    base, m = {n: np.asarray(saved.leaf(n, jnp.float32)) for n in saved.names()}, config.model
+    saved.close()
+    got = {"/".join(k.key for k in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    x = np.random.default_rng(0).normal(size=(7, m.dim)).astype(np.float32)
+    for layer in range(m.layers):
+        parts = {where: {p: base[f"layers/ffn/{p}"][layer] for p in ("gate", "up", "down")} for where in ("base",)}
+        for where in ("layers", "memory") if m.compute_dim else ("memory",):
+            parts[where] = {p: got[f"{where}/ffn/{p}"][layer] for p in ("gate", "up", "down")}
+        whole, *halves = (reference.swiglu(x, p) for p in parts.values())
+        np.testing.assert_allclose(sum(halves), whole, atol=1e-5)
+    np.testing.assert_array_equal(got["memory/norm/scale"], base["layers/ffn_norm/scale"])
+    np.testing.assert_array_equal(got["embedding"][: m.vocab_size], base["embedding"])
+    np.testing.assert_array_equal(got["layers/attention/q"][:, :, : m.heads], base["layers/attention/q"])
+
+
+def test_training_starts_from_a_model(workdir, data_path, tmp_path):
+    """configs/start.py: the same architecture goes on from its loss; strangers and workdirs of imports are refused."""
+    first = json.load(open(f"{workdir('memory', 20)}/result.json"))["validation"]["loss"]
+
+    def start(architecture="memory", source=None, **overrides):
+        c = config_lib.load(f"configs/start.py:{architecture}@{source or workdir('memory', 20)}")
+        c.steps, c.batch_size, c.seq_len, c.log.tensorboard = 1, 8, 64, False
+        c.data.path, c.eval.batches, c.optimizer.peak_lr, c.optimizer.final_lr = data_path, 1, 1e-9, 0.0
+        c.update_from_flattened_dict(overrides)
+        return config_lib.resolve(c)
+
+    assert train.train(start(), str(tmp_path / "more"), jax.devices()[:1]) == 0
+    assert json.load(open(tmp_path / "more/result.json"))["validation"]["loss"] == pytest.approx(first, abs=1e-5)
+    export.import_(f"{GOLDEN}/base", str(tmp_path / "imported"))
+    for config, target, message in (
+        (start("flex-1"), "a", "config.model.beta: expected 0.0 as in .*, found 1.0"),
+        (start(**{"model.dim": 64}), "b", "config.model.dim: expected 32 as in .*, found 64"),
+        (start(source=f"{tmp_path}/imported", **{"model.vocab_size": 512}), "c", "model.vocab_size: expected 64 as in"),
+        (start(), "imported", "expected a folder of a training run, found an imported model"),
+    ):
+        assert_refused(message, train.train, config, str(tmp_path / target), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_grouped_heads_on_padded_meshes(make_config, data_path, tensor):
+    """Two key-value heads for six of the query's: losses and gradients are those of one device."""
+    overrides = {"model.dim": 48, "model.heads": 6, "model.kv_heads": 2, "mesh.fsdp": 1}
+    values = []
+    for parts in (1, tensor):
+        config = train.complete(make_config("base", **overrides, **{"mesh.tensor": parts}), data.Dataset(data_path))
+        trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:parts]))
+        batches = data.TrainBatches(config, data.Dataset(data_path), 1, [0])
+        state, losses = trainer.init(jax.random.key(0)), []
+        for step in range(3):
+            batch = data.place(batches[step], batches.sizes()[-1], trainer.batch_sharding, config.model)
+            state, metrics = trainer.train(state, batch)
+            losses.append(float(metrics["loss"]))
+        values.append(losses)
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-5)
+
+
+def test_names_cover_every_parameter(make_config):
+    for architecture in ("base", "memory", "flex-3"):
+        m = make_config(architecture, **{"model.vocab_size": 10}).model
+        assert len({t.name for t in names.tensors(m)}) == len(names.tensors(m))
