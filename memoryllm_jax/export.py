@@ -100,20 +100,28 @@ def _write_tensors(saved, writer, tensors):
     progress = cli.Progress("export", len(by_leaf), "parameter")
     try:
         for done, name in enumerate(saved.names()):
-            leaf = saved.leaf(name, jnp.float32)
-            parts = leaf if by_leaf[name][0].layer is not None else [leaf]
-            sums = []
-            for tensor, value in zip(by_leaf[name], parts):
-                writer.write(tensor.name, tensor.from_ours(np.asarray(value)))
-                sums.append(value)
-            if not saved.is_memory(name):
-                decoder.add(name, sums)
+            kinds = {writer.dtype(tensor.name) for tensor in by_leaf[name]}
+            dtype = kinds.pop() if len(kinds) == 1 else jnp.float32
+            for tensor, part in _parts(saved, name, dtype, by_leaf[name]):
+                writer.write(tensor.name, tensor.from_ours(np.asarray(part)))
+                if not saved.is_memory(name) and dtype != jnp.float16:
+                    decoder.add(name, part)
+            if not saved.is_memory(name) and dtype == jnp.float16:  # a digest is of bfloat16, rounded once
+                for _, part in _parts(saved, name, jnp.bfloat16, by_leaf[name]):
+                    decoder.add(name, part)
             progress.update(done + 1)
         writer.finish()
     finally:
         writer.close()
         progress.close()
     return decoder.text()
+
+
+def _parts(saved, name, dtype, tensors):
+    """(tensor, its part) of one parameter, of which a layer at a time is held beside it."""
+    leaf = saved.leaf(name, dtype)
+    for tensor in tensors:
+        yield tensor, leaf if tensor.layer is None else leaf[tensor.layer]
 
 
 def _write_tokenizer(saved, folder, source):

@@ -64,10 +64,11 @@ class SavedModel:
             if wanted(name):
                 dtype = jnp.float32 if name.endswith("scale") else jnp.dtype(self.config.dtype)
                 value = _for_serving(name, self.leaf(name, dtype), self.config)
-                digest.add(name, value if isinstance(value, list) else [value])
+                for part in value if isinstance(value, list) else [value]:
+                    digest.add(name, part)
                 if keep:
                     _put(params, name.split("/"), value)
-                del value
+                del value, part
         return params, digest.text()
 
     def names(self) -> list[str]:
@@ -112,11 +113,11 @@ class Digest:
     """Names the values of some parameters, taken as bfloat16, so that a model read in any dtype has one digest."""
 
     def __init__(self):
-        self._sums = {}
+        self._sums: dict[str, list] = {}
 
-    def add(self, name: str, parts: list[jax.Array]) -> None:
-        """The arrays of a parameter, one a layer."""
-        self._sums[name] = [[list(part.shape), *_fingerprints(part)] for part in parts]
+    def add(self, name: str, part: jax.Array) -> None:
+        """A parameter, or the next layer's part of it."""
+        self._sums.setdefault(name, []).append([list(part.shape), *_fingerprints(part)])
 
     def text(self) -> str:
         return hashlib.sha256(json.dumps(self._sums).encode()).hexdigest()

@@ -114,6 +114,10 @@ class Writer:
                 self._places[name] = fd, 8 + len(raw) + header[name]["data_offsets"][0], dtype
             self.total_bytes += offset
 
+    def dtype(self, name: str) -> np.dtype:
+        """That a tensor is stored in."""
+        return DTYPES[self._places[name][2]]
+
     def write(self, name: str, tensor: np.ndarray) -> None:
         """In the dtype of the layout. Raises: UserError if a finite value has no place in it."""
         fd, offset, dtype = self._places[name]
