@@ -31,7 +31,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 def loading(dataset, tokens_wanted):
     """Tokens a second that one host's loader makes, distinct ids included, and what eight H100 need at 60% MFU."""
     c = config_lib.load(f"{HERE}/../configs/1b.py:memory")
-    c.batch_size, c.data.epochs, c.steps = DEVICES * SEQUENCES, 1000, 100
+    c.batch_size, c.data.epochs, c.steps = DEVICES * SEQUENCES, 1000, 500
     config = train.complete(config_lib.resolve(c), dataset)
     batches = data.TrainBatches(config, dataset, DEVICES, list(range(DEVICES)))
     step = config.batch_size * config.seq_len
@@ -47,9 +47,9 @@ def loading(dataset, tokens_wanted):
 
 
 def planning(layers):
-    """Seconds of a dry run of 1b flex-3 on 8 H100, which compiles the step for at least two batches."""
+    """Seconds of a dry run of 1b flex-3 on 256 H100, which compiles the step for two batches."""
     config = f"--config={HERE}/../configs/1b.py:flex-3"
-    command = [sys.executable, "-m", "memoryllm_jax.train", config, "--dry_run", "--devices=8", "--chip=h100"]
+    command = [sys.executable, "-m", "memoryllm_jax.train", config, "--dry_run", "--devices=256", "--chip=h100"]
     start = time.perf_counter()
     text = subprocess.run([*command, f"--config.model.layers={layers}"], capture_output=True, text=True, check=True)
     return {"seconds": time.perf_counter() - start, "compiled_for": text.stdout.splitlines()[1]}
@@ -58,8 +58,8 @@ def planning(layers):
 def stalls(dataset, path):
     """Of a run: seconds a step, seconds that a save holds the loop up, and seconds until it is on disk."""
     c = config_lib.default("memory")
-    c.model.dim, c.model.layers, c.model.heads, c.batch_size = 512, 8, 8, 4
-    c.data.path, c.steps, c.optimizer.warmup_steps, c.model.dtype = path, 8, 1, "float32"
+    c.model.dim, c.model.layers, c.model.heads, c.batch_size = 512, 8, 8, 1
+    c.data.path, c.steps, c.optimizer.warmup_steps, c.model.dtype = path, 6, 1, "float32"
     config = train.complete(config_lib.resolve(c), dataset)
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     batches = data.TrainBatches(config, dataset, 1, [0])

@@ -152,6 +152,16 @@ class HostBatch(dict):
         return max(len(ids) for ids, *_ in self.values())
 
 
+def _distinct(ids: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """np.unique(ids, return_inverse=True), by marks on the vocabulary: several times as fast as a sort."""
+    seen = np.zeros(vocab_size, bool)
+    seen[ids] = True
+    distinct = np.flatnonzero(seen)
+    place = np.empty(vocab_size, np.int32)
+    place[distinct] = np.arange(len(distinct))
+    return distinct, place[ids]
+
+
 class Batches(abc.ABC):
     """Batches by number, as a Grain source: training steps, or the held-out split from its start to its end.
 
@@ -174,7 +184,7 @@ class Batches(abc.ABC):
     def _shard(self, windows, weights):
         inputs = np.ascontiguousarray(windows[:, :-1]).reshape(-1)
         if self.config.model.unique_tokens:
-            ids, index = np.unique(inputs, return_inverse=True)
+            ids, index = _distinct(inputs, self.config.model.vocab_size)
         else:
             ids, index = inputs, np.arange(len(inputs))
         micro = (self.micro, -1)
@@ -237,7 +247,7 @@ class TrainBatches(Batches):
     def _rows(self, step, shard):
         T, first = self.config.seq_len, step * self.config.batch_size + shard * self.rows
         starts = [int(self._order[i]) * T for i in range(first, first + self.rows)]
-        return np.stack(self.tokens.read_each(starts, T + 1)), np.ones((self.rows, T))
+        return np.stack(self.tokens.read_each(starts, T + 1)), np.ones((self.rows, T), np.float32)
 
     def iterate(self, start: int):
         """HostBatches of steps start, start + 1, ..., read ahead by threads."""
@@ -261,7 +271,7 @@ class ValidationBatches(Batches):
 
     def _rows(self, step, shard):
         T = self.config.seq_len
-        windows, weights = np.zeros((self.rows, T + 1), np.int64), np.zeros((self.rows, T))
+        windows, weights = np.zeros((self.rows, T + 1), np.int64), np.zeros((self.rows, T), np.float32)
         first = (step * self.config.batch_size + shard * self.rows) * T
         starts = [start for start in range(first, first + self.rows * T, T) if start < self.tokens.tokens - 1]
         for row, window in enumerate(self.tokens.read_each(starts, T + 1)):

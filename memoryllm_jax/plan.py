@@ -11,6 +11,7 @@ Memory and collectives are read off the compiled step. Time is a roofline from d
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import math
 import re
@@ -56,15 +57,19 @@ def plan(config: Config, name: str, devices: list[jax.Device], tokens: float = 0
     sharding.check_batch(config, mesh)
     start = time.monotonic()
     sequences = _sequences(config, mesh)
-    try:
-        compiled = _Compiled(config, mesh)
-    except _OutOfMemoryError as error:
-        advice = "; or ".join(_changes(config, mesh, chip, 2)) or "take more devices"
-        raise UserError(f"the step does not fit: {error}; {advice}") from error
     other = dataclasses.replace(
         config, batch_size=config.batch_size // sequences * (sequences // 2 if sequences > 1 else 2)
     )
-    memory = compiled.memory | _batch_that_fits(compiled, _Compiled(other, mesh), chip)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiling = [pool.submit(_Compiled, c, mesh) for c in (config, other)]
+    if error := compiling[0].exception():
+        if not isinstance(error, _OutOfMemoryError):
+            raise error
+        advice = "; or ".join(_changes(config, mesh, chip, 2)) or "take more devices"
+        raise UserError(f"the step does not fit: {error}; {advice}") from error
+    compiled = compiling[0].result()
+    second = None if isinstance(compiling[1].exception(), _OutOfMemoryError) else compiling[1].result()
+    memory = compiled.memory | _batch_that_fits(compiled, second, chip)
     step_tokens = config.batch_size * config.seq_len
     rows = compiled.rows
     flops = {
@@ -163,7 +168,9 @@ class _Compiled:
         micro = (config.accumulate, tokens // config.accumulate)
         batch = Batch(ids, array(jnp.int32, *micro), array(jnp.int32, *micro), array(jnp.float32, *micro))
         try:
-            self.compiled = trainer.train.lower(trainer.state_shape, batch).compile()
+            # Nothing of an emulated step is run, so LLVM need not optimise it.
+            options = {"xla_backend_optimization_level": "0"} if platform == "cpu" else {}
+            self.compiled = trainer.train.lower(trainer.state_shape, batch).compile(options)
         except jax.errors.JaxRuntimeError as error:
             if used := re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm", str(error)):
                 raise _OutOfMemoryError(used[0]) from error
@@ -198,8 +205,15 @@ def _local_elements(tree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
-def _batch_that_fits(one: _Compiled, two: _Compiled, chip) -> dict:
-    """Bytes a sequence and the largest micro-batch of a device, from a line through two compiled batch sizes."""
+def _batch_that_fits(one: _Compiled, two: _Compiled | None, chip) -> dict:
+    """Bytes a sequence and the largest micro-batch of a device, from a line through two compiled batch sizes.
+
+    `two` is None if it has more sequences and its chip's compiler found no room for it.
+    """
+    if two is None:
+        activations = one.memory["activations"]
+        each, fixed = activations / one.sequences, one.memory["total"] - activations
+        return {"fixed": fixed, "each_sequence": each, "largest_sequences_a_device": one.sequences}
     each = (one.memory["total"] - two.memory["total"]) / (one.sequences - two.sequences)
     fixed = one.memory["total"] - each * one.sequences
     return {

@@ -15,17 +15,35 @@ def swiglu(x, p):
     return (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
 
 
-def rotate(x, theta):
-    """Each pair (x_i, x_{i+K/2}) turned by position * theta^(-2i/K), as complex numbers."""
+def frequencies(K, m):
+    """theta^(-2i/K), under llama3 divided by the factor where a turn takes longer than the original context allows."""
+    out = []
+    for i in range(K // 2):
+        f = m.rope_theta ** (-2 * i / K)
+        wavelength = 2 * np.pi / f
+        longest, shortest = (m.rope_original_context / x for x in (m.rope_low_freq_factor, m.rope_high_freq_factor))
+        if m.rope_scaling == "linear" or (m.rope_scaling == "llama3" and wavelength > longest):
+            f = f / m.rope_factor
+        elif m.rope_scaling == "llama3" and wavelength > shortest:
+            turns = m.rope_original_context / wavelength
+            share = (turns - m.rope_low_freq_factor) / (m.rope_high_freq_factor - m.rope_low_freq_factor)
+            f = share * f + (1 - share) * f / m.rope_factor
+        out.append(f)
+    return np.array(out)
+
+
+def rotate(x, m):
+    """Each pair (x_i, x_{i+K/2}) turned by position * frequency, as complex numbers."""
     T, K = x.shape[1], x.shape[-1]
-    angle = np.outer(np.arange(T), theta ** (-2 * np.arange(K // 2) / K))
+    angle = np.outer(np.arange(T), frequencies(K, m))
     z = (x[..., : K // 2] + 1j * x[..., K // 2 :]) * np.exp(1j * angle)[:, None]
     return jnp.concatenate([z.real, z.imag], -1)
 
 
 def attention(x, p, m):
     q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[name]) for name in "qkv")
-    q, k = rotate(q, m.rope_theta), rotate(k, m.rope_theta)
+    q, k = rotate(q, m), rotate(k, m)
+    k, v = (x[:, :, np.arange(m.heads) * x.shape[2] // m.heads] for x in (k, v))  # the head of each query head's group
     scores = jnp.einsum("bqhk,bshk->bhqs", q, k) / np.sqrt(m.head_dim)
     T = x.shape[1]
     scores = jnp.where(np.tril(np.ones((T, T), bool)), scores, -jnp.inf)

@@ -22,7 +22,9 @@ def to_json(c: ModelConfig, context: int, dtype: str, bos_id: int | None, eos_id
     """config.json: an ordinary Llama's for base, else one of the modeling file. Raises: UserError."""
     if c.memory_dim == 0 and c.norm != "rmsnorm":
         raise UserError(f"config.model.norm: expected rmsnorm, as Llama has no other, found {c.norm}")
-    scaling = {"rope_type": c.rope_scaling, "factor": c.rope_factor}
+    scaling = {"rope_type": "default"}
+    if c.rope_scaling != "none":
+        scaling = {"rope_type": c.rope_scaling, "factor": c.rope_factor}
     if c.rope_scaling == "llama3":
         scaling |= {
             "low_freq_factor": c.rope_low_freq_factor,
@@ -48,13 +50,15 @@ def to_json(c: ModelConfig, context: int, dtype: str, bos_id: int | None, eos_id
         "num_key_value_heads": c.key_heads,
         "pretraining_tp": 1,
         "rms_norm_eps": c.norm_eps,
-        "rope_scaling": None if c.rope_scaling == "none" else scaling,
-        "rope_theta": c.rope_theta,
+        "rope_parameters": {"rope_theta": c.rope_theta, **scaling},
+        "rope_theta": c.rope_theta,  # transformers before 5 reads this and rope_scaling
         "tie_word_embeddings": c.tie_embeddings,
         "torch_dtype": dtype,
         "use_cache": True,
         "vocab_size": c.vocab_size,
     }
+    if c.rope_scaling != "none":
+        out["rope_scaling"] = scaling
     if c.memory_dim:
         out |= {
             "architectures": ["MemoryLLMForCausalLM"],
