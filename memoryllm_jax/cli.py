@@ -58,6 +58,19 @@ def run(main, positional: bool = False) -> None:
         raise
 
 
+def define_model_flags() -> None:
+    """What `generate.model_from_flags` reads."""
+    flags.DEFINE_string("workdir", None, "folder with the trained model's checkpoints", required=True)
+    flags.DEFINE_string("tol", "", "ToL file; without it rows are computed from the weights")
+    flags.DEFINE_string("rows", "disk", "where the ToL file's rows are served from: device, host or disk")
+    flags.DEFINE_string(
+        "cache", "256MiB", "rows kept on the device, for host and disk; least recently used leave first"
+    )
+    flags.DEFINE_string("overlay", "", "edits of the rows, that `tol edit` wrote")
+    flags.DEFINE_integer("step", None, "checkpoint to read; by default the newest")
+    flags.DEFINE_string("dtype", "", "float32 or bfloat16, of the computation; by default that of the training")
+
+
 def define_multihost_flags() -> None:
     flags.DEFINE_bool("multihost", False, "join the run's other processes, which SLURM, TPU pods or Kubernetes tell of")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no scheduler tells of it")

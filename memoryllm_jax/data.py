@@ -83,6 +83,17 @@ class Dataset:
             list(pool.map(check, shards))
 
 
+def open_for(path: str, tokenizer_digest: str) -> Dataset:
+    """Prepared data for a model with this tokenizer. Raises: UserError if it was made with another."""
+    dataset = Dataset(path)
+    digest = dataset.tokenizer().digest
+    if digest != tokenizer_digest:
+        raise UserError(
+            f"--data={path}: made with another tokenizer: expected {tokenizer_digest[:12]}, found {digest[:12]}"
+        )
+    return dataset
+
+
 class Tokens:
     """One split as a stream of token ids over its shards, read by position."""
 

@@ -4,8 +4,6 @@ It holds attention, FFN-C and the output head. Rows of the token memory come fro
 know whether they were computed a moment ago or read from a disk. Shapes as in model.py; C is the cache's capacity.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +40,7 @@ class Decoder:
             lambda cache, new, position_B: [old.write(n, position_B) for old, n in zip(cache, new)], donate_argnums=0
         )
         self._score = jax.jit(self._score_body, static_argnames="length")
+        self._log_probs = jax.jit(self._log_probs_body, static_argnames="length")
 
     @property
     def weights_bytes(self) -> int:
@@ -78,6 +77,12 @@ class Decoder:
         with jax.set_mesh(self.mesh):
             batch = tuple(self._by_shard(x) for x in (index_BT, targets_BT, weights_BT))
             return self._score(self._params, rows, *batch, length=index_BT.shape[1])
+
+    def log_probs(self, rows: TokenRows, index_BT, targets_BT):
+        """(log-probability [B, T] of each target in nats, float32; whether it is the likeliest id)."""
+        with jax.set_mesh(self.mesh):
+            batch = self._by_shard(index_BT), self._by_shard(targets_BT)
+            return self._log_probs(self._params, rows, *batch, length=index_BT.shape[1])
 
     def _by_shard(self, x):
         return x.reshape(self.shards, -1)
@@ -116,10 +121,21 @@ class Decoder:
         return self._logits(params, x_BTD[:, 0]), new
 
     def _score_body(self, params, rows, index_SN, targets_SN, weights_SN, length):
+        scored = self._to_score(params, rows, index_SN, length)
+        return loss.cross_entropy(*scored, targets_SN, weights_SN, self._loss_options)[1]
+
+    def _log_probs_body(self, params, rows, index_SN, targets_SN, length):
+        found = loss.log_probs(*self._to_score(params, rows, index_SN, length), targets_SN, self._loss_options)
+        return tuple(x.reshape(-1, length) for x in found)
+
+    def _to_score(self, params, rows, index_SN, length):
+        """(final states [S, N, D], head)."""
         x_BTD, _ = self._hidden(params, rows, index_SN, jnp.arange(length))
-        x_SND = x_BTD.reshape(*index_SN.shape, -1)
-        options = loss.Options(self.config.vocab_size, 0.0, self.config.loss_chunk, self.config.dtype)
-        return loss.cross_entropy(x_SND, params["head"], targets_SN, weights_SN, options)[1]
+        return x_BTD.reshape(*index_SN.shape, -1), params["head"]
+
+    @property
+    def _loss_options(self):
+        return loss.Options(self.config.vocab_size, 0.0, self.config.loss_chunk, self.config.dtype)
 
 
 def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
@@ -139,10 +155,16 @@ class LiveRows:
     on_device = True
 
     def __init__(self, config: ModelConfig, params: dict, mesh):
-        self.mesh = mesh
+        self.mesh, self._config = mesh, config
         names = ("embedding", "memory") if config.memory_dim else ("embedding",)
         self._params = {name: params[name] for name in names}
-        self._rows = jax.jit(functools.partial(live_rows, config))
+        self._shards = sharding.batch_shards(mesh)
+        self._rows = jax.jit(self._rows_body)
+
+    def _rows_body(self, params, ids_U):
+        if len(ids_U) % self._shards == 0:
+            ids_U = constrain(ids_U, "shard")  # each device computes its part
+        return live_rows(self._config, params, ids_U)
 
     def fetch(self, ids_U) -> TokenRows:
         with jax.set_mesh(self.mesh):

@@ -34,11 +34,16 @@ def expand(pattern: str) -> list[str]:
         paths += [p if "://" not in part else fs.unstrip_protocol(p) for p in found]
     paths = list(dict.fromkeys(paths))
     for path in paths:
-        if path != EMBEDDED and _format(path) not in _FORMATS:
+        if not is_text(path):
             raise UserError(
                 f"input {path}: expected a name ending in .json, .jsonl, .txt (each also .gz or .zst) or .parquet"
             )
     return paths
+
+
+def is_text(pattern: str) -> bool:
+    """Whether `expand` takes it, by its name."""
+    return pattern == EMBEDDED or _format(pattern) in _FORMATS
 
 
 def size(path: str) -> int:

@@ -28,7 +28,7 @@ class Model:
 
     Args:
       tol: path of a ToL file; "" computes rows live.  place: device, host or disk.  cache: bytes of rows cached on
-        the device, for host and disk.  overlay: path of edits, or "".
+        the device, for host and disk.  overlay: path of edits, or "".  mesh: as of `SavedModel`.
     Raises: UserError.
     """
 
@@ -41,13 +41,14 @@ class Model:
         overlay: str = "",
         step: int | None = None,
         dtype: str = "",
+        mesh=None,
     ):
         if overlay and not tol:
             raise UserError("--overlay: expected --tol too, as edits are those of a ToL file")
         if place not in PLACES:
             raise UserError(f"--rows: expected one of {', '.join(PLACES)}, found {place!r}")
         self._tol = format.TolFile(tol) if tol else None  # first: a broken file is told of at once
-        self.saved = saved = SavedModel(workdir, step, dtype)
+        self.saved = saved = SavedModel(workdir, step, dtype, mesh)
         self.tokenizer, self.config = saved.tokenizer, saved.config
         if self._tol is None:
             params, _ = saved.load(lambda name: True)
@@ -83,6 +84,14 @@ class Model:
         self.saved.close()
         if self._tol is not None:
             self._tol.close()
+
+
+def model_from_flags(mesh=None) -> Model:
+    """The model that the flags of `cli.define_model_flags` name. Raises: UserError."""
+    f = flags.FLAGS
+    if not f.tol and (f["rows"].present or f["cache"].present):
+        raise UserError("--rows, --cache: expected --tol too, as they say where its rows come from")
+    return Model(f.workdir, f.tol, f.rows, options.size(f.cache, "cache"), f.overlay, f.step, f.dtype, mesh)
 
 
 class Streamer:
@@ -195,14 +204,10 @@ def stats_text(stats: dict) -> str:
 def main():
     f = flags.FLAGS
     sampling = Sampling(f.temperature, f.top_k, f.top_p)
-    if not f.tol and (f["rows"].present or f["cache"].present):
-        raise UserError("--rows, --cache: expected --tol too, as they say where its rows come from")
     prompts = read_prompts(f.prompt, f.prompts)
     if f.max_tokens < 1:
         raise UserError(f"--max_tokens: expected at least 1, found {f.max_tokens}")
-    cache = options.size(f.cache, "cache")
-    model = Model(f.workdir, f.tol, f.rows, cache, f.overlay, f.step, f.dtype)
-    with contextlib.closing(model):
+    with contextlib.closing(model_from_flags()) as model:
         results, stats = run(model, prompts, f.max_tokens, sampling, f.seed, f.stop)
         if f.stats:
             print(stats_text(stats), file=sys.stderr)
@@ -212,17 +217,9 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder with the trained model's checkpoints", required=True)
+    cli.define_model_flags()
     flags.DEFINE_multi_string("prompt", [], "text to go on from; give it more than once for a batch")
     flags.DEFINE_string("prompts", "", "text file with one prompt a line")
-    flags.DEFINE_string("tol", "", "ToL file; without it rows are computed from the weights")
-    flags.DEFINE_string("rows", "disk", "where the ToL file's rows are served from: device, host or disk")
-    flags.DEFINE_string(
-        "cache", "256MiB", "rows kept on the device, for host and disk; least recently used leave first"
-    )
-    flags.DEFINE_string("overlay", "", "edits of the rows, that `tol edit` wrote")
-    flags.DEFINE_integer("step", None, "checkpoint to read; by default the newest")
-    flags.DEFINE_string("dtype", "", "float32 or bfloat16, of the computation; by default that of the training")
     flags.DEFINE_integer("max_tokens", 128, "new tokens a prompt, fewer where the context ends")
     flags.DEFINE_float("temperature", 0.8, "0 is greedy")
     flags.DEFINE_integer("top_k", 0, "draw from the k likeliest tokens; 0: all")

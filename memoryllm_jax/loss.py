@@ -31,23 +31,48 @@ def cross_entropy(x_SND, head_VD, targets_SN, weights_SN, options: Options):
       (total, nll): sum of weight * (nll + z_loss * log-partition^2), and of weight * nll, in nats, float32.
       Only the total has a gradient.
     """
-    N = x_SND.shape[1]
-    chunk = min(options.chunk, N)
-    pad = -N % chunk
+    x, targets, weights = (_chunks(a, options.chunk) for a in (x_SND, targets_SN, weights_SN))
+    return _summed(options, x, head_VD, targets, weights)
 
-    def chunks(a):
-        a = jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2))
-        return a.reshape(a.shape[0], -1, chunk, *a.shape[2:]).swapaxes(0, 1)
 
-    return _summed(options, chunks(x_SND), head_VD, chunks(targets_SN), chunks(weights_SN))
+def log_probs(x_SND, head_VD, targets_SN, options: Options):
+    """What the model gives to each target; arguments as of `cross_entropy`.
+
+    Returns:
+      (log-probability [S, N], in nats, float32; whether the target is the likeliest id [S, N]).
+    """
+    head = _compute_head(options, x_SND, head_VD)
+
+    def of_chunk(c):
+        x_SCD, targets_SC = c
+        logits = _logits(options, x_SCD, head)
+        is_target = jnp.arange(head.shape[0]) == targets_SC[..., None]
+        target_SC = jnp.where(is_target, logits, 0).sum(-1)
+        return target_SC - jax.nn.logsumexp(logits, -1), logits.argmax(-1) == targets_SC
+
+    found = jax.lax.map(of_chunk, tuple(_chunks(a, options.chunk) for a in (x_SND, targets_SN)))
+    S, N = targets_SN.shape
+    return tuple(a.swapaxes(0, 1).reshape(S, -1)[:, :N] for a in found)
+
+
+def _chunks(a, size):
+    """[S, N, ...] -> [chunks, S, size, ...], zeros at the end."""
+    size = min(size, a.shape[1])
+    a = jnp.pad(a, [(0, 0), (0, -a.shape[1] % size)] + [(0, 0)] * (a.ndim - 2))
+    return a.reshape(a.shape[0], -1, size, *a.shape[2:]).swapaxes(0, 1)
+
+
+def _logits(options, x_SCD, head_VD):
+    """[S, C, V] in float32, where ids that do not exist have none of the probability."""
+    logits = jnp.einsum("scd,vd->scv", x_SCD, head_VD, preferred_element_type=jnp.float32)
+    if head_VD.shape[0] > options.vocab_size:
+        logits = jnp.where(jnp.arange(head_VD.shape[0]) < options.vocab_size, logits, -jnp.inf)
+    return constrain(logits, "shard", None, "vocab")
 
 
 def _chunk_loss(options, x_SCD, head_VD, targets_SC, weights_SC):
     z_loss = options.z_loss
-    logits = jnp.einsum("scd,vd->scv", x_SCD, head_VD, preferred_element_type=jnp.float32)
-    if head_VD.shape[0] > options.vocab_size:
-        logits = jnp.where(jnp.arange(head_VD.shape[0]) < options.vocab_size, logits, -jnp.inf)
-    logits = constrain(logits, "shard", None, "vocab")
+    logits = _logits(options, x_SCD, head_VD)
     top = logits.max(-1, keepdims=True)
     exp = jnp.exp(logits - top)
     total = exp.sum(-1, keepdims=True)

@@ -67,7 +67,7 @@ def write(source, options: Options, output: str, scorer=None, label: str = "prec
     """
     counts, successors = source.counts, source.successors
     if options.data:
-        dataset = _dataset(source, options.data)
+        dataset = data.open_for(options.data, source.identity.tokenizer.digest)
         counts = text.token_counts(dataset, source.vocab_size)
         successors = text.likely_successors(dataset, source.vocab_size)
     order = np.arange(source.vocab_size) if counts is None else np.argsort(-counts, kind="stable")
@@ -157,14 +157,3 @@ def _rank(text, dim) -> int:
     if not 0 < kept <= dim or (value > 1 and value != int(value)):
         raise UserError(f"--rank: expected a share up to 1.0 or a number of directions up to {dim}, found {text!r}")
     return 0 if kept == dim else kept
-
-
-def _dataset(source, path) -> data.Dataset:
-    dataset = data.Dataset(path)
-    digest = dataset.tokenizer().digest
-    if digest != source.identity.tokenizer.digest:
-        raise UserError(
-            f"--data={path}: made with another tokenizer: expected {source.identity.tokenizer.digest[:12]}, "
-            f"found {digest[:12]}"
-        )
-    return dataset
