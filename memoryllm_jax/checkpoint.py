@@ -14,6 +14,7 @@ import traceback
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 
 from memoryllm_jax import config as config_lib
 from memoryllm_jax import files
@@ -138,6 +139,16 @@ class Checkpoints:
                 return reader.restore(os.path.join(self.workdir, str(step), "state"), args=args)
 
         return jax.tree.leaves(self._reading(step, read))[0]
+
+    def open_leaf(self, step: int, path):
+        """One parameter as it lies in the checkpoint, padding included, of which slices can be read.
+
+        By TensorStore, in the form that Orbax writes: `save` asks for no other.
+        """
+        folder = os.path.join(self.workdir, str(step), "state")
+        base = folder if files.is_url(folder) else f"file://{folder}"
+        place = {"driver": "ocdbt", "base": base, "path": ".".join(["params", *(key.key for key in path)]) + "/"}
+        return self._reading(step, lambda: tensorstore.open({"driver": "zarr", "kvstore": place}, read=True).result())
 
     def _restore(self, step, **items):
         return self._reading(step, lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))

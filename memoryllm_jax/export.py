@@ -17,7 +17,6 @@ import shutil
 from importlib import resources
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 from absl import flags
@@ -29,7 +28,7 @@ from memoryllm_jax import tokenizer as tokenizer_lib
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.hf import card, names, settings, shards
 from memoryllm_jax.hf import tokenizer as hf_tokenizer
-from memoryllm_jax.saved import Digest, SavedModel
+from memoryllm_jax.saved import SavedModel
 from memoryllm_jax.tol import options
 
 # Kept of an imported directory as they are, and written again by export.
@@ -40,7 +39,7 @@ IMPORTED = "imported"  # data digest of a checkpoint that no data of ours was tr
 def export(workdir: str, output: str, dtype: str = "", shard_bytes: int = 5 << 30, step: int | None = None) -> str:
     """Writes the newest checkpoint of a workdir, or that of `step`, as a Hugging Face directory.
 
-    Of the model no more is held than one stacked parameter; what was imported keeps its files, names and dtypes.
+    Some rows of a tensor are in memory at a time; what was imported keeps its files, names and dtypes.
 
     Args:
       dtype: float32, bfloat16 or float16; "" is that of the import, else float32.
@@ -78,13 +77,13 @@ def _write(saved, folder, dtype, shard_bytes):
     main = next(name for name in shards.NAMES if name in stored)
 
     tree = settings.to_json(c, saved.context, main, saved.tokenizer.bos_id, saved.tokenizer.eos_id)
-    digest = _write_tensors(saved, shards.Writer(folder, layout, {n: t.shape for n, t in tensors.items()}), tensors)
+    _write_tokenizer(saved, folder, source)
+    _write_tensors(saved, shards.Writer(folder, layout, {n: t.shape for n, t in tensors.items()}), tensors)
     if c.memory_dim:
-        tree["decoder_digest"] = digest
+        tree["decoder_digest"] = saved.digest(lambda name: not saved.is_memory(name))
         code = resources.files("memoryllm_jax.hf").joinpath("modeling_memoryllm.py").read_bytes()
         files.write_bytes(os.path.join(folder, "modeling_memoryllm.py"), code)
     files.write_json(os.path.join(folder, "config.json"), tree)
-    _write_tokenizer(saved, folder, source)
     files.write_bytes(os.path.join(folder, "README.md"), card.text(saved, main).encode())
     total = sum(math.prod(t.shape) for t in tensors.values())
     count = "1 file" if len(layout) == 1 else f"{len(layout)} files"
@@ -92,36 +91,22 @@ def _write(saved, folder, dtype, shard_bytes):
 
 
 def _write_tensors(saved, writer, tensors):
-    """Parameter by parameter. Returns the digest of the decoder's weights."""
+    """Parameter by parameter, and of each some rows of its tensors at a time."""
     by_leaf: dict[str, list] = {}
     for tensor in tensors.values():
         by_leaf.setdefault(tensor.leaf, []).append(tensor)
-    decoder = Digest()
     progress = cli.Progress("export", len(by_leaf), "parameter")
     try:
-        for done, name in enumerate(saved.names()):
-            kinds = {writer.dtype(tensor.name) for tensor in by_leaf[name]}
-            dtype = kinds.pop() if len(kinds) == 1 else jnp.float32
-            for tensor, part in _parts(saved, name, dtype, by_leaf[name]):
-                writer.write(tensor.name, tensor.from_ours(np.asarray(part)))
-                if not saved.is_memory(name) and dtype != jnp.float16:
-                    decoder.add(name, part)
-            if not saved.is_memory(name) and dtype == jnp.float16:  # a digest is of bfloat16, rounded once
-                for _, part in _parts(saved, name, jnp.bfloat16, by_leaf[name]):
-                    decoder.add(name, part)
+        for done, (leaf, members) in enumerate(by_leaf.items()):
+            for start, block in saved.blocks(leaf, members[0].axis):
+                for tensor in members:
+                    rows = tensor.from_ours(block if tensor.layer is None else block[tensor.layer])
+                    writer.write(tensor.name, start * tensor.rows_a_step, rows)
             progress.update(done + 1)
         writer.finish()
     finally:
         writer.close()
         progress.close()
-    return decoder.text()
-
-
-def _parts(saved, name, dtype, tensors):
-    """(tensor, its part) of one parameter, of which a layer at a time is held beside it."""
-    leaf = saved.leaf(name, dtype)
-    for tensor in tensors:
-        yield tensor, leaf if tensor.layer is None else leaf[tensor.layer]
 
 
 def _write_tokenizer(saved, folder, source):

@@ -8,7 +8,7 @@ layers copies each slice first.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from memoryllm_jax.config import Config, ModelConfig
 from memoryllm_jax.tokenizer import Tokenizer
 
 _ROWS = 16384  # of an array, digested at a time
+_BLOCK_BYTES = 128 << 20  # of a parameter, read at a time, where its chunks in the checkpoint are not larger
 
 
 class SavedModel:
@@ -65,7 +66,7 @@ class SavedModel:
                 dtype = jnp.float32 if name.endswith("scale") else jnp.dtype(self.config.dtype)
                 value = _for_serving(name, self.leaf(name, dtype), self.config)
                 for part in value if isinstance(value, list) else [value]:
-                    digest.add(name, part)
+                    digest.add(name, part.shape, [part])
                 if keep:
                     _put(params, name.split("/"), value)
                 del value, part
@@ -81,6 +82,35 @@ class SavedModel:
         like = shape if like is None else like
         wanted = jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
         return self._checkpoints.restore_leaf(self.step, path, wanted)
+
+    def blocks(self, name: str, axis: int, size: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """(where it begins on the axis, part) of one parameter, float32, read piece by piece.
+
+        Args:
+          size: of a piece along the axis; 0: about _BLOCK_BYTES, in whole chunks of the checkpoint.
+        """
+        path, shape = self._shapes[name]
+        stored = self._checkpoints.open_leaf(self.step, path)
+        chunk = stored.chunk_layout.read_chunk.shape[axis]
+        along = 4 * shape.size // shape.shape[axis]
+        size = size or max(1, _BLOCK_BYTES // (along * chunk)) * chunk
+        for start in range(0, shape.shape[axis], size):
+            cut = [slice(0, n) for n in shape.shape]
+            cut[axis] = slice(start, min(start + size, shape.shape[axis]))
+            yield start, stored[tuple(cut)].read().result()
+
+    def digest(self, wanted: Callable[[str], bool]) -> str:
+        """What `load` returns as the digest of the parameters whose names are wanted."""
+        digest = Digest()
+        for name in filter(wanted, self._shapes):
+            shape = self._shapes[name][1].shape
+            if name.startswith(("layers/", "memory/")):
+                for _, stacked in self.blocks(name, 0, shape[0]):
+                    for part in stacked:
+                        digest.add(name, part.shape, [part])
+            else:
+                digest.add(name, shape, (rows for _, rows in self.blocks(name, 0, _ROWS)))
+        return digest.text()
 
     def close(self) -> None:
         self._checkpoints.close()
@@ -115,9 +145,9 @@ class Digest:
     def __init__(self):
         self._sums: dict[str, list] = {}
 
-    def add(self, name: str, part: jax.Array) -> None:
-        """A parameter, or the next layer's part of it."""
-        self._sums.setdefault(name, []).append([list(part.shape), *_fingerprints(part)])
+    def add(self, name: str, shape: tuple[int, ...], parts: Iterable) -> None:
+        """A parameter, or the next layer's part of it: arrays of whole _ROWS rows, then the rest."""
+        self._sums.setdefault(name, []).append([list(shape), *(f for part in parts for f in _fingerprints(part))])
 
     def text(self) -> str:
         return hashlib.sha256(json.dumps(self._sums).encode()).hexdigest()

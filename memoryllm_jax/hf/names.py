@@ -23,17 +23,27 @@ class Tensor:
     leaf: str
     layer: int | None
     shape: tuple[int, ...]
+    head_dim: int
 
     @property
     def _turned(self):
         return len(self.shape) == 2 and self.layer is not None
 
-    def from_ours(self, part: np.ndarray) -> np.ndarray:
-        """The parameter of one layer -> the tensor, a view where possible."""
+    @property
+    def axis(self) -> int:
+        """Of our (stacked) parameter, the one that cuts the tensor into rows."""
         if not self._turned:
-            return part
-        inputs = self.shape[1]
-        return part.reshape(inputs, -1).T
+            return 0
+        return 2 if self.leaf in ("layers/attention/q", "layers/attention/k", "layers/attention/v") else -1
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of the tensor for each step on `axis`."""
+        return self.head_dim if self.axis == 2 else 1
+
+    def from_ours(self, part: np.ndarray) -> np.ndarray:
+        """A layer's parameter, or some of it along `axis` -> the tensor's rows."""
+        return part.reshape(self.shape[1], -1).T if self._turned else part
 
     def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor -> the parameter of one layer, in its shape."""
@@ -44,11 +54,11 @@ def tensors(c: ModelConfig) -> list[Tensor]:
     """All tensors of a model, in the order of Llama's state dict."""
     query, keys = c.heads * c.head_dim, c.key_heads * c.head_dim
     widths = {"q": (query, c.dim), "k": (keys, c.dim), "v": (keys, c.dim), "out": (c.dim, query)}
-    out = [Tensor("model.embed_tokens.weight", "embedding", None, (c.vocab_size, c.dim))]
+    out = [Tensor("model.embed_tokens.weight", "embedding", None, (c.vocab_size, c.dim), c.head_dim)]
     for layer in range(c.layers):
 
         def add(name, leaf, shape, layer=layer):
-            out.append(Tensor(f"model.layers.{layer}.{name}.weight", leaf, layer, shape))
+            out.append(Tensor(f"model.layers.{layer}.{name}.weight", leaf, layer, shape, c.head_dim))
 
         def add_swiglu(name, leaf, width, add=add):
             for part in _SWIGLU:
@@ -64,7 +74,7 @@ def tensors(c: ModelConfig) -> list[Tensor]:
         if c.memory_dim:
             add("memory.norm", "memory/norm/scale", (c.dim,))
             add_swiglu("memory", "memory/ffn", c.memory_dim)
-    out.append(Tensor("model.norm.weight", "final_norm/scale", None, (c.dim,)))
+    out.append(Tensor("model.norm.weight", "final_norm/scale", None, (c.dim,), c.head_dim))
     if not c.tie_embeddings:
-        out.append(Tensor("lm_head.weight", "head", None, (c.vocab_size, c.dim)))
+        out.append(Tensor("lm_head.weight", "head", None, (c.vocab_size, c.dim), c.head_dim))
     return out

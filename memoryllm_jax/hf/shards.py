@@ -114,14 +114,11 @@ class Writer:
                 self._places[name] = fd, 8 + len(raw) + header[name]["data_offsets"][0], dtype
             self.total_bytes += offset
 
-    def dtype(self, name: str) -> np.dtype:
-        """That a tensor is stored in."""
-        return DTYPES[self._places[name][2]]
-
-    def write(self, name: str, tensor: np.ndarray) -> None:
-        """In the dtype of the layout. Raises: UserError if a finite value has no place in it."""
+    def write(self, name: str, start: int, rows: np.ndarray) -> None:
+        """Rows from number `start` on, in the dtype of the layout. Raises: UserError if a value has no place in it."""
         fd, offset, dtype = self._places[name]
-        values = tensor.astype(DTYPES[dtype], order="C", copy=False)
+        values = rows.astype(DTYPES[dtype], order="C", copy=False)
+        offset += start * values.nbytes // max(len(values), 1)
         if dtype == "F16" and not np.isfinite(values).all():
             raise UserError(f"--dtype=float16: tensor {name}: has values beyond 65504; use bfloat16 or float32")
         view = memoryview(values.reshape(-1).view(np.uint8))

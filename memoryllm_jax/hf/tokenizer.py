@@ -55,8 +55,8 @@ def _sentencepiece(content, tokenizers):
     merges = []
     for p in proto.pieces:
         halves = [(p.piece[:cut], p.piece[cut:]) for cut in range(1, len(p.piece))] if p.piece in merged else []
-        merges += [(-p.score, ids[a], ids[b], a, b) for a, b in halves if a in merged and b in merged]
-    merges = [(a, b) for *_, a, b in sorted(merges)]
+        merges += [(-p.score, -len(a), a, b) for a, b in halves if a in merged and b in merged]
+    merges = [(a, b) for *_, a, b in sorted(merges)]  # of equal scores the left-most, in a run the longest, comes first
     (unknown,) = of_kind(kind.UNKNOWN)
     fast = tokenizers.Tokenizer(
         tokenizers.models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=bool(of_kind(kind.BYTE)))
