@@ -24,7 +24,17 @@ resource() { # VERB ARGUMENT...
     gcloud compute tpus queued-resources "$@" --zone="$zone"
 }
 
-state() { resource describe "$name" --format='value(state.state)' 2> /dev/null || echo NONE; }
+state() { # NONE only if there is no such request: any other trouble passes
+    local answer
+    if answer=$(resource describe "$name" --format='value(state.state)' 2>&1); then
+        echo "${answer##*$'\n'}"
+    elif [[ $answer == *NOT_FOUND* ]]; then
+        echo NONE
+    else
+        echo "$answer" >&2
+        echo UNKNOWN
+    fi
+}
 
 create() {
     nodes=(--node-id="$name")

@@ -16,8 +16,8 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore
 
+from memoryllm_jax import cli, files
 from memoryllm_jax import config as config_lib
-from memoryllm_jax import files
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data import Dataset
@@ -93,6 +93,7 @@ class Checkpoints:
         try:
             action()
         except Exception as error:
+            _raise_if_lost_peer(error)
             last_good = self.last_good()
             with contextlib.suppress(Exception):
                 self.close()
@@ -157,6 +158,7 @@ class Checkpoints:
         try:
             return read()
         except Exception as error:
+            _raise_if_lost_peer(error)
             reason = " ".join(str(error).split())[:500]
             raise UserError(f"{self.workdir}/{step}: cannot be read as a checkpoint: {reason}") from error
 
@@ -165,6 +167,14 @@ class Checkpoints:
         if not self._closed:
             self._closed = True
             self._manager.close()
+
+
+def _raise_if_lost_peer(error):
+    """Of several processes: what JAX raised within Orbax when another one has ended."""
+    while error is not None and jax.process_count() > 1:
+        if cli.is_lost_peer(error):
+            raise error
+        error = error.__cause__ or error.__context__
 
 
 # An error of Orbax's threads reaches the main thread too, which tells of it in one sentence; these keep the

@@ -1,6 +1,7 @@
 """Accelerators a run is planned for: their data sheets, and devices to compile for where none is at hand."""
 
 import dataclasses
+import functools
 import importlib.util
 import os
 
@@ -31,16 +32,16 @@ class Chip:
     gpu: tuple = ()
 
 
-_GPU_SHARE = 0.92  # of a GPU's memory, with XLA_PYTHON_CLIENT_MEM_FRACTION=.92
+GPU_SHARE = 0.92  # of a GPU's memory that `train` lets JAX have
 _hopper = {"platform": "cuda", "domain": 8, "gpu": ((9, 0), 132, 233472, 52428800)}
 CHIPS = {
     "a100": Chip(
-        "A100 80GB SXM", 312e12, _GPU_SHARE * 80e9, 2.04e12, 300e9, 25e9, 8, "cuda", gpu=((8, 0), 108, 167936, 41943040)
+        "A100 80GB SXM", 312e12, GPU_SHARE * 80e9, 2.04e12, 300e9, 25e9, 8, "cuda", gpu=((8, 0), 108, 167936, 41943040)
     ),
-    "h100": Chip("H100 80GB SXM", 989e12, _GPU_SHARE * 80e9, 3.35e12, 450e9, 50e9, **_hopper),
-    "h200": Chip("H200 SXM", 989e12, _GPU_SHARE * 141e9, 4.8e12, 450e9, 50e9, **_hopper),
+    "h100": Chip("H100 80GB SXM", 989e12, GPU_SHARE * 80e9, 3.35e12, 450e9, 50e9, **_hopper),
+    "h200": Chip("H200 SXM", 989e12, GPU_SHARE * 141e9, 4.8e12, 450e9, 50e9, **_hopper),
     "b200": Chip(
-        "B200", 2250e12, _GPU_SHARE * 180e9, 7.7e12, 900e9, 50e9, 8, "cuda", gpu=((10, 0), 148, 233472, 132120576)
+        "B200", 2250e12, GPU_SHARE * 180e9, 7.7e12, 900e9, 50e9, 8, "cuda", gpu=((10, 0), 148, 233472, 132120576)
     ),
     "v4": Chip("TPU v4", 275e12, 31.75 * 2**30, 1.2e12, 6 * 45e9, 6.25e9, 4096, torus=3),
     "v5e": Chip("TPU v5e", 197e12, 15.75 * 2**30, 0.82e12, 4 * 45e9, 6.25e9, 256, torus=2),
@@ -56,14 +57,14 @@ def get(name: str) -> Chip:
     return CHIPS[name]
 
 
-def devices(name: str, count: int) -> tuple[list[jax.Device], str]:
+def devices(name: str, count: int, slices: int = 0) -> tuple[list[jax.Device], str]:
     """Devices to compile for, and a clause that says which compiler does it.
 
     The chip's own where its plugin is installed, which needs no such chip; else emulated CPU devices, for which
     `emulate` has to be called before JAX is used. Raises: UserError for a number that makes no slice.
     """
     chip = get(name)
-    slices, shape = _slices(chip, count, name)
+    slices, shape = _slices(chip, count, slices, name)
     plugin = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}[chip.platform]
     try:
         there = importlib.util.find_spec(plugin) is not None
@@ -79,11 +80,15 @@ def devices(name: str, count: int) -> tuple[list[jax.Device], str]:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         options = {"num_slices": slices} if slices > 1 else {}
-        topology = topologies.get_topology_desc(f"{name}:{'x'.join(map(str, shape))}", "tpu", **options)
+        described = functools.partial(topologies.get_topology_desc, f"{name}:{'x'.join(map(str, shape))}", "tpu")
     else:
-        topology = topologies.get_topology_desc(
-            name, "cuda", target_config=_target(chip), topology=" x ".join(map(str, shape))
-        )
+        options = {"target_config": _target(chip), "topology": " x ".join(map(str, shape))}
+        described = functools.partial(topologies.get_topology_desc, name, "cuda")
+    try:
+        topology = described(**options)
+    except Exception as error:  # of the plugin, which has its own ways to refuse
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--devices={count} of {name}: {plugin} cannot compile for them: {reason}") from error
     return list(topology.devices), f"XLA for {chip.title}, which needs no such chip"
 
 
@@ -93,13 +98,15 @@ def emulate(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
-def _slices(chip: Chip, count: int, name: str) -> tuple[int, list[int]]:
-    """(slices, shape of one); for GPUs (1, [slices, nodes, GPUs a node])."""
+def _slices(chip: Chip, count: int, slices: int, name: str) -> tuple[int, list[int]]:
+    """(slices, shape of one); for GPUs (1, [slices, nodes, GPUs a node]). As few slices as may be if `slices` is 0."""
     if chip.platform == "cuda":
+        if slices:
+            raise UserError(f"--slices: expected a TPU, which come in slices, found {name}")
         if count > chip.domain and count % chip.domain:
             raise UserError(f"--devices: expected up to {chip.domain} or whole nodes of {chip.domain}, found {count}")
         return 1, [1, max(1, count // chip.domain), min(count, chip.domain)]
-    slices = max(1, count // chip.domain)
+    slices = slices or max(1, count // chip.domain)
     size = count // slices
     if size & (size - 1) or size * slices != count or (chip.torus == 3 and size < 4):
         smallest = 4 if chip.torus == 3 else 1
@@ -132,7 +139,7 @@ def _target(chip: Chip) -> str:
   memory_bandwidth: {int(chip.bandwidth)}
   l2_cache_size: {cache}
   clock_rate_ghz: 1.8
-  device_memory_size: {int(chip.memory / _GPU_SHARE)}
+  device_memory_size: {int(chip.memory / GPU_SHARE)}
   cuda_compute_capability {{
     major: {major}
     minor: {minor}

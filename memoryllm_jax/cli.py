@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import traceback
 
 import jax
 import tqdm
@@ -78,14 +79,26 @@ def define_multihost_flags() -> None:
     flags.DEFINE_integer("process_id", None, "number of this process, likewise")
 
 
+def is_lost_peer(error: Exception) -> bool:
+    """Whether this comes of another process of the run that is gone: of what JAX raises, all but a lack of memory."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and not is_out_of_memory(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
 def abandon(error: Exception) -> None:
     """Ends this process of several at once: to close what it has open would be to wait for others that may be gone."""
-    reason = " ".join(str(error).split())[:600]
-    if not isinstance(error, UserError):
+    reason, lost = " ".join(str(error).split())[:600], is_lost_peer(error)
+    if lost:
         reason = f"another process has ended, or cannot be reached: {reason}"
+    elif not isinstance(error, UserError | OSError):
+        traceback.print_exception(error)
+        reason = f"{type(error).__name__}: {reason}"
     where = f"process {jax.process_index()} of {jax.process_count()}"
     print(f"error: {where}: {reason}; start all processes again to go on", file=sys.stderr, flush=True)
-    os._exit(1 if isinstance(error, UserError) else LOST)
+    os._exit(LOST if lost else 1)
 
 
 def join_hosts() -> None:

@@ -167,7 +167,7 @@ class Config:
 
 # Fields that may differ between a checkpoint and the run that goes on from it: where and how fast, not what.
 MAY_CHANGE = (
-    *("data.path", "data.epochs", "data.verify", "data.threads", "data.prefetch"),
+    *("accumulate", "data.path", "data.epochs", "data.verify", "data.threads", "data.prefetch"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "eval.every", "eval.batches"),
     *("log.every", "log.tensorboard", "log.wandb", "log.peak_flops"),

@@ -90,7 +90,7 @@ def quality(loss: float, tokens: int, text_bytes: int) -> dict:
 
 
 class Trace:
-    """Leaves a profile of some steps in WORKDIR/profile, of every host its own.
+    """Leaves a profile of some steps in WORKDIR/profile, of every host its own; brings it to a workdir behind a URL.
 
     Args:
       steps: how many; 0: none. The first steps of a process, which compile, are not among them.
@@ -101,20 +101,28 @@ class Trace:
 
     def __init__(self, workdir: str, steps: int, say):
         self._folder, self._steps, self._say = os.path.join(workdir, "profile"), steps, say
-        self._on = False
+        self._scratch = tempfile.TemporaryDirectory(prefix="memoryllm_jax-") if files.is_url(workdir) else None
+        self._on, self._first = False, None
 
     def step(self, step: int, done: int) -> None:
         """Before a step, the process's `done`-th."""
         if self._steps and done == self.SKIPPED:
             self._on, self._first = True, step
-            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+            where = self._scratch.name if self._scratch else self._folder
+            jax.profiler.start_trace(where, create_perfetto_trace=True)
         if done == self.SKIPPED + self._steps:
             self.close()
 
     def close(self) -> None:
+        if self._steps and self._first is None:
+            self._first = -1
+            self._say(f"no profile: the run ended within its first {self.SKIPPED} steps, which are left out")
         if self._on:
             self._on = False
             jax.profiler.stop_trace()
+            if self._scratch:
+                for path in filter(os.path.isfile, glob.glob(f"{self._scratch.name}/**", recursive=True)):
+                    files.upload(path, f"{self._folder}/{os.path.relpath(path, self._scratch.name)}")
             self._say(
                 f"profile from step {self._first + 1} on in {self._folder}: open the perfetto_trace.json.gz in it "
                 "at ui.perfetto.dev, or the folder in TensorBoard with xprof"

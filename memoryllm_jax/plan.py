@@ -34,10 +34,10 @@ _DISTINCT = {8192: 0.29, 16384: 0.25, 32768: 0.20, 65536: 0.16, 131072: 0.12, 10
 _UPDATE_BYTES = 7 * 4  # a parameter: read and write it and two moments, read its gradient
 
 
-def dry_run(config: Config, chip: str, count: int, tokens: float, output: str) -> int:
+def dry_run(config: Config, chip: str, count: int, slices: int, tokens: float, output: str) -> int:
     """Prints the plan and, with `output`, writes it as JSON. Returns 0 if the run fits, else 1. Raises: UserError."""
     chips.emulate(count)
-    devices, compiler = chips.devices(chip, count)
+    devices, compiler = chips.devices(chip, count, slices)
     result = plan(config, chip, devices, tokens) | {"compiler": compiler}
     print(text(result))
     if output:
@@ -179,8 +179,13 @@ class _Compiled:
         self.sequences = _sequences(config, mesh)
         self.local_parameters = _local_elements(trainer.params_shape)
         stats = self.compiled.memory_analysis()
-        state, gradients = 4 * self.local_parameters, 4 * self.local_parameters
-        moments = sum(_local_bytes(x) for x in jax.tree.leaves(trainer.state_shape["opt_state"]))
+        placed = jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            trainer.state_shape,
+            self.compiled.output_shardings[0],
+        )
+        state, moments = (sum(map(_local_bytes, jax.tree.leaves(placed[k]))) for k in ("params", "opt_state"))
+        gradients = state  # as large and placed as the parameters, which they become
         total = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
         total += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
         self.memory = {

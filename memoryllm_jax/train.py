@@ -57,9 +57,14 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
             at_exit.callback(lock.close)
         try:
             return _train(config, workdir, devices, profile, stop, first_host, at_exit)
-        except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
+        except Exception as error:
+            if cli.is_out_of_memory(error):
+                error = UserError(
+                    f"out of memory: {' '.join(str(error).split())[:300]}; a larger config.accumulate or "
+                    "config.model.remat=full needs less, more devices too; --dry_run tells how much"
+                )
             if jax.process_count() == 1:
-                raise
+                raise error from error.__cause__
             cli.abandon(error)
 
 
@@ -343,14 +348,13 @@ def main():
     f = flags.FLAGS
     config = config_lib.resolve(f.config)
     if f.dry_run:
-        return plan.dry_run(config, f.chip, f.devices, f.tokens, f.plan)
-    for name in ("devices", "chip", "tokens", "plan"):
+        return plan.dry_run(config, f.chip, f.devices, f.slices, f.tokens, f.plan)
+    for name in ("devices", "chip", "slices", "tokens", "plan"):
         if f[name].present:
             raise UserError(f"--{name}: expected --dry_run too, as it is about devices that are not here")
     if not f.workdir:
         raise UserError("--workdir: expected a folder for checkpoints and metrics, found none")
-    if f.profile and files.is_url(f.workdir):
-        raise UserError("--profile: expected a local --workdir, which the trace is written to")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{chips.GPU_SHARE}")  # JAX's own is three quarters
     cli.join_hosts()
     return train(config, f.workdir, profile=f.profile)
 
@@ -362,6 +366,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("dry_run", False, "compile the step for --devices of --chip, print the plan, train nothing")
     flags.DEFINE_integer("devices", 8, "devices to plan for", lower_bound=1)
     flags.DEFINE_string("chip", "h100", "what to plan for: " + ", ".join(chips.CHIPS))
+    flags.DEFINE_integer("slices", 0, "TPU slices to plan for; by default as few as hold the devices", lower_bound=0)
     flags.DEFINE_float("tokens", 0, "length of the run to plan; by default that of the config", lower_bound=0)
     flags.DEFINE_string("plan", "", "JSON file for the plan")
     cli.define_multihost_flags()

@@ -129,7 +129,11 @@ GCLOUD = """#!/bin/bash
 echo "$*" >> "$FAKE/calls"
 next() { head -n 1 "$FAKE/$1"; sed -i 1d "$FAKE/$1"; }
 case "$*" in
-    *" describe "*) state=$(next states); [ "$state" = NONE ] && exit 1; echo "$state" ;;
+    *" describe "*)
+        state=$(next states)
+        if [ "$state" = NONE ]; then echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; fi
+        if [ "$state" = TROUBLE ]; then echo "ERROR: the network is unreachable" >&2; exit 1; fi
+        echo "$state" ;;
     *memoryllm_jax.train*) exit "$(next codes)" ;;
 esac
 """
@@ -141,6 +145,7 @@ esac
         ("NONE CREATING ACTIVE", "0", 0, "create install train"),
         ("ACTIVE SUSPENDING SUSPENDED NONE ACTIVE", "255 0", 0, "install train delete create install train"),
         ("ACTIVE ACTIVE", "143 0", 0, "install train install train"),
+        ("TROUBLE ACTIVE", "0", 0, "install train"),
         ("ACTIVE ACTIVE", "1", 1, "install train"),
         ("ACTIVE SUSPENDED ACTIVE", "1 0", 0, "install train install train"),
         ("ACTIVE ACTIVE", "134", 134, "install train"),
