@@ -223,8 +223,9 @@ def _last_coefficients(inside, layer, items, length):
     tokens_BT = np.zeros((B, T), np.int32)
     for row, (prefix, _) in enumerate(items):
         tokens_BT[row, : len(prefix)] = prefix
-    last = np.array([row * T + len(prefix) - 1 for row, (prefix, _) in enumerate(items)])
+    last, own = np.zeros((2, B), np.int32)
+    last[: len(items)] = [row * T + len(prefix) - 1 for row, (prefix, _) in enumerate(items)]
+    own[: len(items)] = [key for _, key in items]
     state = next(itertools.islice(states(inside, tokens_BT), layer, None))
-    own = np.array([key for _, key in items])
-    c = key_coefficients(state.queries["compute"][last], inside.layer("compute", layer), own)
-    return np.diagonal(np.asarray(c))
+    c_BB = key_coefficients(state.queries["compute"][last], inside.layer("compute", layer), own)
+    return np.diagonal(np.asarray(c_BB))[: len(items)]

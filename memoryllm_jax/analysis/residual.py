@@ -15,17 +15,19 @@ from memoryllm_jax.analysis.corpus import Corpus, states
 from memoryllm_jax.analysis.inside import Inside, key_coefficients
 from memoryllm_jax.analysis.vocabulary import chunk_count, chunks, every_id
 from memoryllm_jax.cli import Progress, UserError
+from memoryllm_jax.decoder import bucket
 
 _SHORT = 5  # tokens: a prefix with fewer is short, as in the paper
 
 
 def _example_states(inside: Inside, corpus: Corpus, examples: np.ndarray, label: str):
-    """Yields (labels of some examples, their States in order of the layers), all of a batch of windows."""
+    """Yields (labels of a batch's examples, their States in order of the layers, filled up to few sizes)."""
     progress = Progress(label, corpus.batches, "batch")
     for number, (tokens_BT, labels, real) in enumerate(corpus, 1):
         at = np.flatnonzero(real & np.isin(labels, examples))
         if len(at):
-            yield labels[at], [jax.tree.map(lambda x, at=at: x[at], state) for state in states(inside, tokens_BT)]
+            rows = np.pad(at, (0, bucket(len(at), len(labels)) - len(at)), "edge")
+            yield labels[at], [jax.tree.map(lambda x, rows=rows: x[rows], s) for s in states(inside, tokens_BT)]
         progress.update(number)
     progress.close()
 
@@ -76,12 +78,12 @@ def active(
                 progress.update(progress.done + 1)
         progress.close()
     else:
-        for _, layers in _example_states(
+        for at, layers in _example_states(
             inside, *_open(inside, page, data, split, length, limit, examples, seed), "active"
         ):
             for layer, state in enumerate(layers):
                 c_NF = key_coefficients(state.queries[ffn], inside.layer(ffn, layer))
-                counts[layer].append(np.asarray(active_count(c_NF, norms[layer], mass)))
+                counts[layer].append(np.asarray(active_count(c_NF, norms[layer], mass))[: len(at)])
     shares = [100 * np.concatenate(of) / F for of in counts]
     series = {
         "mean": [float(s.mean()) for s in shares],
@@ -144,17 +146,18 @@ def compose(
         progress.update(layer + 1)
     progress.close()
     stop_V = stop_words(inside.texts)
-    found: list[list] = [[] for _ in range(L)]
+    found, shorts = [[] for _ in range(L)], []
     for at, layers in _example_states(inside, corpus, labels, "compose"):
         short = at % corpus.length + 1 < _SHORT
         for layer, state in enumerate(layers):
             top_y, _ = _likeliest(inside, state.output_ND - state.residual_ND, True)
             c = {kind: np.asarray(key_coefficients(state.queries[kind], inside.layer(kind, layer))) for kind in kinds}
             single = np.any([_predicts(c[kind], tops[layer][kind], top_y) for kind in kinds], 0)
-            found[layer].append(np.stack([~single, stop_V[top_y], short]))
+            found[layer].append(np.stack([~single, stop_V[top_y]])[:, : len(at)])
+        shorts.append(short)
     rows = []
     for layer in range(L):
-        composed, stop, short = np.concatenate(found[layer], 1)
+        (composed, stop), short = np.concatenate(found[layer], 1), np.concatenate(shorts)
         share = lambda x, of: 100 * float(x[of].mean()) if of.any() else np.nan  # noqa: E731
         rows.append(
             {
@@ -218,14 +221,15 @@ def residual(
     corpus, labels = _open(inside, page, data, split, length, limit, examples, seed)
     L = inside.config.layers
     found: list[list] = [[] for _ in range(L)]
-    for _, layers in _example_states(inside, corpus, labels, "residual"):
+    for at, layers in _example_states(inside, corpus, labels, "residual"):
         last, _ = _likeliest(inside, layers[-1].output_ND, False)
         for layer, state in enumerate(layers):
             top_r, p = _likeliest(inside, state.residual_ND, False, last)
             top_y, _ = _likeliest(inside, state.output_ND - state.residual_ND, True)
             top_o = last if layer == L - 1 else _likeliest(inside, state.output_ND, False)[0]
             is_r, is_y = top_o == top_r, top_o == top_y
-            found[layer].append(np.stack([top_r == last, p, is_r & ~is_y, is_r & is_y, is_y & ~is_r, ~(is_r | is_y)]))
+            cases = is_r & ~is_y, is_r & is_y, is_y & ~is_r, ~(is_r | is_y)
+            found[layer].append(np.stack([top_r == last, p, *cases])[:, : len(at)])
     means = 100 * np.array([np.concatenate(of, 1).mean(1) for of in found])
     names = ["settled", "probability", "residual", "agreement", "FFN", "composition"]
     by = {name: means[:, k].tolist() for k, name in enumerate(names)}
