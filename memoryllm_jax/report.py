@@ -169,6 +169,7 @@ def new_figure(width: float = 7.0, height: float = 3.6, columns: int = 1):
     for ax in np.atleast_1d(axes):
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.3)
+        ax.set_axisbelow(True)
     return figure, axes
 
 

@@ -62,7 +62,9 @@ def coefficients(
     keys_LQk, c_LQk, share_LQk = strongest = [np.stack([of[k] for of in kept]) for k in range(3)]
     near = neighbours_of(inside.rows, list(range(L)), shown, every_id(inside), min(top, V - 1), "neighbours")
     rows = _rows(inside, shown, top)
-    concentration = {f"top {k} keys": (100 * share_LQk[..., :k].sum(-1).mean(1)).tolist() for k in sorted({1, top})}
+    concentration = {
+        f"the strongest {k}": (100 * share_LQk[..., :k].sum(-1).mean(1)).tolist() for k in sorted({1, top})
+    }
     page.figure(
         "concentration",
         report.by_layer(concentration, "share of sum |c| |v|, %"),
