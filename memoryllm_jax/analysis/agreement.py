@@ -1,0 +1,98 @@
+"""Does a value predict what follows its key's triggers? (Geva et al. 2021, section 4)"""
+
+import numpy as np
+
+from memoryllm_jax import report
+from memoryllm_jax.analysis import values as values_lib
+from memoryllm_jax.analysis.inside import Inside
+from memoryllm_jax.analysis.prefixes import find, open_corpus, sample_keys
+from memoryllm_jax.analysis.vocabulary import checked_dataset
+from memoryllm_jax.tol import text
+
+
+def agreement(
+    inside: Inside,
+    page,
+    ffn: str = "",
+    keys: int = 0,
+    top: int = 50,
+    predictive: int = 100,
+    data: str = "",
+    split: str = "train",
+    length: int = 64,
+    limit: int = 1 << 20,
+    seed: int = 0,
+) -> dict:
+    """How often a value's top token is the next token of its key's top trigger, by layer, and that token's rank.
+
+    Geva et al. 2021, section 4 and figure 4: agreement is argmax p_i = w_i, with p_i the value's distribution (as in
+    `values`, v_i with the sign of its strongest coefficient) and w_i the token that follows the top-1 trigger in the
+    text; figure 5: the rank of w_i under p_i. Then, of the values with the largest max p, how many have their
+    top token after at least one of the key's top-t triggers. Chance is measured: values paired with other keys'
+    triggers. For FFN-M the trigger is a token, exact over the vocabulary, and w_i the token that most often follows it
+    in the training text; of the top-t triggers each has its own. Keys whose trigger does not occur there are left out.
+    """
+    ffn = inside.ffn_name(ffn)
+    corpus = open_corpus(inside, ffn, data, split, length, limit, page)
+    following = _following(inside, page, corpus, data)
+    chosen = sample_keys(inside, ffn, keys, [], seed)
+    found = find(inside, ffn, chosen, top, corpus)
+    draw, layers, peaked = np.random.default_rng(seed), [], []
+    with page.csv("keys", ["layer", "key", "sign", "top_token", "max_p", "next_token", "rank"]) as write:
+        for layer, (sign_K, labels_Kt, _) in found.items():
+            next_K = np.array([following(label) for label in labels_Kt[:, 0]])
+            there = next_K >= 0
+            own, signs, next_K = chosen[layer][there], sign_K[there], next_K[there]
+            v_KD = inside.values(ffn, layer)[own] * signs[:, None]
+            top_ids, p = (x[:, 0] for x in values_lib.top_tokens(inside, v_KD, 1))
+            rank = values_lib.ranks(inside, v_KD, next_K)
+            write(zip([layer] * len(own), own, signs, top_ids, p.round(6), next_K, rank))
+            shuffled = draw.permutation(next_K)
+            layers.append(
+                {
+                    "layer": layer,
+                    "keys": len(own),
+                    "agreement": float((top_ids == next_K).mean()),
+                    "chance": float((top_ids == shuffled).mean()),
+                    "median_rank": float(np.median(rank)),
+                    "chance_rank": float(np.median(values_lib.ranks(inside, v_KD, shuffled))),
+                }
+            )
+            peaked += [(float(p[k]), layer, int(own[k]), int(top_ids[k]), labels_Kt[there][k]) for k in range(len(own))]
+    peaked = sorted(peaked, key=lambda x: -x[0])[:predictive]
+    best = []
+    for p, layer, i, token, labels in peaked:
+        nexts = [following(label) for label in labels]
+        best.append([layer, i, p, inside.texts[token], sum(n == token for n in nexts), sum(n >= 0 for n in nexts)])
+    matched = sum(row[4] > 0 for row in best)
+    at = [row["layer"] for row in layers]
+    pick = lambda name, scale=1: [scale * row[name] for row in layers]  # noqa: E731
+    series = {"value and its own trigger": pick("agreement", 100), "value and another's (chance)": pick("chance", 100)}
+    page.figure(
+        "agreement",
+        report.by_layer(series, "agreement, % of keys", layers=at),
+        f"Share of {inside.label(ffn)}'s keys whose value's top token follows the key's top trigger.",
+    )
+    series = {"own trigger": pick("median_rank"), "another's (chance)": pick("chance_rank")}
+    page.figure(
+        "rank",
+        report.by_layer(series, "median rank", log=True, layers=at),
+        f"Rank, among {inside.config.vocab_size:,} tokens, of the trigger's next token under the value; 1 is the top.",
+    )
+    page.heading(f"The {len(best)} most predictive values")
+    page.text(f"{matched} of {len(best)} have their top token after at least one of the key's top {top} triggers.")
+    page.table(["layer", "key", "max p", "top token", "triggers it follows", "of"], best)
+    counts = {layer: sum(row[0] == layer for row in best) for layer in at}
+    most = {"values": best, "matched": matched, "by_layer": counts}
+    return {"ffn": ffn, "layers": layers, "predictive": most}
+
+
+def _following(inside, page, corpus, data):
+    """A function: label of a trigger -> the token that follows it, -1 where there is none."""
+    if corpus is not None:
+        return lambda label: corpus.next(label) if label >= 0 else -1
+    dataset = checked_dataset(inside, data)
+    page.facts["next tokens"] = f"{data}, the most frequent successor in the training text"
+    size = inside.config.vocab_size
+    counts, successors = text.token_counts(dataset, size), text.likely_successors(dataset, size)[:, 0]
+    return lambda label: int(successors[label]) if label >= 0 and counts[label] else -1

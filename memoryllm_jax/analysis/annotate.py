@@ -1,0 +1,128 @@
+"""Sheets for people who look for the pattern in a key's triggers, and automatic proxies of what they would find."""
+
+import html
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+
+from memoryllm_jax import report
+from memoryllm_jax.analysis import surface
+from memoryllm_jax.analysis.inside import Inside
+from memoryllm_jax.analysis.prefixes import find, open_corpus, sample_keys, tokens_of, trigger_rows
+
+_LAST = 8  # tokens of a prefix that the proxies look at
+
+
+def annotate(
+    inside: Inside,
+    page,
+    ffn: str = "",
+    keys: int = 10,
+    key: list[str] = (),
+    top: int = 25,
+    data: str = "",
+    split: str = "train",
+    length: int = 64,
+    limit: int = 1 << 20,
+    seed: int = 0,
+) -> dict:
+    """A sheet to annotate a key's triggers by hand, with automatic proxies.
+
+    Geva et al. 2021, section 3.1: people name patterns that at least three of a key's 25 triggers share, and call each
+    shallow (such as the same last word) or semantic. The sheet (CSV, and boxes on the page) has a line for each
+    trigger, with columns for the pattern and its kind. The proxies are not such judgements, and stand beside what they
+    give for as many triggers drawn from all keys of the layer. Shared last token: share of the triggers that end with
+    the commonest last token; of FFN-M, whose triggers are tokens, share of the commonest surface class. N-gram overlap:
+    mean over pairs of the Jaccard index of 1- and 2-grams of the last 8 tokens; of FFN-M, of the characters. Embedding
+    similarity: mean over pairs of the cosine of mean input embeddings of the last 8 tokens, centred on the vocabulary.
+    """
+    ffn = inside.ffn_name(ffn)
+    corpus = open_corpus(inside, ffn, data, split, length, limit, page)
+    chosen = sample_keys(inside, ffn, keys, key, seed)
+    found = find(inside, ffn, chosen, top, corpus)
+    sheet: dict[tuple, list] = {}
+    for layer, i, _, rank, label, c in trigger_rows(chosen, found):
+        sheet.setdefault((layer, i), []).append((rank, c, tokens_of(corpus, label)))
+    proxies, draw = [], np.random.default_rng(seed)
+    pools = {layer: [ids for (at, _), rows in sheet.items() if at == layer for *_, ids in rows] for layer in found}
+    for (layer, i), rows in sheet.items():
+        own = [ids for *_, ids in rows]
+        pool = pools[layer]
+        other = [pool[k] for k in draw.choice(len(pool), min(len(own), len(pool)), replace=False)]
+        single = corpus is None
+        proxies.append([layer, i, *measures(inside, own, single), *measures(inside, other, single)])
+    names = ["shared_class" if corpus is None else "shared_last_token", "ngram_overlap", "embedding_similarity"]
+    head = ["layer", "key", *names, *(f"{name}_at_random" for name in names)]
+    with page.csv("proxies", head) as write:
+        write([*row[:2], *(f"{x:.4f}" for x in row[2:])] for row in proxies)
+    with page.csv("sheet", ["layer", "key", "rank", "coefficient", "prefix", "pattern", "kind"]) as write:
+        for (layer, i), rows in sheet.items():
+            write([layer, i, rank, f"{c:.6g}", " ".join(inside.texts[t] for t in ids), "", ""] for rank, c, ids in rows)
+    layers = sorted(found)
+    mean = {name: [_mean(proxies, layer, 2 + k) for layer in layers] for k, name in enumerate(head[2:])}
+    for name in names:
+        title = name.replace("_", " ").replace("ngram", "n-gram")
+        series = {"a key's triggers": mean[name], "triggers of all keys mixed": mean[f"{name}_at_random"]}
+        page.figure(
+            name, report.by_layer(series, title, layers=layers), f"Proxy: {title}; {inside.label(ffn)}, mean of keys."
+        )
+    page.heading("The sheet")
+    page.text(
+        "Write what at least three triggers share, and whether it is shallow or semantic; the button copies all as CSV."
+    )
+    page.raw(_sheet_markup(inside, sheet))
+    return {"ffn": ffn, "layers": layers, "proxies": mean, "keys": len(sheet)}
+
+
+def _mean(rows, layer, column) -> float:
+    return float(np.mean([row[column] for row in rows if row[0] == layer] or [np.nan]))
+
+
+def measures(inside: Inside, triggers: list[list[int]], single: bool) -> tuple[float, float, float]:
+    """The three proxies of some triggers, each a list of token ids; the last two are NaN for fewer than two.
+
+    Args:
+      single: triggers are tokens, not prefixes.
+    """
+    if single:
+        ends = [surface.kind(ids[0], inside.texts[ids[0]]) for ids in triggers]
+        grams = [_grams(inside.texts[ids[0]].lower()) for ids in triggers]
+    else:
+        ends = [ids[-1] for ids in triggers]
+        grams = [_grams(ids[-_LAST:]) for ids in triggers]
+    shared = max(map(ends.count, ends)) / len(ends)
+    if len(triggers) < 2:
+        return shared, np.nan, np.nan
+    overlap = np.mean([len(a & b) / len(a | b) for a, b in itertools.combinations(grams, 2)])
+    table_VD = inside.params["embedding"]
+    x_ND = jnp.stack([table_VD[np.array(ids[-_LAST:])].mean(0) for ids in triggers]) - table_VD.mean(0)
+    x_ND = np.asarray(x_ND / jnp.linalg.norm(x_ND, axis=1, keepdims=True))
+    pairs = np.triu_indices(len(x_ND), 1)
+    return shared, float(overlap), float((x_ND @ x_ND.T)[pairs].mean())
+
+
+def _grams(items) -> set:
+    items = list(items)
+    return set(items) | set(itertools.pairwise(items))
+
+
+def _sheet_markup(inside, sheet) -> str:
+    lines = []
+    for (layer, i), rows in sheet.items():
+        items = "".join(
+            f"<li>{''.join(f'<span class=t>{html.escape(inside.texts[t])}</span>' for t in ids[-16:])}</li>"
+            for *_, ids in rows
+        )
+        lines.append(
+            f'<h3>layer {layer}, key {i}</h3><ol>{items}</ol><label>pattern <input size="60" data-layer="{layer}" '
+            f'data-key="{i}"></label> <select><option><option>shallow<option>semantic<option>both</select>'
+        )
+    script = """<button onclick="copySheet()">copy as CSV</button><script>
+function copySheet() {
+  const lines = [...document.querySelectorAll('input')].map(e => [e.dataset.layer, e.dataset.key,
+    '"' + e.value.replaceAll('"', '""') + '"', e.parentNode.nextElementSibling.value].join(','));
+  navigator.clipboard.writeText(['layer,key,pattern,kind', ...lines].join('\\n'));
+}
+</script>"""
+    return "\n".join([*lines, script])

@@ -1,0 +1,89 @@
+"""Value vectors as distributions over the output vocabulary (Geva et al. 2021, arXiv 2012.14913, section 4)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memoryllm_jax import report
+from memoryllm_jax.analysis.inside import Inside
+from memoryllm_jax.cli import Progress
+
+
+class Top(NamedTuple):
+    """The likeliest tokens of N vectors, likeliest first: ids and probabilities [N, k]."""
+
+    ids_Nk: np.ndarray
+    p_Nk: np.ndarray
+
+
+def top_tokens(inside: Inside, x_ND, k: int, unit: bool = True) -> Top:
+    """softmax(E Norm_f(x)): what the model's own output, its final norm applied, would make of each vector alone."""
+    ids, p = [], []
+    for _, logits in inside.logits(x_ND, unit):
+        top, at = jax.lax.top_k(logits, k)
+        ids.append(at)
+        p.append(jnp.exp(top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)))
+    return Top(*(np.concatenate([np.asarray(x) for x in parts]) for parts in (ids, p)))
+
+
+def both_tops(inside: Inside, ffn: str, layer: int) -> np.ndarray:
+    """[2, F]: the top token of each value v, and of -v, which is what a memory of negative coefficient adds."""
+    tops = []
+    for _, logits in inside.logits(inside.values(ffn, layer), True):
+        tops.append(np.stack([logits.argmax(-1), logits.argmin(-1)]))  # norms have no bias, so -v has minus the logits
+    return np.concatenate(tops, 1)
+
+
+def ranks(inside: Inside, x_ND, targets_N: np.ndarray) -> np.ndarray:
+    """The place of a token in each vector's distribution, 1 for the likeliest."""
+    out = []
+    for part, logits in inside.logits(x_ND, True):
+        own = logits[jnp.arange(len(logits)), targets_N[part]]
+        out.append(np.asarray((logits > own[:, None]).sum(-1) + 1))
+    return np.concatenate(out)
+
+
+def values(inside: Inside, page, ffn: str = "", top: int = 5) -> dict:
+    """Each value vector as a distribution over the output vocabulary: its top tokens and maximum probability.
+
+    p = softmax(E Norm_f(v)), E the output embedding (Geva et al. 2021, section 4, as p = softmax(v E)). The final norm
+    Norm_f is applied, with its scale, as the model's head never sees a vector without it; v is brought to root mean
+    square 1 first, so p does not depend on the size of v or of its coefficient. To flip a key and its value changes
+    nothing of the model, so a value's sign has no meaning without a coefficient's: both v (+) and -v (-) are given.
+    """
+    ffn = inside.ffn_name(ffn)
+    L, F, texts = inside.config.layers, inside.width(ffn), inside.texts
+    progress = Progress("values", L, "layer")
+    most_LF, best = np.empty((L, 2, F)), []
+    with page.csv("values", ["layer", "key", "sign", "tokens", "texts", "probabilities"]) as write:
+        for layer in range(L):
+            v_FD = inside.values(ffn, layer)
+            tops = [top_tokens(inside, sign * v_FD, top) for sign in (1, -1)]
+            for side, (sign, (ids, p)) in enumerate(zip("+-", tops)):
+                most_LF[layer, side] = p[:, 0]
+                write(
+                    [
+                        layer,
+                        i,
+                        sign,
+                        *(" ".join(map(str, x)) for x in (ids[i], [texts[t] for t in ids[i]], p[i].round(6))),
+                    ]
+                    for i in range(F)
+                )
+                for i in np.argsort(-p[:, 0])[:5]:
+                    best.append([layer, int(i), sign, float(p[i, 0]), [texts[t] for t in ids[i]]])
+            progress.update(layer + 1)
+    progress.close()
+    most_LF = most_LF.max(1)
+    quantiles = {f"{name} of keys": np.quantile(most_LF, q, 1) for name, q in (("median", 0.5), ("top 10%", 0.9))}
+    quantiles |= {"largest": most_LF.max(1), "uniform": np.full(L, 1 / inside.config.vocab_size)}
+    page.figure(
+        "max_p",
+        report.by_layer(quantiles, "maximum probability", log=True),
+        f"Probability of the top token of {inside.label(ffn)}'s values, the larger of v and -v.",
+    )
+    page.heading("The most peaked values of each layer")
+    page.table(["layer", "key", "sign", "max p", "top tokens"], best)
+    return {"ffn": ffn, "max_probability": quantiles, "peaked": best}

@@ -1,0 +1,369 @@
+"""Analyses on models built by hand, where the answer is known, and against NumPy on a random model."""
+
+import csv
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from memoryllm_jax import analyze, checkpoint, data, model, report, sharding, train
+from memoryllm_jax import config as config_lib
+from memoryllm_jax.analysis import clusters, corpus, inside, neighbours, residual, surface, vocabulary
+from memoryllm_jax.cli import UserError
+
+LENGTH = 16  # of windows
+FIRES, HEARD, DENIED, SPOKEN, TWIN = 60, 61, 62, 63, 64  # token ids
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Sizes that divide nothing, so that every loop has several rounds and an incomplete last one."""
+    monkeypatch.setattr(vocabulary, "CHUNK", 100)
+    monkeypatch.setattr(inside, "_LOGITS", 512 * 7)
+    monkeypatch.setattr(corpus, "_BATCH", 3 * LENGTH)
+    monkeypatch.setattr(neighbours, "_QUERIES", 300)
+
+
+@pytest.fixture
+def make_model(make_config, tmp_path):
+    """make_model("base", change) -> workdir of a checkpoint: small random weights, `change`d as NumPy arrays."""
+
+    def make(architecture, change=lambda params: None, name=""):
+        config = make_config(architecture, **{"data.verify": False})
+        dataset = data.Dataset(config.data.path)
+        config = train.complete(config, dataset)
+        mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
+        shapes, draw = model.abstract_params(model.LanguageModel(config.model), mesh), np.random.default_rng(0)
+        params = jax.tree.map(lambda s: (0.3 * draw.standard_normal(s.shape)).astype(np.float32), shapes)
+        change(params)
+        params = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), params, shapes)
+        workdir = str(tmp_path / (name or architecture))
+        checkpoints = checkpoint.Checkpoints(workdir)
+        checkpoints.save(0, {"params": params}, checkpoint.describe(config, dataset, dataset.tokenizer()))
+        checkpoints.wait()
+        checkpoints.close()
+        return workdir
+
+    return make
+
+
+@functools.cache
+def opened(workdir, *_, **__):
+    """A checkpoint takes seconds to read, so that all commands of a test share one."""
+    return inside.Inside(workdir)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run("values", workdir, **options) -> the results in its JSON."""
+    monkeypatch.setattr(analyze, "Inside", opened)
+
+    def call(command, workdir, **options):
+        output = str(tmp_path / "out")
+        analyze.analyze(command, workdir, output, **options)
+        with open(f"{output}/{command}.json") as file:
+            return json.load(file)["results"]
+
+    return call
+
+
+def quiet(params):
+    """Attention and FFNs that add nothing, norms of one, an output embedding of unit rows."""
+    for group in ("layers", "memory"):
+        for path, x in jax.tree_util.tree_leaves_with_path(params.get(group, {})):
+            x[:] = 1 if path[-1].key == "scale" else 0
+    params["final_norm"]["scale"][:] = 1
+    params["head"][:] = unit(params["head"])
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def one_token_keys(params, group):
+    """In layer 1, key 3 fires on FIRES alone and its value says HEARD; key 4 likewise, but with c < 0 and -DENIED."""
+    quiet(params)
+    params["embedding"][:, 0] = 0
+    params["embedding"][FIRES] = 4 * np.eye(32)[0]
+    params["embedding"][TWIN] = 2 * params["embedding"][TWIN + 1]
+    ffn, head = params[group]["ffn"], params["head"]
+    ffn["gate"][:, 0, 3:5] = 1
+    ffn["up"][:, 0, 3], ffn["up"][:, 0, 4] = 1, -0.5
+    ffn["down"][:, 3], ffn["down"][:, 4] = head[HEARD], -head[DENIED]
+    ffn["up"][0] = 0
+    ffn["gate"][:, 1:, 5:], ffn["up"][:, 1:, 5:] = 0.1, np.random.default_rng(1).normal(size=ffn["up"][:, 1:, 5:].shape)
+    ffn["down"][:, 5:] = 1e-3 * np.random.default_rng(2).normal(size=ffn["down"][:, 5:].shape)
+
+
+def test_a_key_that_fires_on_one_token(make_model, run, tmp_path):
+    workdir = make_model("memory", lambda params: one_token_keys(params, "memory"))
+    c = 32**0.5 / (1 + np.exp(-(32**0.5))) * 32**0.5  # q = sqrt(D) e_0, up to the norm's epsilon
+
+    found = run("coefficients", workdir, token=[f"#{FIRES}"], top=2)
+    assert found["keys"][1] == [[3, 4]]
+    np.testing.assert_allclose(found["coefficients"][1], [[c, -c / 2]], rtol=1e-4)
+    np.testing.assert_allclose(found["shares"][1], [[2 / 3, 1 / 3]], rtol=1e-4)
+    with open(tmp_path / "out/coefficients-keys.csv", newline="") as file:
+        lines = list(csv.reader(file))
+    for key, sign, token in ((3, "1", HEARD), (4, "-1", DENIED)):
+        line = next(x for x in lines if x[:2] == ["1", str(key)])
+        assert line[2:4] == [sign, str(FIRES)]
+        assert line[6].split()[0] == str(token)
+    page = open(tmp_path / "out/coefficients.html").read()
+    shown = json.loads(re.search(r'<script type="application/json" id="content">(.*?)</script>', page)[1])
+    assert shown["tokens"][str(FIRES)]["keys"][1] == [3, 4]
+    assert shown["keys"]["1:4"][0] == -1 and shown["keys"]["1:4"][3][0] == DENIED
+
+    keys = run("triggers", workdir, key=["1:3", "1:4"], top=3)["keys"]["1"]
+    assert keys["labels_Kt"] == [[FIRES, -1, -1], [FIRES, -1, -1]] and keys["sign_K"] == [1, -1]
+    found = run("outliers", workdir, ratio="50,1")
+    assert found["layers"][2] == {"layer": 1, "M": 50, "mean": 1 / 512, "largest": 1, "tokens_without": 511 / 512}
+    assert found["keys"][10][:3] == [1, 3, 1]
+    near = run("neighbours", workdir, token=[f"#{TWIN}", "#9", "#8", "#7"], top=2)
+    assert near["neighbours"][-1][0][0] == TWIN + 1 and near["cosine"][-1][0][0] == pytest.approx(1, abs=1e-5)
+
+
+def test_prefixes_of_a_key_that_fires_on_one_token(make_model, run, data_path, tmp_path):
+    options = {"data": data_path, "length": LENGTH, "limit": 1 << 11}
+    text = corpus.Corpus(opened(make_model("base", name="any")), data_path, "train", LENGTH, 1 << 11)
+    tokens = np.concatenate([text.prefix(label) for label in range(LENGTH - 1, text.positions, LENGTH)])
+    counts = np.bincount(tokens, minlength=512)
+    counts[tokens[1:][tokens[1:] == tokens[:-1]]] = 0  # doubled, it would still fire without the last
+    fires = int(counts.argmax())
+    first = int(np.flatnonzero(tokens == fires)[0])
+    follows = text.next(first)
+
+    def change(params):
+        one_token_keys(params, "layers")
+        params["embedding"][[FIRES, fires]] = params["embedding"][[fires, FIRES]]
+        params["layers"]["ffn"]["down"][0] = 0
+        params["layers"]["ffn"]["down"][1, 3] = params["head"][follows]
+
+    workdir = make_model("base", change)
+    keys = run("triggers", workdir, key=["1:3", "1:4"], top=5, **options)["keys"]["1"]
+    assert keys["labels_Kt"] == [np.flatnonzero(tokens == fires)[:5].tolist()] * 2
+    run("mutate", workdir, key=["1:3"], top=5, **options)
+    changes = np.genfromtxt(tmp_path / "out/mutate-prefixes.csv", delimiter=",", names=True)
+    assert np.abs(changes["first"]).max() < 1e-5 and np.abs(changes["last"] + 1).max() < 1e-5
+    assert all(min(abs(x), abs(x + 1)) < 1e-5 for x in changes["random"])
+
+    found = run("agreement", workdir, predictive=3, **options)
+    with open(tmp_path / "out/agreement-keys.csv") as file:
+        ranks = {tuple(line.split(",")[:2]): line.split(",")[5:] for line in file}
+    assert ranks["1", "3"] == [str(follows), "1\n"]
+    assert int(ranks["1", "4"][1]) > 1
+    assert any(row[:2] == [1, 3] and row[4] >= 1 for row in found["predictive"]["values"])
+
+
+def test_a_layer_that_overrides_the_residual(make_model, run, data_path):
+    """Layer 0 says SPOKEN whatever it reads; layer 1 adds HEARD and DENIED, whose sum says TWIN; all say TWIN + 1."""
+
+    def change(params):
+        quiet(params)
+        params["embedding"][:, 1] = 1
+        head, ffn = params["head"], params["memory"]["ffn"]
+        both = head[HEARD] + head[DENIED]
+        head[TWIN] = unit(both)
+        head[TWIN + 1] = unit(head[SPOKEN] + head[TWIN])
+        ffn["gate"][:, 1, :2], ffn["up"][:, 1, 0], ffn["up"][1, 1, 1] = 10, 10, -10
+        ffn["down"][0, 0] = head[SPOKEN]
+        ffn["down"][1, :2] = np.stack([head[HEARD], -head[DENIED]]) / np.linalg.norm(both)
+
+    options = {"data": data_path, "length": LENGTH, "limit": 1 << 11, "examples": 200}
+    workdir = make_model("memory", change)
+    percent = run("residual", workdir, **options)["percent"]
+    assert percent["FFN"] == [pytest.approx(100, abs=2), 0] and percent["composition"] == [pytest.approx(0, abs=2), 100]
+    assert percent["settled"] == [pytest.approx(0, abs=2), 0]
+    head = np.asarray(opened(workdir).head)
+    logits = 32**0.5 * head @ head[SPOKEN]
+    expected = 100 * np.exp(logits[TWIN + 1]) / np.exp(logits).sum()
+    assert percent["probability"][1] == pytest.approx(expected, rel=0.02)
+    rows = run("compose", workdir, **options)["percent_by_layer"]
+    assert [row["composed"] for row in rows] == [0, 100]
+    assert rows[0]["short prefixes of the rest"] == pytest.approx(100 * 4 / LENGTH, abs=12)
+    assert rows[1]["short prefixes of the rest"] is None
+
+
+def test_active_memories_hold_the_mass():
+    c_NF = np.zeros((2, 88), np.float32)
+    c_NF[0, 5:15], c_NF[1, 7] = -3, 1
+    norms = np.ones(88, np.float32)
+    assert residual.active_count(c_NF, norms, 0.85).tolist() == [9, 1]
+    norms[5] = 1000  # one memory adds nearly all
+    assert residual.active_count(c_NF, norms, 0.85).tolist() == [1, 1]
+
+
+def test_clustering_coefficient_and_purity():
+    cliques = np.array([[j for j in range(5 * (i // 5), 5 * (i // 5) + 5) if j != i] for i in range(10)])
+    assert clusters.clustering_coefficient(cliques) == (1, pytest.approx(4 / 9))
+    ring = np.stack([np.arange(9) - 1, np.arange(1, 10)], 1) % 9
+    assert clusters.clustering_coefficient(ring)[0] == 0
+    # A triangle 0 1 2 with 3 hanging on 2, whose three neighbours are joined in one of three pairs.
+    assert clusters.clustering_coefficient(np.array([[1], [2], [0], [2]]))[0] == pytest.approx((1 + 1 + 1 / 3 + 0) / 4)
+    assert surface.purity(np.array([0, 0, 0, 1, 1]), np.array(list("aabcc"))) == pytest.approx(4 / 5)
+    kinds = [surface.kind(7, text) for text in ("#7", "␣", "␣,", "12", "␣The", "ing", "да")]
+    assert kinds == list(surface.KINDS)
+
+
+@pytest.mark.parametrize("architecture", ["base", "memory", "flex-3"])
+def test_everything_against_numpy(make_model, run, data_path, architecture, tmp_path):
+    workdir = make_model(architecture)
+    subject = opened(workdir)
+    m, p = subject.config, jax.tree.map(np.asarray, subject.params)
+    text = corpus.Corpus(subject, data_path, "train", LENGTH, 7 * LENGTH)
+    silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
+    c_of = lambda q, ffn: silu(q @ ffn["gate"]) * (q @ ffn["up"])  # noqa: E731
+    norm = lambda x, scale: np.asarray(reference.norm(x, scale, m))  # noqa: E731
+    says = lambda x: np.asarray(norm(x, p["final_norm"]["scale"]) @ p["head"].T)  # noqa: E731
+
+    queries = [{} for _ in range(m.layers)]
+    residuals, outputs = [], []
+    windows = np.concatenate([t for t, *_ in text])[:7]
+    x = x0 = p["embedding"][windows]
+    for layer in range(m.layers):
+        at = p["layers"][layer]
+        r = x + np.asarray(reference.attention(norm(x, at["attention_norm"]["scale"]), at["attention"], m))
+        y = 0
+        if m.compute_dim:
+            source = r if m.compute_input == "after_attention" else x
+            queries[layer]["compute"] = norm(source, at["ffn_norm"]["scale"]).reshape(-1, m.dim)
+            y = y + (c_of(queries[layer]["compute"], at["ffn"]) @ at["ffn"]["down"]).reshape(x.shape)
+        if m.memory_dim:
+            mem = p["memory"][layer]
+            queries[layer]["memory"] = norm(x0, mem["norm"]["scale"]).reshape(-1, m.dim)
+            y = y + (c_of(queries[layer]["memory"], mem["ffn"]) @ mem["ffn"]["down"]).reshape(x.shape)
+        x = r + y
+        residuals.append(r.reshape(-1, m.dim))
+        outputs.append(x.reshape(-1, m.dim))
+    stacked = {k: jax.tree.map(lambda *a: jnp.stack(a), *p[k]) for k in ("layers", "memory") if k in p}
+    np.testing.assert_allclose(says(x), reference.logits(p | stacked, windows, m), rtol=1e-4, atol=1e-4)
+
+    seen = [[] for _ in range(m.layers)]
+    for tokens_BT, _, real in text:
+        for layer, state in enumerate(corpus.states(subject, tokens_BT)):
+            seen[layer].append(jax.tree.map(lambda a, real=real: np.asarray(a)[real], state))
+    for layer in range(m.layers):
+        state = jax.tree.map(lambda *parts: np.concatenate(parts), *seen[layer])
+        np.testing.assert_allclose(state.residual_ND, residuals[layer], rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(state.output_ND, outputs[layer], rtol=2e-4, atol=2e-4)
+        for name, q in queries[layer].items():
+            np.testing.assert_allclose(state.queries[name], q, rtol=2e-4, atol=2e-4)
+
+    kind = "compute" if m.compute_dim else "memory"
+    options = {"data": data_path, "length": LENGTH, "limit": 7 * LENGTH}
+    found = run("triggers", workdir, ffn=kind, keys=4, top=6, **options)["keys"]["1"]
+    group = p["layers" if kind == "compute" else "memory"][1]
+    if kind == "memory":
+        queries[1]["memory"] = norm(p["embedding"], group["norm"]["scale"])
+    c_NK = c_of(queries[1][kind], group["ffn"])[:, found["key"]]
+    sign = np.sign(c_NK[np.abs(c_NK).argmax(0), np.arange(4)])
+    assert found["sign_K"] == sign.tolist()
+    expected = -np.sort(-(c_NK * sign).T, axis=1)[:, :6]
+    np.testing.assert_allclose(np.array(found["c_Kt"]) * sign[:, None], expected, rtol=1e-3)
+    assert all(
+        np.isclose(c_NK[row, k], c, rtol=1e-3)
+        for k in range(4)
+        for row, c in zip(*(found[n][k] for n in ("labels_Kt", "c_Kt")))
+    )
+
+    run("values", workdir, ffn=kind, top=3)
+    rows = [line.split(",") for line in open(tmp_path / "out/values-values.csv", encoding="utf-8")]
+    line = next(row for row in rows if row[:3] == ["1", "5", "-"])
+    v = group["ffn"]["down"][5]
+    z = says(-v / np.sqrt((v * v).mean()))
+    prob = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    assert [int(i) for i in line[3].split()] == np.argsort(-z)[:3].tolist()
+    np.testing.assert_allclose([float(x) for x in line[-1].split()], -np.sort(-prob)[:3], atol=2e-6)
+
+    percent = run("residual", workdir, examples=7 * LENGTH, split="train", **options)["percent"]
+    last = says(outputs[-1]).argmax(-1)
+    for layer in range(m.layers):
+        top_r, top_o = says(residuals[layer]).argmax(-1), says(outputs[layer]).argmax(-1)
+        y = outputs[layer] - residuals[layer]
+        top_y = says(y / np.sqrt((y * y).mean(-1, keepdims=True))).argmax(-1)
+        assert percent["settled"][layer] == pytest.approx(100 * (top_r == last).mean())
+        assert percent["composition"][layer] == pytest.approx(100 * ((top_o != top_r) & (top_o != top_y)).mean())
+        assert percent["agreement"][layer] == pytest.approx(100 * ((top_o == top_r) & (top_o == top_y)).mean())
+
+
+def test_neighbours_clusters_and_outliers_against_numpy(make_model, run):
+    workdir = make_model("flex-3")
+    subject = inside.Inside(workdir, whole=False)
+    m, p = subject.config, jax.tree.map(np.asarray, subject.params)
+    ids = vocabulary.every_id(subject)
+    rows, c = [], []
+    for mem in p["memory"]:
+        q = np.asarray(reference.norm(p["embedding"], mem["norm"]["scale"], m))
+        c.append(np.asarray(jax.nn.silu(q @ mem["ffn"]["gate"]) * (q @ mem["ffn"]["up"])))
+        rows.append(c[-1] @ mem["ffn"]["down"])
+    near = run("neighbours", workdir, tokens=0, top=4)
+    for found, x in zip(near["cosine"], [*rows, np.concatenate(rows, 1)]):
+        cosine = unit(x) @ unit(x).T
+        np.fill_diagonal(cosine, -1)
+        np.testing.assert_allclose(found, -np.sort(-cosine, 1)[:, :4], atol=2e-4)
+    outliers = run("outliers", workdir, ratio="3,6")["layers"]
+    counts = (np.abs(c[1]) > 6 * np.abs(c[1]).mean(1, keepdims=True)).sum(1)
+    assert outliers[3]["mean"] == pytest.approx(counts.mean(), abs=0.01)
+    labels, fitted = clusters.fit(subject, 1, 6, 0)
+    distance = np.linalg.norm(unit(c[1])[:, None] - fitted.cluster_centers_, axis=-1)
+    assert (labels == distance.argmin(1)).mean() > 0.999 and len(labels) == len(ids)
+
+
+def test_every_command_leaves_whole_files(make_model, run, data_path, tmp_path):
+    workdir = make_model("flex-3")
+    small = {"keys": 3, "top": 3, "length": LENGTH, "limit": 1 << 11, "examples": 50, "clusters": 5, "picture": "pca"}
+    for command, call in analyze.COMMANDS.items():
+        names = call.__code__.co_varnames[2 : call.__code__.co_argcount]
+        run(command, workdir, **{k: v for k, v in (small | {"data": data_path}).items() if k in names})
+        page = open(tmp_path / f"out/{command}.html").read()
+        assert page.count("<img") >= 1 and "http" not in page.replace(data_path, "")
+        assert "flex-3, 2 layers of width 32" in page and f"{workdir}, step 0" in page
+    assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".part")]
+    sheet = open(tmp_path / "out/annotate-sheet.csv").read().splitlines()
+    assert sheet[0].endswith("prefix,pattern,kind") and len(sheet) == 1 + 2 * 3 * 3
+
+
+def test_refusals(make_model, run, data_path):
+    base, memory = make_model("base"), make_model("memory")
+    for command in ("coefficients", "clusters", "clustering", "outliers", "neighbours"):
+        with pytest.raises(UserError, match=f"{command}: expected a memory or flex model, found base"):
+            run(command, base)
+    with pytest.raises(UserError, match="mutate: expected a base or flex model, found memory"):
+        run("mutate", memory, data=data_path)
+    for options, message in (
+        ({"ffn": "memory"}, "--ffn=memory: expected compute, which base has"),
+        ({"length": 8}, "--data: expected a folder"),
+        ({"data": data_path, "length": 64}, "--length: expected from 2 to the model's 32 positions, found 64"),
+        ({"data": data_path, "length": 8, "key": ["0:9999"]}, "--key=0:9999: expected LAYER:KEY"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run("triggers", base, **options)
+
+
+def test_help_gives_the_definition():
+    def text(*arguments):
+        line = [sys.executable, "-m", "memoryllm_jax.analyze", *arguments]
+        return subprocess.run(line, capture_output=True, text=True)
+
+    shown = text("triggers", "--help")
+    assert shown.returncode == 0 and "Geva et al. 2021, section 3.1" in shown.stdout and "--limit" in shown.stdout
+    wrong = text("trigers")
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error: expected one of coefficients, ")
+
+
+def test_report_escapes_what_it_shows(tmp_path):
+    page = report.Report(str(tmp_path), "name", "a <b>", {"data": "<i>"})
+    page.table(["x"], [[["</td>"]], [float("nan")]])
+    page.raw(report.embedded_json({"text": "</script>"}))
+    page.write({"x": np.array([1.0, np.nan])})
+    written = open(tmp_path / "name.html").read()
+    assert "a &lt;b&gt;" in written and "<i>" not in written and "&lt;/td&gt;" in written and "</script>" not in written
+    assert json.load(open(tmp_path / "name.json"))["results"] == {"x": [1.0, None]}
