@@ -148,8 +148,11 @@ class Checkpoints:
         """
         folder = os.path.join(self.workdir, str(step), "state")
         base = folder if files.is_url(folder) else f"file://{folder}"
-        place = {"driver": "ocdbt", "base": base, "path": ".".join(["params", *(key.key for key in path)]) + "/"}
-        return self._reading(step, lambda: tensorstore.open({"driver": "zarr", "kvstore": place}, read=True).result())
+        name = ".".join(["params", *(key.key for key in path)])
+        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+        # One chunk at a time is decoded, and none is kept.
+        context = tensorstore.Context({"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}})
+        return self._reading(step, lambda: tensorstore.open(spec, read=True, context=context).result())
 
     def _restore(self, step, **items):
         return self._reading(step, lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))

@@ -28,7 +28,7 @@ from memoryllm_jax import tokenizer as tokenizer_lib
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.hf import card, names, settings, shards
 from memoryllm_jax.hf import tokenizer as hf_tokenizer
-from memoryllm_jax.saved import SavedModel
+from memoryllm_jax.saved import Digest, SavedModel
 from memoryllm_jax.tol import options
 
 # Kept of an imported directory as they are, and written again by export.
@@ -78,9 +78,9 @@ def _write(saved, folder, dtype, shard_bytes):
 
     tree = settings.to_json(c, saved.context, main, saved.tokenizer.bos_id, saved.tokenizer.eos_id)
     _write_tokenizer(saved, folder, source)
-    _write_tensors(saved, shards.Writer(folder, layout, {n: t.shape for n, t in tensors.items()}), tensors)
+    digest = _write_tensors(saved, shards.Writer(folder, layout, {n: t.shape for n, t in tensors.items()}), tensors)
     if c.memory_dim:
-        tree["decoder_digest"] = saved.digest(lambda name: not saved.is_memory(name))
+        tree["decoder_digest"] = digest
         code = resources.files("memoryllm_jax.hf").joinpath("modeling_memoryllm.py").read_bytes()
         files.write_bytes(os.path.join(folder, "modeling_memoryllm.py"), code)
     files.write_json(os.path.join(folder, "config.json"), tree)
@@ -91,22 +91,29 @@ def _write(saved, folder, dtype, shard_bytes):
 
 
 def _write_tensors(saved, writer, tensors):
-    """Parameter by parameter, and of each some rows of its tensors at a time."""
+    """Parameter by parameter, and of each some rows of its tensors at a time. Returns the digest of the decoder."""
     by_leaf: dict[str, list] = {}
     for tensor in tensors.values():
         by_leaf.setdefault(tensor.leaf, []).append(tensor)
+    decoder = Digest()
     progress = cli.Progress("export", len(by_leaf), "parameter")
     try:
-        for done, (leaf, members) in enumerate(by_leaf.items()):
-            for start, block in saved.blocks(leaf, members[0].axis):
-                for tensor in members:
-                    rows = tensor.from_ours(block if tensor.layer is None else block[tensor.layer])
-                    writer.write(tensor.name, start * tensor.rows_a_step, rows)
+        for done, leaf in enumerate(saved.names()):
+            for start, block in saved.blocks(leaf, by_leaf[leaf][0].axis):
+                for tensor in by_leaf[leaf]:
+                    part = block if tensor.layer is None else block[tensor.layer]
+                    writer.write(tensor.name, start * tensor.rows_a_step, tensor.from_ours(part))
+                    if not saved.is_memory(leaf):
+                        shape, axis = saved.shape(leaf), tensor.axis
+                        shape, axis = (shape, 0) if tensor.layer is None else (shape[1:], axis - 1)
+                        decoder.add(leaf, tensor.layer or 0, shape, part, axis, start)
+                del block, part  # before the next one is read
             progress.update(done + 1)
         writer.finish()
     finally:
         writer.close()
         progress.close()
+    return decoder.text()
 
 
 def _write_tokenizer(saved, folder, source):

@@ -30,7 +30,8 @@ from memoryllm_jax.step import Batch, Trainer
 EFFICIENCY = 0.5  # of peak FLOP/s in compute: what well-tuned trainers publish near 1B parameters
 VOCABULARY = 128_256  # Llama 3's, where neither config nor data say
 # Share of distinct ids among so many tokens of English with the Llama 3 tokenizer; below 8,192 by other text's slope.
-_DISTINCT = {1024: 0.49, 2048: 0.41, 4096: 0.34, 8192: 0.29, 16384: 0.25, 32768: 0.20, 65536: 0.16, 131072: 0.12, 1048576: 0.04}
+_DISTINCT = {1024: 0.49, 2048: 0.41, 4096: 0.34, 8192: 0.29}
+_DISTINCT |= {16384: 0.25, 32768: 0.20, 65536: 0.16, 131072: 0.12, 1048576: 0.04}
 _UPDATE_BYTES = 7 * 4  # a parameter: read and write it and two moments, read its gradient
 
 

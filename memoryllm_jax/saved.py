@@ -6,9 +6,11 @@ layers copies each slice first.
 """
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from memoryllm_jax.cli import UserError
 from memoryllm_jax.config import Config, ModelConfig
 from memoryllm_jax.tokenizer import Tokenizer
 
-_ROWS = 16384  # of an array, digested at a time
+ROWS_DIGESTED = 16384  # of an array, at a time
 _BLOCK_BYTES = 128 << 20  # of a parameter, read at a time, where its chunks in the checkpoint are not larger
 
 
@@ -65,8 +67,8 @@ class SavedModel:
             if wanted(name):
                 dtype = jnp.float32 if name.endswith("scale") else jnp.dtype(self.config.dtype)
                 value = _for_serving(name, self.leaf(name, dtype), self.config)
-                for part in value if isinstance(value, list) else [value]:
-                    digest.add(name, part.shape, [part])
+                for layer, part in enumerate(value if isinstance(value, list) else [value]):
+                    digest.add(name, layer, part.shape, part)
                 if keep:
                     _put(params, name.split("/"), value)
                 del value, part
@@ -76,6 +78,10 @@ class SavedModel:
         """Names of all parameters, in the order in which `load` reads them."""
         return list(self._shapes)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one parameter, stacked over the layers if it is one of theirs."""
+        return self._shapes[name][1].shape
+
     def leaf(self, name: str, dtype, like: jax.ShapeDtypeStruct | None = None) -> jax.Array:
         """One parameter, stacked over the layers if it is one of theirs; in the shape and place of `like`, if given."""
         path, shape = self._shapes[name]
@@ -83,34 +89,29 @@ class SavedModel:
         wanted = jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
         return self._checkpoints.restore_leaf(self.step, path, wanted)
 
-    def blocks(self, name: str, axis: int, size: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(self, name: str, axis: int) -> Iterator[tuple[int, np.ndarray]]:
         """(where it begins on the axis, part) of one parameter, float32, read piece by piece.
 
-        Args:
-          size: of a piece along the axis; 0: about _BLOCK_BYTES, in whole chunks of the checkpoint.
+        Pieces are ROWS_DIGESTED long on the first axis, else of about _BLOCK_BYTES in whole chunks of the checkpoint.
         """
-        path, shape = self._shapes[name]
-        stored = self._checkpoints.open_leaf(self.step, path)
-        chunk = stored.chunk_layout.read_chunk.shape[axis]
-        along = 4 * shape.size // shape.shape[axis]
-        size = size or max(1, _BLOCK_BYTES // (along * chunk)) * chunk
-        for start in range(0, shape.shape[axis], size):
-            cut = [slice(0, n) for n in shape.shape]
-            cut[axis] = slice(start, min(start + size, shape.shape[axis]))
-            yield start, stored[tuple(cut)].read().result()
-
-    def digest(self, wanted: Callable[[str], bool]) -> str:
-        """What `load` returns as the digest of the parameters whose names are wanted."""
-        digest = Digest()
-        for name in filter(wanted, self._shapes):
-            shape = self._shapes[name][1].shape
-            if name.startswith(("layers/", "memory/")):
-                for _, stacked in self.blocks(name, 0, shape[0]):
-                    for part in stacked:
-                        digest.add(name, part.shape, [part])
-            else:
-                digest.add(name, shape, (rows for _, rows in self.blocks(name, 0, _ROWS)))
-        return digest.text()
+        path, like = self._shapes[name]
+        shape, stored = like.shape, self._checkpoints.open_leaf(self.step, path)
+        chunk = stored.chunk_layout.read_chunk.shape
+        along = 4 * like.size // shape[axis] * chunk[axis]
+        size = ROWS_DIGESTED if axis == 0 else max(1, _BLOCK_BYTES // along) * chunk[axis]
+        steps = list(chunk)
+        steps[axis] = min(size, chunk[axis])
+        for start in range(0, shape[axis], size):
+            first, last = [0] * len(shape), list(shape)
+            first[axis], last[axis] = start, min(start + size, shape[axis])
+            piece = np.empty([b - a for a, b in zip(first, last)], np.float32)
+            # Chunk by chunk, as TensorStore would hold all of them beside what they make up.
+            for corner in itertools.product(*(range(a, b, step) for a, b, step in zip(first, last, steps))):
+                ends = [min(low + step, b) for low, step, b in zip(corner, steps, last)]
+                place = tuple(slice(low - a, high - a) for low, high, a in zip(corner, ends, first))
+                piece[place] = stored[tuple(map(slice, corner, ends))].read().result()
+            yield start, piece
+            del piece
 
     def close(self) -> None:
         self._checkpoints.close()
@@ -143,14 +144,27 @@ class Digest:
     """Names the values of some parameters, taken as bfloat16, so that a model read in any dtype has one digest."""
 
     def __init__(self):
-        self._sums: dict[str, list] = {}
+        self._sums: dict[str, dict] = {}
 
-    def add(self, name: str, shape: tuple[int, ...], parts: Iterable) -> None:
-        """A parameter, or the next layer's part of it: arrays of whole _ROWS rows, then the rest."""
-        self._sums.setdefault(name, []).append([list(shape), *(f for part in parts for f in _fingerprints(part))])
+    def add(self, name: str, layer: int, shape: tuple[int, ...], part, axis: int = 0, start: int = 0) -> None:
+        """Some of a layer's parameter: what begins at `start` on an axis; on the first, in pieces of ROWS_DIGESTED."""
+        _, sums = self._sums.setdefault(name, {}).setdefault(layer, (list(shape), {}))
+        strides = tuple(int(np.prod(shape[i + 1 :])) % 2**32 for i in range(len(shape)))
+        first, begin = (start // ROWS_DIGESTED, 0) if axis == 0 else (0, start * strides[axis])
+        rows = ROWS_DIGESTED if len(shape) > 1 else shape[0]
+        for number, row in enumerate(range(0, len(part), rows), first):
+            for seed in (1, 2):
+                origin = np.uint32((seed + begin) % 2**32)
+                found = int(_fingerprint(part[row : row + rows], origin, strides))
+                sums[number, seed] = (sums.get((number, seed), 0) + found) % 2**32
 
     def text(self) -> str:
-        return hashlib.sha256(json.dumps(self._sums).encode()).hexdigest()
+        """In the order in which parameters were added first."""
+        whole = {
+            name: [[shape, *(sums[key] for key in sorted(sums))] for _, (shape, sums) in sorted(layers.items())]
+            for name, layers in self._sums.items()
+        }
+        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
 
 def for_serving(params, config: ModelConfig) -> dict:
@@ -193,18 +207,11 @@ def _put(tree: dict, path: list[str], value) -> None:
         tree[path[0]] = value
 
 
-def _fingerprints(part) -> list[int]:
-    """Of one array, some rows at a time, so that nothing of its size is held beside it."""
-    blocks = [part[i : i + _ROWS] for i in range(0, len(part), _ROWS)] if part.ndim > 1 else [part]
-    return [int(_fingerprint(block, np.uint32(seed))) for block in blocks for seed in (1, 2)]
-
-
-@jax.jit
-def _fingerprint(x, seed):
+@functools.partial(jax.jit, static_argnames="strides")
+def _fingerprint(x, origin, strides):
     """A 32-bit sum over the bits and places of all elements: the same on any mesh, as integers add in any order."""
-    place = jnp.full(x.shape, seed, jnp.uint32)
-    for axis in range(x.ndim):
-        stride = int(np.prod(x.shape[axis + 1 :])) % 2**32
+    place = jnp.full(x.shape, origin, jnp.uint32)
+    for axis, stride in enumerate(strides):
         place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
     h = bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))

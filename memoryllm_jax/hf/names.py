@@ -34,12 +34,12 @@ class Tensor:
         """Of our (stacked) parameter, the one that cuts the tensor into rows."""
         if not self._turned:
             return 0
-        return 2 if self.leaf in ("layers/attention/q", "layers/attention/k", "layers/attention/v") else -1
+        return 3 if self.leaf == "layers/attention/out" else 2
 
     @property
     def rows_a_step(self) -> int:
         """Rows of the tensor for each step on `axis`."""
-        return self.head_dim if self.axis == 2 else 1
+        return self.head_dim if self.leaf in ("layers/attention/q", "layers/attention/k", "layers/attention/v") else 1
 
     def from_ours(self, part: np.ndarray) -> np.ndarray:
         """A layer's parameter, or some of it along `axis` -> the tensor's rows."""
