@@ -343,3 +343,20 @@ def test_flops_formula_against_xla(make_config):
     unique = metrics.train_flops(config, tokens, tokens // 4)
     plain = metrics.train_flops(config, tokens, tokens)
     assert plain - unique == 3 * (tokens - tokens // 4) * 6 * config.model.dim * config.model.memory_dim
+
+
+def test_exit_codes_of_processes_that_are_left(capfd, monkeypatch):
+    """134 only for what JAX raises when another process is gone; a lack of memory is the run's own."""
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    for error in (
+        jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"),
+        OSError(28, "No space left on device"),
+        ValueError("a bug"),
+        UserError("config.steps: expected at least 1, found 0"),
+    ):
+        cli.abandon(error)
+    assert codes == [134, 1, 1, 1, 1]
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: process 0 of 1: ")]
+    assert len(lines) == 5 and "another process has ended" in lines[0] and "No space left" in lines[2]
