@@ -10,14 +10,18 @@ prepared with its tokenizer. docs/huggingface.md tells how base is converted, an
 import dataclasses
 
 from memoryllm_jax import config, saved
+from memoryllm_jax.cli import UserError
 
 
-def get_config(start="base@"):
+def get_config(start=""):
     architecture, _, workdir = start.partition("@")
+    if not workdir:
+        raise UserError(f"--config=configs/start.py:{start}: expected ARCHITECTURE@WORKDIR after the colon")
     c = config.default(architecture)
-    beta, compute_input = c.model.beta, c.model.compute_input
-    c.model.update(dataclasses.asdict(saved.config_of(workdir).model))
-    c.model.beta, c.model.compute_input = beta, compute_input
+    beta, compute_input, theirs = c.model.beta, c.model.compute_input, saved.config_of(workdir).model
+    c.model.update(dataclasses.asdict(theirs))
+    if beta != theirs.beta:
+        c.model.beta, c.model.compute_input = beta, compute_input
     c.model.attention = "auto"
     c.start.workdir = workdir
     c.steps = 10_000

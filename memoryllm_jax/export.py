@@ -47,6 +47,8 @@ def export(workdir: str, output: str, dtype: str = "", shard_bytes: int = 5 << 3
     """
     if dtype not in ("", *shards.NAMES):
         raise UserError(f"--dtype: expected one of {', '.join(shards.NAMES)}, found {dtype!r}")
+    if files.is_url(output):
+        raise UserError(f"--output={output}: expected a local folder, found a URL")
     if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
         raise UserError(f"--output={output}: expected a folder that is not there yet, or is empty")
     saved = SavedModel(workdir, step, "float32")
@@ -73,10 +75,9 @@ def _write(saved, folder, dtype, shard_bytes):
     if held != set(tensors) or dtype not in ("", *(source or {}).get("dtypes", ())):
         sizes = {name: math.prod(t.shape) for name, t in tensors.items()}
         layout = shards.plan(sizes, shards.NAMES[dtype or "float32"], shard_bytes)
-    stored = {shards.DTYPES[kind].name for shard in layout for _, kind in shard.tensors}
-    main = next(name for name in shards.NAMES if name in stored)
-
-    tree = settings.to_json(c, saved.context, main, saved.tokenizer.bos_id, saved.tokenizer.eos_id)
+    main = dtype or (source and source["dtype"]) or "float32"
+    special = {"bos_token_id": saved.tokenizer.bos_id, "eos_token_id": saved.tokenizer.eos_id}
+    tree = settings.to_json(c, saved.context, main, source["special"] if source else special)
     _write_tokenizer(saved, folder, source)
     digest = _write_tensors(saved, shards.Writer(folder, layout, {n: t.shape for n, t in tensors.items()}), tensors)
     if c.memory_dim:
@@ -139,11 +140,12 @@ def import_(source: str, workdir: str) -> str:
     if files.exists(workdir) and checkpoint.Checkpoints(workdir, read_only=True).steps():
         raise UserError(f"--workdir={workdir}: expected a folder without checkpoints")
     path = os.path.join(source, "config.json")
-    model, context = settings.from_json(files.read_json(path, "a model's settings"), path)
+    tree = files.read_json(path, "a model's settings")
+    model, context = settings.from_json(tree, path)
     layout = shards.read(source)
     tensors = {t.name: t for t in names.tensors(model)}
     layout = _check_tensors(layout, tensors, model, source)
-    tokenizer = _tokenizer(source, model)
+    tokenizer = _tokenizer(source, model, tree)
     params = _read_tensors(source, layout, tensors, model)
 
     config = config_lib.Config(seq_len=context, model=model, data=config_lib.DataConfig(path=IMPORTED))
@@ -156,7 +158,9 @@ def import_(source: str, workdir: str) -> str:
         "source": {
             "shards": [dataclasses.asdict(shard) for shard in layout],
             "dtypes": [name for name, kind in shards.NAMES.items() if {kind} == kinds],
-            "files": {name: files.read_bytes(p, "text").decode() for name, p in kept.items() if os.path.exists(p)},
+            "dtype": tree.get("dtype") or tree.get("torch_dtype") or "float32",
+            "special": {name: tree[name] for name in settings.SPECIAL if name in tree},
+            "files": {name: _text(p) for name, p in kept.items() if os.path.exists(p)},
         },
     }
     saver = checkpoint.Checkpoints(workdir)
@@ -170,12 +174,21 @@ def import_(source: str, workdir: str) -> str:
     return f"{workdir}: {model.architecture}, {size}, a context of {context} tokens, computes in {model.dtype}"
 
 
+def _text(path):
+    try:
+        return files.read_bytes(path, "text").decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8, found byte {error.object[error.start]:#x}") from error
+
+
 def _shard(tree):
     return shards.Shard(tree["file"], tuple(tuple(pair) for pair in tree["tensors"]), tree["metadata"])
 
 
 def _check_tensors(layout, tensors, model, source):
-    """The layout without buffers that are computed anyway. Raises: UserError that names a tensor."""
+    """The layout without buffers that are computed anyway, and copies. Raises: UserError that names a tensor."""
+    if model.tie_embeddings:
+        _check_copy(layout, source)
     spare = ("rotary_emb.inv_freq", *(["lm_head.weight"] if model.tie_embeddings else []))
     layout = tuple(
         dataclasses.replace(s, tensors=tuple(t for t in s.tensors if not t[0].endswith(spare))) for s in layout
@@ -188,6 +201,22 @@ def _check_tensors(layout, tensors, model, source):
         if name not in found:
             raise UserError(f"{source}: expected a tensor {name}, found none")
     return layout
+
+
+def _check_copy(layout, source):
+    """Refuses an output head beside a tied embedding that is not the embedding. Raises: UserError."""
+    found = {name: os.path.join(source, shard.file) for shard in layout for name, _ in shard.tensors}
+    names_ = ("model.embed_tokens.weight", "lm_head.weight")
+    if all(name in found for name in names_):
+        tables = []
+        for name in names_:
+            with safetensors.safe_open(found[name], framework="flax") as file:
+                tables.append(np.asarray(file.get_tensor(name)))
+        if not np.array_equal(*tables):
+            raise UserError(
+                f"{source}: tensor lm_head.weight: expected the input embedding, as tie_word_embeddings says, "
+                "found other values"
+            )
 
 
 def _read_tensors(source, layout, tensors, model):
@@ -213,10 +242,17 @@ def _read_tensors(source, layout, tensors, model):
     return params
 
 
-def _tokenizer(source, model):
-    """tokenizer.json, or else tokenizer.model, of SentencePiece or of Llama 3. Raises: UserError."""
+def _tokenizer(source, model, tree):
+    """tokenizer.json, or else tokenizer.model, of SentencePiece or of Llama 3. Raises: UserError.
+
+    A tokenizer.json tells whether bos comes before a text; which ids they are, generation_config.json or config.json.
+    """
     if os.path.exists(os.path.join(source, "tokenizer.json")):
         tokenizer = tokenizer_lib.load(f"hf:{source}/tokenizer.json")
+        path = os.path.join(source, "generation_config.json")
+        tree = tree | (files.read_json(path, "settings of generation") if os.path.exists(path) else {})
+        ids = hf_tokenizer.special_ids(tokenizer, tree.get("bos_token_id"), tree.get("eos_token_id"))
+        tokenizer = tokenizer_lib.Tokenizer(tokenizer.kind, tokenizer.content, source, ids)
     elif os.path.exists(os.path.join(source, "tokenizer.model")):
         path = os.path.join(source, "tokenizer.model")
         head = files.read_bytes(path, "a tokenizer")[:9]

@@ -126,7 +126,7 @@ def text_after(tokenizer, prompt: list[int], new: list[int]) -> str:
 
 def stop_ids_of(model: Model, texts: list[str]) -> set[int]:
     """Ids of the stop tokens, and of the one that ends a document. Raises: UserError."""
-    out = set() if model.tokenizer.eos_id is None else {model.tokenizer.eos_id}
+    out = set(model.tokenizer.stop_ids)
     for text in texts:
         ids = model.tokenizer.encode(text)
         if text.startswith("#") and text[1:].isdecimal() and int(text[1:]) < model.tokenizer.vocab_size:

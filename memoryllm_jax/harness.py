@@ -135,7 +135,7 @@ class MemoryLLM(TemplateLM):
         return sampling, [stop for stop in handle_stop_sequences(settings["until"], None) if stop], new
 
     def _texts(self, prompts, new, sampling, until, seed):
-        stop_ids = {self._tokenizer.eos_id} - {None}
+        stop_ids = set(self._tokenizer.stop_ids)
         ids, texts = [[] for _ in prompts], [""] * len(prompts)
         streams = [generate.Streamer(self._tokenizer, []) for _ in prompts]
         running = set(range(len(prompts)))

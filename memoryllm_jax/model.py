@@ -107,17 +107,24 @@ def _rotate(x_BTHK, rope):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHK.dtype)
 
 
+def _stored_heads(heads):
+    return padded((heads,), ("heads",))[0]
+
+
+def _groups_are_whole(c):
+    """Whether, padding included, every stored key-value head serves as many query heads as it should."""
+    return _stored_heads(c.heads) * c.key_heads == _stored_heads(c.key_heads) * c.heads
+
+
 def kept_heads(config: ModelConfig) -> int:
-    """Heads of keys and values that a cache holds: the key-value heads, where padding leaves groups of equal size."""
-    stored = [padded((heads,), ("heads",))[0] for heads in (config.heads, config.key_heads)]
-    return stored[1] if stored[0] * config.key_heads == stored[1] * config.heads else stored[0]
+    """Heads of keys and values that a cache holds: the key-value heads, unless padding breaks their groups."""
+    return _stored_heads(config.key_heads if _groups_are_whole(config) else config.heads)
 
 
 def _for_each_head(x_BTHK, config):
     """Keys or values of shared heads, repeated for the query heads; zeros for those that are padding."""
     x_BTHK = jnp.repeat(x_BTHK[:, :, : config.key_heads], config.heads // config.key_heads, 2)
-    stored = padded((config.heads,), ("heads",))[0]
-    return jnp.pad(x_BTHK, [(0, 0), (0, 0), (0, stored - config.heads), (0, 0)])
+    return jnp.pad(x_BTHK, [(0, 0), (0, 0), (0, _stored_heads(config.heads) - config.heads), (0, 0)])
 
 
 class Attention(nn.Module):
@@ -136,7 +143,7 @@ class Attention(nn.Module):
 
         q = _rotate(project("q", c.heads), rope)
         k, v = _rotate(project("k", c.key_heads), rope), project("v", c.key_heads)
-        if kept_heads(c) != k.shape[2]:
+        if not _groups_are_whole(c):
             k, v = (_for_each_head(x, c) for x in (k, v))
         out_HKD = _weight(self, "out", (c.heads, K, D), ("heads", "head_dim", "embed"), _output_std(c))
         if past is None:

@@ -37,10 +37,14 @@ class Tokenizer:
 
     Attributes:
       kind: sentencepiece, llama3 or hf.  content: the model file's bytes.  digest: their SHA-256.
-      vocab_size: number of ids.  bos_id, eos_id: ids put before and after each document, or None.
+      vocab_size: number of ids.  bos_id, eos_id: ids put before and after each document, or None.  stop_ids: those that
+        end a text, eos among them.
+
+    Args:
+      special: (bos_id, ids that end a text) where a model's settings name others than the tokenizer.
     """
 
-    def __init__(self, kind: str, content: bytes, origin: str):
+    def __init__(self, kind: str, content: bytes, origin: str, special: tuple | None = None):
         if kind not in _LOADERS:
             raise UserError(f"tokenizer {kind}:{origin}: expected one of {', '.join(_LOADERS)} before the colon")
         self.kind, self.content = kind, content
@@ -51,6 +55,11 @@ class Tokenizer:
             raise
         except Exception as error:  # each library has its own way to reject a file
             raise UserError(f"tokenizer {origin}: expected a {kind} model, found a file it refuses: {error}") from error
+
+        if special is not None:
+            self.bos_id, self.eos_id = special[0], next(iter(special[1]), None)
+        self.stop_ids = frozenset({self.eos_id} - {None} if special is None else special[1])
+        self._special = special
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """Ids of each text, without bos and eos."""
@@ -65,11 +74,13 @@ class Tokenizer:
         return self._decode([int(i) for i in ids])
 
     def to_json(self) -> dict:
-        return {"kind": self.kind, "digest": self.digest, "content": base64.b64encode(self.content).decode()}
+        content = base64.b64encode(self.content).decode()
+        special = {} if self._special is None else {"special": self._special}
+        return {"kind": self.kind, "digest": self.digest, "content": content, **special}
 
     @classmethod
     def from_json(cls, tree: dict) -> "Tokenizer":
-        return cls(tree["kind"], base64.b64decode(tree["content"]), "of the checkpoint")
+        return cls(tree["kind"], base64.b64decode(tree["content"]), "of the checkpoint", tree.get("special"))
 
 
 def load(spec: str) -> Tokenizer:

@@ -235,9 +235,10 @@ def sample(trainer, params, tokenizer, config) -> str:
     prompt = (prompt or [0])[: config.seq_len - 1]
     params = for_serving(params, m)
     decoder, rows = Decoder(m, params, trainer.mesh), LiveRows(m, params, trainer.mesh)
-    stop = frozenset({tokenizer.eos_id} - {None})
     sizes = (config.seq_len, tokenizer.vocab_size)
-    steps = generate(decoder, rows, [prompt], s.tokens, Sampling(s.temperature), config.seed % 2**32, *sizes, stop)
+    steps = generate(
+        decoder, rows, [prompt], s.tokens, Sampling(s.temperature), config.seed % 2**32, *sizes, tokenizer.stop_ids
+    )
     return tokenizer.decode(prompt + [token for new in steps for _, token in new])
 
 

@@ -61,7 +61,7 @@ def test_parameter_counts_follow_from_the_table(size, variant):
 
 
 def test_every_config_file_builds_every_variant():
-    names = sorted(glob.glob("configs/*.py"))
+    names = sorted(set(glob.glob("configs/*.py")) - {"configs/start.py"})  # which wants a model to start from
     assert len(names) >= 4
     for name in names:
         for variant in (*VARIANTS, "flex-1.5"):

@@ -45,7 +45,7 @@ MODELS = {
 @pytest.fixture(scope="session")
 def transformers():
     pytest.importorskip("torch", reason="the independent side is PyTorch")
-    return pytest.importorskip("transformers", reason="the independent side is Hugging Face transformers")
+    return pytest.importorskip("transformers", "5.0", reason="the independent side is Hugging Face transformers")
 
 
 @pytest.fixture(scope="session")
@@ -167,6 +167,8 @@ def test_import_is_llama_and_goes_back_bit_by_bit(transformers, tmp_path, dtype,
     exact = transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)  # its rope has not been rounded
     np.testing.assert_allclose(our_logits(path, IDS), their_logits(exact, IDS), atol=1e-4)
     export.export(path, out)
+    again = transformers.LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
+    np.testing.assert_array_equal(their_logits(again, IDS), their_logits(exact, IDS))
     files = [name for name in os.listdir(source) if "safetensors" in name]
     assert len(files) > 2
     for name in files:
@@ -229,6 +231,8 @@ def config_json(**changes):
         ({"quantization_config": {"bits": 4}}, "quantization_config: expected None"),
         ({"sliding_window": 4096}, "sliding_window: expected None, found 4096"),
         ({"hidden_size": None}, "hidden_size: expected a number .*, found None"),
+        ({"rope_scaling": "linear"}, "rope_scaling: expected a group of settings, found 'linear'"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected at least 1, found 0"),
         ({"num_key_value_heads": 3}, "config.model.kv_heads: expected a divisor of model.heads = 4"),
     ],
 )
@@ -255,12 +259,16 @@ def test_damaged_directories_are_named_and_leave_nothing(tmp_path):
 
         return change
 
+    def tied_by_config_alone(source):
+        (source / "config.json").write_text(json.dumps(config_json(tie_word_embeddings=True)))
+
     def cut(source):
         raw = (source / "model.safetensors").read_bytes()
         (source / "model.safetensors").write_bytes(raw[:-9])
 
     for change, message in (
         (without("lm_head.weight"), "expected a tensor lm_head.weight, found none"),
+        (tied_by_config_alone, "lm_head.weight: expected the input embedding, as tie_word_embeddings says"),
         (without(""), "tensor model.layers.0.mlp.bias: this model family has no place for it"),
         (cut, "model.safetensors: cannot be read as a safetensors file"),
         (lambda source: os.remove(source / "tokenizer.json"), "expected tokenizer.json or tokenizer.model"),
@@ -332,10 +340,10 @@ def test_training_starts_from_a_model(workdir, data_path, tmp_path):
         assert_refused(message, train.train, config, str(tmp_path / target), jax.devices()[:1])
 
 
-@pytest.mark.parametrize("tensor", [2, 4])
-def test_grouped_heads_on_padded_meshes(make_config, data_path, tensor):
-    """Two key-value heads for six of the query's: losses and gradients are those of one device."""
-    overrides = {"model.dim": 48, "model.heads": 6, "model.kv_heads": 2, "mesh.fsdp": 1}
+@pytest.mark.parametrize("heads, tensor", [(6, 2), (6, 4), (4, 4)])
+def test_grouped_heads_on_padded_meshes(make_config, data_path, heads, tensor):
+    """Two key-value heads for some of the query's: losses, and so gradients, are those of one device."""
+    overrides = {"model.dim": 48, "model.heads": heads, "model.kv_heads": 2, "mesh.fsdp": 1}
     values = []
     for parts in (1, tensor):
         config = train.complete(make_config("base", **overrides, **{"mesh.tensor": parts}), data.Dataset(data_path))

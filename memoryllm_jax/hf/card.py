@@ -27,7 +27,7 @@ def text(saved: SavedModel, dtype: str) -> str:
     """Markdown with the metadata that model hubs read."""
     run = config_lib.from_saved(saved.description["config"])
     c, counts = saved.config, metrics.parameters(run)
-    tags = ["base_model" if not c.memory_dim else "memoryllm", "memoryllm_jax"]
+    tags = ["llama" if not c.memory_dim else "memoryllm", "memoryllm_jax"]
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {t}" for t in tags)]
     widths = f"FFN width {c.compute_dim}" if not c.memory_dim else f"FFN-C width {c.compute_dim}, FFN-M {c.memory_dim}"
     facts = {
@@ -44,6 +44,8 @@ def text(saved: SavedModel, dtype: str) -> str:
         facts["training"] = (
             f"{saved.step:,} steps, {saved.step * run.batch_size * run.seq_len:,} tokens, seed {run.seed}"
         )
+        if run.start.workdir:
+            facts["training"] += f", from the model in {os.path.basename(run.start.workdir.rstrip('/'))}"
         facts["optimizer"] = ", ".join(f"{k} {v}" for k, v in config_lib.flatten(run).items() if "optimizer." in k)
     facts |= _validation(saved)
     lines = [*head, "---", "", f"# {c.architecture}", ""]
@@ -57,7 +59,8 @@ def _validation(saved):
     path = os.path.join(saved.workdir, "metrics.jsonl")
     if not files.exists(path):
         return {}
-    records = [json.loads(line) for line in files.read_bytes(path, "metrics").decode().splitlines() if line.strip()]
+    lines = files.read_bytes(path, "metrics").decode().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a run that was killed may have cut the last
     found = [r for r in records if r.get("kind") == "validation" and r.get("step") == saved.step]
     if not found:
         return {}

@@ -16,6 +16,7 @@ import struct
 import numpy as np
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -67,7 +68,7 @@ class TokenMemory(nn.Module):
         return self.down_proj(nn.functional.silu(self.gate_proj(query)) * self.up_proj(query))
 
 
-class MemoryLLMDecoderLayer(nn.Module):
+class MemoryLLMDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.layer_idx = layer_idx

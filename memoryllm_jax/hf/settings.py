@@ -18,8 +18,15 @@ _ROPE_SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3"}
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}  # that we compute in
 
 
-def to_json(c: ModelConfig, context: int, dtype: str, bos_id: int | None, eos_id: int | None) -> dict:
-    """config.json: an ordinary Llama's for base, else one of the modeling file. Raises: UserError."""
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def to_json(c: ModelConfig, context: int, dtype: str, special: dict) -> dict:
+    """config.json: an ordinary Llama's for base, else one of the modeling file. Raises: UserError.
+
+    Args:
+      special: ids of special tokens, by their names there.
+    """
     if c.memory_dim == 0 and c.norm != "rmsnorm":
         raise UserError(f"config.model.norm: expected rmsnorm, as Llama has no other, found {c.norm}")
     scaling = {"rope_type": "default"}
@@ -36,8 +43,7 @@ def to_json(c: ModelConfig, context: int, dtype: str, bos_id: int | None, eos_id
         "model_type": "llama",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
+        **special,
         "head_dim": c.head_dim,
         "hidden_act": "silu",
         "hidden_size": c.dim,
@@ -78,6 +84,9 @@ def to_json(c: ModelConfig, context: int, dtype: str, bos_id: int | None, eos_id
 def from_json(tree: dict, where: str) -> tuple[ModelConfig, int]:
     """(model, positions a sequence may have) of a config.json. Raises: UserError that names the setting."""
 
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: expected a group of settings, found {tree!r}")
+
     def refuse(name, expected, found):
         raise UserError(f"{where}: {name}: expected {expected}, found {found!r}")
 
@@ -94,6 +103,8 @@ def from_json(tree: dict, where: str) -> tuple[ModelConfig, int]:
         if tree.get(name, values[0]) not in values:
             refuse(name, " or ".join(repr(v) for v in values), tree[name])
     dim, heads = number("hidden_size"), number("num_attention_heads")
+    if heads < 1:
+        refuse("num_attention_heads", "at least 1", heads)
     if tree.get("head_dim") not in (None, dim / heads):
         refuse("head_dim", f"hidden_size / num_attention_heads = {dim / heads:g}", tree["head_dim"])
     kv_heads = number("num_key_value_heads", default=heads)
@@ -127,6 +138,9 @@ def from_json(tree: dict, where: str) -> tuple[ModelConfig, int]:
 
 def _rope(tree, refuse):
     """Fields of ours, from `rope_theta` and `rope_scaling`, or from `rope_parameters`, which holds both."""
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(tree.get(name) or {}, dict):
+            refuse(name, "a group of settings", tree[name])
     rope = {"rope_theta": tree.get("rope_theta") or 10_000.0} | (tree.get("rope_scaling") or {})
     rope |= tree.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))

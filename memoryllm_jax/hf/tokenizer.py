@@ -12,10 +12,14 @@ def to_json(tokenizer: Tokenizer) -> bytes:
 
     Raises: UserError for a SentencePiece model that is not BPE.
     """
-    if tokenizer.kind == "hf":
-        return tokenizer.content
     tokenizers = tokenizer_lib.need("tokenizers")
-    fast, special = {"sentencepiece": _sentencepiece, "llama3": _llama3}[tokenizer.kind](tokenizer.content, tokenizers)
+    if tokenizer.kind == "hf":
+        fast, special = tokenizers.Tokenizer.from_str(tokenizer.content.decode()), []
+        if tokenizer.bos_id is None or _begins(fast, tokenizer.bos_id):
+            return tokenizer.content
+    else:
+        make = {"sentencepiece": _sentencepiece, "llama3": _llama3}[tokenizer.kind]
+        fast, special = make(tokenizer.content, tokenizers)
     fast.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in special])
     if tokenizer.bos_id is not None:
         bos = fast.id_to_token(tokenizer.bos_id)
@@ -23,6 +27,18 @@ def to_json(tokenizer: Tokenizer) -> bytes:
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
         )
     return fast.to_str().encode()
+
+
+def special_ids(tokenizer: Tokenizer, bos_id, eos_id) -> tuple[int | None, tuple[int, ...]]:
+    """(id that the tokenizer.json puts before a text, ids that end one), of those that a model's settings name."""
+    fast = tokenizer_lib.need("tokenizers").Tokenizer.from_str(tokenizer.content.decode())
+    bos_id = tokenizer.bos_id if bos_id is None else bos_id
+    ends = eos_id if isinstance(eos_id, list) else [tokenizer.eos_id if eos_id is None else eos_id]
+    return (bos_id if _begins(fast, bos_id) else None), tuple(i for i in ends if i is not None)
+
+
+def _begins(fast, bos_id):
+    return fast.encode("x").ids[:1] == [bos_id]
 
 
 def settings(tokenizer: Tokenizer, content: bytes, context: int) -> dict:
