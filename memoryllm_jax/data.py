@@ -163,12 +163,12 @@ class HostBatch(dict):
         return max(len(ids) for ids, *_ in self.values())
 
 
-def _distinct(ids: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """np.unique(ids, return_inverse=True), by marks on the vocabulary: several times as fast as a sort."""
-    seen = np.zeros(vocab_size, bool)
+    seen = np.zeros(ids.max() + 1, bool)
     seen[ids] = True
     distinct = np.flatnonzero(seen)
-    place = np.empty(vocab_size, np.int32)
+    place = np.empty(len(seen), np.int32)
     place[distinct] = np.arange(len(distinct))
     return distinct, place[ids]
 
@@ -195,7 +195,7 @@ class Batches(abc.ABC):
     def _shard(self, windows, weights):
         inputs = np.ascontiguousarray(windows[:, :-1]).reshape(-1)
         if self.config.model.unique_tokens:
-            ids, index = _distinct(inputs, self.config.model.vocab_size)
+            ids, index = _distinct(inputs)
         else:
             ids, index = inputs, np.arange(len(inputs))
         micro = (self.micro, -1)
