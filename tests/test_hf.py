@@ -121,7 +121,7 @@ def test_exported_models_compute_what_ours_do(transformers, workdir, name, steps
 def export_base_with_layernorm(path):
     saved = SavedModel(path)
     saved.close()
-    settings.to_json(dataclasses.replace(saved.config, norm="layernorm"), 64, "float32", None, None)
+    settings.to_json(dataclasses.replace(saved.config, norm="layernorm"), 64, "float32", {})
 
 
 def assert_refused(message, function, *args):
