@@ -6,6 +6,7 @@ All runs are of configs/tiny.py's shape, batch and recipe, on the same held-out 
 others for --steps. Kill it at any time and run the same line again. Writes NAME.json and NAME.png; needs matplotlib.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,11 +20,7 @@ from memoryllm_jax.cli import UserError
 
 FLAGS = flags.FLAGS
 HERE = os.path.dirname(os.path.abspath(__file__))
-SIDES = {
-    f"{architecture}, {way}": (architecture, way)
-    for architecture in ("memory", "flex-3")
-    for way in ("from scratch", "converted", "converted, FFN-M new")
-}
+WAYS = ("from scratch", "converted", "converted, FFN-M new")
 
 
 def run(name, config, steps, *more):
@@ -46,12 +43,14 @@ def draw(results, base, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axis, architecture in zip(axes, ("memory", "flex-3")):
-        for side, (name, way) in SIDES.items():
-            if name == architecture:
-                tokens, losses = zip(*results[side])
-                axis.plot([t / 1e6 for t in tokens], losses, marker=".", label=way)
+    count = len(FLAGS.architectures)
+    figure, axes = pyplot.subplots(1, count, figsize=(1 + 4.5 * count, 3.6), sharey=True, squeeze=False)
+    figure.set_layout_engine("constrained")
+    axes = axes[0]
+    for axis, architecture in zip(axes, FLAGS.architectures):
+        for way in WAYS:
+            tokens, losses = zip(*results[f"{architecture}, {way}"])
+            axis.plot([t / 1e6 for t in tokens], losses, marker=".", label=way)
         axis.axhline(base[-1][1], color="gray", linestyle="--", label=f"base after {base[-1][0] / 1e6:.1f} M tokens")
         axis.set(title=architecture, xlabel="tokens of this run, millions")
         axis.legend(fontsize=8)
@@ -62,7 +61,8 @@ def draw(results, base, path):
 def main():
     base_dir, base = run("base", "tiny.py:base", FLAGS.base_steps)
     results = {}
-    for side, (architecture, way) in SIDES.items():
+    for architecture, way in itertools.product(FLAGS.architectures, WAYS):
+        side = f"{architecture}, {way}"
         if way == "from scratch":
             results[side] = run(side, f"tiny.py:{architecture}", FLAGS.steps)[1]
         else:
@@ -78,6 +78,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "prepared data", required=True)
     flags.DEFINE_string("workdir", None, "folder for the runs", required=True)
     flags.DEFINE_string("output", None, "path of the results, without an ending", required=True)
+    flags.DEFINE_list("architectures", ["memory", "flex-3"], "what to convert base to")
     flags.DEFINE_integer("base_steps", 960, "steps of base")
     flags.DEFINE_integer("steps", 480, "steps of each other run")
     flags.DEFINE_integer("every", 60, "steps between evaluations")
