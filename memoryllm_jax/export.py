@@ -118,11 +118,11 @@ def _write_tensors(saved, writer, tensors):
 
 
 def _write_tokenizer(saved, folder, source):
-    content = hf_tokenizer.to_json(saved.tokenizer)
+    content, described = hf_tokenizer.to_json(saved.tokenizer, saved.context)
     files.write_bytes(os.path.join(folder, "tokenizer.json"), content)
     ids = {"bos_token_id": saved.tokenizer.bos_id, "eos_token_id": saved.tokenizer.eos_id}
     made = {
-        "tokenizer_config.json": hf_tokenizer.settings(saved.tokenizer, content, saved.context),
+        "tokenizer_config.json": described,
         "generation_config.json": {name: i for name, i in ids.items() if i is not None},
     }
     texts = {name: json.dumps(tree, indent=2) + "\n" for name, tree in made.items()}
@@ -205,18 +205,16 @@ def _check_tensors(layout, tensors, model, source):
 
 def _check_copy(layout, source):
     """Refuses an output head beside a tied embedding that is not the embedding. Raises: UserError."""
-    found = {name: os.path.join(source, shard.file) for shard in layout for name, _ in shard.tensors}
-    names_ = ("model.embed_tokens.weight", "lm_head.weight")
-    if all(name in found for name in names_):
-        tables = []
-        for name in names_:
-            with safetensors.safe_open(found[name], framework="flax") as file:
-                tables.append(np.asarray(file.get_tensor(name)))
-        if not np.array_equal(*tables):
-            raise UserError(
-                f"{source}: tensor lm_head.weight: expected the input embedding, as tie_word_embeddings says, "
-                "found other values"
-            )
+    tables = []
+    for shard in layout:
+        with safetensors.safe_open(os.path.join(source, shard.file), framework="flax") as file:
+            held = {"model.embed_tokens.weight", "lm_head.weight"} & {name for name, _ in shard.tensors}
+            tables += [np.asarray(file.get_tensor(name)) for name in held]
+    if len(tables) == 2 and not np.array_equal(*tables):
+        raise UserError(
+            f"{source}: tensor lm_head.weight: expected the input embedding, as tie_word_embeddings says, "
+            "found other values"
+        )
 
 
 def _read_tensors(source, layout, tensors, model):

@@ -126,15 +126,8 @@ def text_after(tokenizer, prompt: list[int], new: list[int]) -> str:
 
 def stop_ids_of(model: Model, texts: list[str]) -> set[int]:
     """Ids of the stop tokens, and of the one that ends a document. Raises: UserError."""
-    out = set(model.tokenizer.stop_ids)
-    for text in texts:
-        ids = model.tokenizer.encode(text)
-        if text.startswith("#") and text[1:].isdecimal() and int(text[1:]) < model.tokenizer.vocab_size:
-            ids = [int(text[1:])]
-        if len(ids) != 1:
-            raise UserError(f"--stop={text}: expected one token, found {len(ids)}; name one as #ID")
-        out.add(ids[0])
-    return out
+    tokenizer = model.tokenizer
+    return {*tokenizer.stop_ids, *(tokenizer.token(text, f"--stop={text}", tokenizer.vocab_size) for text in texts)}
 
 
 def read_prompts(prompts: list[str], path: str) -> list[str]:

@@ -32,7 +32,7 @@ VOCABULARY = 128_256  # Llama 3's, where neither config nor data say
 # Share of distinct ids among so many tokens of English with the Llama 3 tokenizer; below 8,192 by other text's slope.
 _DISTINCT = {1024: 0.49, 2048: 0.41, 4096: 0.34, 8192: 0.29}
 _DISTINCT |= {16384: 0.25, 32768: 0.20, 65536: 0.16, 131072: 0.12, 1048576: 0.04}
-_UPDATE_BYTES = 7 * 4  # a parameter: read and write it and two moments, read its gradient
+_UPDATES = 7  # times the parameters' bytes: read and write them and two moments, read their gradient
 
 
 def dry_run(config: Config, chip: str, count: int, slices: int, tokens: float, output: str) -> int:
@@ -84,7 +84,7 @@ def plan(config: Config, name: str, devices: list[jax.Device], tokens: float = 0
         * step_tokens
         / (mesh.size * chip.peak_flops * EFFICIENCY),
         "network": sum(part["seconds"] for part in traffic),
-        "optimizer": compiled.local_parameters * _UPDATE_BYTES / chip.bandwidth,
+        "optimizer": _UPDATES * compiled.memory["parameters"] / chip.bandwidth,
     }
     seconds = max(times["compute"], times["network"]) + times["optimizer"]
     tokens = tokens or config.steps * step_tokens
@@ -178,7 +178,6 @@ class _Compiled:
             raise UserError(f"the step cannot be compiled: {' '.join(str(error).split())[:600]}") from error
         self.collectives = hlo.collectives(self.compiled.as_text(), mesh.size)
         self.sequences = _sequences(config, mesh)
-        self.local_parameters = _local_elements(trainer.params_shape)
         stats = self.compiled.memory_analysis()
         placed = jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
@@ -205,10 +204,6 @@ def _sequences(config: Config, mesh) -> int:
 
 def _local_bytes(x) -> int:
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-
-
-def _local_elements(tree) -> int:
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def _batch_that_fits(one: _Compiled, two: _Compiled | None, chip) -> dict:

@@ -99,17 +99,17 @@ class SavedModel:
         chunk = stored.chunk_layout.read_chunk.shape
         along = 4 * like.size // shape[axis] * chunk[axis]
         size = ROWS_DIGESTED if axis == 0 else max(1, _BLOCK_BYTES // along) * chunk[axis]
-        steps = list(chunk)
-        steps[axis] = min(size, chunk[axis])
         for start in range(0, shape[axis], size):
             first, last = [0] * len(shape), list(shape)
             first[axis], last[axis] = start, min(start + size, shape[axis])
             piece = np.empty([b - a for a, b in zip(first, last)], np.float32)
             # Chunk by chunk, as TensorStore would hold all of them beside what they make up.
-            for corner in itertools.product(*(range(a, b, step) for a, b, step in zip(first, last, steps))):
-                ends = [min(low + step, b) for low, step, b in zip(corner, steps, last)]
-                place = tuple(slice(low - a, high - a) for low, high, a in zip(corner, ends, first))
-                piece[place] = stored[tuple(map(slice, corner, ends))].read().result()
+            grid = (range(a - a % step, b, step) for a, b, step in zip(first, last, chunk))
+            for corner in itertools.product(*grid):
+                begins = list(map(max, corner, first))
+                ends = [min(low + step, b) for low, step, b in zip(corner, chunk, last)]
+                place = tuple(slice(low - a, high - a) for low, high, a in zip(begins, ends, first))
+                piece[place] = stored[tuple(map(slice, begins, ends))].read().result()
             yield start, piece
             del piece
 

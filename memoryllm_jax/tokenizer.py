@@ -70,6 +70,18 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
+    def token(self, name: str, label: str, vocab_size: int) -> int:
+        """The id of `#ID` or of a text that is one token. Raises: UserError that begins with `label`."""
+        if name.startswith("#") and name[1:].isdecimal():
+            if int(name[1:]) >= vocab_size:
+                raise UserError(f"{label}: expected an id below {vocab_size}")
+            return int(name[1:])
+        ids = self.encode(name)
+        if len(ids) != 1:
+            pieces = ", ".join(f"#{i} {self.decode([i])!r}" for i in ids)
+            raise UserError(f"{label}: expected one token, found {len(ids)} ({pieces}); name one as #ID")
+        return ids[0]
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._decode([int(i) for i in ids])
 

@@ -64,7 +64,7 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
                     "config.model.remat=full needs less, more devices too; --dry_run tells how much"
                 )
             if jax.process_count() == 1:
-                raise error from error.__cause__
+                raise error
             cli.abandon(error)
 
 

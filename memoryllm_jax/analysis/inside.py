@@ -117,14 +117,8 @@ class Inside:
 
     def tokens(self, names: list[str]) -> np.ndarray:
         """Ids of tokens named as text that is one token, or as #ID. Raises: UserError."""
-        out = []
-        for name in names:
-            number = name[1:] if name.startswith("#") and name[1:].isdecimal() else ""
-            ids = [int(number)] if number and int(number) < self.config.vocab_size else self.tokenizer.encode(name)
-            if len(ids) != 1:
-                raise UserError(f"--token={name}: expected one token, found {len(ids)}; name one as #ID")
-            out += ids
-        return np.array(out, np.int32)
+        size = self.config.vocab_size
+        return np.array([self.tokenizer.token(name, f"--token={name}", size) for name in names], np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

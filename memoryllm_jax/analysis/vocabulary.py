@@ -32,13 +32,10 @@ def every_id(inside: Inside) -> np.ndarray:
 
 
 def checked_dataset(inside: Inside, path: str) -> data.Dataset:
-    """Raises: UserError for data of another tokenizer."""
+    """Raises: UserError, also where no data is named."""
     if not path:
         raise UserError("--data: expected a folder that `prepare` wrote, as this analysis needs text")
-    dataset = data.Dataset(path)
-    if dataset.tokenizer().digest != inside.tokenizer.digest:
-        raise UserError(f"--data={path}: expected data of the model's tokenizer, found that of another")
-    return dataset
+    return data.open_for(path, inside.tokenizer.digest)
 
 
 def chosen_tokens(inside: Inside, token: list[str], count: int, path: str) -> np.ndarray:

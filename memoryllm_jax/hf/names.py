@@ -11,35 +11,27 @@ import numpy as np
 
 from memoryllm_jax.config import ModelConfig
 
-_ATTENTION = {f"self_attn.{name[0]}_proj": f"layers/attention/{name}" for name in ("q", "k", "v", "out")}
 _SWIGLU = ("gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of the layout. leaf: our parameter's name.  layer: its index in a stacked one, or None."""
+    """One tensor of the layout.
+
+    leaf: our parameter's name.  layer: its index in a stacked one, or None.  axis: of our (stacked) parameter, the one
+    that cuts the tensor into rows.  rows_a_step: rows for each step on it.
+    """
 
     name: str
     leaf: str
     layer: int | None
     shape: tuple[int, ...]
-    head_dim: int
+    axis: int = 0
+    rows_a_step: int = 1
 
     @property
     def _turned(self):
         return len(self.shape) == 2 and self.layer is not None
-
-    @property
-    def axis(self) -> int:
-        """Of our (stacked) parameter, the one that cuts the tensor into rows."""
-        if not self._turned:
-            return 0
-        return 3 if self.leaf == "layers/attention/out" else 2
-
-    @property
-    def rows_a_step(self) -> int:
-        """Rows of the tensor for each step on `axis`."""
-        return self.head_dim if self.leaf in ("layers/attention/q", "layers/attention/k", "layers/attention/v") else 1
 
     def from_ours(self, part: np.ndarray) -> np.ndarray:
         """A layer's parameter, or some of it along `axis` -> the tensor's rows."""
@@ -53,19 +45,19 @@ class Tensor:
 def tensors(c: ModelConfig) -> list[Tensor]:
     """All tensors of a model, in the order of Llama's state dict."""
     query, keys = c.heads * c.head_dim, c.key_heads * c.head_dim
-    widths = {"q": (query, c.dim), "k": (keys, c.dim), "v": (keys, c.dim), "out": (c.dim, query)}
-    out = [Tensor("model.embed_tokens.weight", "embedding", None, (c.vocab_size, c.dim), c.head_dim)]
+    out = [Tensor("model.embed_tokens.weight", "embedding", None, (c.vocab_size, c.dim))]
     for layer in range(c.layers):
 
-        def add(name, leaf, shape, layer=layer):
-            out.append(Tensor(f"model.layers.{layer}.{name}.weight", leaf, layer, shape, c.head_dim))
+        def add(name, leaf, *how, layer=layer):
+            out.append(Tensor(f"model.layers.{layer}.{name}.weight", leaf, layer, *how))
 
         def add_swiglu(name, leaf, width, add=add):
             for part in _SWIGLU:
-                add(f"{name}.{part}_proj", f"{leaf}/{part}", (c.dim, width) if part == "down" else (width, c.dim))
+                add(f"{name}.{part}_proj", f"{leaf}/{part}", (c.dim, width) if part == "down" else (width, c.dim), 2)
 
-        for name, leaf in _ATTENTION.items():
-            add(name, leaf, widths[leaf.rsplit("/")[-1]])
+        for name, width in (("q", query), ("k", keys), ("v", keys)):
+            add(f"self_attn.{name}_proj", f"layers/attention/{name}", (width, c.dim), 2, c.head_dim)
+        add("self_attn.o_proj", "layers/attention/out", (c.dim, query), 3)
         if c.compute_dim:
             add_swiglu("mlp", "layers/ffn", c.compute_dim)
         add("input_layernorm", "layers/attention_norm/scale", (c.dim,))
@@ -74,7 +66,7 @@ def tensors(c: ModelConfig) -> list[Tensor]:
         if c.memory_dim:
             add("memory.norm", "memory/norm/scale", (c.dim,))
             add_swiglu("memory", "memory/ffn", c.memory_dim)
-    out.append(Tensor("model.norm.weight", "final_norm/scale", None, (c.dim,), c.head_dim))
+    out.append(Tensor("model.norm.weight", "final_norm/scale", None, (c.dim,)))
     if not c.tie_embeddings:
-        out.append(Tensor("lm_head.weight", "head", None, (c.vocab_size, c.dim), c.head_dim))
+        out.append(Tensor("lm_head.weight", "head", None, (c.vocab_size, c.dim)))
     return out

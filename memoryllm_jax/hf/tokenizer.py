@@ -7,26 +7,36 @@ from memoryllm_jax.tokenizer import Tokenizer
 _SPACE = "\u2581"  # SentencePiece's sign for a space
 
 
-def to_json(tokenizer: Tokenizer) -> bytes:
-    """The content of tokenizer.json, which encodes a text as `encode` does, after bos if there is one.
+def to_json(tokenizer: Tokenizer, context: int) -> tuple[bytes, dict]:
+    """tokenizer.json, which encodes a text as `encode` does, after bos if there is one, and tokenizer_config.json.
 
+    Args:
+      context: tokens that the model takes.
     Raises: UserError for a SentencePiece model that is not BPE.
     """
     tokenizers = tokenizer_lib.need("tokenizers")
+    content, special = tokenizer.content, []
     if tokenizer.kind == "hf":
-        fast, special = tokenizers.Tokenizer.from_str(tokenizer.content.decode()), []
-        if tokenizer.bos_id is None or _begins(fast, tokenizer.bos_id):
-            return tokenizer.content
+        fast = tokenizers.Tokenizer.from_str(content.decode())
     else:
         make = {"sentencepiece": _sentencepiece, "llama3": _llama3}[tokenizer.kind]
-        fast, special = make(tokenizer.content, tokenizers)
+        fast, special = make(content, tokenizers)
     fast.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in special])
-    if tokenizer.bos_id is not None:
+    lacks_bos = tokenizer.bos_id is not None and not _begins(fast, tokenizer.bos_id)
+    if lacks_bos:
         bos = fast.id_to_token(tokenizer.bos_id)
         fast.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
         )
-    return fast.to_str().encode()
+    if tokenizer.kind != "hf" or lacks_bos:
+        content = fast.to_str().encode()
+    named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    return content, {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+        **{name: fast.id_to_token(i) for name, i in named.items() if i is not None},
+    }
 
 
 def special_ids(tokenizer: Tokenizer, bos_id, eos_id) -> tuple[int | None, tuple[int, ...]]:
@@ -39,18 +49,6 @@ def special_ids(tokenizer: Tokenizer, bos_id, eos_id) -> tuple[int | None, tuple
 
 def _begins(fast, bos_id):
     return fast.encode("x").ids[:1] == [bos_id]
-
-
-def settings(tokenizer: Tokenizer, content: bytes, context: int) -> dict:
-    """tokenizer_config.json for the content of a tokenizer.json."""
-    fast = tokenizer_lib.need("tokenizers").Tokenizer.from_str(content.decode())
-    special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context,
-        "clean_up_tokenization_spaces": False,
-        **{name: fast.id_to_token(i) for name, i in special.items() if i is not None},
-    }
 
 
 def _sentencepiece(content, tokenizers):

@@ -131,15 +131,7 @@ class Editor:
 
     def token(self, text: str) -> int:
         """The id of `#ID` or of a text that is one token. Raises: UserError."""
-        if text.startswith("#") and text[1:].isdecimal():
-            if int(text[1:]) >= self.tol.vocab_size:
-                raise UserError(f"token {text}: expected an id below {self.tol.vocab_size}")
-            return int(text[1:])
-        ids = self.tokenizer.encode(text)
-        if len(ids) != 1:
-            pieces = ", ".join(f"#{i} {self.tokenizer.decode([i])!r}" for i in ids)
-            raise UserError(f"token {text!r}: expected one token, found {len(ids)} ({pieces}); name one as #ID")
-        return ids[0]
+        return self.tokenizer.token(text, f"token {text!r}", self.tol.vocab_size)
 
     def rows(self, ids: list[int]) -> np.ndarray:
         """float32 [n, layers, D] of tokens, with the overlay's edits so far."""
