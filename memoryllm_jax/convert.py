@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.config import Config
-from memoryllm_jax.saved import SavedModel
+from memoryllm_jax.saved import SavedModel, parameter_name
 from memoryllm_jax.tokenizer import Tokenizer
 
 # Fields in which a model may differ from the one it starts from; `beta` and `compute_input` only where that is base.
@@ -31,14 +31,13 @@ def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
     saved = SavedModel(start.workdir, None if start.step < 0 else start.step, "float32", mesh)
     try:
         converts = _check(config, tokenizer, saved)
-        flat = jax.tree_util.tree_flatten_with_path(params)
-        names = ["/".join(key.key for key in path) for path, _ in flat[0]]
-        leaves = dict(zip(names, (leaf for _, leaf in flat[0])))
+        flat, tree = jax.tree_util.tree_flatten_with_path(params)
+        leaves = {parameter_name(path): leaf for path, leaf in flat}
         if not converts:
             leaves = {name: saved.leaf(name, jnp.float32, leaf) for name, leaf in leaves.items()}
         else:
             _convert(saved, config, leaves)
-        return jax.tree.unflatten(flat[1], [leaves[name] for name in names])
+        return jax.tree.unflatten(tree, leaves.values())
     finally:
         saved.close()
 

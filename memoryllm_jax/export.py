@@ -28,7 +28,7 @@ from memoryllm_jax import tokenizer as tokenizer_lib
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.hf import card, names, settings, shards
 from memoryllm_jax.hf import tokenizer as hf_tokenizer
-from memoryllm_jax.saved import Digest, SavedModel
+from memoryllm_jax.saved import Digest, SavedModel, parameter_name
 from memoryllm_jax.tol import options
 
 # Kept of an imported directory as they are, and written again by export.
@@ -222,7 +222,7 @@ def _read_tensors(source, layout, tensors, model):
     mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
     shapes = model_lib.abstract_params(model_lib.LanguageModel(model), mesh)
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
-    leaves = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     progress = cli.Progress("import", len(tensors), "tensor")
     done = 0
     for shard in layout:

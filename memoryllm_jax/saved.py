@@ -49,7 +49,9 @@ class SavedModel:
         self.config = for_this_machine(run.model, dtype or run.model.dtype)
         self.mesh = mesh or sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
         shapes = model.abstract_params(model.LanguageModel(self.config), self.mesh)
-        self._shapes = {_name(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+        self._shapes = {
+            parameter_name(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+        }
 
     def is_memory(self, name: str) -> bool:
         """Whether a parameter is only needed to make rows: FFN-M, and the input embedding where it is untied."""
@@ -171,7 +173,7 @@ def for_serving(params, config: ModelConfig) -> dict:
     """A training state's parameters as `SavedModel.load` lays them out, on the devices they are on."""
     out = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        _put(out, _name(path).split("/"), _for_serving(_name(path), leaf, config))
+        _put(out, parameter_name(path).split("/"), _for_serving(parameter_name(path), leaf, config))
     return out
 
 
@@ -192,7 +194,8 @@ def for_this_machine(config: ModelConfig, dtype: str) -> ModelConfig:
     return dataclasses.replace(config, dtype=dtype, attention=attention.resolve_backend("auto", dtype))
 
 
-def _name(path) -> str:
+def parameter_name(path) -> str:
+    """As parameters are called here: layers/ffn/gate, from a path in the tree."""
     return "/".join(key.key for key in path)
 
 

@@ -16,8 +16,6 @@ _ONLY = {
 }
 _ROPE_SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3"}
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}  # that we compute in
-
-
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -83,7 +81,6 @@ def to_json(c: ModelConfig, context: int, dtype: str, special: dict) -> dict:
 
 def from_json(tree: dict, where: str) -> tuple[ModelConfig, int]:
     """(model, positions a sequence may have) of a config.json. Raises: UserError that names the setting."""
-
     if not isinstance(tree, dict):
         raise UserError(f"{where}: expected a group of settings, found {tree!r}")
 
