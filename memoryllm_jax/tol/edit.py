@@ -131,7 +131,8 @@ class Editor:
 
     def token(self, text: str) -> int:
         """The id of `#ID` or of a text that is one token. Raises: UserError."""
-        return self.tokenizer.token(text, f"token {text!r}", self.tol.vocab_size)
+        label = f"token {text if text.startswith('#') else repr(text)}"
+        return self.tokenizer.token(text, label, self.tol.vocab_size)
 
     def rows(self, ids: list[int]) -> np.ndarray:
         """float32 [n, layers, D] of tokens, with the overlay's edits so far."""
