@@ -18,10 +18,11 @@ def get_config(start=""):
     if not workdir:
         raise UserError(f"--config=configs/start.py:{start}: expected ARCHITECTURE@WORKDIR after the colon")
     c = config.default(architecture)
-    beta, compute_input, theirs = c.model.beta, c.model.compute_input, saved.config_of(workdir).model
-    c.model.update(dataclasses.asdict(theirs))
-    if beta != theirs.beta:
-        c.model.beta, c.model.compute_input = beta, compute_input
+    m, theirs = c.model, saved.config_of(workdir).model
+    ours = {"beta": m.beta, "token_memory": m.token_memory, "compute_input": m.compute_input}
+    m.update(dataclasses.asdict(theirs))
+    if (ours["beta"], ours["token_memory"]) != (theirs.beta, theirs.token_memory):
+        m.update(ours)
     c.model.attention = "auto"
     c.start.workdir = workdir
     c.steps = 10_000

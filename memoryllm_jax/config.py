@@ -18,6 +18,8 @@ from memoryllm_jax.cli import UserError
 ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn", "splash")
 REMAT_POLICIES = ("none", "dots", "full")
 ROPE_SCALINGS = ("none", "linear", "llama3")
+# What a model reads by token id, with the names of the architectures that have it.
+TOKEN_MEMORIES = {"ffn": "flex", "value": "value", "per_layer": "ple", "none": "narrow"}
 
 # FFN-M widths of the paper's Table 5 that its own rounding, not ours, gives: (base width, beta) -> FFN-M width.
 # Table 5 prints beta 1 and 3 of the 1B model the wrong way round; Table 6 and section 4.2 confirm this order.
@@ -40,6 +42,10 @@ class ModelConfig:
     ffn_dim: int = 688  # base width W; FFN-C and FFN-M share it. Follows dim (8/3 h, up to a multiple of 8)
     vocab_size: int = 0  # token ids; 0: that of the prepared data
     beta: float = 0.0  # FFN-C holds beta of the FFN's 8 h^2 parameters: 0 is memory, 8 is base
+    # What a layer reads of the token's id: ffn (FFN-M) or, to compare with, a table's embedding: value (added to the
+    # values of attention), per_layer (gated by the residual stream, as in Gemma 3n); none: FFN-C alone
+    token_memory: str = "ffn"
+    table_dim: int = 32  # width P of per_layer's embeddings; follows dim (an eighth)
     compute_input: str = "block_input"  # FFN-C reads X_l (block_input) or X_l + Attn (after_attention)
     norm: str = "rmsnorm"  # or layernorm (scale only: the model has no biases)
     norm_eps: float = 1e-5
@@ -67,20 +73,33 @@ class ModelConfig:
 
     @property
     def memory_dim(self) -> int:
-        """FFN-M width: (8 - beta) / 8 of the base width, to a multiple of 8; for its sizes, the paper's Table 5."""
+        """FFN-M width."""
+        return self._given_away if self.token_memory == "ffn" else 0
+
+    @property
+    def compute_dim(self) -> int:
+        """FFN-C width, less what the gates of per-layer embeddings hold: active parameters stay as many."""
+        gates = round(2 * self.table_dim / 3) if self.token_memory == "per_layer" else 0
+        return self.ffn_dim - self._given_away - gates
+
+    @property
+    def _given_away(self) -> int:
+        """Of the base width, (8 - beta) / 8 to a multiple of 8; for its sizes, the paper's Table 5."""
         if self.beta in (0, 8):
             return 0 if self.beta else self.ffn_dim
         plain = 8 * round(self.ffn_dim * (8 - self.beta) / 64)
         return _PAPER_MEMORY_WIDTHS.get((self.ffn_dim, self.beta), plain)
 
     @property
-    def compute_dim(self) -> int:
-        """FFN-C width."""
-        return self.ffn_dim - self.memory_dim
+    def row_dim(self) -> int:
+        """Width of what a layer reads of a token; 0: nothing."""
+        widths = {"value": self.key_heads * self.head_dim, "per_layer": self.table_dim, "none": 0}
+        return widths.get(self.token_memory, self.dim if self.memory_dim else 0)
 
     @property
     def architecture(self) -> str:
-        return {0.0: "memory", 8.0: "base"}.get(self.beta, f"flex-{self.beta:g}")
+        known = {0.0: "memory", 8.0: "base"} if self.token_memory == "ffn" else {}
+        return known.get(self.beta, f"{TOKEN_MEMORIES.get(self.token_memory)}-{self.beta:g}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,23 +210,31 @@ _POSITIVE = (
 )
 
 
-def parse_beta(architecture: str) -> float:
-    """beta of `base`, `memory` or `flex-B`. Raises: UserError."""
-    match = re.fullmatch(r"base|memory|flex-(\d+(?:\.\d+)?)", architecture)
-    beta = {"base": 8.0, "memory": 0.0}.get(architecture)
-    if match and match[1]:
-        beta = float(match[1])
-    if beta is None or (match[1] and not 0 < beta < 8):
-        raise UserError(f"architecture {architecture!r}: expected base, memory, or flex-B with B between 0 and 8")
-    return beta
+def parse_architecture(name: str) -> tuple[str, float]:
+    """(token_memory, beta) of `base`, `memory`, `flex-B`, or `value-B`, `ple-B`, `narrow-B`. Raises: UserError.
+
+    The last three have flex-B's attention and FFN-C, and in place of FFN-M what TOKEN_MEMORIES says.
+    """
+    if name in ("base", "memory"):
+        return "ffn", 8.0 if name == "base" else 0.0
+    match = re.fullmatch(rf"({'|'.join(TOKEN_MEMORIES.values())})-(\d+(?:\.\d+)?)", name)
+    if not match or not (0 < float(match[2]) < 8 or (match[1] != "flex" and float(match[2]) <= 8)):
+        raise UserError(
+            f"architecture {name!r}: expected base, memory, or flex-B with B between 0 and 8; or, to compare with, "
+            "value-B, ple-B or narrow-B"
+        )
+    return {label: memory for memory, label in TOKEN_MEMORIES.items()}[match[1]], float(match[2])
 
 
 def default(architecture: str) -> ml_collections.ConfigDict:
     """A config with every field at its default, for config files to change. Raises: UserError."""
     config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
-    config.model.beta = parse_beta(architecture)
-    config.model.compute_input = "after_attention" if architecture == "base" else "block_input"
-    config.model.ffn_dim = (config.model.get_ref("dim") * 8 + 23) // 24 * 8
+    m = config.model
+    m.token_memory, m.beta = parse_architecture(architecture)
+    flex = m.token_memory == "ffn" and m.beta < 8
+    m.compute_input = "block_input" if flex else "after_attention"
+    m.ffn_dim = (m.get_ref("dim") * 8 + 23) // 24 * 8
+    m.table_dim = (m.get_ref("dim") + 7) // 8
     return config
 
 
@@ -286,13 +313,17 @@ def validate(config: Config) -> None:
     )
     need(m.head_dim % 2 == 0, "model.heads", f"an even head size (model.dim / heads = {m.dim} / {m.heads})")
     need(0 <= m.beta <= 8, "model.beta", "a number from 0 (memory) to 8 (base)")
+    need(m.token_memory in TOKEN_MEMORIES, "model.token_memory", "one of " + ", ".join(TOKEN_MEMORIES))
+    if m.token_memory == "per_layer":
+        need(m.table_dim >= 1, "model.table_dim", "at least 1")
+        need(m.compute_dim > 0, "model.beta", f"an FFN-C with room for gates of table_dim = {m.table_dim}")
     need(m.compute_input in ("block_input", "after_attention"), "model.compute_input", "block_input or after_attention")
     need(
         m.beta < 8 or m.compute_input == "after_attention", "model.compute_input", "after_attention, as beta 8 is base"
     )
     smallest = 1 if m.beta in (0, 8) else 2
     need(m.ffn_dim >= smallest, "model.ffn_dim", f"at least {smallest}")
-    if 0 < m.beta < 8:
+    if 0 < m.beta < 8 and m.token_memory == "ffn":
         need(0 < m.memory_dim < m.ffn_dim, "model.ffn_dim", f"room for both FFN-C and FFN-M at beta {m.beta:g}")
     need(config.start.step >= -1, "start.step", "a checkpoint's step, or -1 for the newest")
     need(config.start.memory in ("copy", "new"), "start.memory", "copy or new")

@@ -46,7 +46,7 @@ def _check(config, tokenizer, saved) -> bool:
     """Whether base is to be converted."""
     where = f"config.start.workdir={config.start.workdir}"
     theirs, ours = saved.config, config.model
-    converts = theirs.architecture == "base" and ours.architecture != "base"
+    converts = theirs.architecture == "base" and ours.memory_dim > 0
     free = (*_FREE, *(("beta", "compute_input") if converts else ()))
     for field in type(ours).__dataclass_fields__:
         if field not in free and getattr(ours, field) != getattr(theirs, field):

@@ -139,13 +139,20 @@ class Decoder:
 
 
 def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
-    """Embeddings and FFN-M of the ids, for use inside jit and a mesh: x0 [1, U, D] and a list of layers' [1, U, D].
+    """Embeddings and token memory of the ids, for use inside jit and a mesh: x0 [1, U, D] and a list of layers'.
 
     `params` is what `SavedModel.load` returns, with "embedding" and, unless the model is base, "memory".
     """
-    x0 = params["embedding"][ids_U][None, :, : config.dim]
-    layer = model.MemoryLayer(config)
-    ffn = [layer.apply({"params": p}, x0) for p in params["memory"]] if config.memory_dim else None
+
+    def take(table, ids):
+        return table[ids].astype(config.dtype)[None]
+
+    x0 = take(params["embedding"], ids_U)[..., : config.dim]
+    if config.memory_dim:
+        layer, args = model.MemoryLayer(config), (x0,)
+    else:
+        layer, args = model.MemoryTable(config), (ids_U, take)
+    ffn = [layer.apply({"params": p}, *args) for p in params["memory"]] if config.row_dim else None
     return TokenRows(x0, ffn)
 
 
@@ -156,7 +163,7 @@ class LiveRows:
 
     def __init__(self, config: ModelConfig, params: dict, mesh):
         self.mesh, self._config = mesh, config
-        names = ("embedding", "memory") if config.memory_dim else ("embedding",)
+        names = ("embedding", "memory") if config.row_dim else ("embedding",)
         self._params = {name: params[name] for name in names}
         self._shards = sharding.batch_shards(mesh)
         self._rows = jax.jit(self._rows_body)

@@ -18,7 +18,7 @@ class TokenRows(NamedTuple):
     """What the decoder reads: row u of shard s belongs to the u-th distinct token id of that shard.
 
     x0_SUD: embeddings, the X_0 of the paper's equations; with a leading 1 in place of S, all shards share the rows.
-    ffn_LSUD: FFN-M_l(NM_l(X_0)) of every layer; None for base, which has no token memory.
+    ffn_LSUD: FFN-M_l(NM_l(X_0)) of every layer, or rows of its table; None where a layer reads nothing of a token.
     """
 
     x0_SUD: jax.Array

@@ -6,10 +6,10 @@ FLOPs of a forward pass, a multiply-add counted as two, for N tokens of which R 
 
 that is attention projections, of which keys and values have G heads for each of the query (G = 1 unless
 `model.kv_heads` is set), scores and values with causal attention counted at half, FFN-C, FFN-M, and the output
-head. The embedding lookup, norms and element-wise work are not counted. A training step is three forward passes; what
-rematerialisation computes again is not counted. `model_flops_per_second` and `mfu` count R as done (distinct ids,
-padding included); the `_plain` figures count R = N, as if every position had evaluated its FFN-M, which is the work
-that a step without unique tokens would do for the same result.
+head; gates of per-layer embeddings add N L (4 h P). Lookups, norms and element-wise work are not counted. A training
+step is three forward passes; what rematerialisation computes again is not counted. `model_flops_per_second` and `mfu`
+count R as done (distinct ids, padding included); the `_plain` figures count R = N, as if every position had evaluated
+its FFN-M, which is the work that a step without unique tokens would do for the same result.
 """
 
 import contextlib
@@ -47,6 +47,7 @@ def train_flops(config: Config, tokens: int, rows: int) -> float:
     m = config.model
     projections = 4 * m.dim**2 * (1 + m.key_heads / m.heads)
     per_token = m.layers * (projections + 2 * m.dim * config.seq_len + 6 * m.dim * m.compute_dim)
+    per_token += m.layers * 4 * m.dim * m.table_dim * (m.token_memory == "per_layer")
     per_token += 2 * m.dim * m.vocab_size
     return 3.0 * (tokens * per_token + rows * m.layers * 6 * m.dim * m.memory_dim)
 
@@ -54,15 +55,19 @@ def train_flops(config: Config, tokens: int, rows: int) -> float:
 def parameters(config: Config) -> dict[str, int]:
     """Numbers of parameters by part, padding left out; `active` leaves out the token memory and the two tables."""
     m = config.model
-    norms = m.layers * (1 + bool(m.compute_dim)) * m.dim + m.dim
+    per_layer = m.token_memory == "per_layer"
+    norms = m.layers * (1 + bool(m.compute_dim) + per_layer) * m.dim + m.dim
+    ffn_m = 3 * m.dim * m.memory_dim + (m.dim if m.memory_dim else 0)
+    table = m.row_dim * (m.vocab_size + per_layer) if not m.memory_dim else 0
     parts = {
         "attention": m.layers * 2 * m.dim * (m.heads + m.key_heads) * m.head_dim,
         "ffn_c": m.layers * 3 * m.dim * m.compute_dim,
         "norms": norms,
-        "ffn_m": m.layers * (3 * m.dim * m.memory_dim + (m.dim if m.memory_dim else 0)),
+        "gates": m.layers * 2 * m.dim * m.table_dim * per_layer,
+        "memory": m.layers * (ffn_m + table),
         "embedding_and_head": (1 if m.tie_embeddings else 2) * m.vocab_size * m.dim,
     }
-    active = parts["attention"] + parts["ffn_c"] + parts["norms"]
+    active = sum(parts[name] for name in ("attention", "ffn_c", "norms", "gates"))
     return parts | {"active": active, "total": sum(parts.values())}
 
 

@@ -4,6 +4,12 @@
     memory  X_{l+1} = X_l + Attn(N1(X_l)) + FFN-M(NM(X_0))
     flex-b  X_{l+1} = X_l + Attn(N1(X_l)) + FFN-C(N2(X_l)) + FFN-M(NM(X_0))
 
+and, to compare with, base with an FFN of flex-b's FFN-C and tables E_l of token embeddings in place of FFN-M:
+
+    value-b   Attn's values are N1(X_l) W_V + E_l[token]
+    ple-b     X_{l+1} = Y + (GELU(NG(Y) W_gate) * NM(E_l[token])) W_out, where Y is base's X_{l+1}
+    narrow-b  nothing in its place
+
 Shapes: B sequences, T positions, D model width, H heads, K head size, F FFN width, V token ids, L layers,
 S batch shards, U distinct token ids of a shard, N = B T / S positions of a shard.
 """
@@ -131,8 +137,12 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, rope, past=None):
-        """The result, and the keys and values of x to keep; `past` is the cache and the place of x's one position."""
+    def __call__(self, x_BTD, rope, past=None, value_BTE=None):
+        """The result, and the keys and values of x to keep.
+
+        Args:
+          past: the cache and the place of x's one position.  value_BTE: added to the values, E = key heads x K.
+        """
         c = self.config
         B, T, D = x_BTD.shape
         K = c.head_dim
@@ -143,6 +153,9 @@ class Attention(nn.Module):
 
         q = _rotate(project("q", c.heads), rope)
         k, v = _rotate(project("k", c.key_heads), rope), project("v", c.key_heads)
+        if value_BTE is not None:
+            value_BTHK = value_BTE.reshape(B, T, c.key_heads, K)
+            v = v + jnp.pad(value_BTHK, [(0, 0), (0, 0), (0, v.shape[2] - c.key_heads), (0, 0)])
         if not _groups_are_whole(c):
             k, v = (_for_each_head(x, c) for x in (k, v))
         out_HKD = _weight(self, "out", (c.heads, K, D), ("heads", "head_dim", "embed"), _output_std(c))
@@ -156,6 +169,21 @@ class Attention(nn.Module):
         return _matmul(y.reshape(B, T, -1), out_HKD.reshape(-1, D)), kept
 
 
+class Gate(nn.Module):
+    """(GELU(x W_gate) * row) W_out: what the residual stream lets through of a token's per-layer embedding."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, row_BTP):
+        shape = x_BTD.shape[-1], self.config.table_dim
+        gate_DP = _weight(self, "gate", shape, ("embed", "mlp"), self.config.init_std)
+        out_PD = _weight(self, "out", shape[::-1], ("mlp", "embed"), _output_std(self.config))
+        let = nn.gelu(_matmul(x_BTD, gate_DP))
+        row = jnp.pad(row_BTP, [(0, 0), (0, 0), (0, let.shape[-1] - row_BTP.shape[-1])])
+        return _matmul(let * row, out_PD)
+
+
 class Block(nn.Module):
     """One decoder layer; the rows of its token memory arrive from outside, live or looked up."""
 
@@ -164,13 +192,17 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, ffn_SUD, index_SN, rope, past=None):
         c = self.config
-        a, kept = Attention(c, name="attention")(Norm(c, name="attention_norm")(x_BTD), rope, past)
+        row = None if ffn_SUD is None else take_rows(ffn_SUD, index_SN).reshape(*x_BTD.shape[:2], -1)
+        value = row if c.token_memory == "value" else None
+        a, kept = Attention(c, name="attention")(Norm(c, name="attention_norm")(x_BTD), rope, past, value)
         y = x_BTD + a
         if c.compute_dim:
             source = y if c.compute_input == "after_attention" else x_BTD
             y = y + SwiGLU(c, c.compute_dim, name="ffn")(Norm(c, name="ffn_norm")(source))
-        if ffn_SUD is not None:
-            y = y + take_rows(ffn_SUD, index_SN).reshape(x_BTD.shape)
+        if c.token_memory == "per_layer":
+            y = y + Gate(c, name="row_gate")(Norm(c, name="row_gate_norm")(y), row)
+        elif row is not None and value is None:
+            y = y + row
         return constrain(y, "batch", None, None), kept
 
 
@@ -196,6 +228,31 @@ class TrainMemoryLayer(MemoryLayer):
 
     def __call__(self, x0_SUD):
         return x0_SUD, constrain(super().__call__(x0_SUD), *rows_axes(x0_SUD))
+
+
+class MemoryTable(nn.Module):
+    """E_l[token] of the architectures with tables; of per-layer embeddings, normalised.
+
+    Args:
+      take: (table [V, P] as stored, ids) -> rows in the config's dtype; P may be padded.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, ids, take):
+        c = self.config
+        table_VP = _parameter(self, "table", (c.vocab_size, c.row_dim), ("vocab", "embed"), c.init_std)
+        row = take(table_VP, ids)[..., : c.row_dim]
+        return Norm(c, name="norm")(row) if c.token_memory == "per_layer" else row
+
+
+class TrainMemoryTable(MemoryTable):
+    """A table of a scan: all read the same ids."""
+
+    def __call__(self, ids_SU):
+        row_SUP = super().__call__(ids_SU, lambda table, ids: embed(table, ids, self.config.dtype))
+        return ids_SU, constrain(row_SUP, *rows_axes(row_SUP))
 
 
 def _over_layers(layer, config, in_axes):
@@ -225,8 +282,8 @@ class LanguageModel(nn.Module):
         if not c.tie_embeddings:
             self.head_VD = _parameter(self, "head", *table)
         self.layers = _over_layers(TrainBlock, c, (0, nn.broadcast, nn.broadcast))(c)
-        if c.memory_dim:
-            self.memory = _over_layers(TrainMemoryLayer, c, ())(c)
+        if c.row_dim:
+            self.memory = _over_layers(TrainMemoryLayer if c.memory_dim else TrainMemoryTable, c, ())(c)
         self.final_norm = Norm(c)
 
     def __call__(self, ids_SU, index_SN, length):
@@ -239,7 +296,9 @@ class LanguageModel(nn.Module):
         """
         x0_SUD = embed(self.embedding_VD, ids_SU, self.config.dtype)[..., : self.config.dim]
         x0_SUD = constrain(x0_SUD, *rows_axes(x0_SUD))
-        ffn_LSUD = self.memory(x0_SUD)[1] if self.config.memory_dim else None
+        ffn_LSUD = None
+        if self.config.row_dim:
+            ffn_LSUD = self.memory(x0_SUD if self.config.memory_dim else ids_SU)[1]
         return TokenRows(x0_SUD, ffn_LSUD)
 
     def hidden(self, rows: TokenRows, index_SN, length: int):

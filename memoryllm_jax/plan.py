@@ -126,7 +126,7 @@ def _completed(config: Config, chip) -> tuple[Config, list[str]]:
     elif not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=VOCABULARY)
         assumed.append(f"{VOCABULARY:,} token ids (Llama 3); --config.data.path or --config.model.vocab_size tells")
-    if model.unique_tokens and model.memory_dim:
+    if model.unique_tokens and model.row_dim:
         assumed.append("distinct ids as in English text with the Llama 3 tokenizer")
     backend = attention.resolve_backend(model.attention, model.dtype, chip.platform)
     return dataclasses.replace(config, model=dataclasses.replace(model, attention=backend)), assumed
@@ -156,7 +156,7 @@ class _Compiled:
         tokens = config.batch_size * config.seq_len // shards
         distinct = distinct_ids(config, tokens)
         whole = data.is_vocabulary(distinct, config.model)
-        self.rows = (distinct if whole else distinct * shards) if config.model.memory_dim else 0
+        self.rows = (distinct if whole else distinct * shards) if config.model.row_dim else 0
 
         def array(dtype, *shape):
             return jax.ShapeDtypeStruct((shards, *shape), dtype, sharding=trainer.batch_sharding)
@@ -295,8 +295,8 @@ def text(p: dict) -> str:
         *(f"assumed: {line}" for line in p["assumed"]),
         "",
         f"parameters       {n['total'] / 1e6:,.1f}M: active {n['active'] / 1e6:,.1f}M (attention "
-        f"{n['attention'] / 1e6:,.1f}M, FFN-C {n['ffn_c'] / 1e6:,.1f}M), FFN-M {n['ffn_m'] / 1e6:,.1f}M, embedding and "
-        f"head {n['embedding_and_head'] / 1e6:,.1f}M",
+        f"{n['attention'] / 1e6:,.1f}M, FFN-C {n['ffn_c'] / 1e6:,.1f}M), token memory {n['memory'] / 1e6:,.1f}M, "
+        f"embedding and head {n['embedding_and_head'] / 1e6:,.1f}M",
         f"a step           {p['batch_size']} x {p['seq_len']} = {p['tokens_a_step']:,} tokens, "
         f"{p['sequences_a_device']} sequences a device at a time, {p['accumulate']} times; {p['rows_a_step']:,} rows "
         "of token memory",

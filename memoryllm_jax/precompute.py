@@ -27,7 +27,7 @@ def precompute(workdir: str, output: str, choices: options.Options, step: int | 
     mesh = sharding.make_mesh(config.MeshConfig(1, -1, 1))
     saved = SavedModel(workdir, step, dtype, mesh)
     if not saved.config.memory_dim:
-        raise UserError(f"{workdir}: expected a memory or flex model, found base, which has no token memory")
+        raise UserError(f"{workdir}: expected a memory or flex model, found {saved.config.architecture}, without FFN-M")
     if saved.config.dim % mesh.size:
         raise UserError(f"{workdir}: expected a number of devices that divides the width {saved.config.dim}")
     budget = choices.bytes_per_token or choices.total_size

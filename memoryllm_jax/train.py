@@ -276,7 +276,7 @@ def summary(config, mesh, batches, sizes, start) -> str:
     shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     lines = [
         f"{config.model.architecture}: {n['total'] / 1e6:.1f}M parameters: {n['active'] / 1e6:.1f}M active, "
-        f"{n['ffn_m'] / 1e6:.1f}M in the token memory, {n['embedding_and_head'] / 1e6:.1f}M in embedding and head",
+        f"{n['memory'] / 1e6:.1f}M in the token memory, {n['embedding_and_head'] / 1e6:.1f}M in embedding and head",
         f"{jax.device_count()} x {jax.devices()[0].device_kind} as {shape}; attention {config.model.attention}, "
         f"{config.model.dtype}",
         f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens, "

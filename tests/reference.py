@@ -1,4 +1,4 @@
-"""The three architectures once more, straight from the design's equations: no scan, no unique ids, no chunks."""
+"""The architectures once more, straight from the design's equations: no scan, no unique ids, no chunks."""
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,9 @@ def rotate(x, m):
     return jnp.concatenate([z.real, z.imag], -1)
 
 
-def attention(x, p, m):
+def attention(x, p, m, table_rows=None):
     q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[name]) for name in "qkv")
+    v = v if table_rows is None else v + table_rows.reshape(v.shape)
     q, k = rotate(q, m), rotate(k, m)
     k, v = (x[:, :, np.arange(m.heads) * x.shape[2] // m.heads] for x in (k, v))  # the head of each query head's group
     scores = jnp.einsum("bqhk,bshk->bhqs", q, k) / np.sqrt(m.head_dim)
@@ -54,12 +55,18 @@ def logits(params, tokens, m):
     x0 = x = params["embedding"][tokens]
     for layer in range(m.layers):
         p = jax.tree.map(lambda a, layer=layer: a[layer], params["layers"])
-        update = attention(norm(x, p["attention_norm"]["scale"], m), p["attention"], m)
+        q = jax.tree.map(lambda a, layer=layer: a[layer], params["memory"]) if "memory" in params else {}
+        rows = q["table"][tokens] if "table" in q else None
+        values = rows if m.token_memory == "value" else None
+        update = attention(norm(x, p["attention_norm"]["scale"], m), p["attention"], m, values)
         compute_input = x + update if m.compute_input == "after_attention" else x
-        if m.architecture != "memory":
+        if "ffn" in p:
             update = update + swiglu(norm(compute_input, p["ffn_norm"]["scale"], m), p["ffn"])
-        if m.architecture != "base":
-            q = jax.tree.map(lambda a, layer=layer: a[layer], params["memory"])
+        if m.token_memory == "per_layer":
+            gate = p["row_gate"]
+            let = jax.nn.gelu(norm(x + update, p["row_gate_norm"]["scale"], m) @ gate["gate"])
+            update = update + (let * norm(rows, q["norm"]["scale"], m)) @ gate["out"]
+        if "ffn" in q:
             update = update + swiglu(norm(x0, q["norm"]["scale"], m), q["ffn"])
         x = x + update
     head = params["embedding"] if m.tie_embeddings else params["head"]

@@ -60,6 +60,19 @@ def test_parameter_counts_follow_from_the_table(size, variant):
     assert (total - in_memory) / 1e6 == pytest.approx(active_millions[VARIANTS.index(variant)], abs=1.2)
 
 
+@pytest.mark.parametrize("variant", ["value-3", "ple-3", "narrow-3"])
+def test_baselines_have_the_active_parameters_of_flex(variant):
+    config = config_lib.resolve(config_lib.load(f"configs/1b.py:{variant}"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=1000))
+    with jax.set_mesh(sharding.make_mesh(config.mesh, jax.devices()[:1])):
+        boxed = jax.eval_shape(lambda: model.init(model.LanguageModel(config.model), jax.random.key(0)))
+    counted = metrics.parameters(config)
+    assert counted["total"] == sum(x.size for x in jax.tree.leaves(boxed))
+    assert config.model.architecture == variant
+    flex = metrics.parameters(config_lib.resolve(config_lib.load("configs/1b.py:flex-3")))
+    assert counted["active"] == pytest.approx(flex["active"], rel=1e-3)
+
+
 def test_every_config_file_builds_every_variant():
     names = sorted(set(glob.glob("configs/*.py")) - {"configs/start.py"})  # which wants a model to start from
     assert len(names) >= 4

@@ -87,7 +87,7 @@ def some_sequences(*lengths):
 # Scores
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "value-3", "ple-3"])
 def test_scores_are_those_of_the_equations(lab, name, monkeypatch):
     monkeypatch.setattr(scoring, "_POSITIONS", 40)  # more than one batch of a length
     sequences = some_sequences(5, 33, 2, 17, 18, 9, 33, 30, 3)

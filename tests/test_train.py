@@ -68,7 +68,9 @@ def test_resumed_is_bitwise_uninterrupted(make_config, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture, mesh", [("memory", (1, 8, 1)), ("flex-3", (2, 2, 2)), ("base", (2, 2, 2))])
+@pytest.mark.parametrize(
+    "architecture, mesh", [("memory", (1, 8, 1)), ("flex-3", (2, 2, 2)), ("base", (2, 2, 2)), ("ple-3", (2, 2, 2))]
+)
 def test_eight_devices_train_as_one(make_config, tmp_path, architecture, mesh):
     names = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh))
     run(make_config(architecture), tmp_path / "one")

@@ -36,6 +36,8 @@ class Inside:
     def __init__(self, workdir: str, step: int | None = None, dtype: str = "float32", whole: bool = True):
         self.saved = SavedModel(workdir, step, dtype)
         self.config, self.tokenizer, self.mesh = self.saved.config, self.saved.tokenizer, self.saved.mesh
+        if self.config.token_memory in ("value", "per_layer"):
+            raise UserError(f"{workdir}: expected base, memory or flex, found {self.config.architecture}")
         self.params, _ = self.saved.load(lambda name: whole or "/attention/" not in name)
         self.texts = token_texts(self.tokenizer, self.config.vocab_size)
         self._queries = jax.jit(self._queries_body)
@@ -58,7 +60,9 @@ class Inside:
     def need_memory(self, command: str) -> None:
         """Raises: UserError for base, which has no FFN that a token id alone decides."""
         if not self.config.memory_dim:
-            raise UserError(f"{command}: expected a memory or flex model, found base, which has no FFN-M")
+            raise UserError(
+                f"{command}: expected a memory or flex model, found {self.config.architecture}, without FFN-M"
+            )
 
     def need_compute(self, command: str) -> None:
         """Raises: UserError for memory, whose prefixes are single tokens."""

@@ -33,7 +33,7 @@ def text(saved: SavedModel, dtype: str) -> str:
     facts = {
         "architecture": f"{c.architecture}, {c.layers} layers of width {c.dim}, {c.heads} heads "
         f"({c.key_heads} for keys and values), {widths}, {c.vocab_size:,} token ids",
-        "parameters": f"{counts['total']:,}: {counts['active']:,} active, {counts['ffn_m']:,} in the token memory, "
+        "parameters": f"{counts['total']:,}: {counts['active']:,} active, {counts['memory']:,} in the token memory, "
         f"{counts['embedding_and_head']:,} in embedding and head",
         "dtype": dtype,
         "context": f"{saved.context:,} tokens",

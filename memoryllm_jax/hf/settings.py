@@ -25,6 +25,8 @@ def to_json(c: ModelConfig, context: int, dtype: str, special: dict) -> dict:
     Args:
       special: ids of special tokens, by their names there.
     """
+    if c.token_memory in ("value", "per_layer"):
+        raise UserError(f"config.model.token_memory: expected ffn or none to export, found {c.token_memory}")
     if c.memory_dim == 0 and c.norm != "rmsnorm":
         raise UserError(f"config.model.norm: expected rmsnorm, as Llama has no other, found {c.norm}")
     scaling = {"rope_type": "default"}
