@@ -173,6 +173,12 @@ def new_figure(width: float = 7.0, height: float = 3.6, columns: int = 1):
     return figure, axes
 
 
+def style_of(number: int) -> dict:
+    """Colour, marker and line of the number-th series: told apart in print too."""
+    line = ("-", "--")[number // 8 % 2]
+    return {"color": f"C{number % 10}", "marker": "osv^Dx*+"[number % 8], "markersize": 4, "linestyle": line}
+
+
 def by_layer(series: dict[str, list[float]], label: str, log: bool = False, layers: list[int] | None = None):
     """A figure of one line for each series over the layers; a share is best given in percent."""
     from matplotlib.ticker import MaxNLocator
@@ -180,7 +186,7 @@ def by_layer(series: dict[str, list[float]], label: str, log: bool = False, laye
     figure, ax = new_figure()
     for number, (name, values) in enumerate(series.items()):
         at = range(len(values)) if layers is None else layers
-        ax.plot(at, values, marker="osv^Dx*+"[number % 8], markersize=4, label=name)
+        ax.plot(at, values, **style_of(number), label=name)
     ax.set_xlabel("layer")
     ax.set_ylabel(label)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
