@@ -68,6 +68,10 @@ def define_model_flags() -> None:
         "cache", "256MiB", "rows kept on the device, for host and disk; least recently used leave first"
     )
     flags.DEFINE_string("overlay", "", "edits of the rows, that `tol edit` wrote")
+    flags.DEFINE_float("alpha", 1.0, "factor of what FFN-M adds, live or from a ToL file; in base, the FFN")
+    flags.DEFINE_float("alpha_compute", 1.0, "factor of what FFN-C adds, in flex")
+    flags.DEFINE_list("drop_layers", [], "layers whose FFN-M, in base whose FFN, adds nothing, such as 0,5")
+    flags.DEFINE_list("drop_compute", [], "layers whose FFN-C adds nothing, in flex")
     flags.DEFINE_integer("step", None, "checkpoint to read; by default the newest")
     flags.DEFINE_string("dtype", "", "float32 or bfloat16, of the computation; by default that of the training")
 

@@ -4,6 +4,8 @@ It holds attention, FFN-C and the output head. Rows of the token memory come fro
 know whether they were computed a moment ago or read from a disk. Shapes as in model.py; C is the cache's capacity.
 """
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,16 @@ class Decoder:
     def weights_bytes(self) -> int:
         """Bytes of the decoder's weights, which one decode step reads once."""
         return sum(x.nbytes for x in jax.tree.leaves(self._params))
+
+    def scaled(self, memory_L: np.ndarray, compute_L: np.ndarray) -> "Decoder":
+        """This decoder with the token memory and FFN-C of each layer times a factor, by the same compiled functions."""
+        other, scale = copy.copy(self), jax.jit(lambda w, s: (w.astype(jnp.float32) * s).astype(w.dtype))
+        layers = [dict(layer) for layer in self._params["layers"]]
+        for layer, factor in zip(layers, compute_L.astype(np.float32)):
+            if "ffn" in layer:
+                layer["ffn"] = layer["ffn"] | {"down": scale(layer["ffn"]["down"], factor)}
+        other._params = self._params | {"layers": layers, "memory_scale": memory_L.astype(np.float32)}
+        return other
 
     def empty_cache(self, batch: int, capacity: int) -> list[attention.Cache]:
         c = self.config
@@ -95,6 +107,8 @@ class Decoder:
         rope, kept = model.rope_table(c, positions), []
         for layer, layer_params in enumerate(params["layers"]):
             ffn = None if rows.ffn_LSUD is None else rows.ffn_LSUD[layer]
+            if ffn is not None and "memory_scale" in params:
+                ffn = ffn.astype(jnp.float32) * params["memory_scale"][layer]
             ffn = None if ffn is None else ffn.astype(c.dtype)
             at = None if past is None else (past[0][layer], past[1])
             x_BTD, new = model.Block(c).apply({"params": layer_params}, x_BTD, ffn, index_SN, rope, at)
@@ -172,6 +186,12 @@ class LiveRows:
         if len(ids_U) % self._shards == 0:
             ids_U = constrain(ids_U, "shard")  # each device computes its part
         return live_rows(self._config, params, ids_U)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the weights that rows are made from, without a tied embedding, which is the decoder's."""
+        mine = {k: v for k, v in self._params.items() if k == "memory" or not self._config.tie_embeddings}
+        return sum(x.nbytes for x in jax.tree.leaves(mine))
 
     def fetch(self, ids_U) -> TokenRows:
         with jax.set_mesh(self.mesh):

@@ -138,6 +138,13 @@ def raw_text(pattern: str, text_key: str, tokenizer, windows: Windows) -> Text:
     return Text(read_each, used, text_bytes * share, words * share)
 
 
+def text_of(path: str, split: str, text_key: str, tokenizer, windows: Windows) -> Text:
+    """Of prepared data or text files. Raises: UserError."""
+    if documents.is_text(path):
+        return raw_text(path, text_key, tokenizer, windows)
+    return prepared_text(path, split, tokenizer, windows)
+
+
 def _count_words(stream, tokens, tokenizer) -> int:
     """Of the documents that a stream's first tokens hold, words separated by white space."""
     ends = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
@@ -167,10 +174,7 @@ def _on_data(model, about):
     if not 1 <= stride <= context:
         raise UserError(f"--stride: expected 1 to {context}, the model's context, found {stride}")
     windows = Windows(context, stride, f.max_tokens, whole=bool(f.save_tokens))
-    if documents.is_text(f.data):
-        text = raw_text(f.data, f.text_key, model.tokenizer, windows)
-    else:
-        text = prepared_text(f.data, f.split, model.tokenizer, windows)
+    text = text_of(f.data, f.split, f.text_key, model.tokenizer, windows)
     result = perplexity(model, text, windows, f.save_tokens)
     print(quality_text(result), flush=True)
     if f.output:
@@ -195,7 +199,8 @@ def _check(f):
             raise UserError(f"--{name}={path}: expected a file in a folder that is there, found no such folder")
 
 
-def _harness():
+def harness_module():
+    """memoryllm_jax.harness. Raises: UserError if lm_eval is not there."""
     try:
         from memoryllm_jax import harness
     except ImportError as error:
@@ -206,7 +211,7 @@ def _harness():
 def main():
     f = flags.FLAGS
     _check(f)
-    harness = _harness() if f.tasks else None
+    harness = harness_module() if f.tasks else None
     mesh = sharding.make_mesh(config.MeshConfig(data=-1, fsdp=1, tensor=1))
     tasks = harness.Tasks(f.tasks, f.task_path, f.task_data) if harness else None
     multiprocessing.set_start_method("forkserver")  # the harness has processes for some metrics, and JAX has threads
@@ -214,6 +219,8 @@ def main():
         saved = model.saved
         about = {"path": saved.workdir, "step": saved.step, "architecture": saved.config.architecture}
         about |= {"dtype": saved.config.dtype} | ({"tol": f.tol, "overlay": f.overlay} if f.tol else {})
+        changed = ("alpha", "alpha_compute", "drop_layers", "drop_compute")
+        about |= {name: f[name].value for name in changed if f[name].present}
         if f.data:
             _on_data(model, about)
         else:

@@ -8,9 +8,12 @@ device, the host's memory or the disk. Give --prompt more than once, or --prompt
 """
 
 import contextlib
+import dataclasses
+import math
 import sys
 import time
 
+import numpy as np
 from absl import flags
 
 from memoryllm_jax import cli, files
@@ -21,6 +24,42 @@ from memoryllm_jax.saved import SavedModel
 from memoryllm_jax.tol import build, edit, format, options, serve
 
 PLACES = ("device", "host", "disk")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contribution:
+    """How much of what its FFNs add a model takes in (the paper's Table 1, Figures 4 and 12).
+
+    alpha: factor of FFN-M, in base of the FFN.  alpha_compute: of FFN-C.  drop_layers, drop_compute: layers where these
+    add nothing.
+    """
+
+    alpha: float = 1.0
+    alpha_compute: float = 1.0
+    drop_layers: tuple[int, ...] = ()
+    drop_compute: tuple[int, ...] = ()
+
+    def factors(self, config) -> tuple[np.ndarray, np.ndarray]:
+        """Of the token memory and of FFN-C, [layers] each. Raises: UserError that names the flag."""
+        first = self._factors(config, "alpha", "drop_layers")
+        second = self._factors(config, "alpha_compute", "drop_compute")
+        if config.row_dim and config.compute_dim:
+            return first, second
+        if (second != 1).any():
+            found = config.architecture
+            raise UserError(f"--alpha_compute, --drop_compute: expected flex, found {found}, which --alpha is about")
+        return (first, second) if config.row_dim else (second, first)
+
+    def _factors(self, config, alpha, drop):
+        factor, dropped = getattr(self, alpha), getattr(self, drop)
+        if not (math.isfinite(factor) and factor >= 0):
+            raise UserError(f"--{alpha}: expected a number of zero or more, found {factor}")
+        factors = np.full(config.layers, factor)
+        for layer in dropped:
+            if not 0 <= layer < config.layers:
+                raise UserError(f"--{drop}: expected layers from 0 to {config.layers - 1}, found {layer}")
+            factors[layer] = 0
+        return factors
 
 
 class Model:
@@ -59,7 +98,11 @@ class Model:
             params, digest = saved.load(lambda name: not saved.is_memory(name))
             self._tol.check_model(self.config, saved.tokenizer.digest, digest)
             self.rows = self._looked_up(place, cache, params, edits)
-        self.decoder = Decoder(self.config, params, saved.mesh)
+        self.decoder = self._whole = Decoder(self.config, params, saved.mesh)
+
+    def contribute(self, contribution: Contribution) -> None:
+        """Takes in so much of what the FFNs add from now on. Raises: UserError."""
+        self.decoder = self._whole.scaled(*contribution.factors(self.config))
 
     def _looked_up(self, place, cache, params, edits):
         mesh, embedding = self.saved.mesh, params.get("embedding")
@@ -91,7 +134,12 @@ def model_from_flags(mesh=None) -> Model:
     f = flags.FLAGS
     if not f.tol and (f["rows"].present or f["cache"].present):
         raise UserError("--rows, --cache: expected --tol too, as they say where its rows come from")
-    return Model(f.workdir, f.tol, f.rows, options.size(f.cache, "cache"), f.overlay, f.step, f.dtype, mesh)
+    layers = {name: options.layer_list(f[name].value, name) for name in ("drop_layers", "drop_compute")}
+    contribution = Contribution(f.alpha, f.alpha_compute, **layers)
+    model = Model(f.workdir, f.tol, f.rows, options.size(f.cache, "cache"), f.overlay, f.step, f.dtype, mesh)
+    if contribution != Contribution():
+        model.contribute(contribution)
+    return model
 
 
 class Streamer:

@@ -180,6 +180,29 @@ class Tasks:
                 )
             self._names += found
 
+    def scores(self, model: generate.Model, num_fewshot: int | None = None, limit: float = 0) -> dict[str, tuple]:
+        """{task: (metric, value, whether higher is better)}, of each task one metric: accuracy where it has that."""
+        results = self._evaluate(model, num_fewshot, limit, bootstrap_iters=0)
+        out = {}
+        for task, better in results["higher_is_better"].items():
+            values = {key.partition(",")[0]: value for key, value in results["results"][task].items()}
+            metric = "acc" if "acc" in better else next(name for name in better if name in values)
+            out[task] = metric, float(values[metric]), bool(better[metric])
+        return out
+
+    def _evaluate(self, model, num_fewshot, limit, **more):
+        try:
+            return lm_eval.simple_evaluate(
+                MemoryLLM(model),
+                tasks=self._names,
+                num_fewshot=num_fewshot,
+                limit=int(limit) if limit >= 1 else limit or None,
+                task_manager=self._manager,
+                **more,
+            )
+        except ImportError as error:
+            raise UserError(f"--tasks={','.join(self._names)}: a task needs another package: {error}") from error
+
     def run(
         self,
         model: generate.Model,
@@ -200,20 +223,8 @@ class Tasks:
         """
         with tempfile.TemporaryDirectory() as folder:
             tracker = EvaluationTracker(output_path=os.path.join(folder, "results.json"))
-            try:
-                results = lm_eval.simple_evaluate(
-                    MemoryLLM(model),
-                    model_args=about,
-                    tasks=self._names,
-                    num_fewshot=num_fewshot,
-                    limit=int(limit) if limit >= 1 else limit or None,
-                    bootstrap_iters=bootstrap_iters,
-                    log_samples=log_samples,
-                    evaluation_tracker=tracker,
-                    task_manager=self._manager,
-                )
-            except ImportError as error:
-                raise UserError(f"--tasks={','.join(self._names)}: a task needs another package: {error}") from error
+            more = {"model_args": about, "bootstrap_iters": bootstrap_iters, "log_samples": log_samples}
+            results = self._evaluate(model, num_fewshot, limit, evaluation_tracker=tracker, **more)
             if output:
                 _save(tracker, results, folder, output)
         return "\n".join(make_table(results, column) for column in ("results", "groups") if column in results)

@@ -165,6 +165,7 @@ class Attention(nn.Module):
         else:
             cache, position_B = past
             y = cache.attend(q[:, 0], k[:, 0], v[:, 0], position_B)
+        self.sow("intermediates", "mixed", y)
         kept = attention.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
         return _matmul(y.reshape(B, T, -1), out_HKD.reshape(-1, D)), kept
 

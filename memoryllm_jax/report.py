@@ -179,6 +179,13 @@ def style_of(number: int) -> dict:
     return {"color": f"C{number % 10}", "marker": "osv^Dx*+"[number % 8], "markersize": 4, "linestyle": line}
 
 
+def shade(share: float):
+    """A colour from dark (0) to light (1), for what has an order, such as layers."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](share)
+
+
 def by_layer(series: dict[str, list[float]], label: str, log: bool = False, layers: list[int] | None = None):
     """A figure of one line for each series over the layers; a share is best given in percent."""
     from matplotlib.ticker import MaxNLocator

@@ -35,7 +35,8 @@ class SavedModel:
       dtype: of the computation; "" takes the one that the model was trained with.
       mesh: devices the parameters are spread over; by default the first device alone.
     Attributes:
-      workdir.  config: ModelConfig for this machine.  context: positions a sequence may have.  step, tokenizer, mesh.
+      workdir.  run: Config it was trained with.  config: ModelConfig for this machine.  context: positions a sequence
+        may have.  step, tokenizer, mesh.
       description: what the checkpoint holds beside the arrays (`checkpoint.describe`).
     Raises: UserError.
     """
@@ -44,7 +45,7 @@ class SavedModel:
         self._checkpoints, self.step = _open(workdir, step)
         self.workdir = self._checkpoints.workdir
         self.description = self._checkpoints.description(self.step)
-        run = config_lib.from_saved(self.description["config"])
+        self.run = run = config_lib.from_saved(self.description["config"])
         self.context, self.tokenizer = run.seq_len, Tokenizer.from_json(self.description["tokenizer"])
         self.config = for_this_machine(run.model, dtype or run.model.dtype)
         self.mesh = mesh or sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])

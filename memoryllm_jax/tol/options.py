@@ -60,6 +60,14 @@ def size(value: str, flag: str) -> int:
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
+def layer_list(values: list[str], flag: str) -> tuple[int, ...]:
+    """Numbers of layers. Raises: UserError that names the flag."""
+    for value in values:
+        if not value.strip().isdecimal():
+            raise UserError(f"--{flag}: expected numbers of layers such as 0,5, found {value!r}")
+    return tuple(map(int, values))
+
+
 def write(source, options: Options, output: str, scorer=None, label: str = "precompute") -> str:
     """Writes the file that the options ask for. Returns: one line on it. Raises: UserError.
 

@@ -1,0 +1,125 @@
+"""What a decode step costs, live and with looked-up rows: memory on the device, time a token (MemoryLLM, Table 6)."""
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from memoryllm_jax import data, generate, precompute, report
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.probes.measure import Models
+from memoryllm_jax.tol import options
+
+_WARM = 8  # tokens before the clock runs
+
+
+def cost(
+    models: Models, page: report.Report, data: str = "", steps: int = 128, rounds: int = 5, places: tuple = ("disk",)
+) -> dict:
+    """Memory on the device and ms a token of each model at batch 1, live and from a ToL file (MemoryLLM, Table 6).
+
+    ToL files are made for the purpose, beside the page, and removed. Sides take turns, --rounds times --steps tokens of
+    held-out text from --data each; the time is the median of the rounds, and its ratio to the first model's is that of
+    the same round. All sides are in memory at a time. A step reads the token's row, runs the decoder with a key-value
+    cache of the model's context, and brings the likeliest next token to the host. Memory is that of weights, of rows
+    held on the device and of the cache; temporaries are not in it.
+    """
+    for place in places:
+        if place not in generate.PLACES:
+            raise UserError(f"--places: expected some of {', '.join(generate.PLACES)}, found {place}")
+    page.facts |= {"text": f"{data}, validation", "device": jax.devices()[0].device_kind}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=page.folder, prefix="tol-"))
+        sides = _sides(models, places, data, folder, stack)
+        times = {name: [] for name in sides}
+        for number in range(rounds):
+            for name, side in sides.items():
+                times[name].append(side.decode(steps, number))
+        first = next(iter(times.values()))
+        rows = []
+        for name, side in sides.items():
+            ratios = [mine / theirs for mine, theirs in zip(times[name], first)]
+            memory = side.memory()
+            rows.append([name, *(n / 1e6 for n in memory.values()), sum(memory.values()) / 1e6])
+            rows[-1] += [1e3 * statistics.median(times[name]), statistics.median(ratios)]
+    head = ["side", *(f"{name}, MB" for name in memory), "memory, MB", "ms a token", "time over the first side's"]
+    page.table(head, rows, "A decode step of one sequence (Table 6)")
+    with page.csv("sides", head) as write:
+        write(rows)
+    page.figure("sides", _draw(head, rows), "Memory on the device, and time a token")
+    return {"sides": [dict(zip(head, row)) for row in rows], "seconds": times}
+
+
+class _Side:
+    """A model that decodes one sequence of given tokens."""
+
+    def __init__(self, model: generate.Model, path: str):
+        self.model = model
+        self.stream = data.open_for(path, model.tokenizer.digest).validation
+        self.cache = model.decoder.empty_cache(model.decoder.shards, model.saved.context)
+        self._run(self.stream.read(0, _WARM))
+
+    def decode(self, steps: int, number: int) -> float:
+        """Seconds a token."""
+        steps = min(steps, self.model.saved.context)
+        tokens = self.stream.read(_WARM + number * steps, steps)
+        start = time.perf_counter()
+        self._run(tokens)
+        return (time.perf_counter() - start) / len(tokens)
+
+    def _run(self, tokens):
+        batch = self.model.decoder.shards
+        index = np.zeros((batch,), np.int32)
+        for number, token in enumerate(tokens):
+            ids, position = np.array([token], np.int32), np.full((batch,), number, np.int32)
+            logits, self.cache = self.model.decoder.step(self.model.rows.fetch(ids), index, position, self.cache)
+            np.asarray(logits[0].argmax())
+            self.model.rows.prefetch(ids)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on the device."""
+        stats = self.model.rows.stats()
+        rows = stats.get("device_bytes", stats.get("cache_bytes", 0))
+        live = getattr(self.model.rows, "weights_bytes", 0)
+        cache = sum(x.nbytes for x in jax.tree.leaves(self.cache))
+        return {"decoder": self.model.decoder.weights_bytes, "FFN-M and embedding": live, "rows": rows, "cache": cache}
+
+
+def _sides(models, places, path, folder, stack):
+    if not path:
+        raise UserError("--data: expected prepared data of the models' tokenizer, found nothing")
+    sides = {}
+    for number, (label, model) in enumerate(models):
+        workdir, memory_dim = model.saved.workdir, model.config.memory_dim
+        live = stack.enter_context(contextlib.closing(models.open(workdir)))
+        sides[label if not memory_dim else f"{label}, live"] = _Side(live, path)
+        if memory_dim:
+            tol = os.path.join(folder, f"{number}.safetensors")
+            print(precompute.precompute(workdir, tol, options.Options(data=path), dtype=models.dtype), flush=True)
+            for place in places:
+                served = stack.enter_context(contextlib.closing(models.open(workdir, tol, place)))
+                sides[f"{label}, rows on {place}"] = _Side(served, path)
+    return sides
+
+
+def _draw(head, rows):
+    figure, (left, right) = report.new_figure(9.5, 0.6 + 0.35 * len(rows) + 0.8, columns=2)
+    names, at = [row[0] for row in rows], np.arange(len(rows))
+    base = np.zeros(len(rows))
+    for column, name in enumerate(head[1:5], 1):
+        sizes = np.array([row[column] for row in rows])
+        left.barh(at, sizes, left=base, label=name.removesuffix(", MB"))
+        base += sizes
+    left.set_yticks(at, names)
+    left.set(xlabel="memory on the device, MB")
+    left.legend(fontsize=7)
+    right.barh(at, [row[6] for row in rows], color="C4")
+    right.set_yticks(at, [""] * len(rows))
+    right.set(xlabel="ms a token")
+    for axis in (left, right):
+        axis.invert_yaxis()
+    return figure

@@ -1,0 +1,133 @@
+"""What the probes have in common: models by label, and their quality on a text and on tasks."""
+
+import contextlib
+import dataclasses
+import math
+
+from absl import flags
+
+from memoryllm_jax import config, documents, evaluate, generate, report, sharding
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.saved import SavedModel
+
+PERPLEXITY = "perplexity"
+# How the paper groups its tasks (Table 1), by the beginnings of their names in the harness.
+GROUPS = {
+    "recall": ("lambada", "sciq", "arc_easy"),
+    "reasoning": ("hellaswag", "winogrande", "boolq", "piqa"),
+}
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("data", "", "prepared data (folder or URL) or text files, for perplexity")
+    flags.DEFINE_enum("split", "validation", ["train", "validation"], "of prepared data")
+    flags.DEFINE_integer("max_tokens", 0, "predict so many tokens of it at most; 0: all", lower_bound=0)
+    flags.DEFINE_list("tasks", [], "tasks of the harness, as `evaluate` takes them")
+    flags.DEFINE_string("task_path", "", "folder with task files (.yaml) of your own")
+    flags.DEFINE_string("task_data", "", "folder with lambada.jsonl and piqa.jsonl, for lambada_local and piqa_local")
+    flags.DEFINE_integer("num_fewshot", None, "examples in a prompt; by default as the task says", lower_bound=0)
+    flags.DEFINE_float("limit", 0, "documents of each task, or a share of them below 1; 0: all", 0)
+
+
+class Measure:
+    """A model's perplexity on --data and its scores on --tasks, by the flags above. Raises: UserError."""
+
+    def __init__(self):
+        f = self._flags = flags.FLAGS
+        if not f.data and not f.tasks:
+            raise UserError("expected --data=TEXT, --tasks=NAMES or both, found neither")
+        self._tasks = evaluate.harness_module().Tasks(f.tasks, f.task_path, f.task_data) if f.tasks else None
+        self._texts = {}
+
+    def facts(self) -> dict[str, str]:
+        """For a page's caption."""
+        f = self._flags
+        tokens = f", the first {f.max_tokens:,} tokens" if f.max_tokens else ""
+        split = "" if documents.is_text(f.data) else f", {f.split}"
+        limit = f", {f.limit:g} documents each" if f.limit else ""
+        return ({"text": f"{f.data}{split}{tokens}"} if f.data else {}) | (
+            {"tasks": ", ".join(f.tasks) + limit} if f.tasks else {}
+        )
+
+    def __call__(self, model: generate.Model) -> dict[str, float]:
+        """{"perplexity": of tokens, task: accuracy (or what the task has instead), ...}, of those asked for."""
+        out = {PERPLEXITY: self.perplexity(model)} if self._flags.data else {}
+        if self._tasks:
+            scores = self._tasks.scores(model, self._flags.num_fewshot, self._flags.limit)
+            out |= {
+                task if metric == "acc" else f"{task} {metric}": value for task, (metric, value, _) in scores.items()
+            }
+        return out
+
+    def perplexity(self, model: generate.Model) -> float:
+        f, context = self._flags, model.saved.context
+        windows = evaluate.Windows(context, context, f.max_tokens)
+        key = model.tokenizer.digest, context
+        if key not in self._texts:
+            self._texts[key] = evaluate.text_of(f.data, f.split, "text", model.tokenizer, windows)
+        return evaluate.perplexity(model, self._texts[key], windows)["perplexity"]
+
+
+@dataclasses.dataclass
+class Models:
+    """Trained models to look at side by side, loaded one at a time.
+
+    Args:
+      workdirs: of the models.  tol: a ToL file to serve the rows of the only one, or "".
+    """
+
+    workdirs: list[str]
+    tol: str = ""
+    place: str = "disk"
+    dtype: str = ""
+
+    def __post_init__(self):
+        if self.tol and len(self.workdirs) > 1:
+            raise UserError(f"--tol={self.tol}: expected one --workdir, found {len(self.workdirs)}")
+        self.mesh = sharding.make_mesh(config.MeshConfig(data=-1, fsdp=1, tensor=1))
+        self.facts, self.labels = {}, []
+        for workdir in self.workdirs:
+            with contextlib.closing(SavedModel(workdir, dtype=self.dtype)) as saved:
+                label = saved.config.architecture
+                self.labels.append(f"{label} {workdir}" if label in self.labels else label)
+                about = report.saved_facts(saved)
+                self.facts |= {f"{self.labels[-1]}: {name}": text for name, text in about.items()}
+        self.facts |= {"rows": f"{self.tol}, on {self.place}"} if self.tol else {}
+
+    def __iter__(self):
+        """(label, generate.Model) of each in turn: its architecture, and its folder where two have the same."""
+        for label, workdir in zip(self.labels, self.workdirs):
+            with contextlib.closing(self.open(workdir)) as model:
+                yield label, model
+
+    def open(self, workdir: str, tol: str = "") -> generate.Model:
+        return generate.Model(workdir, tol or self.tol, self.place, dtype=self.dtype, mesh=self.mesh)
+
+
+def kinds(model: generate.Model, label: str) -> dict[str, str]:
+    """{series: "" or "_compute"}: what can be scaled or dropped, and how the names of its options end."""
+    both = model.config.row_dim and model.config.compute_dim
+    return {f"{label}, FFN-M": "", f"{label}, FFN-C": "_compute"} if both else {label: ""}
+
+
+def change(value: float, full: float) -> float:
+    """Relative, in percent."""
+    return 100 * (value / full - 1) if full else math.nan
+
+
+def group_of(task: str) -> str | None:
+    """recall, reasoning or None."""
+    for group, names in GROUPS.items():
+        if task.startswith(names) and " " not in task:
+            return group
+    return None
+
+
+def group_means(changes: dict[str, float]) -> dict[str, float]:
+    """Mean change of the tasks of each group that are there."""
+    out = {}
+    for group in GROUPS:
+        found = [value for task, value in changes.items() if group_of(task) == group]
+        if found:
+            out[group] = sum(found) / len(found)
+    return out

@@ -1,0 +1,103 @@
+"""Base pruned to the active parameters of memory and flex, beside trained memory and flex (MemoryLLM, Figure 11)."""
+
+import dataclasses
+
+import numpy as np
+
+from memoryllm_jax import data, metrics, report
+from memoryllm_jax.cli import UserError
+from memoryllm_jax.decoder import Decoder
+from memoryllm_jax.probes import prune
+from memoryllm_jax.probes.measure import Measure, Models
+
+_BETAS = (0.0, 1.0, 2.0, 3.0)
+
+
+def pruning(
+    models: Models, page: report.Report, calibration: str = "", windows: int = 128, methods: tuple = prune.METHODS
+):
+    """Base pruned by magnitude, Wanda and SparseGPT against memory and flex (MemoryLLM, Figure 11).
+
+    One model must be base. Its matrices of attention and FFN lose one share of their weights each, so many that those
+    left are the active parameters of memory and flex-1, 2, 3 of its shape; and two of every four (2:4), which is
+    flex-2's count. Calibrated on the first --windows windows of the training split of --calibration. All other models
+    are points on the same axes.
+    """
+    measure = Measure()
+    for method in methods:
+        if method not in prune.METHODS:
+            raise UserError(f"--methods: expected some of {', '.join(prune.METHODS)}, found {method}")
+    page.facts |= measure.facts() | {"calibration": f"{calibration}, {windows} windows"}
+    points, bases = [], 0
+    for label, model in models:
+        config = model.saved.run
+        points.append(_point(label, "", metrics.parameters(config)["active"], measure(model)))
+        if label.startswith("base"):
+            bases += 1
+            points += _pruned(model, label, measure, _calibration(calibration, windows, model), methods)
+    if not bases:
+        raise UserError("--workdir: expected base among the models, which is what is pruned, found none")
+    names = list(points[0]["quality"])
+    head = ["model", "pruned by", "pattern", "active parameters", *names]
+    rows = [[p["model"], p["method"], p["pattern"], p["active"], *p["quality"].values()] for p in points]
+    page.table(head, rows, "Pruned base beside whole models; active: attention, FFN-C and norms that are not zero")
+    with page.csv("points", head) as write:
+        write(rows)
+    for name in names:
+        page.figure(name.replace(" ", "-"), _draw(points, name), f"{name} against active parameters (Figure 11)")
+    return {"points": points}
+
+
+def _point(model, method, active, quality, pattern=""):
+    return {"model": model, "method": method, "pattern": pattern, "active": active, "quality": quality}
+
+
+def _calibration(path, windows, model) -> np.ndarray:
+    if not path:
+        raise UserError("--calibration: expected prepared data of the model's tokenizer, found nothing")
+    stream, length = data.open_for(path, model.tokenizer.digest).train, model.saved.context
+    if not 0 < windows * length <= stream.tokens:
+        raise UserError(f"--windows: expected 1 to {stream.tokens // length}, as {path} has, found {windows}")
+    return stream.read(0, windows * length).reshape(windows, length)
+
+
+def _pruned(model, label, measure, windows, methods):
+    """Points of each method at each count of active parameters."""
+    saved, run = model.saved, model.saved.run
+    params, _ = saved.load(lambda _: True)
+    counts = metrics.parameters(run)
+    matrices = counts["attention"] + counts["ffn_c"]
+    patterns = [prune.Pattern(0.5, 4)]
+    for beta in _BETAS:
+        flex = metrics.parameters(dataclasses.replace(run, model=dataclasses.replace(run.model, beta=beta)))
+        patterns.append(prune.Pattern(1 - (flex["attention"] + flex["ffn_c"]) / matrices))
+    out = []
+    for pattern in sorted(patterns):
+        for method in methods:
+            pruned = prune.prune(saved.config, params, saved.mesh, windows, method, pattern)
+            model.decoder = Decoder(saved.config, pruned, saved.mesh)
+            quality = measure(model)
+            active = prune.nonzeros(pruned) + counts["norms"]
+            out.append(_point(label, method, active, quality, str(pattern)))
+            print(f"{label}, {method} {pattern}: {active:,} active, {quality}", flush=True)
+    return out
+
+
+def _draw(points, name):
+    figure, axis = report.new_figure()
+    kinds = dict.fromkeys((p["method"], ":" in p["pattern"]) for p in points if p["method"])
+    for number, (method, groups) in enumerate(kinds):
+        chosen = [p for p in points if (p["method"], ":" in p["pattern"]) == (method, groups)]
+        chosen = sorted((p["active"] / 1e6, p["quality"][name]) for p in chosen)
+        style = report.style_of(number) | ({"linestyle": "", "markersize": 8} if groups else {})
+        axis.plot(*zip(*chosen), **style, label=f"base, {method}{' 2:4' if groups else ''}")
+    for p in points:
+        if not p["method"]:
+            at = p["active"] / 1e6, p["quality"][name]
+            axis.plot(*at, "k*", markersize=9)
+            axis.annotate(p["model"], at, xytext=(5, 3), textcoords="offset points", fontsize=8)
+    if name == "perplexity":
+        axis.set_yscale("log")
+    axis.set(xlabel="active parameters, millions", ylabel=name)
+    axis.legend(fontsize=8)
+    return figure
