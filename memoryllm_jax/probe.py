@@ -30,6 +30,7 @@ COMMANDS: dict[str, typing.Callable] = {
 _HELP = {
     "alphas": "factors of what the FFN adds",
     "bits": "uniform bits of an element",
+    "cache": "rows kept on the device, of those served from host or disk",
     "calibration": "prepared data to calibrate on",
     "cumulative": "layers to drop one after another; 0: all",
     "data": "prepared data whose held-out tokens are decoded",
@@ -54,8 +55,8 @@ def main(arguments):
     if arguments[1:]:
         raise cli.UserError(f"unexpected argument {arguments[1]!r}; options are written --name=value")
     f, names = flags.FLAGS, list(inspect.signature(COMMANDS[arguments[0]]).parameters)[2:]
-    models = measure.Models(f.workdir, f.tol, f.rows, f.dtype)
-    print(probe(arguments[0], models, f.output, **{name: f[name].value for name in names}))
+    options = {name: measure.from_flags() if name == "measure" else f[name].value for name in names}
+    print(probe(arguments[0], measure.Models(f.workdir, f.tol, f.rows, f.dtype), f.output, **options))
     return 0
 
 
@@ -67,7 +68,7 @@ def define_flags(command):
     flags.DEFINE_string("dtype", "", "float32 or bfloat16, of the computation; by default that of the training")
     flags.mark_flag_as_required("workdir")
     parameters = dict(list(inspect.signature(COMMANDS[command]).parameters.items())[2:])
-    if "data" not in parameters:
+    if parameters.pop("measure", None):
         measure.define_flags()
     define = {int: flags.DEFINE_integer, tuple: flags.DEFINE_list}
     for name, parameter in parameters.items():

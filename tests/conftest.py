@@ -9,16 +9,21 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import contextlib
+import functools
 import itertools
 import json
 import shutil
 import socket
 
+import jax
 import pytest
 
 from memoryllm_jax import config as config_lib
-from memoryllm_jax import documents, prepare
+from memoryllm_jax import documents, generate, precompute, prepare, saved, sharding, train
+from memoryllm_jax.tol import options
 
+CONTEXT = 32  # of the models that `lab` trains
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden_hf")
 
 
@@ -73,3 +78,45 @@ def make_config(data_path):
         return config_lib.resolve(c)
 
     return make
+
+
+class Lab:
+    """A trained model of each architecture, made when it is first asked for."""
+
+    def __init__(self, data_path, folder):
+        self.data_path, self.folder = data_path, folder
+        self.workdir = functools.cache(self._workdir)
+        self.tol = functools.cache(self._tol)
+
+    def _workdir(self, name):
+        c = config_lib.default(name)
+        c.steps, c.batch_size, c.seq_len = 16, 8, CONTEXT
+        c.model.dim, c.model.layers, c.model.heads, c.model.dtype = 32, 2, 4, "float32"
+        c.model.init_std, c.model.loss_chunk = 0.1, 24
+        c.data.path, c.data.epochs = self.data_path, 9
+        c.optimizer.peak_lr, c.optimizer.warmup_steps = 2e-2, 2
+        c.log.every, c.log.tensorboard = 100, False
+        workdir = str(self.folder / name)
+        assert train.train(config_lib.resolve(c), workdir, jax.devices()[:1]) == 0
+        return workdir
+
+    def _tol(self, name):
+        path = str(self.folder / f"{name}.safetensors")
+        precompute.precompute(self.workdir(name), path, options.Options())
+        return path
+
+    def run(self, name):
+        """Its Config."""
+        return saved.config_of(self.workdir(name))
+
+    def config(self, name):
+        return self.run(name).model
+
+    def model(self, name, *args, devices=1):
+        mesh = sharding.make_mesh(config_lib.MeshConfig(-1, 1, 1), jax.devices()[:devices])
+        return contextlib.closing(generate.Model(self.workdir(name), *args, mesh=mesh))
+
+
+@pytest.fixture(scope="session")
+def lab(data_path, tmp_path_factory):
+    return Lab(data_path, tmp_path_factory.mktemp("lab"))

@@ -1,7 +1,5 @@
 """Scores of sequences, perplexity and the harness, against tests/reference.py on the checkpoint's own parameters."""
 
-import contextlib
-import functools
 import glob
 import json
 import os
@@ -14,52 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import with_devices
+from conftest import CONTEXT, with_devices
 
 from memoryllm_jax import config as config_lib
-from memoryllm_jax import data, evaluate, generate, loss, precompute, scoring, sharding, train
+from memoryllm_jax import data, evaluate, loss, scoring, sharding
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.evaluate import Windows
 from memoryllm_jax.sampling import Sampling
-from memoryllm_jax.tol import options
 
-CONTEXT = 32
 ARCHITECTURES = ("memory", "flex-3", "base")
-
-
-class Lab:
-    """A trained model of each architecture, made when it is first asked for."""
-
-    def __init__(self, data_path, folder):
-        self.data_path, self.folder = data_path, folder
-        self.workdir = functools.cache(self._workdir)
-        self.tol = functools.cache(self._tol)
-
-    def _workdir(self, name):
-        c = config_lib.default(name)
-        c.steps, c.batch_size, c.seq_len = 16, 8, CONTEXT
-        c.model.dim, c.model.layers, c.model.heads, c.model.dtype = 32, 2, 4, "float32"
-        c.model.init_std, c.model.loss_chunk = 0.1, 24
-        c.data.path, c.data.epochs = self.data_path, 9
-        c.optimizer.peak_lr, c.optimizer.warmup_steps = 2e-2, 2
-        c.log.every, c.log.tensorboard = 100, False
-        workdir = str(self.folder / name)
-        assert train.train(config_lib.resolve(c), workdir, jax.devices()[:1]) == 0
-        return workdir
-
-    def _tol(self, name):
-        path = str(self.folder / f"{name}.safetensors")
-        precompute.precompute(self.workdir(name), path, options.Options())
-        return path
-
-    def model(self, name, *args, devices=1):
-        mesh = sharding.make_mesh(config_lib.MeshConfig(-1, 1, 1), jax.devices()[:devices])
-        return contextlib.closing(generate.Model(self.workdir(name), *args, mesh=mesh))
-
-
-@pytest.fixture(scope="session")
-def lab(data_path, tmp_path_factory):
-    return Lab(data_path, tmp_path_factory.mktemp("lab"))
 
 
 def log_softmax(model, ids_BT):

@@ -39,7 +39,12 @@ class StoredRows:
 
 
 def compression(
-    models: Models, page: report.Report, calibration: str = "", bits: tuple = BITS, ranks: tuple = RANKS
+    models: Models,
+    page: report.Report,
+    measure: Measure,
+    calibration: str = "",
+    bits: tuple = BITS,
+    ranks: tuple = RANKS,
 ) -> dict:
     """Uniform bits (MemoryLLM, Table 7), uniform ranks (Table 8), singular values (Figure 13), and the budget mode.
 
@@ -51,7 +56,6 @@ def compression(
     """
     if len(models.workdirs) != 1 or models.tol:
         raise UserError("compression: expected one --workdir, of memory or flex, and no --tol")
-    measure = Measure()
     page.facts |= measure.facts() | {"calibration": calibration}
     ((label, model),) = models
     if not model.config.memory_dim:

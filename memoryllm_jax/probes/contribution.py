@@ -5,8 +5,12 @@ from memoryllm_jax.cli import UserError
 from memoryllm_jax.generate import Contribution
 from memoryllm_jax.probes.measure import PERPLEXITY, Measure, Models, change, group_means, kinds
 
+ALPHAS = ("1.0", "0.9", "0.8", "0.7", "0.6", "0.5")
 
-def alpha(models: Models, page: report.Report, alphas: tuple = ("1.0", "0.9", "0.8", "0.7", "0.6", "0.5")) -> dict:
+
+def alpha(
+    models: Models, page: report.Report, measure: Measure, alphas: tuple = ("1.0", "0.9", "0.8", "0.7", "0.6", "0.5")
+) -> dict:
     """What the FFN adds is multiplied by alpha in every layer (MemoryLLM, Table 1 and Figure 7).
 
     In base alpha is a factor of the FFN, in memory of FFN-M; in flex of either, the other left as it is. Changes are
@@ -14,7 +18,7 @@ def alpha(models: Models, page: report.Report, alphas: tuple = ("1.0", "0.9", "0
     are the paper's groups; their change is the mean over their tasks here.
     """
     values = _numbers(alphas)
-    measure, series = Measure(), {}
+    series = {}
     page.facts |= measure.facts()
     for label, model in models:
         for name, ending in kinds(model, label).items():
@@ -50,14 +54,14 @@ def alpha(models: Models, page: report.Report, alphas: tuple = ("1.0", "0.9", "0
     return {"quality": series, "changes": changes}
 
 
-def layers(models: Models, page: report.Report, cumulative: int = 0) -> dict:
+def layers(models: Models, page: report.Report, measure: Measure, cumulative: int = 0) -> dict:
     """One layer's FFN adds nothing (MemoryLLM, Figures 4 and 12), for every layer; then several at once.
 
     In base that is its FFN, in memory its FFN-M, live or looked up; in flex either, the other left as it is. Changes
     are relative to the whole model, in percent. The cumulative part drops, on top of those before, the layer that costs
     least in perplexity, until --cumulative are gone (0: all).
     """
-    measure, singles, greedy, whole = Measure(), {}, {}, {}
+    singles, greedy, whole = {}, {}, {}
     page.facts |= measure.facts()
     for label, model in models:
         for name, ending in kinds(model, label).items():

@@ -18,7 +18,13 @@ _WARM = 8  # tokens before the clock runs
 
 
 def cost(
-    models: Models, page: report.Report, data: str = "", steps: int = 128, rounds: int = 5, places: tuple = ("disk",)
+    models: Models,
+    page: report.Report,
+    data: str = "",
+    steps: int = 128,
+    rounds: int = 5,
+    places: tuple = ("disk",),
+    cache: str = "16MiB",
 ) -> dict:
     """Memory on the device and ms a token of each model at batch 1, live and from a ToL file (MemoryLLM, Table 6).
 
@@ -34,7 +40,7 @@ def cost(
     page.facts |= {"text": f"{data}, validation", "device": jax.devices()[0].device_kind}
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=page.folder, prefix="tol-"))
-        sides = _sides(models, places, data, folder, stack)
+        sides = _sides(models, places, options.size(cache, "cache"), data, folder, stack)
         times = {name: [] for name in sides}
         for number in range(rounds):
             for name, side in sides.items():
@@ -89,19 +95,19 @@ class _Side:
         return {"decoder": self.model.decoder.weights_bytes, "FFN-M and embedding": live, "rows": rows, "cache": cache}
 
 
-def _sides(models, places, path, folder, stack):
+def _sides(models, places, cache, path, folder, stack):
     if not path:
         raise UserError("--data: expected prepared data of the models' tokenizer, found nothing")
     sides = {}
     for number, (label, model) in enumerate(models):
         workdir, memory_dim = model.saved.workdir, model.config.memory_dim
-        live = stack.enter_context(contextlib.closing(models.open(workdir)))
+        live = stack.enter_context(contextlib.closing(models.served(workdir, "")))
         sides[label if not memory_dim else f"{label}, live"] = _Side(live, path)
         if memory_dim:
             tol = os.path.join(folder, f"{number}.safetensors")
             print(precompute.precompute(workdir, tol, options.Options(data=path), dtype=models.dtype), flush=True)
             for place in places:
-                served = stack.enter_context(contextlib.closing(models.open(workdir, tol, place)))
+                served = stack.enter_context(contextlib.closing(models.served(workdir, tol, place, cache)))
                 sides[f"{label}, rows on {place}"] = _Side(served, path)
     return sides
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 
 from absl import flags
@@ -29,43 +30,64 @@ def define_flags() -> None:
     flags.DEFINE_float("limit", 0, "documents of each task, or a share of them below 1; 0: all", 0)
 
 
+@dataclasses.dataclass(frozen=True)
 class Measure:
-    """A model's perplexity on --data and its scores on --tasks, by the flags above. Raises: UserError."""
+    """A model's perplexity on `data` and its scores on `tasks`, as the flags above say. Raises: UserError."""
 
-    def __init__(self):
-        f = self._flags = flags.FLAGS
-        if not f.data and not f.tasks:
+    data: str = ""
+    split: str = "validation"
+    max_tokens: int = 0
+    tasks: tuple[str, ...] = ()
+    task_path: str = ""
+    task_data: str = ""
+    num_fewshot: int | None = None
+    limit: float = 0
+
+    def __post_init__(self):
+        if not self.data and not self.tasks:
             raise UserError("expected --data=TEXT, --tasks=NAMES or both, found neither")
-        self._tasks = evaluate.harness_module().Tasks(f.tasks, f.task_path, f.task_data) if f.tasks else None
-        self._texts = {}
 
     def facts(self) -> dict[str, str]:
         """For a page's caption."""
-        f = self._flags
-        tokens = f", the first {f.max_tokens:,} tokens" if f.max_tokens else ""
-        split = "" if documents.is_text(f.data) else f", {f.split}"
-        limit = f", {f.limit:g} documents each" if f.limit else ""
-        return ({"text": f"{f.data}{split}{tokens}"} if f.data else {}) | (
-            {"tasks": ", ".join(f.tasks) + limit} if f.tasks else {}
-        )
+        out = {}
+        if self.data:
+            split = "" if documents.is_text(self.data) else f", {self.split}"
+            out["text"] = f"{self.data}{split}" + (f", the first {self.max_tokens:,} tokens" if self.max_tokens else "")
+        if self.tasks:
+            out["tasks"] = ", ".join(self.tasks) + (f", {self.limit:g} documents each" if self.limit else "")
+        return out
 
     def __call__(self, model: generate.Model) -> dict[str, float]:
         """{"perplexity": of tokens, task: accuracy (or what the task has instead), ...}, of those asked for."""
-        out = {PERPLEXITY: self.perplexity(model)} if self._flags.data else {}
-        if self._tasks:
-            scores = self._tasks.scores(model, self._flags.num_fewshot, self._flags.limit)
-            out |= {
-                task if metric == "acc" else f"{task} {metric}": value for task, (metric, value, _) in scores.items()
-            }
+        out = {PERPLEXITY: self.perplexity(model)} if self.data else {}
+        if self.tasks:
+            for task, (metric, value, _) in self._harness.scores(model, self.num_fewshot, self.limit).items():
+                out[task if metric == "acc" else f"{task} {metric}"] = value
         return out
 
     def perplexity(self, model: generate.Model) -> float:
-        f, context = self._flags, model.saved.context
-        windows = evaluate.Windows(context, context, f.max_tokens)
-        key = model.tokenizer.digest, context
+        """Of the tokens of `data`."""
+        windows = evaluate.Windows(model.saved.context, model.saved.context, self.max_tokens)
+        return evaluate.perplexity(model, self._text(model.tokenizer, windows), windows)["perplexity"]
+
+    @functools.cached_property
+    def _harness(self):
+        return evaluate.harness_module().Tasks(list(self.tasks), self.task_path, self.task_data)
+
+    @functools.cached_property
+    def _texts(self):
+        return {}
+
+    def _text(self, tokenizer, windows):
+        key = tokenizer.digest, windows
         if key not in self._texts:
-            self._texts[key] = evaluate.text_of(f.data, f.split, "text", model.tokenizer, windows)
-        return evaluate.perplexity(model, self._texts[key], windows)["perplexity"]
+            self._texts[key] = evaluate.text_of(self.data, self.split, "text", tokenizer, windows)
+        return self._texts[key]
+
+
+def from_flags() -> Measure:
+    values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Measure)}
+    return Measure(**values | {"tasks": tuple(values["tasks"])})
 
 
 @dataclasses.dataclass
@@ -100,8 +122,12 @@ class Models:
             with contextlib.closing(self.open(workdir)) as model:
                 yield label, model
 
-    def open(self, workdir: str, tol: str = "") -> generate.Model:
-        return generate.Model(workdir, tol or self.tol, self.place, dtype=self.dtype, mesh=self.mesh)
+    def open(self, workdir: str) -> generate.Model:
+        return self.served(workdir, self.tol, self.place)
+
+    def served(self, workdir: str, tol: str, place: str = "disk", cache: int = 256 << 20) -> generate.Model:
+        """With rows of a ToL file, or live where that is ""."""
+        return generate.Model(workdir, tol, place, cache, dtype=self.dtype, mesh=self.mesh)
 
 
 def kinds(model: generate.Model, label: str) -> dict[str, str]:

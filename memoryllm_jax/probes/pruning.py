@@ -14,8 +14,13 @@ _BETAS = (0.0, 1.0, 2.0, 3.0)
 
 
 def pruning(
-    models: Models, page: report.Report, calibration: str = "", windows: int = 128, methods: tuple = prune.METHODS
-):
+    models: Models,
+    page: report.Report,
+    measure: Measure,
+    calibration: str = "",
+    windows: int = 128,
+    methods: tuple = prune.METHODS,
+) -> dict:
     """Base pruned by magnitude, Wanda and SparseGPT against memory and flex (MemoryLLM, Figure 11).
 
     One model must be base. Its matrices of attention and FFN lose one share of their weights each, so many that those
@@ -23,7 +28,6 @@ def pruning(
     flex-2's count. Calibrated on the first --windows windows of the training split of --calibration. All other models
     are points on the same axes.
     """
-    measure = Measure()
     for method in methods:
         if method not in prune.METHODS:
             raise UserError(f"--methods: expected some of {', '.join(prune.METHODS)}, found {method}")
