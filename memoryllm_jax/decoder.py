@@ -51,12 +51,17 @@ class Decoder:
 
     def scaled(self, memory_L: np.ndarray, compute_L: np.ndarray) -> "Decoder":
         """This decoder with the token memory and FFN-C of each layer times a factor, by the same compiled functions."""
-        other, scale = copy.copy(self), jax.jit(lambda w, s: (w.astype(jnp.float32) * s).astype(w.dtype))
+        scale = jax.jit(lambda w, s: (w.astype(jnp.float32) * s).astype(w.dtype))
         layers = [dict(layer) for layer in self._params["layers"]]
         for layer, factor in zip(layers, compute_L.astype(np.float32)):
             if "ffn" in layer:
                 layer["ffn"] = layer["ffn"] | {"down": scale(layer["ffn"]["down"], factor)}
-        other._params = self._params | {"layers": layers, "memory_scale": memory_L.astype(np.float32)}
+        return self.changed(layers=layers, memory_scale=memory_L.astype(np.float32))
+
+    def changed(self, **params) -> "Decoder":
+        """This decoder with other parameters, such as layers, by the same compiled functions."""
+        other = copy.copy(self)
+        other._params = self._params | params
         return other
 
     def empty_cache(self, batch: int, capacity: int) -> list[attention.Cache]:

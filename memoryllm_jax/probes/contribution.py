@@ -8,9 +8,7 @@ from memoryllm_jax.probes.measure import PERPLEXITY, Measure, Models, change, gr
 ALPHAS = ("1.0", "0.9", "0.8", "0.7", "0.6", "0.5")
 
 
-def alpha(
-    models: Models, page: report.Report, measure: Measure, alphas: tuple = ("1.0", "0.9", "0.8", "0.7", "0.6", "0.5")
-) -> dict:
+def alpha(models: Models, page: report.Report, measure: Measure, alphas: tuple = ALPHAS) -> dict:
     """What the FFN adds is multiplied by alpha in every layer (MemoryLLM, Table 1 and Figure 7).
 
     In base alpha is a factor of the FFN, in memory of FFN-M; in flex of either, the other left as it is. Changes are

@@ -6,7 +6,6 @@ import numpy as np
 
 from memoryllm_jax import data, metrics, report
 from memoryllm_jax.cli import UserError
-from memoryllm_jax.decoder import Decoder
 from memoryllm_jax.probes import prune
 from memoryllm_jax.probes.measure import Measure, Models
 
@@ -68,7 +67,7 @@ def _calibration(path, windows, model) -> np.ndarray:
 def _pruned(model, label, measure, windows, methods):
     """Points of each method at each count of active parameters."""
     saved, run = model.saved, model.saved.run
-    params, _ = saved.load(lambda _: True)
+    whole, (params, _) = model.decoder, saved.load(lambda _: True)
     counts = metrics.parameters(run)
     matrices = counts["attention"] + counts["ffn_c"]
     patterns = [prune.Pattern(0.5, 4)]
@@ -79,7 +78,7 @@ def _pruned(model, label, measure, windows, methods):
     for pattern in sorted(patterns):
         for method in methods:
             pruned = prune.prune(saved.config, params, saved.mesh, windows, method, pattern)
-            model.decoder = Decoder(saved.config, pruned, saved.mesh)
+            model.decoder = whole.changed(layers=pruned["layers"])
             quality = measure(model)
             active = prune.nonzeros(pruned) + counts["norms"]
             out.append(_point(label, method, active, quality, str(pattern)))
