@@ -17,6 +17,7 @@ import shutil
 from importlib import resources
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 from absl import flags
@@ -100,14 +101,19 @@ def _write_tensors(saved, writer, tensors):
     progress = cli.Progress("export", len(by_leaf), "parameter")
     try:
         for done, leaf in enumerate(saved.names()):
-            for start, block in saved.blocks(leaf, by_leaf[leaf][0].axis):
+            axis = by_leaf[leaf][0].axis
+            for first, block in saved.blocks(leaf, axis):
                 for tensor in by_leaf[leaf]:
-                    part = block if tensor.layer is None else block[tensor.layer]
-                    writer.write(tensor.name, start * tensor.rows_a_step, tensor.from_ours(part))
+                    layer = 0 if tensor.layer is None else tensor.layer - first[0]
+                    if not 0 <= layer < len(block):
+                        continue
+                    part = block if tensor.layer is None else block[layer]
+                    writer.write(tensor.name, first[axis] * tensor.rows_a_step, tensor.from_ours(part))
                     if not saved.is_memory(leaf):
-                        shape, axis = saved.shape(leaf), tensor.axis
-                        shape, axis = (shape, 0) if tensor.layer is None else (shape[1:], axis - 1)
-                        decoder.add(leaf, tensor.layer or 0, shape, part, axis, start)
+                        shape, along = saved.shape(leaf), axis
+                        shape, along = (shape, 0) if tensor.layer is None else (shape[1:], axis - 1)
+                        part = part.astype(jnp.bfloat16)  # JAX holds what it was given until it is called again
+                        decoder.add(leaf, tensor.layer or 0, shape, part, along, first[axis])
                 del block, part  # before the next one is read
             progress.update(done + 1)
         writer.finish()

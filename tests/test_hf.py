@@ -17,7 +17,8 @@ from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
 
 from memoryllm_jax import config as config_lib
-from memoryllm_jax import convert, data, documents, export, generate, precompute, sharding, tokenizer, train
+from memoryllm_jax import checkpoint, convert, data, documents, export, generate, precompute, saved, sharding
+from memoryllm_jax import tokenizer, train
 from memoryllm_jax import model as model_lib
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.hf import names, settings
@@ -207,6 +208,30 @@ def test_golden_logits(name, tmp_path):
     assert text == np.load(f"{GOLDEN}/{name}/text.npy").tolist()
     export.export(str(tmp_path / "work"), str(tmp_path / "out"))
     assert filecmp.cmp(f"{GOLDEN}/{name}/model.safetensors", tmp_path / "out" / "model.safetensors", shallow=False)
+
+
+def test_parameters_are_read_in_pieces_of_bounded_size(tmp_path, monkeypatch):
+    """Cut along a tensor's rows, and where the checkpoint's chunks lie across them, into layers."""
+    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 600)
+    monkeypatch.setattr(saved, "_BLOCK_BYTES", 1000)
+    export.import_(f"{GOLDEN}/flex", str(tmp_path / "work"))
+    model, pieces = SavedModel(str(tmp_path / "work")), 0
+    for tensor in names.tensors(model.config):
+        whole = np.asarray(model.leaf(tensor.leaf, jnp.float32))
+        found = np.full(whole.shape, np.nan, np.float32)
+        for first, piece in model.blocks(tensor.leaf, tensor.axis):
+            found[tuple(slice(a, a + n) for a, n in zip(first, piece.shape))] = piece
+            assert tensor.layer is None or piece.nbytes <= max(1000, whole[0].nbytes)
+            pieces += 1
+        np.testing.assert_array_equal(found, whole)
+    assert pieces > 2 * len(names.tensors(model.config))
+    model.close()
+    export.export(str(tmp_path / "work"), str(tmp_path / "out"))
+    assert filecmp.cmp(f"{GOLDEN}/flex/model.safetensors", tmp_path / "out" / "model.safetensors", shallow=False)
+    digest = json.load(open(tmp_path / "out" / "config.json"))["decoder_digest"]
+    model = SavedModel(str(tmp_path / "work"))
+    assert digest == model.load(lambda name: not model.is_memory(name), keep=False)[1]
+    model.close()
 
 
 def config_json(**changes):
