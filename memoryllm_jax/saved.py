@@ -94,8 +94,8 @@ class SavedModel:
     def blocks(self, name: str, axis: int) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         """(where it begins on each axis, part) of one parameter, float32, read piece by piece.
 
-        Pieces are cut on the first axis and on `axis`. Cut on the first alone they are ROWS_DIGESTED long, else of about
-        _BLOCK_BYTES: whole chunks of the checkpoint, or where these are larger, of some layers.
+        Pieces are cut on `axis`: on the first, ROWS_DIGESTED long; else of about _BLOCK_BYTES in whole chunks of the
+        checkpoint, or where these are larger, of some layers each.
         """
         path, like = self._shapes[name]
         shape, stored = like.shape, self._checkpoints.open_leaf(self.step, path)
@@ -106,7 +106,7 @@ class SavedModel:
             along = 4 * like.size // shape[axis] * chunk[axis]
             size[axis] = max(1, _BLOCK_BYTES // along) * chunk[axis]
             size[0] = max(1, shape[0] * _BLOCK_BYTES // along)
-        for first in itertools.product(*(range(0, *pair) for pair in zip(shape, size))):
+        for first in itertools.product(*(range(0, whole, step) for whole, step in zip(shape, size))):
             last = [min(a + step, whole) for a, step, whole in zip(first, size, shape)]
             piece = np.empty([b - a for a, b in zip(first, last)], np.float32)
             # Chunk by chunk, as TensorStore would hold all of them beside what they make up.

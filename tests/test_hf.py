@@ -1,6 +1,7 @@
 """In and out of Hugging Face's layout: against transformers, against golden logits, and bit by bit."""
 
 import base64
+import contextlib
 import dataclasses
 import filecmp
 import functools
@@ -17,8 +18,7 @@ from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
 
 from memoryllm_jax import config as config_lib
-from memoryllm_jax import checkpoint, convert, data, documents, export, generate, precompute, saved, sharding
-from memoryllm_jax import tokenizer, train
+from memoryllm_jax import convert, data, documents, export, generate, precompute, sharding, tokenizer, train
 from memoryllm_jax import model as model_lib
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.hf import names, settings
@@ -71,12 +71,22 @@ def workdir(data_path, tmp_path_factory):
 
 
 def our_logits(workdir, ids):
-    """[B, T, V] from the plain equations, of a checkpoint's parameters."""
-    saved = SavedModel(workdir, dtype="float32")
-    params, _ = saved.load(lambda _: True)
-    stacked = {k: jax.tree.map(lambda *x: jnp.stack(x), *params[k]) for k in ("layers", "memory") if k in params}
-    saved.close()
-    return np.asarray(reference.logits(params | stacked, ids, saved.config))
+    """[B, T, V] from our decoder: the token after every prefix, as it is generated from."""
+    B, T = ids.shape
+    with contextlib.closing(generate.Model(workdir, dtype="float32")) as model:
+        prefixes, lengths = np.repeat(ids, T, 0), np.tile(np.arange(1, T + 1), B)
+        unique, index = np.unique(prefixes, return_inverse=True)
+        cache = model.decoder.empty_cache(B * T, T)
+        rows, index = model.rows.fetch(unique), index.reshape(B * T, T)
+        logits, _ = model.decoder.prefill(rows, index, lengths, np.arange(B * T), cache)
+    return np.asarray(logits).reshape(B, T, -1)
+
+
+def golden_by_the_equations(name, ids):
+    """[B, T, V] of a golden directory, from its files by tests/reference.py alone."""
+    m, _ = settings.from_json(json.load(open(f"{GOLDEN}/{name}/config.json")), name)
+    params = reference.from_llama(load_file(f"{GOLDEN}/{name}/model.safetensors"), m)
+    return np.asarray(reference.logits(params, ids, m))
 
 
 def their_logits(model, ids):
@@ -199,21 +209,31 @@ def write_tokenizer(folder):
 
 @pytest.mark.parametrize("name", ["base", "memory", "flex"])
 def test_golden_logits(name, tmp_path):
-    """Small models whose logits transformers gave, to be checked where it is not (tests/golden_hf/make.py)."""
+    """Small models, and what transformers' Llama and, for the other two, tests/reference.py made of them."""
     export.import_(f"{GOLDEN}/{name}", str(tmp_path / "work"))
     golden = np.load(f"{GOLDEN}/{name}/logits.npy")
     np.testing.assert_allclose(our_logits(str(tmp_path / "work"), IDS), golden, atol=1e-5)
-    model = generate.Model(str(tmp_path / "work"))
-    text = [token for new in model.generate([IDS[0].tolist()], 8, Sampling(0)) for _, token in new]
+    np.testing.assert_allclose(golden_by_the_equations(name, IDS), golden, atol=1e-5)
+    with contextlib.closing(generate.Model(str(tmp_path / "work"))) as model:
+        text = [token for new in model.generate([IDS[0].tolist()], 8, Sampling(0)) for _, token in new]
     assert text == np.load(f"{GOLDEN}/{name}/text.npy").tolist()
     export.export(str(tmp_path / "work"), str(tmp_path / "out"))
     assert filecmp.cmp(f"{GOLDEN}/{name}/model.safetensors", tmp_path / "out" / "model.safetensors", shallow=False)
 
 
+@pytest.mark.parametrize("name", ["base", "memory", "flex"])
+def test_transformers_gives_golden_logits(transformers, name, tmp_path):
+    export.import_(f"{GOLDEN}/{name}", str(tmp_path / "work"))
+    export.export(str(tmp_path / "work"), str(tmp_path / "out"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"), trust_remote_code=name != "base")
+    np.testing.assert_allclose(their_logits(model, IDS), np.load(f"{GOLDEN}/{name}/logits.npy"), atol=1e-5)
+    assert their_text(model, IDS[0].tolist(), 8) == np.load(f"{GOLDEN}/{name}/text.npy").tolist()
+
+
 def test_parameters_are_read_in_pieces_of_bounded_size(tmp_path, monkeypatch):
     """Cut along a tensor's rows, and where the checkpoint's chunks lie across them, into layers."""
-    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 600)
-    monkeypatch.setattr(saved, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr("memoryllm_jax.checkpoint._CHUNK_BYTES", 600)
+    monkeypatch.setattr("memoryllm_jax.saved._BLOCK_BYTES", 1000)
     export.import_(f"{GOLDEN}/flex", str(tmp_path / "work"))
     model, pieces = SavedModel(str(tmp_path / "work")), 0
     for tensor in names.tensors(model.config):
