@@ -2,9 +2,9 @@
 
     python benchmarks/agreement.py --workdir=BASE --workdir=MEMORY --task_data=FOLDER --scratch=DIR --output=FILE.json
 
-Runs lambada_local and piqa_local, whole unless --limit is given, in float32: each model live, memory and flex from a
-ToL file of 32 bits too, and compares example by example. Kill it at any time and run the same line again. Needs the
-extras `eval` and `hf`.
+Runs lambada_local and piqa_local, whole unless --limit is given, in float32: theirs with live FFN-M, ours too and, for
+memory and flex, from a ToL file of 32 bits. Compares example by example. Kill it at any time and run the same line
+again. Needs the extras `eval` and `hf`.
 """
 
 import glob
@@ -43,9 +43,9 @@ def ours(folder, workdir, tol):
     return folder
 
 
-def theirs(folder, model, tol):
+def theirs(folder, model):
     """Folder with the harness's samples of its own adapter."""
-    given = f"pretrained={model},trust_remote_code=True,dtype=float32" + (f",tol={tol}" if tol else "")
+    given = f"pretrained={model},trust_remote_code=True,dtype=float32"
     how = ["--include_path", f"{HERE}/../memoryllm_jax/tasks", "--metadata", json.dumps({"task_data": FLAGS.task_data})]
     how += ["--tasks", ",".join(TASKS), "--batch_size", "16", "--device", "cpu", "--log_samples"]
     shutil.rmtree(f"{folder}.part", ignore_errors=True)
@@ -99,12 +99,10 @@ def main():
             run(tol, "memoryllm_jax.precompute", f"--workdir={workdir}", f"--output={tol}", "--bits=32")
             ways["ToL"] = tol
         for way, tol in ways.items():
-            sides = ours(f"{folder}/ours_{way}", workdir, tol), theirs(f"{folder}/theirs_{way}", hf, tol)
+            sides = ours(f"{folder}/ours_{way}", workdir, tol), theirs(f"{folder}/theirs", hf)
             results[f"{name}, {way}"] = {task: compare(*(samples(side, task) for side in sides)) for task in TASKS}
             print(json.dumps({f"{name}, {way}": results[f"{name}, {way}"]}, indent=1), flush=True)
-            common.write(
-                FLAGS.output, results, {"metrics": "of ours and of theirs", "dtype": "float32", "device": "cpu"}
-            )
+            common.write(FLAGS.output, results, {"pairs": "ours, theirs", "dtype": "float32", "device": "cpu"})
     return 0
 
 
