@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
 
 from memoryllm_jax import config as config_lib
-from memoryllm_jax import convert, data, documents, export, generate, precompute, sharding, tokenizer, train
+from memoryllm_jax import convert, data, documents, export, generate, precompute, prepare, sharding, tokenizer, train
 from memoryllm_jax import model as model_lib
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.hf import names, settings
@@ -40,6 +41,7 @@ MODELS = {
     "base": ("base", {}),
     "memory": ("memory", {}),
     "flex": ("flex-3", {"model.kv_heads": 2, "model.tie_embeddings": True}),
+    "grouped": ("flex-3", {"model.dim": 48, "model.heads": 6, "model.kv_heads": 2}),
     "layernorm": ("flex-3", {"model.norm": "layernorm", "model.compute_input": "after_attention"}),
 }
 
@@ -198,12 +200,15 @@ def test_import_is_llama_and_goes_back_bit_by_bit(transformers, tmp_path, dtype,
         assert torch.equal(tensor, wanted[name]), name
 
 
-def write_tokenizer(folder):
+def write_tokenizer(folder, specials=("<s>", "</s>"), put_before=None):
     """A tokenizer.json of 64 ids."""
     tokenizers = pytest.importorskip("tokenizers")
     vocab = {chr(32 + i): i for i in range(62)}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-    made.add_special_tokens(["<s>", "</s>"])
+    made.add_special_tokens(list(specials))
+    if put_before:
+        ids = [(put_before, made.token_to_id(put_before))]
+        made.post_processor = tokenizers.processors.TemplateProcessing(f"{put_before} $A", special_tokens=ids)
     made.save(os.path.join(folder, "tokenizer.json"))
 
 
@@ -332,6 +337,8 @@ def test_tokenizers_become_tokenizer_json(data_path, tmp_path):
             ids = theirs.encode(piece).ids
             assert ids[0] == ours.bos_id and ids[1:] == ours.encode(piece), piece
             assert theirs.decode(ids) == ours.decode(ids[1:]) == piece
+        spelled = " a".join(["x", *ours.special_tokens, "", "y"])
+        assert theirs.encode(spelled).ids[1:] == ours.encode_special(spelled) != ours.encode(spelled)
 
 
 @pytest.mark.parametrize("name, tensor", [("memory", 1), ("flex-3", 1), ("flex-3", 3)])
@@ -341,7 +348,7 @@ def test_converted_ffns_add_up_to_that_of_base(make_config, workdir, data_path, 
     config = train.complete(make_config(name, **start, **{"model.init_std": 0.1}), data.Dataset(data_path))
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:tensor]))
     params = trainer.init(jax.random.key(9))["params"]
-    params = convert.starting_params(config, data.Dataset(data_path).tokenizer(), params, trainer.mesh)
+    params, _ = convert.starting_params(config, data.Dataset(data_path).tokenizer(), params, trainer.mesh)
     saved = SavedModel(workdir("base"))
     base, m = {n: np.asarray(saved.leaf(n, jnp.float32)) for n in saved.names()}, config.model
     saved.close()
@@ -381,6 +388,55 @@ def test_training_starts_from_a_model(workdir, data_path, tmp_path):
         assert_refused(message, train.train, config, str(tmp_path / target), jax.devices()[:1])
 
 
+def test_what_an_import_brings_survives_training(tmp_path):
+    """Import and export give every file back; prepare finds its special tokens; training from it keeps what it can."""
+    source, work, run = (str(tmp_path / n) for n in ("source", "work", "run"))
+    shutil.copytree(f"{GOLDEN}/base", source, ignore=shutil.ignore_patterns("*.npy"))
+    write_tokenizer(source, ("<a>", "<b>"), put_before="<a>")
+    brought = {
+        "tokenizer_config.json": json.dumps({"eos_token": {"content": "<b>"}, "bos_token": "<a>"}).encode(),
+        "generation_config.json": b'{"eos_token_id": [63, 5], "temperature": 0.6}',
+        "special_tokens_map.json": b'{"eos_token": "<b>"}',
+        "chat_template.jinja": b"{{ messages }}",
+        "LICENSE": b"\xa9 somebody\r\n",
+    }
+    for name, content in (brought | {"README.md": b"# A model"}).items():
+        (tmp_path / "source" / name).write_bytes(content)
+    export.import_(source, work)
+    export.export(work, str(tmp_path / "same"))
+    assert filecmp.cmpfiles(source, tmp_path / "same", os.listdir(source), shallow=False)[1:] == ([], [])
+
+    (tmp_path / "text.txt").write_text("SOME WORDS, " * 300)
+    prepare.prepare(f"{tmp_path}/text.txt", f"hf:{source}/tokenizer.json", str(tmp_path / "data"))
+    stream = data.Dataset(str(tmp_path / "data"))
+    assert (stream.tokenizer().bos_id, stream.tokenizer().eos_id) == (62, 63) and stream.train.read(0, 1) == [62]
+    c = config_lib.load(f"configs/start.py:memory@{work}")
+    c.steps, c.batch_size, c.seq_len, c.checkpoint.every, c.log.tensorboard = 2, 2, 32, 1, False
+    c.data.path, c.eval.batches, c.sample.tokens = str(tmp_path / "data"), 1, 0
+    for _ in range(2):  # the second goes on from a checkpoint, where the first started from the import
+        assert train.train(config_lib.resolve(c), run, jax.devices()[:1]) == 0
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        export.export(run, str(tmp_path / "out"))
+        shutil.rmtree(f"{run}/2")
+        for name, content in brought.items():
+            assert (tmp_path / "out" / name).read_bytes() == content
+        assert json.load(open(tmp_path / "out" / "config.json"))["model_type"] == "memoryllm"
+
+
+def test_special_tokens_of_a_tokenizer_json(tmp_path):
+    """bos is what it puts before a text; eos what tokenizer_config.json says; without either they go by name."""
+    write_tokenizer(tmp_path)
+    load = functools.partial(tokenizer.load, f"hf:{tmp_path}/tokenizer.json")
+    assert (load().bos_id, load().eos_id) == (62, 63)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "<s>"}')
+    assert (load().bos_id, load().eos_id) == (None, 62)
+    write_tokenizer(tmp_path, ("<x>", "<y>"), put_before="<y>")
+    assert_refused("tokenizer_config.json: eos_token: expected one token, found 2", load)
+    os.remove(tmp_path / "tokenizer_config.json")
+    assert (load().bos_id, load().eos_id) == (63, None)
+
+
 @pytest.mark.parametrize("heads, tensor", [(6, 2), (6, 4), (4, 4)])
 def test_grouped_heads_on_padded_meshes(make_config, data_path, heads, tensor):
     """Two key-value heads for some of the query's: losses, and so gradients, are those of one device."""
@@ -397,6 +453,17 @@ def test_grouped_heads_on_padded_meshes(make_config, data_path, heads, tensor):
             losses.append(float(metrics["loss"]))
         values.append(losses)
     np.testing.assert_allclose(values[1], values[0], rtol=1e-5)
+
+
+def test_grouped_heads_decode_on_padded_meshes(workdir):
+    """Six query heads for two of keys and values: on four devices eight, whose groups break. Texts as on one device."""
+    texts = []
+    for parts in (1, 4):
+        mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, parts), jax.devices()[:parts])
+        with contextlib.closing(generate.Model(workdir("grouped"), dtype="float32", mesh=mesh)) as model:
+            prompts = [model.prompt(text) for text in ("A string is", "The class names")]
+            texts.append([new for step in model.generate(prompts, 10, Sampling(0)) for new in step])
+    assert texts[0] == texts[1] and len({token for _, token in texts[0]}) > 5
 
 
 def test_names_cover_every_parameter(make_config):
