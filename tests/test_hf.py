@@ -48,8 +48,9 @@ MODELS = {
 
 @pytest.fixture(scope="session")
 def transformers():
-    pytest.importorskip("torch", reason="the independent side is PyTorch")
-    return pytest.importorskip("transformers", "5.0", reason="the independent side is Hugging Face transformers")
+    missing = "the independent side, transformers 5 on PyTorch, is not installed: pip install 'memoryllm_jax[hf]'"
+    pytest.importorskip("torch", reason=missing)
+    return pytest.importorskip("transformers", "5.0", reason=missing)
 
 
 @pytest.fixture(scope="session")
@@ -164,8 +165,9 @@ def test_compressed_rows_are_read_by_the_modeling_file(transformers, workdir, na
     "dtype, tied, rope", [("float32", False, LLAMA3_ROPE), ("bfloat16", True, None), ("float16", False, None)]
 )
 def test_import_is_llama_and_goes_back_bit_by_bit(transformers, tmp_path, dtype, tied, rope):
-    torch = pytest.importorskip("torch")
-    safetensors_torch = pytest.importorskip("safetensors.torch")
+    import torch
+    from safetensors.torch import load_file as load_torch
+
     source, path, out = (str(tmp_path / n) for n in ("source", "work", "out"))
     torch.manual_seed(0)
     rope = {"rope_theta": 5e5} | (rope or {"rope_type": "linear", "factor": 2.0})
@@ -184,19 +186,13 @@ def test_import_is_llama_and_goes_back_bit_by_bit(transformers, tmp_path, dtype,
     export.export(path, out)
     again = transformers.LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
     np.testing.assert_array_equal(their_logits(again, IDS), their_logits(exact, IDS))
-    files = [name for name in os.listdir(source) if "safetensors" in name]
-    assert len(files) > 2
-    for name in files:
-        if name.endswith(".json"):
-            theirs, ours = (json.load(open(f"{folder}/{name}"))["weight_map"] for folder in (source, out))
-            assert theirs == ours
-        else:
-            assert filecmp.cmp(f"{source}/{name}", f"{out}/{name}", shallow=False), name
+    assert len([name for name in os.listdir(source) if name.endswith(".safetensors")]) > 2
+    assert filecmp.cmpfiles(source, out, os.listdir(source), shallow=False)[1:] == ([], [])
     other = next(d for d in ("float32", "bfloat16") if d != dtype)
     export.export(path, str(tmp_path / "other"), dtype=other)
     (single,) = [n for n in os.listdir(tmp_path / "other") if n.endswith("safetensors")]
     wanted = exact.to(getattr(torch, other)).state_dict()
-    for name, tensor in safetensors_torch.load_file(str(tmp_path / "other" / single)).items():
+    for name, tensor in load_torch(str(tmp_path / "other" / single)).items():
         assert torch.equal(tensor, wanted[name]), name
 
 
