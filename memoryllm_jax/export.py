@@ -166,7 +166,8 @@ def import_(source: str, workdir: str) -> str:
     params = _read_tensors(source, layout, tensors, model)
 
     config = config_lib.Config(seq_len=context, model=model, data=config_lib.DataConfig(path=IMPORTED))
-    of_these_weights = [name for name in _OF_THESE_WEIGHTS if name != shards.INDEX or layout == found]
+    ours = {"config.json": model.memory_dim > 0, shards.INDEX: layout != found}  # to be written anew
+    of_these_weights = [name for name in _OF_THESE_WEIGHTS if not ours.get(name)]
     kinds = {kind for shard in layout for _, kind in shard.tensors}
     description = {
         "config": dataclasses.asdict(config),
