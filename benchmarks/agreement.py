@@ -7,65 +7,69 @@ memory and flex, from a ToL file of 32 bits. Compares example by example. Kill i
 again. Needs the extras `eval` and `hf`.
 """
 
-import glob
+import contextlib
 import json
 import os
-import shutil
-import subprocess
-import sys
 
 import common
+import lm_eval
 from absl import flags
+from lm_eval.tasks import TaskManager
 
-from memoryllm_jax import cli, saved
+from memoryllm_jax import cli, export, files, generate, harness, precompute, saved
 from memoryllm_jax.cli import UserError
+from memoryllm_jax.tol import options
 
 FLAGS = flags.FLAGS
-HERE = os.path.dirname(os.path.abspath(__file__))
 TASKS = ("lambada_local", "piqa_local")
 METRICS = ("acc", "acc_norm")
 
 
-def run(output, module, *arguments):
-    """Runs a command, unless its output is there."""
-    if not os.path.exists(output):
-        print(output, flush=True)
-        if subprocess.run([sys.executable, "-m", module, *arguments]).returncode:
-            raise UserError(f"{output}: {module} failed")
+def scores(path, model, **more):
+    """{task: {document: ([log-likelihood], [whether greedy decoding gives it], {metric: value})}}, kept in a file.
 
-
-def ours(folder, workdir, tol):
-    """Folder with the harness's samples of our adapter."""
-    os.makedirs(folder, exist_ok=True)
-    how = [f"--tasks={','.join(TASKS)}", f"--task_data={FLAGS.task_data}", "--log_samples", f"--limit={FLAGS.limit}"]
-    how += [f"--output={folder}/results.json", "--dtype=float32", *([f"--tol={tol}"] if tol else [])]
-    run(f"{folder}/results.json", "memoryllm_jax.evaluate", f"--workdir={workdir}", *how)
-    return folder
-
-
-def theirs(folder, model):
-    """Folder with the harness's samples of its own adapter."""
-    given = f"pretrained={model},trust_remote_code=True,dtype=float32"
-    how = ["--include_path", f"{HERE}/../memoryllm_jax/tasks", "--metadata", json.dumps({"task_data": FLAGS.task_data})]
-    how += ["--tasks", ",".join(TASKS), "--batch_size", "16", "--device", "cpu", "--log_samples"]
-    shutil.rmtree(f"{folder}.part", ignore_errors=True)
-    how += ["--output_path", f"{folder}.part", *(["--limit", str(FLAGS.limit)] if FLAGS.limit else [])]
-    run(folder, "lm_eval", "--model", "hf", "--model_args", given, *how)
-    if os.path.exists(f"{folder}.part"):
-        os.rename(f"{folder}.part", folder)
-    return folder
-
-
-def samples(folder, task):
-    """{document: ([log-likelihood], [whether greedy decoding gives it], {metric: value})}."""
-    (path,) = glob.glob(f"{folder}/**/samples_{task}_*.jsonl", recursive=True)
-    found = {}
-    with open(path) as file:
-        for line in map(json.loads, file):
-            scores, greedy = zip(*line["filtered_resps"])
+    Args:
+      model: () -> what the harness takes as a model.
+    """
+    if not os.path.exists(path):
+        print(path, flush=True)
+        tasks = os.path.join(os.path.dirname(harness.__file__), "tasks")
+        found = lm_eval.simple_evaluate(
+            model(),
+            tasks=list(TASKS),
+            limit=FLAGS.limit or None,
+            bootstrap_iters=0,
+            log_samples=True,
+            task_manager=TaskManager(
+                include_path=tasks, include_defaults=False, metadata={"task_data": FLAGS.task_data}
+            ),
+            **more,
+        )
+        keep = ("doc_id", "doc_hash", "filtered_resps", *METRICS)
+        samples = found["samples"].items()
+        files.write_json(path, {t: [{k: s[k] for k in keep if k in s} for s in of_task] for t, of_task in samples})
+    out = {}
+    for task, lines in files.read_json(path, "scores").items():
+        for line in lines:
+            totals, greedy = zip(*line["filtered_resps"])
             metrics = {name: line[name] for name in METRICS if name in line}
-            found[line["doc_id"], line["doc_hash"]] = [float(s) for s in scores], [str(g) for g in greedy], metrics
-    return found
+            out.setdefault(task, {})[line["doc_id"], line["doc_hash"]] = totals, greedy, metrics
+    return out
+
+
+def ours(path, workdir, tol=""):
+    with contextlib.ExitStack() as at_exit:
+
+        def adapter():
+            model = at_exit.enter_context(contextlib.closing(generate.Model(workdir, tol, dtype="float32")))
+            return harness.MemoryLLM(model)
+
+        return scores(path, adapter)
+
+
+def theirs(path, folder):
+    how = f"pretrained={folder},trust_remote_code=True,dtype=float32"
+    return scores(path, lambda: "hf", model_args=how, batch_size=16, device="cpu")
 
 
 def compare(ours, theirs):
@@ -90,17 +94,17 @@ def main():
         name = saved.config_of(workdir).model.architecture
         if f"{name}, live" in results:
             raise UserError(f"--workdir={workdir}: expected one model of each architecture, found two of {name}")
-        folder = os.path.join(os.path.abspath(FLAGS.scratch), name)
+        folder = os.path.join(FLAGS.scratch, name)
         os.makedirs(folder, exist_ok=True)
-        hf, tol = f"{folder}/hf", f"{folder}/tol.safetensors"
-        run(hf, "memoryllm_jax.export", f"--workdir={workdir}", f"--output={hf}")
-        ways = {"live": ""}
-        if name != "base":
-            run(tol, "memoryllm_jax.precompute", f"--workdir={workdir}", f"--output={tol}", "--bits=32")
-            ways["ToL"] = tol
-        for way, tol in ways.items():
-            sides = ours(f"{folder}/ours_{way}", workdir, tol), theirs(f"{folder}/theirs", hf)
-            results[f"{name}, {way}"] = {task: compare(*(samples(side, task) for side in sides)) for task in TASKS}
+        if not os.path.exists(f"{folder}/hf"):
+            export.export(workdir, f"{folder}/hf")
+        other = theirs(f"{folder}/theirs.json", f"{folder}/hf")
+        for way in ("live",) if name == "base" else ("live", "ToL"):
+            tol = f"{folder}/tol.safetensors" if way == "ToL" else ""
+            if tol and not os.path.exists(tol):
+                precompute.precompute(workdir, tol, options.Options(bits="32"))
+            own = ours(f"{folder}/ours_{way}.json", workdir, tol)
+            results[f"{name}, {way}"] = {task: compare(own[task], other[task]) for task in TASKS}
             print(json.dumps({f"{name}, {way}": results[f"{name}, {way}"]}, indent=1), flush=True)
             common.write(FLAGS.output, results, {"pairs": "ours, theirs", "dtype": "float32", "device": "cpu"})
     return 0
