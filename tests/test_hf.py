@@ -320,6 +320,15 @@ def test_damaged_directories_are_named_and_leave_nothing(tmp_path):
         assert_refused(message, import_changed, change)
         assert not os.path.exists(tmp_path / "work")
 
+    def too_large(source):
+        tensors = load_file(source / "model.safetensors")
+        save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * 1e6}, source / "model.safetensors")
+
+    import_changed(too_large)
+    message = "--dtype=float16: tensor model.norm.weight: has values beyond 65504"
+    assert_refused(message, export.export, str(tmp_path / "work"), str(tmp_path / "out"), "float16")
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]
+
 
 def test_tokenizers_become_tokenizer_json(data_path, tmp_path):
     """The same ids and texts for both kinds that are not one already."""
