@@ -21,6 +21,7 @@ PACKAGES = (
     "litgpt",
     "keras",
     "keras-hub",
+    "lm_eval",
 )
 _PATH_FLAGS = re.compile(r"^(--(?:\w*data|\w*workdir|tol|base|output|scratch))=.*")
 

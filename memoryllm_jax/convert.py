@@ -25,6 +25,7 @@ _FREE = ("attention", "remat", "loss_chunk", "unique_tokens", "dtype", "init_std
 def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
     """`params`, freshly initialised on the mesh, with the values of `config.start` in their places.
 
+    Returns: (params, what the model's import brought along and stays true of what is trained from it).
     Raises: UserError that names what does not fit.
     """
     start = config.start
@@ -37,7 +38,8 @@ def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
             leaves = {name: saved.leaf(name, jnp.float32, leaf) for name, leaf in leaves.items()}
         else:
             _convert(saved, config, leaves)
-        return jax.tree.unflatten(tree, leaves.values())
+        source = saved.description.get("source", {})
+        return jax.tree.unflatten(tree, leaves.values()), {k: source[k] for k in ("special", "files") if k in source}
     finally:
         saved.close()
 

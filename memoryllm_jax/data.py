@@ -67,6 +67,9 @@ class Dataset:
                 f"{path}: the tokenizer does not match the data: "
                 f"expected SHA-256 {self._tokenizer['digest'][:12]}..., found {model.digest[:12]}..."
             )
+        if model.kind == "hf":  # `prepare` may have found them in another file
+            bos_id, eos_id = self._tokenizer["bos_id"], self._tokenizer["eos_id"]
+            model.name_special(bos_id, [] if eos_id is None else [eos_id])
         return model
 
     def verify(self, part: int = 0, parts: int = 1) -> None:

@@ -17,6 +17,7 @@ import shutil
 from importlib import resources
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 from absl import flags
@@ -31,8 +32,13 @@ from memoryllm_jax.hf import tokenizer as hf_tokenizer
 from memoryllm_jax.saved import Digest, SavedModel, parameter_name
 from memoryllm_jax.tol import options
 
-# Kept of an imported directory as they are, and written again by export.
-_KEPT = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# Kept of an imported directory as they are, and written again by export, also where training went on from it.
+_KEPT = (
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+    *("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY.md"),
+)
+_OF_THESE_WEIGHTS = ("config.json", shards.INDEX, "README.md")  # kept as long as nothing was trained or converted
 IMPORTED = "imported"  # data digest of a checkpoint that no data of ours was trained on
 
 
@@ -68,16 +74,17 @@ def export(workdir: str, output: str, dtype: str = "", shard_bytes: int = 5 << 3
 
 
 def _write(saved, folder, dtype, shard_bytes):
-    c, source = saved.config, saved.description.get("source")
+    c, source = saved.config, saved.description.get("source", {})
     tensors = {t.name: t for t in names.tensors(c)}
-    layout = tuple(_shard(tree) for tree in source["shards"]) if source else ()
-    held = {name for shard in layout for name, _ in shard.tensors}
-    if held != set(tensors) or dtype not in ("", *(source or {}).get("dtypes", ())):
+    as_it_was = "shards" in source and dtype in ("", *source["dtypes"])
+    if as_it_was:
+        layout = tuple(_shard(tree) for tree in source["shards"])
+    else:
         sizes = {name: math.prod(t.shape) for name, t in tensors.items()}
         layout = shards.plan(sizes, shards.NAMES[dtype or "float32"], shard_bytes)
-    main = dtype or (source and source["dtype"]) or "float32"
+    main = dtype or source.get("dtype", "float32")
     special = {"bos_token_id": saved.tokenizer.bos_id, "eos_token_id": saved.tokenizer.eos_id}
-    tree = settings.to_json(c, saved.context, main, source["special"] if source else special)
+    tree = settings.to_json(c, saved.context, main, source.get("special", special))
     _write_tokenizer(saved, folder, source)
     digest = _write_tensors(saved, shards.Writer(folder, layout, {n: t.shape for n, t in tensors.items()}), tensors)
     if c.memory_dim:
@@ -86,6 +93,7 @@ def _write(saved, folder, dtype, shard_bytes):
         files.write_bytes(os.path.join(folder, "modeling_memoryllm.py"), code)
     files.write_json(os.path.join(folder, "config.json"), tree)
     files.write_bytes(os.path.join(folder, "README.md"), card.text(saved, main).encode())
+    _write_texts(folder, source.get("of_these_weights", {}) if as_it_was else {})
     total = sum(math.prod(t.shape) for t in tensors.values())
     count = "1 file" if len(layout) == 1 else f"{len(layout)} files"
     return f"{c.architecture}, {total / 1e6:,.1f}M parameters as {main} in {count}"
@@ -100,14 +108,19 @@ def _write_tensors(saved, writer, tensors):
     progress = cli.Progress("export", len(by_leaf), "parameter")
     try:
         for done, leaf in enumerate(saved.names()):
-            for start, block in saved.blocks(leaf, by_leaf[leaf][0].axis):
+            axis = by_leaf[leaf][0].axis
+            for first, block in saved.blocks(leaf, axis):
                 for tensor in by_leaf[leaf]:
-                    part = block if tensor.layer is None else block[tensor.layer]
-                    writer.write(tensor.name, start * tensor.rows_a_step, tensor.from_ours(part))
+                    layer = 0 if tensor.layer is None else tensor.layer - first[0]
+                    if not 0 <= layer < len(block):
+                        continue
+                    part = block if tensor.layer is None else block[layer]
+                    writer.write(tensor.name, first[axis] * tensor.rows_a_step, tensor.from_ours(part))
                     if not saved.is_memory(leaf):
-                        shape, axis = saved.shape(leaf), tensor.axis
-                        shape, axis = (shape, 0) if tensor.layer is None else (shape[1:], axis - 1)
-                        decoder.add(leaf, tensor.layer or 0, shape, part, axis, start)
+                        shape, along = saved.shape(leaf), axis
+                        shape, along = (shape, 0) if tensor.layer is None else (shape[1:], axis - 1)
+                        part = part.astype(jnp.bfloat16)  # JAX holds what it was given until it is called again
+                        decoder.add(leaf, tensor.layer or 0, shape, part, along, first[axis])
                 del block, part  # before the next one is read
             progress.update(done + 1)
         writer.finish()
@@ -126,8 +139,12 @@ def _write_tokenizer(saved, folder, source):
         "generation_config.json": {name: i for name, i in ids.items() if i is not None},
     }
     texts = {name: json.dumps(tree, indent=2) + "\n" for name, tree in made.items()}
-    for name, text in (texts | (source["files"] if source else {})).items():
-        files.write_bytes(os.path.join(folder, name), text.encode())
+    _write_texts(folder, texts | source.get("files", {}))
+
+
+def _write_texts(folder, texts):
+    for name, text in texts.items():
+        files.write_bytes(os.path.join(folder, name), text.encode(errors="surrogateescape"))
 
 
 def import_(source: str, workdir: str) -> str:
@@ -142,14 +159,15 @@ def import_(source: str, workdir: str) -> str:
     path = os.path.join(source, "config.json")
     tree = files.read_json(path, "a model's settings")
     model, context = settings.from_json(tree, path)
-    layout = shards.read(source)
+    found = shards.read(source)
     tensors = {t.name: t for t in names.tensors(model)}
-    layout = _check_tensors(layout, tensors, model, source)
+    layout = _check_tensors(found, tensors, model, source)
     tokenizer = _tokenizer(source, model, tree)
     params = _read_tensors(source, layout, tensors, model)
 
     config = config_lib.Config(seq_len=context, model=model, data=config_lib.DataConfig(path=IMPORTED))
-    kept = {name: os.path.join(source, name) for name in _KEPT}
+    ours = {"config.json": model.memory_dim > 0, shards.INDEX: layout != found}  # to be written anew
+    of_these_weights = [name for name in _OF_THESE_WEIGHTS if not ours.get(name)]
     kinds = {kind for shard in layout for _, kind in shard.tensors}
     description = {
         "config": dataclasses.asdict(config),
@@ -160,7 +178,8 @@ def import_(source: str, workdir: str) -> str:
             "dtypes": [name for name, kind in shards.NAMES.items() if {kind} == kinds],
             "dtype": tree.get("dtype") or tree.get("torch_dtype") or "float32",
             "special": {name: tree[name] for name in settings.SPECIAL if name in tree},
-            "files": {name: _text(p) for name, p in kept.items() if os.path.exists(p)},
+            "files": _texts(source, _KEPT),
+            "of_these_weights": _texts(source, of_these_weights),
         },
     }
     saver = checkpoint.Checkpoints(workdir)
@@ -174,11 +193,11 @@ def import_(source: str, workdir: str) -> str:
     return f"{workdir}: {model.architecture}, {size}, a context of {context} tokens, computes in {model.dtype}"
 
 
-def _text(path):
-    try:
-        return files.read_bytes(path, "text").decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8, found byte {error.object[error.start]:#x}") from error
+def _texts(folder, chosen):
+    """{name: text} of those files that are there."""
+    paths = {name: os.path.join(folder, name) for name in chosen}
+    found = {name: files.read_bytes(path, "text") for name, path in paths.items() if os.path.exists(path)}
+    return {name: content.decode(errors="surrogateescape") for name, content in found.items()}
 
 
 def _shard(tree):
@@ -243,14 +262,15 @@ def _read_tensors(source, layout, tensors, model):
 def _tokenizer(source, model, tree):
     """tokenizer.json, or else tokenizer.model, of SentencePiece or of Llama 3. Raises: UserError.
 
-    A tokenizer.json tells whether bos comes before a text; which ids they are, generation_config.json or config.json.
+    A tokenizer.json tells which id comes before a text; generation_config.json or config.json, which ids end one.
     """
     if os.path.exists(os.path.join(source, "tokenizer.json")):
         tokenizer = tokenizer_lib.load(f"hf:{source}/tokenizer.json")
         path = os.path.join(source, "generation_config.json")
         tree = tree | (files.read_json(path, "settings of generation") if os.path.exists(path) else {})
-        ids = hf_tokenizer.special_ids(tokenizer, tree.get("bos_token_id"), tree.get("eos_token_id"))
-        tokenizer = tokenizer_lib.Tokenizer(tokenizer.kind, tokenizer.content, source, ids)
+        ends = tree.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [tokenizer.eos_id if ends is None else ends]
+        tokenizer.name_special(tokenizer.put_before, [i for i in ends if i is not None])
     elif os.path.exists(os.path.join(source, "tokenizer.model")):
         path = os.path.join(source, "tokenizer.model")
         head = files.read_bytes(path, "a tokenizer")[:9]

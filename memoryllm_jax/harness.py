@@ -1,8 +1,7 @@
 """A trained model for EleutherAI's lm-evaluation-harness (lm_eval), and runs of its tasks.
 
 Texts become ids, and requests are cut to the context, as in the harness's own adapter for Hugging Face models (HFLM)
-with a tokenizer that puts bos before a text if it has one, so that both give the same numbers for the same model. But
-text that spells a special token is text here, and a special token there.
+with a tokenizer that puts bos before a text if it has one, so that both give the same numbers for the same model.
 """
 
 import difflib
@@ -52,7 +51,8 @@ class MemoryLLM(TemplateLM):
         return ids[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        return self._tokenizer.encode(string) if add_special_tokens is False else self._model.prompt(string)
+        bos = [] if add_special_tokens is False or self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
+        return bos + self._tokenizer.encode_special(string)
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
         """(sum of log-probabilities, whether greedy decoding gives it) of each request's continuation."""

@@ -209,7 +209,7 @@ def _tokenize(sources, sizes, settings, model, workers):
     elif todo:
         context = multiprocessing.get_context("spawn")
         reports = context.Queue()
-        arguments = (settings, model.kind, model.content, reports)
+        arguments = (settings, model.to_json(), reports)
         with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
             futures = {pool.submit(_work, source): source.index for source in todo}
             try:
@@ -237,7 +237,7 @@ def _tokenize(sources, sizes, settings, model, workers):
 _worker = {}
 
 
-def _start_worker(settings, kind, content, reports):
+def _start_worker(settings, model, reports):
     def follow_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -245,7 +245,7 @@ def _start_worker(settings, kind, content, reports):
     threading.Thread(target=follow_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to tell of
     reports.cancel_join_thread()  # a parent that ends early no longer reads them
-    _worker.update(settings=settings, model=tokenizer.Tokenizer(kind, content, "of the parent"), reports=reports)
+    _worker.update(settings=settings, model=tokenizer.Tokenizer.from_json(model), reports=reports)
 
 
 def _work(source):

@@ -92,19 +92,23 @@ class SavedModel:
         wanted = jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
         return self._checkpoints.restore_leaf(self.step, path, wanted)
 
-    def blocks(self, name: str, axis: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(where it begins on the axis, part) of one parameter, float32, read piece by piece.
+    def blocks(self, name: str, axis: int) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        """(where it begins on each axis, part) of one parameter, float32, read piece by piece.
 
-        Pieces are ROWS_DIGESTED long on the first axis, else of about _BLOCK_BYTES in whole chunks of the checkpoint.
+        Pieces are cut on `axis`: on the first, ROWS_DIGESTED long; else of about _BLOCK_BYTES in whole chunks of the
+        checkpoint, or where these are larger, of some layers each.
         """
         path, like = self._shapes[name]
         shape, stored = like.shape, self._checkpoints.open_leaf(self.step, path)
-        chunk = stored.chunk_layout.read_chunk.shape
-        along = 4 * like.size // shape[axis] * chunk[axis]
-        size = ROWS_DIGESTED if axis == 0 else max(1, _BLOCK_BYTES // along) * chunk[axis]
-        for start in range(0, shape[axis], size):
-            first, last = [0] * len(shape), list(shape)
-            first[axis], last[axis] = start, min(start + size, shape[axis])
+        chunk, size = stored.chunk_layout.read_chunk.shape, list(shape)
+        if axis == 0:
+            size[0] = ROWS_DIGESTED
+        else:
+            along = 4 * like.size // shape[axis] * chunk[axis]
+            size[axis] = max(1, _BLOCK_BYTES // along) * chunk[axis]
+            size[0] = max(1, shape[0] * _BLOCK_BYTES // along)
+        for first in itertools.product(*(range(0, whole, step) for whole, step in zip(shape, size))):
+            last = [min(a + step, whole) for a, step, whole in zip(first, size, shape)]
             piece = np.empty([b - a for a, b in zip(first, last)], np.float32)
             # Chunk by chunk, as TensorStore would hold all of them beside what they make up.
             grid = (range(a - a % step, b, step) for a, b, step in zip(first, last, chunk))
@@ -113,7 +117,7 @@ class SavedModel:
                 ends = [min(low + step, b) for low, step, b in zip(corner, chunk, last)]
                 place = tuple(slice(low - a, high - a) for low, high, a in zip(begins, ends, first))
                 piece[place] = stored[tuple(map(slice, begins, ends))].read().result()
-            yield start, piece
+            yield first, piece
             del piece
 
     def close(self) -> None:

@@ -4,8 +4,9 @@ import base64
 import hashlib
 import importlib
 import io
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from memoryllm_jax import files
 from memoryllm_jax.cli import UserError
@@ -38,10 +39,11 @@ class Tokenizer:
     Attributes:
       kind: sentencepiece, llama3 or hf.  content: the model file's bytes.  digest: their SHA-256.
       vocab_size: number of ids.  bos_id, eos_id: ids put before and after each document, or None.  stop_ids: those that
-        end a text, eos among them.
+        end a text, eos among them.  put_before: id that a tokenizer.json itself puts before a text, or None.
+      special_tokens: ids by spelling of those that `encode` takes for text when a text spells them.
 
     Args:
-      special: (bos_id, ids that end a text) where a model's settings name others than the tokenizer.
+      special: (bos_id, ids that end a text) where other files than the tokenizer's own name them.
     """
 
     def __init__(self, kind: str, content: bytes, origin: str, special: tuple | None = None):
@@ -50,16 +52,22 @@ class Tokenizer:
         self.kind, self.content = kind, content
         self.digest = hashlib.sha256(content).hexdigest()
         try:
-            self.vocab_size, self.bos_id, self.eos_id, self._encode_batch, self._decode = _LOADERS[kind](content)
+            loaded = _LOADERS[kind](content)
         except UserError:
             raise
         except Exception as error:  # each library has its own way to reject a file
             raise UserError(f"tokenizer {origin}: expected a {kind} model, found a file it refuses: {error}") from error
 
+        self.vocab_size, self.put_before, self.bos_id, self.eos_id, *functions, self.special_tokens = loaded
+        self._encode_batch, self._decode = functions
+        self.stop_ids, self._special = frozenset({self.eos_id} - {None}), None
         if special is not None:
-            self.bos_id, self.eos_id = special[0], next(iter(special[1]), None)
-        self.stop_ids = frozenset({self.eos_id} - {None} if special is None else special[1])
-        self._special = special
+            self.name_special(*special)
+
+    def name_special(self, bos_id: int | None, ends: Sequence[int]) -> None:
+        """Takes bos, and ids that end a text, eos first, from elsewhere; `to_json` keeps them."""
+        self.bos_id, self.eos_id, self.stop_ids = bos_id, next(iter(ends), None), frozenset(ends)
+        self._special = bos_id, tuple(ends)
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """Ids of each text, without bos and eos."""
@@ -69,6 +77,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
+
+    def encode_special(self, text: str) -> list[int]:
+        """Ids of a text in which the spelling of a special token is that token, as transformers takes it."""
+        special = self.special_tokens
+        if not special:
+            return self.encode(text)
+        parts = re.split(f"({'|'.join(sorted(map(re.escape, special), key=len, reverse=True))})", text)
+        return [i for part in parts for i in ([special[part]] if part in special else self.encode(part))]
 
     def token(self, name: str, label: str, vocab_size: int) -> int:
         """The id of `#ID` or of a text that is one token. Raises: UserError that begins with `label`."""
@@ -100,7 +116,22 @@ def load(spec: str) -> Tokenizer:
     kind, _, path = spec.partition(":")
     if not path:
         raise UserError(f"tokenizer {spec!r}: expected KIND:FILE with KIND one of {', '.join(_LOADERS)}")
-    return Tokenizer(kind, files.read_bytes(path, "a tokenizer"), path)
+    content = files.read_bytes(path, "a tokenizer")
+    made = Tokenizer(kind, content, path)
+    beside = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+    if kind == "hf" and files.exists(beside):
+        eos = _eos_token(files.read_json(beside, "settings of a tokenizer"), beside)
+        ends = [made.token(eos, f"{beside}: eos_token", made.vocab_size)] if eos else []
+        made.name_special(made.put_before, ends)
+    return made
+
+
+def _eos_token(config, where):
+    eos = config.get("eos_token") if isinstance(config, dict) else config
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if not isinstance(eos, str | None):
+        raise UserError(f"{where}: eos_token: expected a token, found {eos!r}")
+    return eos
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int, threads: int) -> Tokenizer:
@@ -170,7 +201,9 @@ def _load_sentencepiece(content):
     def encode_batch(texts, threads):
         return processor.encode(texts, num_threads=threads)
 
-    return processor.vocab_size(), bos, eos, encode_batch, processor.decode
+    size = processor.vocab_size()
+    spelled = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i) or processor.is_unknown(i)}
+    return size, None, bos, eos, encode_batch, processor.decode, spelled
 
 
 def llama3_tokens(content: bytes) -> tuple[dict[bytes, int], dict[str, int]]:
@@ -201,7 +234,7 @@ def _load_llama3(content):
         return encoding.encode_ordinary_batch(texts, num_threads=threads)
 
     bos, eos = specials["<|begin_of_text|>"], specials["<|end_of_text|>"]
-    return len(ranks) + LLAMA3_RESERVED, bos, eos, encode_batch, encoding.decode
+    return len(ranks) + LLAMA3_RESERVED, None, bos, eos, encode_batch, encoding.decode, specials
 
 
 def _load_hf(content):
@@ -211,6 +244,8 @@ def _load_hf(content):
     bos, eos = (
         next((i for i in map(tokenizer.token_to_id, names) if i is not None), None) for names in (HF_BOS, HF_EOS)
     )
+    begun, plain = (tokenizer.encode("x", add_special_tokens=put).ids for put in (True, False))
+    put_before = begun[0] if begun[:1] != plain[:1] else None
 
     def encode_batch(texts, threads):
         return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -218,7 +253,8 @@ def _load_hf(content):
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=True)
 
-    return max(tokenizer.get_vocab().values()) + 1, bos, eos, encode_batch, decode
+    size, bos = max(tokenizer.get_vocab().values()) + 1, bos if put_before is None else put_before
+    return size, put_before, bos, eos, encode_batch, decode, {}  # encode_batch finds special tokens itself
 
 
 _LOADERS = {"sentencepiece": _load_sentencepiece, "llama3": _load_llama3, "hf": _load_hf}

@@ -94,12 +94,14 @@ def _train(config: Config, workdir: str, devices, profile, stop: "StopSignal", f
         )
     start = newest or 0
     if start:
-        checkpoint.check_matches(checkpoints.description(start), description, f"{workdir}/{start}")
+        before = checkpoints.description(start)
+        checkpoint.check_matches(before, description, f"{workdir}/{start}")
+        description["source"] = before.get("source", {})
         state = checkpoints.restore(start, trainer.state_shape)
     else:
         state = trainer.init(jax.random.key(config.seed))
         if config.start.workdir:
-            state["params"] = starting_params(config, tokenizer, state["params"], mesh)
+            state["params"], description["source"] = starting_params(config, tokenizer, state["params"], mesh)
     writer = metrics.Writer(config, description, workdir, start, first_host)
     at_exit.callback(writer.close)
     progress = cli.Progress("train", config.steps, "step", initial=start, enabled=first_host)

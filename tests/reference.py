@@ -73,6 +73,27 @@ def logits(params, tokens, m):
     return norm(x, params["final_norm"]["scale"], m) @ head.T
 
 
+def from_llama(tensors, m):
+    """Parameters as `logits` takes them, of tensors by Llama's names; the package's own table of names is not asked."""
+    tensors = {name.removesuffix(".weight"): np.asarray(tensor) for name, tensor in tensors.items()}
+    layers, memory = [], []
+    for layer in range(m.layers):
+        w = {name.split(".", 3)[3]: t for name, t in tensors.items() if name.startswith(f"model.layers.{layer}.")}
+        heads = {part: w[f"self_attn.{part}_proj"].T.reshape(m.dim, -1, m.head_dim) for part in "qkv"}
+        heads["out"] = w["self_attn.o_proj"].T.reshape(m.heads, m.head_dim, m.dim)
+        layers.append({"attention": heads, "attention_norm": {"scale": w["input_layernorm"]}})
+        ffns = {where: {p: w.get(f"{where}.{p}_proj") for p in ("gate", "up", "down")} for where in ("mlp", "memory")}
+        mlp, token = ({p: t.T for p, t in ffn.items() if t is not None} for ffn in ffns.values())
+        if mlp:
+            layers[-1] |= {"ffn": mlp, "ffn_norm": {"scale": w["post_attention_layernorm"]}}
+        if token:
+            memory.append({"ffn": token, "norm": {"scale": w["memory.norm"]}})
+    stacked = {"layers": layers, "memory": memory} if memory else {"layers": layers}
+    out = {name: jax.tree.map(lambda *x: np.stack(x), *trees) for name, trees in stacked.items()}
+    out |= {"embedding": tensors["model.embed_tokens"], "final_norm": {"scale": tensors["model.norm"]}}
+    return out | ({} if m.tie_embeddings else {"head": tensors["lm_head"]})
+
+
 def loss(params, windows, config):
     """Mean over all positions of nll + z_loss * log-partition^2."""
     z = logits(params, windows[:, :-1], config.model)

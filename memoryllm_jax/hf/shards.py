@@ -117,7 +117,8 @@ class Writer:
     def write(self, name: str, start: int, rows: np.ndarray) -> None:
         """Rows from number `start` on, in the dtype of the layout. Raises: UserError if a value has no place in it."""
         fd, offset, dtype = self._places[name]
-        values = rows.astype(DTYPES[dtype], order="C", copy=False)
+        with np.errstate(over="ignore"):  # told of below
+            values = rows.astype(DTYPES[dtype], order="C", copy=False)
         offset += start * values.nbytes // max(len(values), 1)
         if dtype == "F16" and not np.isfinite(values).all():
             raise UserError(f"--dtype=float16: tensor {name}: has values beyond 65504; use bfloat16 or float32")

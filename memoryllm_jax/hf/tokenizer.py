@@ -22,7 +22,7 @@ def to_json(tokenizer: Tokenizer, context: int) -> tuple[bytes, dict]:
         make = {"sentencepiece": _sentencepiece, "llama3": _llama3}[tokenizer.kind]
         fast, special = make(content, tokenizers)
     fast.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in special])
-    lacks_bos = tokenizer.bos_id is not None and not _begins(fast, tokenizer.bos_id)
+    lacks_bos = tokenizer.bos_id not in (None, tokenizer.put_before)
     if lacks_bos:
         bos = fast.id_to_token(tokenizer.bos_id)
         fast.post_processor = tokenizers.processors.TemplateProcessing(
@@ -37,18 +37,6 @@ def to_json(tokenizer: Tokenizer, context: int) -> tuple[bytes, dict]:
         "clean_up_tokenization_spaces": False,
         **{name: fast.id_to_token(i) for name, i in named.items() if i is not None},
     }
-
-
-def special_ids(tokenizer: Tokenizer, bos_id, eos_id) -> tuple[int | None, tuple[int, ...]]:
-    """(id that the tokenizer.json puts before a text, ids that end one), of those that a model's settings name."""
-    fast = tokenizer_lib.need("tokenizers").Tokenizer.from_str(tokenizer.content.decode())
-    bos_id = tokenizer.bos_id if bos_id is None else bos_id
-    ends = eos_id if isinstance(eos_id, list) else [tokenizer.eos_id if eos_id is None else eos_id]
-    return (bos_id if _begins(fast, bos_id) else None), tuple(i for i in ends if i is not None)
-
-
-def _begins(fast, bos_id):
-    return fast.encode("x").ids[:1] == [bos_id]
 
 
 def _sentencepiece(content, tokenizers):

@@ -1,4 +1,7 @@
-"""Makes the golden directories: python tests/golden_hf/make.py, with PyTorch and transformers installed."""
+"""Makes the golden directories: python tests/golden_hf/make.py, with PyTorch and transformers installed.
+
+Logits of base are those of transformers' Llama; memory and flex, which it does not have, are tests/reference.py's.
+"""
 
 import os
 import shutil
@@ -11,7 +14,7 @@ import transformers
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from test_hf import IDS, LLAMA3_ROPE, their_logits, their_text, write_tokenizer  # noqa: E402
+from test_hf import IDS, LLAMA3_ROPE, golden_by_the_equations, their_logits, write_tokenizer  # noqa: E402
 
 from memoryllm_jax import export  # noqa: E402
 
@@ -27,12 +30,16 @@ SHAPE = {
 }
 
 
-def keep(model, folder):
-    np.save(f"{folder}/logits.npy", their_logits(model, IDS))
-    np.save(f"{folder}/text.npy", their_text(model, IDS[0].tolist(), 8))
-    for name in ("generation_config.json", "README.md", "modeling_memoryllm.py", "tokenizer_config.json"):
-        if os.path.exists(f"{folder}/{name}"):
-            os.remove(f"{folder}/{name}")
+def keep(name, logits_of):
+    """Logits of IDS and greedy text after the first of them."""
+    text = IDS[:1]
+    for _ in range(8):
+        text = np.append(text, logits_of(text)[:, -1:].argmax(-1), 1)
+    np.save(f"{HERE}/{name}/logits.npy", logits_of(IDS))
+    np.save(f"{HERE}/{name}/text.npy", text[0, IDS.shape[1] :])
+    for file in ("generation_config.json", "README.md", "modeling_memoryllm.py", "tokenizer_config.json"):
+        if os.path.exists(f"{HERE}/{name}/{file}"):
+            os.remove(f"{HERE}/{name}/{file}")
 
 
 def main():
@@ -43,7 +50,7 @@ def main():
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, rope_parameters=rope))
     llama.save_pretrained(f"{HERE}/base")
     write_tokenizer(f"{HERE}/base")
-    keep(llama, f"{HERE}/base")
+    keep("base", lambda ids: their_logits(llama, ids))
     for name, beta, width, memory in (("memory", 0.0, 0, 40), ("flex", 3.0, 16, 24)):
         with tempfile.TemporaryDirectory() as scratch:
             code = transformers.dynamic_module_utils
@@ -54,9 +61,8 @@ def main():
             model = kind(config)
             model.save_pretrained(scratch)
             write_tokenizer(scratch)
-            folder = f"{HERE}/{name}"
-            shutil.copytree(scratch, folder)
-            keep(model, folder)
+            shutil.copytree(scratch, f"{HERE}/{name}")
+        keep(name, lambda ids, name=name: golden_by_the_equations(name, ids))
 
 
 if __name__ == "__main__":
