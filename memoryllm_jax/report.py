@@ -195,7 +195,7 @@ def by_layer(series: dict[str, list[float]], label: str, log: bool = False, laye
     elif not any(value < 0 for value in itertools.chain(*series.values())):
         ax.set_ylim(bottom=0)
     if len(series) > 1:
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

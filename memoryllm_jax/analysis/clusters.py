@@ -163,7 +163,7 @@ def _picture(inside, layer, sampled, labels, kinds, how, seed):
         own = np.flatnonzero(labels[sampled] == k)
         middle = own[np.square(flat[own, :2] - np.median(flat[own, :2], 0)).sum(1).argmin()]
         text = inside.texts[sampled[middle]]
-        text = text.replace("$", r"\$") if report.drawable(text) else f"#{sampled[middle]}"
+        text = text.replace("$", r"\$") if report.drawable(text) else f"#{sampled[middle]} {surface.script(text)}"
         ax.annotate(
             text, flat[middle, :2], fontsize=9, weight="bold", bbox={"fc": "white", "alpha": 0.7, "lw": 0, "pad": 0.5}
         )
