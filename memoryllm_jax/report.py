@@ -193,6 +193,8 @@ def by_layer(series: dict[str, list[float]], label: str, log: bool = False, laye
     if log:
         ax.set_yscale("log")
     elif not any(value < 0 for value in itertools.chain(*series.values())):
+        ax.update_datalim([(0, 0)], updatex=False)
+        ax.autoscale_view()
         ax.set_ylim(bottom=0)
     if len(series) > 1:
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
