@@ -338,12 +338,13 @@ def test_every_command_leaves_whole_files(make_model, run, data_path, tmp_path):
         page = open(tmp_path / f"out/{command}.html").read()
         assert page.count("<img") >= 1 and "http" not in page.replace(data_path, "")
         assert "flex-3, 2 layers of width 32" in page and f"{workdir}, step 0" in page
+        assert data_path in page or "data" not in names
     assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".part")]
     sheet = open(tmp_path / "out/annotate-sheet.csv").read().splitlines()
     assert sheet[0].endswith("prefix,pattern,kind") and len(sheet) == 1 + 2 * 3 * 3
 
 
-def test_refusals(make_model, run, data_path):
+def test_refusals(make_model, run, data_path, tmp_path):
     base, memory = make_model("base"), make_model("memory")
     for command in ("coefficients", "clusters", "clustering", "outliers", "neighbours"):
         with pytest.raises(UserError, match=f"{command}: expected a memory or flex model, found base"):
@@ -358,6 +359,7 @@ def test_refusals(make_model, run, data_path):
     ):
         with pytest.raises(UserError, match=message):
             run("triggers", base, **options)
+    assert not os.path.exists(tmp_path / "out")
 
 
 def test_help_gives_the_definition():
@@ -381,3 +383,4 @@ def test_report_escapes_what_it_shows(tmp_path):
     written = open(tmp_path / "name.html").read()
     assert "a &lt;b&gt;" in written and "<i>" not in written and "&lt;/td&gt;" in written and "</script>" not in written
     assert json.load(open(tmp_path / "name.json"))["results"] == {"x": [1.0, None]}
+    assert report.drawable("␣ä") and not report.drawable("a漢")
