@@ -20,6 +20,7 @@ COMMAND --help gives the definition it uses, with its source, and its options. E
 needs no network, COMMAND.json, and CSV and PNG files beside them. It computes in float32 unless --dtype says otherwise.
 """
 
+import contextlib
 import inspect
 import os
 import sys
@@ -52,7 +53,6 @@ _HELP = {
     "limit": "tokens of text that are read, in windows spread evenly; 0: all",
     "mass": "share of the sum of |c| |v| that active memories hold",
     "neighbours": "nearest neighbours that a token is joined with",
-    "page_tokens": "tokens on the page, where none are named",
     "picture": "tsne or pca",
     "predictive": "values of the largest probability that are looked at one by one",
     "ratio": "M, one or several",
@@ -70,10 +70,17 @@ def analyze(command: str, workdir: str, output: str, step: int | None = None, dt
     call = COMMANDS[command]
     parameters = inspect.signature(call).parameters
     inside = Inside(workdir, step, dtype, whole="length" in parameters)
+    there = os.path.isdir(output)
     page = report.Report(output, command, f"{command}: {inside.config.architecture}", report.saved_facts(inside.saved))
     page.text(inspect.getdoc(call))
-    with jax.default_matmul_precision("highest"):
-        results = call(inside, page, **options)
+    try:
+        with jax.default_matmul_precision("highest"):
+            results = call(inside, page, **options)
+    except BaseException:
+        if not there:
+            with contextlib.suppress(OSError):  # it is kept if something is in it
+                os.rmdir(output)
+        raise
     inside.saved.close()
     return page.write(results)
 

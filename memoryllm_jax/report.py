@@ -11,12 +11,12 @@ import dataclasses
 import datetime
 import html
 import io
+import itertools
 import json
 import os
 import pathlib
 import shlex
 import sys
-import warnings
 
 import numpy as np
 
@@ -98,9 +98,7 @@ class Report:
     def figure(self, name: str, figure, caption: str) -> None:
         """A matplotlib figure, in the page and as NAME-`name`.png beside it."""
         buffer = io.BytesIO()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks, shown as a box
-            figure.savefig(buffer, format="png", dpi=110)
+        figure.savefig(buffer, format="png", dpi=110)
         self._pictures[name] = buffer.getvalue()
         data = base64.b64encode(buffer.getvalue()).decode()
         caption = html.escape(caption)
@@ -186,6 +184,14 @@ def shade(share: float):
     return colormaps["viridis"](share)
 
 
+def drawable(text: str) -> bool:
+    """Whether matplotlib's font has all of the text's characters; those that it lacks would be boxes."""
+    from matplotlib import font_manager
+
+    glyphs = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
+    return all(ord(c) in glyphs for c in text)
+
+
 def by_layer(series: dict[str, list[float]], label: str, log: bool = False, layers: list[int] | None = None):
     """A figure of one line for each series over the layers; a share is best given in percent."""
     from matplotlib.ticker import MaxNLocator
@@ -199,8 +205,12 @@ def by_layer(series: dict[str, list[float]], label: str, log: bool = False, laye
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if log:
         ax.set_yscale("log")
+    elif not any(value < 0 for value in itertools.chain(*series.values())):
+        ax.update_datalim([(0, 0)], updatex=False)
+        ax.autoscale_view()
+        ax.set_ylim(bottom=0)
     if len(series) > 1:
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

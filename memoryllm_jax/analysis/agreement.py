@@ -46,7 +46,7 @@ def agreement(
             v_KD = inside.values(ffn, layer)[own] * signs[:, None]
             top_ids, p = (x[:, 0] for x in values_lib.top_tokens(inside, v_KD, 1))
             rank = values_lib.ranks(inside, v_KD, next_K)
-            write(zip([layer] * len(own), own, signs, top_ids, p.round(6), next_K, rank))
+            write(zip([layer] * len(own), own, signs, top_ids, [f"{x:.4g}" for x in p], next_K, rank))
             shuffled = draw.permutation(next_K)
             layers.append(
                 {

@@ -45,13 +45,16 @@ def annotate(
     for layer, i, _, rank, label, c in trigger_rows(chosen, found):
         sheet.setdefault((layer, i), []).append((rank, c, tokens_of(corpus, label)))
     proxies, draw = [], np.random.default_rng(seed)
+    table_VD = np.asarray(inside.params["embedding"])
+    centre_D = np.asarray(jnp.mean(inside.params["embedding"], 0, dtype=jnp.float32))
+    embed = lambda ids: table_VD[ids].astype(np.float32).mean(0) - centre_D  # noqa: E731
     pools = {layer: [ids for (at, _), rows in sheet.items() if at == layer for *_, ids in rows] for layer in found}
     for (layer, i), rows in sheet.items():
         own = [ids for *_, ids in rows]
         pool = pools[layer]
         other = [pool[k] for k in draw.choice(len(pool), min(len(own), len(pool)), replace=False)]
-        single = corpus is None
-        proxies.append([layer, i, *measures(inside, own, single), *measures(inside, other, single)])
+        texts = inside.texts if corpus is None else None
+        proxies.append([layer, i, *measures(own, embed, texts), *measures(other, embed, texts)])
     names = ["shared_class" if corpus is None else "shared_last_token", "ngram_overlap", "embedding_similarity"]
     head = ["layer", "key", *names, *(f"{name}_at_random" for name in names)]
     with page.csv("proxies", head) as write:
@@ -79,15 +82,16 @@ def _mean(rows, layer, column) -> float:
     return float(np.mean([row[column] for row in rows if row[0] == layer] or [np.nan]))
 
 
-def measures(inside: Inside, triggers: list[list[int]], single: bool) -> tuple[float, float, float]:
+def measures(triggers: list[list[int]], embed, texts: list[str] | None) -> tuple[float, float, float]:
     """The three proxies of some triggers, each a list of token ids; the last two are NaN for fewer than two.
 
     Args:
-      single: triggers are tokens, not prefixes.
+      embed: token ids -> their mean embedding [D], centred.
+      texts: of every id, where triggers are single tokens and not prefixes.
     """
-    if single:
-        ends = [surface.kind(ids[0], inside.texts[ids[0]]) for ids in triggers]
-        grams = [_grams(inside.texts[ids[0]].lower()) for ids in triggers]
+    if texts:
+        ends = [surface.kind(ids[0], texts[ids[0]]) for ids in triggers]
+        grams = [_grams(texts[ids[0]].lower()) for ids in triggers]
     else:
         ends = [ids[-1] for ids in triggers]
         grams = [_grams(ids[-_LAST:]) for ids in triggers]
@@ -95,9 +99,8 @@ def measures(inside: Inside, triggers: list[list[int]], single: bool) -> tuple[f
     if len(triggers) < 2:
         return shared, np.nan, np.nan
     overlap = np.mean([len(a & b) / len(a | b) for a, b in itertools.combinations(grams, 2)])
-    table_VD = inside.params["embedding"]
-    x_ND = jnp.stack([table_VD[np.array(ids[-_LAST:])].mean(0) for ids in triggers]) - table_VD.mean(0)
-    x_ND = np.asarray(x_ND / jnp.linalg.norm(x_ND, axis=1, keepdims=True))
+    x_ND = np.stack([embed(ids[-_LAST:]) for ids in triggers])
+    x_ND /= np.linalg.norm(x_ND, axis=1, keepdims=True)
     pairs = np.triu_indices(len(x_ND), 1)
     return shared, float(overlap), float((x_ND @ x_ND.T)[pairs].mean())
 

@@ -117,7 +117,7 @@ def clusters(
             f"layer{layer}",
             figure,
             f"Coefficient vectors of {len(sampled):,} tokens in layer {layer}, by {_PICTURES[picture]}; colour is the "
-            "kind of the token, and each cluster is labelled with a token near its middle.",
+            "kind of the token, and each cluster is labelled with a token of its commonest kind near its middle.",
         )
     page.heading("Clusters, by the tokens nearest to their centres")
     page.table(["layer", "cluster", "tokens", "commonest kind", "its share, %", "nearest to the centre"], tables)
@@ -161,8 +161,11 @@ def _picture(inside, layer, sampled, labels, kinds, how, seed):
             ax.scatter(*flat[of, :2].T, s=7, color=f"C{number}", label=f"{name} ({of.sum():,})", linewidths=0)
     for k in np.unique(labels[sampled]):
         own = np.flatnonzero(labels[sampled] == k)
+        names, counts = np.unique(kinds[sampled[own]], return_counts=True)
+        own = own[kinds[sampled[own]] == names[counts.argmax()]]
         middle = own[np.square(flat[own, :2] - np.median(flat[own, :2], 0)).sum(1).argmin()]
-        text = inside.texts[sampled[middle]].replace("$", r"\$")
+        text = inside.texts[sampled[middle]]
+        text = text.replace("$", r"\$") if report.drawable(text) else f"#{sampled[middle]} {surface.script(text)}"
         ax.annotate(
             text, flat[middle, :2], fontsize=9, weight="bold", bbox={"fc": "white", "alpha": 0.7, "lw": 0, "pad": 0.5}
         )

@@ -71,7 +71,7 @@ def neighbours(inside: Inside, page, token: list[str] = (), tokens: int = 500, t
     of the vocabulary is compared. The measure is ours: the paper shows no neighbours.
     """
     inside.need_memory("neighbours")
-    chosen = chosen_tokens(inside, token, tokens, data)
+    chosen = chosen_tokens(inside, page, token, tokens, data)
     L = inside.config.layers
     top = min(top, inside.config.vocab_size - 1)
     cosines, ids = neighbours_of(inside.rows, list(range(L)), chosen, every_id(inside), top, "neighbours")

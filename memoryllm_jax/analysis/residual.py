@@ -177,7 +177,7 @@ def compose(
     )
     page.figure(
         "rest",
-        report.by_layer({name: pick(name) for name in list(rows[0])[2:]}, "%"),
+        report.by_layer({name: pick(name) for name in list(rows[0])[2:]}, "share, %"),
         "Stop words and prefixes of fewer than 5 tokens, among the rest and among all examples.",
     )
     with page.csv("layers", list(rows[0])) as write:
@@ -233,9 +233,10 @@ def residual(
     means = 100 * np.array([np.concatenate(of, 1).mean(1) for of in found])
     names = ["settled", "probability", "residual", "agreement", "FFN", "composition"]
     by = {name: means[:, k].tolist() for k, name in enumerate(names)}
+    series = {"top(r) is the final token": by["settled"], "mean probability of that token": by["probability"]}
     page.figure(
         "settled",
-        report.by_layer({"top(r) is the final token": by["settled"], "its mean probability": by["probability"]}, "%"),
+        report.by_layer(series, "share or probability, %"),
         f"How far the residual before each layer's memories holds the final prediction; {len(labels):,} examples.",
     )
     figure, ax = report.new_figure()

@@ -13,9 +13,7 @@ from memoryllm_jax.analysis.vocabulary import chosen_tokens, chunk_count, chunks
 from memoryllm_jax.cli import Progress, UserError
 
 
-def coefficients(
-    inside: Inside, page, token: list[str] = (), top: int = 5, page_tokens: int = 500, data: str = ""
-) -> dict:
+def coefficients(inside: Inside, page, token: list[str] = (), top: int = 5, tokens: int = 500, data: str = "") -> dict:
     """Coefficients c of FFN-M: the keys that matter most for a token, the tokens that use a key most, what values say.
 
     MemoryLLM, section 2.3.1, equation 2.8: for the query q = NM_l(E[t]) of token t in layer l, c_i = (q k_i)
@@ -23,14 +21,14 @@ def coefficients(
     W_down. The keys that matter most for a token are those of the largest |c_i| |v_i|, the size of what they add;
     `share` is that over its sum. The tokens that use a key most are those of the largest coefficient, on the side of
     its largest |c_i|; `sign` is that side, and the value's top tokens are those of sign * v_i (see `values`). All are
-    exact over the whole vocabulary. The page holds the tokens named, else the --page_tokens most frequent of --data,
+    exact over the whole vocabulary. The page holds the tokens named, else the --tokens most frequent of --data,
     else evenly spread ones; its rows are FFN-M's, with the norm and the top tokens that the output head makes of each.
     """
     inside.need_memory("coefficients")
     if not 1 <= top <= inside.config.memory_dim:
         raise UserError(f"--top: expected from 1 to the {inside.config.memory_dim} keys, found {top}")
     L, V, texts = inside.config.layers, inside.config.vocab_size, inside.texts
-    shown = chosen_tokens(inside, token, page_tokens, data)
+    shown = chosen_tokens(inside, page, token, tokens, data)
     listed_V = np.isin(every_id(inside), shown) if token else np.ones(V, bool)
     progress = Progress("coefficients", L * chunk_count(V), "chunk")
     head = ["layer", "token", "text", "keys", "coefficients", "shares"]
@@ -68,7 +66,7 @@ def coefficients(
     page.figure(
         "concentration",
         report.by_layer(concentration, "share of sum |c| |v|, %"),
-        f"How much of a token's row its strongest keys make, of {inside.config.memory_dim}; {len(shown):,} tokens.",
+        f"How much of a row the strongest of {inside.config.memory_dim} keys make; mean of {len(shown):,} tokens.",
     )
     page.heading("Search")
     page.raw(search.markup(search.content(shown, strongest, uses, near, rows, texts)))

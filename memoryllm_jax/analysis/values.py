@@ -18,21 +18,27 @@ class Top(NamedTuple):
     p_Nk: np.ndarray
 
 
-def top_tokens(inside: Inside, x_ND, k: int, unit: bool = True) -> Top:
+def top_tokens(inside: Inside, x_ND, k: int) -> Top:
     """softmax(E Norm_f(x)): what the model's own output, its final norm applied, would make of each vector alone."""
-    ids, p = [], []
-    for _, logits in inside.logits(x_ND, unit):
-        top, at = jax.lax.top_k(logits, k)
-        ids.append(at)
-        p.append(jnp.exp(top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)))
-    return Top(*(np.concatenate([np.asarray(x) for x in parts]) for parts in (ids, p)))
+    return _tops(inside, x_ND, k, (1,))[0]
+
+
+def _tops(inside, x_ND, k, signs) -> list[Top]:
+    """Of each sign * x; norms have no bias, so the logits of -x are minus those of x."""
+    found = [([], []) for _ in signs]
+    for _, logits in inside.logits(x_ND, True):
+        for sign, (ids, p) in zip(signs, found):
+            top, at = jax.lax.top_k(sign * logits, k)
+            ids.append(at)
+            p.append(jnp.exp(top - jax.nn.logsumexp(sign * logits, axis=-1, keepdims=True)))
+    return [Top(*(np.concatenate([np.asarray(x) for x in parts]) for parts in of)) for of in found]
 
 
 def both_tops(inside: Inside, ffn: str, layer: int) -> np.ndarray:
     """[2, F]: the top token of each value v, and of -v, which is what a memory of negative coefficient adds."""
     tops = []
     for _, logits in inside.logits(inside.values(ffn, layer), True):
-        tops.append(np.stack([logits.argmax(-1), logits.argmin(-1)]))  # norms have no bias, so -v has minus the logits
+        tops.append(np.stack([logits.argmax(-1), logits.argmin(-1)]))  # -v has minus the logits, as in _tops
     return np.concatenate(tops, 1)
 
 
@@ -60,18 +66,12 @@ def values(inside: Inside, page, ffn: str = "", top: int = 5) -> dict:
     with page.csv("values", ["layer", "key", "sign", "tokens", "texts", "probabilities"]) as write:
         for layer in range(L):
             v_FD = inside.values(ffn, layer)
-            tops = [top_tokens(inside, sign * v_FD, top) for sign in (1, -1)]
+            tops = _tops(inside, v_FD, top, (1, -1))
             for side, (sign, (ids, p)) in enumerate(zip("+-", tops)):
                 most_LF[layer, side] = p[:, 0]
-                write(
-                    [
-                        layer,
-                        i,
-                        sign,
-                        *(" ".join(map(str, x)) for x in (ids[i], [texts[t] for t in ids[i]], p[i].round(6))),
-                    ]
-                    for i in range(F)
-                )
+                for i in range(F):
+                    columns = ids[i], [texts[t] for t in ids[i]], [f"{x:.4g}" for x in p[i]]
+                    write([[layer, i, sign, *(" ".join(map(str, x)) for x in columns)]])
                 for i in np.argsort(-p[:, 0])[:5]:
                     best.append([layer, int(i), sign, float(p[i, 0]), [texts[t] for t in ids[i]]])
             progress.update(layer + 1)

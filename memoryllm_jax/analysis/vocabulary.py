@@ -38,19 +38,27 @@ def checked_dataset(inside: Inside, path: str) -> data.Dataset:
     return data.open_for(path, inside.tokenizer.digest)
 
 
-def chosen_tokens(inside: Inside, token: list[str], count: int, path: str) -> np.ndarray:
-    """The tokens named; else the `count` most frequent ones of the data; without data, evenly spread ids. 0: all."""
+def chosen_tokens(inside: Inside, page, token: list[str], count: int, path: str) -> np.ndarray:
+    """The tokens named; else the `count` most frequent ones of the data; without data, evenly spread ids. 0: all.
+
+    The page's facts say which. Raises: UserError.
+    """
+    ids, page.facts["tokens"] = _chosen(inside, token, count, path)
+    return ids
+
+
+def _chosen(inside, token, count, path):
     if token:
-        return inside.tokens(token)
+        return inside.tokens(token), "named"
     size = inside.config.vocab_size
     if count < 0:
         raise UserError(f"--tokens: expected a number of tokens, or 0 for all, found {count}")
     if not count or count >= size:
-        return every_id(inside)
+        return every_id(inside), f"all {size:,}"
     if path:
         counts = text.token_counts(checked_dataset(inside, path), size)
-        return np.argsort(-counts, kind="stable")[:count].astype(np.int32)
-    return np.linspace(0, size - 1, count).astype(np.int32)
+        return np.argsort(-counts, kind="stable")[:count].astype(np.int32), f"the {count:,} most frequent of {path}"
+    return np.linspace(0, size - 1, count).astype(np.int32), f"{count:,}, at even distances of id"
 
 
 def key_triggers(inside: Inside, layer: int, keys: np.ndarray, top: int, step=lambda: None) -> topk.Triggers:
