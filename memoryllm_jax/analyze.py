@@ -20,7 +20,6 @@ COMMAND --help gives the definition it uses, with its source, and its options. E
 needs no network, COMMAND.json, and CSV and PNG files beside them. It computes in float32 unless --dtype says otherwise.
 """
 
-import contextlib
 import inspect
 import os
 import sys
@@ -70,19 +69,13 @@ def analyze(command: str, workdir: str, output: str, step: int | None = None, dt
     call = COMMANDS[command]
     parameters = inspect.signature(call).parameters
     inside = Inside(workdir, step, dtype, whole="length" in parameters)
-    there = os.path.isdir(output)
-    page = report.Report(output, command, f"{command}: {inside.config.architecture}", report.saved_facts(inside.saved))
-    page.text(inspect.getdoc(call))
-    try:
+    title = f"{command}: {inside.config.architecture}"
+    with report.Report(output, command, title, report.saved_facts(inside.saved)) as page:
+        page.text(inspect.getdoc(call))
         with jax.default_matmul_precision("highest"):
             results = call(inside, page, **options)
-    except BaseException:
-        if not there:
-            with contextlib.suppress(OSError):  # it is kept if something is in it
-                os.rmdir(output)
-        raise
-    inside.saved.close()
-    return page.write(results)
+        inside.saved.close()
+        return page.write(results)
 
 
 def main(arguments):

@@ -46,9 +46,9 @@ _HELP = {
 def probe(command: str, models: measure.Models, output: str, **options) -> str:
     """Runs one of COMMANDS. Returns: one line on what was written. Raises: UserError."""
     call = COMMANDS[command]
-    page = report.Report(output, command, f"{command}: {', '.join(models.labels)}", dict(models.facts))
-    page.text(inspect.getdoc(call))
-    return page.write(call(models, page, **options))
+    with report.Report(output, command, f"{command}: {', '.join(models.labels)}", dict(models.facts)) as page:
+        page.text(inspect.getdoc(call))
+        return page.write(call(models, page, **options))
 
 
 def main(arguments):

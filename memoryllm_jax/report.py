@@ -72,10 +72,20 @@ class Report:
         self._body: list[str] = []
         self._pictures: dict[str, bytes] = {}
         new_figure()  # so that a missing package is told of before the work
+        self._was_there = os.path.isdir(folder)
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output={folder}: expected a folder that can be made: {error.strerror}") from error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, failed, *_):
+        """What fails leaves no empty folder behind."""
+        if failed and not self._was_there:
+            with contextlib.suppress(OSError):  # it is kept if something is in it
+                os.rmdir(self.folder)
 
     def heading(self, text: str) -> None:
         self._body.append(f"<h2>{html.escape(text)}</h2>")

@@ -11,6 +11,8 @@ from memoryllm_jax import config, documents, evaluate, generate, report, shardin
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.saved import SavedModel
 
+flags.disclaim_key_flags()  # they are the command's: its --help lists them
+
 PERPLEXITY = "perplexity"
 # How the paper groups its tasks (Table 1), by the beginnings of their names in the harness.
 GROUPS = {
