@@ -5,12 +5,14 @@
     python -m memoryllm_jax.compare --config=configs/1b.py --workdir=DIR --report           (draws what is there)
 
 Every architecture has the same seed, data, steps and recipe: all --config.FIELD options are handed to `train`, which
-runs in a process of its own with the workdir DIR/ARCHITECTURE. Kill it at any time and run the same line again. The
+runs in a process of its own with the workdir DIR/ARCHITECTURE. Kill it at any time and run the same line again. On
+several hosts, run `train` itself with these workdirs, and then --report. The
 report is DIR/comparison.html, with .json and .csv beside it. Beside the paper's architectures there are, to compare
 with, narrow-B, value-B and ple-B: flex-B's active parameters, and in place of FFN-M nothing, value embeddings, or
 per-layer embeddings as in Gemma 3n.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -19,7 +21,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from memoryllm_jax import cli, files, metrics, report, saved
+from memoryllm_jax import checkpoint, cli, files, metrics, report, saved
 from memoryllm_jax import config as config_lib
 from memoryllm_jax.cli import UserError
 
@@ -52,8 +54,9 @@ def run_of(workdir: str) -> dict | None:
         else:
             quality = {name: record[name] for name in ("loss", "perplexity", "bits_per_byte")}
             curve.append({"step": record["step"], "tokens": tokens, "seconds": seconds, "flops": flops} | quality)
-    if not curve:
-        return None
+    with contextlib.closing(checkpoint.Checkpoints(checkpoint.folder(workdir), read_only=True)) as checkpoints:
+        if not curve or not checkpoints.steps():
+            return None
     config = saved.config_of(workdir)
     budget = f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens, seed {config.seed}"
     finished = curve[-1]["step"] == config.steps
