@@ -89,7 +89,11 @@ def draw(runs: dict[str, dict], folder: str, facts: dict[str, str]) -> str:
     page.table(head, rows, "Held-out loss in nats a token; speed without compiling, evaluating and saving")
     with page.csv("curves", ["architecture", *next(iter(last.values()))]) as write:
         write([name, *point.values()] for name, run in runs.items() for point in run["curve"])
-    axes_of = {"tokens": ("tokens", 1.0), "seconds": ("minutes of training", 60.0), "flops": ("training FLOPs", 1.0)}
+    axes_of = {
+        "tokens": ("tokens, millions", 1e6),
+        "seconds": ("minutes of training", 60.0),
+        "flops": ("training FLOPs, 10^15", 1e15),
+    }
     for field, (label, unit) in axes_of.items():
         figure, axis = report.new_figure()
         for name, run in runs.items():
@@ -97,13 +101,14 @@ def draw(runs: dict[str, dict], folder: str, facts: dict[str, str]) -> str:
             style = report.style_of(list(runs).index(name))
             axis.plot([p[field] / unit for p in points], [p["loss"] for p in points], **style, label=name)
         axis.set(xlabel=label, ylabel="held-out loss, nats a token")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         page.figure(field, figure, f"Held-out loss against {label} (the paper's Figure 10 is against tokens)")
     figure, axis = report.new_figure()
     for name, run in runs.items():
         at = run["parameters"]["active"] / 1e6, last[name]["perplexity"]
         axis.plot(*at, **report.style_of(list(runs).index(name)))
         axis.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    report.log_scale(axis)
     axis.set(xlabel="active parameters, millions", ylabel="held-out perplexity")
     page.figure("active", figure, "Perplexity against active parameters (the paper's Figure 9)")
     return page.write(runs)

@@ -194,6 +194,16 @@ def shade(share: float):
     return colormaps["viridis"](share)
 
 
+def log_scale(axis, ticks: int = 6) -> None:
+    """A logarithmic y axis with plain numbers, however few decades it spans."""
+    from matplotlib import ticker
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=ticks))
+    axis.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
 def drawable(text: str) -> bool:
     """Whether matplotlib's font has all of the text's characters; those that it lacks would be boxes."""
     from matplotlib import font_manager

@@ -143,7 +143,7 @@ def _draw(rows, metric):
     axis.set_xscale("log")
     axis.set_yscale("symlog", linthresh=1)
     axis.set(xlabel="rows and bases, MB", ylabel=f"change of {metric}, %")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -156,5 +156,5 @@ def _draw_singular(singular):
     axis.set_yscale("log")
     axis.set_ylim(bottom=1e-4)
     axis.set(xlabel="number of the singular value", ylabel="over the layer's largest")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -47,7 +47,7 @@ def alpha(models: Models, page: report.Report, measure: Measure, alphas: tuple =
         axis.set(xlabel="alpha", ylabel=f"change of {metric}, %")
         if metric == PERPLEXITY:
             axis.set_yscale("symlog", linthresh=1)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         page.figure(metric.replace(" ", "-"), figure, f"Change of {metric} against alpha (Figure 7)")
     return {"quality": series, "changes": changes}
 
@@ -130,7 +130,7 @@ def _draw_greedy(page, greedy, whole):
         axis.plot(range(len(points)), points, **report.style_of(number), label=name)
     axis.set(xlabel="layers dropped, least harmful first", ylabel="change of perplexity, %")
     axis.set_yscale("symlog", linthresh=1)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     page.figure(
         "cumulative", figure, "Change of perplexity as layers' FFNs are dropped one after another, from 1% logarithmic"
     )

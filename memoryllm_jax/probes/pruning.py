@@ -89,10 +89,12 @@ def _pruned(model, label, measure, windows, methods):
 def _draw(points, name):
     figure, axis = report.new_figure()
     kinds = dict.fromkeys((p["method"], ":" in p["pattern"]) for p in points if p["method"])
-    for number, (method, groups) in enumerate(kinds):
+    methods = list(dict.fromkeys(method for method, _ in kinds))
+    for method, groups in sorted(kinds, key=lambda kind: kind[1]):
         chosen = [p for p in points if (p["method"], ":" in p["pattern"]) == (method, groups)]
         chosen = sorted((p["active"] / 1e6, p["quality"][name]) for p in chosen)
-        style = report.style_of(number) | ({"linestyle": "", "markersize": 8} if groups else {})
+        style = report.style_of(methods.index(method))
+        style |= {"linestyle": "", "markersize": 9, "fillstyle": "none"} if groups else {}
         axis.plot(*zip(*chosen), **style, label=f"base, {method}{' 2:4' if groups else ''}")
     for p in points:
         if not p["method"]:
@@ -100,7 +102,7 @@ def _draw(points, name):
             axis.plot(*at, "k*", markersize=9)
             axis.annotate(p["model"], at, xytext=(5, 3), textcoords="offset points", fontsize=8)
     if name == "perplexity":
-        axis.set_yscale("log")
+        report.log_scale(axis)
     axis.set(xlabel="active parameters, millions", ylabel=name)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
