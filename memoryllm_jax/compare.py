@@ -92,7 +92,7 @@ def draw(runs: dict[str, dict], folder: str, facts: dict[str, str]) -> str:
     axes_of = {
         "tokens": ("tokens, millions", 1e6),
         "seconds": ("minutes of training", 60.0),
-        "flops": ("training FLOPs, 10^15", 1e15),
+        "flops": ("training FLOPs", 1.0),
     }
     for field, (label, unit) in axes_of.items():
         figure, axis = report.new_figure()

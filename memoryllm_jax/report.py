@@ -194,12 +194,12 @@ def shade(share: float):
     return colormaps["viridis"](share)
 
 
-def log_scale(axis, ticks: int = 6) -> None:
+def log_scale(axis) -> None:
     """A logarithmic y axis with plain numbers, however few decades it spans."""
     from matplotlib import ticker
 
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=ticks))
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8), numticks=14))
     axis.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_formatter(ticker.NullFormatter())
 
