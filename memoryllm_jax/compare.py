@@ -87,6 +87,8 @@ def draw(runs: dict[str, dict], folder: str, facts: dict[str, str]) -> str:
         rows.append([name, n["total"] / 1e6, n["active"] / 1e6, end["step"], end["loss"], end["perplexity"]])
         rows[-1] += [end["bits_per_byte"], *speed]
     page.table(head, rows, "Held-out loss in nats a token; speed without compiling, evaluating and saving")
+    with page.csv("runs", head) as write:
+        write(rows)
     with page.csv("curves", ["architecture", *next(iter(last.values()))]) as write:
         write([name, *point.values()] for name, run in runs.items() for point in run["curve"])
     axes_of = {
