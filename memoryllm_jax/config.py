@@ -79,7 +79,7 @@ class ModelConfig:
     @property
     def compute_dim(self) -> int:
         """FFN-C width, less what the gates of per-layer embeddings hold: active parameters stay as many."""
-        gates = round(2 * self.table_dim / 3) if self.token_memory == "per_layer" else 0
+        gates = 8 * round(self.table_dim / 12) if self.token_memory == "per_layer" else 0
         return self.ffn_dim - self._given_away - gates
 
     @property

@@ -51,11 +51,10 @@ class Decoder:
 
     def scaled(self, memory_L: np.ndarray, compute_L: np.ndarray) -> "Decoder":
         """This decoder with the token memory and FFN-C of each layer times a factor, by the same compiled functions."""
-        scale = jax.jit(lambda w, s: (w.astype(jnp.float32) * s).astype(w.dtype))
         layers = [dict(layer) for layer in self._params["layers"]]
         for layer, factor in zip(layers, compute_L.astype(np.float32)):
             if "ffn" in layer:
-                layer["ffn"] = layer["ffn"] | {"down": scale(layer["ffn"]["down"], factor)}
+                layer["ffn"] = layer["ffn"] | {"down": _times(layer["ffn"]["down"], factor)}
         return self.changed(layers=layers, memory_scale=memory_L.astype(np.float32))
 
     def changed(self, **params) -> "Decoder":
@@ -155,6 +154,11 @@ class Decoder:
     @property
     def _loss_options(self):
         return loss.Options(self.config.vocab_size, 0.0, self.config.loss_chunk, self.config.dtype)
+
+
+@jax.jit
+def _times(w, factor):
+    return (w.astype(jnp.float32) * factor).astype(w.dtype)
 
 
 def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:

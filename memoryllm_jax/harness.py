@@ -181,13 +181,15 @@ class Tasks:
             self._names += found
 
     def scores(self, model: generate.Model, num_fewshot: int | None = None, limit: float = 0) -> dict[str, tuple]:
-        """{task: (metric, value, whether higher is better)}, of each task one metric: accuracy where it has that."""
+        """{task: (metric, value)}, of each task one metric: accuracy where it has that."""
         results = self._evaluate(model, num_fewshot, limit, bootstrap_iters=0)
         out = {}
         for task, better in results["higher_is_better"].items():
             values = {key.partition(",")[0]: value for key, value in results["results"][task].items()}
-            metric = "acc" if "acc" in better else next(name for name in better if name in values)
-            out[task] = metric, float(values[metric]), bool(better[metric])
+            metric = "acc" if "acc" in values else next((name for name in better if name in values), None)
+            if metric is None:  # a group without a score of its own
+                continue
+            out[task] = metric, float(values[metric])
         return out
 
     def _evaluate(self, model, num_fewshot, limit, **more):

@@ -13,6 +13,7 @@ COMMAND.json, and CSV and PNG files beside them. Quality is perplexity on --data
 Training and comparing architectures (Table 2, Figures 9 and 10) is `python -m memoryllm_jax.compare`.
 """
 
+import functools
 import inspect
 import os
 import sys
@@ -64,13 +65,13 @@ def define_flags(command):
     flags.DEFINE_multi_string("workdir", None, "folder with a trained model's checkpoints; several stand side by side")
     flags.DEFINE_string("output", None, "folder for the page and the files beside it", required=True)
     flags.DEFINE_string("tol", "", "ToL file that serves the rows of the only --workdir")
-    flags.DEFINE_string("rows", "disk", "where the ToL file's rows are served from: device, host or disk")
+    flags.DEFINE_string("rows", "", "where the ToL file's rows are served from: device, host or, by default, disk")
     flags.DEFINE_string("dtype", "", "float32 or bfloat16, of the computation; by default that of the training")
     flags.mark_flag_as_required("workdir")
     parameters = dict(list(inspect.signature(COMMANDS[command]).parameters.items())[2:])
     if parameters.pop("measure", None):
         measure.define_flags()
-    define = {int: flags.DEFINE_integer, tuple: flags.DEFINE_list}
+    define = {int: functools.partial(flags.DEFINE_integer, lower_bound=0), tuple: flags.DEFINE_list}
     for name, parameter in parameters.items():
         default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
         define.get(type(parameter.default), flags.DEFINE_string)(name, default, _HELP[name])

@@ -72,6 +72,8 @@ class Report:
         self._body: list[str] = []
         self._pictures: dict[str, bytes] = {}
         new_figure()  # so that a missing package is told of before the work
+        if files.is_url(folder):
+            raise UserError(f"--output={folder}: expected a folder of this machine, found a URL")
         self._was_there = os.path.isdir(folder)
         try:
             os.makedirs(folder, exist_ok=True)

@@ -139,7 +139,7 @@ def test_sparsegpt_is_the_loop_of_its_paper():
 
 
 def test_layers_are_pruned_on_what_the_pruned_ones_before_make(lab):
-    with lab.model("base") as model:
+    with lab.model("base", devices=2) as model:
         config, mesh = model.config, model.saved.mesh
         params, _ = model.saved.load(lambda _: True)
         windows = data.Dataset(lab.data_path).train.read(0, 20 * CONTEXT).reshape(20, CONTEXT)
@@ -220,7 +220,7 @@ def test_alpha_and_layers_of_several_models(lab, run):
 
 
 def test_pruned_base_has_the_active_parameters_of_flex(lab, run):
-    where = {"measure": measure.Measure(lab.data_path, max_tokens=TOKENS), "calibration": lab.data_path, "windows": 16}
+    where = {"measure": measure.Measure(lab.data_path, max_tokens=TOKENS), "calibration": lab.data_path, "windows": 24}
     found, page = run("pruning", ["base", "memory"], methods=("magnitude",), **where)
     whole, *pruned, memory = found["points"]
     assert [p["model"] for p in (whole, memory)] == ["base", "memory"] and page.count("<img") == 1
@@ -228,7 +228,7 @@ def test_pruned_base_has_the_active_parameters_of_flex(lab, run):
     assert pruned[0]["active"] == pytest.approx(counts[3], abs=8)
     assert pruned[-1]["active"] == counts[0] + 2 * 32 and memory["active"] == counts[0]  # norms that memory lacks stay
     assert [p["pattern"] for p in pruned if ":" in p["pattern"]] == ["2:4"]
-    with pytest.raises(UserError, match="expected base among the models"):
+    with pytest.raises(UserError, match=r"expected one base among the models.*found 0"):
         run("pruning", ["memory"], **where)
 
 
@@ -238,7 +238,7 @@ def test_compression_and_cost(lab, run):
     choices = {"calibration": lab.data_path, "bits": ("2",), "ranks": ("0.5",)}
     found, page = run("compression", ["memory"], measure=text, **choices)
     sizes = {row["setting"]: row["bytes"] for row in found["settings"]}
-    assert sizes["budget of the size of 2 bits"] <= sizes["2 bits"] < sizes["16 bits, rank 50%"]
+    assert sizes["budget of the size of 2 bits"] <= sizes["2 bits"] < sizes["16 bits, rank 0.5"]
     with lab.model("memory") as model:
         rows = [build.LiveSource(model.saved).vectors(jnp.arange(512))[f"ffn.{layer}"] for layer in range(2)]
     for values, x in zip(found["singular_values"], rows):
@@ -283,4 +283,5 @@ def test_groups_and_changes():
         "reasoning": 1.0,
     }
     assert measure.change(3.0, 2.0) == 50 and math.isnan(measure.change(1.0, 0.0))
+    assert measure.group_means({"lambada_local": math.nan, "sciq": -10.0}) == {"recall": -10.0}
     assert report.style_of(0) != report.style_of(8)

@@ -57,15 +57,23 @@ def compression(
     if len(models.workdirs) != 1 or models.tol:
         raise UserError("compression: expected one --workdir, of memory or flex, and no --tol")
     page.facts |= measure.facts() | {"calibration": calibration}
-    ((label, model),) = models
-    if not model.config.memory_dim:
-        raise UserError(f"compression: expected memory or flex, found {label}, which has no FFN-M")
-    probe = _Probe(model, calibration)
+    if not calibration:
+        raise UserError("--calibration: expected prepared data of the model's tokenizer, found nothing")
+    for label, model in models:
+        if not model.config.memory_dim:
+            raise UserError(f"compression: expected memory or flex, found {label}, which has no FFN-M")
+        return _compression(label, model, page, measure, calibration, bits, ranks)
+
+
+def _compression(label, model, page, measure, calibration, bits, ranks):
+    source = build.LiveSource(model.saved)
+    settings = [("bits", f"{b} bits", options.uniform(source, options.Options(bits=b))) for b in bits]
+    settings += [
+        ("rank", f"16 bits, rank {r}", options.uniform(source, options.Options(bits="16", rank=r))) for r in ranks
+    ]
+    probe = _Probe(source, model, calibration)
     rows = [probe.row("full", "full rows", None, {}, measure)]
-    settings = [("bits", f"{b} bits", options.Options(bits=b)) for b in bits]
-    settings += [("rank", f"16 bits, rank {float(r):.0%}", options.Options(bits="16", rank=r)) for r in ranks]
-    for kind, name, setting in settings:
-        layout = options.uniform(probe.source, setting)
+    for kind, name, layout in settings:
         rows.append(probe.row(kind, name, layout, probe.plain_bases, measure))
         try:
             planned = probe.planner.layout(layout.total_bytes)
@@ -74,7 +82,7 @@ def compression(
         rows.append(probe.row("budget", f"budget of the size of {name}", planned, probe.planner.bases, measure))
     metrics = list(rows[0]["quality"])
     head = ["kind", "setting", "bytes", "saved, %", *metrics, *(f"{m} change, %" for m in metrics)]
-    whole = max(row["bytes"] for row in rows if row["kind"] in ("full", "bits"))
+    whole = budget.plain_layout(source, 16).total_bytes
     lines = []
     for row in rows:
         found = row["quality"]
@@ -82,7 +90,7 @@ def compression(
         lines.append(
             [row["kind"], row["setting"], row["bytes"], 100 * (1 - row["bytes"] / whole), *found.values(), *changes]
         )
-    page.table(head, lines, f"Compressed rows of {label} (Tables 7 and 8)")
+    page.table(head, lines, f"Compressed rows of {label} (Tables 7 and 8); saved: of 16 bits")
     with page.csv("settings", head) as write:
         write(lines)
     for metric in metrics:
@@ -96,11 +104,8 @@ def compression(
 class _Probe:
     """A model's rows, planned and measured."""
 
-    def __init__(self, model, calibration):
-        if not calibration:
-            raise UserError("--calibration: expected prepared data of the model's tokenizer, found nothing")
-        self.model, saved = model, model.saved
-        self.source = build.LiveSource(saved)
+    def __init__(self, source, model, calibration):
+        self.source, self.model, saved = source, model, model.saved
         counts = text.token_counts(data.open_for(calibration, model.tokenizer.digest), self.source.vocab_size)
         self.planner = budget.Planner(self.source, quality.scorer(saved, calibration), counts)
         grams = build.grams(
@@ -111,21 +116,26 @@ class _Probe:
             "singular values",
         )
         spectra = {name: build.basis_of(gram) for name, gram in grams.items()}
-        self.plain_bases = {name: basis for name, (_, basis) in spectra.items()}
+        self.plain_bases = {
+            name: basis.astype(jax.numpy.bfloat16) for name, (_, basis) in spectra.items()
+        }  # as in a file
         self.singular = [np.sqrt(np.maximum(v, 0) / v.max()) for v, _ in spectra.values()]
         self._live = model.rows
-        self._embedding = saved.load(lambda name: name == "embedding")[0].get("embedding")
+        self._embedding = None
+        if not source.has_x0:
+            self._embedding = saved.load(lambda name: name == "embedding")[0]["embedding"]
 
     def row(self, kind, name, layout, bases, measure):
         """A setting and what it comes to; None is full rows."""
         if layout is None:
-            self.model.rows, size = self._live, budget.plain_layout(self.source, 32).total_bytes
+            bits = 32 if self.source.identity.dtype == "float32" else 16
+            self.model.rows, size = self._live, budget.plain_layout(self.source, bits).total_bytes
         else:
             used = {part: jax.numpy.asarray(bases[part])[:rank] for part, rank in layout.rotated.items()}
             one = len(layout.tiers) == 1
             tiers = np.zeros(self.source.vocab_size, np.int32) if one else self.planner.tier_of_token
-            embedding = None if self.source.has_x0 else self._embedding
-            self.model.rows, size = StoredRows(self.source, layout, used, tiers, embedding), layout.total_bytes
+            rows = StoredRows(self.source, layout, used, tiers, self._embedding)
+            self.model.rows, size = rows, layout.total_bytes
         found = measure(self.model)
         print(f"{name}: {size:,} bytes, {found}", flush=True)
         return {"kind": kind, "setting": name, "bytes": size, "quality": found}

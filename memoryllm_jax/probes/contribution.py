@@ -1,5 +1,7 @@
 """How much models lean on their FFNs: what is lost when these add less, or nothing in some layers."""
 
+import math
+
 from memoryllm_jax import report
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.generate import Contribution
@@ -59,13 +61,16 @@ def layers(models: Models, page: report.Report, measure: Measure, cumulative: in
     are relative to the whole model, in percent. The cumulative part drops, on top of those before, the layer that costs
     least in perplexity, until --cumulative are gone (0: all).
     """
-    singles, greedy, whole = {}, {}, {}
+    singles, greedy, whole, together = {}, {}, {}, {}
     page.facts |= measure.facts()
+    if cumulative and not measure.data:
+        raise UserError("--cumulative: expected --data too, as layers are chosen by perplexity")
+    fewest = min(saved.layers for saved in models.configs)
+    if not 0 <= cumulative <= fewest:
+        raise UserError(f"--cumulative: expected up to {fewest} layers, as the models have, found {cumulative}")
     for label, model in models:
         for name, ending in kinds(model, label).items():
             field, count = f"drop{ending or '_layers'}", model.config.layers
-            if not 0 <= cumulative <= count:
-                raise UserError(f"--cumulative: expected up to the {count} layers of {label}, found {cumulative}")
 
             def drop(dropped, field=field, model=model):
                 model.contribute(Contribution(**{field: tuple(dropped)}))
@@ -82,7 +87,10 @@ def layers(models: Models, page: report.Report, measure: Measure, cumulative: in
                 greedy[name] = _greedy(
                     lambda d, drop=drop: measure.perplexity(drop(d)), perplexity, cumulative or count
                 )
-                print(f"{name}: dropped in the order {', '.join(str(layer) for layer, _ in greedy[name])}", flush=True)
+                order = [layer for layer, _ in greedy[name]]
+                print(f"{name}: dropped in the order {', '.join(map(str, order))}", flush=True)
+                if measure.tasks:
+                    together[name] = [measure(drop(order[:n])) for n in range(1, len(order) + 1)]
     metrics = list(next(iter(whole.values())))
     changes = {
         name: [{m: change(found[m], whole[name][m]) for m in metrics} for found in by_layer]
@@ -107,7 +115,10 @@ def layers(models: Models, page: report.Report, measure: Measure, cumulative: in
         )
     if greedy:
         _draw_greedy(page, greedy, whole)
-    return {"whole": whole, "without_layer": singles, "cumulative": greedy}
+    if together:
+        rows = [[name, n, *q.values()] for name, found in together.items() for n, q in enumerate(found, 1)]
+        page.table(["model", "layers dropped", *metrics], rows, "Quality as layers' FFNs are dropped one after another")
+    return {"whole": whole, "without_layer": singles, "cumulative": greedy, "cumulative_quality": together}
 
 
 def _greedy(perplexity_without, first: list[float], count: int) -> list[tuple[int, float]]:
@@ -145,6 +156,8 @@ def _numbers(texts) -> list[float]:
         values = [float(text) for text in texts]
     except ValueError as error:
         raise UserError(f"--alphas: expected numbers such as 1.0,0.5: {error}") from error
+    if not all(math.isfinite(value) and value >= 0 for value in values):
+        raise UserError(f"--alphas: expected numbers of zero or more, found {','.join(texts)}")
     return sorted({1.0, *values}, reverse=True)
 
 

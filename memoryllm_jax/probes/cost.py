@@ -14,8 +14,6 @@ from memoryllm_jax.cli import UserError
 from memoryllm_jax.probes.measure import Models
 from memoryllm_jax.tol import options
 
-_WARM = 8  # tokens before the clock runs
-
 
 def cost(
     models: Models,
@@ -28,12 +26,16 @@ def cost(
 ) -> dict:
     """Memory on the device and ms a token of each model at batch 1, live and from a ToL file (MemoryLLM, Table 6).
 
-    ToL files are made for the purpose, beside the page, and removed. Sides take turns, --rounds times --steps tokens of
-    held-out text from --data each; the time is the median of the rounds, and its ratio to the first model's is that of
-    the same round. All sides are in memory at a time. A step reads the token's row, runs the decoder with a key-value
-    cache of the model's context, and brings the likeliest next token to the host. Memory is that of weights, of rows
-    held on the device and of the cache; temporaries are not in it.
+    On the first device. ToL files are made for the purpose, beside the page, and removed. Sides take turns, --rounds
+    times --steps tokens of held-out text from --data each, after one round that does not count; the time is the median
+    of the rounds, and its ratio to the first model's is that of the same round. All sides are in memory at a time. A
+    step reads the token's row, runs the decoder with a key-value cache of the model's context, and brings the likeliest
+    next token to the host. Memory is that of weights, of rows held on the device and of the cache, without temporaries.
     """
+    if models.tol:
+        raise UserError(f"--tol={models.tol}: expected none, as ToL files are made for the purpose")
+    if steps < 1 or rounds < 1:
+        raise UserError(f"--steps, --rounds: expected at least 1, found {steps} and {rounds}")
     for place in places:
         if place not in generate.PLACES:
             raise UserError(f"--places: expected some of {', '.join(generate.PLACES)}, found {place}")
@@ -41,10 +43,12 @@ def cost(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=page.folder, prefix="tol-"))
         sides = _sides(models, places, options.size(cache, "cache"), data, folder, stack)
+        for side in sides.values():
+            side.decode(steps, 0, rounds)  # compiles what a round needs
         times = {name: [] for name in sides}
         for number in range(rounds):
             for name, side in sides.items():
-                times[name].append(side.decode(steps, number))
+                times[name].append(side.decode(steps, number + 1, rounds))
         first = next(iter(times.values()))
         rows = []
         for name, side in sides.items():
@@ -66,22 +70,23 @@ class _Side:
     def __init__(self, model: generate.Model, path: str):
         self.model = model
         self.stream = data.open_for(path, model.tokenizer.digest).validation
-        self.cache = model.decoder.empty_cache(model.decoder.shards, model.saved.context)
-        self._run(self.stream.read(0, _WARM))
+        self.cache = model.decoder.empty_cache(1, model.saved.context)
 
-    def decode(self, steps: int, number: int) -> float:
-        """Seconds a token."""
+    def decode(self, steps: int, number: int, rounds: int) -> float:
+        """Seconds a token, of a round's own tokens. Raises: UserError if the text is too short for all rounds."""
         steps = min(steps, self.model.saved.context)
-        tokens = self.stream.read(_WARM + number * steps, steps)
+        if self.stream.tokens < (rounds + 1) * steps:
+            found = f"found {self.stream.tokens:,}"
+            raise UserError(f"--data: expected {(rounds + 1) * steps:,} held-out tokens for all rounds, {found}")
+        tokens = self.stream.read(number * steps, steps)
         start = time.perf_counter()
         self._run(tokens)
         return (time.perf_counter() - start) / len(tokens)
 
     def _run(self, tokens):
-        batch = self.model.decoder.shards
-        index = np.zeros((batch,), np.int32)
+        index = np.zeros(1, np.int32)
         for number, token in enumerate(tokens):
-            ids, position = np.array([token], np.int32), np.full((batch,), number, np.int32)
+            ids, position = np.array([token], np.int32), np.array([number], np.int32)
             logits, self.cache = self.model.decoder.step(self.model.rows.fetch(ids), index, position, self.cache)
             np.asarray(logits[0].argmax())
             self.model.rows.prefetch(ids)
@@ -99,16 +104,19 @@ def _sides(models, places, cache, path, folder, stack):
     if not path:
         raise UserError("--data: expected prepared data of the models' tokenizer, found nothing")
     sides = {}
-    for number, (label, model) in enumerate(models):
-        workdir, memory_dim = model.saved.workdir, model.config.memory_dim
-        live = stack.enter_context(contextlib.closing(models.served(workdir, "")))
+
+    def opened(*args):
+        return stack.enter_context(contextlib.closing(generate.Model(*args, dtype=models.dtype)))
+
+    for number, (label, workdir) in enumerate(zip(models.labels, models.workdirs)):
+        live = opened(workdir)
+        memory_dim = live.config.memory_dim
         sides[label if not memory_dim else f"{label}, live"] = _Side(live, path)
         if memory_dim:
             tol = os.path.join(folder, f"{number}.safetensors")
             print(precompute.precompute(workdir, tol, options.Options(data=path), dtype=models.dtype), flush=True)
             for place in places:
-                served = stack.enter_context(contextlib.closing(models.served(workdir, tol, place, cache)))
-                sides[f"{label}, rows on {place}"] = _Side(served, path)
+                sides[f"{label}, rows on {place}"] = _Side(opened(workdir, tol, place, cache), path)
     return sides
 
 

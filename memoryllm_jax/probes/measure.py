@@ -56,14 +56,19 @@ class Measure:
             split = "" if documents.is_text(self.data) else f", {self.split}"
             out["text"] = f"{self.data}{split}" + (f", the first {self.max_tokens:,} tokens" if self.max_tokens else "")
         if self.tasks:
-            out["tasks"] = ", ".join(self.tasks) + (f", {self.limit:g} documents each" if self.limit else "")
+            out["tasks"] = ", ".join(self.tasks) + self._extent()
         return out
+
+    def _extent(self):
+        share = f"{self.limit:g} documents each" if self.limit >= 1 else f"{self.limit:.0%} of the documents"
+        shots = "" if self.num_fewshot is None else f", {self.num_fewshot} examples in a prompt"
+        return (f", {share}" if self.limit else "") + shots
 
     def __call__(self, model: generate.Model) -> dict[str, float]:
         """{"perplexity": of tokens, task: accuracy (or what the task has instead), ...}, of those asked for."""
         out = {PERPLEXITY: self.perplexity(model)} if self.data else {}
         if self.tasks:
-            for task, (metric, value, _) in self._harness.scores(model, self.num_fewshot, self.limit).items():
+            for task, (metric, value) in self._harness.scores(model, self.num_fewshot, self.limit).items():
                 out[task if metric == "acc" else f"{task} {metric}"] = value
         return out
 
@@ -102,40 +107,38 @@ class Models:
 
     workdirs: list[str]
     tol: str = ""
-    place: str = "disk"
+    place: str = ""
     dtype: str = ""
 
     def __post_init__(self):
+        if self.place and not self.tol:
+            raise UserError("--rows: expected --tol too, as it says where its rows are served from")
         if self.tol and len(self.workdirs) > 1:
             raise UserError(f"--tol={self.tol}: expected one --workdir, found {len(self.workdirs)}")
         self.mesh = sharding.make_mesh(config.MeshConfig(data=-1, fsdp=1, tensor=1))
-        self.facts, self.labels = {}, []
+        self.facts, self.labels, self.configs = {}, [], []
         for workdir in self.workdirs:
             with contextlib.closing(SavedModel(workdir, dtype=self.dtype)) as saved:
                 label = saved.config.architecture
                 self.labels.append(f"{label} {workdir}" if label in self.labels else label)
+                self.configs.append(saved.config)
                 about = report.saved_facts(saved)
                 self.facts |= {f"{self.labels[-1]}: {name}": text for name, text in about.items()}
-        self.facts |= {"rows": f"{self.tol}, on {self.place}"} if self.tol else {}
+        self.facts |= {"rows": f"{self.tol}, on {self.place or 'disk'}"} if self.tol else {}
 
     def __iter__(self):
         """(label, generate.Model) of each in turn: its architecture, and its folder where two have the same."""
         for label, workdir in zip(self.labels, self.workdirs):
-            with contextlib.closing(self.open(workdir)) as model:
+            model = generate.Model(workdir, self.tol, self.place or "disk", dtype=self.dtype, mesh=self.mesh)
+            with contextlib.closing(model):
                 yield label, model
-
-    def open(self, workdir: str) -> generate.Model:
-        return self.served(workdir, self.tol, self.place)
-
-    def served(self, workdir: str, tol: str, place: str = "disk", cache: int = 256 << 20) -> generate.Model:
-        """With rows of a ToL file, or live where that is ""."""
-        return generate.Model(workdir, tol, place, cache, dtype=self.dtype, mesh=self.mesh)
 
 
 def kinds(model: generate.Model, label: str) -> dict[str, str]:
     """{series: "" or "_compute"}: what can be scaled or dropped, and how the names of its options end."""
     both = model.config.row_dim and model.config.compute_dim
-    return {f"{label}, FFN-M": "", f"{label}, FFN-C": "_compute"} if both else {label: ""}
+    memory = "FFN-M" if model.config.memory_dim else "table"
+    return {f"{label}, {memory}": "", f"{label}, FFN-C": "_compute"} if both else {label: ""}
 
 
 def change(value: float, full: float) -> float:
@@ -152,10 +155,10 @@ def group_of(task: str) -> str | None:
 
 
 def group_means(changes: dict[str, float]) -> dict[str, float]:
-    """Mean change of the tasks of each group that are there."""
+    """Mean change of the tasks of each group that are there, without those of which nothing is left to lose."""
     out = {}
     for group in GROUPS:
-        found = [value for task, value in changes.items() if group_of(task) == group]
+        found = [value for task, value in changes.items() if group_of(task) == group and math.isfinite(value)]
         if found:
             out[group] = sum(found) / len(found)
     return out

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax import model
+from memoryllm_jax import model, sharding
 from memoryllm_jax.config import ModelConfig
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 _DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, as in SparseGPT
 _BLOCK = 128  # columns that SparseGPT settles before it corrects the rest
-_BATCH = 8  # windows that run at a time
+_BATCH = 8  # windows that run at a time, or more on more devices
 
 
 class Pattern(NamedTuple):
@@ -40,17 +40,19 @@ def prune(config: ModelConfig, params: dict, mesh, windows: np.ndarray, method: 
     """Parameters of base, as `SavedModel.load` lays them out, with zeros.
 
     Args:
-      windows: int32 [N, T] of calibration text; magnitude does not look at it.
+      windows: int32 [N, T] of calibration text, N a multiple of the mesh's batch shards; magnitude needs none.
     """
-    x_NTD = [params["embedding"][w][..., : config.dim].astype(config.dtype) for w in _batches(windows)]
+    shards = sharding.batch_shards(mesh)
+    size = shards * max(1, _BATCH // shards)
+    batches = [] if method == "magnitude" else np.split(windows, range(size, len(windows), size))
+    x_NTD = [params["embedding"][batch][..., : config.dim].astype(config.dtype) for batch in batches]
     layers = []
     with jax.set_mesh(mesh):
         for layer in params["layers"]:
             grams = None
-            if method != "magnitude":
-                for x in x_NTD:
-                    new = _grams(config, layer, x)
-                    grams = new if grams is None else jax.tree.map(jnp.add, grams, new)
+            for x in x_NTD:
+                new = _grams(config, layer, x)
+                grams = new if grams is None else jax.tree.map(jnp.add, grams, new)
             layers.append(_prune_layer(layer, grams, method, pattern))
             x_NTD = [_forward(config, layers[-1], x) for x in x_NTD]
     return params | {"layers": layers}
@@ -58,20 +60,12 @@ def prune(config: ModelConfig, params: dict, mesh, windows: np.ndarray, method: 
 
 def nonzeros(params: dict) -> int:
     """Weights of the layers' matrices that are not zero."""
-    matrices = [(w, name) for layer in params["layers"] for w, name in _matrices(layer)]
-    return int(sum(jnp.count_nonzero(w) for w, _ in matrices))
-
-
-def _batches(windows):
-    return np.split(windows, range(_BATCH, len(windows), _BATCH))
+    return sum(int(jnp.count_nonzero(w)) for layer in params["layers"] for w, _ in _matrices(layer))
 
 
 def _block(config, layer, x_BTD, **more):
-    T = x_BTD.shape[1]
-    index = jnp.arange(x_BTD.shape[0] * T)[None]  # of rows that base has not
-    return model.Block(config).apply(
-        {"params": layer}, x_BTD, None, index, model.rope_table(config, jnp.arange(T)), **more
-    )
+    rope = model.rope_table(config, jnp.arange(x_BTD.shape[1]))
+    return model.Block(config).apply({"params": layer}, x_BTD, None, None, rope, **more)
 
 
 @functools.partial(jax.jit, static_argnums=0)

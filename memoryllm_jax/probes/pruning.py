@@ -23,23 +23,25 @@ def pruning(
     """Base pruned by magnitude, Wanda and SparseGPT against memory and flex (MemoryLLM, Figure 11).
 
     One model must be base. Its matrices of attention and FFN lose one share of their weights each, so many that those
-    left are the active parameters of memory and flex-1, 2, 3 of its shape; and two of every four (2:4), which is
-    flex-2's count. Calibrated on the first --windows windows of the training split of --calibration. All other models
-    are points on the same axes.
+    left are the active parameters of memory and flex-1, 2, 3 of its shape; and two of every four (2:4), at the usual
+    shape flex-2's count. Calibrated on the first --windows windows of the training split of --calibration. All other
+    models are points on the same axes.
     """
     for method in methods:
         if method not in prune.METHODS:
             raise UserError(f"--methods: expected some of {', '.join(prune.METHODS)}, found {method}")
     page.facts |= measure.facts() | {"calibration": f"{calibration}, {windows} windows"}
-    points, bases = [], 0
+    bases = [label for label in models.labels if label.split()[0] == "base"]
+    if len(bases) != 1:
+        raise UserError(f"--workdir: expected one base among the models, which is what is pruned, found {len(bases)}")
+    if not calibration:
+        raise UserError("--calibration: expected prepared data of the model's tokenizer, found nothing")
+    points = []
     for label, model in models:
         config = model.saved.run
         points.append(_point(label, "", metrics.parameters(config)["active"], measure(model)))
-        if label.startswith("base"):
-            bases += 1
+        if label in bases:
             points += _pruned(model, label, measure, _calibration(calibration, windows, model), methods)
-    if not bases:
-        raise UserError("--workdir: expected base among the models, which is what is pruned, found none")
     names = list(points[0]["quality"])
     head = ["model", "pruned by", "pattern", "active parameters", *names]
     rows = [[p["model"], p["method"], p["pattern"], p["active"], *p["quality"].values()] for p in points]
@@ -56,8 +58,9 @@ def _point(model, method, active, quality, pattern=""):
 
 
 def _calibration(path, windows, model) -> np.ndarray:
-    if not path:
-        raise UserError("--calibration: expected prepared data of the model's tokenizer, found nothing")
+    shards = model.decoder.shards
+    if windows % shards:
+        raise UserError(f"--windows: expected a multiple of the {shards} devices, found {windows}")
     stream, length = data.open_for(path, model.tokenizer.digest).train, model.saved.context
     if not 0 < windows * length <= stream.tokens:
         raise UserError(f"--windows: expected 1 to {stream.tokens // length}, as {path} has, found {windows}")
@@ -70,6 +73,11 @@ def _pruned(model, label, measure, windows, methods):
     whole, (params, _) = model.decoder, saved.load(lambda _: True)
     counts = metrics.parameters(run)
     matrices = counts["attention"] + counts["ffn_c"]
+    for name in ("dim", "ffn_dim"):
+        if getattr(run.model, name) % 4:
+            raise UserError(
+                f"{saved.workdir}: expected model.{name} to be a multiple of 4, found {getattr(run.model, name)}"
+            )
     patterns = [prune.Pattern(0.5, 4)]
     for beta in _BETAS:
         flex = metrics.parameters(dataclasses.replace(run, model=dataclasses.replace(run.model, beta=beta)))
