@@ -2,15 +2,19 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import CONTEXT
+from conftest import CONTEXT, with_devices
 
-from memoryllm_jax import compare, data, evaluate, metrics, precompute, probe, report
+from memoryllm_jax import compare, data, evaluate, metrics, precompute, probe, report, saved
+from memoryllm_jax import config as config_lib
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.decoder import LiveRows
 from memoryllm_jax.generate import Contribution
@@ -94,7 +98,7 @@ def settled_one_by_one(w_OI, gram, zeros_of):
     gram = gram + prune._DAMPING * gram.diagonal().mean() * np.eye(len(gram))
     for column in range(w.shape[1]):
         inverse = np.linalg.inv(gram[column:, column:])
-        gone = zeros_of(w, column, inverse.diagonal())
+        gone = zeros_of(w, column)
         error = np.where(gone, w[:, column], 0) / inverse[0, 0]
         w[:, column:] -= error[:, None] * inverse[0]
         w[gone, column] = 0
@@ -118,18 +122,21 @@ def test_masks_are_the_weakest_by_each_method():
             assert (pruned[pruned != 0] == w[pruned != 0]).all()
 
 
-def test_sparsegpt_is_the_loop_of_its_paper():
-    """With groups of four, whose masks it chooses alike whatever its blocks are; and it pays."""
+@pytest.mark.parametrize("pattern", [prune.Pattern(0.5, 4), prune.Pattern(0.5)])
+def test_sparsegpt_is_the_loop_of_its_paper(pattern):
+    """Masks are chosen for every four columns, or for every block of 128; and it pays."""
     w, x = some_matrix()
-    gram, pattern, chosen = x.T @ x, prune.Pattern(0.5, 4), {}
-    factor = prune._inverse_factor(gram)
+    gram, chosen, step = x.T @ x, {}, pattern.group or prune._BLOCK
+    diagonal = prune._inverse_factor(gram).diagonal()
 
-    def zeros_of(w, column, diagonal):
-        if column % 4 == 0:
-            here = np.s_[column : column + 4]
-            score = np.square(w[:, here] / factor.diagonal()[here])
-            chosen[column] = np.argsort(np.argsort(score, -1), -1) < 2
-        return chosen[column - column % 4][:, column % 4]
+    def zeros_of(w, column):
+        first = column - column % step
+        if column == first:
+            score = np.square(w[:, first : first + step] / diagonal[first : first + step])
+            rows = score if pattern.group else score.reshape(1, -1)
+            lowest = np.argsort(np.argsort(rows, -1), -1) < round(pattern.sparsity * rows.shape[1])
+            chosen[first] = lowest.reshape(score.shape)
+        return chosen[first][:, column - first]
 
     expected = settled_one_by_one(w.T, gram, zeros_of).T
     found = {m: np.asarray(prune.prune_matrix(jnp.asarray(w), jnp.asarray(gram), m, pattern)) for m in prune.METHODS}
@@ -273,6 +280,26 @@ def test_comparison_reads_what_runs_leave(lab, tmp_path):
     page, lines = (tmp_path / "comparison.html").read_text(), (tmp_path / "comparison-curves.csv").read_text()
     assert page.count("<img") == 4 and lines.count("\n") == 1 + sum(len(run["curve"]) for run in runs.values())
     assert compare.run_of(str(tmp_path / "none")) is None
+
+
+@pytest.mark.slow
+def test_the_comparison_trains_what_its_options_say(lab, tmp_path):
+    sizes = {"steps": 2, "batch_size": 8, "seq_len": 32, "model.dim": 16, "model.layers": 1, "model.heads": 2}
+    sizes |= {"data.path": lab.data_path, "eval.batches": 1, "sample.tokens": 0}
+    options = [f"--config.{field}={value}" for field, value in sizes.items()] + ["--noconfig.log.tensorboard"]
+
+    def command(*arguments):
+        line = [sys.executable, "-m", "memoryllm_jax.compare", f"--workdir={tmp_path}", *arguments]
+        return subprocess.run(line, capture_output=True, text=True, timeout=240, env=with_devices(1))
+
+    done = command("--config=configs/tiny.py", "--architectures=value-0", *options)
+    assert done.returncode == 0, done.stderr
+    found = config_lib.flatten(saved.config_of(str(tmp_path / "value-0")))
+    assert {field: found[field] for field in sizes} == sizes and not found["log.tensorboard"]
+    assert json.load(open(tmp_path / "comparison.json"))["results"]["value-0"]["finished"]
+    os.symlink(lab.workdir("memory"), tmp_path / "memory")
+    refused = command("--config=configs/tiny.py", "--architectures=value-0,memory", "--report")
+    assert refused.returncode == 1 and "memory: steps: expected 2 as in value-0, found 16" in refused.stderr
 
 
 def test_groups_and_changes():
