@@ -130,7 +130,7 @@ def _draw(head, rows):
         base += sizes
     left.set_yticks(at, names)
     left.set(xlabel="memory on the device, MB")
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     right.barh(at, [row[6] for row in rows], color="C4")
     right.set_yticks(at, [""] * len(rows))
     right.set(xlabel="ms a token")
