@@ -12,10 +12,10 @@ import math
 import common
 import matplotlib
 import matplotlib.pyplot as plt
-import numpy as np
 from absl import flags
 
 from memoryllm_jax import cli, data
+from memoryllm_jax.probes import contribution
 from memoryllm_jax.saved import SavedModel
 from memoryllm_jax.tol import budget, build, options, quality, text
 
@@ -42,14 +42,13 @@ def uniform_settings(source, least_harmful):
 
 def drop_order(source, scorer, vectors):
     """Layers in the order in which dropping them, on top of those before, harms least."""
-    order, left = [], list(range(source.layers))
-    while len(order) < source.layers // 2:
-        losses = {layer: scorer.nats({k: v for k, v in vectors.items() if k != f"ffn.{layer}"}) for layer in left}
-        best = min(losses, key=losses.get)
-        order.append(best)
-        left.remove(best)
-        vectors = {k: v for k, v in vectors.items() if k != f"ffn.{best}"}
-    return order
+
+    def loss(dropped):
+        gone = {f"ffn.{layer}" for layer in dropped}
+        return scorer.nats({name: x for name, x in vectors.items() if name not in gone})
+
+    singles = [loss([layer]) for layer in range(source.layers)]
+    return [layer for layer, _ in contribution.greedy(loss, singles, source.layers // 2)]
 
 
 def main():
@@ -62,20 +61,16 @@ def main():
     held_out = quality.scorer(saved, f.data, f.tokens, half=1)
     planner = budget.Planner(source, calibration, counts)
     vectors = budget.full_vectors(source, held_out.ids)
-    paper = build.grams(source, planner.whole, list(planner.bases), np.ones(source.vocab_size))
     rows = []
 
     def add(kind, name, layout, bases):
-        used = {part: bases[part][:rank] for part, rank in layout.rotated.items()}
-        tier = np.zeros(len(held_out.ids), np.int32)
-        tier = planner.tier_of_token[held_out.ids] if len(layout.tiers) > 1 else tier
-        nats = held_out.nats(budget.as_stored(layout, vectors, tier, used))
+        nats = planner.loss(layout, held_out, vectors, bases)
         rows.append({"kind": kind, "setting": name, "bytes": layout.total_bytes, "perplexity": math.exp(nats)})
         print(f"{name:<44}{layout.total_bytes:>12,}{math.exp(nats):>10.3f}", flush=True)
 
     full = math.exp(held_out.nats(vectors))
     print(f"full rows: perplexity {full:.3f} on {held_out.tokens:,} held-out tokens\n{'setting':<44}{'bytes':>12}")
-    uniform_bases = {name: build.basis_of(gram)[1] for name, gram in paper.items()}  # every token counts alike
+    _, uniform_bases = planner.even_bases()
     harmless = drop_order(source, calibration, budget.full_vectors(source, calibration.ids))
     for name, (kind, setting) in uniform_settings(source, harmless).items():
         add(kind, name, options.uniform(source, setting), uniform_bases)

@@ -21,14 +21,12 @@ needs no network, COMMAND.json, and CSV and PNG files beside them. It computes i
 """
 
 import inspect
-import os
-import sys
 import typing
 
 import jax
 from absl import flags
 
-from memoryllm_jax import cli, report
+from memoryllm_jax import commands, report
 from memoryllm_jax.analysis import agreement, annotate, clusters, neighbours, prefixes, residual, tkv, values
 from memoryllm_jax.analysis.inside import Inside
 
@@ -66,24 +64,20 @@ _HELP = {
 
 def analyze(command: str, workdir: str, output: str, step: int | None = None, dtype: str = "float32", **options) -> str:
     """Runs one of COMMANDS on a checkpoint. Returns: one line on what was written. Raises: UserError."""
-    call = COMMANDS[command]
-    parameters = inspect.signature(call).parameters
-    inside = Inside(workdir, step, dtype, whole="length" in parameters)
+    function = COMMANDS[command]
+    inside = Inside(workdir, step, dtype, whole="length" in commands.options_of(function))
     title = f"{command}: {inside.config.architecture}"
     with report.Report(output, command, title, report.saved_facts(inside.saved)) as page:
-        page.text(inspect.getdoc(call))
+        page.text(inspect.getdoc(function))
         with jax.default_matmul_precision("highest"):
-            results = call(inside, page, **options)
+            results = function(inside, page, **options)
         inside.saved.close()
         return page.write(results)
 
 
-def main(arguments):
-    if arguments[1:]:
-        raise cli.UserError(f"unexpected argument {arguments[1]!r}; options are written --name=value")
-    f, names = flags.FLAGS, list(inspect.signature(COMMANDS[arguments[0]]).parameters)[2:]
-    print(analyze(arguments[0], f.workdir, f.output, f.step, f.dtype, **{name: f[name].value for name in names}))
-    return 0
+def call(command):
+    f, names = flags.FLAGS, commands.options_of(COMMANDS[command])
+    return analyze(command, f.workdir, f.output, f.step, f.dtype, **{name: f[name].value for name in names})
 
 
 def define_flags(command):
@@ -92,18 +86,9 @@ def define_flags(command):
     flags.DEFINE_integer("step", None, "checkpoint to read; by default the newest")
     flags.DEFINE_string("dtype", "float32", "float32 or bfloat16, of the computation")
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-    for name, parameter in list(inspect.signature(COMMANDS[command]).parameters.items())[2:]:
-        default = parameter.default
+    for name, default in commands.options_of(COMMANDS[command]).items():
         define.get(type(default), flags.DEFINE_multi_string)(name, default or type(default)(), _HELP[name])
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
-        define_flags(sys.argv[1])
-        definition = inspect.getdoc(COMMANDS[sys.argv[1]])
-        __doc__ = f"python -m memoryllm_jax.analyze {sys.argv[1]} --workdir=DIR --output=DIR\n\n{definition}"
-    elif not {"--help", "-h", "--helpfull"} & set(sys.argv):
-        found = os.path.basename(sys.argv[1]) if len(sys.argv) > 1 else "nothing"
-        print(f"error: expected one of {', '.join(COMMANDS)}, found {found}", file=sys.stderr)
-        sys.exit(1)
-    cli.run(main, positional=True)
+    commands.run_functions("memoryllm_jax.analyze", COMMANDS, define_flags, call)

@@ -76,6 +76,18 @@ def define_model_flags() -> None:
     flags.DEFINE_string("dtype", "", "float32 or bfloat16, of the computation; by default that of the training")
 
 
+def define_quality_flags() -> None:
+    """The text and the tasks that say how good a model is."""
+    flags.DEFINE_string("data", "", "prepared data (folder or URL) or text files (globs, comma-separated)")
+    flags.DEFINE_enum("split", "validation", ["train", "validation"], "of prepared data")
+    flags.DEFINE_integer("max_tokens", 0, "predict so many tokens at most, from the start; 0: all", lower_bound=0)
+    flags.DEFINE_list("tasks", [], "names of the harness's tasks, groups or tags, or of task files; may have * in them")
+    flags.DEFINE_integer("num_fewshot", None, "examples in a prompt; by default as the task says", lower_bound=0)
+    flags.DEFINE_float("limit", 0, "documents of each task, or a share of them below 1, for trials; 0: all", 0)
+    flags.DEFINE_string("task_path", "", "folder with task files (.yaml) of your own")
+    flags.DEFINE_string("task_data", "", "folder with lambada.jsonl and piqa.jsonl, for lambada_local and piqa_local")
+
+
 def define_multihost_flags() -> None:
     flags.DEFINE_bool("multihost", False, "join the run's other processes, which SLURM, TPU pods or Kubernetes tell of")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no scheduler tells of it")

@@ -13,7 +13,6 @@ per-layer embeddings as in Gemma 3n.
 """
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -60,8 +59,7 @@ def run_of(workdir: str) -> dict | None:
         description = checkpoints.description(max(steps))
     config = config_lib.from_saved(description["config"])
     curve, tokens, seconds, flops = [], 0, 0.0, 0.0
-    lines = files.read_bytes(path, "records of a run").decode().splitlines(keepends=True)
-    for record in (json.loads(line) for line in lines if line.endswith("\n")):  # a last one may be half-written
+    for record in metrics.records(path):
         if record["kind"] == "train":
             lap = (record["tokens"] - tokens) / record["tokens_per_second"]
             tokens, seconds = record["tokens"], seconds + lap
@@ -100,9 +98,9 @@ def draw(runs: dict[str, dict], folder: str, facts: dict[str, str]) -> str:
             speed = end["tokens"] / end["seconds"], end["flops"] / end["tokens"] / 1e6
             rows.append([name, n["total"] / 1e6, n["active"] / 1e6, end["step"], end["loss"], end["perplexity"]])
             rows[-1] += [end["bits_per_byte"], *speed]
-        page.table(head, rows, "Held-out loss in nats a token; speed without compiling, evaluating and saving")
-        with page.csv("runs", head) as write:
-            write(rows)
+        page.table(
+            head, rows, "Held-out loss in nats a token; speed without compiling, evaluating and saving", csv="runs"
+        )
         with page.csv("curves", ["architecture", *next(iter(last.values()))]) as write:
             write([name, *point.values()] for name, run in runs.items() for point in run["curve"])
         axes_of = {
@@ -112,17 +110,17 @@ def draw(runs: dict[str, dict], folder: str, facts: dict[str, str]) -> str:
         }
         for field, (label, unit) in axes_of.items():
             figure, axis = report.new_figure()
-            for name, run in runs.items():
+            for number, (name, run) in enumerate(runs.items()):
                 points = [p for p in run["curve"] if p["tokens"]]
-                style = report.style_of(list(runs).index(name))
+                style = report.style_of(number)
                 axis.plot([p[field] / unit for p in points], [p["loss"] for p in points], **style, label=name)
             axis.set(xlabel=label, ylabel="held-out loss, nats a token")
-            axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+            report.legend(axis)
             page.figure(field, figure, f"Held-out loss against {label} (the paper's Figure 10 is against tokens)")
         figure, axis = report.new_figure()
-        for name, run in runs.items():
+        for number, (name, run) in enumerate(runs.items()):
             at = run["parameters"]["active"] / 1e6, last[name]["perplexity"]
-            axis.plot(*at, **report.style_of(list(runs).index(name)))
+            axis.plot(*at, **report.style_of(number))
             axis.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
         report.log_scale(axis)
         axis.set(xlabel="active parameters, millions", ylabel="held-out perplexity")

@@ -111,9 +111,9 @@ class Decoder:
         rope, kept = model.rope_table(c, positions), []
         for layer, layer_params in enumerate(params["layers"]):
             ffn = None if rows.ffn_LSUD is None else rows.ffn_LSUD[layer]
-            if ffn is not None and "memory_scale" in params:
-                ffn = ffn.astype(jnp.float32) * params["memory_scale"][layer]
-            ffn = None if ffn is None else ffn.astype(c.dtype)
+            if ffn is not None:
+                scale = params.get("memory_scale")
+                ffn = (ffn if scale is None else ffn.astype(jnp.float32) * scale[layer]).astype(c.dtype)
             at = None if past is None else (past[0][layer], past[1])
             x_BTD, new = model.Block(c).apply({"params": layer_params}, x_BTD, ffn, index_SN, rope, at)
             kept.append(new)

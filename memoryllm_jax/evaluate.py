@@ -230,21 +230,14 @@ def main():
 
 if __name__ == "__main__":
     cli.define_model_flags()
-    flags.DEFINE_string("data", "", "prepared data (folder or URL) or text files (globs, comma-separated)")
-    flags.DEFINE_enum("split", "validation", ["train", "validation"], "of prepared data")
+    cli.define_quality_flags()
     flags.DEFINE_string("text_key", "text", "JSON field or parquet column that holds the text")
     flags.DEFINE_integer("stride", None, "tokens between the starts of windows; by default the model's context")
-    flags.DEFINE_integer("max_tokens", 0, "predict so many tokens at most, from the start; 0: all", lower_bound=0)
     flags.DEFINE_string(
         "save_tokens",
         "",
         ".npy file for the scored [windows, context + 1] ids; a last window that is not full is left out",
     )
-    flags.DEFINE_list("tasks", [], "names of the harness's tasks, groups or tags, or of task files; may have * in them")
-    flags.DEFINE_integer("num_fewshot", None, "examples in a prompt; by default as the task says", lower_bound=0)
-    flags.DEFINE_float("limit", 0, "documents of each task, or a share of them below 1, for trials; 0: all", 0)
-    flags.DEFINE_string("task_path", "", "folder with task files (.yaml) of your own")
-    flags.DEFINE_string("task_data", "", "folder with lambada.jsonl and piqa.jsonl, for lambada_local and piqa_local")
     flags.DEFINE_bool("log_samples", False, "write each document's result beside --output, as the harness does")
     flags.DEFINE_string("output", "", "JSON file for the result; of tasks, in the harness's format")
     cli.run(main)

@@ -134,24 +134,38 @@ class Trace:
             )
 
 
-def _kept_lines(path: str, start: int) -> list[str]:
-    """Records of a run that goes on from `start`: none past it, and not its evaluation, which is made again."""
-    if not files.exists(path):
-        return []
+def _lines(path):
+    """[(line, record)]; a last line that is not whole is left out. Raises: UserError."""
     text = files.read_bytes(path, "records of an earlier run").decode("utf-8", errors="replace")
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    kept = []
-    for number, line in enumerate(lines, 1):
+    out = []
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
         try:
             record = json.loads(line)
-            step, kind = record["step"], record["kind"]
+            record["step"], record["kind"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: line {number}: expected a record of an earlier run, found {line[:40]!r}"
             ) from error
-        if step < start or (step == start and kind == "train"):
-            kept.append(line)
-    return kept
+        out.append((line, record))
+    return out
+
+
+def records(path: str) -> list[dict]:
+    """What a `Writer` has appended so far. Raises: UserError."""
+    return [record for _, record in _lines(path)]
+
+
+def _kept_lines(path: str, start: int) -> list[str]:
+    """Records of a run that goes on from `start`: none past it, and not its evaluation, which is made again."""
+    if not files.exists(path):
+        return []
+    return [
+        line
+        for line, record in _lines(path)
+        if record["step"] < start or (record["step"] == start and record["kind"] == "train")
+    ]
 
 
 class Writer:

@@ -15,13 +15,11 @@ Training and comparing architectures (Table 2, Figures 9 and 10) is `python -m m
 
 import functools
 import inspect
-import os
-import sys
 import typing
 
 from absl import flags
 
-from memoryllm_jax import cli, report
+from memoryllm_jax import cli, commands, report
 from memoryllm_jax.probes import compression, contribution, cost, measure, pruning
 
 COMMANDS: dict[str, typing.Callable] = {
@@ -46,19 +44,18 @@ _HELP = {
 
 def probe(command: str, models: measure.Models, output: str, **options) -> str:
     """Runs one of COMMANDS. Returns: one line on what was written. Raises: UserError."""
-    call = COMMANDS[command]
-    with report.Report(output, command, f"{command}: {', '.join(models.labels)}", dict(models.facts)) as page:
-        page.text(inspect.getdoc(call))
-        return page.write(call(models, page, **options))
+    function, facts = COMMANDS[command], models.facts
+    if "measure" in options:
+        facts = facts | options["measure"].facts()
+    with report.Report(output, command, f"{command}: {', '.join(models.labels)}", facts) as page:
+        page.text(inspect.getdoc(function))
+        return page.write(function(models, page, **options))
 
 
-def main(arguments):
-    if arguments[1:]:
-        raise cli.UserError(f"unexpected argument {arguments[1]!r}; options are written --name=value")
-    f, names = flags.FLAGS, list(inspect.signature(COMMANDS[arguments[0]]).parameters)[2:]
+def call(command):
+    f, names = flags.FLAGS, commands.options_of(COMMANDS[command])
     options = {name: measure.from_flags() if name == "measure" else f[name].value for name in names}
-    print(probe(arguments[0], measure.Models(f.workdir, f.tol, f.rows, f.dtype), f.output, **options))
-    return 0
+    return probe(command, measure.Models(f.workdir, f.tol, f.rows, f.dtype), f.output, **options)
 
 
 def define_flags(command):
@@ -68,22 +65,14 @@ def define_flags(command):
     flags.DEFINE_string("rows", "", "where the ToL file's rows are served from: device, host or, by default, disk")
     flags.DEFINE_string("dtype", "", "float32 or bfloat16, of the computation; by default that of the training")
     flags.mark_flag_as_required("workdir")
-    parameters = dict(list(inspect.signature(COMMANDS[command]).parameters.items())[2:])
-    if parameters.pop("measure", None):
-        measure.define_flags()
+    options = commands.options_of(COMMANDS[command])
+    if options.pop("measure", None):
+        cli.define_quality_flags()
     define = {int: functools.partial(flags.DEFINE_integer, lower_bound=0), tuple: flags.DEFINE_list}
-    for name, parameter in parameters.items():
-        default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-        define.get(type(parameter.default), flags.DEFINE_string)(name, default, _HELP[name])
+    for name, default in options.items():
+        plain = list(default) if isinstance(default, tuple) else default
+        define.get(type(default), flags.DEFINE_string)(name, plain, _HELP[name])
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
-        define_flags(sys.argv[1])
-        definition = inspect.getdoc(COMMANDS[sys.argv[1]])
-        __doc__ = f"python -m memoryllm_jax.probe {sys.argv[1]} --workdir=DIR --output=DIR\n\n{definition}"
-    elif not {"--help", "-h", "--helpfull"} & set(sys.argv):
-        found = os.path.basename(sys.argv[1]) if len(sys.argv) > 1 else "nothing"
-        print(f"error: expected one of {', '.join(COMMANDS)}, found {found}", file=sys.stderr)
-        sys.exit(1)
-    cli.run(main, positional=True)
+    commands.run_functions("memoryllm_jax.probe", COMMANDS, define_flags, call)

@@ -100,8 +100,11 @@ class Report:
         """HTML as it is: what goes into it must be escaped already."""
         self._body.append(markup)
 
-    def table(self, head: list[str], rows: list, caption: str = "") -> None:
-        """Cells are numbers, strings, or lists of strings, which are shown as tokens."""
+    def table(self, head: list[str], rows: list, caption: str = "", csv: str = "") -> None:
+        """Cells are numbers, strings, or lists of strings, shown as tokens. With `csv`, NAME-`csv`.csv has them too."""
+        if csv:
+            with self.csv(csv, head) as write:
+                write(rows)
         cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
         lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
         note = f"<caption>{html.escape(caption)}</caption>" if caption else ""
@@ -183,6 +186,11 @@ def new_figure(width: float = 7.0, height: float = 3.6, columns: int = 1):
     return figure, axes
 
 
+def legend(axis, **more) -> None:
+    """Beside the axis, where it covers nothing."""
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), **more)
+
+
 def style_of(number: int) -> dict:
     """Colour, marker and line of the number-th series: told apart in print too."""
     line = ("-", "--")[number // 8 % 2]
@@ -232,7 +240,7 @@ def by_layer(series: dict[str, list[float]], label: str, log: bool = False, laye
         ax.autoscale_view()
         ax.set_ylim(bottom=0)
     if len(series) > 1:
-        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        legend(ax)
     return figure
 
 

@@ -174,7 +174,7 @@ def _picture(inside, layer, sampled, labels, kinds, how, seed):
     ax.set_yticks([])
     ax.set_xlabel(f"first dimension of {_PICTURES[how]}, without unit")
     ax.set_ylabel("second dimension")
-    ax.legend(fontsize=8, markerscale=2, loc="upper left", bbox_to_anchor=(1, 1))
+    report.legend(ax, markerscale=2)
     return figure
 
 

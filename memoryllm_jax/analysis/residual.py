@@ -247,7 +247,7 @@ def residual(
     ax.set_xlabel("layer")
     ax.set_ylabel("examples, %")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    report.legend(ax)
     page.figure("wins", figure, "Where the layer's top prediction comes from.")
     with page.csv("layers", ["layer", *names]) as write:
         write(zip(range(L), *by.values()))

@@ -56,7 +56,7 @@ def compression(
     """
     if len(models.workdirs) != 1 or models.tol:
         raise UserError("compression: expected one --workdir, of memory or flex, and no --tol")
-    page.facts |= measure.facts() | {"calibration": calibration}
+    page.facts |= {"calibration": calibration}
     if not calibration:
         raise UserError("--calibration: expected prepared data of the model's tokenizer, found nothing")
     for label, model in models:
@@ -90,9 +90,7 @@ def _compression(label, model, page, measure, calibration, bits, ranks):
         lines.append(
             [row["kind"], row["setting"], row["bytes"], 100 * (1 - row["bytes"] / whole), *found.values(), *changes]
         )
-    page.table(head, lines, f"Compressed rows of {label} (Tables 7 and 8); saved: of 16 bits")
-    with page.csv("settings", head) as write:
-        write(lines)
+    page.table(head, lines, f"Compressed rows of {label} (Tables 7 and 8); saved: of 16 bits", csv="settings")
     for metric in metrics:
         page.figure(metric.replace(" ", "-"), _draw(rows, metric), f"Change of {metric} against size of the rows")
     page.figure("singular", _draw_singular(probe.singular), "Singular values of each layer's rows (Figure 13)")
@@ -108,18 +106,8 @@ class _Probe:
         self.source, self.model, saved = source, model, model.saved
         counts = text.token_counts(data.open_for(calibration, model.tokenizer.digest), self.source.vocab_size)
         self.planner = budget.Planner(self.source, quality.scorer(saved, calibration), counts)
-        grams = build.grams(
-            self.source,
-            self.planner.whole,
-            list(self.planner.bases),
-            np.ones(self.source.vocab_size),
-            "singular values",
-        )
-        spectra = {name: build.basis_of(gram) for name, gram in grams.items()}
-        self.plain_bases = {
-            name: basis.astype(jax.numpy.bfloat16) for name, (_, basis) in spectra.items()
-        }  # as in a file
-        self.singular = [np.sqrt(np.maximum(v, 0) / v.max()) for v, _ in spectra.values()]
+        values, self.plain_bases = self.planner.even_bases()
+        self.singular = [v / v.max() for v in values.values()]
         self._live = model.rows
         self._embedding = None
         if not source.has_x0:
@@ -131,11 +119,8 @@ class _Probe:
             bits = 32 if self.source.identity.dtype == "float32" else 16
             self.model.rows, size = self._live, budget.plain_layout(self.source, bits).total_bytes
         else:
-            used = {part: jax.numpy.asarray(bases[part])[:rank] for part, rank in layout.rotated.items()}
-            one = len(layout.tiers) == 1
-            tiers = np.zeros(self.source.vocab_size, np.int32) if one else self.planner.tier_of_token
-            rows = StoredRows(self.source, layout, used, tiers, self._embedding)
-            self.model.rows, size = rows, layout.total_bytes
+            size, used, tiers = layout.total_bytes, budget.cut(bases, layout), self.planner.tiers(layout)
+            self.model.rows = StoredRows(self.source, layout, used, tiers, self._embedding)
         found = measure(self.model)
         print(f"{name}: {size:,} bytes, {found}", flush=True)
         return {"kind": kind, "setting": name, "bytes": size, "quality": found}
@@ -153,7 +138,7 @@ def _draw(rows, metric):
     axis.set_xscale("log")
     axis.set_yscale("symlog", linthresh=1)
     axis.set(xlabel="rows and bases, MB", ylabel=f"change of {metric}, %")
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    report.legend(axis)
     return figure
 
 
@@ -166,5 +151,5 @@ def _draw_singular(singular):
     axis.set_yscale("log")
     axis.set_ylim(bottom=1e-4)
     axis.set(xlabel="number of the singular value", ylabel="over the layer's largest")
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    report.legend(axis)
     return figure

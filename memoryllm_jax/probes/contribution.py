@@ -19,7 +19,6 @@ def alpha(models: Models, page: report.Report, measure: Measure, alphas: tuple =
     """
     values = _numbers(alphas)
     series = {}
-    page.facts |= measure.facts()
     for label, model in models:
         for name, ending in kinds(model, label).items():
             series[name] = {}
@@ -37,9 +36,7 @@ def alpha(models: Models, page: report.Report, measure: Measure, alphas: tuple =
             rows.append([name, value, *found.values(), *changes[name][value].values()])
     columns = list(next(iter(changes.values()))[1.0])
     head = ["model", "alpha", *metrics, *(f"{name} change, %" for name in columns)]
-    page.table(head, rows, "Quality as the FFN's contribution falls (Table 1); changes against alpha 1")
-    with page.csv("alpha", head) as write:
-        write(rows)
+    page.table(head, rows, "Quality as the FFN's contribution falls (Table 1); changes against alpha 1", csv="alpha")
     for metric in columns:
         figure, axis = report.new_figure()
         for number, (name, by_alpha) in enumerate(changes.items()):
@@ -49,7 +46,7 @@ def alpha(models: Models, page: report.Report, measure: Measure, alphas: tuple =
         axis.set(xlabel="alpha", ylabel=f"change of {metric}, %")
         if metric == PERPLEXITY:
             axis.set_yscale("symlog", linthresh=1)
-        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        report.legend(axis)
         page.figure(metric.replace(" ", "-"), figure, f"Change of {metric} against alpha (Figure 7)")
     return {"quality": series, "changes": changes}
 
@@ -61,8 +58,7 @@ def layers(models: Models, page: report.Report, measure: Measure, cumulative: in
     are relative to the whole model, in percent. The cumulative part drops, on top of those before, the layer that costs
     least in perplexity, until --cumulative are gone (0: all).
     """
-    singles, greedy, whole, together = {}, {}, {}, {}
-    page.facts |= measure.facts()
+    singles, dropped, whole, together = {}, {}, {}, {}
     if cumulative and not measure.data:
         raise UserError("--cumulative: expected --data too, as layers are chosen by perplexity")
     fewest = min(saved.layers for saved in models.configs)
@@ -72,8 +68,8 @@ def layers(models: Models, page: report.Report, measure: Measure, cumulative: in
         for name, ending in kinds(model, label).items():
             field, count = f"drop{ending or '_layers'}", model.config.layers
 
-            def drop(dropped, field=field, model=model):
-                model.contribute(Contribution(**{field: tuple(dropped)}))
+            def drop(gone, field=field, model=model):
+                model.contribute(Contribution(**{field: tuple(gone)}))
                 return model
 
             whole[name] = measure(drop([]))
@@ -84,10 +80,10 @@ def layers(models: Models, page: report.Report, measure: Measure, cumulative: in
                 print(f"{name} without layer {layer}: {_text(singles[name][-1])}", flush=True)
             if PERPLEXITY in whole[name]:
                 perplexity = [found[PERPLEXITY] for found in singles[name]]
-                greedy[name] = _greedy(
+                dropped[name] = greedy(
                     lambda d, drop=drop: measure.perplexity(drop(d)), perplexity, cumulative or count
                 )
-                order = [layer for layer, _ in greedy[name]]
+                order = [layer for layer, _ in dropped[name]]
                 print(f"{name}: dropped in the order {', '.join(map(str, order))}", flush=True)
                 if measure.tasks:
                     together[name] = [measure(drop(order[:n])) for n in range(1, len(order) + 1)]
@@ -101,9 +97,7 @@ def layers(models: Models, page: report.Report, measure: Measure, cumulative: in
     for name, by_layer in singles.items():
         for layer, found in enumerate(by_layer):
             rows.append([name, layer, *found.values(), *changes[name][layer].values()])
-    page.table(head, rows, "Quality without one layer's FFN")
-    with page.csv("layers", head) as write:
-        write(rows)
+    page.table(head, rows, "Quality without one layer's FFN", csv="layers")
     for metric in metrics:
         lines = {name: [found[metric] for found in by_layer] for name, by_layer in changes.items()}
         figure = report.by_layer(lines, f"change of {metric}, %")
@@ -113,39 +107,39 @@ def layers(models: Models, page: report.Report, measure: Measure, cumulative: in
             figure,
             f"Change of {metric} without a layer's FFN (Figures 4 and 12), from 1% logarithmic",
         )
-    if greedy:
-        _draw_greedy(page, greedy, whole)
+    if dropped:
+        _draw_cumulative(page, dropped, whole)
     if together:
         rows = [[name, n, *q.values()] for name, found in together.items() for n, q in enumerate(found, 1)]
         page.table(["model", "layers dropped", *metrics], rows, "Quality as layers' FFNs are dropped one after another")
-    return {"whole": whole, "without_layer": singles, "cumulative": greedy, "cumulative_quality": together}
+    return {"whole": whole, "without_layer": singles, "cumulative": dropped, "cumulative_quality": together}
 
 
-def _greedy(perplexity_without, first: list[float], count: int) -> list[tuple[int, float]]:
-    """[(layer, perplexity)]: on top of those before, the layer whose loss costs least; `first`: of single layers."""
+def greedy(cost_without, first: list[float], count: int) -> list[tuple[int, float]]:
+    """[(layer, cost)]: on top of those before, the layer whose loss costs least; `first`: costs of single layers."""
     out, left = [], list(range(len(first)))
     while len(out) < count:
         gone = [layer for layer, _ in out]
-        costs = {layer: perplexity_without([*gone, layer]) if gone else first[layer] for layer in left}
+        costs = {layer: cost_without([*gone, layer]) if gone else first[layer] for layer in left}
         best = min(costs, key=costs.get)
         out.append((best, costs[best]))
         left.remove(best)
     return out
 
 
-def _draw_greedy(page, greedy, whole):
+def _draw_cumulative(page, dropped, whole):
     figure, axis = report.new_figure()
-    for number, (name, steps) in enumerate(greedy.items()):
+    for number, (name, steps) in enumerate(dropped.items()):
         full = whole[name][PERPLEXITY]
         points = [0.0, *(change(value, full) for _, value in steps)]
         axis.plot(range(len(points)), points, **report.style_of(number), label=name)
     axis.set(xlabel="layers dropped, least harmful first", ylabel="change of perplexity, %")
     axis.set_yscale("symlog", linthresh=1)
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    report.legend(axis)
     page.figure(
         "cumulative", figure, "Change of perplexity as layers' FFNs are dropped one after another, from 1% logarithmic"
     )
-    rows = [[name, n, *step] for name, steps in greedy.items() for n, step in enumerate(steps, 1)]
+    rows = [[name, n, *step] for name, steps in dropped.items() for n, step in enumerate(steps, 1)]
     with page.csv("cumulative", ["model", "dropped", "layer", "perplexity"]) as write:
         write(rows)
 

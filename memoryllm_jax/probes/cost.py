@@ -42,13 +42,14 @@ def cost(
     page.facts |= {"text": f"{data}, validation", "device": jax.devices()[0].device_kind}
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=page.folder, prefix="tol-"))
-        sides = _sides(models, places, options.size(cache, "cache"), data, folder, stack)
+        opened = _opener(models, data, steps, rounds, stack)
+        sides = _sides(models, places, options.size(cache, "cache"), data, folder, opened)
         for side in sides.values():
-            side.decode(steps, 0, rounds)  # compiles what a round needs
+            side.decode(0)  # compiles what a round needs
         times = {name: [] for name in sides}
         for number in range(rounds):
             for name, side in sides.items():
-                times[name].append(side.decode(steps, number + 1, rounds))
+                times[name].append(side.decode(number + 1))
         first = next(iter(times.values()))
         rows = []
         for name, side in sides.items():
@@ -57,9 +58,7 @@ def cost(
             rows.append([name, *(n / 1e6 for n in memory.values()), sum(memory.values()) / 1e6])
             rows[-1] += [1e3 * statistics.median(times[name]), statistics.median(ratios)]
     head = ["side", *(f"{name}, MB" for name in memory), "memory, MB", "ms a token", "time over the first side's"]
-    page.table(head, rows, "A decode step of one sequence (Table 6)")
-    with page.csv("sides", head) as write:
-        write(rows)
+    page.table(head, rows, "A decode step of one sequence (Table 6)", csv="sides")
     page.figure("sides", _draw(head, rows), "Memory on the device, and time a token")
     return {"sides": [dict(zip(head, row)) for row in rows], "seconds": times}
 
@@ -67,18 +66,18 @@ def cost(
 class _Side:
     """A model that decodes one sequence of given tokens."""
 
-    def __init__(self, model: generate.Model, path: str):
-        self.model = model
+    def __init__(self, model: generate.Model, path: str, steps: int, rounds: int):
+        """Raises: UserError if the text is too short for all rounds."""
+        self.model, self.steps = model, min(steps, model.saved.context)
         self.stream = data.open_for(path, model.tokenizer.digest).validation
+        needed = (rounds + 1) * self.steps
+        if self.stream.tokens < needed:
+            raise UserError(f"--data: expected {needed:,} held-out tokens for all rounds, found {self.stream.tokens:,}")
         self.cache = model.decoder.empty_cache(1, model.saved.context)
 
-    def decode(self, steps: int, number: int, rounds: int) -> float:
-        """Seconds a token, of a round's own tokens. Raises: UserError if the text is too short for all rounds."""
-        steps = min(steps, self.model.saved.context)
-        if self.stream.tokens < (rounds + 1) * steps:
-            found = f"found {self.stream.tokens:,}"
-            raise UserError(f"--data: expected {(rounds + 1) * steps:,} held-out tokens for all rounds, {found}")
-        tokens = self.stream.read(number * steps, steps)
+    def decode(self, number: int) -> float:
+        """Seconds a token, of a round's own tokens."""
+        tokens = self.stream.read(number * self.steps, self.steps)
         start = time.perf_counter()
         self._run(tokens)
         return (time.perf_counter() - start) / len(tokens)
@@ -100,23 +99,29 @@ class _Side:
         return {"decoder": self.model.decoder.weights_bytes, "FFN-M and embedding": live, "rows": rows, "cache": cache}
 
 
-def _sides(models, places, cache, path, folder, stack):
+def _opener(models, path, steps, rounds, stack):
+    """(workdir, tol, ...) -> the side of a model that stays open as long as the stack."""
     if not path:
         raise UserError("--data: expected prepared data of the models' tokenizer, found nothing")
-    sides = {}
 
     def opened(*args):
-        return stack.enter_context(contextlib.closing(generate.Model(*args, dtype=models.dtype)))
+        model = stack.enter_context(contextlib.closing(generate.Model(*args, dtype=models.dtype)))
+        return _Side(model, path, steps, rounds)
 
+    return opened
+
+
+def _sides(models, places, cache, path, folder, opened):
+    sides = {}
     for number, (label, workdir) in enumerate(zip(models.labels, models.workdirs)):
         live = opened(workdir)
-        memory_dim = live.config.memory_dim
-        sides[label if not memory_dim else f"{label}, live"] = _Side(live, path)
+        memory_dim = live.model.config.memory_dim
+        sides[label if not memory_dim else f"{label}, live"] = live
         if memory_dim:
             tol = os.path.join(folder, f"{number}.safetensors")
             print(precompute.precompute(workdir, tol, options.Options(data=path), dtype=models.dtype), flush=True)
             for place in places:
-                sides[f"{label}, rows on {place}"] = _Side(opened(workdir, tol, place, cache), path)
+                sides[f"{label}, rows on {place}"] = opened(workdir, tol, place, cache)
     return sides
 
 

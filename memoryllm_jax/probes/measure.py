@@ -11,8 +11,6 @@ from memoryllm_jax import config, documents, evaluate, generate, report, shardin
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.saved import SavedModel
 
-flags.disclaim_key_flags()  # they are the command's: its --help lists them
-
 PERPLEXITY = "perplexity"
 # How the paper groups its tasks (Table 1), by the beginnings of their names in the harness.
 GROUPS = {
@@ -21,20 +19,9 @@ GROUPS = {
 }
 
 
-def define_flags() -> None:
-    flags.DEFINE_string("data", "", "prepared data (folder or URL) or text files, for perplexity")
-    flags.DEFINE_enum("split", "validation", ["train", "validation"], "of prepared data")
-    flags.DEFINE_integer("max_tokens", 0, "predict so many tokens of it at most; 0: all", lower_bound=0)
-    flags.DEFINE_list("tasks", [], "tasks of the harness, as `evaluate` takes them")
-    flags.DEFINE_string("task_path", "", "folder with task files (.yaml) of your own")
-    flags.DEFINE_string("task_data", "", "folder with lambada.jsonl and piqa.jsonl, for lambada_local and piqa_local")
-    flags.DEFINE_integer("num_fewshot", None, "examples in a prompt; by default as the task says", lower_bound=0)
-    flags.DEFINE_float("limit", 0, "documents of each task, or a share of them below 1; 0: all", 0)
-
-
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A model's perplexity on `data` and its scores on `tasks`, as the flags above say. Raises: UserError."""
+    """A model's perplexity on `data` and scores on `tasks`, by `cli.define_quality_flags`. Raises: UserError."""
 
     data: str = ""
     split: str = "validation"

@@ -105,21 +105,27 @@ def _matrices(layer):
 
 
 def _prune_layer(layer, grams, method, pattern):
-    pruned = []
+    pruned, factors = [], {}
+    if method == "sparsegpt":
+        factors = {name: _inverse_factor(gram) for name, gram in grams.items()}
     for w, name in _matrices(layer):
         inputs = w.shape[0] * w.shape[1] if name == "out" else w.shape[0]
         w_IO = w.reshape(inputs, -1)
         gram = None if grams is None else grams[name]
-        pruned.append(prune_matrix(w_IO, gram, method, pattern).reshape(w.shape))
+        pruned.append(prune_matrix(w_IO, gram, method, pattern, factors.get(name)).reshape(w.shape))
     q, k, v, out, gate, up, down = pruned
     return layer | {"attention": {"q": q, "k": k, "v": v, "out": out}, "ffn": {"gate": gate, "up": up, "down": down}}
 
 
-def prune_matrix(w_IO, gram_II, method: str, pattern: Pattern):
-    """w with zeros, and with SparseGPT its other weights corrected. gram_II: sum of x x^T of its inputs."""
+def prune_matrix(w_IO, gram_II, method: str, pattern: Pattern, factor_II=None):
+    """w with zeros, and with SparseGPT its other weights corrected.
+
+    Args:
+      gram_II: sum of x x^T of its inputs.  factor_II: what SparseGPT makes of that, if it is there already.
+    """
     w_OI = w_IO.T.astype(jnp.float32)
     if method == "sparsegpt":
-        pruned = _sparsegpt(w_OI, jnp.asarray(_inverse_factor(np.asarray(gram_II))), pattern)
+        pruned = _sparsegpt(w_OI, _inverse_factor(gram_II) if factor_II is None else factor_II, pattern)
     else:
         score = jnp.abs(w_OI) if method == "magnitude" else jnp.abs(w_OI) * jnp.sqrt(jnp.diag(gram_II))
         pruned = jnp.where(_weakest(score, pattern, by_row=method == "wanda"), 0, w_OI)
@@ -143,7 +149,7 @@ def _lowest(score, count):
 
 def _inverse_factor(gram):
     """Upper U with U^T U = (gram + damping)^-1, float32: row i holds how input i's error is made good by later ones."""
-    gram = gram.astype(np.float64)
+    gram = np.asarray(gram, np.float64)
     damping = _DAMPING * gram.diagonal().mean()
     inverse = np.linalg.inv(gram + max(damping, 1e-30) * np.eye(len(gram)))
     return np.linalg.cholesky(inverse).T.astype(np.float32)

@@ -30,7 +30,7 @@ def pruning(
     for method in methods:
         if method not in prune.METHODS:
             raise UserError(f"--methods: expected some of {', '.join(prune.METHODS)}, found {method}")
-    page.facts |= measure.facts() | {"calibration": f"{calibration}, {windows} windows"}
+    page.facts |= {"calibration": f"{calibration}, {windows} windows"}
     bases = [label for label in models.labels if label.split()[0] == "base"]
     if len(bases) != 1:
         raise UserError(f"--workdir: expected one base among the models, which is what is pruned, found {len(bases)}")
@@ -45,9 +45,12 @@ def pruning(
     names = list(points[0]["quality"])
     head = ["model", "pruned by", "pattern", "active parameters", *names]
     rows = [[p["model"], p["method"], p["pattern"], p["active"], *p["quality"].values()] for p in points]
-    page.table(head, rows, "Pruned base beside whole models; active: attention, FFN-C and norms that are not zero")
-    with page.csv("points", head) as write:
-        write(rows)
+    page.table(
+        head,
+        rows,
+        "Pruned base beside whole models; active: attention, FFN-C and norms that are not zero",
+        csv="points",
+    )
     for name in names:
         page.figure(name.replace(" ", "-"), _draw(points, name), f"{name} against active parameters (Figure 11)")
     return {"points": points}
@@ -112,5 +115,5 @@ def _draw(points, name):
     if name == "perplexity":
         report.log_scale(axis)
     axis.set(xlabel="active parameters, millions", ylabel=name)
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    report.legend(axis)
     return figure

@@ -13,14 +13,12 @@ text that is one token, or as #ID.
 """
 
 import json
-import os
-import sys
 
 import jax
 import numpy as np
 from absl import flags
 
-from memoryllm_jax import cli, config, files, sharding
+from memoryllm_jax import commands, config, files, sharding
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.saved import SavedModel
 from memoryllm_jax.tol import build, compare, edit, options, quality
@@ -198,11 +196,4 @@ def define_flags(command):
 
 
 if __name__ == "__main__":
-    commands = ("inspect", "verify", "compress", "edit", "diff")
-    if len(sys.argv) > 1 and sys.argv[1] in commands:
-        define_flags(sys.argv[1])
-    elif not {"--help", "-h", "--helpfull"} & set(sys.argv):
-        found = os.path.basename(sys.argv[1]) if len(sys.argv) > 1 else "nothing"
-        print(f"error: expected one of {', '.join(commands)}, found {found}", file=sys.stderr)
-        sys.exit(1)
-    cli.run(main, positional=True)
+    commands.run(("inspect", "verify", "compress", "edit", "diff"), define_flags, main)

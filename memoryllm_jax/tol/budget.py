@@ -130,12 +130,23 @@ class Planner:
         """Of least expected loss within `total` bytes of rows and bases. Raises: UserError if none is that small."""
         return _solve(self._source, self._tables, self._tier_rows, total)
 
-    def loss(self, layout: Layout, scorer: Scorer, vectors: dict) -> float:
-        """Measured, with the full rows of the scorer's tokens as this layout stores them; tiers as planned, or one."""
-        used = {name: self.bases[name][:rank] for name, rank in layout.rotated.items()}
-        one = len(layout.tiers) == 1
-        tier_U = np.zeros(len(scorer.ids), np.int32) if one else self.tier_of_token[scorer.ids]
-        return scorer.nats(as_stored(layout, vectors, tier_U, used))
+    def even_bases(self) -> tuple[dict, dict]:
+        """({part name: singular values [D]}, bases like `bases`), but of rows among which every token counts alike."""
+        grams = build.grams(
+            self._source, self.whole, list(self.bases), np.ones(self._source.vocab_size), "singular vectors"
+        )
+        found = {name: build.basis_of(gram) for name, gram in grams.items()}
+        values = {name: np.sqrt(squares) for name, (squares, _) in found.items()}
+        return values, {name: jnp.asarray(basis, jnp.bfloat16) for name, (_, basis) in found.items()}
+
+    def tiers(self, layout: Layout) -> np.ndarray:
+        """int32 [V]: each token's tier in a layout, of the tiers planned or of one."""
+        return self.tier_of_token if len(layout.tiers) > 1 else np.zeros_like(self.tier_of_token)
+
+    def loss(self, layout: Layout, scorer: Scorer, vectors: dict, bases: dict | None = None) -> float:
+        """Measured, with the full rows of the scorer's tokens as this layout stores them; bases: other than planned."""
+        used = cut(self.bases if bases is None else bases, layout)
+        return scorer.nats(as_stored(layout, vectors, self.tiers(layout)[scorer.ids], used))
 
 
 def choose(source, scorer: Scorer, counts: np.ndarray, total: int) -> tuple[Layout, dict]:
@@ -154,7 +165,12 @@ def choose(source, scorer: Scorer, counts: np.ndarray, total: int) -> tuple[Layo
             layout = peer
             lines.append("the uniform setting is better and is taken")
     print("\n".join(lines), flush=True)
-    return layout, {name: np.asarray(planner.bases[name][:rank]) for name, rank in layout.rotated.items()}
+    return layout, {name: np.asarray(basis) for name, basis in cut(planner.bases, layout).items()}
+
+
+def cut(bases: dict, layout: Layout) -> dict:
+    """What a layout stores of whole bases."""
+    return {name: bases[name][:rank] for name, rank in layout.rotated.items()}
 
 
 def plain_layout(source, bits: int) -> Layout:
