@@ -1,10 +1,11 @@
 """Measures a trained model: perplexity on text, or scores on tasks of EleutherAI's harness (lm_eval).
 
-    python -m memoryllm_jax.evaluate --workdir=DIR --data=DATA --output=FILE.json
+    python -m memoryllm_jax.evaluate --workdir=DIR --data=DATA --output=FILE.json --page=FOLDER
     python -m memoryllm_jax.evaluate --workdir=DIR --tol=tol.safetensors --data='books/*.txt'
     python -m memoryllm_jax.evaluate --workdir=DIR --tasks=hellaswag,piqa --output=FILE.json
     python -m memoryllm_jax.evaluate --workdir=DIR --tasks=lambada_local,piqa_local --task_data=FOLDER
 
+--output is for machines; --page=FOLDER gets evaluate.html for people, with evaluate.json, CSV and PNG files beside it.
 All devices of this machine share the work. --data is prepared data (folder or URL), or text files (.json, .jsonl, .txt,
 each also .gz or .zst, or .parquet), whose documents are put between bos and eos, one after another, as `prepare` does.
 The tokens are one stream. It is cut into windows of the model's context, as in training, and every token but the
@@ -24,11 +25,24 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from memoryllm_jax import cli, config, data, documents, files, generate, metrics, scoring, sharding
+from memoryllm_jax import (
+    cli,
+    config,
+    data,
+    documents,
+    files,
+    generate,
+    metrics,
+    quality_page,
+    report,
+    scoring,
+    sharding,
+)
 from memoryllm_jax.cli import UserError
 
 _CHUNK = 1 << 20  # tokens read at a time
 _FOR_DATA = ("split", "text_key", "stride", "max_tokens", "save_tokens")
+_CHANGES = ("alpha", "alpha_compute", "drop_layers", "drop_compute")
 _FOR_TASKS = ("num_fewshot", "limit", "task_path", "task_data", "log_samples")
 
 
@@ -81,23 +95,25 @@ def perplexity(model: generate.Model, text: Text, windows: Windows, save_tokens:
     """
     spans = list(windows.spans(text.tokens))
     progress = cli.Progress("score", sum(stop - start - 1 for start, stop, _ in spans), "token")
-    nll, saved = 0.0, []
+    nats_T, predicted_T, saved = np.zeros(windows.context), np.zeros(windows.context, np.int64), []
     step = max(1, _CHUNK // windows.context)
     for first in range(0, len(spans), step):
         chosen = spans[first : first + step]
         pieces = text.read_each([start for start, _, _ in chosen], windows.context + 1)
         ids = [piece[: stop - start] for piece, (start, stop, _) in zip(pieces, chosen)]
         scores = scoring.score(model.decoder, model.rows, ids, windows.context, progress)
-        nll -= sum(s.log_probs_T[skip:].sum(dtype=np.float64) for s, (_, _, skip) in zip(scores, chosen))
+        for (log_probs_T, _), (_, _, skip) in zip(scores, chosen):
+            nats_T[skip : len(log_probs_T)] -= log_probs_T[skip:]
+            predicted_T[skip : len(log_probs_T)] += 1
         saved += ids if save_tokens else []
     progress.close()
     if save_tokens:
         buffer = io.BytesIO()
         np.save(buffer, np.stack(saved))
         files.write_bytes(save_tokens, buffer.getvalue())
-    targets = text.tokens - 1
+    targets, nll = text.tokens - 1, float(nats_T.sum())
     return {
-        **metrics.quality(float(nll / targets), targets, text.bytes),
+        **metrics.quality(nll / targets, targets, text.bytes),
         "tokens": targets,
         "word_perplexity": math.exp(min(nll / max(text.words, 1), 700.0)),
         "words": round(text.words),
@@ -105,7 +121,20 @@ def perplexity(model: generate.Model, text: Text, windows: Windows, save_tokens:
         "windows": len(spans),
         "context": windows.context,
         "stride": windows.stride,
+        "by_context": _by_context(nats_T, predicted_T),
     }
+
+
+def _by_context(nats_T, predicted_T) -> list[dict]:
+    """Loss after 1, 2 to 3, 4 to 7, ... tokens of the window."""
+    context = int(np.flatnonzero(predicted_T)[-1]) + 1
+    first = [2**k - 1 for k in range(context.bit_length())]
+    nats, tokens = (np.add.reduceat(of_T[:context], first).tolist() for of_T in (nats_T, predicted_T))
+    lasts = [*first[1:], context]
+    return [
+        {"from": start + 1, "to": last, "loss": of_part / count, "tokens": count}
+        for start, last, of_part, count in zip(first, lasts, nats, tokens)
+    ]
 
 
 def prepared_text(path: str, split: str, tokenizer, windows: Windows) -> Text:
@@ -167,7 +196,7 @@ def quality_text(result: dict) -> str:
     )
 
 
-def _on_data(model, about):
+def _on_data(model, page):
     f = flags.FLAGS
     context = model.saved.context
     stride = context if f.stride is None else f.stride
@@ -177,9 +206,41 @@ def _on_data(model, about):
     text = text_of(f.data, f.split, f.text_key, model.tokenizer, windows)
     result = perplexity(model, text, windows, f.save_tokens)
     print(quality_text(result), flush=True)
+    where = {"data": f.data} | ({} if documents.is_text(f.data) else {"split": f.split})
+    result |= where | {"model": _about(model), "rows": model.rows.stats()}
     if f.output:
-        where = {"data": f.data} | ({} if documents.is_text(f.data) else {"split": f.split})
-        files.write_json(f.output, result | where | {"model": about, "rows": model.rows.stats()})
+        files.write_json(f.output, result)
+    if page:
+        quality_page.of_text(page, model, text, result)
+        print(page.write(result))
+
+
+def _on_tasks(model, tasks, page):
+    f = flags.FLAGS
+    results = tasks.run(model, _about(model), f.num_fewshot, f.limit, f.output, f.log_samples)
+    print(tasks.table(results), flush=True)
+    if page:
+        quality_page.of_tasks(page, results)
+        print(page.write({name: results[name] for name in ("results", "n-shot", "n-samples")}))
+
+
+def _about(model) -> dict:
+    f, saved = flags.FLAGS, model.saved
+    about = {"path": saved.workdir, "step": saved.step, "architecture": saved.config.architecture}
+    about |= {"dtype": saved.config.dtype} | ({"tol": f.tol, "overlay": f.overlay} if f.tol else {})
+    return about | {name: f[name].value for name in _CHANGES if f[name].present}
+
+
+def _open_page(model):
+    """The page that --page asks for, or a context without one."""
+    f = flags.FLAGS
+    if not f.page:
+        return contextlib.nullcontext()
+    facts = report.saved_facts(model.saved) | ({"rows": f"{f.tol}, on {f.rows}"} if f.tol else {})
+    facts |= {name.replace("_", " "): f"{f[name].value}" for name in _CHANGES if f[name].present}
+    split = "" if documents.is_text(f.data) else f", {f.split}"
+    facts |= {"text": f.data + split} if f.data else {"tasks": ", ".join(f.tasks)}
+    return report.Report(f.page, "evaluate", f"{model.config.architecture} on {f.data or ', '.join(f.tasks)}", facts)
 
 
 def _check(f):
@@ -215,16 +276,11 @@ def main():
     mesh = sharding.make_mesh(config.MeshConfig(data=-1, fsdp=1, tensor=1))
     tasks = harness.Tasks(f.tasks, f.task_path, f.task_data) if harness else None
     multiprocessing.set_start_method("forkserver")  # the harness has processes for some metrics, and JAX has threads
-    with contextlib.closing(generate.model_from_flags(mesh)) as model:
-        saved = model.saved
-        about = {"path": saved.workdir, "step": saved.step, "architecture": saved.config.architecture}
-        about |= {"dtype": saved.config.dtype} | ({"tol": f.tol, "overlay": f.overlay} if f.tol else {})
-        changed = ("alpha", "alpha_compute", "drop_layers", "drop_compute")
-        about |= {name: f[name].value for name in changed if f[name].present}
+    with contextlib.closing(generate.model_from_flags(mesh)) as model, _open_page(model) as page:
         if f.data:
-            _on_data(model, about)
+            _on_data(model, page)
         else:
-            print(tasks.run(model, about, f.num_fewshot, f.limit, f.output, f.log_samples), flush=True)
+            _on_tasks(model, tasks, page)
     return 0
 
 
@@ -240,4 +296,5 @@ if __name__ == "__main__":
     )
     flags.DEFINE_bool("log_samples", False, "write each document's result beside --output, as the harness does")
     flags.DEFINE_string("output", "", "JSON file for the result; of tasks, in the harness's format")
+    flags.DEFINE_string("page", "", "folder for evaluate.html, evaluate.json, and CSV and PNG files")
     cli.run(main)

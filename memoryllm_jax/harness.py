@@ -214,14 +214,14 @@ class Tasks:
         output: str = "",
         log_samples: bool = False,
         bootstrap_iters: int = 100_000,
-    ) -> str:
+    ) -> dict:
         """Runs them and writes the harness's result file, and with `log_samples` its files of samples beside it.
 
         Args:
           about: what the file says of the model.
           limit: documents of each task, or below 1 a share of them; 0: all.
           bootstrap_iters: resamplings behind the standard error of metrics like perplexity.
-        Returns: the harness's table. Raises: UserError.
+        Returns: the harness's results. Raises: UserError.
         """
         with tempfile.TemporaryDirectory() as folder:
             tracker = EvaluationTracker(output_path=os.path.join(folder, "results.json"))
@@ -229,6 +229,11 @@ class Tasks:
             results = self._evaluate(model, num_fewshot, limit, evaluation_tracker=tracker, **more)
             if output:
                 _save(tracker, results, folder, output)
+        return results
+
+    @staticmethod
+    def table(results: dict) -> str:
+        """The harness's own."""
         return "\n".join(make_table(results, column) for column in ("results", "groups") if column in results)
 
 

@@ -1,5 +1,6 @@
 """Scores of sequences, perplexity and the harness, against tests/reference.py on the checkpoint's own parameters."""
 
+import csv
 import glob
 import json
 import os
@@ -15,7 +16,7 @@ import reference
 from conftest import CONTEXT, with_devices
 
 from memoryllm_jax import config as config_lib
-from memoryllm_jax import data, evaluate, loss, scoring, sharding
+from memoryllm_jax import data, evaluate, loss, quality_page, report, scoring, sharding
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.evaluate import Windows
 from memoryllm_jax.sampling import Sampling
@@ -137,6 +138,11 @@ def test_windows_with_a_stride_predict_each_token_once_from_at_least_the_rest(la
         np.testing.assert_array_equal(saved.ravel()[: CONTEXT + 1], ids[: CONTEXT + 1])
         p = np.take_along_axis(log_softmax(model, saved[:, :-1]), saved[:, 1:, None], -1)
         assert found["loss"] == pytest.approx(-p.mean(), rel=1e-5)
+        parts = [list(part.values()) for part in found["by_context"]]
+        bounds = [(1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 32)]
+        for (start, last, nats, count), bound in zip(parts, bounds, strict=True):
+            assert (start, last) == bound and count == 2 * (last - start + 1)
+            assert nats == pytest.approx(-p[:, start - 1 : last].mean(), rel=1e-5)
         with pytest.raises(UserError, match="expected at least 33 tokens, found 9000"):
             Windows(CONTEXT, CONTEXT, 31, whole=True).cut(9000, "DATA")
 
@@ -150,7 +156,8 @@ def command(*arguments, devices=1, **env):
 def test_the_command_and_its_refusals(lab, tmp_path):
     workdir, out = f"--workdir={lab.workdir('memory')}", tmp_path / "out.json"
     where = (f"--data={lab.data_path}", f"--tol={lab.tol('memory')}", "--rows=host")
-    done = command(workdir, *where, "--stride=16", "--max_tokens=400", f"--output={out}", devices=2)
+    page = tmp_path / "page"
+    done = command(workdir, *where, "--stride=16", "--max_tokens=400", f"--output={out}", f"--page={page}", devices=2)
     assert done.returncode == 0, done.stderr
     result = json.load(open(out))
     with lab.model("memory") as model:
@@ -159,6 +166,12 @@ def test_the_command_and_its_refusals(lab, tmp_path):
         )
     assert result["model"]["architecture"] == "memory" and result["rows"]["rows"] == "host"
     assert f"{result['bits_per_byte']:.4f} bits per byte" in done.stdout
+    assert json.load(open(page / "evaluate.json"))["results"] == result
+    names = {"evaluate.html", "evaluate.json", "evaluate-quality.csv", "evaluate-context.csv", "evaluate-context.png"}
+    assert set(os.listdir(page)) == names
+    assert f"\nloss,{result['loss']!r},nats a token\n" in open(page / "evaluate-quality.csv").read()
+    html = open(page / "evaluate.html").read()
+    assert html.count(' nats">') == CONTEXT and "data:image/png;base64," in html and "https:" not in html
     for arguments, words in (
         ((), "expected --data=TEXT or --tasks=NAMES, found neither"),
         (("--data=embedded", "--limit=3"), "--limit: expected --tasks too"),
@@ -253,10 +266,14 @@ def test_local_tasks_run_without_a_network(lab, harness, tmp_path, monkeypatch):
     output.parent.mkdir()
     with lab.model("flex-3", lab.tol("flex-3")) as model:
         tasks = harness.Tasks(["lambada_local", "piqa_*al"], data=str(tmp_path))
-        table = tasks.run(model, {"path": "DIR"}, output=str(output), log_samples=True, bootstrap_iters=10)
+        results = tasks.run(model, {"path": "DIR"}, output=str(output), log_samples=True, bootstrap_iters=10)
+        table = tasks.table(results)
         scores = harness.MemoryLLM(model).loglikelihood(requests(*((query, f" {answer}") for query, answer in pairs)))
         choices = [(f"Question: {g['goal']}\nAnswer:", f" {g[name]}") for g in goods for name in ("sol1", "sol2")]
         of_choices = harness.MemoryLLM(model).loglikelihood(requests(*choices))
+        page = report.Report(str(tmp_path / "page"), "evaluate", "tasks", {})
+        quality_page.of_tasks(page, results)
+        page.write({})
     record = json.load(open(output))
     lambada, piqa = record["results"]["lambada_local"], record["results"]["piqa_local"]
     assert lambada["perplexity,none"] == pytest.approx(np.exp(-np.mean([score for score, _ in scores])))
@@ -265,6 +282,11 @@ def test_local_tasks_run_without_a_network(lab, harness, tmp_path, monkeypatch):
     labels, lengths = [g["label"] for g in goods], [[len(g["sol1"]), len(g["sol2"])] for g in goods]
     assert piqa["acc,none"] == np.mean(p.argmax(1) == labels)
     assert piqa["acc_norm,none"] == np.mean((p / lengths).argmax(1) == labels)
+    scores = {tuple(line[:2]): line[3:] for line in csv.reader(open(tmp_path / "page" / "evaluate-scores.csv"))}
+    for metric in ("acc", "acc_norm"):
+        written = [float(value) for value in scores["piqa_local", metric]]
+        assert written == [piqa[f"{metric},none"], piqa[f"{metric}_stderr,none"], 0, len(goods)]
+    assert os.path.getsize(tmp_path / "page" / "evaluate-scores.png") > 4000
     assert {"configs", "versions", "n-shot", "config", "n-samples", "task_hashes", "lm_eval_version"} <= set(record)
     assert record["model_name"] == "DIR" and "|lambada_local|" in table and "acc_norm" in table
     samples = glob.glob(str(output.parent / "samples_piqa_local_*.jsonl"))
