@@ -77,7 +77,8 @@ def _convert(saved, config, leaves):
                 like = leaves[f"{target}/{part}"]
                 leaves[f"{target}/{part}"] = _take(ffn[part], chosen, -2 if part == "down" else -1, like)
             norm = "layers/ffn_norm/scale" if target == "layers/ffn" else "memory/norm/scale"
-            leaves[norm] = jax.device_put(scale, leaves[norm].sharding)
+            # A copy: train donates its state, which must not hold one buffer in two places.
+            leaves[norm] = jax.device_put(jnp.copy(scale), leaves[norm].sharding)
 
 
 def _keys_by_size(ffn):
