@@ -77,8 +77,8 @@ def _convert(saved, config, leaves):
                 like = leaves[f"{target}/{part}"]
                 leaves[f"{target}/{part}"] = _take(ffn[part], chosen, -2 if part == "down" else -1, like)
             norm = "layers/ffn_norm/scale" if target == "layers/ffn" else "memory/norm/scale"
-            # By a program, so that it is a copy: a step donates its state, which must not hold a buffer twice.
-            leaves[norm] = jax.jit(jnp.copy, out_shardings=leaves[norm].sharding)(scale)
+            # A copy: a step donates its state, which must not hold a buffer twice.
+            leaves[norm] = jax.device_put(jnp.copy(scale), leaves[norm].sharding)
 
 
 def _keys_by_size(ffn):
