@@ -4,7 +4,7 @@
 
 Runs lambada_local and piqa_local, whole unless --limit is given, in float32: theirs with live FFN-M, ours too and, for
 memory and flex, from a ToL file of 32 bits. Compares example by example. Kill it at any time and run the same line
-again. Needs the extras `eval` and `hf`.
+again. Needs the extras `eval` and `hf`, and accelerate, which `lm_eval` asks for there.
 """
 
 import contextlib

@@ -126,9 +126,9 @@ def perplexity(model: generate.Model, text: Text, windows: Windows, save_tokens:
 
 
 def _by_context(nats_T, predicted_T) -> list[dict]:
-    """Loss after 1, 2 to 3, 4 to 7, ... tokens of the window."""
+    """Loss after 1, 2, 3 to 4, 5 to 8, ... tokens of the window."""
     context = int(np.flatnonzero(predicted_T)[-1]) + 1
-    first = [2**k - 1 for k in range(context.bit_length())]
+    first = [0, *(2**k for k in range((context - 1).bit_length()))]
     nats, tokens = (np.add.reduceat(of_T[:context], first).tolist() for of_T in (nats_T, predicted_T))
     lasts = [*first[1:], context]
     return [

@@ -29,10 +29,10 @@ def of_text(page: report.Report, model, text, result: dict) -> None:
     head = ["tokens before, from", "to", "loss, nats a token", "predicted tokens"]
     rows = [list(part.values()) for part in result["by_context"]]
     figure, axis = report.new_figure()
-    axis.plot([row[0] for row in rows], [row[2] for row in rows], **report.style_of(0))
+    axis.plot([row[1] for row in rows], [row[2] for row in rows], **report.style_of(0))
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel="tokens before the predicted one in its window, at least", ylabel="loss, nats a token")
+    axis.set(xlabel="tokens before the predicted one in its window, at most", ylabel="loss, nats a token")
     page.figure("context", figure, "Loss by how much of the text the model has seen")
     page.table(head, rows, "Loss by the tokens before the predicted one in its window", csv="context")
     page.heading("The first tokens")
@@ -48,7 +48,7 @@ def _shaded(model, ids):
         shade = f"background: rgb(255 120 0 / {min(-log_prob / _FULL_SHADE, 1):.2f})"
         parts.append(f'<span style="{shade}" title="{-log_prob:.2f} nats">{html.escape(texts[token])}</span>')
     note = f"Ground: nats, none (white) to {_FULL_SHADE:g} or more (orange); the number appears under the pointer."
-    return f'<p class="facts">{note}</p><p style="font-family: ui-monospace, monospace">{"".join(parts)}</p>'
+    return f'<p class="facts">{note}</p><p style="font-family: ui-monospace, monospace; overflow-wrap: anywhere">{"".join(parts)}</p>'
 
 
 def of_tasks(page: report.Report, results: dict) -> None:
