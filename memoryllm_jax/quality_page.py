@@ -48,7 +48,8 @@ def _shaded(model, ids):
         shade = f"background: rgb(255 120 0 / {min(-log_prob / _FULL_SHADE, 1):.2f})"
         parts.append(f'<span style="{shade}" title="{-log_prob:.2f} nats">{html.escape(texts[token])}</span>')
     note = f"Ground: nats, none (white) to {_FULL_SHADE:g} or more (orange); the number appears under the pointer."
-    return f'<p class="facts">{note}</p><p style="font-family: ui-monospace, monospace; overflow-wrap: anywhere">{"".join(parts)}</p>'
+    style = "font-family: ui-monospace, monospace; overflow-wrap: anywhere"
+    return f'<p class="facts">{note}</p><p style="{style}">{"".join(parts)}</p>'
 
 
 def of_tasks(page: report.Report, results: dict) -> None:
