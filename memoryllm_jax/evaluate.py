@@ -238,8 +238,7 @@ def _open_page(model):
         return contextlib.nullcontext()
     facts = report.saved_facts(model.saved) | ({"rows": f"{f.tol}, on {f.rows}"} if f.tol else {})
     facts |= {name.replace("_", " "): f"{f[name].value}" for name in _CHANGES if f[name].present}
-    split = "" if documents.is_text(f.data) else f", {f.split}"
-    facts |= {"text": f.data + split} if f.data else {"tasks": ", ".join(f.tasks)}
+    facts |= report.quality_facts(f.data, f.split, f.max_tokens, f.tasks, f.num_fewshot, f.limit)
     return report.Report(f.page, "evaluate", f"{model.config.architecture} on {f.data or ', '.join(f.tasks)}", facts)
 
 

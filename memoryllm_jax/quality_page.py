@@ -42,11 +42,11 @@ def of_text(page: report.Report, model, text, result: dict) -> None:
 def _shaded(model, ids):
     """Each token on a ground that is darker the less it was expected."""
     (found,) = scoring.score(model.decoder, model.rows, [ids], model.saved.context)
-    texts = token_texts(model.tokenizer, model.config.vocab_size)
-    parts = [f"<span>{html.escape(texts[ids[0]])}</span>"]
-    for token, log_prob in zip(ids[1:], found.log_probs_T):
+    first, *texts = map(html.escape, token_texts(model.tokenizer, ids))
+    parts = [f"<span>{first}</span>"]
+    for text, log_prob in zip(texts, found.log_probs_T):
         shade = f"background: rgb(255 120 0 / {min(-log_prob / _FULL_SHADE, 1):.2f})"
-        parts.append(f'<span style="{shade}" title="{-log_prob:.2f} nats">{html.escape(texts[token])}</span>')
+        parts.append(f'<span style="{shade}" title="{-log_prob:.2f} nats">{text}</span>')
     note = f"Ground: nats, none (white) to {_FULL_SHADE:g} or more (orange); the number appears under the pointer."
     style = "font-family: ui-monospace, monospace; overflow-wrap: anywhere"
     return f'<p class="facts">{note}</p><p style="{style}">{"".join(parts)}</p>'

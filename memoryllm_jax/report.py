@@ -20,7 +20,7 @@ import sys
 
 import numpy as np
 
-from memoryllm_jax import files
+from memoryllm_jax import documents, files
 from memoryllm_jax.cli import UserError
 
 _PAGE = """<!doctype html>
@@ -55,6 +55,19 @@ def saved_facts(saved) -> dict[str, str]:
         "model": f"{m.architecture}, {shape}, {m.vocab_size:,} ids, {tables}, computed in {m.dtype}",
         "checkpoint": f"{saved.workdir}, step {saved.step}",
     }
+
+
+def quality_facts(data, split, max_tokens, tasks, num_fewshot, limit) -> dict[str, str]:
+    """The text and the tasks of `cli.define_quality_flags`, as the page that measures on them is captioned."""
+    out = {}
+    if data:
+        split = "" if documents.is_text(data) else f", {split}"
+        out["text"] = f"{data}{split}" + (f", the first {max_tokens:,} tokens" if max_tokens else "")
+    if tasks:
+        share = f"{limit:g} documents each" if limit >= 1 else f"{limit:.0%} of the documents"
+        shots = "" if num_fewshot is None else f", {num_fewshot} examples in a prompt"
+        out["tasks"] = ", ".join(tasks) + (f", {share}" if limit else "") + shots
+    return out
 
 
 class Report:

@@ -282,9 +282,9 @@ def test_local_tasks_run_without_a_network(lab, harness, tmp_path, monkeypatch):
     labels, lengths = [g["label"] for g in goods], [[len(g["sol1"]), len(g["sol2"])] for g in goods]
     assert piqa["acc,none"] == np.mean(p.argmax(1) == labels)
     assert piqa["acc_norm,none"] == np.mean((p / lengths).argmax(1) == labels)
-    scores = {tuple(line[:2]): line[3:] for line in csv.reader(open(tmp_path / "page" / "evaluate-scores.csv"))}
+    lines_of = {tuple(line[:2]): line[3:] for line in csv.reader(open(tmp_path / "page" / "evaluate-scores.csv"))}
     for metric in ("acc", "acc_norm"):
-        written = [float(value) for value in scores["piqa_local", metric]]
+        written = [float(value) for value in lines_of["piqa_local", metric]]
         assert written == [piqa[f"{metric},none"], piqa[f"{metric}_stderr,none"], 0, len(goods)]
     assert os.path.getsize(tmp_path / "page" / "evaluate-scores.png") > 4000
     assert {"configs", "versions", "n-shot", "config", "n-samples", "task_hashes", "lm_eval_version"} <= set(record)

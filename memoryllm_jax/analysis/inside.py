@@ -39,7 +39,7 @@ class Inside:
         if self.config.token_memory in ("value", "per_layer"):
             raise UserError(f"{workdir}: expected base, memory or flex, found {self.config.architecture}")
         self.params, _ = self.saved.load(lambda name: whole or "/attention/" not in name)
-        self.texts = token_texts(self.tokenizer, self.config.vocab_size)
+        self.texts = token_texts(self.tokenizer, range(self.config.vocab_size))
         self._queries = jax.jit(self._queries_body)
 
     def ffn_name(self, ffn: str) -> str:
@@ -150,12 +150,12 @@ def key_coefficients(q_ND, ffn: dict, keys=None):
     return _some(q_ND, ffn["gate"], ffn["up"], keys)
 
 
-def token_texts(tokenizer, vocab_size: int) -> list[str]:
-    """The text of each id as people read it: a leading space is ␣, and what is no text by itself is #ID."""
+def token_texts(tokenizer, ids) -> list[str]:
+    """The text of each of the ids as people read it: a leading space is ␣, and what is no text by itself is #ID."""
     anchor = tokenizer.encode("a")[-1:]  # SentencePiece takes the space off a text's first token
     before = len(tokenizer.decode(anchor))
     out = []
-    for i in range(vocab_size):
+    for i in ids:
         text = tokenizer.decode([*anchor, i])[before:] if i < tokenizer.vocab_size else ""
         shown = text.replace(" ", "␣").replace("\n", "\\n").replace("\t", "\\t")
         out.append(shown if shown and shown.isprintable() and "\N{REPLACEMENT CHARACTER}" not in shown else f"#{i}")

@@ -7,7 +7,7 @@ import math
 
 from absl import flags
 
-from memoryllm_jax import config, documents, evaluate, generate, report, sharding
+from memoryllm_jax import config, evaluate, generate, report, sharding
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.saved import SavedModel
 
@@ -38,18 +38,7 @@ class Measure:
 
     def facts(self) -> dict[str, str]:
         """For a page's caption."""
-        out = {}
-        if self.data:
-            split = "" if documents.is_text(self.data) else f", {self.split}"
-            out["text"] = f"{self.data}{split}" + (f", the first {self.max_tokens:,} tokens" if self.max_tokens else "")
-        if self.tasks:
-            out["tasks"] = ", ".join(self.tasks) + self._extent()
-        return out
-
-    def _extent(self):
-        share = f"{self.limit:g} documents each" if self.limit >= 1 else f"{self.limit:.0%} of the documents"
-        shots = "" if self.num_fewshot is None else f", {self.num_fewshot} examples in a prompt"
-        return (f", {share}" if self.limit else "") + shots
+        return report.quality_facts(self.data, self.split, self.max_tokens, self.tasks, self.num_fewshot, self.limit)
 
     def __call__(self, model: generate.Model) -> dict[str, float]:
         """{"perplexity": of tokens, task: accuracy (or what the task has instead), ...}, of those asked for."""
