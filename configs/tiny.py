@@ -6,7 +6,7 @@ Data: Python's documentation topics and standard library (9 MB), SentencePiece w
 workdir on the first run. Give --config.data.path=DIR to train on what `prepare` wrote. Learning rates are those
 that suit this size, not the paper's.
 
-Cost: 1.0M tokens, four to five minutes. Expect about 1.75 bits per byte of held-out text, and a sample with a look of
+Cost: 1.0M tokens, four to six minutes. Expect about 1.75 bits per byte of held-out text, and a sample with a look of
 Python.
 """
 
