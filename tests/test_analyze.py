@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,17 @@ import reference
 
 from memoryllm_jax import analyze, checkpoint, data, model, report, sharding, train
 from memoryllm_jax import config as config_lib
-from memoryllm_jax.analysis import annotate, clusters, corpus, inside, neighbours, residual, surface, vocabulary
+from memoryllm_jax.analysis import (
+    agreement,
+    annotate,
+    clusters,
+    corpus,
+    inside,
+    neighbours,
+    residual,
+    surface,
+    vocabulary,
+)
 from memoryllm_jax.cli import UserError
 
 LENGTH = 16  # of windows
@@ -139,29 +150,48 @@ def test_prefixes_of_a_key_that_fires_on_one_token(make_model, run, data_path, t
     counts = np.bincount(tokens, minlength=512)
     counts[tokens[1:][tokens[1:] == tokens[:-1]]] = 0  # doubled, it would still fire without the last
     fires = int(counts.argmax())
-    first = int(np.flatnonzero(tokens == fires)[0])
-    follows = text.next(first)
+    triggers = np.flatnonzero(tokens == fires)
+    follows = int(tokens[triggers[0] + 1])
+    assert triggers[0] % LENGTH < LENGTH - 1  # so that what follows is of the same window
 
     def change(params):
         one_token_keys(params, "layers")
         params["embedding"][[FIRES, fires]] = params["embedding"][[fires, FIRES]]
         params["layers"]["ffn"]["down"][0] = 0
-        params["layers"]["ffn"]["down"][1, 3] = params["head"][follows]
+        params["layers"]["ffn"]["down"][1, 3], params["layers"]["ffn"]["down"][1, 4] = np.outer(
+            [1, -1], params["head"][follows]
+        )
 
     workdir = make_model("base", change)
     keys = run("triggers", workdir, key=["1:3", "1:4"], top=5, **options)["keys"]["1"]
-    assert keys["labels_Kt"] == [np.flatnonzero(tokens == fires)[:5].tolist()] * 2
-    run("mutate", workdir, key=["1:3"], top=5, **options)
+    assert keys["labels_Kt"] == [triggers[:5].tolist()] * 2
+    run("mutate", workdir, key=["1:3"], top=60, **options)
     changes = np.genfromtxt(tmp_path / "out/mutate-prefixes.csv", delimiter=",", names=True)
     assert np.abs(changes["first"]).max() < 1e-5 and np.abs(changes["last"] + 1).max() < 1e-5
-    assert all(min(abs(x), abs(x + 1)) < 1e-5 for x in changes["random"])
+    fired = np.abs(changes["random"]) < 1e-5
+    assert (fired | (np.abs(changes["random"] + 1) < 1e-5)).all() and 0 < fired.sum() < len(fired)
 
-    found = run("agreement", workdir, predictive=3, **options)
+    found = run("agreement", workdir, predictive=3, top=20, **options)
     with open(tmp_path / "out/agreement-keys.csv") as file:
         ranks = {tuple(line.split(",")[:2]): line.split(",")[5:] for line in file}
-    assert ranks["1", "3"] == [str(follows), "1\n"]
-    assert int(ranks["1", "4"][1]) > 1
-    assert any(row[:2] == [1, 3] and row[4] >= 1 for row in found["predictive"]["values"])
+    assert ranks["1", "3"] == ranks["1", "4"] == [str(follows), "1\n"]
+    assert int(ranks["1", "5"][1]) > 1
+    after = sum(text.next(label) == follows for label in triggers[:20])
+    assert sorted(row[:2] + row[4:] for row in found["predictive"]["values"])[:2] == [
+        [1, 3, after, 20],
+        [1, 4, after, 20],
+    ]
+
+
+def test_what_follows_a_token_in_the_training_text(make_model, data_path):
+    train = data.Dataset(data_path).train
+    tokens = train.read(0, train.tokens)
+    page = types.SimpleNamespace(facts={})
+    following = agreement._following(opened(make_model("memory")), page, None, data_path)
+    common = np.bincount(tokens).argmax()
+    assert following(common) == np.bincount(tokens[1:][tokens[:-1] == common]).argmax()
+    unseen = np.setdiff1d(np.arange(512), tokens)
+    assert len(unseen) and {following(token) for token in unseen} == {-1}
 
 
 def test_a_layer_that_overrides_the_residual(make_model, run, data_path):
@@ -202,6 +232,10 @@ def test_active_memories_hold_the_mass():
     assert residual.active_count(c_NF, norms, 0.85).tolist() == [1, 1]
 
 
+def test_stop_words_are_known_by_their_text():
+    assert residual.stop_words(["␣the", "The", "␣cat", ",", "an"]).tolist() == [True, True, False, False, True]
+
+
 def test_proxies_of_triggers():
     embed = lambda ids: np.array([1.0, sum(ids) - 6])  # noqa: E731
     shared, overlap, cosine = annotate.measures([[1, 2, 3], [9, 2, 3], [2, 2, 3]], embed, None)
@@ -227,36 +261,47 @@ def test_clustering_coefficient_and_purity():
 
 @pytest.mark.parametrize("architecture", ["base", "memory", "flex-3"])
 def test_everything_against_numpy(make_model, run, data_path, architecture, tmp_path):
-    workdir = make_model(architecture)
+    def shrink(params):  # a value so small that the final norm's epsilon would hide what it says
+        for group in ("layers", "memory"):
+            if "ffn" in params.get(group, {}):
+                params[group]["ffn"]["down"][1, 5] *= 1e-4
+
+    workdir = make_model(architecture, shrink)
     subject = opened(workdir)
     m, p = subject.config, jax.tree.map(np.asarray, subject.params)
     text = corpus.Corpus(subject, data_path, "train", LENGTH, 7 * LENGTH)
     silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
     c_of = lambda q, ffn: silu(q @ ffn["gate"]) * (q @ ffn["up"])  # noqa: E731
     norm = lambda x, scale: np.asarray(reference.norm(x, scale, m))  # noqa: E731
-    says = lambda x: np.asarray(norm(x, p["final_norm"]["scale"]) @ p["head"].T)  # noqa: E731
 
-    queries = [{} for _ in range(m.layers)]
-    residuals, outputs = [], []
+    def forward(tokens_BT):
+        """(queries, residual, output) of each layer, positions in a row."""
+        queries, residuals, outputs = [{} for _ in range(m.layers)], [], []
+        x = x0 = p["embedding"][tokens_BT]
+        for layer in range(m.layers):
+            at = p["layers"][layer]
+            r = x + np.asarray(reference.attention(norm(x, at["attention_norm"]["scale"]), at["attention"], m))
+            y = 0
+            if m.compute_dim:
+                source = r if m.compute_input == "after_attention" else x
+                queries[layer]["compute"] = norm(source, at["ffn_norm"]["scale"]).reshape(-1, m.dim)
+                y = y + (c_of(queries[layer]["compute"], at["ffn"]) @ at["ffn"]["down"]).reshape(x.shape)
+            if m.memory_dim:
+                mem = p["memory"][layer]
+                queries[layer]["memory"] = norm(x0, mem["norm"]["scale"]).reshape(-1, m.dim)
+                y = y + (c_of(queries[layer]["memory"], mem["ffn"]) @ mem["ffn"]["down"]).reshape(x.shape)
+            x = r + y
+            residuals.append(r.reshape(-1, m.dim))
+            outputs.append(x.reshape(-1, m.dim))
+        return queries, residuals, outputs
+
     windows = np.concatenate([t for t, *_ in text])[:7]
-    x = x0 = p["embedding"][windows]
-    for layer in range(m.layers):
-        at = p["layers"][layer]
-        r = x + np.asarray(reference.attention(norm(x, at["attention_norm"]["scale"]), at["attention"], m))
-        y = 0
-        if m.compute_dim:
-            source = r if m.compute_input == "after_attention" else x
-            queries[layer]["compute"] = norm(source, at["ffn_norm"]["scale"]).reshape(-1, m.dim)
-            y = y + (c_of(queries[layer]["compute"], at["ffn"]) @ at["ffn"]["down"]).reshape(x.shape)
-        if m.memory_dim:
-            mem = p["memory"][layer]
-            queries[layer]["memory"] = norm(x0, mem["norm"]["scale"]).reshape(-1, m.dim)
-            y = y + (c_of(queries[layer]["memory"], mem["ffn"]) @ mem["ffn"]["down"]).reshape(x.shape)
-        x = r + y
-        residuals.append(r.reshape(-1, m.dim))
-        outputs.append(x.reshape(-1, m.dim))
+    queries, residuals, outputs = forward(windows)
+    says = lambda x: np.asarray(norm(x, p["final_norm"]["scale"]) @ p["head"].T)  # noqa: E731
     stacked = {k: jax.tree.map(lambda *a: jnp.stack(a), *p[k]) for k in ("layers", "memory") if k in p}
-    np.testing.assert_allclose(says(x), reference.logits(p | stacked, windows, m), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        says(outputs[-1]).reshape(*windows.shape, -1), reference.logits(p | stacked, windows, m), rtol=1e-4, atol=1e-4
+    )
 
     seen = [[] for _ in range(m.layers)]
     for tokens_BT, _, real in text:
@@ -273,9 +318,8 @@ def test_everything_against_numpy(make_model, run, data_path, architecture, tmp_
     options = {"data": data_path, "length": LENGTH, "limit": 7 * LENGTH}
     found = run("triggers", workdir, ffn=kind, keys=4, top=6, **options)["keys"]["1"]
     group = p["layers" if kind == "compute" else "memory"][1]
-    if kind == "memory":
-        queries[1]["memory"] = norm(p["embedding"], group["norm"]["scale"])
-    c_NK = c_of(queries[1][kind], group["ffn"])[:, found["key"]]
+    asked = norm(p["embedding"], group["norm"]["scale"]) if kind == "memory" else queries[1]["compute"]
+    c_NK = c_of(asked, group["ffn"])[:, found["key"]]
     sign = np.sign(c_NK[np.abs(c_NK).argmax(0), np.arange(4)])
     assert found["sign_K"] == sign.tolist()
     expected = -np.sort(-(c_NK * sign).T, axis=1)[:, :6]
@@ -285,6 +329,18 @@ def test_everything_against_numpy(make_model, run, data_path, architecture, tmp_
         for k in range(4)
         for row, c in zip(*(found[n][k] for n in ("labels_Kt", "c_Kt")))
     )
+
+    if kind == "compute":
+        key = found["key"][2]
+        run("mutate", workdir, key=[f"1:{key}"], top=4, **options)
+        changes = np.genfromtxt(tmp_path / "out/mutate-prefixes.csv", delimiter=",", names=True)
+        ranks = changes["rank"].astype(int) - 1
+        for change, label, c in zip(changes, np.take(found["labels_Kt"][2], ranks), np.take(found["c_Kt"][2], ranks)):
+            prefix = windows[label // LENGTH, : label % LENGTH + 1]
+            for name, rest in (("first", prefix[1:]), ("last", prefix[:-1])):
+                q = forward(rest[None])[0][1]["compute"][-1]
+                assert change[name] == pytest.approx(c_of(q, group["ffn"])[key] / c - 1, rel=1e-3, abs=1e-3)
+        assert len(changes) >= 3
 
     run("values", workdir, ffn=kind, top=3)
     rows = [line.split(",") for line in open(tmp_path / "out/values-values.csv", encoding="utf-8")]
@@ -304,6 +360,17 @@ def test_everything_against_numpy(make_model, run, data_path, architecture, tmp_
         assert percent["settled"][layer] == pytest.approx(100 * (top_r == last).mean())
         assert percent["composition"][layer] == pytest.approx(100 * ((top_o != top_r) & (top_o != top_y)).mean())
         assert percent["agreement"][layer] == pytest.approx(100 * ((top_o == top_r) & (top_o == top_y)).mean())
+
+    rows = run("compose", workdir, examples=7 * LENGTH, split="train", **options)["percent_by_layer"]
+    for layer, (q_of, row) in enumerate(zip(queries, rows)):
+        y = outputs[layer] - residuals[layer]
+        top_y = says(y / np.sqrt((y * y).mean(-1, keepdims=True))).argmax(-1)
+        composed = np.ones(len(y), bool)
+        for name, q in q_of.items():
+            ffn = p["layers" if name == "compute" else "memory"][layer]["ffn"]
+            added = np.sign(c_of(q, ffn))[:, :, None] * unit(ffn["down"])
+            composed &= (says(32**0.5 * added).argmax(-1) != top_y[:, None]).all(1)
+        assert row["composed"] == pytest.approx(100 * composed.mean())
 
 
 def test_neighbours_clusters_and_outliers_against_numpy(make_model, run):
@@ -332,14 +399,17 @@ def test_neighbours_clusters_and_outliers_against_numpy(make_model, run):
 def test_every_command_leaves_whole_files(make_model, run, data_path, tmp_path):
     workdir = make_model("flex-3")
     small = {"keys": 3, "top": 3, "length": LENGTH, "limit": 200, "examples": 50, "clusters": 5, "picture": "pca"}
+    train = data.Dataset(data_path).train
+    counts = np.bincount(train.read(0, train.tokens), minlength=512)
     for command, call in analyze.COMMANDS.items():
         names = call.__code__.co_varnames[2 : call.__code__.co_argcount]
-        run(command, workdir, **{k: v for k, v in (small | {"data": data_path}).items() if k in names})
+        found = run(command, workdir, **{k: v for k, v in (small | {"data": data_path}).items() if k in names})
         page = open(tmp_path / f"out/{command}.html").read()
         assert page.count("<img") >= 1 and "http" not in page.replace(data_path, "")
         assert "flex-3, 2 layers of width 32" in page and f"{workdir}, step 0" in page
         if command in ("coefficients", "neighbours"):
-            assert f"most frequent of {data_path}" in page
+            assert f"the 500 most frequent of {data_path}" in page
+            assert found["tokens"] == np.argsort(-counts, kind="stable")[:500].tolist()
     assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".part")]
     sheet = open(tmp_path / "out/annotate-sheet.csv").read().splitlines()
     assert sheet[0].endswith("prefix,pattern,kind") and len(sheet) == 1 + 2 * 3 * 3
@@ -347,6 +417,8 @@ def test_every_command_leaves_whole_files(make_model, run, data_path, tmp_path):
 
 def test_refusals(make_model, run, data_path, tmp_path):
     base, memory = make_model("base"), make_model("memory")
+    with pytest.raises(UserError, match="--layers=0,2: expected layers from 0 to 1, found '2'"):
+        run("clusters", memory, layers="0,2")
     for command in ("coefficients", "clusters", "clustering", "outliers", "neighbours"):
         with pytest.raises(UserError, match=f"{command}: expected a memory or flex model, found base"):
             run(command, base)
