@@ -236,13 +236,19 @@ def drawable(text: str) -> bool:
 
 
 def by_layer(series: dict[str, list[float]], label: str, log: bool = False, layers: list[int] | None = None):
-    """A figure of one line for each series over the layers; a share is best given in percent."""
+    """A figure of one line for each series over the layers; a share is best given in percent.
+
+    The series "NAME, chance" is drawn as NAME, dotted.
+    """
     from matplotlib.ticker import MaxNLocator
 
     figure, ax = new_figure()
-    for number, (name, values) in enumerate(series.items()):
+    subjects = list(dict.fromkeys(name.removesuffix(", chance") for name in series))
+    for name, values in series.items():
         at = range(len(values)) if layers is None else layers
-        ax.plot(at, values, **style_of(number), label=name)
+        subject = name.removesuffix(", chance")
+        style = style_of(subjects.index(subject)) | ({"linestyle": ":"} if name != subject else {})
+        ax.plot(at, values, **style, label=name)
     ax.set_xlabel("layer")
     ax.set_ylabel(label)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
