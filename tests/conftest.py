@@ -1,12 +1,17 @@
 """Eight emulated CPU devices, one prepared data set of real text, and a small config that trains on it."""
 
+import importlib.metadata
 import os
 import tempfile
 
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="memoryllm_jax_tests_")  # tests' commands share it
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not WORKER:  # workers, and the commands that tests start, share one
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="memoryllm_jax_tests_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# LLVM's optimisations would make compiling half as long again.
+# LLVM's optimisations would make compiling half as long again, and the newer fusion emitters twice as long.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later ones always use them
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import contextlib
@@ -40,7 +45,8 @@ def free_port() -> int:
 
 
 def pytest_sessionfinish():
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    if not WORKER:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

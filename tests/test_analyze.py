@@ -260,13 +260,19 @@ def test_clustering_coefficient_and_purity():
 
 
 @pytest.mark.parametrize("architecture", ["base", "memory", "flex-3"])
-def test_everything_against_numpy(make_model, run, data_path, architecture, tmp_path):
-    def shrink(params):  # a value so small that the final norm's epsilon would hide what it says
+def test_a_trained_model_against_numpy(lab, make_model, run, data_path, architecture, tmp_path):
+    def change(params):
+        """One value is made so small that the final norm's epsilon would hide what it says."""
+        trained = opened(lab.workdir(architecture)).params
+        stacked = {
+            k: jax.tree.map(lambda *a: np.stack(a), *v) if isinstance(v, list) else v for k, v in trained.items()
+        }
+        jax.tree.map(np.copyto, params, stacked)
         for group in ("layers", "memory"):
             if "ffn" in params.get(group, {}):
                 params[group]["ffn"]["down"][1, 5] *= 1e-4
 
-    workdir = make_model(architecture, shrink)
+    workdir = make_model(architecture, change)
     subject = opened(workdir)
     m, p = subject.config, jax.tree.map(np.asarray, subject.params)
     text = corpus.Corpus(subject, data_path, "train", LENGTH, 7 * LENGTH)
