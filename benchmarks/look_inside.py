@@ -21,7 +21,7 @@ from memoryllm_jax import cli
 from memoryllm_jax.cli import UserError
 
 FLAGS = flags.FLAGS
-_OPEN = "import sys; from memoryllm_jax.analysis.inside import Inside; Inside(sys.argv[1], whole=False)"
+_OPEN = "import sys; from memoryllm_jax.analysis.inside import Inside; Inside(sys.argv[1], whole=False).params"
 
 
 def measure(arguments):
@@ -33,7 +33,7 @@ def measure(arguments):
     if process.returncode:
         raise UserError(f"{shlex.join(arguments)}: ended with {process.returncode}")
     wall = time.perf_counter() - start
-    return {"wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss / 1000}
+    return {"wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss * 1024 / 1e6}
 
 
 def main():

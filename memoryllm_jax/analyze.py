@@ -56,7 +56,7 @@ _HELP = {
     "sample": "tokens, drawn at random, for what is not done for all: the picture, the silhouette",
     "seed": "of what is drawn",
     "split": "train or validation",
-    "token": "token to look at, as text that is one token or as #ID; may be given more than once",
+    "token": "token to look at, as text that is one token, as ␣the or as #ID; may be given more than once",
     "tokens": "number of tokens where none are named; 0: all",
     "top": "how many of the strongest are kept",
 }

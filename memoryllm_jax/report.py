@@ -181,7 +181,7 @@ def plain(tree):
 
 def embedded_json(tree) -> str:
     """JSON that may stand inside a <script> element."""
-    return json.dumps(plain(tree), separators=(",", ":")).replace("</", "<\\/")
+    return json.dumps(plain(tree), separators=(",", ":")).replace("<", "\\u003c")
 
 
 def new_figure(width: float = 7.0, height: float = 3.6, columns: int = 1):

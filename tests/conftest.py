@@ -4,12 +4,13 @@ import importlib.metadata
 import os
 import tempfile
 
-WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if not WORKER:  # workers, and the commands that tests start, share one
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers, and the commands that tests start, share one
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="memoryllm_jax_tests_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# LLVM's optimisations would make compiling half as long again, and the newer fusion emitters twice as long.
+# LLVM's optimisations would make compiling half as long again, its threads a quarter longer in CPU time while workers
+# fill the cores, and the newer fusion emitters twice as long.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later ones always use them
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -45,7 +46,7 @@ def free_port() -> int:
 
 
 def pytest_sessionfinish():
-    if not WORKER:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 

@@ -4,9 +4,10 @@ import numpy as np
 
 from memoryllm_jax import report
 from memoryllm_jax.analysis import values as values_lib
-from memoryllm_jax.analysis.inside import Inside
+from memoryllm_jax.analysis.inside import Inside, at_least
 from memoryllm_jax.analysis.prefixes import find, open_corpus, sample_keys
 from memoryllm_jax.analysis.vocabulary import checked_dataset
+from memoryllm_jax.cli import Progress
 from memoryllm_jax.tol import text
 
 
@@ -30,35 +31,45 @@ def agreement(
     text; figure 5: the rank of w_i under p_i. Then, of the values with the largest max p, how many have their
     top token after at least one of the key's top-t triggers. Chance is measured: values paired with other keys'
     triggers. For FFN-M the trigger is a token, exact over the vocabulary, and w_i the token that most often follows it
-    in the training text; of the top-t triggers each has its own. Keys whose trigger does not occur there are left out.
+    in the training text, by up to 4 million pairs spread evenly over it; of the top-t triggers each has its own. Keys
+    whose trigger does not occur there are left out.
     """
     ffn = inside.ffn_name(ffn)
+    chosen = sample_keys(inside, ffn, keys, [], seed)
+    at_least({"top": top, "predictive": predictive})
     corpus = open_corpus(inside, ffn, data, split, length, limit, page)
     following = _following(inside, page, corpus, data)
-    chosen = sample_keys(inside, ffn, keys, [], seed)
     found = find(inside, ffn, chosen, top, corpus)
+    progress = Progress("values", len(found), "layer")
     draw, layers, peaked = np.random.default_rng(seed), [], []
     with page.csv("keys", ["layer", "key", "sign", "top_token", "max_p", "next_token", "rank"]) as write:
         for layer, (sign_K, labels_Kt, _) in found.items():
             next_K = np.array([following(label) for label in labels_Kt[:, 0]])
             there = next_K >= 0
-            own, signs, next_K = chosen[layer][there], sign_K[there], next_K[there]
+            own, signs, next_K, labels_Kt = chosen[layer][there], sign_K[there], next_K[there], labels_Kt[there]
+            progress.update(progress.done + 1)
+            if not len(own):
+                nothing = dict.fromkeys(("agreement", "chance", "median_rank", "chance_rank"), np.nan)
+                layers.append({"layer": layer, "keys": 0} | nothing)
+                continue
             v_KD = inside.values(ffn, layer)[own] * signs[:, None]
             top_ids, p = (x[:, 0] for x in values_lib.top_tokens(inside, v_KD, 1))
-            rank = values_lib.ranks(inside, v_KD, next_K)
+            other = others(draw, next_K)
+            rank, other_rank = values_lib.ranks(inside, v_KD, next_K, other)
             write(zip([layer] * len(own), own, signs, top_ids, [f"{x:.4g}" for x in p], next_K, rank))
-            shuffled = draw.permutation(next_K)
             layers.append(
                 {
                     "layer": layer,
                     "keys": len(own),
                     "agreement": float((top_ids == next_K).mean()),
-                    "chance": float((top_ids == shuffled).mean()),
+                    "chance": float((top_ids == other).mean()) if len(own) > 1 else np.nan,
                     "median_rank": float(np.median(rank)),
-                    "chance_rank": float(np.median(values_lib.ranks(inside, v_KD, shuffled))),
+                    "chance_rank": float(np.median(other_rank)) if len(own) > 1 else np.nan,
                 }
             )
-            peaked += [(float(p[k]), layer, int(own[k]), int(top_ids[k]), labels_Kt[there][k]) for k in range(len(own))]
+            most = np.argsort(-p, kind="stable")[:predictive]
+            peaked += [(float(p[k]), layer, int(own[k]), int(top_ids[k]), labels_Kt[k].tolist()) for k in most]
+    progress.close()
     peaked = sorted(peaked, key=lambda x: -x[0])[:predictive]
     best = []
     for p, layer, i, token, labels in peaked:
@@ -87,12 +98,20 @@ def agreement(
     return {"ffn": ffn, "layers": layers, "predictive": most}
 
 
+def others(draw: np.random.Generator, x_K: np.ndarray) -> np.ndarray:
+    """Each place takes the value of another, drawn at random, and each is taken once."""
+    order = draw.permutation(len(x_K))
+    out_K = np.empty_like(x_K)
+    out_K[order] = x_K[np.roll(order, 1)]
+    return out_K
+
+
 def _following(inside, page, corpus, data):
     """A function: label of a trigger -> the token that follows it, -1 where there is none."""
     if corpus is not None:
         return lambda label: corpus.next(label) if label >= 0 else -1
     dataset = checked_dataset(inside, data)
-    page.facts["next tokens"] = f"{data}, the most frequent successor in the training text"
-    size = inside.config.vocab_size
-    counts, successors = text.token_counts(dataset, size), text.likely_successors(dataset, size)[:, 0]
-    return lambda label: int(successors[label]) if label >= 0 and counts[label] else -1
+    successors, counts = text.likely_successors(dataset, inside.config.vocab_size)
+    pairs = f"{counts.sum():,} pairs of the training text, spread evenly"
+    page.facts["next tokens"] = f"{data}, the most frequent successor in {pairs}"
+    return lambda label: int(successors[label, 0]) if label >= 0 and counts[label] else -1

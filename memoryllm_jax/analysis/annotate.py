@@ -30,12 +30,13 @@ def annotate(
     """A sheet to annotate a key's triggers by hand, with automatic proxies.
 
     Geva et al. 2021, section 3.1: people name patterns that at least three of a key's 25 triggers share, and call each
-    shallow (such as the same last word) or semantic. The sheet (CSV, and boxes on the page) has a line for each
-    trigger, with columns for the pattern and its kind. The proxies are not such judgements, and stand beside what they
-    give for as many triggers drawn from all keys of the layer. Shared last token: share of the triggers that end with
-    the commonest last token; of FFN-M, whose triggers are tokens, share of the commonest surface class. N-gram overlap:
-    mean over pairs of the Jaccard index of 1- and 2-grams of the last 8 tokens; of FFN-M, of the characters. Embedding
-    similarity: mean over pairs of the cosine of mean input embeddings of the last 8 tokens, centred on the vocabulary.
+    shallow (such as the same last word) or semantic. The sheet as CSV has a line for each trigger, with columns for the
+    pattern and its kind; the page has a box for each key, beside the last 16 tokens of its triggers. The proxies are
+    not such judgements, and stand beside what they give for as many triggers drawn from all keys of the layer. Shared
+    last token: share of the triggers that end with the commonest last token; of FFN-M, whose triggers are tokens, share
+    of the commonest surface class. N-gram overlap: mean over pairs of the Jaccard index of 1- and 2-grams of the last 8
+    tokens; of FFN-M, of the characters. Embedding similarity: mean over pairs of the cosine of mean input embeddings of
+    the last 8 tokens, centred on the vocabulary.
     """
     ffn = inside.ffn_name(ffn)
     corpus = open_corpus(inside, ffn, data, split, length, limit, page)

@@ -13,7 +13,7 @@ import numpy as np
 
 from memoryllm_jax import report
 from memoryllm_jax.analysis import surface, topk, vocabulary
-from memoryllm_jax.analysis.inside import Inside, layers_of
+from memoryllm_jax.analysis.inside import Inside, at_least, layers_of
 from memoryllm_jax.analysis.neighbours import neighbours_of
 from memoryllm_jax.analysis.vocabulary import chunk_count, chunks, every_id
 from memoryllm_jax.cli import Progress, UserError
@@ -33,7 +33,7 @@ def _sklearn(module: str):
 
 def unit_coefficients(inside: Inside, layer: int, ids_N):
     """c / |c| of FFN-M, [N, F]."""
-    return _unit(inside.token_coefficients(layer, ids_N))
+    return _unit(inside.token_coefficients(layer, ids_N).astype(jnp.float32))
 
 
 @jax.jit
@@ -45,11 +45,18 @@ def _host(inside, layer, ids):
     return np.concatenate([np.asarray(unit_coefficients(inside, layer, i)[: r.sum()]) for i, r in chunks(ids)])
 
 
+def _check(inside: Inside, clusters: int, sample: int) -> None:
+    """Raises: UserError, also without scikit-learn."""
+    _sklearn("cluster")
+    most = min(inside.config.vocab_size - 1, vocabulary.CHUNK)  # the first chunk gives the first centres
+    if not 2 <= clusters <= most:
+        raise UserError(f"--clusters: expected from 2 to {most}, found {clusters}")
+    if sample <= clusters:
+        raise UserError(f"--sample: expected more than the {clusters} clusters, found {sample}")
+
+
 def fit(inside: Inside, layer: int, count: int, seed: int, step=lambda: None):
     """(cluster of each token [V], scikit-learn's fitted MiniBatchKMeans), a chunk of the vocabulary at a time."""
-    most = min(inside.config.vocab_size - 1, vocabulary.CHUNK)  # the first chunk gives the first centres
-    if not 2 <= count <= most:
-        raise UserError(f"--clusters: expected from 2 to {most}, found {count}")
     model = _sklearn("cluster").MiniBatchKMeans(count, random_state=seed, n_init=3, reassignment_ratio=0.0)
     draw = np.random.default_rng(seed)
     for _ in range(_EPOCHS):
@@ -84,12 +91,13 @@ def clusters(
     inside.need_memory("clusters")
     if picture not in _PICTURES:
         raise UserError(f"--picture: expected tsne or pca, found {picture!r}")
+    _check(inside, clusters, sample)
     chosen = layers_of(layers, inside.config.layers)
     classes, texts = surface.classes(inside.texts), inside.texts
     draw = np.random.default_rng(seed)
     pictured = {chosen[0], chosen[len(chosen) // 2], chosen[-1]}
     sampled = np.sort(draw.choice(len(texts), min(sample, len(texts)), replace=False)).astype(np.int32)
-    progress = Progress("clusters", len(chosen) * (_EPOCHS + 1) * chunk_count(len(texts)), "chunk")
+    progress = Progress("clusters", len(chosen) * (_EPOCHS + 2) * chunk_count(len(texts)), "chunk")
     step = lambda: progress.update(progress.done + 1)  # noqa: E731
     rows, tables, pictures = [], [], []
     with page.csv("tokens", ["layer", "token", "text", "cluster"]) as write:
@@ -102,7 +110,7 @@ def clusters(
                 row[name] = surface.purity(labels, of)
                 row[f"{name}, chance"] = surface.purity(shuffled, of)
             rows.append(row)
-            tables += _examples(inside, layer, labels, model, classes["kind"])
+            tables += _examples(inside, layer, labels, model, classes["kind"], step)
             if layer in pictured:
                 pictures.append((layer, _picture(inside, layer, sampled, labels, classes["kind"], picture, seed)))
     progress.close()
@@ -124,7 +132,7 @@ def clusters(
     return {"layers": rows}
 
 
-def _examples(inside, layer, labels, model, kinds):
+def _examples(inside, layer, labels, model, kinds, step):
     """A table's row for each cluster, largest first."""
     best = topk.empty(len(model.cluster_centers_), _EXAMPLES)
     centres_KF = jnp.asarray(model.cluster_centers_, jnp.float32)
@@ -132,6 +140,7 @@ def _examples(inside, layer, labels, model, kinds):
         near_KC = _nearness(unit_coefficients(inside, layer, ids_C), centres_KF)
         own_KC = real_C & (labels[ids_C] == np.arange(len(centres_KF))[:, None])
         best = topk.merge(best, jnp.where(own_KC, near_KC, -jnp.inf), ids_C)
+        step()
     near = np.asarray(best.labels_Rk)
     out = []
     for k in np.argsort(-np.bincount(labels, minlength=len(near)), kind="stable"):
@@ -198,6 +207,8 @@ def clustering(
     tokens if there are more. The graph is exact over the vocabulary; --tokens draws some to save time.
     """
     inside.need_memory("clustering")
+    _check(inside, clusters, sample)
+    at_least({"tokens": tokens}, 0)
     chosen = layers_of(layers, inside.config.layers)
     draw, size = np.random.default_rng(seed), inside.config.vocab_size
     count = min(tokens or size, size)
@@ -212,7 +223,9 @@ def clustering(
         near = neighbours_of(vectors, [layer], ids, ids, neighbours, f"layer {layer}")[1][0]
         coefficient, chance = clustering_coefficient(np.searchsorted(ids, near))
         labels, _ = fit(inside, layer, clusters, seed)
-        silhouette = float(_sklearn("metrics").silhouette_score(_host(inside, layer, some), labels[some]))
+        silhouette = np.nan  # of tokens that are all in one cluster there is none
+        if 1 < len(np.unique(labels[some])) < len(some):
+            silhouette = float(_sklearn("metrics").silhouette_score(_host(inside, layer, some), labels[some]))
         rows.append({"layer": layer, "coefficient": coefficient, "random_graph": chance, "silhouette": silhouette})
         progress.update(number)
     progress.close()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoryllm_jax import model
-from memoryllm_jax.analysis.inside import Inside
+from memoryllm_jax.analysis.inside import Inside, at_least
 from memoryllm_jax.analysis.vocabulary import checked_dataset
 from memoryllm_jax.cli import UserError
 from memoryllm_jax.decoder import bucket
@@ -73,6 +73,7 @@ class Corpus:
     """
 
     def __init__(self, inside: Inside, path: str, split: str, length: int, limit: int):
+        at_least({"limit": limit}, 0)
         if split not in ("train", "validation"):
             raise UserError(f"--split: expected train or validation, found {split!r}")
         if not 2 <= length <= inside.saved.context:

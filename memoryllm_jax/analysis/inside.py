@@ -29,7 +29,7 @@ class Inside:
 
     Args:
       whole: with attention, which analyses over a corpus need.
-    Attributes: saved, config, tokenizer, params (as `SavedModel.load` lays them out), texts (of every id).
+    Attributes: saved, config, tokenizer, texts (of every id).
     Raises: UserError.
     """
 
@@ -38,9 +38,14 @@ class Inside:
         self.config, self.tokenizer, self.mesh = self.saved.config, self.saved.tokenizer, self.saved.mesh
         if self.config.token_memory in ("value", "per_layer"):
             raise UserError(f"{workdir}: expected base, memory or flex, found {self.config.architecture}")
-        self.params, _ = self.saved.load(lambda name: whole or "/attention/" not in name)
+        self._whole = whole
         self.texts = token_texts(self.tokenizer, range(self.config.vocab_size))
         self._queries = jax.jit(self._queries_body)
+
+    @functools.cached_property
+    def params(self) -> dict:
+        """As `SavedModel.load` lays them out; read when first needed, so after options are checked."""
+        return self.saved.load(lambda name: self._whole or "/attention/" not in name)[0]
 
     def ffn_name(self, ffn: str) -> str:
         """memory or compute, as asked or the one there is. Raises: UserError if the model has no such FFN."""
@@ -120,9 +125,13 @@ class Inside:
             yield slice(start, start + count), logits[:count]
 
     def tokens(self, names: list[str]) -> np.ndarray:
-        """Ids of tokens named as text that is one token, or as #ID. Raises: UserError."""
-        size = self.config.vocab_size
-        return np.array([self.tokenizer.token(name, f"--token={name}", size) for name in names], np.int32)
+        """Ids of tokens named as text that is one token, as pages show them (␣the), or as #ID. Raises: UserError."""
+        size, shown = self.config.vocab_size, {}
+        if any("␣" in name for name in names):
+            shown = {text: i for i, text in reversed(list(enumerate(self.texts))) if "␣" in text}
+        ids = (shown.get(name) for name in names)
+        ids = [self.tokenizer.token(n, f"--token={n}", size) if i is None else i for n, i in zip(names, ids)]
+        return np.array(ids, np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -160,6 +169,13 @@ def token_texts(tokenizer, ids) -> list[str]:
         shown = text.replace(" ", "␣").replace("\n", "\\n").replace("\t", "\\t")
         out.append(shown if shown and shown.isprintable() and "\N{REPLACEMENT CHARACTER}" not in shown else f"#{i}")
     return out
+
+
+def at_least(options: dict[str, int], least: int = 1) -> None:
+    """Raises: UserError for a number that is less."""
+    for name, value in options.items():
+        if value < least:
+            raise UserError(f"--{name}: expected at least {least}, found {value}")
 
 
 def layers_of(text: str, layers: int) -> list[int]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from memoryllm_jax import report
 from memoryllm_jax.analysis import topk
-from memoryllm_jax.analysis.inside import Inside
+from memoryllm_jax.analysis.inside import Inside, at_least
 from memoryllm_jax.analysis.vocabulary import chosen_tokens, chunk_count, chunks, every_id
 from memoryllm_jax.cli import Progress
 
@@ -71,6 +71,7 @@ def neighbours(inside: Inside, page, token: list[str] = (), tokens: int = 500, t
     of the vocabulary is compared. The measure is ours: the paper shows no neighbours.
     """
     inside.need_memory("neighbours")
+    at_least({"top": top})
     chosen = chosen_tokens(inside, page, token, tokens, data)
     L = inside.config.layers
     top = min(top, inside.config.vocab_size - 1)

@@ -11,7 +11,7 @@ import numpy as np
 from memoryllm_jax import report
 from memoryllm_jax.analysis import topk
 from memoryllm_jax.analysis.corpus import Corpus, states
-from memoryllm_jax.analysis.inside import Inside, key_coefficients
+from memoryllm_jax.analysis.inside import Inside, at_least, key_coefficients
 from memoryllm_jax.analysis.vocabulary import chunk_count, key_triggers
 from memoryllm_jax.cli import Progress, UserError
 from memoryllm_jax.decoder import bucket
@@ -44,8 +44,7 @@ def sample_keys(inside: Inside, ffn: str, count: int, key: list[str], seed: int)
 
 def find(inside: Inside, ffn: str, keys: dict, top: int, corpus: Corpus | None) -> dict[int, topk.Triggers]:
     """The triggers of each layer's keys; labels are token ids for FFN-M, else those of the corpus, read once."""
-    if top < 1:
-        raise UserError(f"--top: expected at least 1, found {top}")
+    at_least({"top": top})
     if ffn == "memory":
         progress = Progress("triggers", len(keys) * chunk_count(inside.config.vocab_size), "chunk")
         found = {}

@@ -12,7 +12,7 @@ import numpy as np
 from memoryllm_jax import report
 from memoryllm_jax.analysis import values as values_lib
 from memoryllm_jax.analysis.corpus import Corpus, states
-from memoryllm_jax.analysis.inside import Inside, key_coefficients
+from memoryllm_jax.analysis.inside import Inside, at_least, key_coefficients
 from memoryllm_jax.analysis.vocabulary import chunk_count, chunks, every_id
 from memoryllm_jax.cli import Progress, UserError
 from memoryllm_jax.decoder import bucket
@@ -33,8 +33,7 @@ def _example_states(inside: Inside, corpus: Corpus, examples: np.ndarray, label:
 
 
 def _open(inside, page, data, split, length, limit, examples, seed):
-    if examples < 1:
-        raise UserError(f"--examples: expected at least 1, found {examples}")
+    at_least({"examples": examples})
     corpus = Corpus(inside, data, split, length, limit)
     labels = corpus.examples(examples, seed)
     page.facts |= corpus.facts() | {"examples": f"{len(labels):,} prefixes drawn at random, seed {seed}"}
@@ -104,7 +103,7 @@ def active(
 @jax.jit
 def active_count(c_NF, norms_F, mass):
     """The fewest memories whose |c_i| |v_i| sum to `mass` of all, [N]."""
-    size_NF = -jnp.sort(-jnp.abs(c_NF) * norms_F, axis=1)
+    size_NF = -jnp.sort(-jnp.abs(c_NF.astype(jnp.float32)) * norms_F, axis=1)
     held_NF = jnp.cumsum(size_NF, 1)
     return (held_NF < mass * held_NF[:, -1:]).sum(1) + 1
 
@@ -139,13 +138,13 @@ def compose(
     """
     corpus, labels = _open(inside, page, data, split, length, limit, examples, seed)
     L, kinds = inside.config.layers, [ffn for ffn in ("memory", "compute") if inside.width(ffn)]
+    stop_V = stop_words(inside.texts)
     progress = Progress("values", L, "layer")
     tops = []
     for layer in range(L):
         tops.append({kind: values_lib.both_tops(inside, kind, layer) for kind in kinds})
         progress.update(layer + 1)
     progress.close()
-    stop_V = stop_words(inside.texts)
     found, shorts = [[] for _ in range(L)], []
     for at, layers in _example_states(inside, corpus, labels, "compose"):
         short = at % corpus.length + 1 < _SHORT

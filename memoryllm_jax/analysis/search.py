@@ -21,7 +21,7 @@ const text = i => D.texts[i], add = (e, tag, s) => { const x = document.createEl
 const tokens = (e, ids, notes) => ids.forEach((i, n) => { const x = add(e, 'span', text(i)); x.className = 't';
   x.title = '#' + i + (notes ? ' ' + notes[n] : ''); if (i in D.tokens) { x.style.cursor = 'pointer';
   x.style.textDecoration = 'underline dotted'; x.onclick = () => show(i); } });
-const byText = {};
+const byText = Object.create(null);
 for (const i in D.tokens) { byText[text(i)] ??= i; add(document.getElementById('all'), 'option').value = text(i); }
 function show(i) {
   const t = D.tokens[i], q = document.getElementById('q');

@@ -9,10 +9,11 @@ KINDS = ("special", "space", "punctuation", "digits", "capitalised", "lower case
 
 def kind(token: int, text: str) -> str:
     """One of KINDS, of a token and its text as `inside.token_texts` shows it: #ID is none by itself."""
-    letters = [c for c in text if c.isalpha()]
     if text == f"#{token}":
         return "special"
-    if not text.replace("␣", "").replace("\\n", "").replace("\\t", ""):
+    text = _without_space(text)
+    letters = [c for c in text if c.isalpha()]
+    if not text:
         return "space"
     if any(c.isdigit() for c in text) and not letters:
         return "digits"
@@ -25,8 +26,14 @@ def kind(token: int, text: str) -> str:
 
 def script(text: str) -> str:
     """Unicode's script of the first letter, a stand-in for the language; NONE without letters."""
-    letter = next((c for c in text if c.isalpha()), "")
+    letter = next((c for c in _without_space(text) if c.isalpha()), "")
     return unicodedata.name(letter, "NONE").split()[0] if letter else "NONE"
+
+
+def _without_space(text: str) -> str:
+    for shown in ("␣", "\\n", "\\t"):
+        text = text.replace(shown, "")
+    return text
 
 
 def classes(texts: list[str]) -> dict[str, np.ndarray]:

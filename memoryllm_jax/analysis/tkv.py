@@ -7,7 +7,7 @@ import numpy as np
 from memoryllm_jax import report
 from memoryllm_jax.analysis import search, topk
 from memoryllm_jax.analysis import values as values_lib
-from memoryllm_jax.analysis.inside import Inside
+from memoryllm_jax.analysis.inside import Inside, at_least
 from memoryllm_jax.analysis.neighbours import neighbours_of
 from memoryllm_jax.analysis.vocabulary import chosen_tokens, chunk_count, chunks, every_id, strongest_keys
 from memoryllm_jax.cli import Progress, UserError
@@ -87,12 +87,12 @@ def _token_rows(layer, ids, strongest, texts):
 
 def _rows(inside, shown, top):
     """(norms [L, Q], top tokens of each row [L, Q, k])."""
-    rows = [
-        jnp.concatenate([inside.rows(layer, i)[: r.sum()] for i, r in chunks(shown)])
-        for layer in range(inside.config.layers)
-    ]
-    norms = np.stack([np.asarray(jnp.linalg.norm(x, axis=1)) for x in rows])
-    return norms, np.stack([values_lib.top_tokens(inside, x, top).ids_Nk for x in rows])
+    norms, says = [], []
+    for layer in range(inside.config.layers):
+        rows_QD = jnp.concatenate([inside.rows(layer, i)[: r.sum()] for i, r in chunks(shown)])
+        norms.append(np.asarray(jnp.linalg.norm(rows_QD, axis=1)))
+        says.append(values_lib.top_tokens(inside, rows_QD, top).ids_Nk)
+    return np.stack(norms), np.stack(says)
 
 
 def outliers(inside: Inside, page, ratio: str = "5,10,20", top: int = 10) -> dict:
@@ -100,18 +100,20 @@ def outliers(inside: Inside, page, ratio: str = "5,10,20", top: int = 10) -> dic
 
     MemoryLLM, figure 6, counts outlier keys for each token without defining them; the rule |x| > M mean |x| is one that
     its authors use elsewhere. The mean is over the keys of one token in one layer; every token of the vocabulary counts
-    once. Also the keys that are outliers, by the first M, for the most tokens.
+    once. Also, by the first M, how many each token has in each layer (CSV), and the keys that are outliers for the most
+    tokens.
     """
     inside.need_memory("outliers")
     try:
-        ratios = [float(x) for x in ratio.split(",")]
+        ratios = list(dict.fromkeys(float(x) for x in ratio.split(",")))
     except ValueError:
         ratios = [0.0]
-    if min(ratios) <= 0:
+    if not all(0 < m < np.inf for m in ratios):
         raise UserError(f"--ratio: expected numbers above zero such as 5,10,20, found {ratio!r}")
+    at_least({"top": top})
     L, V = inside.config.layers, inside.config.vocab_size
     progress = Progress("outliers", L * chunk_count(V), "chunk")
-    rows, hubs = [], []
+    rows, hubs, by_token = [], [], []
     for layer in range(L):
         counts, hits_F = [], 0
         for ids_C, real_C in chunks(every_id(inside)):
@@ -120,6 +122,7 @@ def outliers(inside: Inside, page, ratio: str = "5,10,20", top: int = 10) -> dic
             hits_F = hits_F + np.asarray(first_F)
             progress.update(progress.done + 1)
         counts_VM = np.concatenate(counts)
+        by_token.append(counts_VM[:, 0])
         for m, count_V in zip(ratios, counts_VM.T):
             row = {"layer": layer, "M": m, "mean": float(count_V.mean()), "largest": int(count_V.max())}
             rows.append(row | {"tokens_without": float((count_V == 0).mean())})
@@ -128,6 +131,8 @@ def outliers(inside: Inside, page, ratio: str = "5,10,20", top: int = 10) -> dic
     progress.close()
     with page.csv("layers", list(rows[0])) as write:
         write(row.values() for row in rows)
+    with page.csv("tokens", ["token", "text", *(f"layer_{layer}" for layer in range(L))]) as write:
+        write([t, text, *of] for t, (text, *of) in enumerate(zip(inside.texts, *by_token)))
     series = {f"M = {m:g}": [row["mean"] for row in rows if row["M"] == m] for m in ratios}
     page.figure(
         "count",

@@ -8,7 +8,7 @@ import numpy as np
 
 from memoryllm_jax import report
 from memoryllm_jax.analysis.inside import Inside
-from memoryllm_jax.cli import Progress
+from memoryllm_jax.cli import Progress, UserError
 
 
 class Top(NamedTuple):
@@ -42,13 +42,14 @@ def both_tops(inside: Inside, ffn: str, layer: int) -> np.ndarray:
     return np.concatenate(tops, 1)
 
 
-def ranks(inside: Inside, x_ND, targets_N: np.ndarray) -> np.ndarray:
-    """The place of a token in each vector's distribution, 1 for the likeliest."""
-    out = []
+def ranks(inside: Inside, x_ND, *targets_N: np.ndarray) -> list[np.ndarray]:
+    """For each of the targets, its place in each vector's distribution [N], 1 for the likeliest."""
+    out: list[list] = [[] for _ in targets_N]
     for part, logits in inside.logits(x_ND, True):
-        own = logits[jnp.arange(len(logits)), targets_N[part]]
-        out.append(np.asarray((logits > own[:, None]).sum(-1) + 1))
-    return np.concatenate(out)
+        for places, target_N in zip(out, targets_N):
+            own = logits[jnp.arange(len(logits)), target_N[part]]
+            places.append(np.asarray((logits > own[:, None]).sum(-1) + 1))
+    return [np.concatenate(places) for places in out]
 
 
 def values(inside: Inside, page, ffn: str = "", top: int = 5) -> dict:
@@ -61,6 +62,8 @@ def values(inside: Inside, page, ffn: str = "", top: int = 5) -> dict:
     """
     ffn = inside.ffn_name(ffn)
     L, F, texts = inside.config.layers, inside.width(ffn), inside.texts
+    if not 1 <= top <= inside.config.vocab_size:
+        raise UserError(f"--top: expected from 1 to the {inside.config.vocab_size} tokens, found {top}")
     progress = Progress("values", L, "layer")
     most_LF, best = np.empty((L, 2, F)), []
     with page.csv("values", ["layer", "key", "sign", "tokens", "texts", "probabilities"]) as write:

@@ -77,7 +77,7 @@ def write(source, options: Options, output: str, scorer=None, label: str = "prec
     if options.data:
         dataset = data.open_for(options.data, source.identity.tokenizer.digest)
         counts = text.token_counts(dataset, source.vocab_size)
-        successors = text.likely_successors(dataset, source.vocab_size)
+        successors, _ = text.likely_successors(dataset, source.vocab_size)
     order = np.arange(source.vocab_size) if counts is None else np.argsort(-counts, kind="stable")
     if options.bytes_per_token or options.total_size:
         layout, bases = _within_budget(source, options, scorer, counts)

@@ -24,8 +24,11 @@ def token_counts(dataset: Dataset, vocab_size: int) -> np.ndarray:
     return counts
 
 
-def likely_successors(dataset: Dataset, vocab_size: int) -> np.ndarray:
-    """int32 [V, SUCCESSORS]: the tokens that most often follow each id, most often first; the id itself fills up."""
+def likely_successors(dataset: Dataset, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(the tokens that most often follow each id, most often first, how many were counted), of an even sample of pairs.
+
+    int32 [V, SUCCESSORS], in which the id itself fills up, and int64 [V].
+    """
     pairs = np.concatenate([b[:-1].astype(np.int64) * vocab_size + b[1:] for b in _blocks(dataset, _PAIRED)])
     codes, counts = np.unique(pairs, return_counts=True)
     first, second = codes // vocab_size, codes % vocab_size
@@ -35,4 +38,4 @@ def likely_successors(dataset: Dataset, vocab_size: int) -> np.ndarray:
     out = np.repeat(np.arange(vocab_size, dtype=np.int32)[:, None], SUCCESSORS, 1)
     top = rank < SUCCESSORS
     out[first[top], rank[top]] = second[top]
-    return out
+    return out, np.bincount(first, counts[order], vocab_size).astype(np.int64)
