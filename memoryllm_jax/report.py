@@ -17,6 +17,7 @@ import os
 import pathlib
 import shlex
 import sys
+import tempfile
 
 import numpy as np
 
@@ -90,8 +91,9 @@ class Report:
         self._was_there = os.path.isdir(folder)
         try:
             os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise UserError(f"--output={folder}: expected a folder that can be made: {error.strerror}") from error
+            raise UserError(f"--output={folder}: expected a folder to write in: {error.strerror}") from error
 
     def __enter__(self):
         return self

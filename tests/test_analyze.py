@@ -133,6 +133,10 @@ def test_a_key_that_fires_on_one_token(make_model, run, tmp_path):
     shown = json.loads(re.search(r'<script type="application/json" id="content">(.*?)</script>', page)[1])
     assert shown["tokens"][str(FIRES)]["keys"][1] == [3, 4]
     assert shown["keys"]["1:4"][0] == -1 and shown["keys"]["1:4"][3][0] == DENIED
+    head = np.asarray(opened(workdir).head)
+    assert shown["tokens"][str(FIRES)]["says"][1][0] == HEARD
+    norm = np.linalg.norm(c * head[HEARD] + c / 2 * head[DENIED])
+    assert shown["tokens"][str(FIRES)]["norm"][1] == pytest.approx(norm, rel=1e-2)
 
     keys = run("triggers", workdir, key=["1:3", "1:4"], top=3)["keys"]["1"]
     assert keys["labels_Kt"] == [[FIRES, -1, -1], [FIRES, -1, -1]] and keys["sign_K"] == [1, -1]
@@ -165,9 +169,14 @@ def test_prefixes_of_a_key_that_fires_on_one_token(make_model, run, data_path, t
     workdir = make_model("base", change)
     keys = run("triggers", workdir, key=["1:3", "1:4"], top=5, **options)["keys"]["1"]
     assert keys["labels_Kt"] == [triggers[:5].tolist()] * 2
-    run("mutate", workdir, key=["1:3"], top=60, **options)
+    with open(tmp_path / "out/triggers-triggers.csv", newline="") as file:
+        shown = next(csv.DictReader(file))
+    texts = opened(workdir).texts
+    assert shown["prefix"].endswith(texts[fires]) and shown["next"] == texts[follows]
+    mean = run("mutate", workdir, key=["1:3"], top=60, **options)["mean_percent"]
     changes = np.genfromtxt(tmp_path / "out/mutate-prefixes.csv", delimiter=",", names=True)
     assert np.abs(changes["first"]).max() < 1e-5 and np.abs(changes["last"] + 1).max() < 1e-5
+    assert mean["random"] == [pytest.approx(100 * changes["random"].mean(), abs=0.01)]
     fired = np.abs(changes["random"]) < 1e-5
     assert (fired | (np.abs(changes["random"] + 1) < 1e-5)).all() and 0 < fired.sum() < len(fired)
 
@@ -181,6 +190,12 @@ def test_prefixes_of_a_key_that_fires_on_one_token(make_model, run, data_path, t
         [1, 3, after, 20],
         [1, 4, after, 20],
     ]
+
+
+def test_the_chance_of_agreement_is_with_other_keys():
+    for size in (1, 2, 9):
+        other = agreement.others(np.random.default_rng(0), np.arange(size))
+        assert sorted(other) == list(range(size)) and (size == 1 or (other != np.arange(size)).all())
 
 
 def test_what_follows_a_token_in_the_training_text(make_model, data_path):
@@ -230,6 +245,9 @@ def test_active_memories_hold_the_mass():
     assert residual.active_count(c_NF, norms, 0.85).tolist() == [9, 1]
     norms[5] = 1000  # one memory adds nearly all
     assert residual.active_count(c_NF, norms, 0.85).tolist() == [1, 1]
+    c_NF = jnp.asarray(np.random.default_rng(0).normal(size=(9, 3000)), jnp.bfloat16)
+    found = residual.active_count(c_NF, np.ones(3000, np.float32), 0.9)
+    assert found.tolist() == residual.active_count(c_NF.astype(jnp.float32), np.ones(3000, np.float32), 0.9).tolist()
 
 
 def test_stop_words_are_known_by_their_text():
@@ -257,6 +275,7 @@ def test_clustering_coefficient_and_purity():
     assert surface.purity(np.array([0, 0, 0, 1, 1]), np.array(list("aabcc"))) == pytest.approx(4 / 5)
     kinds = [surface.kind(7, text) for text in ("#7", "␣", "␣,", "12", "␣The", "ing", "да")]
     assert kinds == list(surface.KINDS)
+    assert surface.kind(7, ";\\n\\t") == "punctuation" and surface.script("\\tж") == "CYRILLIC"
 
 
 @pytest.mark.parametrize("architecture", ["base", "memory", "flex-3"])
@@ -322,7 +341,8 @@ def test_a_trained_model_against_numpy(lab, make_model, run, data_path, architec
 
     kind = "compute" if m.compute_dim else "memory"
     options = {"data": data_path, "length": LENGTH, "limit": 7 * LENGTH}
-    found = run("triggers", workdir, ffn=kind, keys=4, top=6, **options)["keys"]["1"]
+    result = run("triggers", workdir, ffn=kind, keys=4, top=6, **options)
+    found = result["keys"]["1"]
     group = p["layers" if kind == "compute" else "memory"][1]
     asked = norm(p["embedding"], group["norm"]["scale"]) if kind == "memory" else queries[1]["compute"]
     c_NK = c_of(asked, group["ffn"])[:, found["key"]]
@@ -330,6 +350,7 @@ def test_a_trained_model_against_numpy(lab, make_model, run, data_path, architec
     assert found["sign_K"] == sign.tolist()
     expected = -np.sort(-(c_NK * sign).T, axis=1)[:, :6]
     np.testing.assert_allclose(np.array(found["c_Kt"]) * sign[:, None], expected, rtol=1e-3)
+    assert result["selectivity"]["trigger 6"][1] == pytest.approx((expected[:, 5] / expected[:, 0]).mean(), rel=1e-3)
     assert all(
         np.isclose(c_NK[row, k], c, rtol=1e-3)
         for k in range(4)
@@ -348,7 +369,12 @@ def test_a_trained_model_against_numpy(lab, make_model, run, data_path, architec
                 assert change[name] == pytest.approx(c_of(q, group["ffn"])[key] / c - 1, rel=1e-3, abs=1e-3)
         assert len(changes) >= 3
 
-    run("values", workdir, ffn=kind, top=3)
+    shares = run("active", workdir, ffn=kind, mass=0.7, examples=7 * LENGTH, split="train", **options)["percent_active"]
+    size = -np.sort(-np.abs(c_of(asked, group["ffn"])) * np.linalg.norm(group["ffn"]["down"], axis=1))
+    fewest = (size.cumsum(1) < 0.7 * size.sum(1, keepdims=True)).sum(1) + 1
+    assert shares["mean"][1] == pytest.approx(100 * fewest.mean() / size.shape[1], rel=1e-3)
+
+    peaks = run("values", workdir, ffn=kind, top=3)
     rows = [line.split(",") for line in open(tmp_path / "out/values-values.csv", encoding="utf-8")]
     line = next(row for row in rows if row[:3] == ["1", "5", "-"])
     v = group["ffn"]["down"][5]
@@ -356,6 +382,10 @@ def test_a_trained_model_against_numpy(lab, make_model, run, data_path, architec
     prob = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
     assert [int(i) for i in line[3].split()] == np.argsort(-z)[:3].tolist()
     np.testing.assert_allclose([float(x) for x in line[-1].split()], -np.sort(-prob)[:3], rtol=1e-3)
+    z = says(unit(group["ffn"]["down"]) * 32**0.5)
+    most = np.max([jax.nn.softmax(sign * z).max(1) for sign in (1, -1)], 0)
+    assert peaks["max_probability"]["median of keys"][1] == pytest.approx(np.median(most), rel=1e-3)
+    assert max(row[3] for row in peaks["peaked"] if row[0] == 1) == pytest.approx(most.max(), rel=1e-3)
 
     percent = run("residual", workdir, examples=7 * LENGTH, split="train", **options)["percent"]
     last = says(outputs[-1]).argmax(-1)
@@ -377,9 +407,11 @@ def test_a_trained_model_against_numpy(lab, make_model, run, data_path, architec
             added = np.sign(c_of(q, ffn))[:, :, None] * unit(ffn["down"])
             composed &= (says(32**0.5 * added).argmax(-1) != top_y[:, None]).all(1)
         assert row["composed"] == pytest.approx(100 * composed.mean())
+        rest = residual.stop_words(subject.texts)[top_y[~composed]]
+        assert row["stop words of the rest"] == (pytest.approx(100 * rest.mean()) if len(rest) else None)
 
 
-def test_neighbours_clusters_and_outliers_against_numpy(make_model, run):
+def test_neighbours_clusters_and_outliers_against_numpy(make_model, run, tmp_path):
     workdir = make_model("flex-3")
     subject = inside.Inside(workdir, whole=False)
     m, p = subject.config, jax.tree.map(np.asarray, subject.params)
@@ -394,12 +426,43 @@ def test_neighbours_clusters_and_outliers_against_numpy(make_model, run):
         cosine = unit(x) @ unit(x).T
         np.fill_diagonal(cosine, -1)
         np.testing.assert_allclose(found, -np.sort(-cosine, 1)[:, :4], atol=2e-4)
-    outliers = run("outliers", workdir, ratio="3,6")["layers"]
+    shared = [len(set(a) & set(b)) / 4 for a, b in zip(near["neighbours"][1], near["neighbours"][-1])]
+    assert near["shared_with_all"][1] == pytest.approx(np.mean(shared))
+    outliers = run("outliers", workdir, ratio="6,3")["layers"]
     counts = (np.abs(c[1]) > 6 * np.abs(c[1]).mean(1, keepdims=True)).sum(1)
-    assert outliers[3]["mean"] == pytest.approx(counts.mean(), abs=0.01)
+    assert outliers[2]["mean"] == pytest.approx(counts.mean(), abs=0.01)
+    with open(tmp_path / "out/outliers-tokens.csv", newline="") as file:
+        by_token = [int(line["layer_1"]) for line in csv.DictReader(file)]
+    assert (by_token == counts).mean() > 0.99
     labels, fitted = clusters.fit(subject, 1, 6, 0)
     distance = np.linalg.norm(unit(c[1])[:, None] - fitted.cluster_centers_, axis=-1)
     assert (labels == distance.argmin(1)).mean() > 0.999 and len(labels) == len(ids)
+
+
+def test_clusters_of_tokens_of_two_kinds(make_model, run, tmp_path):
+    spaced = np.array([text.startswith("␣") for text in opened(make_model("memory", name="any")).texts])
+
+    def change(params):
+        params["embedding"][:] *= 0.1
+        params["embedding"][spaced, 0] += 4
+        params["embedding"][~spaced, 1] += 4
+
+    workdir = make_model("memory", change)
+    row, _ = run("clusters", workdir, clusters=2, picture="pca", sample=50)["layers"]
+    assert row["leading space"] == 1 and row["leading space, chance"] < 0.95
+    subject = opened(workdir)
+    labels, fitted = clusters.fit(subject, 0, 2, 0)
+    table = clusters._examples(
+        subject, 0, labels, fitted, surface.classes(subject.texts)["leading space"], lambda: None
+    )
+    x = np.asarray(clusters.unit_coefficients(subject, 0, vocabulary.every_id(subject)))
+    for layer, cluster, count, kind, share, texts in table:
+        own = np.flatnonzero(labels == cluster)
+        assert (layer, count, share) == (0, len(own), 100) and kind == ("space" if spaced[own[0]] else "none")
+        nearest = own[np.linalg.norm(x[own] - fitted.cluster_centers_[cluster], axis=1).argmin()]
+        assert texts[0] == subject.texts[nearest]
+    found = run("clustering", workdir, clusters=2, tokens=60, sample=100, neighbours=5)
+    assert found["layers"][0]["silhouette"] > 0.5 and found["tokens"] == 60
 
 
 def test_every_command_leaves_whole_files(make_model, run, data_path, tmp_path):
@@ -413,6 +476,8 @@ def test_every_command_leaves_whole_files(make_model, run, data_path, tmp_path):
         page = open(tmp_path / f"out/{command}.html").read()
         assert page.count("<img") >= 1 and "http" not in page.replace(data_path, "")
         assert "flex-3, 2 layers of width 32" in page and f"{workdir}, step 0" in page
+        if command == "annotate":
+            assert found["proxies"]["embedding_similarity"] != found["proxies"]["embedding_similarity_at_random"]
         if command in ("coefficients", "neighbours"):
             assert f"the 500 most frequent of {data_path}" in page
             assert found["tokens"] == np.argsort(-counts, kind="stable")[:500].tolist()
@@ -423,8 +488,14 @@ def test_every_command_leaves_whole_files(make_model, run, data_path, tmp_path):
 
 def test_refusals(make_model, run, data_path, tmp_path):
     base, memory = make_model("base"), make_model("memory")
-    with pytest.raises(UserError, match="--layers=0,2: expected layers from 0 to 1, found '2'"):
-        run("clusters", memory, layers="0,2")
+    for command, options, message in (
+        ("clusters", {"layers": "0,2"}, "--layers=0,2: expected layers from 0 to 1, found '2'"),
+        ("clustering", {"sample": 20}, "--sample: expected more than the 20 clusters, found 20"),
+        ("outliers", {"ratio": "5,nan"}, "--ratio: expected numbers above zero such as 5,10,20, found '5,nan'"),
+        ("values", {"top": 513}, "--top: expected from 1 to the 512 tokens, found 513"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            run(command, memory, **options)
     for command in ("coefficients", "clusters", "clustering", "outliers", "neighbours"):
         with pytest.raises(UserError, match=f"{command}: expected a memory or flex model, found base"):
             run(command, base)
