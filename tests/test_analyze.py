@@ -246,7 +246,7 @@ def test_active_memories_hold_the_mass():
     norms[5] = 1000  # one memory adds nearly all
     assert residual.active_count(c_NF, norms, 0.85).tolist() == [1, 1]
     c_NF = jnp.asarray(np.random.default_rng(0).normal(size=(9, 3000)), jnp.bfloat16)
-    found = residual.active_count(c_NF, np.ones(3000, np.float32), 0.9)
+    found = residual.active_count(c_NF, jnp.ones(3000, jnp.bfloat16), 0.9)
     assert found.tolist() == residual.active_count(c_NF.astype(jnp.float32), np.ones(3000, np.float32), 0.9).tolist()
 
 
