@@ -45,24 +45,28 @@ def agreement(
     with page.csv("keys", ["layer", "key", "sign", "top_token", "max_p", "next_token", "rank"]) as write:
         for layer, (sign_K, labels_Kt, _) in found.items():
             next_K = np.array([following(label) for label in labels_Kt[:, 0]])
-            there = next_K >= 0
-            own, signs, next_K, labels_Kt = chosen[layer][there], sign_K[there], next_K[there], labels_Kt[there]
+            there = np.flatnonzero(next_K >= 0)
+            other_K = np.zeros_like(next_K)
+            other_K[there] = others(draw, next_K[there])
+            # Of all keys, with a trigger in the text or not: one shape for all layers, so compiled once.
+            v_KD = inside.values(ffn, layer)[chosen[layer]] * sign_K[:, None]
+            top_ids, p = (x[there, 0] for x in values_lib.top_tokens(inside, v_KD, 1))
+            ranks = values_lib.ranks(inside, v_KD, np.maximum(next_K, 0), other_K)
+            rank, other_rank = (x[there] for x in ranks)
+            own, labels_Kt, next_K, other_K = chosen[layer][there], labels_Kt[there], next_K[there], other_K[there]
             progress.update(progress.done + 1)
             if not len(own):
                 nothing = dict.fromkeys(("agreement", "chance", "median_rank", "chance_rank"), np.nan)
                 layers.append({"layer": layer, "keys": 0} | nothing)
                 continue
-            v_KD = inside.values(ffn, layer)[own] * signs[:, None]
-            top_ids, p = (x[:, 0] for x in values_lib.top_tokens(inside, v_KD, 1))
-            other = others(draw, next_K)
-            rank, other_rank = values_lib.ranks(inside, v_KD, next_K, other)
-            write(zip([layer] * len(own), own, signs, top_ids, [f"{x:.4g}" for x in p], next_K, rank))
+            columns = own, sign_K[there], top_ids, [f"{x:.4g}" for x in p], next_K, rank
+            write([layer, *row] for row in zip(*columns))
             layers.append(
                 {
                     "layer": layer,
                     "keys": len(own),
                     "agreement": float((top_ids == next_K).mean()),
-                    "chance": float((top_ids == other).mean()) if len(own) > 1 else np.nan,
+                    "chance": float((top_ids == other_K).mean()) if len(own) > 1 else np.nan,
                     "median_rank": float(np.median(rank)),
                     "chance_rank": float(np.median(other_rank)) if len(own) > 1 else np.nan,
                 }
