@@ -462,7 +462,7 @@ def test_clusters_of_tokens_of_two_kinds(make_model, run, tmp_path):
         nearest = own[np.linalg.norm(x[own] - fitted.cluster_centers_[cluster], axis=1).argmin()]
         assert texts[0] == subject.texts[nearest]
     found = run("clustering", workdir, clusters=2, tokens=60, sample=100, neighbours=5)
-    assert found["layers"][0]["silhouette"] > 0.5 and found["tokens"] == 60
+    assert found["layers"][0]["silhouette"] > 0.3 and found["tokens"] == 60
 
 
 def test_every_command_leaves_whole_files(make_model, run, data_path, tmp_path):
