@@ -39,8 +39,8 @@ def annotate(
     the last 8 tokens, centred on the vocabulary.
     """
     ffn = inside.ffn_name(ffn)
-    corpus = open_corpus(inside, ffn, data, split, length, limit, page)
     chosen = sample_keys(inside, ffn, keys, key, seed)
+    corpus = open_corpus(inside, ffn, data, split, length, limit, page)
     found = find(inside, ffn, chosen, top, corpus)
     sheet: dict[tuple, list] = {}
     for layer, i, _, rank, label, c in trigger_rows(chosen, found):

@@ -110,8 +110,8 @@ def triggers(
     whole vocabulary.
     """
     ffn = inside.ffn_name(ffn)
-    corpus = open_corpus(inside, ffn, data, split, length, limit, page)
     chosen = sample_keys(inside, ffn, keys, key, seed)
+    corpus = open_corpus(inside, ffn, data, split, length, limit, page)
     found = find(inside, ffn, chosen, top, corpus)
     shown = []
     with page.csv("triggers", ["layer", "key", "sign", "rank", "coefficient", "prefix", "next"]) as write:
@@ -164,8 +164,8 @@ def mutate(
     for FFN-C and base's FFN alone: FFN-M reads one token.
     """
     inside.need_compute("mutate")
-    corpus = open_corpus(inside, "compute", data, split, length, limit, page)
     chosen = sample_keys(inside, "compute", keys, key, seed)
+    corpus = open_corpus(inside, "compute", data, split, length, limit, page)
     found = find(inside, "compute", chosen, top, corpus)
     rows = list(trigger_rows(chosen, found))
     changes = removals(inside, corpus, rows, seed)
