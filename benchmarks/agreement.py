@@ -16,9 +16,12 @@ import lm_eval
 from absl import flags
 from lm_eval.tasks import TaskManager
 
-from memoryllm_jax import cli, export, files, generate, harness, precompute, saved
-from memoryllm_jax.cli import UserError
-from memoryllm_jax.tol import options
+from memoryllm_jax.checkpoint import trained
+from memoryllm_jax.common import cli, storage
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.evaluation import harness
+from memoryllm_jax.hf import export
+from memoryllm_jax.tol import compress, serving
 
 FLAGS = flags.FLAGS
 TASKS = ("lambada_local", "piqa_local")
@@ -47,9 +50,9 @@ def scores(path, model, **more):
         )
         keep = ("doc_id", "doc_hash", "filtered_resps", *METRICS)
         samples = found["samples"].items()
-        files.write_json(path, {t: [{k: s[k] for k in keep if k in s} for s in of_task] for t, of_task in samples})
+        storage.write_json(path, {t: [{k: s[k] for k in keep if k in s} for s in of_task] for t, of_task in samples})
     out = {}
-    for task, lines in files.read_json(path, "scores").items():
+    for task, lines in storage.read_json(path, "scores").items():
         for line in lines:
             totals, greedy = zip(*line["filtered_resps"])
             metrics = {name: line[name] for name in METRICS if name in line}
@@ -61,7 +64,7 @@ def ours(path, workdir, tol=""):
     with contextlib.ExitStack() as at_exit:
 
         def adapter():
-            model = at_exit.enter_context(contextlib.closing(generate.Model(workdir, tol, dtype="float32")))
+            model = at_exit.enter_context(contextlib.closing(serving.Model(workdir, tol, dtype="float32")))
             return harness.MemoryLLM(model)
 
         return scores(path, adapter)
@@ -91,7 +94,7 @@ def compare(ours, theirs):
 def main():
     results = {}
     for workdir in FLAGS.workdir:
-        name = saved.config_of(workdir).model.architecture
+        name = trained.config_of(workdir).model.architecture
         if f"{name}, live" in results:
             raise UserError(f"--workdir={workdir}: expected one model of each architecture, found two of {name}")
         folder = os.path.join(FLAGS.scratch, name)
@@ -102,7 +105,7 @@ def main():
         for way in ("live",) if name == "base" else ("live", "ToL"):
             tol = f"{folder}/tol.safetensors" if way == "ToL" else ""
             if tol and not os.path.exists(tol):
-                precompute.precompute(workdir, tol, options.Options(bits="32"))
+                compress.precompute(workdir, tol, compress.Options(bits="32"))
             own = ours(f"{folder}/ours_{way}.json", workdir, tol)
             results[f"{name}, {way}"] = {task: compare(own[task], other[task]) for task in TASKS}
             print(json.dumps({f"{name}, {way}": results[f"{name}, {way}"]}, indent=1), flush=True)

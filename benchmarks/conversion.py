@@ -15,8 +15,8 @@ import sys
 import common
 from absl import flags
 
-from memoryllm_jax import cli
-from memoryllm_jax.cli import UserError
+from memoryllm_jax.common import cli
+from memoryllm_jax.common.errors import UserError
 
 FLAGS = flags.FLAGS
 HERE = os.path.dirname(os.path.abspath(__file__))

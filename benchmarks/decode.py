@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from memoryllm_jax import cli, data
-from memoryllm_jax.decoder import LiveRows
-from memoryllm_jax.generate import Model
-from memoryllm_jax.sampling import Sampling, draw
-from memoryllm_jax.tol import serve
+from memoryllm_jax.common import cli
+from memoryllm_jax.data import dataset
+from memoryllm_jax.inference.rows import LiveRows
+from memoryllm_jax.inference.sampling import Sampling, draw
+from memoryllm_jax.tol.rows import CachedRows, DeviceRows, DiskTable, HostTable
+from memoryllm_jax.tol.serving import Model
 
 FLAGS = flags.FLAGS
 
@@ -53,9 +54,9 @@ def rows_of(model, side):
         params, _ = saved.load(lambda name: saved.is_memory(name) or name == "embedding")
         return LiveRows(model.config, params, saved.mesh)
     if side == "device":
-        return serve.DeviceRows(tol, saved.mesh)
-    table = serve.HostTable(tol) if side == "host" else serve.DiskTable(tol)
-    return serve.CachedRows(table, saved.mesh, FLAGS.cache << 20)
+        return DeviceRows(tol, saved.mesh)
+    table = HostTable(tol) if side == "host" else DiskTable(tol)
+    return CachedRows(table, saved.mesh, FLAGS.cache << 20)
 
 
 def worker(sides):
@@ -65,7 +66,7 @@ def worker(sides):
         FLAGS.base if base else FLAGS.workdir, "" if base else FLAGS.tol, cache=FLAGS.cache << 20, dtype=FLAGS.dtype
     )
     sources = {"base": model.rows} if base else {side: rows_of(model, side) for side in sides}
-    stream = data.Dataset(FLAGS.data).validation
+    stream = dataset.Dataset(FLAGS.data).validation
     decoder = model.decoder
     cache = decoder.empty_cache(1, FLAGS.capacity)
 

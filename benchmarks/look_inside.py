@@ -17,8 +17,8 @@ import time
 import common
 from absl import flags
 
-from memoryllm_jax import cli
-from memoryllm_jax.cli import UserError
+from memoryllm_jax.common import cli
+from memoryllm_jax.common.errors import UserError
 
 FLAGS = flags.FLAGS
 _OPEN = "import sys; from memoryllm_jax.analysis.inside import Inside; Inside(sys.argv[1], whole=False).params"

@@ -19,9 +19,15 @@ import common
 import jax
 from absl import flags
 
-from memoryllm_jax import checkpoint, cli, data, metrics, sharding, train
-from memoryllm_jax import config as config_lib
-from memoryllm_jax.step import Trainer
+from memoryllm_jax.checkpoint import store
+from memoryllm_jax.common import cli
+from memoryllm_jax.config import default, load, resolve
+from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.model import sharding
+from memoryllm_jax.model.flops import train_flops
+from memoryllm_jax.training import chips, loop
+from memoryllm_jax.training.batches import TrainBatches, place
+from memoryllm_jax.training.step import Trainer
 
 DEVICES, SEQUENCES = 8, 16  # of a host; of a device and step
 FLAGS = flags.FLAGS
@@ -30,10 +36,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 def loading(dataset, tokens_wanted):
     """Tokens a second that one host's loader makes, distinct ids included, and what eight H100 need at 60% MFU."""
-    c = config_lib.load(f"{HERE}/../configs/1b.py:memory")
+    c = load(f"{HERE}/../configs/1b.py:memory")
     c.batch_size, c.data.epochs, c.steps = DEVICES * SEQUENCES, 1000, 500
-    config = train.complete(config_lib.resolve(c), dataset)
-    batches = data.TrainBatches(config, dataset, DEVICES, list(range(DEVICES)))
+    config = loop.complete(resolve(c), dataset)
+    batches = TrainBatches(config, dataset, DEVICES, list(range(DEVICES)))
     step = config.batch_size * config.seq_len
     for _ in zip(range(3), iterator := batches.iterate(0)):
         pass
@@ -41,8 +47,8 @@ def loading(dataset, tokens_wanted):
     for _ in range(count):
         distinct = next(iterator).distinct
     rate = count * step / (time.perf_counter() - start)
-    flops = metrics.train_flops(config, SEQUENCES * config.seq_len, distinct) / (SEQUENCES * config.seq_len)
-    need = DEVICES * 0.6 * metrics.PEAK_FLOPS["H100"] / flops
+    flops = train_flops(config, SEQUENCES * config.seq_len, distinct) / (SEQUENCES * config.seq_len)
+    need = DEVICES * 0.6 * chips.PEAK_FLOPS["H100"] / flops
     return {"tokens_per_second": rate, "needed": need, "times_needed": rate / need, "distinct": distinct}
 
 
@@ -57,22 +63,22 @@ def planning(layers):
 
 def stalls(dataset, path):
     """Of a run: seconds a step, seconds that a save holds the loop up, and seconds until it is on disk."""
-    c = config_lib.default("memory")
+    c = default("memory")
     c.model.dim, c.model.layers, c.model.heads, c.batch_size = 512, 8, 8, 1
     c.data.path, c.steps, c.optimizer.warmup_steps, c.model.dtype = path, 6, 1, "float32"
-    config = train.complete(config_lib.resolve(c), dataset)
+    config = loop.complete(resolve(c), dataset)
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
-    batches = data.TrainBatches(config, dataset, 1, [0])
+    batches = TrainBatches(config, dataset, 1, [0])
     size = batches.sizes()[0]
     state = trainer.init(jax.random.key(0))
-    description = checkpoint.describe(config, dataset, dataset.tokenizer())
+    description = store.describe(config, dataset, dataset.tokenizer())
     placing, steps, held, written = [], [], [], []
     with tempfile.TemporaryDirectory() as workdir:
-        checkpoints = checkpoint.Checkpoints(workdir, keep=1)
+        checkpoints = store.Checkpoints(workdir, keep=1)
         for step in range(config.steps):
             batch = batches[step]
             start = time.perf_counter()
-            placed = data.place(batch, size, trainer.batch_sharding, config.model)
+            placed = place(batch, size, trainer.batch_sharding, config.model)
             placing.append(time.perf_counter() - start)
             state, values = trainer.train(state, placed)
             jax.block_until_ready(values)
@@ -94,7 +100,7 @@ def stalls(dataset, path):
 
 
 def main():
-    dataset = data.Dataset(FLAGS.data)
+    dataset = Dataset(FLAGS.data)
     results = {"loading": loading(dataset, FLAGS.tokens)}
     print(json.dumps(results["loading"]))
     results["checkpoints"] = stalls(dataset, FLAGS.data)

@@ -14,29 +14,31 @@ import matplotlib
 import matplotlib.pyplot as plt
 from absl import flags
 
-from memoryllm_jax import cli, data
-from memoryllm_jax.probes import contribution
-from memoryllm_jax.saved import SavedModel
-from memoryllm_jax.tol import budget, build, options, quality, text
+from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.common import cli, errors
+from memoryllm_jax.data import statistics
+from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.experiments import contribution
+from memoryllm_jax.tol import budget, build, compress
 
 RANKS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 def uniform_settings(source, least_harmful):
     """{name: (kind, Options)}: the paper's settings and combinations of them."""
-    out = {"32 bits": ("bits", options.Options(bits="32"))}
+    out = {"32 bits": ("bits", compress.Options(bits="32"))}
     for bits in (16, 8, 6, 5, 4, 3, 2):
-        out[f"{bits} bits"] = ("bits", options.Options(bits=str(bits)))
+        out[f"{bits} bits"] = ("bits", compress.Options(bits=str(bits)))
     for rank in RANKS:
-        out[f"16 bits, rank {rank:.0%}"] = ("rank", options.Options(bits="16", rank=str(rank)))
+        out[f"16 bits, rank {rank:.0%}"] = ("rank", compress.Options(bits="16", rank=str(rank)))
     for bits in (8, 4):
         for rank in (0.75, 0.5):
-            out[f"{bits} bits, rank {rank:.0%}"] = ("bits and rank", options.Options(bits=str(bits), rank=str(rank)))
+            out[f"{bits} bits, rank {rank:.0%}"] = ("bits and rank", compress.Options(bits=str(bits), rank=str(rank)))
     for count in range(1, len(least_harmful) // 2 + 1):
         layers = tuple(str(layer) for layer in least_harmful[:count])
         for bits in (16, 4):
             name = f"{bits} bits, without layers {', '.join(sorted(layers))}"
-            out[name] = ("dropped layers", options.Options(bits=str(bits), drop_layers=layers))
+            out[name] = ("dropped layers", compress.Options(bits=str(bits), drop_layers=layers))
     return out
 
 
@@ -55,10 +57,10 @@ def main():
     f = flags.FLAGS
     saved = SavedModel(f.workdir)
     source = build.LiveSource(saved)
-    dataset = data.Dataset(f.data)
-    counts = text.token_counts(dataset, source.vocab_size)
-    calibration = quality.scorer(saved, f.data)
-    held_out = quality.scorer(saved, f.data, f.tokens, half=1)
+    dataset = Dataset(f.data)
+    counts = statistics.token_counts(dataset, source.vocab_size)
+    calibration = budget.scorer(saved, f.data)
+    held_out = budget.scorer(saved, f.data, f.tokens, half=1)
     planner = budget.Planner(source, calibration, counts)
     vectors = budget.full_vectors(source, held_out.ids)
     rows = []
@@ -73,11 +75,11 @@ def main():
     _, uniform_bases = planner.even_bases()
     harmless = drop_order(source, calibration, budget.full_vectors(source, calibration.ids))
     for name, (kind, setting) in uniform_settings(source, harmless).items():
-        add(kind, name, options.uniform(source, setting), uniform_bases)
+        add(kind, name, compress.uniform(source, setting), uniform_bases)
     for size in sorted({row["bytes"] for row in rows}):
         try:
             layout = planner.layout(size)
-        except cli.UserError:
+        except errors.UserError:
             continue
         add("budget", f"budget of {size:,}", layout, planner.bases)
         rows[-1]["budget"] = size

@@ -19,12 +19,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from memoryllm_jax import cli, data
-from memoryllm_jax import config as config_lib
-from memoryllm_jax.saved import SavedModel
-from memoryllm_jax.sharding import make_mesh
-from memoryllm_jax.tol import serve
+from memoryllm_jax import config
+from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.common import cli
+from memoryllm_jax.data import dataset
+from memoryllm_jax.model.sharding import make_mesh
 from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.rows import CachedRows, DiskTable
 
 THREADS = 16
 
@@ -69,16 +70,16 @@ class Raw:
 def main():
     f = flags.FLAGS
     tol = TolFile(f.tol)
-    mesh = make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
     saved = SavedModel(f.workdir)
     tol.check_model(saved.config, saved.tokenizer.digest, None)
-    stream = data.Dataset(f.data).validation
+    stream = dataset.Dataset(f.data).validation
     raw = Raw(tol)
     ways = {
         name: getattr(raw, name) for name in ("pread_one_thread", "pread_threads", "willneed_then_pread", "memory_map")
     }
 
-    cached = serve.CachedRows(serve.DiskTable(tol), mesh, tol.layout.stride)  # room for one row: nothing is cached
+    cached = CachedRows(DiskTable(tol), mesh, tol.layout.stride)  # room for one row: nothing is cached
 
     def ours_decoded(ids):
         jax.block_until_ready(cached.fetch(ids))

@@ -30,8 +30,14 @@ import numpy as np
 from absl import flags
 from peers import PEERS
 
-from memoryllm_jax import cli
-from memoryllm_jax.cli import UserError
+from memoryllm_jax.common import cli
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.config import default, resolve
+from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.model import flops, sharding
+from memoryllm_jax.training import loop, metrics
+from memoryllm_jax.training.batches import HostBatch, SizeAgreement, TrainBatches, place
+from memoryllm_jax.training.step import Trainer
 
 PRESETS = {
     "cpu": {
@@ -71,11 +77,9 @@ def setting(name):
 
 def config_of(side, dataset):
     """The config of a side like memory/accumulate=4, or of base for a peer. Raises: UserError."""
-    from memoryllm_jax import config as config_lib
-    from memoryllm_jax import train
 
     name, *overrides = side.split("/")
-    c = config_lib.default("base" if name in PEERS else name)
+    c = default("base" if name in PEERS else name)
     for field in ("dim", "layers", "heads", "dtype", "loss_chunk"):
         c.model[field] = setting(field)
     c.batch_size, c.seq_len = setting("batch_size"), setting("seq_len")
@@ -88,7 +92,7 @@ def config_of(side, dataset):
             c.update_from_flattened_dict({field: value})
         except (KeyError, TypeError) as error:
             raise UserError(f"--sides={side}: {field}: expected a field of the config and its value") from error
-    return train.complete(config_lib.resolve(c), dataset)
+    return loop.complete(resolve(c), dataset)
 
 
 def windows_of(dataset):
@@ -100,15 +104,14 @@ def windows_of(dataset):
 
 def flops_of(config, rows):
     """FLOPs of a step by metrics.py's formula: as done, with all of the attention square, with FFN-M everywhere."""
-    from memoryllm_jax import metrics
 
     m, tokens = config.model, config.batch_size * config.seq_len
-    done = metrics.train_flops(config, tokens, rows)
+    done = flops.train_flops(config, tokens, rows)
     rest_of_square = 3 * tokens * m.layers * 2 * m.dim * config.seq_len
     return {
         "flops": done,
         "flops_full_attention": done + rest_of_square,
-        "flops_every_position": metrics.train_flops(config, tokens, tokens),
+        "flops_every_position": flops.train_flops(config, tokens, tokens),
     }
 
 
@@ -116,19 +119,16 @@ def our_step(config, dataset):
     """(facts, steps); steps(n) trains n times and returns the last loss."""
     import jax
 
-    from memoryllm_jax import data, metrics, sharding
-    from memoryllm_jax.step import Trainer
-
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     state = trainer.init(jax.random.key(0))
-    batches = data.TrainBatches(config, dataset, 1, [0])
-    host = data.HostBatch({0: batches._shard(windows_of(dataset), np.ones((config.batch_size, config.seq_len)))})
-    size = data.SizeAgreement(batches.sizes(), trainer.mesh).size(host.distinct)
+    batches = TrainBatches(config, dataset, 1, [0])
+    host = HostBatch({0: batches._shard(windows_of(dataset), np.ones((config.batch_size, config.seq_len)))})
+    size = SizeAgreement(batches.sizes(), trainer.mesh).size(host.distinct)
 
     def steps(count):
         nonlocal state
         for _ in range(count):
-            batch = data.place(host, size, trainer.batch_sharding, config.model)
+            batch = place(host, size, trainer.batch_sharding, config.model)
             state, values = trainer.train(state, batch)
         return float(jax.device_get(values["loss"]))
 
@@ -156,9 +156,8 @@ def peer_step(name, config, dataset):
 
 def worker(side, out):
     """Tells facts, then trains whenever a line comes and tells how long it took."""
-    from memoryllm_jax import data
 
-    dataset = data.Dataset(FLAGS.data)
+    dataset = Dataset(FLAGS.data)
     config, name = config_of(side, dataset), side.split("/")[0]
     facts, steps = peer_step(name, config, dataset) if name in PEERS else our_step(config, dataset)
     start = time.perf_counter()
@@ -325,9 +324,8 @@ def main():
 
 
 def run(sides, path, scratch):
-    from memoryllm_jax import data
 
-    dataset = data.Dataset(path)
+    dataset = Dataset(path)
     more = {
         "ids": f"{dataset.vocab_size} ids, tokenizer SHA-256 {dataset.tokenizer().digest[:16]}",
         "shape": {name: setting(name) for name in SHAPE},

@@ -10,8 +10,9 @@ import os
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
-from memoryllm_jax import files, tokenizer
-from memoryllm_jax.prepare import FORMAT
+from memoryllm_jax.common import storage
+from memoryllm_jax.data import tokenizer
+from memoryllm_jax.data.dataset import FORMAT
 
 LAW = "independent ids, p(rank r) ~ 1 / (r + 8)^1.28"
 _HELD_OUT = 100_000
@@ -24,7 +25,7 @@ def write(path: str, vocab_size: int, tokens: int) -> None:
     model.pieces.add(piece="<unk>", type=2)
     for i in range(1, vocab_size):
         model.pieces.add(piece=f"t{i}", score=-i)
-    files.write_bytes(os.path.join(path, "tokenizer.model"), model.SerializeToString())
+    storage.write_bytes(os.path.join(path, "tokenizer.model"), model.SerializeToString())
     digest = tokenizer.load(f"sentencepiece:{path}/tokenizer.model").digest
 
     rng = np.random.default_rng(0)
@@ -35,7 +36,7 @@ def write(path: str, vocab_size: int, tokens: int) -> None:
         ranks = np.searchsorted(cumulative, rng.random(count) * cumulative[-1])
         name = f"{split}-00000.bin"
         id_of_rank[ranks].astype("<u4").tofile(os.path.join(path, name))
-        shard = {"file": name, "tokens": count, "sha256": files.sha256(os.path.join(path, name))}
+        shard = {"file": name, "tokens": count, "sha256": storage.sha256(os.path.join(path, name))}
         splits[split] = {"tokens": count, "bytes": 4 * count, "documents": 1, "shards": [shard]}
     tree = {
         "format": FORMAT,
@@ -44,4 +45,4 @@ def write(path: str, vocab_size: int, tokens: int) -> None:
         "dtype": "uint32",
         "splits": splits,
     }
-    files.write_json(os.path.join(path, "dataset.json"), tree)
+    storage.write_json(os.path.join(path, "dataset.json"), tree)

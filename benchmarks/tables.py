@@ -2,12 +2,12 @@
 
 import statistics
 
-from memoryllm_jax import files
+from memoryllm_jax.common import storage
 
 
 def markdown(path: str) -> str:
     """A heading line and the tables of one record."""
-    record = files.read_json(path, "a record of speed.py")
+    record = storage.read_json(path, "a record of speed.py")
     shape, results = record["shape"], record["results"]
     tokens = shape["batch_size"] * shape["seq_len"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())

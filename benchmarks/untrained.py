@@ -10,15 +10,19 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from memoryllm_jax import checkpoint, cli, data, model, sharding, train
-from memoryllm_jax import config as config_lib
+from memoryllm_jax.checkpoint import store
+from memoryllm_jax.common import cli
+from memoryllm_jax.config import MeshConfig, resolve
+from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.model import sharding, transformer
+from memoryllm_jax.training import loop
 
 
 def main():
-    dataset = data.Dataset(flags.FLAGS.data)
-    config = train.complete(config_lib.resolve(flags.FLAGS.config), dataset)
-    mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
-    shapes = model.abstract_params(model.LanguageModel(config.model), mesh)
+    dataset = Dataset(flags.FLAGS.data)
+    config = loop.complete(resolve(flags.FLAGS.config), dataset)
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    shapes = transformer.abstract_params(transformer.LanguageModel(config.model), mesh)
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
 
     def draw(number, path, shape):
@@ -29,8 +33,8 @@ def main():
         return jax.jit(lambda: std * jax.random.normal(key, shape.shape), out_shardings=shape.sharding)()
 
     params = jax.tree.unflatten(tree, [draw(i, path, shape) for i, (path, shape) in enumerate(leaves)])
-    checkpoints = checkpoint.Checkpoints(flags.FLAGS.workdir)
-    checkpoints.save(0, {"params": params}, checkpoint.describe(config, dataset, dataset.tokenizer()))
+    checkpoints = store.Checkpoints(flags.FLAGS.workdir)
+    checkpoints.save(0, {"params": params}, store.describe(config, dataset, dataset.tokenizer()))
     checkpoints.wait()
     checkpoints.close()
 

@@ -13,11 +13,11 @@ Expect after 50 B tokens, perplexity 20.93 on C4 for memory (the paper's Table 2
 training loss in the order base, flex-3, flex-2, flex-1, memory (its Figures 9 and 10).
 """
 
-from memoryllm_jax import config as config_lib
+from memoryllm_jax import config
 
 
 def get_config(architecture: str = "memory"):
-    c = config_lib.default(architecture)
+    c = config.default(architecture)
     c.model.dim, c.model.layers, c.model.heads = 2048, 24, 32
     c.steps, c.batch_size, c.seq_len = 143_052, 512, 2048
     c.checkpoint.every, c.checkpoint.keep_every, c.eval.every, c.eval.batches = 1000, 10_000, 1000, 8

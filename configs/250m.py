@@ -12,11 +12,11 @@ base 92, memory 60, flex-3 72 GPU hours.
 Expect perplexity on C4, from the paper's Table 2 (50 B tokens): base 23.19.
 """
 
-from memoryllm_jax import config as config_lib
+from memoryllm_jax import config
 
 
 def get_config(architecture: str = "memory"):
-    c = config_lib.default(architecture)
+    c = config.default(architecture)
     c.model.dim, c.model.layers, c.model.heads = 960, 24, 16
     c.steps, c.batch_size, c.seq_len = 47_684, 512, 2048
     c.checkpoint.every, c.checkpoint.keep_every, c.eval.every, c.eval.batches = 1000, 10_000, 1000, 8

@@ -12,11 +12,11 @@ base 215, memory 128, flex-3 161 GPU hours.
 Expect perplexity on C4, from the paper's Table 2 (50 B tokens): base 19.73, memory 22.08.
 """
 
-from memoryllm_jax import config as config_lib
+from memoryllm_jax import config
 
 
 def get_config(architecture: str = "memory"):
-    c = config_lib.default(architecture)
+    c = config.default(architecture)
     c.model.dim, c.model.layers, c.model.heads = 1600, 24, 16
     c.steps, c.batch_size, c.seq_len = 47_684, 512, 2048
     c.checkpoint.every, c.checkpoint.keep_every, c.eval.every, c.eval.batches = 1000, 10_000, 1000, 8

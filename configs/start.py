@@ -9,8 +9,9 @@ prepared with its tokenizer. docs/huggingface.md tells how base is converted, an
 
 import dataclasses
 
-from memoryllm_jax import config, saved
-from memoryllm_jax.cli import UserError
+from memoryllm_jax import config
+from memoryllm_jax.checkpoint import trained
+from memoryllm_jax.common.errors import UserError
 
 
 def get_config(start=""):
@@ -18,7 +19,7 @@ def get_config(start=""):
     if not workdir:
         raise UserError(f"--config=configs/start.py:{start}: expected ARCHITECTURE@WORKDIR after the colon")
     c = config.default(architecture)
-    m, theirs = c.model, saved.config_of(workdir).model
+    m, theirs = c.model, trained.config_of(workdir).model
     ours = {"beta": m.beta, "token_memory": m.token_memory, "compute_input": m.compute_input}
     m.update(dataclasses.asdict(theirs))
     if (ours["beta"], ours["token_memory"]) != (theirs.beta, theirs.token_memory):

@@ -10,11 +10,11 @@ Cost: 1.0M tokens, four to six minutes. Expect about 1.75 bits per byte of held-
 Python.
 """
 
-from memoryllm_jax import config as config_lib
+from memoryllm_jax import config
 
 
 def get_config(architecture: str = "memory"):
-    c = config_lib.default(architecture)
+    c = config.default(architecture)
     c.steps, c.batch_size, c.seq_len = 480, 8, 256
     c.model.dim, c.model.layers, c.model.heads = 256, 4, 8
     c.model.dtype, c.model.loss_chunk = "float32", 512

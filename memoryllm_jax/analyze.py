@@ -26,15 +26,22 @@ import typing
 import jax
 from absl import flags
 
-from memoryllm_jax import commands, report
-from memoryllm_jax.analysis import agreement, annotate, clusters, neighbours, prefixes, residual, tkv, values
-from memoryllm_jax.analysis.inside import Inside
+from memoryllm_jax.analysis import agreement, annotate, clusters, coefficients, neighbours, residual, triggers, values
+from memoryllm_jax.analysis.key_values import Inside
+from memoryllm_jax.checkpoint import trained
+from memoryllm_jax.common import cli, report
 
 COMMANDS: dict[str, typing.Callable] = {
     f.__name__: f
     for f in (
-        *(tkv.coefficients, clusters.clusters, clusters.clustering, tkv.outliers, neighbours.neighbours),
-        *(prefixes.triggers, prefixes.mutate, values.values, agreement.agreement),
+        *(
+            coefficients.coefficients,
+            clusters.clusters,
+            clusters.clustering,
+            coefficients.outliers,
+            neighbours.neighbours,
+        ),
+        *(triggers.triggers, triggers.mutate, values.values, agreement.agreement),
         *(residual.active, residual.compose, residual.residual, annotate.annotate),
     )
 }
@@ -65,9 +72,9 @@ _HELP = {
 def analyze(command: str, workdir: str, output: str, step: int | None = None, dtype: str = "float32", **options) -> str:
     """Runs one of COMMANDS on a checkpoint. Returns: one line on what was written. Raises: UserError."""
     function = COMMANDS[command]
-    inside = Inside(workdir, step, dtype, whole="length" in commands.options_of(function))
+    inside = Inside(workdir, step, dtype, whole="length" in cli.options_of(function))
     title = f"{command}: {inside.config.architecture}"
-    with report.Report(output, command, title, report.saved_facts(inside.saved)) as page:
+    with report.Report(output, command, title, trained.saved_facts(inside.saved)) as page:
         page.text(inspect.getdoc(function))
         with jax.default_matmul_precision("highest"):
             results = function(inside, page, **options)
@@ -76,7 +83,7 @@ def analyze(command: str, workdir: str, output: str, step: int | None = None, dt
 
 
 def call(command):
-    f, names = flags.FLAGS, commands.options_of(COMMANDS[command])
+    f, names = flags.FLAGS, cli.options_of(COMMANDS[command])
     return analyze(command, f.workdir, f.output, f.step, f.dtype, **{name: f[name].value for name in names})
 
 
@@ -86,9 +93,9 @@ def define_flags(command):
     flags.DEFINE_integer("step", None, "checkpoint to read; by default the newest")
     flags.DEFINE_string("dtype", "float32", "float32 or bfloat16, of the computation")
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-    for name, default in commands.options_of(COMMANDS[command]).items():
+    for name, default in cli.options_of(COMMANDS[command]).items():
         define.get(type(default), flags.DEFINE_multi_string)(name, default or type(default)(), _HELP[name])
 
 
 if __name__ == "__main__":
-    commands.run_functions("memoryllm_jax.analyze", COMMANDS, define_flags, call)
+    cli.run_functions("memoryllm_jax.analyze", COMMANDS, define_flags, call)

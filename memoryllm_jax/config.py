@@ -13,7 +13,7 @@ import runpy
 
 import ml_collections
 
-from memoryllm_jax.cli import UserError
+from memoryllm_jax.common.errors import UserError
 
 ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn", "splash")
 REMAT_POLICIES = ("none", "dots", "full")

@@ -19,12 +19,14 @@ import typing
 
 from absl import flags
 
-from memoryllm_jax import cli, commands, report
-from memoryllm_jax.probes import compression, contribution, cost, measure, pruning
+from memoryllm_jax.common import cli, report
+from memoryllm_jax.evaluation import measure
+from memoryllm_jax.experiments import compression, contribution, decode_cost, models, pruning
+from memoryllm_jax.experiments.models import Models
 
 COMMANDS: dict[str, typing.Callable] = {
     f.__name__: f
-    for f in (contribution.alpha, contribution.layers, compression.compression, pruning.pruning, cost.cost)
+    for f in (contribution.alpha, contribution.layers, compression.compression, pruning.pruning, decode_cost.cost)
 }
 _HELP = {
     "alphas": "factors of what the FFN adds",
@@ -42,7 +44,7 @@ _HELP = {
 }
 
 
-def probe(command: str, models: measure.Models, output: str, **options) -> str:
+def probe(command: str, models: Models, output: str, **options) -> str:
     """Runs one of COMMANDS. Returns: one line on what was written. Raises: UserError."""
     function, facts = COMMANDS[command], models.facts
     if "measure" in options:
@@ -53,9 +55,9 @@ def probe(command: str, models: measure.Models, output: str, **options) -> str:
 
 
 def call(command):
-    f, names = flags.FLAGS, commands.options_of(COMMANDS[command])
-    options = {name: measure.from_flags() if name == "measure" else f[name].value for name in names}
-    return probe(command, measure.Models(f.workdir, f.tol, f.rows, f.dtype), f.output, **options)
+    f, names = flags.FLAGS, cli.options_of(COMMANDS[command])
+    options = {name: measure.measure_from_flags() if name == "measure" else f[name].value for name in names}
+    return probe(command, models.Models(f.workdir, f.tol, f.rows, f.dtype), f.output, **options)
 
 
 def define_flags(command):
@@ -65,7 +67,7 @@ def define_flags(command):
     flags.DEFINE_string("rows", "", "where the ToL file's rows are served from: device, host or, by default, disk")
     flags.DEFINE_string("dtype", "", "float32 or bfloat16, of the computation; by default that of the training")
     flags.mark_flag_as_required("workdir")
-    options = commands.options_of(COMMANDS[command])
+    options = cli.options_of(COMMANDS[command])
     if options.pop("measure", None):
         cli.define_quality_flags()
     define = {int: functools.partial(flags.DEFINE_integer, lower_bound=0), tuple: flags.DEFINE_list}
@@ -75,4 +77,4 @@ def define_flags(command):
 
 
 if __name__ == "__main__":
-    commands.run_functions("memoryllm_jax.probe", COMMANDS, define_flags, call)
+    cli.run_functions("memoryllm_jax.probe", COMMANDS, define_flags, call)

@@ -25,9 +25,12 @@ import socket
 import jax
 import pytest
 
-from memoryllm_jax import config as config_lib
-from memoryllm_jax import documents, generate, precompute, prepare, saved, sharding, train
-from memoryllm_jax.tol import options
+from memoryllm_jax.checkpoint import trained
+from memoryllm_jax.config import MeshConfig, default, resolve
+from memoryllm_jax.data import documents, shards
+from memoryllm_jax.model import sharding
+from memoryllm_jax.tol import compress, serving
+from memoryllm_jax.training import loop
 
 CONTEXT = 32  # of the models that `lab` trains
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden_hf")
@@ -64,7 +67,7 @@ def corpus(tmp_path_factory):
 def data_path(corpus, tmp_path_factory):
     """`corpus`, tokenised with a SentencePiece model of 512 ids trained on it."""
     path = str(tmp_path_factory.mktemp("data") / "prepared")
-    prepare.prepare(corpus, "sentencepiece:train:512", path, validation_fraction=0.05)
+    shards.prepare(corpus, "sentencepiece:train:512", path, validation_fraction=0.05)
     return path
 
 
@@ -73,7 +76,7 @@ def make_config(data_path):
     """make_config("flex-3", **{"model.dim": 64}) -> Config of a model small enough for any test."""
 
     def make(architecture="flex-3", **overrides):
-        c = config_lib.default(architecture)
+        c = default(architecture)
         c.steps, c.batch_size, c.seq_len = 4, 8, 32
         c.model.dim, c.model.layers, c.model.heads, c.model.loss_chunk = 32, 2, 4, 24
         c.model.dtype = "float32"
@@ -82,7 +85,7 @@ def make_config(data_path):
         c.checkpoint.every = c.eval.every = 100
         c.eval.batches, c.log.every, c.log.tensorboard = 2, 1, False
         c.update_from_flattened_dict(overrides)
-        return config_lib.resolve(c)
+        return resolve(c)
 
     return make
 
@@ -96,7 +99,7 @@ class Lab:
         self.tol = functools.cache(self._tol)
 
     def _workdir(self, name):
-        c = config_lib.default(name)
+        c = default(name)
         c.steps, c.batch_size, c.seq_len = 16, 8, CONTEXT
         c.model.dim, c.model.layers, c.model.heads, c.model.dtype = 32, 2, 4, "float32"
         c.model.init_std, c.model.loss_chunk = 0.1, 24
@@ -104,24 +107,24 @@ class Lab:
         c.optimizer.peak_lr, c.optimizer.warmup_steps = 2e-2, 2
         c.log.every, c.log.tensorboard = 100, False
         workdir = str(self.folder / name)
-        assert train.train(config_lib.resolve(c), workdir, jax.devices()[:1]) == 0
+        assert loop.train(resolve(c), workdir, jax.devices()[:1]) == 0
         return workdir
 
     def _tol(self, name):
         path = str(self.folder / f"{name}.safetensors")
-        precompute.precompute(self.workdir(name), path, options.Options())
+        compress.precompute(self.workdir(name), path, compress.Options())
         return path
 
     def run(self, name):
         """Its Config."""
-        return saved.config_of(self.workdir(name))
+        return trained.config_of(self.workdir(name))
 
     def config(self, name):
         return self.run(name).model
 
     def model(self, name, *args, devices=1):
-        mesh = sharding.make_mesh(config_lib.MeshConfig(-1, 1, 1), jax.devices()[:devices])
-        return contextlib.closing(generate.Model(self.workdir(name), *args, mesh=mesh))
+        mesh = sharding.make_mesh(MeshConfig(-1, 1, 1), jax.devices()[:devices])
+        return contextlib.closing(serving.Model(self.workdir(name), *args, mesh=mesh))
 
 
 @pytest.fixture(scope="session")

@@ -16,20 +16,25 @@ import numpy as np
 import pytest
 import reference
 
-from memoryllm_jax import analyze, checkpoint, data, model, report, sharding, train
-from memoryllm_jax import config as config_lib
+from memoryllm_jax import analyze
 from memoryllm_jax.analysis import (
     agreement,
     annotate,
     clusters,
     corpus,
-    inside,
+    key_values,
     neighbours,
     residual,
-    surface,
+    token_classes,
     vocabulary,
 )
-from memoryllm_jax.cli import UserError
+from memoryllm_jax.checkpoint import store
+from memoryllm_jax.common import plots, report
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.config import MeshConfig
+from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.model import sharding, transformer
+from memoryllm_jax.training import loop
 
 LENGTH = 16  # of windows
 FIRES, HEARD, DENIED, SPOKEN, TWIN = 60, 61, 62, 63, 64  # token ids
@@ -39,7 +44,7 @@ FIRES, HEARD, DENIED, SPOKEN, TWIN = 60, 61, 62, 63, 64  # token ids
 def small_pieces(monkeypatch):
     """Sizes that divide nothing, so that every loop has several rounds and an incomplete last one."""
     monkeypatch.setattr(vocabulary, "CHUNK", 100)
-    monkeypatch.setattr(inside, "_LOGITS", 512 * 7)
+    monkeypatch.setattr(key_values, "_LOGITS", 512 * 7)
     monkeypatch.setattr(corpus, "_BATCH", 3 * LENGTH)
     monkeypatch.setattr(neighbours, "_QUERIES", 300)
 
@@ -50,16 +55,19 @@ def make_model(make_config, tmp_path):
 
     def make(architecture, change=lambda params: None, name=""):
         config = make_config(architecture, **{"data.verify": False})
-        dataset = data.Dataset(config.data.path)
-        config = train.complete(config, dataset)
-        mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
-        shapes, draw = model.abstract_params(model.LanguageModel(config.model), mesh), np.random.default_rng(0)
+        dataset = Dataset(config.data.path)
+        config = loop.complete(config, dataset)
+        mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+        shapes, draw = (
+            transformer.abstract_params(transformer.LanguageModel(config.model), mesh),
+            np.random.default_rng(0),
+        )
         params = jax.tree.map(lambda s: (0.3 * draw.standard_normal(s.shape)).astype(np.float32), shapes)
         change(params)
         params = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), params, shapes)
         workdir = str(tmp_path / (name or architecture))
-        checkpoints = checkpoint.Checkpoints(workdir)
-        checkpoints.save(0, {"params": params}, checkpoint.describe(config, dataset, dataset.tokenizer()))
+        checkpoints = store.Checkpoints(workdir)
+        checkpoints.save(0, {"params": params}, store.describe(config, dataset, dataset.tokenizer()))
         checkpoints.wait()
         checkpoints.close()
         return workdir
@@ -70,7 +78,7 @@ def make_model(make_config, tmp_path):
 @functools.cache
 def opened(workdir, *_, **__):
     """A checkpoint takes seconds to read, so that all commands of a test share one."""
-    return inside.Inside(workdir)
+    return key_values.Inside(workdir)
 
 
 @pytest.fixture
@@ -199,7 +207,7 @@ def test_the_chance_of_agreement_is_with_other_keys():
 
 
 def test_what_follows_a_token_in_the_training_text(make_model, data_path):
-    train = data.Dataset(data_path).train
+    train = Dataset(data_path).train
     tokens = train.read(0, train.tokens)
     page = types.SimpleNamespace(facts={})
     following = agreement._following(opened(make_model("memory")), page, None, data_path)
@@ -272,10 +280,10 @@ def test_clustering_coefficient_and_purity():
     assert clusters.clustering_coefficient(ring)[0] == 0
     # A triangle 0 1 2 with 3 hanging on 2, whose three neighbours are joined in one of three pairs.
     assert clusters.clustering_coefficient(np.array([[1], [2], [0], [2]]))[0] == pytest.approx((1 + 1 + 1 / 3 + 0) / 4)
-    assert surface.purity(np.array([0, 0, 0, 1, 1]), np.array(list("aabcc"))) == pytest.approx(4 / 5)
-    kinds = [surface.kind(7, text) for text in ("#7", "␣", "␣,", "12", "␣The", "ing", "да")]
-    assert kinds == list(surface.KINDS)
-    assert surface.kind(7, ";\\n\\t") == "punctuation" and surface.script("\\tж") == "CYRILLIC"
+    assert token_classes.purity(np.array([0, 0, 0, 1, 1]), np.array(list("aabcc"))) == pytest.approx(4 / 5)
+    kinds = [token_classes.kind(7, text) for text in ("#7", "␣", "␣,", "12", "␣The", "ing", "да")]
+    assert kinds == list(token_classes.KINDS)
+    assert token_classes.kind(7, ";\\n\\t") == "punctuation" and token_classes.script("\\tж") == "CYRILLIC"
 
 
 @pytest.mark.parametrize("architecture", ["base", "memory", "flex-3"])
@@ -413,7 +421,7 @@ def test_a_trained_model_against_numpy(lab, make_model, run, data_path, architec
 
 def test_neighbours_clusters_and_outliers_against_numpy(make_model, run, tmp_path):
     workdir = make_model("flex-3")
-    subject = inside.Inside(workdir, whole=False)
+    subject = key_values.Inside(workdir, whole=False)
     m, p = subject.config, jax.tree.map(np.asarray, subject.params)
     ids = vocabulary.every_id(subject)
     rows, c = [], []
@@ -453,7 +461,7 @@ def test_clusters_of_tokens_of_two_kinds(make_model, run, tmp_path):
     subject = opened(workdir)
     labels, fitted = clusters.fit(subject, 0, 2, 0)
     table = clusters._examples(
-        subject, 0, labels, fitted, surface.classes(subject.texts)["leading space"], lambda: None
+        subject, 0, labels, fitted, token_classes.classes(subject.texts)["leading space"], lambda: None
     )
     x = np.asarray(clusters.unit_coefficients(subject, 0, vocabulary.every_id(subject)))
     for layer, cluster, count, kind, share, texts in table:
@@ -468,7 +476,7 @@ def test_clusters_of_tokens_of_two_kinds(make_model, run, tmp_path):
 def test_every_command_leaves_whole_files(make_model, run, data_path, tmp_path):
     workdir = make_model("flex-3")
     small = {"keys": 3, "top": 3, "length": LENGTH, "limit": 200, "examples": 50, "clusters": 5, "picture": "pca"}
-    train = data.Dataset(data_path).train
+    train = Dataset(data_path).train
     counts = np.bincount(train.read(0, train.tokens), minlength=512)
     for command, call in analyze.COMMANDS.items():
         names = call.__code__.co_varnames[2 : call.__code__.co_argcount]
@@ -533,4 +541,4 @@ def test_report_escapes_what_it_shows(tmp_path):
     written = open(tmp_path / "name.html").read()
     assert "a &lt;b&gt;" in written and "<i>" not in written and "&lt;/td&gt;" in written and "</script>" not in written
     assert json.load(open(tmp_path / "name.json"))["results"] == {"x": [1.0, None]}
-    assert report.drawable("␣ä") and not report.drawable("a漢")
+    assert plots.drawable("␣ä") and not plots.drawable("a漢")

@@ -12,9 +12,11 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from memoryllm_jax import attention, config, sharding
-from memoryllm_jax.cli import UserError
-from memoryllm_jax.step import Batch, Trainer
+from memoryllm_jax import config
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.model import attention, blocked_attention, sharding
+from memoryllm_jax.training.batches import Batch
+from memoryllm_jax.training.step import Trainer
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def assert_is_plain_attention(kernel, batch, length, heads, head_dim):
 
 @pytest.mark.parametrize("length", [1, 127, 300])
 def test_blocked_attention_is_plain_attention(length):
-    assert_is_plain_attention(attention.blocked, 2, length, 3, 10)
+    assert_is_plain_attention(blocked_attention.blocked, 2, length, 3, 10)
 
 
 @pytest.mark.parametrize("batch, length, head_dim", [(1, 16, 60), (2, 150, 100), (1, 300, 64)])

@@ -10,8 +10,9 @@ import jax
 import pytest
 
 from memoryllm_jax import config as config_lib
-from memoryllm_jax import metrics, model, sharding
-from memoryllm_jax.cli import UserError
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.config import MeshConfig, default, resolve
+from memoryllm_jax.model import flops, sharding, transformer
 
 # DESIGN: size -> h, heads, base width, FFN-M widths at beta 1, 2, 3, millions in total, active at 0, 1, 2, 3, 8.
 TABLE = {
@@ -32,7 +33,7 @@ def test_parameter_counts_follow_from_the_table(size, variant):
     h, heads, width, memory_widths, total_millions, active_millions = TABLE[size]
     config = load(size, variant)
     config.model.vocab_size = V = 128_256
-    config = config_lib.resolve(config)
+    config = resolve(config)
     assert (config.model.dim, config.model.heads, config.model.ffn_dim) == (h, heads, width)
     assert (config.model.layers, config.seq_len) == (24, 2048)
 
@@ -46,14 +47,14 @@ def test_parameter_counts_follow_from_the_table(size, variant):
     expected_total = expected_active + 24 * memory
 
     with jax.set_mesh(sharding.make_mesh(config.mesh, jax.devices()[:1])):
-        boxed = jax.eval_shape(lambda: model.init(model.LanguageModel(config.model), jax.random.key(0)))
+        boxed = jax.eval_shape(lambda: transformer.init(transformer.LanguageModel(config.model), jax.random.key(0)))
     sizes = {jax.tree_util.keystr(p): math.prod(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(boxed)}
     tables = [n for name, n in sizes.items() if "'embedding'" in name or "'head'" in name]
     assert tables == [V * h, V * h]
     total = sum(sizes.values()) - sum(tables)
     in_memory = sum(n for name, n in sizes.items() if name.startswith("['memory']"))
     assert (total, total - in_memory) == (expected_total, expected_active)
-    counted = metrics.parameters(config)
+    counted = flops.parameters(config)
     assert counted["total"] == total + 2 * V * h and counted["active"] == expected_active
     # Against the table's own millions; it counts no norms.
     assert total / 1e6 == pytest.approx(total_millions, abs=1)
@@ -62,14 +63,14 @@ def test_parameter_counts_follow_from_the_table(size, variant):
 
 @pytest.mark.parametrize("variant", ["value-3", "ple-3", "narrow-3"])
 def test_baselines_have_the_active_parameters_of_flex(variant):
-    config = config_lib.resolve(config_lib.load(f"configs/1b.py:{variant}"))
+    config = resolve(config_lib.load(f"configs/1b.py:{variant}"))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=1000))
     with jax.set_mesh(sharding.make_mesh(config.mesh, jax.devices()[:1])):
-        boxed = jax.eval_shape(lambda: model.init(model.LanguageModel(config.model), jax.random.key(0)))
-    counted = metrics.parameters(config)
+        boxed = jax.eval_shape(lambda: transformer.init(transformer.LanguageModel(config.model), jax.random.key(0)))
+    counted = flops.parameters(config)
     assert counted["total"] == sum(x.size for x in jax.tree.leaves(boxed))
     assert config.model.architecture == variant
-    flex = metrics.parameters(config_lib.resolve(config_lib.load("configs/1b.py:flex-3")))
+    flex = flops.parameters(resolve(config_lib.load("configs/1b.py:flex-3")))
     assert counted["active"] == pytest.approx(flex["active"], rel=1e-3)
 
 
@@ -78,7 +79,7 @@ def test_every_config_file_builds_every_variant():
     assert len(names) >= 4
     for name in names:
         for variant in (*VARIANTS, "flex-1.5"):
-            config = config_lib.resolve(config_lib.load(f"{name}:{variant}"))
+            config = resolve(config_lib.load(f"{name}:{variant}"))
             assert config.model.architecture == variant
             assert config.model.memory_dim + config.model.compute_dim == config.model.ffn_dim
 
@@ -87,7 +88,7 @@ def test_width_follows_an_overridden_dim():
     config = load("1b", "flex-3")
     config.model.dim = 960
     assert config.model.ffn_dim == 2560
-    assert config_lib.resolve(config).model.memory_dim == 1600
+    assert resolve(config).model.memory_dim == 1600
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_impossible_values_are_refused_by_name(field, value, message):
     config = load("tiny", "flex-3")
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError) as error:
-        config_lib.resolve(config)
+        resolve(config)
     assert str(error.value).startswith(message)
 
 
@@ -125,19 +126,19 @@ def test_unknown_fields_and_wrong_types_are_refused_by_name():
         ({"model": 3}, "config.model: expected a group of fields, found 3"),
     ):
         with pytest.raises(UserError) as error:
-            config_lib.resolve({**tree, **change})
+            resolve({**tree, **change})
         assert str(error.value) == message
     with pytest.raises(UserError, match="architecture 'flex-8': expected base, memory, or flex-B"):
-        config_lib.default("flex-8")
+        default("flex-8")
 
 
 def test_batches_and_meshes_that_do_not_fit_are_refused():
-    config = config_lib.resolve(load("tiny", "flex-3"))
+    config = resolve(load("tiny", "flex-3"))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=4096))
 
     def check(mesh, **changes):
         changed = dataclasses.replace(config, **changes)
-        sharding.check_batch(changed, sharding.make_mesh(config_lib.MeshConfig(*mesh)))
+        sharding.check_batch(changed, sharding.make_mesh(MeshConfig(*mesh)))
 
     check((2, 2, 2))
     with pytest.raises(UserError, match=r"config.batch_size: expected a multiple of .* = 8, found 12"):

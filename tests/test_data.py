@@ -11,8 +11,12 @@ import time
 import numpy as np
 import pytest
 
-from memoryllm_jax import data, documents, files, prepare, tokenizer
-from memoryllm_jax.cli import UserError
+from memoryllm_jax.common import storage
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.data import documents, tokenizer
+from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.data.shards import prepare
+from memoryllm_jax.training.batches import TrainBatches, ValidationBatches
 
 
 def read_all(dataset, split="train"):
@@ -37,15 +41,15 @@ def test_every_format_gives_the_same_tokens(corpus, data_path, tmp_path):
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(raw))
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
     (tmp_path / "a.txt").write_text(texts[0])
-    expected = data.Dataset(data_path)
+    expected = Dataset(data_path)
     spec = f"sentencepiece:{data_path}/tokenizer.model"
     for name in ("c4.json.gz", "a.jsonl.zst", "a.parquet"):
         out = str(tmp_path / f"out-{name}")
-        prepare.prepare(str(tmp_path / name), spec, out, validation_fraction=0.05)
+        prepare(str(tmp_path / name), spec, out, validation_fraction=0.05)
         for split in ("train", "validation"):
-            np.testing.assert_array_equal(read_all(data.Dataset(out), split), read_all(expected, split))
-    prepare.prepare(str(tmp_path / "a.txt"), spec, str(tmp_path / "out-txt"))
-    text = data.Dataset(str(tmp_path / "out-txt"))
+            np.testing.assert_array_equal(read_all(Dataset(out), split), read_all(expected, split))
+    prepare(str(tmp_path / "a.txt"), spec, str(tmp_path / "out-txt"))
+    text = Dataset(str(tmp_path / "out-txt"))
     model = text.tokenizer()
     both = np.concatenate([read_all(text), read_all(text, "validation")])
     assert model.decode(both[1:-1]) == texts[0]
@@ -63,7 +67,7 @@ def test_any_path_fsspec_reads(corpus, data_path):
 
 
 def test_held_out_documents_are_not_trained_on_and_counts_are_exact(corpus, data_path):
-    dataset = data.Dataset(data_path)
+    dataset = Dataset(data_path)
     model = dataset.tokenizer()
     train, held_out = texts_of(dataset, "train", model), texts_of(dataset, "validation", model)
     everything = [json.loads(line)["text"] for line in open(corpus)]
@@ -73,7 +77,7 @@ def test_held_out_documents_are_not_trained_on_and_counts_are_exact(corpus, data
         assert tokens.bytes == sum(len(text.encode()) for text in texts)
         assert tokens.tokens == sum(len(model.encode(text)) + 2 for text in texts)
     record = json.load(open(f"{data_path}/dataset.json"))
-    assert record["tokenizer"]["digest"] == files.sha256(f"{data_path}/tokenizer.model")
+    assert record["tokenizer"]["digest"] == storage.sha256(f"{data_path}/tokenizer.model")
     assert (record["dtype"], record["vocab_size"]) == ("uint16", 512)
 
 
@@ -105,7 +109,7 @@ def test_killed_prepare_goes_on(corpus, tmp_path):
         assert (tmp_path / "killed" / name).stat().st_mtime_ns == at
     first, second = (json.load(open(tmp_path / name / "dataset.json")) for name in ("killed", "whole"))
     assert first == second
-    data.Dataset(str(tmp_path / "killed")).verify()
+    Dataset(str(tmp_path / "killed")).verify()
     assert not list(tmp_path.glob("killed/*.part"))
 
 
@@ -135,7 +139,7 @@ CUT_OFF = gzip.compress(b'{"text": "abc"}\n' * 100, mtime=0)[:-20]  # the time w
 def test_bad_input_is_named_and_leaves_no_shard(name, content, message, data_path, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
-        prepare.prepare(str(tmp_path / name), f"sentencepiece:{data_path}/tokenizer.model", str(tmp_path / "out"))
+        prepare(str(tmp_path / name), f"sentencepiece:{data_path}/tokenizer.model", str(tmp_path / "out"))
     assert message in str(error.value)
     assert not list(tmp_path.glob("out/*.bin*")) and not (tmp_path / "out" / "dataset.json").exists()
 
@@ -143,34 +147,34 @@ def test_bad_input_is_named_and_leaves_no_shard(name, content, message, data_pat
 def test_other_mistakes_in_preparing(corpus, data_path, tmp_path):
     spec = f"sentencepiece:{data_path}/tokenizer.model"
     with pytest.raises(UserError, match="expected at least one file, found none"):
-        prepare.prepare(f"{tmp_path}/*.json.gz", spec, str(tmp_path / "o"))
+        prepare(f"{tmp_path}/*.json.gz", spec, str(tmp_path / "o"))
     with pytest.raises(UserError, match="was begun with another tokenizer"):
-        prepare.prepare(corpus, spec, data_path, validation_fraction=0.05)
+        prepare(corpus, spec, data_path, validation_fraction=0.05)
     with pytest.raises(UserError, match="expected a sentencepiece model, found a file it refuses"):
-        prepare.prepare(corpus, f"sentencepiece:{corpus}", str(tmp_path / "o"))
+        prepare(corpus, f"sentencepiece:{corpus}", str(tmp_path / "o"))
     with pytest.raises(UserError, match="No such file or directory"):
-        prepare.prepare(corpus, "llama3:/none/tokenizer.model", str(tmp_path / "o"))
+        prepare(corpus, "llama3:/none/tokenizer.model", str(tmp_path / "o"))
     with pytest.raises(UserError, match="expected one of sentencepiece, llama3, hf"):
-        prepare.prepare(corpus, f"bpe:{corpus}", str(tmp_path / "o"))
+        prepare(corpus, f"bpe:{corpus}", str(tmp_path / "o"))
     with pytest.raises(UserError, match="cannot be written"):
-        prepare.prepare(corpus, spec, f"{corpus}/out")
+        prepare(corpus, spec, f"{corpus}/out")
     assert os.listdir(tmp_path / "o") == [".lock"]
     with pytest.raises(UserError, match="this text allows at most"):
-        prepare.prepare(corpus, "sentencepiece:train:200000", str(tmp_path / "o"))
+        prepare(corpus, "sentencepiece:train:200000", str(tmp_path / "o"))
 
 
 def test_files_of_the_user_are_never_removed_or_trained_on_and_held_out(corpus, data_path, tmp_path):
     own = tmp_path / "tokenizer.model"
     own.write_bytes(open(f"{data_path}/tokenizer.model", "rb").read())
     with pytest.raises(UserError, match=r"holds a tokenizer.model that `prepare` did not write"):
-        prepare.prepare(corpus, f"sentencepiece:{own}", str(tmp_path))
+        prepare(corpus, f"sentencepiece:{own}", str(tmp_path))
     assert own.exists()
     lines = open(corpus).read().splitlines(keepends=True)
     (tmp_path / "a.jsonl").write_text("".join(lines[:40]))
     (tmp_path / "b.jsonl").write_text("".join(lines[40:]))
     both = f"{tmp_path}/*.jsonl,{tmp_path}/a.jsonl"
-    prepare.prepare(both, f"sentencepiece:{own}", f"{tmp_path}/out", validation_pattern=f"{tmp_path}/b.jsonl")
-    dataset = data.Dataset(f"{tmp_path}/out")
+    prepare(both, f"sentencepiece:{own}", f"{tmp_path}/out", validation_pattern=f"{tmp_path}/b.jsonl")
+    dataset = Dataset(f"{tmp_path}/out")
     assert (dataset.train.documents, dataset.validation.documents) == (40, 40)
 
 
@@ -199,22 +203,22 @@ def test_damaged_data_is_named(copied):
     shard = next(copied.glob("train-*.bin"))
     whole = shard.read_bytes()
     shard.write_bytes(whole[:100] + b"\x01" + whole[101:])
-    dataset = data.Dataset(str(copied))
+    dataset = Dataset(str(copied))
     with pytest.raises(UserError, match=rf"{shard.name}: checksum differs"):
         dataset.verify()
     shard.write_bytes(whole[:200] + (600).to_bytes(2, "little") + whole[202:])
     with pytest.raises(UserError, match=rf"{shard.name}: token 100: expected an id below 512, found 600"):
-        data.Dataset(str(copied)).train.read(0, 1000)
+        Dataset(str(copied)).train.read(0, 1000)
     shard.write_bytes(whole[:-2])
     with pytest.raises(UserError, match=rf"{shard.name}: expected {len(whole)} bytes, found {len(whole) - 2}"):
-        data.Dataset(str(copied))
+        Dataset(str(copied))
     shard.write_bytes(whole)
     other = tokenizer.train_sentencepiece(iter(["Another text that gives another model. " * 99]), 300, 1)
     (copied / "tokenizer.model").write_bytes(other.content)
     with pytest.raises(UserError, match="the tokenizer does not match the data"):
-        data.Dataset(str(copied)).tokenizer()
+        Dataset(str(copied)).tokenizer()
     with pytest.raises(UserError, match="expected a folder that `prepare` finished"):
-        data.Dataset(str(copied.parent))
+        Dataset(str(copied.parent))
 
 
 def global_batch(batches, step):
@@ -226,15 +230,15 @@ def global_batch(batches, step):
 
 def test_global_batches_do_not_depend_on_hosts_and_windows_cover_the_data(make_config):
     config = make_config("memory", steps=200, **{"data.epochs": 2})
-    dataset = data.Dataset(config.data.path)
-    one = data.TrainBatches(config, dataset, 1, [0])
+    dataset = Dataset(config.data.path)
+    one = TrainBatches(config, dataset, 1, [0])
     stream = read_all(dataset)
     for step in (0, 7, 199):
         inputs, targets = global_batch(one, step)
         for shards, hosts in ((2, 1), (4, 2), (8, 4)):
             share = shards // hosts
             parts = [
-                global_batch(data.TrainBatches(config, dataset, shards, range(h * share, (h + 1) * share)), step)
+                global_batch(TrainBatches(config, dataset, shards, range(h * share, (h + 1) * share)), step)
                 for h in range(hosts)
             ]
             np.testing.assert_array_equal(np.concatenate([p[0] for p in parts]), inputs)
@@ -251,8 +255,8 @@ def test_global_batches_do_not_depend_on_hosts_and_windows_cover_the_data(make_c
 
 def test_reading_goes_on_from_any_step_and_errors_reach_the_reader(make_config, copied):
     config = make_config("memory", steps=50, **{"data.path": str(copied)})
-    dataset = data.Dataset(str(copied))
-    batches = data.TrainBatches(config, dataset, 2, [0, 1])
+    dataset = Dataset(str(copied))
+    batches = TrainBatches(config, dataset, 2, [0, 1])
     reader = batches.iterate(30)
     for step in range(30, 50):
         for (ids, index, *_), (ids2, index2, *_) in zip(next(reader).values(), batches[step].values()):
@@ -262,19 +266,19 @@ def test_reading_goes_on_from_any_step_and_errors_reach_the_reader(make_config, 
     shard = next(copied.glob("train-*.bin"))
     shard.write_bytes(b"\xff" * shard.stat().st_size)
     with pytest.raises(UserError, match="expected an id below 512, found 65535"):
-        next(data.TrainBatches(config, data.Dataset(str(copied)), 2, [0, 1]).iterate(0))
+        next(TrainBatches(config, Dataset(str(copied)), 2, [0, 1]).iterate(0))
 
 
 def test_end_of_data_is_refused_before_training(make_config):
     config = make_config("memory", steps=100_000)
     with pytest.raises(UserError, match=r"config.data.epochs: 100000 steps of 8 sequences need .* set it to \d+"):
-        data.TrainBatches(config, data.Dataset(config.data.path), 1, [0])
+        TrainBatches(config, Dataset(config.data.path), 1, [0])
 
 
 def test_validation_scores_every_token_once(make_config):
     config = make_config("memory", **{"eval.batches": 0})
-    dataset = data.Dataset(config.data.path)
-    batches = data.ValidationBatches(config, dataset, 2, [0, 1])
+    dataset = Dataset(config.data.path)
+    batches = ValidationBatches(config, dataset, 2, [0, 1])
     scored = []
     for step in range(len(batches)):
         for _, _, targets, weights in batches[step].values():

@@ -15,11 +15,16 @@ import pytest
 import reference
 from conftest import CONTEXT, with_devices
 
-from memoryllm_jax import config as config_lib
-from memoryllm_jax import data, evaluate, loss, quality_page, report, scoring, sharding
-from memoryllm_jax.cli import UserError
-from memoryllm_jax.evaluate import Windows
-from memoryllm_jax.sampling import Sampling
+from memoryllm_jax import config
+from memoryllm_jax.common import report
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.data import dataset
+from memoryllm_jax.evaluation import perplexity
+from memoryllm_jax.evaluation.page import of_tasks
+from memoryllm_jax.evaluation.perplexity import Windows
+from memoryllm_jax.inference import scoring
+from memoryllm_jax.inference.sampling import Sampling
+from memoryllm_jax.model import loss, sharding
 
 ARCHITECTURES = ("memory", "flex-3", "base")
 
@@ -71,7 +76,7 @@ def test_ids_that_pad_the_vocabulary_have_no_share():
     head[8:] *= 9
     logits = x @ head[:8].T
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    with jax.set_mesh(sharding.make_mesh(config_lib.MeshConfig(2, 1, 1), jax.devices()[:2])):
+    with jax.set_mesh(sharding.make_mesh(config.MeshConfig(2, 1, 1), jax.devices()[:2])):
         found = loss.log_probs(*map(jnp.float32, (x, head)), jnp.int32(targets), loss.Options(8, 0.0, 3, "float32"))
     np.testing.assert_allclose(found[0], np.take_along_axis(expected, targets[..., None], -1)[..., 0], atol=1e-5)
     np.testing.assert_array_equal(found[1], logits.argmax(-1) == targets)
@@ -82,8 +87,8 @@ def test_ids_that_pad_the_vocabulary_have_no_share():
 
 def quality(model, path, windows=None, **more):
     windows = windows or Windows(CONTEXT, CONTEXT)
-    text = evaluate.prepared_text(path, "validation", model.tokenizer, windows)
-    return evaluate.perplexity(model, text, windows, **more)
+    text = perplexity.prepared_text(path, "validation", model.tokenizer, windows)
+    return perplexity.perplexity(model, text, windows, **more)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -103,13 +108,13 @@ def test_perplexity_on_prepared_data_is_the_validation_of_training(lab, name):
 
 def test_text_files_are_what_prepare_would_make_of_them(lab, tmp_path):
     with lab.model("memory") as model:
-        stream = data.Dataset(lab.data_path).validation
+        stream = dataset.Dataset(lab.data_path).validation
         ids = stream.read(0, stream.tokens)
         texts = [model.tokenizer.decode(d) for d in np.split(ids, np.nonzero(ids == model.tokenizer.bos_id)[0])[1:]]
         (tmp_path / "held_out.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
         windows = Windows(CONTEXT, CONTEXT)
-        text = evaluate.raw_text(str(tmp_path / "*.jsonl"), "body", model.tokenizer, windows)
-        found = evaluate.perplexity(model, text, windows)
+        text = perplexity.raw_text(str(tmp_path / "*.jsonl"), "body", model.tokenizer, windows)
+        found = perplexity.perplexity(model, text, windows)
         assert found == quality(model, lab.data_path)
         assert found["words"] == sum(len(text.split()) for text in texts)
         assert found["bytes"] == sum(len(text.encode()) for text in texts)
@@ -119,7 +124,7 @@ def test_windows_with_a_stride_predict_each_token_once_from_at_least_the_rest(la
     stride, tokens = 12, 90
     windows = Windows(CONTEXT, stride, max_tokens=tokens)
     with lab.model("flex-3") as model:
-        ids = data.Dataset(lab.data_path).validation.read(0, tokens + 1)
+        ids = dataset.Dataset(lab.data_path).validation.read(0, tokens + 1)
         first_window = [max(0, -(-(target - CONTEXT) // stride)) for target in range(tokens + 1)]
         starts = [stride * k for k in range(max(first_window) + 1)]
         batch = np.stack(
@@ -189,7 +194,8 @@ def test_the_command_and_its_refusals(lab, tmp_path):
 @pytest.fixture(scope="module")
 def harness():
     pytest.importorskip("lm_eval", reason="the harness is not installed: pip install 'memoryllm_jax[eval]'")
-    from memoryllm_jax import harness
+
+    from memoryllm_jax.evaluation import harness
 
     return harness
 
@@ -272,7 +278,7 @@ def test_local_tasks_run_without_a_network(lab, harness, tmp_path, monkeypatch):
         choices = [(f"Question: {g['goal']}\nAnswer:", f" {g[name]}") for g in goods for name in ("sol1", "sol2")]
         of_choices = harness.MemoryLLM(model).loglikelihood(requests(*choices))
         page = report.Report(str(tmp_path / "page"), "evaluate", "tasks", {})
-        quality_page.of_tasks(page, results)
+        of_tasks(page, results)
         page.write({})
     record = json.load(open(output))
     lambada, piqa = record["results"]["lambada_local"], record["results"]["piqa_local"]

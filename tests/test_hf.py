@@ -19,15 +19,22 @@ from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
 
 from memoryllm_jax import config as config_lib
-from memoryllm_jax import convert, data, documents, export, generate, precompute, prepare, sharding, tokenizer, train
-from memoryllm_jax import model as model_lib
-from memoryllm_jax.cli import UserError
-from memoryllm_jax.hf import names, settings
-from memoryllm_jax.hf import tokenizer as hf_tokenizer
-from memoryllm_jax.sampling import Sampling
-from memoryllm_jax.saved import SavedModel
-from memoryllm_jax.step import Trainer
-from memoryllm_jax.tol import options
+from memoryllm_jax.checkpoint import warm_start
+from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.config import MeshConfig, default, resolve
+from memoryllm_jax.data import dataset, documents, tokenizer_conversion
+from memoryllm_jax.data import tokenizer as tokenizer_lib
+from memoryllm_jax.data.shards import prepare
+from memoryllm_jax.hf import export, tensor_names
+from memoryllm_jax.hf.config_json import from_json, to_json
+from memoryllm_jax.hf.import_ import import_
+from memoryllm_jax.inference.sampling import Sampling
+from memoryllm_jax.model import sharding, transformer
+from memoryllm_jax.tol import compress, serving
+from memoryllm_jax.training import loop
+from memoryllm_jax.training.batches import TrainBatches, place
+from memoryllm_jax.training.step import Trainer
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 12))
 LLAMA3_ROPE = {
@@ -61,13 +68,13 @@ def workdir(data_path, tmp_path_factory):
     @functools.cache
     def make(name, steps=1):
         architecture, overrides = MODELS[name]
-        c = config_lib.default(architecture)
+        c = default(architecture)
         c.steps, c.batch_size, c.seq_len = steps, 8, 64
         c.model.dim, c.model.layers, c.model.heads, c.model.dtype, c.model.init_std = 32, 2, 4, "float32", 0.1
         c.data.path, c.data.epochs, c.eval.batches, c.log.tensorboard = data_path, 9, 1, False
         c.update_from_flattened_dict(overrides)
         path = str(folder / f"{name}-{steps}")
-        assert train.train(config_lib.resolve(c), path, jax.devices()[:1]) == 0
+        assert loop.train(resolve(c), path, jax.devices()[:1]) == 0
         return path
 
     return make
@@ -76,7 +83,7 @@ def workdir(data_path, tmp_path_factory):
 def our_logits(workdir, ids):
     """[B, T, V] from our decoder: the token after every prefix, as it is generated from."""
     B, T = ids.shape
-    with contextlib.closing(generate.Model(workdir, dtype="float32")) as model:
+    with contextlib.closing(serving.Model(workdir, dtype="float32")) as model:
         prefixes, lengths = np.repeat(ids, T, 0), np.tile(np.arange(1, T + 1), B)
         unique, index = np.unique(prefixes, return_inverse=True)
         cache = model.decoder.empty_cache(B * T, T)
@@ -87,7 +94,7 @@ def our_logits(workdir, ids):
 
 def golden_by_the_equations(name, ids):
     """[B, T, V] of a golden directory, from its files by tests/reference.py alone."""
-    m, _ = settings.from_json(json.load(open(f"{GOLDEN}/{name}/config.json")), name)
+    m, _ = from_json(json.load(open(f"{GOLDEN}/{name}/config.json")), name)
     params = reference.from_llama(load_file(f"{GOLDEN}/{name}/model.safetensors"), m)
     return np.asarray(reference.logits(params, ids, m))
 
@@ -118,7 +125,7 @@ def test_exported_models_compute_what_ours_do(transformers, workdir, name, steps
     load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, out, trust_remote_code=name != "base")
     with open(f"{out}/README.md") as file:
         assert f"{steps:,} steps" in file.read()
-    ours = generate.Model(path)
+    ours = serving.Model(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     prompt = ours.prompt("A string is\ta sequence, of\n\n  12 ünits")
     assert tokenizer("A string is\ta sequence, of\n\n  12 ünits").input_ids == prompt
@@ -126,7 +133,7 @@ def test_exported_models_compute_what_ours_do(transformers, workdir, name, steps
     text = [token for new in ours.generate([prompt], 20, Sampling(0)) for _, token in new]
     sides = [load()]
     if name != "base":
-        precompute.precompute(path, str(tmp_path / "tol"), options.Options(bits="32"))
+        compress.precompute(path, str(tmp_path / "tol"), compress.Options(bits="32"))
         sides.append(load(tol=str(tmp_path / "tol")))
         assert not [n for n, _ in sides[1].named_parameters() if ".memory." in n]
     for model in sides:
@@ -137,7 +144,7 @@ def test_exported_models_compute_what_ours_do(transformers, workdir, name, steps
 def export_base_with_layernorm(path):
     saved = SavedModel(path)
     saved.close()
-    settings.to_json(dataclasses.replace(saved.config, norm="layernorm"), 64, "float32", {})
+    to_json(dataclasses.replace(saved.config, norm="layernorm"), 64, "float32", {})
 
 
 def assert_refused(message, function, *args):
@@ -150,14 +157,14 @@ def test_compressed_rows_are_read_by_the_modeling_file(transformers, workdir, na
     """Two tiers of bits and ranks with a dropped layer: as our own reader reads them; damage and strangers refused."""
     path, out, tol = workdir(name, 20), str(tmp_path / "hf"), str(tmp_path / "tol")
     export.export(path, out)
-    precompute.precompute(path, tol, options.Options(bits="5", rank="0.5", drop_layers=("1",)))
+    compress.precompute(path, tol, compress.Options(bits="5", rank="0.5", drop_layers=("1",)))
     load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, out, trust_remote_code=True)
-    ours = generate.Model(path, tol)
+    ours = serving.Model(path, tol)
     prompt = ours.prompt("The file is")
     text = [token for new in ours.generate([prompt], 20, Sampling(0)) for _, token in new]
     assert their_text(load(tol=tol), prompt, 20) == text
     other = str(tmp_path / "other")
-    precompute.precompute(workdir(name, 1), other, options.Options())
+    compress.precompute(workdir(name, 1), other, compress.Options())
     with pytest.raises(ValueError, match="decoder_digest: expected"):
         load(tol=other)
 
@@ -181,7 +188,7 @@ def test_import_is_llama_and_goes_back_bit_by_bit(transformers, tmp_path, dtype,
     ).to(getattr(torch, dtype))  # fmt: skip
     llama.save_pretrained(source, max_shard_size="20KB")
     write_tokenizer(source)
-    export.import_(source, path)
+    import_(source, path)
     exact = transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)  # its rope has not been rounded
     np.testing.assert_allclose(our_logits(path, IDS), their_logits(exact, IDS), atol=1e-4)
     export.export(path, out)
@@ -212,11 +219,11 @@ def write_tokenizer(folder, specials=("<s>", "</s>"), put_before=None):
 @pytest.mark.parametrize("name", ["base", "memory", "flex"])
 def test_golden_logits(name, tmp_path):
     """Small models, and what transformers' Llama and, for the other two, tests/reference.py made of them."""
-    export.import_(f"{GOLDEN}/{name}", str(tmp_path / "work"))
+    import_(f"{GOLDEN}/{name}", str(tmp_path / "work"))
     golden = np.load(f"{GOLDEN}/{name}/logits.npy")
     np.testing.assert_allclose(our_logits(str(tmp_path / "work"), IDS), golden, atol=1e-5)
     np.testing.assert_allclose(golden_by_the_equations(name, IDS), golden, atol=1e-5)
-    with contextlib.closing(generate.Model(str(tmp_path / "work"))) as model:
+    with contextlib.closing(serving.Model(str(tmp_path / "work"))) as model:
         text = [token for new in model.generate([IDS[0].tolist()], 8, Sampling(0)) for _, token in new]
     assert text == np.load(f"{GOLDEN}/{name}/text.npy").tolist()
     export.export(str(tmp_path / "work"), str(tmp_path / "out"))
@@ -225,7 +232,7 @@ def test_golden_logits(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["base", "memory", "flex"])
 def test_transformers_gives_golden_logits(transformers, name, tmp_path):
-    export.import_(f"{GOLDEN}/{name}", str(tmp_path / "work"))
+    import_(f"{GOLDEN}/{name}", str(tmp_path / "work"))
     export.export(str(tmp_path / "work"), str(tmp_path / "out"))
     model = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"), trust_remote_code=name != "base")
     np.testing.assert_allclose(their_logits(model, IDS), np.load(f"{GOLDEN}/{name}/logits.npy"), atol=1e-5)
@@ -236,9 +243,9 @@ def test_parameters_are_read_in_pieces_of_bounded_size(tmp_path, monkeypatch):
     """Cut along a tensor's rows, and where the checkpoint's chunks lie across them, into layers."""
     monkeypatch.setattr("memoryllm_jax.checkpoint._CHUNK_BYTES", 600)
     monkeypatch.setattr("memoryllm_jax.saved._BLOCK_BYTES", 1000)
-    export.import_(f"{GOLDEN}/flex", str(tmp_path / "work"))
+    import_(f"{GOLDEN}/flex", str(tmp_path / "work"))
     model, pieces = SavedModel(str(tmp_path / "work")), 0
-    for tensor in names.tensors(model.config):
+    for tensor in tensor_names.tensors(model.config):
         whole = np.asarray(model.leaf(tensor.leaf, jnp.float32))
         found = np.full(whole.shape, np.nan, np.float32)
         for first, piece in model.blocks(tensor.leaf, tensor.axis):
@@ -246,7 +253,7 @@ def test_parameters_are_read_in_pieces_of_bounded_size(tmp_path, monkeypatch):
             assert tensor.layer is None or piece.nbytes <= max(1000, whole[0].nbytes)
             pieces += 1
         np.testing.assert_array_equal(found, whole)
-    assert pieces > 2 * len(names.tensors(model.config))
+    assert pieces > 2 * len(tensor_names.tensors(model.config))
     model.close()
     export.export(str(tmp_path / "work"), str(tmp_path / "out"))
     assert filecmp.cmp(f"{GOLDEN}/flex/model.safetensors", tmp_path / "out" / "model.safetensors", shallow=False)
@@ -281,7 +288,7 @@ def config_json(**changes):
 )
 def test_what_the_family_cannot_express_is_refused_by_name(changes, message):
     with pytest.raises(UserError, match=message):
-        settings.from_json(config_json(**changes), "config.json")
+        from_json(config_json(**changes), "config.json")
 
 
 def test_damaged_directories_are_named_and_leave_nothing(tmp_path):
@@ -291,7 +298,7 @@ def test_damaged_directories_are_named_and_leave_nothing(tmp_path):
         for name in ("config.json", "tokenizer.json", "model.safetensors"):
             (source / name).write_bytes(open(f"{GOLDEN}/base/{name}", "rb").read())
         change(source)
-        export.import_(str(source), str(tmp_path / "work"))
+        import_(str(source), str(tmp_path / "work"))
 
     def without(name):
         def change(source):
@@ -337,8 +344,8 @@ def test_tokenizers_become_tokenizer_json(data_path, tmp_path):
     ranks = [bytes([i]) for i in range(256)] + [b"th", b"he", b"the", b" the", b"in", b"ing", b" a", b"12", b"123"]
     lines = b"\n".join(base64.b64encode(t) + b" " + str(i).encode() for i, t in enumerate(ranks))
     (tmp_path / "llama3.model").write_bytes(lines)
-    for ours in (data.Dataset(data_path).tokenizer(), tokenizer.load(f"llama3:{tmp_path}/llama3.model")):
-        theirs = tokenizers.Tokenizer.from_str(hf_tokenizer.to_json(ours, 64)[0].decode())
+    for ours in (dataset.Dataset(data_path).tokenizer(), tokenizer_lib.load(f"llama3:{tmp_path}/llama3.model")):
+        theirs = tokenizers.Tokenizer.from_str(tokenizer_conversion.to_json(ours, 64)[0].decode())
         for piece in [text[i : i + 500] for i in range(0, len(text), 500)]:
             ids = theirs.encode(piece).ids
             assert ids[0] == ours.bos_id and ids[1:] == ours.encode(piece), piece
@@ -351,10 +358,10 @@ def test_tokenizers_become_tokenizer_json(data_path, tmp_path):
 def test_converted_ffns_add_up_to_that_of_base(make_config, workdir, data_path, name, tensor):
     """At one input FFN-C and FFN-M together are base's FFN; everything else is base's, on padded meshes too."""
     start = {"start.workdir": workdir("base"), "mesh.fsdp": 1, "mesh.tensor": tensor}
-    config = train.complete(make_config(name, **start, **{"model.init_std": 0.1}), data.Dataset(data_path))
+    config = loop.complete(make_config(name, **start, **{"model.init_std": 0.1}), dataset.Dataset(data_path))
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:tensor]))
     params = trainer.init(jax.random.key(9))["params"]
-    params, _ = convert.starting_params(config, data.Dataset(data_path).tokenizer(), params, trainer.mesh)
+    params, _ = warm_start.starting_params(config, dataset.Dataset(data_path).tokenizer(), params, trainer.mesh)
     saved = SavedModel(workdir("base"))
     base, m = {n: np.asarray(saved.leaf(n, jnp.float32)) for n in saved.names()}, config.model
     saved.close()
@@ -383,18 +390,18 @@ def test_training_starts_from_a_model(workdir, data_path, tmp_path):
         c.steps, c.batch_size, c.seq_len, c.log.tensorboard = 1, 8, 64, False
         c.data.path, c.eval.batches, c.optimizer.peak_lr, c.optimizer.final_lr = data_path, 1, 1e-9, 0.0
         c.update_from_flattened_dict(overrides)
-        return config_lib.resolve(c)
+        return resolve(c)
 
-    assert train.train(start(), str(tmp_path / "more"), jax.devices()[:1]) == 0
+    assert loop.train(start(), str(tmp_path / "more"), jax.devices()[:1]) == 0
     assert json.load(open(tmp_path / "more/result.json"))["validation"]["loss"] == pytest.approx(first, abs=1e-5)
-    export.import_(f"{GOLDEN}/base", str(tmp_path / "imported"))
+    import_(f"{GOLDEN}/base", str(tmp_path / "imported"))
     for config, target, message in (
         (start("flex-1"), "a", "config.model.beta: expected 0.0 as in .*, found 1.0"),
         (start(**{"model.dim": 64}), "b", "config.model.dim: expected 32 as in .*, found 64"),
         (start(source=f"{tmp_path}/imported", **{"model.vocab_size": 512}), "c", "model.vocab_size: expected 64 as in"),
         (start(), "imported", "expected a folder of a training run, found an imported model"),
     ):
-        assert_refused(message, train.train, config, str(tmp_path / target), jax.devices()[:1])
+        assert_refused(message, loop.train, config, str(tmp_path / target), jax.devices()[:1])
 
 
 def test_what_an_import_brings_survives_training(tmp_path):
@@ -411,19 +418,19 @@ def test_what_an_import_brings_survives_training(tmp_path):
     }
     for name, content in (brought | {"README.md": b"# A model"}).items():
         (tmp_path / "source" / name).write_bytes(content)
-    export.import_(source, work)
+    import_(source, work)
     export.export(work, str(tmp_path / "same"))
     assert filecmp.cmpfiles(source, tmp_path / "same", os.listdir(source), shallow=False)[1:] == ([], [])
 
     (tmp_path / "text.txt").write_text("SOME WORDS, " * 300)
-    prepare.prepare(f"{tmp_path}/text.txt", f"hf:{source}/tokenizer.json", str(tmp_path / "data"))
-    stream = data.Dataset(str(tmp_path / "data"))
+    prepare(f"{tmp_path}/text.txt", f"hf:{source}/tokenizer.json", str(tmp_path / "data"))
+    stream = dataset.Dataset(str(tmp_path / "data"))
     assert (stream.tokenizer().bos_id, stream.tokenizer().eos_id) == (62, 63) and stream.train.read(0, 1) == [62]
     c = config_lib.load(f"configs/start.py:memory@{work}")
     c.steps, c.batch_size, c.seq_len, c.checkpoint.every, c.log.tensorboard = 2, 2, 32, 1, False
     c.data.path, c.eval.batches, c.sample.tokens = str(tmp_path / "data"), 1, 0
     for _ in range(2):  # the second goes on from a checkpoint, where the first started from the import
-        assert train.train(config_lib.resolve(c), run, jax.devices()[:1]) == 0
+        assert loop.train(resolve(c), run, jax.devices()[:1]) == 0
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         export.export(run, str(tmp_path / "out"))
@@ -436,7 +443,7 @@ def test_what_an_import_brings_survives_training(tmp_path):
 def test_special_tokens_of_a_tokenizer_json(tmp_path):
     """bos is what it puts before a text; eos what tokenizer_config.json says; without either they go by name."""
     write_tokenizer(tmp_path)
-    load = functools.partial(tokenizer.load, f"hf:{tmp_path}/tokenizer.json")
+    load = functools.partial(tokenizer_lib.load, f"hf:{tmp_path}/tokenizer.json")
     assert (load().bos_id, load().eos_id) == (62, 63)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "<s>"}')
     assert (load().bos_id, load().eos_id) == (None, 62)
@@ -452,12 +459,12 @@ def test_grouped_heads_on_padded_meshes(make_config, data_path, heads, tensor):
     overrides = {"model.dim": 48, "model.heads": heads, "model.kv_heads": 2, "mesh.fsdp": 1}
     values = []
     for parts in (1, tensor):
-        config = train.complete(make_config("base", **overrides, **{"mesh.tensor": parts}), data.Dataset(data_path))
+        config = loop.complete(make_config("base", **overrides, **{"mesh.tensor": parts}), dataset.Dataset(data_path))
         trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:parts]))
-        batches = data.TrainBatches(config, data.Dataset(data_path), 1, [0])
+        batches = TrainBatches(config, dataset.Dataset(data_path), 1, [0])
         state, losses = trainer.init(jax.random.key(0)), []
         for step in range(3):
-            batch = data.place(batches[step], batches.sizes()[-1], trainer.batch_sharding, config.model)
+            batch = place(batches[step], batches.sizes()[-1], trainer.batch_sharding, config.model)
             state, metrics = trainer.train(state, batch)
             losses.append(float(metrics["loss"]))
         values.append(losses)
@@ -468,8 +475,8 @@ def test_grouped_heads_decode_on_padded_meshes(workdir):
     """Six query heads for two of keys and values: on four devices eight, whose groups break. Texts as on one device."""
     texts = []
     for parts in (1, 4):
-        mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, parts), jax.devices()[:parts])
-        with contextlib.closing(generate.Model(workdir("grouped"), dtype="float32", mesh=mesh)) as model:
+        mesh = sharding.make_mesh(MeshConfig(1, 1, parts), jax.devices()[:parts])
+        with contextlib.closing(serving.Model(workdir("grouped"), dtype="float32", mesh=mesh)) as model:
             prompts = [model.prompt(text) for text in ("A string is", "The class names")]
             texts.append([new for step in model.generate(prompts, 10, Sampling(0)) for new in step])
     assert texts[0] == texts[1] and len({token for _, token in texts[0]}) > 5
@@ -478,11 +485,11 @@ def test_grouped_heads_decode_on_padded_meshes(workdir):
 def test_names_cover_every_parameter(make_config):
     for architecture in ("base", "memory", "flex-3"):
         m = make_config(architecture, **{"model.vocab_size": 10}).model
-        assert len({t.name for t in names.tensors(m)}) == len(names.tensors(m))
-        mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
-        shapes = jax.tree_util.tree_leaves_with_path(model_lib.abstract_params(model_lib.LanguageModel(m), mesh))
+        assert len({t.name for t in tensor_names.tensors(m)}) == len(tensor_names.tensors(m))
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        shapes = jax.tree_util.tree_leaves_with_path(transformer.abstract_params(transformer.LanguageModel(m), mesh))
         sizes = {"/".join(key.key for key in path): leaf.size for path, leaf in shapes}
         held = dict.fromkeys(sizes, 0)
-        for t in names.tensors(m):
+        for t in tensor_names.tensors(m):
             held[t.leaf] += int(np.prod(t.shape))
         assert held == sizes

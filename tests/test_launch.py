@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from memoryllm_jax import sharding, train
+from memoryllm_jax.common import hosts
 from memoryllm_jax.config import MeshConfig
+from memoryllm_jax.model import sharding
 
 ROOT = Path(__file__).parent.parent
 
@@ -117,7 +118,7 @@ def test_skypilot_reads_its_task(tmp_path, monkeypatch):
     sky = pytest.importorskip("sky", reason="needs the package skypilot, too large to be a test's requirement")
     task = sky.Task.from_yaml(str(ROOT / "launch/skypilot.yaml"))
     (resources,) = task.resources
-    assert resources.use_spot and resources.job_recovery["recover_on_exit_codes"] == [134, train.STOPPED]
+    assert resources.use_spot and resources.job_recovery["recover_on_exit_codes"] == [134, hosts.STOPPED]
     text = (ROOT / "launch/skypilot.yaml").read_text()
     (tmp_path / "wrong.yaml").write_text(text.replace("num_nodes:", "num_node:"))
     with pytest.raises(ValueError, match="num_node"):

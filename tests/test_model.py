@@ -10,19 +10,23 @@ import numpy as np
 import pytest
 import reference
 
-from memoryllm_jax import data, loss, optimizer, sharding, train
-from memoryllm_jax.step import Trainer
+from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.model import loss, sharding
+from memoryllm_jax.model.token_memory import take_rows
+from memoryllm_jax.training import loop, optimizer
+from memoryllm_jax.training.batches import SizeAgreement, TrainBatches, place
+from memoryllm_jax.training.step import Trainer
 
 
 def trainer_and_batch(config, devices=1, step=0):
-    dataset = data.Dataset(config.data.path)
-    config = train.complete(config, dataset)
+    dataset = Dataset(config.data.path)
+    config = loop.complete(config, dataset)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
     trainer = Trainer(config, mesh)
-    batches = data.TrainBatches(config, dataset, trainer.shards, list(range(trainer.shards)))
+    batches = TrainBatches(config, dataset, trainer.shards, list(range(trainer.shards)))
     batch = batches[step]
-    size = data.SizeAgreement(batches.sizes(), mesh).size(batch.distinct)
-    placed = data.place(batch, size, trainer.batch_sharding, config.model)
+    size = SizeAgreement(batches.sizes(), mesh).size(batch.distinct)
+    placed = place(batch, size, trainer.batch_sharding, config.model)
     windows = np.concatenate([batches._rows(step, k)[0] for k in range(trainer.shards)])
     return trainer, placed, windows, config
 
@@ -97,16 +101,16 @@ def test_more_distinct_ids_than_planned_take_a_larger_size(make_config):
     """Sizes end with all there can be; at the vocabulary's size all ids are evaluated. Each gives the same gradient."""
     trainer, batch, _, config = trainer_and_batch(make_config("memory"))
     params = trainer.init(jax.random.key(0))["params"]
-    dataset = data.Dataset(config.data.path)
-    batches = data.TrainBatches(config, dataset, 1, [0])
+    dataset = Dataset(config.data.path)
+    batches = TrainBatches(config, dataset, 1, [0])
     sizes = batches.sizes()
     assert sizes == sorted(set(sizes)) and sizes[-1] == min(256, dataset.vocab_size) and len(sizes) > 1
     host = batches[0]
-    agreement = data.SizeAgreement(sizes, trainer.mesh)
+    agreement = SizeAgreement(sizes, trainer.mesh)
     assert agreement.size(sizes[0]) == sizes[0] and agreement.size(sizes[0] + 1) == sizes[1]
     _, expected = gradients(params, trainer, batch)
     for size in (sizes[-1], dataset.vocab_size):
-        larger = data.place(host, size, trainer.batch_sharding, config.model)
+        larger = place(host, size, trainer.batch_sharding, config.model)
         assert larger.ids_SU.shape == (1, size)
         assert_close(gradients(params, trainer, larger)[1], expected, 1e-6)
 
@@ -129,7 +133,6 @@ def test_frequent_rows_sum_their_gradient_in_float32():
 
     XLA's CPU sums bf16 in float32 of its own accord, so the dtype that other devices are asked for is read too.
     """
-    from memoryllm_jax.memory import take_rows
 
     rows = jnp.ones((1, 2, 4), jnp.bfloat16)
     index = jnp.zeros((1, 4096), jnp.int32)

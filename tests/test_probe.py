@@ -13,22 +13,28 @@ import pytest
 import reference
 from conftest import CONTEXT, with_devices
 
-from memoryllm_jax import compare, data, evaluate, metrics, precompute, probe, report, saved
-from memoryllm_jax import config as config_lib
-from memoryllm_jax.cli import UserError
-from memoryllm_jax.decoder import LiveRows
-from memoryllm_jax.generate import Contribution
-from memoryllm_jax.probes import measure, prune
-from memoryllm_jax.probes.compression import StoredRows
-from memoryllm_jax.tol import build, options
+from memoryllm_jax import probe
+from memoryllm_jax.checkpoint import trained
+from memoryllm_jax.common import plots
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.config import flatten
+from memoryllm_jax.data import dataset
+from memoryllm_jax.evaluation import measure, perplexity
+from memoryllm_jax.experiments import curves, pruning
+from memoryllm_jax.experiments.compression import StoredRows
+from memoryllm_jax.experiments.models import Models
+from memoryllm_jax.inference.engine import Contribution
+from memoryllm_jax.inference.rows import LiveRows
+from memoryllm_jax.model import flops
+from memoryllm_jax.tol import build, compress
 
 TOKENS = 400
 
 
 def nats(model, path):
-    windows = evaluate.Windows(CONTEXT, CONTEXT, TOKENS)
-    text = evaluate.prepared_text(path, "validation", model.tokenizer, windows)
-    return evaluate.perplexity(model, text, windows)["loss"]
+    windows = perplexity.Windows(CONTEXT, CONTEXT, TOKENS)
+    text = perplexity.prepared_text(path, "validation", model.tokenizer, windows)
+    return perplexity.perplexity(model, text, windows)["loss"]
 
 
 def by_equations(model, path, memory_L, compute_L):
@@ -38,7 +44,7 @@ def by_equations(model, path, memory_L, compute_L):
     for group, factors in (("layers", compute_L), ("memory", memory_L)):
         if "ffn" in stacked.get(group, {}):
             stacked[group]["ffn"]["down"] *= jnp.float32(factors)[:, None, None]
-    ids = data.Dataset(path).validation.read(0, TOKENS + 1)
+    ids = dataset.Dataset(path).validation.read(0, TOKENS + 1)
     whole = TOKENS // CONTEXT * CONTEXT
     pieces = [ids[:whole].reshape(-1, CONTEXT), ids[whole:-1][None]]
     logits = [reference.logits(params | stacked, x, model.config).reshape(-1, model.config.vocab_size) for x in pieces]
@@ -95,7 +101,7 @@ def some_matrix(inputs=160, outputs=24, samples=300):
 def settled_one_by_one(w_OI, gram, zeros_of):
     """SparseGPT as its paper tells it: column after column, with the inverse of what is left of the Hessian."""
     w, gram = w_OI.astype(np.float64), gram.astype(np.float64)
-    gram = gram + prune._DAMPING * gram.diagonal().mean() * np.eye(len(gram))
+    gram = gram + pruning._DAMPING * gram.diagonal().mean() * np.eye(len(gram))
     for column in range(w.shape[1]):
         inverse = np.linalg.inv(gram[column:, column:])
         gone = zeros_of(w, column)
@@ -107,27 +113,27 @@ def settled_one_by_one(w_OI, gram, zeros_of):
 
 def test_masks_are_the_weakest_by_each_method():
     w, x = some_matrix()
-    gram, pattern = jnp.asarray(x.T @ x), prune.Pattern(0.25)
-    pruned = np.asarray(prune.prune_matrix(jnp.asarray(w), gram, "magnitude", pattern))
+    gram, pattern = jnp.asarray(x.T @ x), pruning.Pattern(0.25)
+    pruned = np.asarray(pruning.prune_matrix(jnp.asarray(w), gram, "magnitude", pattern))
     assert (np.abs(w[pruned == 0]).max() < np.abs(w[pruned != 0]).min()) and (pruned == 0).mean() == 0.25
-    pruned = np.asarray(prune.prune_matrix(jnp.asarray(w), gram, "wanda", pattern))
+    pruned = np.asarray(pruning.prune_matrix(jnp.asarray(w), gram, "wanda", pattern))
     score = np.abs(w) * np.linalg.norm(x, axis=0)[:, None]
     for column in range(w.shape[1]):
         gone = pruned[:, column] == 0
         assert gone.mean() == 0.25 and score[gone, column].max() < score[~gone, column].min()
-    for method in prune.METHODS:
-        pruned = np.asarray(prune.prune_matrix(jnp.asarray(w), gram, method, prune.Pattern(0.5, 4)))
+    for method in pruning.METHODS:
+        pruned = np.asarray(pruning.prune_matrix(jnp.asarray(w), gram, method, pruning.Pattern(0.5, 4)))
         assert ((pruned.T.reshape(w.shape[1], -1, 4) == 0).sum(-1) == 2).all()
         if method != "sparsegpt":
             assert (pruned[pruned != 0] == w[pruned != 0]).all()
 
 
-@pytest.mark.parametrize("pattern", [prune.Pattern(0.5, 4), prune.Pattern(0.5)])
+@pytest.mark.parametrize("pattern", [pruning.Pattern(0.5, 4), pruning.Pattern(0.5)])
 def test_sparsegpt_is_the_loop_of_its_paper(pattern):
     """Masks are chosen for every four columns, or for every block of 128; and it pays."""
     w, x = some_matrix()
-    gram, chosen, step = x.T @ x, {}, pattern.group or prune._BLOCK
-    diagonal = prune._inverse_factor(gram).diagonal()
+    gram, chosen, step = x.T @ x, {}, pattern.group or pruning._BLOCK
+    diagonal = pruning._inverse_factor(gram).diagonal()
 
     def zeros_of(w, column):
         first = column - column % step
@@ -139,7 +145,9 @@ def test_sparsegpt_is_the_loop_of_its_paper(pattern):
         return chosen[first][:, column - first]
 
     expected = settled_one_by_one(w.T, gram, zeros_of).T
-    found = {m: np.asarray(prune.prune_matrix(jnp.asarray(w), jnp.asarray(gram), m, pattern)) for m in prune.METHODS}
+    found = {
+        m: np.asarray(pruning.prune_matrix(jnp.asarray(w), jnp.asarray(gram), m, pattern)) for m in pruning.METHODS
+    }
     np.testing.assert_allclose(found["sparsegpt"], expected, atol=2e-3)
     lost = {method: np.linalg.norm(x @ (w - pruned)) for method, pruned in found.items()}
     assert lost["sparsegpt"] < 0.8 * min(lost["wanda"], lost["magnitude"])
@@ -149,9 +157,9 @@ def test_layers_are_pruned_on_what_the_pruned_ones_before_make(lab):
     with lab.model("base", devices=2) as model:
         config, mesh = model.config, model.saved.mesh
         params, _ = model.saved.load(lambda _: True)
-        windows = data.Dataset(lab.data_path).train.read(0, 20 * CONTEXT).reshape(20, CONTEXT)
-        half = prune.prune(config, params, mesh, windows, "wanda", prune.Pattern(0.5))
-    assert prune.nonzeros(half) == sum(w.size for layer in params["layers"] for w, _ in prune._matrices(layer)) // 2
+        windows = dataset.Dataset(lab.data_path).train.read(0, 20 * CONTEXT).reshape(20, CONTEXT)
+        half = pruning.prune(config, params, mesh, windows, "wanda", pruning.Pattern(0.5))
+    assert pruning.nonzeros(half) == sum(w.size for layer in params["layers"] for w, _ in pruning._matrices(layer)) // 2
     stacked = {"layers": jax.tree.map(lambda *x: jnp.stack(x), half["layers"][0], params["layers"][1])}
     seen = []
 
@@ -175,14 +183,14 @@ def test_layers_are_pruned_on_what_the_pruned_ones_before_make(lab):
 
 def test_stored_rows_are_those_of_a_file(lab, tmp_path):
     name = "flex-3"
-    setting, path = options.Options(bits="4"), str(tmp_path / "tol.safetensors")
-    precompute.precompute(lab.workdir(name), path, setting)
+    setting, path = compress.Options(bits="4"), str(tmp_path / "tol.safetensors")
+    compress.precompute(lab.workdir(name), path, setting)
     with lab.model(name, path, "host") as model:
         expected = nats(model, lab.data_path)
     with lab.model(name) as model:
         live = nats(model, lab.data_path)
         source = build.LiveSource(model.saved)
-        layout = options.uniform(source, setting)
+        layout = compress.uniform(source, setting)
         model.rows = StoredRows(source, layout, {}, np.zeros(source.vocab_size, np.int32))
         found = nats(model, lab.data_path)
     assert found == pytest.approx(expected, rel=1e-6) and abs(found - live) > 1e-4
@@ -196,7 +204,7 @@ def run(lab, tmp_path):
     """run("alpha", ["base"], alphas=("0.5",)) -> (results, page) of a command."""
 
     def call(command, names, tol="", **arguments):
-        models = measure.Models([lab.workdir(name) for name in names], tol)
+        models = Models([lab.workdir(name) for name in names], tol)
         probe.probe(command, models, str(tmp_path), **arguments)
         return json.load(open(tmp_path / f"{command}.json"))["results"], (tmp_path / f"{command}.html").read_text()
 
@@ -231,7 +239,7 @@ def test_pruned_base_has_the_active_parameters_of_flex(lab, run):
     found, page = run("pruning", ["base", "memory"], methods=("magnitude",), **where)
     whole, *pruned, memory = found["points"]
     assert [p["model"] for p in (whole, memory)] == ["base", "memory"] and page.count("<img") == 1
-    counts = {beta: metrics.parameters(lab.run(name))["active"] for beta, name in ((0, "memory"), (3, "flex-3"))}
+    counts = {beta: flops.parameters(lab.run(name))["active"] for beta, name in ((0, "memory"), (3, "flex-3"))}
     assert pruned[0]["active"] == pytest.approx(counts[3], abs=8)
     assert pruned[-1]["active"] == counts[0] + 2 * 32 and memory["active"] == counts[0]  # norms that memory lacks stay
     assert [p["pattern"] for p in pruned if ":" in p["pattern"]] == ["2:4"]
@@ -269,17 +277,17 @@ def test_compression_and_cost(lab, run):
 
 def test_comparison_reads_what_runs_leave(lab, tmp_path):
     names = ["base", "memory"]
-    runs = {name: compare.run_of(lab.workdir(name)) for name in names}
+    runs = {name: curves.run_of(lab.workdir(name)) for name in names}
     for name in names:
         end, run = runs[name]["curve"][-1], lab.run(name)
         assert runs[name]["finished"] and end["step"] == 16 and end["tokens"] == 16 * 8 * CONTEXT
         assert end["loss"] == json.load(open(f"{lab.workdir(name)}/result.json"))["validation"]["loss"]
-        plain = metrics.train_flops(run, end["tokens"], end["tokens"])
+        plain = flops.train_flops(run, end["tokens"], end["tokens"])
         assert end["flops"] == pytest.approx(plain) if name == "base" else end["flops"] < plain
-    compare.draw(runs, str(tmp_path), {})
+    curves.draw(runs, str(tmp_path), {})
     page, lines = (tmp_path / "comparison.html").read_text(), (tmp_path / "comparison-curves.csv").read_text()
     assert page.count("<img") == 4 and lines.count("\n") == 1 + sum(len(run["curve"]) for run in runs.values())
-    assert compare.run_of(str(tmp_path / "none")) is None
+    assert curves.run_of(str(tmp_path / "none")) is None
 
 
 @pytest.mark.slow
@@ -294,7 +302,7 @@ def test_the_comparison_trains_what_its_options_say(lab, tmp_path):
 
     done = command("--config=configs/tiny.py", "--architectures=value-0", *options)
     assert done.returncode == 0, done.stderr
-    found = config_lib.flatten(saved.config_of(str(tmp_path / "value-0")))
+    found = flatten(trained.config_of(str(tmp_path / "value-0")))
     assert {field: found[field] for field in sizes} == sizes and not found["log.tensorboard"]
     assert json.load(open(tmp_path / "comparison.json"))["results"]["value-0"]["finished"]
     os.symlink(lab.workdir("memory"), tmp_path / "memory")
@@ -311,4 +319,4 @@ def test_groups_and_changes():
     }
     assert measure.change(3.0, 2.0) == 50 and math.isnan(measure.change(1.0, 0.0))
     assert measure.group_means({"lambada_local": math.nan, "sciq": -10.0}) == {"recall": -10.0}
-    assert report.style_of(0) != report.style_of(8)
+    assert plots.style_of(0) != plots.style_of(8)

@@ -13,16 +13,21 @@ import pytest
 from conftest import with_devices
 from jax.sharding import PartitionSpec as P
 
-from memoryllm_jax import checkpoint, data, hlo, model, sharding, train
-from memoryllm_jax.cli import UserError
+from memoryllm_jax.checkpoint import store
+from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import MeshConfig
-from memoryllm_jax.step import Trainer
+from memoryllm_jax.data import dataset
+from memoryllm_jax.model import sharding, transformer
+from memoryllm_jax.training import batches as batches_lib
+from memoryllm_jax.training import chips, collectives, loop, plan
+from memoryllm_jax.training.batches import TrainBatches
+from memoryllm_jax.training.step import Trainer
 
 ODD = {"model.dim": 30, "model.heads": 3, "model.ffn_dim": 103, "model.vocab_size": 517, "eval.batches": 1}
 
 
 def losses(config, workdir, devices):
-    assert train.train(config, str(workdir), jax.devices()[:devices]) == 0
+    assert loop.train(config, str(workdir), jax.devices()[:devices]) == 0
     with open(workdir / "metrics.jsonl") as file:
         return [r["loss"] for r in map(json.loads, file) if r["kind"] == "train"]
 
@@ -35,10 +40,12 @@ def test_widths_that_the_mesh_does_not_divide_train_as_one(make_config, tmp_path
     assert one[0] != pytest.approx(one[-1], rel=1e-2)  # it trained
     np.testing.assert_allclose(losses(config, tmp_path / "odd", 8), one, rtol=2e-5)
 
-    config = train.complete(config, data.Dataset(config.data.path))
-    true = model.abstract_params(model.LanguageModel(config.model), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    config = loop.complete(config, dataset.Dataset(config.data.path))
+    true = transformer.abstract_params(
+        transformer.LanguageModel(config.model), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    )
     trainer = Trainer(config, sharding.make_mesh(config.mesh))
-    checkpoints = checkpoint.Checkpoints(str(tmp_path / "odd"), read_only=True)
+    checkpoints = store.Checkpoints(str(tmp_path / "odd"), read_only=True)
     state = checkpoints.restore(4, trainer.state_shape)
     checkpoints.close()
     adam = state["opt_state"][1][0]
@@ -58,12 +65,12 @@ def test_widths_that_the_mesh_does_not_divide_train_as_one(make_config, tmp_path
 
 def compiled_step(config, devices=8):
     """(trainer, place: size -> Batch of step 0, HLO text by size)"""
-    config = train.complete(config, data.Dataset(config.data.path))
+    config = loop.complete(config, dataset.Dataset(config.data.path))
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:devices]))
-    batches = data.TrainBatches(config, data.Dataset(config.data.path), trainer.shards, range(trainer.shards))
+    batches = TrainBatches(config, dataset.Dataset(config.data.path), trainer.shards, range(trainer.shards))
 
     def place(size):
-        return data.place(batches[0], size, trainer.batch_sharding, config.model)
+        return batches_lib.place(batches[0], size, trainer.batch_sharding, config.model)
 
     return trainer, place, lambda size: trainer.train.lower(trainer.state_shape, place(size)).compile()
 
@@ -77,7 +84,7 @@ def test_rows_stay_on_their_shard_unless_the_vocabulary_is_shared(make_config):
     for size in (256, V):
         text = compiled(size).as_text()
         assert re.search(r'op_name="[^"]*transpose[^"]*take_rows', text)  # its backward pass is named too
-        crossing[size] = [c.kind for c in hlo.collectives(text, 8) if "take_rows" in c.name]
+        crossing[size] = [c.kind for c in collectives.collectives(text, 8) if "take_rows" in c.name]
         shapes = set(re.findall(rf"f32\[(?:1,)?(\d+),{F}\]", text))
         assert str(size if size < V else V // 4) in shapes and (size < V or str(V) not in shapes)
     assert not crossing[256] and crossing[V]
@@ -136,7 +143,6 @@ def test_plan_places_state_and_activations_on_8_16_and_64_devices(tmp_path):
 
 
 def test_plan_says_what_to_change(make_config, monkeypatch):
-    from memoryllm_jax import chips, plan
 
     big = {"model.vocab_size": 1000, "model.layers": 1, "batch_size": 64, "mesh.data": 2, "data.path": "embedded"}
 
@@ -172,7 +178,7 @@ def test_collectives_are_counted_with_the_loops_they_are_in():
         return jax.lax.scan(body, x, length=5)[0]
 
     x = jax.ShapeDtypeStruct((4 * 32,), jnp.float32)
-    found = hlo.collectives(run.lower(x).compile().as_text(), 8)
+    found = collectives.collectives(run.lower(x).compile().as_text(), 8)
     assert {(c.kind, c.group, c.times, c.operand_bytes, c.sent_bytes) for c in found} == {
         ("all-gather", (0, 1, 2, 3), 5, 128, 5 * 3 * 128),
         ("all-reduce", (0, 4), 5, 128, 5 * 128),
@@ -192,4 +198,4 @@ def test_collectives_are_counted_with_the_loops_they_are_in():
     ],
 )
 def test_device_groups_in_all_notations(notation, group):
-    assert hlo._group(notation, 8) == group
+    assert collectives._group(notation, 8) == group

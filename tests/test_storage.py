@@ -12,8 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memoryllm_jax import checkpoint, data, files, metrics, prepare, train
-from memoryllm_jax.cli import UserError
+from memoryllm_jax.checkpoint import store
+from memoryllm_jax.common import storage
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.data.shards import prepare
+from memoryllm_jax.training import batches, loop, metrics
 
 
 @pytest.fixture
@@ -34,10 +38,10 @@ def assert_same_batches(ours, expected):
 
 def test_batches_from_a_url_are_those_from_the_disk(make_config, data_path, in_memory):
     config = make_config("memory", steps=6, **{"eval.batches": 0})
-    far, near = data.Dataset(in_memory), data.Dataset(data_path)
+    far, near = Dataset(in_memory), Dataset(data_path)
     far.verify()
     assert far.digest == near.digest and far.tokenizer().digest == near.tokenizer().digest
-    for kind in (data.TrainBatches, data.ValidationBatches):
+    for kind in (batches.TrainBatches, batches.ValidationBatches):
         ours, expected = (kind(config, dataset, 2, [0, 1]) for dataset in (far, near))
         assert ours.sizes() == expected.sizes()
         assert_same_batches(ours, expected)
@@ -49,7 +53,7 @@ def test_a_read_that_spans_shards(corpus, data_path, tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jsonl").write_text("".join(lines[i * 5 : i * 5 + 5]))
     spec = f"sentencepiece:{data_path}/tokenizer.model"
-    prepare.prepare(f"{tmp_path}/*.jsonl", spec, f"{tmp_path}/out", validation_fraction=0.05, workers=1)
+    prepare(f"{tmp_path}/*.jsonl", spec, f"{tmp_path}/out", validation_fraction=0.05, workers=1)
     fs = fsspec.filesystem("memory")
     fs.put(f"{tmp_path}/out/", "/three/", recursive=True)
     shards = [np.fromfile(p, "<u2") for p in sorted((tmp_path / "out").glob("train-*.bin"))]
@@ -57,15 +61,15 @@ def test_a_read_that_spans_shards(corpus, data_path, tmp_path):
     assert len(shards) == 3
     starts, count = [0, border - 5, border, len(stream) - 7], len(shards[1]) + 20
     for path in (f"{tmp_path}/out", "memory://three"):
-        tokens = data.Dataset(path).train
+        tokens = Dataset(path).train
         for start, ids in zip(starts, tokens.read_each(starts, count)):
             np.testing.assert_array_equal(ids, stream[start : start + count])
     fs.rm("/three", recursive=True)
 
 
 def test_what_is_wrong_behind_a_url_is_named(in_memory, monkeypatch):
-    fs = files.filesystem(in_memory)[0]
-    dataset = data.Dataset(in_memory)
+    fs = storage.filesystem(in_memory)[0]
+    dataset = Dataset(in_memory)
     monkeypatch.setattr(fs, "cat_file", lambda *a, **k: (_ for _ in ()).throw(ConnectionResetError("reset by peer")))
     with pytest.raises(UserError, match=r"^memory://data/train-00000.bin: cannot be read: reset by peer$"):
         dataset.train.read(0, 10)
@@ -76,24 +80,24 @@ def test_what_is_wrong_behind_a_url_is_named(in_memory, monkeypatch):
         dataset.verify()
     fs.pipe_file("/data/train-00000.bin", whole[:-2])
     with pytest.raises(UserError, match=rf"train-00000.bin: expected {len(whole)} bytes, found {len(whole) - 2}$"):
-        data.Dataset(in_memory)
+        Dataset(in_memory)
     with pytest.raises(UserError, match=r"^memory://none/dataset.json: expected a folder that `prepare` finished: no"):
-        data.Dataset("memory://none")
+        Dataset("memory://none")
     missing = ImportError("Please install gcsfs to access Google Storage")
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda *a, **k: (_ for _ in ()).throw(missing))
     with pytest.raises(
         UserError, match=r"^gs://b/dataset.json: Please install gcsfs .*: pip install 'memoryllm_jax\[gcs\]'$"
     ):
-        data.Dataset("gs://b")
+        Dataset("gs://b")
 
 
 def test_urls_that_do_not_fit_are_refused(make_config, data_path, corpus):
     with pytest.raises(UserError, match=r"--workdir=s3://b/w: expected a folder on a disk or gs://BUCKET/FOLDER"):
-        train.train(make_config(), "s3://b/w")
+        loop.train(make_config(), "s3://b/w")
     with pytest.raises(UserError, match=r"config.data.path: embedded is prepared in the workdir, .* on a disk"):
-        train.train(make_config(**{"data.path": "embedded"}), "gs://b/w")
+        loop.train(make_config(**{"data.path": "embedded"}), "gs://b/w")
     with pytest.raises(UserError, match=r"--output=gs://b/data: expected a folder on a disk"):
-        prepare.prepare(corpus, f"sentencepiece:{data_path}/tokenizer.model", "gs://b/data")
+        prepare(corpus, f"sentencepiece:{data_path}/tokenizer.model", "gs://b/data")
 
 
 @pytest.fixture
@@ -126,17 +130,17 @@ def bucket(monkeypatch):
 
 
 def test_data_checkpoints_and_records_on_object_storage(make_config, data_path, bucket):
-    fs, workdir = files.filesystem(bucket)[0], f"{bucket}/run"
+    fs, workdir = storage.filesystem(bucket)[0], f"{bucket}/run"
     fs.put(f"{data_path}/", f"{bucket}/data/", recursive=True)
     config = make_config("memory", **{"log.tensorboard": True})
-    ours, expected = (data.TrainBatches(config, data.Dataset(p), 2, [0, 1]) for p in (f"{bucket}/data", data_path))
+    ours, expected = (batches.TrainBatches(config, Dataset(p), 2, [0, 1]) for p in (f"{bucket}/data", data_path))
     assert_same_batches(ours, expected)
 
     # A save that was cut off is removed, folders of others are not.
     fs.pipe_file(f"{workdir}/9/state", b"half")
     fs.pipe_file(f"{workdir}/own/notes", b"ours")
     state = {"params": {"a": jnp.arange(6.0)}, "step": jnp.int32(3)}
-    checkpoints, writer = checkpoint.Checkpoints(workdir, keep=1), metrics.Writer(config, {}, workdir, 0, True)
+    checkpoints, writer = store.Checkpoints(workdir, keep=1), metrics.Writer(config, {}, workdir, 0, True)
     for step in (1, 2, 3):
         writer.write(step, "train", {"loss": 1 / step})
         if step > 1:
@@ -148,7 +152,7 @@ def test_data_checkpoints_and_records_on_object_storage(make_config, data_path, 
     writer.close()
 
     # As `train` goes on from step 3, which another run then does too.
-    later = checkpoint.Checkpoints(workdir, read_only=True)
+    later = store.Checkpoints(workdir, read_only=True)
     assert later.steps() == [3] and later.description(3) == {"of": 3}
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     jax.tree.map(np.testing.assert_array_equal, later.restore(3, shapes), state)
@@ -165,4 +169,4 @@ def test_data_checkpoints_and_records_on_object_storage(make_config, data_path, 
     assert [(r["step"], r["kind"]) for r in records] == [(i, "train") for i in range(1, 5)]
     names = {os.path.basename(path) for path in fs.ls(workdir, detail=False)}
     assert names == {".lock", "3", "metrics.jsonl", "own", "tensorboard"}
-    assert len(files.sizes(f"{workdir}/tensorboard")) == 2
+    assert len(storage.sizes(f"{workdir}/tensorboard")) == 2

@@ -22,17 +22,25 @@ import pytest
 import reference
 from conftest import free_port, with_devices
 
-from memoryllm_jax import config as config_lib
-from memoryllm_jax import generate, precompute, prepare, sampling, sharding, train
-from memoryllm_jax.cli import UserError
-from memoryllm_jax.decoder import Decoder, LiveRows, bucket
-from memoryllm_jax.memory import TokenRows
-from memoryllm_jax.sampling import Sampling
-from memoryllm_jax.saved import SavedModel
-from memoryllm_jax.tol import budget, build, codec, compare, edit, format, options, quality, serve
-from memoryllm_jax.tol.__main__ import verify
-from memoryllm_jax.tol.format import Layout, Tier, TolFile, TolWriter
-from memoryllm_jax.tol.read import RowReader
+from memoryllm_jax import config, generate
+from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.common import cli
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.data import shards
+from memoryllm_jax.inference import engine, sampling
+from memoryllm_jax.inference.decoder import Decoder, bucket
+from memoryllm_jax.inference.rows import LiveRows
+from memoryllm_jax.inference.sampling import Sampling
+from memoryllm_jax.model import sharding
+from memoryllm_jax.model.token_memory import TokenRows
+from memoryllm_jax.tol import budget, build, codec, compress, edit, serving, verify
+from memoryllm_jax.tol import rows as tol_rows
+from memoryllm_jax.tol.__main__ import verify_command
+from memoryllm_jax.tol.format import TolFile, TolWriter
+from memoryllm_jax.tol.layout import Layout, Tier
+from memoryllm_jax.tol.reader import RowReader
+from memoryllm_jax.tol.rows import CachedRows, DeviceRows, HostTable
+from memoryllm_jax.training import loop
 
 CONTEXT, GREEDY = 64, Sampling(temperature=0)
 MODELS = {
@@ -55,7 +63,7 @@ class Lab:
 
     def _workdir(self, name):
         architecture, overrides = MODELS[name]
-        c = config_lib.default(architecture)
+        c = config.default(architecture)
         c.steps, c.batch_size, c.seq_len = 24, 8, CONTEXT
         c.model.dim, c.model.layers, c.model.heads, c.model.dtype = 32, 2, 4, "float32"
         c.model.init_std = 0.1  # so that texts vary
@@ -68,14 +76,14 @@ class Lab:
             text = self.folder / "other.jsonl"
             with open(self.corpus) as file:
                 text.write_text("".join(file.readlines()[::2]))
-            prepare.prepare(str(text), "sentencepiece:train:512", c.data.path, validation_fraction=0.1)
+            shards.prepare(str(text), "sentencepiece:train:512", c.data.path, validation_fraction=0.1)
         workdir = str(self.folder / name)
-        assert train.train(config_lib.resolve(c), workdir, jax.devices()[:1]) == 0
+        assert loop.train(config.resolve(c), workdir, jax.devices()[:1]) == 0
         return workdir
 
     def _tol(self, name, **choices):
         path = str(self.folder / f"{name}{len(os.listdir(self.folder))}.safetensors")
-        precompute.precompute(self.workdir(name), path, options.Options(**choices))
+        compress.precompute(self.workdir(name), path, compress.Options(**choices))
         return path
 
     def _params(self, name):
@@ -94,7 +102,7 @@ class Lab:
         return np.stack([reference.swiglu(reference.norm(x0, p["norm"]["scale"], m), p["ffn"]) for p in layers])
 
     def model(self, name, *args, **kwargs):
-        return contextlib.closing(generate.Model(self.workdir(name), *args, **kwargs))
+        return contextlib.closing(serving.Model(self.workdir(name), *args, **kwargs))
 
 
 @pytest.fixture(scope="session")
@@ -218,7 +226,7 @@ def test_decode_steps_batches_and_meshes_agree_with_the_equations(lab, name):
     prompts = [some_tokens(n, seed=n) for n in (5, 17, 40)]
 
     def on(*mesh):
-        mesh = sharding.make_mesh(config_lib.MeshConfig(*mesh), jax.devices()[: np.prod(mesh)])
+        mesh = sharding.make_mesh(config.MeshConfig(*mesh), jax.devices()[: np.prod(mesh)])
         saved = SavedModel(lab.workdir(name), mesh=mesh)
         weights, _ = saved.load(lambda _: True)
         rng = np.random.default_rng(0)
@@ -321,7 +329,7 @@ def test_texts_end_at_stop_tokens_the_context_and_max_tokens(lab):
         stopped = written(model, prompts, 1000, settings, stop_ids={stop})
         assert stopped == [list(itertools.takewhile(lambda t: t != stop, text)) for text in full]
         assert len(stopped[0]) <= 8 and len(stopped[1]) > 0
-        assert generate.stop_ids_of(model, ["#7"]) == {7, model.tokenizer.eos_id}
+        assert engine.stop_ids_of(model, ["#7"]) == {7, model.tokenizer.eos_id}
 
 
 # Refusals
@@ -336,13 +344,13 @@ def test_files_of_other_models_are_refused(lab, tmp_path):
         (lab.tol("memory"), "base", {}, "architecture memory in the file, base in the model"),
     ]:
         with pytest.raises(UserError, match=found) as error:
-            generate.Model(lab.workdir(name), tol, **more)
+            serving.Model(lab.workdir(name), tol, **more)
         assert str(error.value).startswith(tol)
     with pytest.raises(UserError, match="expected a memory or flex model, found base"):
-        precompute.precompute(lab.workdir("base"), str(tmp_path / "t"), options.Options())
+        compress.precompute(lab.workdir("base"), str(tmp_path / "t"), compress.Options())
     lab.workdir("other")
     with pytest.raises(UserError, match=r"--data=.*: made with another tokenizer"):
-        precompute.precompute(lab.workdir("flex"), str(tmp_path / "t"), options.Options(data=str(lab.folder / "data")))
+        compress.precompute(lab.workdir("flex"), str(tmp_path / "t"), compress.Options(data=str(lab.folder / "data")))
     with opened(path) as tol, opened(lab.tol("memory")) as other:
         overlay = edit.Overlay(other, [])
         edit.Editor(other, overlay).add("zero", "#40")
@@ -361,26 +369,26 @@ def test_bad_prompts_and_caches_are_refused(lab, monkeypatch):
             with pytest.raises(UserError, match=found):
                 written(model, prompts)
         with pytest.raises(UserError, match="--stop=several words: expected one token"):
-            generate.stop_ids_of(model, ["several words"])
+            engine.stop_ids_of(model, ["several words"])
     with pytest.raises(UserError, match="prompt 2: expected some text, found an empty prompt"):
         generate.read_prompts(["a", " "], "")
     for text in ("0", "0MiB", "many"):
         with pytest.raises(UserError, match="--cache: expected a size above zero"):
-            options.size(text, "cache")
+            cli.size(text, "cache")
     row = 3 * 32 * 4
     for cache in (0, row - 1):
         with pytest.raises(UserError, match=f"--cache: expected at least one row of .*, {row} bytes, found {cache}"):
-            generate.Model(lab.workdir("memory"), path, cache=cache)
-    monkeypatch.setattr(serve, "host_memory", lambda: 100 * row)
+            serving.Model(lab.workdir("memory"), path, cache=cache)
+    monkeypatch.setattr(tol_rows, "host_memory", lambda: 100 * row)
     with lab.model("memory", path, cache=100 * row):
         pass
     with pytest.raises(UserError, match=r"--cache: needs .* bytes, found 38,400 bytes of memory"):
-        generate.Model(lab.workdir("memory"), path, cache=101 * row)
+        serving.Model(lab.workdir("memory"), path, cache=101 * row)
     for place, what in (("host", "rows in host memory"), ("device", "rows on the device")):
         with pytest.raises(UserError, match=f"{path}: {what}: needs 196,608 bytes, found 38,400"):
-            generate.Model(lab.workdir("memory"), path, place, cache=row)
+            serving.Model(lab.workdir("memory"), path, place, cache=row)
     with pytest.raises(UserError, match="--rows: expected one of device, host, disk, found 'tape'"):
-        generate.Model(lab.workdir("memory"), path, "tape")
+        serving.Model(lab.workdir("memory"), path, "tape")
 
 
 def test_bad_precompute_options_are_refused_and_leave_nothing(lab, tmp_path, monkeypatch):
@@ -395,16 +403,16 @@ def test_bad_precompute_options_are_refused_and_leave_nothing(lab, tmp_path, mon
         ({"total_size": "20KB", "bits": "4", "data": lab.data_path}, "expected one of them, without --bits"),
     ]:
         with pytest.raises(UserError, match=found):
-            precompute.precompute(lab.workdir("memory"), out, options.Options(**choices))
+            compress.precompute(lab.workdir("memory"), out, compress.Options(**choices))
     for name in ("tied", "memory"):
         with pytest.raises(UserError, match="--drop_layers: expected at least one layer to stay"):
-            precompute.precompute(lab.workdir(name), out, options.Options(drop_layers=("0", "1")))
+            compress.precompute(lab.workdir(name), out, compress.Options(drop_layers=("0", "1")))
     real = os.statvfs
     with monkeypatch.context() as patch:
         full = collections.namedtuple("Free", "f_bavail f_frsize")(40, 4096)
-        patch.setattr(format.os, "statvfs", lambda path: full if str(path).startswith(out) else real(path))
+        patch.setattr(os, "statvfs", lambda path: full if str(path).startswith(out) else real(path))
         with pytest.raises(UserError, match=r"needs 2\d\d,\d\d\d bytes, found room for 163,840 on its disk"):
-            precompute.precompute(lab.workdir("memory"), out, options.Options())
+            compress.precompute(lab.workdir("memory"), out, compress.Options())
     assert os.listdir(tmp_path) == []
 
 
@@ -447,16 +455,16 @@ def test_damaged_row_is_made_again_or_named(lab, tmp_path, capfd):
         with pytest.raises(UserError, match=f"{path}: token {token}: the checksum of its row differs"):
             reader.read(np.array([3, token, 8]))
         with pytest.raises(UserError, match=f"{path}: token {token}: "):
-            serve.HostTable(tol)
-        assert compare.damaged(tol) == [token]
+            HostTable(tol)
+        assert verify.damaged(tol) == [token]
         with pytest.raises(UserError, match=rf"{path}: the checksums of 1 of 512 rows differ: tokens #{token}$"):
-            verify(tol)
+            verify_command(tol)
     for place in ("host", "device"):
         with lab.model("flex", path, place) as model:
             assert written(model, prompts) == expected
     other = damaged_copy(whole, "basis.ffn.2", tmp_path / "basis.safetensors")
     with opened(other) as tol, pytest.raises(UserError, match=rf"{other}: basis\.ffn\.2: its checksum differs"):
-        verify(tol)
+        verify_command(tol)
     # Weights of another checkpoint make other rows: they must not be used.
     with opened(path) as tol, pytest.raises(UserError, match=f"{path}: token {token}: .* other weights"):
         build.Repair(SavedModel(lab.workdir("flex"), 12), tol)(np.array([token]))
@@ -501,9 +509,9 @@ def test_many_short_rows_are_loaded(lab, tmp_path, reads):
     build.build(source, layout, path, np.arange(vocab))
     with opened(path) as tol:
         if reads == "host":
-            rows = serve.CachedRows(serve.HostTable(tol), source.mesh, 1 << 10, jnp.zeros((vocab, 8)))
+            rows = CachedRows(HostTable(tol), source.mesh, 1 << 10, jnp.zeros((vocab, 8)))
         else:
-            rows = serve.DeviceRows(tol, source.mesh, jnp.zeros((vocab, 8)))
+            rows = DeviceRows(tol, source.mesh, jnp.zeros((vocab, 8)))
         ids = np.array([3, 19_999], np.int32)
         assert relative(rows.fetch(ids).ffn_LSUD[0][0], table[ids]) < 0.01
 
@@ -544,7 +552,7 @@ def test_swap_shows_in_rows_and_logits_and_is_undone(lab, tmp_path):
     params, _ = lab.params("flex")
     tokens = [a, 17, b, 30]
     table = Table(np.asarray(params["embedding"]), lab.memory("flex")[:, permuted])
-    for place in generate.PLACES:
+    for place in serving.PLACES:
         with lab.model("flex", path, place, cache=1 << 10, overlay=overlay_path) as model:
             expected = step_logits(model.decoder, table, tokens)
             found = step_logits(model.decoder, model.rows, tokens)
@@ -552,7 +560,7 @@ def test_swap_shows_in_rows_and_logits_and_is_undone(lab, tmp_path):
     with lab.model("flex", path) as model:
         assert np.abs(step_logits(model.decoder, model.rows, tokens) - expected)[0].max() > 1e-3
     with pytest.raises(UserError, match="--overlay: expected --tol too"):
-        generate.Model(lab.workdir("flex"), overlay=overlay_path)
+        serving.Model(lab.workdir("flex"), overlay=overlay_path)
 
 
 def test_zero_replace_and_blend_apply_in_order(lab):
@@ -618,11 +626,11 @@ def test_applied_edits_make_a_file_that_differs_in_those_tokens(lab, tmp_path):
     path = str(tmp_path / "edited.safetensors")
     with opened(lab.tol("flex")) as tol:
         overlay = edited(tol, "", ("swap", "#40,#41"), ("zero", "#500"))
-        mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
-        compare.apply(tol, overlay, mesh, path)
+        mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+        edit.apply(tol, overlay, mesh, path)
         with opened(path) as after:
             np.testing.assert_array_equal(rows_of(after), rows_of(tol, overlay))
-            result = compare.compare(build.FileSource(tol, mesh), build.FileSource(after, mesh))
+            result = verify.compare(build.FileSource(tol, mesh), build.FileSource(after, mesh))
             assert result.changed == 3 and {token for token, _, _ in result.most(10)} == {40, 41, 500}
             assert result.by_part["x0"] == 0
             overlay.save(str(tmp_path / "o"))
@@ -630,7 +638,7 @@ def test_applied_edits_make_a_file_that_differs_in_those_tokens(lab, tmp_path):
                 edit.Overlay.open(str(tmp_path / "o"), after)
     damaged = damaged_copy(lab.tol("flex"), 40, tmp_path / "damaged")
     with opened(damaged) as tol, pytest.raises(UserError, match="token 40: the checksum of its row differs"):
-        compare.apply(tol, edit.Overlay.open(str(tmp_path / "o"), tol), mesh, str(tmp_path / "other"))
+        edit.apply(tol, edit.Overlay.open(str(tmp_path / "o"), tol), mesh, str(tmp_path / "other"))
     assert sorted(os.listdir(tmp_path)) == ["damaged", "edited.safetensors", "o"]
     with lab.model("flex", path) as model:  # the model it was made for still takes it
         assert len(written(model, [[40]])[0]) == 12
@@ -689,7 +697,7 @@ def measured(lab):
     @functools.cache
     def measure(name):
         saved = SavedModel(lab.workdir(name))
-        source, scorer = build.LiveSource(saved), quality.scorer(saved, lab.data_path, tokens=2048)
+        source, scorer = build.LiveSource(saved), budget.scorer(saved, lab.data_path, tokens=2048)
         return source, scorer, budget.full_vectors(source, scorer.ids)
 
     return measure
@@ -722,7 +730,7 @@ def test_budgets_are_kept_and_beat_every_uniform_setting(lab, measured, tmp_path
         (4, "0.5", ()),
         (8, "1.0", ("0",)),
     ]:
-        layout = options.uniform(source, options.Options(str(bits), rank, dropped))
+        layout = compress.uniform(source, compress.Options(str(bits), rank, dropped))
         gram = build.grams(source, layout, list(layout.rotated), np.ones(512))
         bases = {part: jnp.asarray(build.basis_of(g)[1][: layout.rotated[part]]) for part, g in gram.items()}
         stored = budget.as_stored(layout, vectors, tier, bases)
@@ -731,23 +739,23 @@ def test_budgets_are_kept_and_beat_every_uniform_setting(lab, measured, tmp_path
     for per_token in (30, 100):
         total = (per_token + 34 * source.has_x0) * 512
         out = str(tmp_path / f"{per_token}.safetensors")
-        options.write(source, options.Options(total_size=str(total), data=lab.data_path), out, scorer)
+        compress.write(source, compress.Options(total_size=str(total), data=lab.data_path), out, scorer)
         with opened(out) as tol:
-            assert 0 < tol.layout.total_bytes <= total and compare.damaged(tol) == []
+            assert 0 < tol.layout.total_bytes <= total and verify.damaged(tol) == []
         losses.append(file_loss(out, scorer))
         peers = [(loss, *rest) for size, loss, *rest in uniform if size <= total]
         # An error that happens to lower the loss below that of full rows is no merit of a setting.
         assert losses[-1] <= max(min(peers)[0], full) + 1e-5, (total, losses[-1], min(peers))
     assert losses[1] <= losses[0] + 1e-3 and losses[1] < full + 0.02
     with pytest.raises(UserError, match=r"the budget: expected .* found 100"):
-        options.write(source, options.Options(total_size="100", data=lab.data_path), out, scorer)
+        compress.write(source, compress.Options(total_size="100", data=lab.data_path), out, scorer)
 
 
 def test_budget_is_measured_on_eight_devices_at_long_context(lab):
-    mesh = sharding.make_mesh(config_lib.MeshConfig(1, -1, 1))
+    mesh = sharding.make_mesh(config.MeshConfig(1, -1, 1))
     saved = SavedModel(lab.workdir("tied"), mesh=mesh)
     saved.context = 1024
-    scorer = quality.scorer(saved, lab.data_path, tokens=4096)
+    scorer = budget.scorer(saved, lab.data_path, tokens=4096)
     vectors = budget.full_vectors(build.LiveSource(saved), scorer.ids)
     assert 0 < scorer.nats(vectors) < 8
 
@@ -755,8 +763,8 @@ def test_budget_is_measured_on_eight_devices_at_long_context(lab):
 def test_compress_of_a_file_equals_precompute_with_the_same_options(lab, tmp_path):
     choices = {"bits": "4,2:16", "drop_layers": ("1",)}
     with opened(lab.tol("flex", data=lab.data_path)) as tol:  # order, counts and successors come along
-        mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
-        options.write(build.FileSource(tol, mesh), options.Options(**choices), str(tmp_path / "t"))
+        mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+        compress.write(build.FileSource(tol, mesh), compress.Options(**choices), str(tmp_path / "t"))
     with opened(str(tmp_path / "t")) as tol, opened(lab.tol("flex", data=lab.data_path, **choices)) as direct:
         assert tol.layout == direct.layout and tol.metadata == direct.metadata
         assert relative(rows_of(tol), rows_of(direct)) < 1e-4
@@ -766,9 +774,9 @@ def test_compress_of_a_file_equals_precompute_with_the_same_options(lab, tmp_pat
 
 
 def build_on(lab, devices, out, name="flex", **choices):
-    mesh = sharding.make_mesh(config_lib.MeshConfig(1, -1, 1), jax.devices()[:devices])
+    mesh = sharding.make_mesh(config.MeshConfig(1, -1, 1), jax.devices()[:devices])
     source = build.LiveSource(SavedModel(lab.workdir(name), mesh=mesh))
-    return options.write(source, options.Options(**choices), str(out))
+    return compress.write(source, compress.Options(**choices), str(out))
 
 
 def content(path):
@@ -783,13 +791,13 @@ def small_chunks(monkeypatch):
 
 def test_killed_precompute_goes_on(lab, tmp_path, monkeypatch, small_chunks, capfd):
     out = tmp_path / "t.safetensors"
-    choices = options.Options(bits="8", rank="0.5", data=lab.data_path)
-    precompute.precompute(lab.workdir("flex"), str(tmp_path / "whole"), choices)
+    choices = compress.Options(bits="8", rank="0.5", data=lab.data_path)
+    compress.precompute(lab.workdir("flex"), str(tmp_path / "whole"), choices)
     with killed_after(monkeypatch, 2):
-        precompute.precompute(lab.workdir("flex"), str(out), choices)
+        compress.precompute(lab.workdir("flex"), str(out), choices)
     assert not out.exists() and (tmp_path / "t.safetensors.part").exists()
     capfd.readouterr()
-    precompute.precompute(lab.workdir("flex"), str(out), choices)
+    compress.precompute(lab.workdir("flex"), str(out), choices)
     assert "going on from chunk 2 of 4" in capfd.readouterr().out
     assert content(out) == content(tmp_path / "whole")
     assert sorted(os.listdir(tmp_path)) == ["t.safetensors", "whole"]
@@ -801,20 +809,20 @@ def test_killed_on_two_devices_is_finished_by_eight(lab, tmp_path, monkeypatch, 
         build_on(lab, 2, out)
     build_on(lab, 8, out)
     with opened(str(out)) as tol:
-        assert compare.damaged(tol) == []
+        assert verify.damaged(tol) == []
         assert relative(rows_of(tol), lab.memory("flex").swapaxes(0, 1)) < 1e-6
 
 
 def test_killed_with_other_counts_gives_each_token_its_row(lab, tmp_path, monkeypatch, small_chunks):
     out = tmp_path / "t.safetensors"
     source = build.LiveSource(SavedModel(lab.workdir("flex")))
-    layout = options.uniform(source, options.Options())
+    layout = compress.uniform(source, compress.Options())
     counts = np.arange(512)
     with killed_after(monkeypatch, 2):
         build.build(source, layout, str(out), np.arange(512)[::-1], counts)
     build.build(source, layout, str(out), np.arange(512), 511 - counts)
     with opened(str(out)) as tol:
-        assert compare.damaged(tol) == []
+        assert verify.damaged(tol) == []
         assert relative(rows_of(tol), lab.memory("flex").swapaxes(0, 1)) < 1e-6
 
 
@@ -835,7 +843,7 @@ def test_weights_that_rows_replace_are_never_on_the_device(lab):
     with lab.model("flex") as model:
         assert sum((alive() - before).values()) == 3 * m.layers + 2  # FFN-M, input and output embedding
         del model
-    for place in generate.PLACES:
+    for place in serving.PLACES:
         with lab.model("flex", path, place, cache=1 << 10) as model:
             written(model, [[5, 6]], 3)
             assert alive() - before == {params["head"].shape: 1}, place

@@ -17,12 +17,15 @@ import xxhash
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryllm_jax import config, data, sharding
-from memoryllm_jax.cli import UserError
+from memoryllm_jax import config
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.data import dataset
+from memoryllm_jax.model import sharding
 from memoryllm_jax.tol import build, codec, edit
 from memoryllm_jax.tol.codec import Band, Part
-from memoryllm_jax.tol.format import Layout, Tier, TolFile
-from memoryllm_jax.tol.read import RowReader
+from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.layout import Layout, Tier
+from memoryllm_jax.tol.reader import RowReader
 
 VOCAB, DIM, LAYERS, CHUNK = 300, 96, 7, 64
 TYPES = {"U8": "u1", "I32": "<i4", "I64": "<i8", "U64": "<u8", "F32": "<f4", "BF16": "<u2"}
@@ -191,7 +194,7 @@ def more():
 
 @pytest.fixture(scope="module")
 def tokenizer(data_path):
-    return data.Dataset(data_path).tokenizer()
+    return dataset.Dataset(data_path).tokenizer()
 
 
 @pytest.fixture(scope="module", autouse=True)

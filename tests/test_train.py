@@ -13,21 +13,26 @@ import numpy as np
 import pytest
 from conftest import free_port, with_devices
 
-from memoryllm_jax import checkpoint, cli, data, metrics, sharding, train
-from memoryllm_jax import config as config_lib
-from memoryllm_jax.cli import UserError
-from memoryllm_jax.step import Trainer
+from memoryllm_jax.checkpoint import store
+from memoryllm_jax.common import hosts
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.config import load, resolve
+from memoryllm_jax.data import dataset, shards
+from memoryllm_jax.model import flops, sharding
+from memoryllm_jax.training import loop
+from memoryllm_jax.training.batches import TrainBatches, place
+from memoryllm_jax.training.step import Trainer
 
 
 def run(config, workdir, devices=1):
-    return train.train(config, str(workdir), jax.devices()[:devices])
+    return loop.train(config, str(workdir), jax.devices()[:devices])
 
 
 def final_state(config, workdir, devices=1):
     """The newest checkpoint's arrays, on the host."""
-    config = train.complete(config, data.Dataset(config.data.path))
+    config = loop.complete(config, dataset.Dataset(config.data.path))
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:devices]))
-    checkpoints = checkpoint.Checkpoints(str(workdir), keep=10)
+    checkpoints = store.Checkpoints(str(workdir), keep=10)
     state = checkpoints.restore(checkpoints.latest(), trainer.state_shape)
     checkpoints.close()
     return jax.tree.map(np.asarray, state)
@@ -40,7 +45,7 @@ def records(workdir, kind="train"):
 
 def stop_after(monkeypatch, step):
     """As if SIGTERM came during this step."""
-    monkeypatch.setattr(train.StopSignal, "requested", lambda self, done: done is not None and done >= step)
+    monkeypatch.setattr(loop.StopSignal, "requested", lambda self, done: done is not None and done >= step)
 
 
 def test_resumed_is_bitwise_uninterrupted(make_config, tmp_path, monkeypatch):
@@ -48,7 +53,7 @@ def test_resumed_is_bitwise_uninterrupted(make_config, tmp_path, monkeypatch):
     assert run(config, tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
-        assert run(config, tmp_path / "parts") == train.STOPPED
+        assert run(config, tmp_path / "parts") == hosts.STOPPED
     assert sorted(p.name for p in (tmp_path / "parts").glob("[0-9]*")) == ["2", "3"]
     # A run that was killed leaves records past its checkpoint; they are dropped, not doubled.
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
@@ -95,7 +100,7 @@ def test_resuming_on_four_devices_what_eight_saved(make_config, tmp_path, monkey
 def test_parameters_moments_and_rows_lie_as_the_table_says(make_config):
     """On data 2 x fsdp 2 x tensor 2: placement of the state, and of the step's output."""
     config = make_config("flex-3", **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
-    config = train.complete(config, data.Dataset(config.data.path))
+    config = loop.complete(config, dataset.Dataset(config.data.path))
     trainer = Trainer(config, sharding.make_mesh(config.mesh))
     state = trainer.init(jax.random.key(0))
     P = jax.sharding.PartitionSpec
@@ -114,8 +119,8 @@ def test_parameters_moments_and_rows_lie_as_the_table_says(make_config):
                 leaf = leaf[key]
             named = jax.sharding.NamedSharding(trainer.mesh, spec)
             assert leaf.sharding.is_equivalent_to(named, leaf.ndim), path
-    batches = data.TrainBatches(config, data.Dataset(config.data.path), 4, range(4))
-    batch = data.place(batches[0], batches.sizes()[-1], trainer.batch_sharding, config.model)
+    batches = TrainBatches(config, dataset.Dataset(config.data.path), 4, range(4))
+    batch = place(batches[0], batches.sizes()[-1], trainer.batch_sharding, config.model)
     assert {s.data.shape[0] for s in batch.index_SAN.addressable_shards} == {1}
     before = jax.tree.map(lambda x: x.sharding, state)
     after, _ = trainer.train(state, batch)
@@ -129,9 +134,8 @@ def test_other_config_data_or_tokenizer_is_refused_with_the_fields(make_config, 
         run(make_config("flex-1", steps=1, seed=3), tmp_path / "w")
     assert "seed: 0 in the checkpoint, 3 in this run" in str(error.value)
     assert "model.beta: 0.0 in the checkpoint, 1.0 in this run" in str(error.value)
-    from memoryllm_jax import prepare
 
-    prepare.prepare(corpus, "sentencepiece:train:500", str(tmp_path / "other"), validation_fraction=0.05)
+    shards.prepare(corpus, "sentencepiece:train:500", str(tmp_path / "other"), validation_fraction=0.05)
     with pytest.raises(UserError, match=r"model.vocab_size: 512 .* 500 .*tokenizer: .*data: "):
         run(make_config("memory", steps=1, **{"data.path": str(tmp_path / "other")}), tmp_path / "w")
     # Where and how fast may change.
@@ -200,7 +204,7 @@ def test_sigterm_saves_and_one_workdir_takes_one_run(data_path, tmp_path):
     second = subprocess.run(command, capture_output=True, text=True, env=env, timeout=100)
     assert second.returncode == 1 and f"in use by another run (process {process.pid}" in second.stderr
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == train.STOPPED
+    assert process.wait(60) == hosts.STOPPED
     text = open(tmp_path / "log").read()
     steps = [int(p.name) for p in (tmp_path / "w").glob("[0-9]*")]
     assert f"stopped by a signal after step {max(steps)}" in text and "Traceback" not in text
@@ -256,7 +260,7 @@ def test_two_processes_train_as_one_and_sigterm_to_one_saves_both(data_path, tmp
         assert all(p.poll() is None for p in processes) and time.time() < deadline
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGTERM)
-    assert [p.wait(60) for p in processes] == [train.STOPPED] * 2
+    assert [p.wait(60) for p in processes] == [hosts.STOPPED] * 2
     saved = max(int(p.name) for p in (tmp_path / "both").glob("[0-9]*"))
     assert saved == records(tmp_path / "both")[-1]["step"] < 120
     processes = [start("both", 1, *two, f"--process_id={i}") for i in range(2)]
@@ -286,20 +290,20 @@ def test_four_processes_train_as_one_and_end_when_one_is_killed(data_path, tmp_p
         assert all(p.poll() is None for p in processes) and time.time() < deadline, open(tmp_path / "log0").read()
         time.sleep(0.1)
     processes[2].kill()
-    assert all(processes[i].wait(60) == cli.LOST for i in (0, 1, 3))
+    assert all(processes[i].wait(60) == hosts.LOST for i in (0, 1, 3))
     for i in (0, 1, 3):
         text = open(tmp_path / f"log{i}").read()
         assert f"error: process {i} of 4: another process has ended" in text and "Traceback" not in text
     several = records(tmp_path / "w")
     saved = max(int(p.name) for p in (tmp_path / "w").glob("[0-9]*[0-9]"))
 
-    config = config_lib.load("configs/tiny.py:memory")
+    config = load("configs/tiny.py:memory")
     config.update_from_flattened_dict(small | {"checkpoint.every": saved + 5, "steps": 4000})
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, saved + 5)
-        assert run(config_lib.resolve(config), tmp_path / "w", devices=4) == train.STOPPED
+        assert run(resolve(config), tmp_path / "w", devices=4) == hosts.STOPPED
         stop_after(patch, 30)
-        assert run(config_lib.resolve(config), tmp_path / "one") == train.STOPPED
+        assert run(resolve(config), tmp_path / "one") == hosts.STOPPED
     one = [r["loss"] for r in records(tmp_path / "one")]
     np.testing.assert_allclose([r["loss"] for r in several[:30]], one, rtol=1e-5)
     assert [r["step"] for r in records(tmp_path / "w")] == list(range(1, saved + 6))
@@ -314,7 +318,7 @@ def test_vocabulary_larger_than_the_data_trains_and_samples(make_config, tmp_pat
 
 
 def test_profile_leaves_a_trace_of_the_steps_asked_for(make_config, tmp_path, capfd):
-    assert train.train(make_config("memory", steps=8), str(tmp_path / "w"), jax.devices()[:1], profile=2) == 0
+    assert loop.train(make_config("memory", steps=8), str(tmp_path / "w"), jax.devices()[:1], profile=2) == 0
     (trace,) = (tmp_path / "w" / "profile").rglob("perfetto_trace.json.gz")
     events = json.load(gzip.open(trace))["traceEvents"]
     steps = {e["args"]["step_num"] for e in events if e.get("name") == "train" and "step_num" in e.get("args", {})}
@@ -333,17 +337,17 @@ def test_flops_formula_against_xla(make_config):
     config = make_config(
         "flex-3", batch_size=2, **overrides, **{"model.loss_chunk": 10_000, "model.unique_tokens": False}
     )
-    config = train.complete(config, data.Dataset(config.data.path))
+    config = loop.complete(config, dataset.Dataset(config.data.path))
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
-    batches = data.TrainBatches(config, data.Dataset(config.data.path), 1, [0])
+    batches = TrainBatches(config, dataset.Dataset(config.data.path), 1, [0])
     tokens = config.batch_size * config.seq_len
-    batch = data.place(batches[0], tokens, trainer.batch_sharding, config.model)
+    batch = place(batches[0], tokens, trainer.batch_sharding, config.model)
     counted = trainer.evaluate.lower(trainer.params_shape, batch).compile().cost_analysis()["flops"]
     scores = 2 * tokens * config.model.dim * config.seq_len  # the masked half, which XLA's plain attention computes
-    formula = metrics.train_flops(config, tokens, tokens) / 3 + scores
+    formula = flops.train_flops(config, tokens, tokens) / 3 + scores
     assert counted == pytest.approx(formula, rel=0.04)
-    unique = metrics.train_flops(config, tokens, tokens // 4)
-    plain = metrics.train_flops(config, tokens, tokens)
+    unique = flops.train_flops(config, tokens, tokens // 4)
+    plain = flops.train_flops(config, tokens, tokens)
     assert plain - unique == 3 * (tokens - tokens // 4) * 6 * config.model.dim * config.model.memory_dim
 
 
@@ -358,7 +362,7 @@ def test_exit_codes_of_processes_that_are_left(capfd, monkeypatch):
         ValueError("a bug"),
         UserError("config.steps: expected at least 1, found 0"),
     ):
-        cli.abandon(error)
+        hosts.abandon(error)
     assert codes == [134, 1, 1, 1, 1]
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: process 0 of 1: ")]
     assert len(lines) == 5 and "another process has ended" in lines[0] and "No space left" in lines[2]

@@ -2,13 +2,14 @@
 
 import numpy as np
 
-from memoryllm_jax import report
-from memoryllm_jax.analysis import values as values_lib
-from memoryllm_jax.analysis.inside import Inside, at_least
-from memoryllm_jax.analysis.prefixes import find, open_corpus, sample_keys
+from memoryllm_jax.analysis import values
+from memoryllm_jax.analysis.key_values import Inside
+from memoryllm_jax.analysis.triggers import find, open_corpus, sample_keys
 from memoryllm_jax.analysis.vocabulary import checked_dataset
-from memoryllm_jax.cli import Progress
-from memoryllm_jax.tol import text
+from memoryllm_jax.common import plots
+from memoryllm_jax.common.cli import at_least
+from memoryllm_jax.common.progress import Progress
+from memoryllm_jax.data import statistics
 
 
 def agreement(
@@ -50,8 +51,8 @@ def agreement(
             other_K[there] = others(draw, next_K[there])
             # Of all keys, with a trigger in the text or not: one shape for all layers, so compiled once.
             v_KD = inside.values(ffn, layer)[chosen[layer]] * sign_K[:, None]
-            top_ids, p = (x[there, 0] for x in values_lib.top_tokens(inside, v_KD, 1))
-            ranks = values_lib.ranks(inside, v_KD, np.maximum(next_K, 0), other_K)
+            top_ids, p = (x[there, 0] for x in values.top_tokens(inside, v_KD, 1))
+            ranks = values.ranks(inside, v_KD, np.maximum(next_K, 0), other_K)
             rank, other_rank = (x[there] for x in ranks)
             own, labels_Kt, next_K, other_K = chosen[layer][there], labels_Kt[there], next_K[there], other_K[there]
             progress.update(progress.done + 1)
@@ -85,13 +86,13 @@ def agreement(
     series = {"value and its own trigger": pick("agreement", 100), "value and another's (chance)": pick("chance", 100)}
     page.figure(
         "agreement",
-        report.by_layer(series, "agreement, % of keys", layers=at),
+        plots.by_layer(series, "agreement, % of keys", layers=at),
         f"Share of {inside.label(ffn)}'s keys whose value's top token follows the key's top trigger.",
     )
     series = {"own trigger": pick("median_rank"), "another's (chance)": pick("chance_rank")}
     page.figure(
         "rank",
-        report.by_layer(series, "median rank", log=True, layers=at),
+        plots.by_layer(series, "median rank", log=True, layers=at),
         f"Rank, among {inside.config.vocab_size:,} tokens, of the trigger's next token under the value; 1 is the top.",
     )
     page.heading(f"The {len(best)} most predictive values")
@@ -115,7 +116,7 @@ def _following(inside, page, corpus, data):
     if corpus is not None:
         return lambda label: corpus.next(label) if label >= 0 else -1
     dataset = checked_dataset(inside, data)
-    successors, counts = text.likely_successors(dataset, inside.config.vocab_size)
+    successors, counts = statistics.likely_successors(dataset, inside.config.vocab_size)
     pairs = f"{counts.sum():,} pairs of the training text, spread evenly"
     page.facts["next tokens"] = f"{data}, the most frequent successor in {pairs}"
     return lambda label: int(successors[label, 0]) if label >= 0 and counts[label] else -1

@@ -6,10 +6,10 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax import report
-from memoryllm_jax.analysis import surface
-from memoryllm_jax.analysis.inside import Inside
-from memoryllm_jax.analysis.prefixes import find, open_corpus, sample_keys, tokens_of, trigger_rows
+from memoryllm_jax.analysis import token_classes
+from memoryllm_jax.analysis.key_values import Inside
+from memoryllm_jax.analysis.triggers import find, open_corpus, sample_keys, tokens_of, trigger_rows
+from memoryllm_jax.common import plots
 
 _LAST = 8  # tokens of a prefix that the proxies look at
 
@@ -69,7 +69,7 @@ def annotate(
         title = name.replace("_", " ").replace("ngram", "n-gram")
         series = {"a key's triggers": mean[name], "triggers of all keys mixed": mean[f"{name}_at_random"]}
         page.figure(
-            name, report.by_layer(series, title, layers=layers), f"Proxy: {title}; {inside.label(ffn)}, mean of keys."
+            name, plots.by_layer(series, title, layers=layers), f"Proxy: {title}; {inside.label(ffn)}, mean of keys."
         )
     page.heading("The sheet")
     page.text(
@@ -91,7 +91,7 @@ def measures(triggers: list[list[int]], embed, texts: list[str] | None) -> tuple
       texts: of every id, where triggers are single tokens and not prefixes.
     """
     if texts:
-        ends = [surface.kind(ids[0], texts[ids[0]]) for ids in triggers]
+        ends = [token_classes.kind(ids[0], texts[ids[0]]) for ids in triggers]
         grams = [_grams(texts[ids[0]].lower()) for ids in triggers]
     else:
         ends = [ids[-1] for ids in triggers]

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax import report
-from memoryllm_jax.analysis import surface, topk, vocabulary
-from memoryllm_jax.analysis.inside import Inside, at_least, layers_of
+from memoryllm_jax.analysis import token_classes, topk, vocabulary
+from memoryllm_jax.analysis.key_values import Inside
 from memoryllm_jax.analysis.neighbours import neighbours_of
 from memoryllm_jax.analysis.vocabulary import chunk_count, chunks, every_id
-from memoryllm_jax.cli import Progress, UserError
+from memoryllm_jax.common import plots
+from memoryllm_jax.common.cli import at_least, layers_of
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.progress import Progress
 
 _EPOCHS = 3  # passes of mini-batch K-means over the vocabulary
 _ROWS = 4096  # of a graph, squared at a time
@@ -93,7 +95,7 @@ def clusters(
         raise UserError(f"--picture: expected tsne or pca, found {picture!r}")
     _check(inside, clusters, sample)
     chosen = layers_of(layers, inside.config.layers)
-    classes, texts = surface.classes(inside.texts), inside.texts
+    classes, texts = token_classes.classes(inside.texts), inside.texts
     draw = np.random.default_rng(seed)
     pictured = {chosen[0], chosen[len(chosen) // 2], chosen[-1]}
     sampled = np.sort(draw.choice(len(texts), min(sample, len(texts)), replace=False)).astype(np.int32)
@@ -107,8 +109,8 @@ def clusters(
             shuffled = draw.permutation(labels)
             row = {"layer": layer, "clusters": len(np.unique(labels)), "largest": int(np.bincount(labels).max())}
             for name, of in classes.items():
-                row[name] = surface.purity(labels, of)
-                row[f"{name}, chance"] = surface.purity(shuffled, of)
+                row[name] = token_classes.purity(labels, of)
+                row[f"{name}, chance"] = token_classes.purity(shuffled, of)
             rows.append(row)
             tables += _examples(inside, layer, labels, model, classes["kind"], step)
             if layer in pictured:
@@ -117,7 +119,7 @@ def clusters(
     series = {name: [100 * row[name] for row in rows] for name in rows[0] if name.removesuffix(", chance") in classes}
     page.figure(
         "purity",
-        report.by_layer(series, "purity, %", layers=chosen),
+        plots.by_layer(series, "purity, %", layers=chosen),
         f"Purity of {clusters} clusters in classes that the text alone decides, and of the same with tokens shuffled.",
     )
     for layer, figure in pictures:
@@ -163,8 +165,8 @@ def _picture(inside, layer, sampled, labels, kinds, how, seed):
     if how == "tsne":
         perplexity = min(30, max(2, len(flat) // 4))
         flat = _sklearn("manifold").TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(flat)
-    figure, ax = report.new_figure(8, 6)
-    for number, name in enumerate(surface.KINDS):
+    figure, ax = plots.new_figure(8, 6)
+    for number, name in enumerate(token_classes.KINDS):
         of = kinds[sampled] == name
         if of.any():
             ax.scatter(*flat[of, :2].T, s=7, color=f"C{number}", label=f"{name} ({of.sum():,})", linewidths=0)
@@ -174,7 +176,7 @@ def _picture(inside, layer, sampled, labels, kinds, how, seed):
         own = own[kinds[sampled[own]] == names[counts.argmax()]]
         middle = own[np.square(flat[own, :2] - np.median(flat[own, :2], 0)).sum(1).argmin()]
         text = inside.texts[sampled[middle]]
-        text = text.replace("$", r"\$") if report.drawable(text) else f"#{sampled[middle]} {surface.script(text)}"
+        text = text.replace("$", r"\$") if plots.drawable(text) else f"#{sampled[middle]} {token_classes.script(text)}"
         ax.annotate(
             text, flat[middle, :2], fontsize=9, weight="bold", bbox={"fc": "white", "alpha": 0.7, "lw": 0, "pad": 0.5}
         )
@@ -183,7 +185,7 @@ def _picture(inside, layer, sampled, labels, kinds, how, seed):
     ax.set_yticks([])
     ax.set_xlabel(f"first dimension of {_PICTURES[how]}, without unit")
     ax.set_ylabel("second dimension")
-    report.legend(ax, markerscale=2)
+    plots.legend(ax, markerscale=2)
     return figure
 
 
@@ -235,12 +237,12 @@ def clustering(
     series = {"nearest neighbours": pick("coefficient"), "random graph of as many edges": pick("random_graph")}
     page.figure(
         "coefficient",
-        report.by_layer(series, "clustering coefficient", layers=chosen),
+        plots.by_layer(series, "clustering coefficient", layers=chosen),
         f"Mean local clustering coefficient of the {neighbours}-nearest-neighbour graph of {count:,} tokens.",
     )
     page.figure(
         "silhouette",
-        report.by_layer({"silhouette": pick("silhouette")}, "silhouette", layers=chosen),
+        plots.by_layer({"silhouette": pick("silhouette")}, "silhouette", layers=chosen),
         f"Mean silhouette of {clusters} K-means clusters on {len(some):,} tokens; 1: tight and apart, 0: overlapping.",
     )
     page.table(list(rows[0]), [list(row.values()) for row in rows])

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax import model
-from memoryllm_jax.analysis.inside import Inside, at_least
+from memoryllm_jax.analysis.key_values import Inside
 from memoryllm_jax.analysis.vocabulary import checked_dataset
-from memoryllm_jax.cli import UserError
-from memoryllm_jax.decoder import bucket
+from memoryllm_jax.common.cli import at_least
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.inference.decoder import bucket
+from memoryllm_jax.model import transformer
 
 _BATCH = 2048  # positions that run at a time
 
@@ -52,11 +53,11 @@ def _layer(config, layer, memory, x_BTD, x0_1UD, index_1N):
     flat = lambda x: x.reshape(-1, config.dim)  # noqa: E731
     queries, rows = {}, None
     if memory is not None:
-        module = model.MemoryLayer(config)
+        module = transformer.MemoryLayer(config)
         rows, seen = module.apply({"params": memory}, x0_1UD, capture_intermediates=True)
         queries["memory"] = seen["intermediates"]["norm"]["__call__"][0][0, index_1N[0]]
-    args = rows, index_1N, model.rope_table(config, jnp.arange(x_BTD.shape[1]))
-    (out_BTD, _), seen = model.Block(config).apply({"params": layer}, x_BTD, *args, capture_intermediates=True)
+    args = rows, index_1N, transformer.rope_table(config, jnp.arange(x_BTD.shape[1]))
+    (out_BTD, _), seen = transformer.Block(config).apply({"params": layer}, x_BTD, *args, capture_intermediates=True)
     seen = seen["intermediates"]
     attended_BTD, _ = seen["attention"]["__call__"][0]
     if config.compute_dim:

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax import report
 from memoryllm_jax.analysis import topk
-from memoryllm_jax.analysis.inside import Inside, at_least
+from memoryllm_jax.analysis.key_values import Inside
 from memoryllm_jax.analysis.vocabulary import chosen_tokens, chunk_count, chunks, every_id
-from memoryllm_jax.cli import Progress
+from memoryllm_jax.common import plots
+from memoryllm_jax.common.cli import at_least
+from memoryllm_jax.common.progress import Progress
 
 _QUERIES = 4096  # tokens whose neighbours are sought in one pass
 
@@ -87,13 +88,13 @@ def neighbours(inside: Inside, page, token: list[str] = (), tokens: int = 500, t
     series = {f"shares of the {top} neighbours over all layers": [100 * share for share in agree]}
     page.figure(
         "by_layer",
-        report.by_layer(series, "shared neighbours, %"),
+        plots.by_layer(series, "shared neighbours, %"),
         f"How many of a token's {top} nearest in one layer are also its nearest over all layers; mean of "
         f"{len(chosen):,} tokens.",
     )
     series = {"layer by layer": nearest[:L], "all layers together": [nearest[L]] * L}
     page.figure(
-        "cosine", report.by_layer(series, "cosine"), "Cosine of a token's row and its nearest neighbour's; mean."
+        "cosine", plots.by_layer(series, "cosine"), "Cosine of a token's row and its nearest neighbour's; mean."
     )
     page.heading("Nearest over all layers, and in the first, middle and last")
     shown = dict.fromkeys([L, 0, L // 2, L - 1])

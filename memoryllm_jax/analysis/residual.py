@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax import report
-from memoryllm_jax.analysis import values as values_lib
+from memoryllm_jax.analysis import values
 from memoryllm_jax.analysis.corpus import Corpus, states
-from memoryllm_jax.analysis.inside import Inside, at_least, key_coefficients
+from memoryllm_jax.analysis.key_values import Inside, key_coefficients
 from memoryllm_jax.analysis.vocabulary import chunk_count, chunks, every_id
-from memoryllm_jax.cli import Progress, UserError
-from memoryllm_jax.decoder import bucket
+from memoryllm_jax.common import plots
+from memoryllm_jax.common.cli import at_least
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.progress import Progress
+from memoryllm_jax.inference.decoder import bucket
 
 _SHORT = 5  # tokens: a prefix with fewer is short, as in the paper
 
@@ -91,7 +93,7 @@ def active(
     }
     page.figure(
         "share",
-        report.by_layer(series, "active memories, %"),
+        plots.by_layer(series, "active memories, %"),
         f"Fewest of {inside.label(ffn)}'s {F} memories with {mass:.0%} of all |c| |v|; {len(shares[0]):,} queries.",
     )
     with page.csv("layers", ["layer", *series]) as write:
@@ -142,7 +144,7 @@ def compose(
     progress = Progress("values", L, "layer")
     tops = []
     for layer in range(L):
-        tops.append({kind: values_lib.both_tops(inside, kind, layer) for kind in kinds})
+        tops.append({kind: values.both_tops(inside, kind, layer) for kind in kinds})
         progress.update(layer + 1)
     progress.close()
     found, shorts = [[] for _ in range(L)], []
@@ -171,12 +173,12 @@ def compose(
     pick = lambda name: [row[name] for row in rows]  # noqa: E731
     page.figure(
         "composed",
-        report.by_layer({"composed": pick("composed")}, "examples, %"),
+        plots.by_layer({"composed": pick("composed")}, "examples, %"),
         f"Share of {len(labels):,} examples in which the layer's top token is that of none of its memories.",
     )
     page.figure(
         "rest",
-        report.by_layer({name: pick(name) for name in list(rows[0])[2:]}, "share, %"),
+        plots.by_layer({name: pick(name) for name in list(rows[0])[2:]}, "share, %"),
         "Stop words and prefixes of fewer than 5 tokens, among the rest and among all examples.",
     )
     with page.csv("layers", list(rows[0])) as write:
@@ -235,10 +237,10 @@ def residual(
     series = {"top(r) is the final token": by["settled"], "mean probability of that token": by["probability"]}
     page.figure(
         "settled",
-        report.by_layer(series, "share or probability, %"),
+        plots.by_layer(series, "share or probability, %"),
         f"How far the residual before each layer's memories holds the final prediction; {len(labels):,} examples.",
     )
-    figure, ax = report.new_figure()
+    figure, ax = plots.new_figure()
     left = np.zeros(L)
     for name in names[2:]:
         ax.bar(range(L), by[name], bottom=left, label=name)
@@ -246,7 +248,7 @@ def residual(
     ax.set_xlabel("layer")
     ax.set_ylabel("examples, %")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    report.legend(ax)
+    plots.legend(ax)
     page.figure("wins", figure, "Where the layer's top prediction comes from.")
     with page.csv("layers", ["layer", *names]) as write:
         write(zip(range(L), *by.values()))

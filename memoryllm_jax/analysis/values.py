@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax import report
-from memoryllm_jax.analysis.inside import Inside
-from memoryllm_jax.cli import Progress, UserError
+from memoryllm_jax.analysis.key_values import Inside
+from memoryllm_jax.common import plots
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.progress import Progress
 
 
 class Top(NamedTuple):
@@ -84,7 +85,7 @@ def values(inside: Inside, page, ffn: str = "", top: int = 5) -> dict:
     quantiles |= {"largest": most_LF.max(1), "uniform": np.full(L, 1 / inside.config.vocab_size)}
     page.figure(
         "max_p",
-        report.by_layer(quantiles, "maximum probability", log=True),
+        plots.by_layer(quantiles, "maximum probability", log=True),
         f"Probability of the top token of {inside.label(ffn)}'s values, the larger of v and -v.",
     )
     page.heading("The most peaked values of each layer")

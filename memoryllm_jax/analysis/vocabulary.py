@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax import data
 from memoryllm_jax.analysis import topk
-from memoryllm_jax.analysis.inside import Inside
-from memoryllm_jax.cli import UserError
-from memoryllm_jax.tol import text
+from memoryllm_jax.analysis.key_values import Inside
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.data import dataset, statistics
 
 CHUNK = 2048  # tokens whose coefficients exist at one time
 
@@ -31,11 +30,11 @@ def every_id(inside: Inside) -> np.ndarray:
     return np.arange(inside.config.vocab_size, dtype=np.int32)
 
 
-def checked_dataset(inside: Inside, path: str) -> data.Dataset:
+def checked_dataset(inside: Inside, path: str) -> dataset.Dataset:
     """Raises: UserError, also where no data is named."""
     if not path:
         raise UserError("--data: expected a folder that `prepare` wrote, as this analysis needs text")
-    return data.open_for(path, inside.tokenizer.digest)
+    return dataset.open_for(path, inside.tokenizer.digest)
 
 
 def chosen_tokens(inside: Inside, page, token: list[str], count: int, path: str) -> np.ndarray:
@@ -56,7 +55,7 @@ def _chosen(inside, token, count, path):
     if not count or count >= size:
         return every_id(inside), f"all {size:,}"
     if path:
-        counts = text.token_counts(checked_dataset(inside, path), size)
+        counts = statistics.token_counts(checked_dataset(inside, path), size)
         return np.argsort(-counts, kind="stable")[:count].astype(np.int32), f"the {count:,} most frequent of {path}"
     return np.linspace(0, size - 1, count).astype(np.int32), f"{count:,}, at even distances of id"
 

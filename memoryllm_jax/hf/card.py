@@ -3,9 +3,10 @@
 import json
 import os
 
-from memoryllm_jax import config as config_lib
-from memoryllm_jax import files, metrics
-from memoryllm_jax.saved import SavedModel
+from memoryllm_jax import config
+from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.common import storage
+from memoryllm_jax.model import flops
 
 _USE = """\
 ```python
@@ -25,8 +26,8 @@ writes them into a file, and `from_pretrained(DIR, trust_remote_code=True, tol="
 
 def text(saved: SavedModel, dtype: str) -> str:
     """Markdown with the metadata that model hubs read."""
-    run = config_lib.from_saved(saved.description["config"])
-    c, counts = saved.config, metrics.parameters(run)
+    run = config.from_saved(saved.description["config"])
+    c, counts = saved.config, flops.parameters(run)
     tags = ["llama" if not c.memory_dim else "memoryllm", "memoryllm_jax"]
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {t}" for t in tags)]
     widths = f"FFN width {c.compute_dim}" if not c.memory_dim else f"FFN-C width {c.compute_dim}, FFN-M {c.memory_dim}"
@@ -46,7 +47,7 @@ def text(saved: SavedModel, dtype: str) -> str:
         )
         if run.start.workdir:
             facts["training"] += f", from the model in {os.path.basename(run.start.workdir.rstrip('/'))}"
-        facts["optimizer"] = ", ".join(f"{k} {v}" for k, v in config_lib.flatten(run).items() if "optimizer." in k)
+        facts["optimizer"] = ", ".join(f"{k} {v}" for k, v in config.flatten(run).items() if "optimizer." in k)
     facts |= _validation(saved)
     lines = [*head, "---", "", f"# {c.architecture}", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
@@ -57,9 +58,9 @@ def text(saved: SavedModel, dtype: str) -> str:
 def _validation(saved):
     """The held-out loss of this very step, from the run's records."""
     path = os.path.join(saved.workdir, "metrics.jsonl")
-    if not files.exists(path):
+    if not storage.exists(path):
         return {}
-    lines = files.read_bytes(path, "metrics").decode().splitlines(keepends=True)
+    lines = storage.read_bytes(path, "metrics").decode().splitlines(keepends=True)
     records = [json.loads(line) for line in lines if line.endswith("\n")]  # a run that was killed may have cut the last
     found = [r for r in records if r.get("kind") == "validation" and r.get("step") == saved.step]
     if not found:

@@ -9,8 +9,8 @@ import struct
 import ml_dtypes
 import numpy as np
 
-from memoryllm_jax import files
-from memoryllm_jax.cli import UserError
+from memoryllm_jax.common import storage
+from memoryllm_jax.common.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
@@ -54,7 +54,7 @@ def read(folder: str) -> tuple[Shard, ...]:
     """The files of a model that somebody wrote. Raises: UserError."""
     index = os.path.join(folder, INDEX)
     if os.path.exists(index):
-        weight_map = files.read_json(index, "an index of safetensors files").get("weight_map", {})
+        weight_map = storage.read_json(index, "an index of safetensors files").get("weight_map", {})
         names = sorted(set(weight_map.values()))
     else:
         names = ["model.safetensors"] if os.path.exists(os.path.join(folder, "model.safetensors")) else []
@@ -133,7 +133,7 @@ class Writer:
         if len(self._shards) > 1:
             weight_map = {name: shard.file for shard in self._shards for name, _ in shard.tensors}
             tree = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            files.write_json(os.path.join(self._folder, INDEX), tree)
+            storage.write_json(os.path.join(self._folder, INDEX), tree)
 
     def close(self) -> None:
         for fd in self._fds:

@@ -18,11 +18,15 @@ import jax
 import numpy as np
 from absl import flags
 
-from memoryllm_jax import commands, config, files, sharding
-from memoryllm_jax.cli import UserError
-from memoryllm_jax.saved import SavedModel
-from memoryllm_jax.tol import build, compare, edit, options, quality
+from memoryllm_jax import config
+from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.common import cli, storage
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.model import sharding
+from memoryllm_jax.tol import budget, build, compress, edit, verify
+from memoryllm_jax.tol.compress import from_flags, write
 from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.verify import compare, damaged
 
 
 def mesh_here():
@@ -69,12 +73,12 @@ def inspect(tol: TolFile) -> dict:
     return record
 
 
-def verify(tol: TolFile) -> dict:
+def verify_command(tol: TolFile) -> dict:
     """Reads every row and every other tensor. Raises: UserError that names the damaged tokens."""
     for name in json.loads(tol.metadata["tensor_checksums"]):
         tol.read(name)
     tol.tokenizer()
-    bad = compare.damaged(tol)
+    bad = damaged(tol)
     if bad:
         named = ", ".join(f"#{token}" for token in bad[:5]) + (", ..." if len(bad) > 5 else "")
         raise UserError(f"{tol.path}: the checksums of {len(bad)} of {tol.vocab_size} rows differ: tokens {named}")
@@ -86,16 +90,16 @@ def verify(tol: TolFile) -> dict:
         tol.check_model(saved.config, saved.tokenizer.digest, live.identity.decoder_digest)
         if live.identity.rows_digest != tol.metadata["rows_digest"]:
             raise UserError(f"{tol.path}: made from other weights than {flags.FLAGS.workdir} has, or edited")
-        result = compare.compare(live, build.FileSource(tol, saved.mesh))
+        result = compare(live, build.FileSource(tol, saved.mesh))
         record["relative_error"] = result.by_part
         print("against the live model, error over norm by part:")
         print("  " + "  ".join(f"{name} {error:.2g}" for name, error in result.by_part.items()))
     return record
 
 
-def compress(tol: TolFile) -> dict:
+def compress_command(tol: TolFile) -> dict:
     f = flags.FLAGS
-    choices = options.from_flags()
+    choices = from_flags()
     if not tol.layout.tiers[0].plain or len(tol.layout.kept_layers()) < tol.layout.layers:
         raise UserError(
             f"{tol.path}: expected a file of 16 or 32 bits with all layers, found {tol.metadata['codec']} of "
@@ -106,8 +110,8 @@ def compress(tol: TolFile) -> dict:
     if f.workdir:
         saved = SavedModel(f.workdir, int(tol.metadata["step"]), tol.metadata["dtype"])
         tol.check_model(saved.config, saved.tokenizer.digest, None)
-        scorer = quality.scorer(saved, choices.data) if choices.data else None
-    line = options.write(source, choices, f.output, scorer, "compress")
+        scorer = budget.scorer(saved, choices.data) if choices.data else None
+    line = write(source, choices, f.output, scorer, "compress")
     print(line)
     return {"result": line}
 
@@ -127,7 +131,7 @@ def edit_command(tol: TolFile) -> dict:
         editor.add(name, spec)
     for text in editor.undo(f.undo) if f.undo else []:
         print(f"undone: {text}")
-    written = compare.apply(tol, overlay, mesh_here(), f.output) if f.output else ""
+    written = edit.apply(tol, overlay, mesh_here(), f.output) if f.output else ""
     if asked or f.undo:  # not before the rest of the line is done, so that it can be run again
         overlay.save(f.overlay)
     if not overlay.edits:
@@ -148,7 +152,7 @@ def diff(tol: TolFile, other: TolFile | None) -> dict:
     if after.vocab_size != tol.vocab_size or after.layout.layers != tol.layout.layers:
         raise UserError(f"{after.path}: expected the vocabulary and layers of {tol.path}")
     mesh = mesh_here()
-    result = compare.compare(build.FileSource(tol, mesh), build.FileSource(after, mesh, overlay))
+    result = verify.compare(build.FileSource(tol, mesh), build.FileSource(after, mesh, overlay))
     tokenizer = tol.tokenizer()
     print(f"{result.changed:,} of {tol.vocab_size:,} tokens differ; difference over norm by part:")
     print("  " + "  ".join(f"{name} {error:.3g}" for name, error in result.by_part.items()))
@@ -164,10 +168,16 @@ def main(arguments):
     if not 1 <= len(paths) <= most:
         raise UserError(f"{command}: expected {'one or two files' if most > 1 else 'one file'}, found {len(paths)}")
     opened = [TolFile(path) for path in paths]
-    call = {"inspect": inspect, "verify": verify, "compress": compress, "edit": edit_command, "diff": diff}[command]
+    call = {
+        "inspect": inspect,
+        "verify": verify_command,
+        "compress": compress_command,
+        "edit": edit_command,
+        "diff": diff,
+    }[command]
     record = call(*opened, *([None] if most > len(opened) else []))
     if flags.FLAGS.json:
-        files.write_json(flags.FLAGS.json, record)
+        storage.write_json(flags.FLAGS.json, record)
     return 0
 
 
@@ -178,7 +188,7 @@ def define_flags(command):
     if command == "inspect":
         flags.DEFINE_multi_string("token", [], "show the norms of this token's row")
     if command == "compress":
-        options.define_flags()
+        compress.define_flags()
         flags.DEFINE_string("output", None, "file to write, NAME.safetensors", required=True)
     if command in ("edit", "diff"):
         flags.DEFINE_string("overlay", "", "file of edits")
@@ -196,4 +206,4 @@ def define_flags(command):
 
 
 if __name__ == "__main__":
-    commands.run(("inspect", "verify", "compress", "edit", "diff"), define_flags, main)
+    cli.run_commands(("inspect", "verify", "compress", "edit", "diff"), define_flags, main)

@@ -22,13 +22,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax import cli
-from memoryllm_jax.cli import UserError
-from memoryllm_jax.memory import TokenRows
+from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.progress import Progress
+from memoryllm_jax.data import dataset
+from memoryllm_jax.inference.decoder import Decoder
+from memoryllm_jax.model.token_memory import TokenRows
 from memoryllm_jax.tol import build, codec
 from memoryllm_jax.tol.build import decode_rows
 from memoryllm_jax.tol.codec import GROUP, Band, Part
-from memoryllm_jax.tol.format import Layout, Tier
+from memoryllm_jax.tol.layout import Layout, Tier
 
 _COVERAGE = (0.75, 0.95)  # of the text, by the first tier, and by the first two
 _SAMPLED_ROWS = 512  # of a tier, to measure errors on
@@ -192,7 +195,7 @@ def _measure(source, scorer, names, bases, weights, order, tier_rows) -> list[_P
     vectors = full_vectors(source, scorer.ids)
     base = scorer.nats(vectors)
     rises = {}
-    progress = cli.Progress("importance", len(names), "part")
+    progress = Progress("importance", len(names), "part")
     for number, name in enumerate(names):
         coarse = _through(Band(source.dim, _PROBE_BITS), vectors[name])
         error = np.average(np.asarray(jnp.square(coarse - vectors[name]).sum(1)), weights=scorer.counts)
@@ -305,3 +308,27 @@ def _rotated(table, tier_rows, dim, price):
                 bands.append(Band(size, b))
         parts.append(Part(table.name, tuple(bands), rotated=True) if bands else None)
     return cost + price * most * dim * 2, parts
+
+
+CALIBRATION_TOKENS = 1 << 15  # of the held-out text, on which a budget is measured
+
+
+def scorer(saved: SavedModel, path: str, tokens: int = CALIBRATION_TOKENS, half: int = 0) -> Scorer:
+    """Measures on windows of held-out text: of its windows, every second one, so that each half can judge the other.
+
+    Raises: UserError if the text is too short.
+    """
+    stream, length = dataset.Dataset(path).validation, saved.context
+    windows_there = (stream.tokens - 1) // length
+    chosen = np.arange(half, windows_there, 2)
+    if not len(chosen):
+        raise UserError(f"{path}: expected at least {(half + 1) * length + 1} held-out tokens, found {stream.tokens}")
+    count = min(max(1, tokens // length), len(chosen))
+    chosen = chosen[np.linspace(0, len(chosen) - 1, count).astype(int)]
+    windows = np.stack([stream.read(int(k) * length, length + 1) for k in chosen])
+    wanted = lambda name: not saved.is_memory(name)  # noqa: E731
+    params, _ = saved.load(wanted)
+    embedding = params["embedding"] if saved.config.tie_embeddings else None
+    decoder = Decoder(saved.config, params, saved.mesh)
+    batch = decoder.shards * max(1, min(8, 4096 // length) // decoder.shards)
+    return Scorer(decoder, windows, embedding, batch)

@@ -18,14 +18,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryllm_jax import cli
-from memoryllm_jax.cli import UserError
-from memoryllm_jax.decoder import live_rows
-from memoryllm_jax.saved import SavedModel
-from memoryllm_jax.tokenizer import Tokenizer
+from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.progress import Progress
+from memoryllm_jax.data.tokenizer import Tokenizer
+from memoryllm_jax.inference.rows import live_rows
 from memoryllm_jax.tol import codec
-from memoryllm_jax.tol.format import Layout, TolFile, TolWriter, checksum
-from memoryllm_jax.tol.read import RowReader
+from memoryllm_jax.tol.format import TolFile, TolWriter, checksum
+from memoryllm_jax.tol.layout import Layout
+from memoryllm_jax.tol.reader import RowReader
 
 _CHUNK_BYTES = 64 << 20  # of the float32 rows of a chunk on one device
 _CHUNK_ROWS = 1024
@@ -257,7 +258,7 @@ def _write_tiers(source, layout, writer, order, bases, label):
     tiers = [_Chunks(mesh, t.rows, layout.dim, layout.layers + layout.has_x0) for t in layout.tiers]
     work = [(number, chunk) for number, tier in enumerate(tiers) for chunk in range(tier.count)]
     start = _agree(writer.done() or 0)
-    progress = cli.Progress(label, len(work), "chunk", initial=start, enabled=jax.process_index() == 0)
+    progress = Progress(label, len(work), "chunk", initial=start, enabled=jax.process_index() == 0)
     if start:
         progress.line(f"going on from chunk {start} of {len(work)}")
     encoders = [
@@ -324,7 +325,7 @@ def grams(source, layout: Layout, names: list[str], weights_V: np.ndarray, label
         return {name: total[name] + gram(name) for name in names}
 
     total = {name: jnp.zeros((layout.dim, layout.dim), jnp.float32) for name in names}
-    progress = cli.Progress(label, chunks.count, "chunk", enabled=jax.process_index() == 0)
+    progress = Progress(label, chunks.count, "chunk", enabled=jax.process_index() == 0)
     for chunk in range(chunks.count):
         vectors = source.vectors(chunks.place(ids, chunk, 0))
         total = add(total, vectors, chunks.place(weights_V.astype(np.float32), chunk, 0))

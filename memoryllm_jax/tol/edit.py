@@ -6,8 +6,11 @@ of token t loses c_i(t) v_i. Edits apply in order, each to what the ones before 
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +18,15 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from memoryllm_jax import files
-from memoryllm_jax.cli import UserError
-from memoryllm_jax.saved import SavedModel
+from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.common import storage
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.model.transformer import Norm
+from memoryllm_jax.tol import build, codec
 from memoryllm_jax.tol.build import RowDecoder
-from memoryllm_jax.tol.format import TolFile
-from memoryllm_jax.tol.read import RowReader
+from memoryllm_jax.tol.format import TolFile, checksum
+from memoryllm_jax.tol.reader import RowReader
+from memoryllm_jax.tol.verify import CHUNK
 
 OPERATIONS = ("swap", "replace", "blend", "zero", "suppress")
 
@@ -81,7 +87,7 @@ class Overlay:
             for name in ("ids", "rows", "coefficients", "value")
             if (array := getattr(edit, name)) is not None
         }
-        files.write_bytes(path, safetensors.numpy.save(tensors, meta))
+        storage.write_bytes(path, safetensors.numpy.save(tensors, meta))
 
     def arrays(self) -> list[dict]:
         """What `apply` needs on the device."""
@@ -209,7 +215,6 @@ def read_rows(tol: TolFile, ids: np.ndarray, overlay: Overlay | None = None) -> 
 
 def key_of(saved: SavedModel, layer: int, key: int, rows_digest: str) -> tuple[np.ndarray, np.ndarray]:
     """(c_key(t) of every token t [V], v_key [D]) of FFN-M of a layer, float32. Raises: UserError for other weights."""
-    from memoryllm_jax.model import Norm
 
     params, digest = saved.load(lambda name: saved.is_memory(name) or name == "embedding")
     if digest != rows_digest:
@@ -260,3 +265,59 @@ def _share(text) -> float:
     if not 0 <= share <= 1:
         raise UserError(f"--blend: expected a share from 0 to 1, found {text!r}")
     return share
+
+
+def apply(tol: TolFile, overlay: Overlay, mesh, output: str) -> str:
+    """Writes a copy of the file with the edits in its rows; what no edit touches stays byte by byte.
+
+    Returns: one line on it. Raises: UserError.
+    """
+    if os.path.exists(output) and os.path.samefile(output, tol.path):
+        raise UserError(f"--output={output}: expected another file than the one that is edited")
+    source = build.FileSource(tol, mesh, overlay)
+    texts = "".join(entry.text for entry in overlay.edits)
+    old, new = (tol.metadata["rows_digest"], hashlib.sha256((tol.metadata["rows_digest"] + texts).encode()).hexdigest())
+    part = f"{output}.part"
+    try:
+        shutil.copyfile(tol.path, part)
+        with open(part, "r+b") as file:
+            header = os.pread(file.fileno(), tol.tensors["rows.0"].start, 0)
+            os.pwrite(file.fileno(), header.replace(old.encode(), new.encode()), 0)
+            _write_edited(tol, overlay, source, file.fileno())
+            os.fsync(file.fileno())
+        os.replace(part, output)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from error
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+    return f"{output}: {len(overlay.edits)} edits in a copy of {tol.path}"
+
+
+def _write_edited(tol, overlay, source, fd):
+    """Encodes the parts that edits change, token by token, into the rows of a copy."""
+    layout, bases = tol.layout, {name: jnp.asarray(tol.basis(name)) for name in tol.layout.rotated}
+    changed: dict[int, set[str]] = {}  # token: parts
+    for entry in overlay.edits:
+        ids = np.nonzero(entry.coefficients)[0] if entry.ids is None else entry.ids
+        names = {f"ffn.{layer}" for layer in range(layout.layers)} if entry.ids is not None else {f"ffn.{entry.layer}"}
+        for token in ids.tolist():
+            changed.setdefault(token, set()).update(names)
+    tokens = np.array(sorted(changed, key=lambda token: tol.row_of_token[token]), np.int32)
+    reader = RowReader(tol)
+    encoders = [jax.jit(functools.partial(codec.encode, tier.parts)) for tier in layout.tiers]
+    for start in range(0, len(tokens), CHUNK):
+        ids = tokens[start : start + CHUNK]
+        raw, tier_U = reader.read(ids)
+        vectors = source.vectors(np.pad(ids, (0, CHUNK - len(ids)), mode="edge"))
+        encoded = [np.asarray(encode(vectors, bases)) if t.parts else None for encode, t in zip(encoders, layout.tiers)]
+        for i, (token, tier) in enumerate(zip(ids.tolist(), tier_U)):
+            offset, stride = 0, layout.tiers[tier].stride
+            for part in layout.tiers[tier].parts:
+                if part.name in changed[token]:
+                    raw[i, offset : offset + part.bytes] = encoded[tier][i, offset : offset + part.bytes]
+                offset += part.bytes
+            row = int(tol.row_of_token[token])
+            os.pwrite(fd, raw[i, :stride].tobytes(), int(tol.start_of_row[row]))
+            os.pwrite(fd, checksum(raw[i, :stride]).to_bytes(8, "little"), tol.tensors["checksums"].start + 8 * row)
+    reader.close()

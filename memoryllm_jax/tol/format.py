@@ -9,9 +9,11 @@ from collections.abc import Iterable
 import numpy as np
 import xxhash
 
-from memoryllm_jax import files
-from memoryllm_jax.cli import UserError
-from memoryllm_jax.tol.codec import FLOATS, INTEGERS, Band, Part
+from memoryllm_jax.common import storage
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.data.tokenizer import Tokenizer
+from memoryllm_jax.tol.codec import FLOATS, INTEGERS
+from memoryllm_jax.tol.layout import Layout
 
 VERSION = 1
 ALIGN = 4096  # bytes; data, and the rows of each tier, begin at a multiple
@@ -21,101 +23,6 @@ _METADATA = (
     *("rows_digest", "decoder_digest", "tokenizer_kind", "tokenizer_digest", "tensor_checksums"),
 )
 _MAX_HEADER = 100_000_000  # bytes; what readers of safetensors accept
-
-
-@dataclasses.dataclass(frozen=True)
-class Tier:
-    """`rows` consecutive rows that are encoded alike."""
-
-    rows: int
-    parts: tuple[Part, ...]
-
-    @property
-    def stride(self) -> int:
-        """Bytes of a row."""
-        return sum(part.bytes for part in self.parts)
-
-    @property
-    def plain(self) -> int:
-        """16 or 32 if every element is a float of that size, so that the rows are one ordinary tensor; else 0."""
-        kinds = {(band.bits, band.size) for part in self.parts for band in part.bands}
-        single = len(kinds) == 1 and not any(part.rotated or len(part.bands) > 1 for part in self.parts)
-        return next(iter(kinds))[0] if single and next(iter(kinds))[0] in FLOATS else 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """What every row of the file holds; rows of the first tier come first."""
-
-    dim: int
-    layers: int
-    has_x0: bool
-    tiers: tuple[Tier, ...]
-
-    @property
-    def rows(self) -> int:
-        return sum(tier.rows for tier in self.tiers)
-
-    @property
-    def stride(self) -> int:
-        """Bytes of the longest row."""
-        return max(tier.stride for tier in self.tiers)
-
-    @property
-    def rotated(self) -> dict[str, int]:
-        """{part name: largest rank of any tier} of the parts that need a basis."""
-        ranks: dict[str, int] = {}
-        for part in (p for tier in self.tiers for p in tier.parts if p.rotated):
-            ranks[part.name] = max(ranks.get(part.name, 0), part.rank)
-        return ranks
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of all rows."""
-        return sum(tier.rows * tier.stride for tier in self.tiers)
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all rows and bases: what a budget counts."""
-        return self.row_bytes + sum(rank * self.dim * 2 for rank in self.rotated.values())
-
-    @property
-    def row_type(self) -> tuple[np.dtype, tuple[int, ...]]:
-        """dtype and shape of a row in memory: [parts, D] where it is floats only, else bytes.
-
-        bfloat16 goes as its bits, which XLA moves on a CPU thirty times as fast.
-        """
-        if len(self.tiers) == 1 and self.tiers[0].plain:
-            dtype = {16: np.uint16, 32: np.float32}[self.tiers[0].plain]
-            return np.dtype(dtype), (len(self.tiers[0].parts), self.dim)
-        return np.dtype(np.uint8), (self.stride,)
-
-    def view(self, raw: np.ndarray) -> np.ndarray:
-        """Encoded rows uint8 [n, stride] as rows of `row_type`, without a copy."""
-        dtype, shape = self.row_type
-        return raw.view(dtype).reshape(len(raw), *shape)
-
-    def kept_layers(self) -> list[int]:
-        """Layers that some tier holds."""
-        names = {part.name for tier in self.tiers for part in tier.parts}
-        return [layer for layer in range(self.layers) if f"ffn.{layer}" in names]
-
-    def codec(self) -> str:
-        """In few words, for people."""
-        bits = sorted({b.bits for t in self.tiers for p in t.parts for b in p.bands}, reverse=True)
-        names = [{32: "float32", 16: "bfloat16"}.get(b, f"int{b}") for b in bits]
-        return "+".join(names) + (", low rank" if self.rotated else "")
-
-    def to_json(self) -> dict:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, tree: dict) -> "Layout":
-        def part(p):
-            return Part(p["name"], tuple(Band(b["size"], b["bits"]) for b in p["bands"]), p["rotated"])
-
-        tiers = tuple(Tier(t["rows"], tuple(part(p) for p in t["parts"])) for t in tree["tiers"])
-        return cls(tree["dim"], tree["layers"], tree["has_x0"], tiers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +195,6 @@ class TolFile:
         return np.argsort(self.row_of_token).astype(np.int32)
 
     def tokenizer(self):
-        from memoryllm_jax.tokenizer import Tokenizer
 
         model = Tokenizer(self.metadata["tokenizer_kind"], self.read("tokenizer").tobytes(), f"of {self.path}")
         if model.digest != self.metadata["tokenizer_digest"]:
@@ -355,7 +261,7 @@ class TolWriter:
             if os.path.isdir(self.path):
                 raise UserError(f"{self.path}: expected a name for a file, found a folder")
             self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o644)
-            files.lock_byte(self._fd, self._part, self._host)
+            storage.lock_byte(self._fd, self._part, self._host)
             if os.fstat(self._fd).st_ino != os.stat(self._part).st_ino:
                 raise UserError(f"{self.path}: another run has just finished it; run the same line again")
             if self._host or (self.done() is not None and os.fstat(self._fd).st_size == self.size):
@@ -391,7 +297,7 @@ class TolWriter:
         """Chunks of this plan that this host has written; None if it has not begun."""
         if not os.path.exists(self._progress):
             return None
-        progress = files.read_json(self._progress, "progress")
+        progress = storage.read_json(self._progress, "progress")
         return progress["chunks"] if progress["plan"] == self._plan else None
 
     def write(self, name: str, array: np.ndarray) -> None:
@@ -419,7 +325,7 @@ class TolWriter:
             os.fdatasync(self._fd)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}; run the same line again") from error
-        files.write_json(self._progress, {"plan": self._plan, "chunks": chunks})
+        storage.write_json(self._progress, {"plan": self._plan, "chunks": chunks})
 
     def close(self) -> None:
         if self._fd is not None:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 import transformers
 
+from memoryllm_jax import hf
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from test_hf import IDS, LLAMA3_ROPE, golden_by_the_equations, their_logits, write_tokenizer  # noqa: E402
-
-from memoryllm_jax import export  # noqa: E402
 
 SHAPE = {
     "vocab_size": 64,
@@ -54,7 +54,7 @@ def main():
     for name, beta, width, memory in (("memory", 0.0, 0, 40), ("flex", 3.0, 16, 24)):
         with tempfile.TemporaryDirectory() as scratch:
             code = transformers.dynamic_module_utils
-            module = os.path.join(os.path.dirname(export.__file__), "hf")
+            module = os.path.dirname(hf.__file__)
             auto = code.get_class_from_dynamic_module("modeling_memoryllm.MemoryLLMConfig", module)
             config = auto(**SHAPE | {"intermediate_size": width, "memory_size": memory, "beta": beta})
             kind = code.get_class_from_dynamic_module("modeling_memoryllm.MemoryLLMForCausalLM", module)

@@ -1,0 +1,131 @@
+"""Cross entropy with z-loss over a large vocabulary, in chunks: [B, T, V] never exists."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memoryllm_jax.model.sharding import constrain, unpadded_embed
+
+
+class Options(NamedTuple):
+    """vocab_size: ids that exist; the head may hold more, as padding. chunk: positions whose logits exist at once."""
+
+    vocab_size: int
+    z_loss: float
+    chunk: int
+    dtype: str
+
+
+def cross_entropy(x_SND, head_VD, targets_SN, weights_SN, options: Options):
+    """Sums over positions, to be divided by the sum of weights of the whole step.
+
+    Gradients are made in the forward pass, chunk by chunk, so that logits are computed once. The head's gradient
+    carries the shard axis until the end: partial sums stay on their device, and one reduction closes them.
+
+    Args:
+      x_SND: final hidden states of the N positions of each batch shard.
+      head_VD: output embedding as stored, float32; its products are computed in `dtype`.
+    Returns:
+      (total, nll): sum of weight * (nll + z_loss * log-partition^2), and of weight * nll, in nats, float32.
+      Only the total has a gradient.
+    """
+    x, targets, weights = (_chunks(a, options.chunk) for a in (x_SND, targets_SN, weights_SN))
+    return _summed(options, x, head_VD, targets, weights)
+
+
+def log_probs(x_SND, head_VD, targets_SN, options: Options):
+    """What the model gives to each target; arguments as of `cross_entropy`.
+
+    Returns:
+      (log-probability [S, N], in nats, float32; whether the target is the likeliest id [S, N]).
+    """
+    head = _compute_head(options, x_SND, head_VD)
+
+    def of_chunk(c):
+        x_SCD, targets_SC = c
+        logits = _logits(options, x_SCD, head)
+        is_target = jnp.arange(head.shape[0]) == targets_SC[..., None]
+        target_SC = jnp.where(is_target, logits, 0).sum(-1)
+        return target_SC - jax.nn.logsumexp(logits, -1), logits.argmax(-1) == targets_SC
+
+    found = jax.lax.map(of_chunk, tuple(_chunks(a, options.chunk) for a in (x_SND, targets_SN)))
+    S, N = targets_SN.shape
+    return tuple(a.swapaxes(0, 1).reshape(S, -1)[:, :N] for a in found)
+
+
+def _chunks(a, size):
+    """[S, N, ...] -> [chunks, S, size, ...], zeros at the end."""
+    size = min(size, a.shape[1])
+    a = jnp.pad(a, [(0, 0), (0, -a.shape[1] % size)] + [(0, 0)] * (a.ndim - 2))
+    return a.reshape(a.shape[0], -1, size, *a.shape[2:]).swapaxes(0, 1)
+
+
+def _logits(options, x_SCD, head_VD):
+    """[S, C, V] in float32, where ids that do not exist have none of the probability."""
+    logits = jnp.einsum("scd,vd->scv", x_SCD, head_VD, preferred_element_type=jnp.float32)
+    if head_VD.shape[0] > options.vocab_size:
+        logits = jnp.where(jnp.arange(head_VD.shape[0]) < options.vocab_size, logits, -jnp.inf)
+    return constrain(logits, "shard", None, "vocab")
+
+
+def _chunk_loss(options, x_SCD, head_VD, targets_SC, weights_SC):
+    z_loss = options.z_loss
+    logits = _logits(options, x_SCD, head_VD)
+    top = logits.max(-1, keepdims=True)
+    exp = jnp.exp(logits - top)
+    total = exp.sum(-1, keepdims=True)
+    lse_SC = (top + jnp.log(total))[..., 0]
+    is_target = jnp.arange(head_VD.shape[0]) == targets_SC[..., None]
+    nll = (lse_SC - jnp.where(is_target, logits, 0).sum(-1)) * weights_SC
+    loss = nll + z_loss * jnp.square(lse_SC) * weights_SC
+    factor_SC = (1 + 2 * z_loss * lse_SC) * weights_SC
+    d_logits = exp * (factor_SC[..., None] / total) - jnp.where(is_target, weights_SC[..., None], 0)
+    return jnp.stack([loss.sum(), nll.sum()]), d_logits
+
+
+def _compute_head(options, x, head_VD):
+    head_VD = unpadded_embed(head_VD.astype(options.dtype), x.shape[-1], ("vocab", "embed"))
+    return constrain(head_VD, "vocab", None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(options, x, head_VD, targets, weights):
+    head = _compute_head(options, x, head_VD)
+    sums = jax.lax.map(lambda c: _chunk_loss(options, c[0], head, c[1], c[2])[0], (x, targets, weights))
+    return tuple(sums.sum(0))
+
+
+def _summed_forward(options, x, head_VD, targets, weights):
+    head = _compute_head(options, x, head_VD)
+
+    def step(d_head_SVD, c):
+        x_SCD, targets_SC, weights_SC = c
+        sums, d_logits = _chunk_loss(options, x_SCD, head, targets_SC, weights_SC)
+        d_logits = d_logits.astype(x_SCD.dtype)
+        dx_SCD = jnp.einsum("scv,vd->scd", d_logits, head)
+        d_head_SVD += jnp.einsum("scv,scd->svd", d_logits, x_SCD, preferred_element_type=jnp.float32)
+        return constrain(d_head_SVD, "shard", "vocab", None), (sums, dx_SCD)
+
+    zeros = constrain(jnp.zeros((x.shape[1], *head.shape), jnp.float32), "shard", "vocab", None)
+    d_head_SVD, (sums, dx) = jax.lax.scan(step, zeros, (x, targets, weights))
+    d_head_VD = jnp.pad(d_head_SVD.sum(0), [(0, 0), (0, head_VD.shape[1] - head.shape[1])])
+    d_head_VD = constrain(d_head_VD, "vocab", "embed")
+    return tuple(sums.sum(0)), (dx, d_head_VD)
+
+
+def _summed_backward(options, residuals, cotangents):
+    dx, d_head = residuals
+    scale = cotangents[0]
+    return (dx * scale).astype(dx.dtype), d_head * scale, None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
+
+
+def quality(loss: float, tokens: int, text_bytes: int) -> dict:
+    """Loss in nats a token, perplexity, and bits per byte of text of which `tokens` tokens are predicted."""
+    bits = loss / math.log(2) * tokens / text_bytes
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}

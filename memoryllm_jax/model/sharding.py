@@ -1,0 +1,113 @@
+"""One table from logical to physical axes, the mesh, and the checks that make a wrong pairing an error."""
+
+import math
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.config import Config, MeshConfig
+
+# Logical axis -> mesh axes. "shard" is the leading axis of everything that stays local to one part of the batch.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "shard": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "norm": (),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "layers": (),
+    "head_dim": (),
+    None: (),
+}
+
+
+def spec(*axes: str | None) -> P:
+    """The PartitionSpec of an array with these logical axes. Raises: ValueError if two claim one mesh axis."""
+    physical = [RULES[axis] for axis in axes]
+    used = [name for names in physical for name in names]
+    if len(set(used)) < len(used):
+        raise ValueError(f"logical axes {axes} claim a mesh axis twice: {physical}")
+    return P(*(names if names else None for names in physical))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins x to its logical axes inside jit. Raises: ValueError outside a mesh, where it would do nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        raise ValueError("no mesh is set: call inside `with jax.set_mesh(make_mesh(...))`")
+    return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def _parts(axis: str | None) -> int:
+    """Number of parts that the current mesh cuts a logical axis into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise ValueError("no mesh is set: call inside `with jax.set_mesh(make_mesh(...))`")
+    return math.prod(mesh.shape[name] for name in RULES[axis])
+
+
+def padded(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[int, ...]:
+    """The shape with every size rounded up to what the current mesh divides: how parameters are stored.
+
+    What is added holds zeros and stays zero in training: zero keys meet zero values, so no gradient reaches them.
+    """
+    return tuple(-(-size // _parts(axis)) * _parts(axis) for size, axis in zip(shape, axes))
+
+
+def unpadded_embed(w: jax.Array, dim: int, axes: tuple[str | None, ...]) -> jax.Array:
+    """w with its "embed" axis gathered and cut to `dim`; what pads other axes takes part in the computation."""
+    at = axes.index("embed")
+    if w.shape[at] == dim:
+        return w
+    w = constrain(w, *(None if axis == "embed" else axis for axis in axes))
+    return jax.lax.slice_in_dim(w, 0, dim, axis=at)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices. Raises: UserError."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(devices) % known or (-1 not in sizes.values() and known != len(devices)):
+        shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(f"config.mesh: expected parts whose product is the {len(devices)} devices, found {shape}")
+    shape = [len(devices) // known if size == -1 else size for size in sizes.values()]
+    return Mesh(_arrange(shape, devices), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def _arrange(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
+    """The devices in this shape, slices of TPUs or nodes of GPUs along its first axes, where least is sent."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across, left = [], slices
+    for size in shape:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    within = [size // parts for size, parts in zip(shape, across)]
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts the batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Refuses a batch that the mesh does not divide; widths are padded. Raises: UserError that names the field."""
+    parts = batch_shards(mesh) * config.accumulate
+    if config.batch_size % parts:
+        raise UserError(
+            f"config.batch_size: expected a multiple of mesh.data * mesh.fsdp * accumulate = {parts}, "
+            f"found {config.batch_size}"
+        )
+
+
+def shardings(mesh: Mesh, logical_axes):
+    """A tree of logical axes, each in a PartitionSpec as Linen gives them -> NamedShardings."""
+    is_leaf = lambda axes: isinstance(axes, P)  # noqa: E731
+    return jax.tree.map(lambda axes: NamedSharding(mesh, spec(*axes)), logical_axes, is_leaf=is_leaf)

@@ -1,0 +1,328 @@
+"""Base, MemoryLLM and Flex-MemoryLLM as one decoder (Jaiswal et al. 2026, arXiv 2602.00398, section 2).
+
+    base    A = X_l + Attn(N1(X_l));   X_{l+1} = A + FFN(N2(A))
+    memory  X_{l+1} = X_l + Attn(N1(X_l)) + FFN-M(NM(X_0))
+    flex-b  X_{l+1} = X_l + Attn(N1(X_l)) + FFN-C(N2(X_l)) + FFN-M(NM(X_0))
+
+and, to compare with, base with an FFN of flex-b's FFN-C and tables E_l of token embeddings in place of FFN-M:
+
+    value-b   Attn's values are N1(X_l) W_V + E_l[token]
+    ple-b     X_{l+1} = Y + (GELU(NG(Y) W_gate) * NM(E_l[token])) W_out, where Y is base's X_{l+1}
+    narrow-b  nothing in its place
+
+Shapes: B sequences, T positions, D model width, H heads, K head size, F FFN width, V token ids, L layers,
+S batch shards, U distinct token ids of a shard, N = B T / S positions of a shard.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from memoryllm_jax.config import ModelConfig
+from memoryllm_jax.model import attention, blocked_attention
+from memoryllm_jax.model.sharding import batch_shards, constrain, padded, shardings, unpadded_embed
+from memoryllm_jax.model.token_memory import TokenRows, embed, rows_axes, take_rows
+
+
+def _parameter(module, name, shape, axes, std):
+    """Stored padded to what the mesh divides; its values do not depend on the mesh."""
+
+    def init(key, stored, dtype):
+        values = nn.initializers.normal(std)(key, shape, dtype)
+        return jnp.pad(values, [(0, b - a) for a, b in zip(shape, stored)])
+
+    return module.param(name, nn.with_logical_partitioning(init, axes), padded(shape, axes), jnp.float32)
+
+
+def _weight(module, name, shape, axes, std):
+    w = _parameter(module, name, shape, axes, std).astype(module.config.dtype)
+    return unpadded_embed(w, module.config.dim, axes)
+
+
+def _matmul(x, w):
+    """x[..., D] @ w[D, F], flattened to two axes: XLA's CPU product of [B T, D] is twice as fast as of [B, T, D].
+
+    A CPU's bfloat16 product is five times as fast when it may give its float32 sums.
+    """
+    on_cpu = jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu"
+    sums = jnp.float32 if on_cpu else None
+    y = jnp.dot(x.reshape(-1, x.shape[-1]), w, preferred_element_type=sums).astype(x.dtype)
+    return checkpoint_name(y, blocked_attention.SAVED).reshape(*x.shape[:-1], w.shape[-1])
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm with a scale and no bias, in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale_D = self.param("scale", init, x.shape[-1:], jnp.float32)
+        y = x.astype(jnp.float32)
+        if self.config.norm == "layernorm":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
+        return (y * scale_D).astype(self.config.dtype)
+
+
+class SwiGLU(nn.Module):
+    """(SiLU(x W_gate) * x W_up) W_down: columns of W_up are keys, rows of W_down values (paper, section 2.3.1)."""
+
+    config: ModelConfig
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        D, F, std = x.shape[-1], self.width, self.config.init_std
+        gate_DF = _weight(self, "gate", (D, F), ("embed", "mlp"), std)
+        up_DF = _weight(self, "up", (D, F), ("embed", "mlp"), std)
+        down_FD = _weight(self, "down", (F, D), ("mlp", "embed"), _output_std(self.config))
+        return _matmul(nn.silu(_matmul(x, gate_DF)) * _matmul(x, up_DF), down_FD)
+
+
+def _output_std(config):
+    return config.init_std / (2 * config.layers) ** 0.5
+
+
+def rope_table(config: ModelConfig, positions):
+    """cos and sin [..., T, K/2] of the rotary embedding (Su et al. 2021), in the half-split layout of Llama."""
+    angle = positions.astype(jnp.float32)[..., None] * _rope_frequencies(config)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rope_frequencies(c: ModelConfig):
+    """[K/2], radians a position; scaled for contexts longer than trained on (llama3: Llama Team 2024)."""
+    half = c.head_dim // 2
+    frequency = c.rope_theta ** (-np.arange(half) / half)
+    if c.rope_scaling == "none":
+        return frequency.astype(np.float32)
+    kept = 0.0
+    if c.rope_scaling == "llama3":
+        turns = frequency * c.rope_original_context / (2 * np.pi)
+        kept = (turns - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor)
+        kept = np.clip(kept, 0, 1)
+    return (frequency * (kept + (1 - kept) / c.rope_factor)).astype(np.float32)
+
+
+def _rotate(x_BTHK, rope):
+    cos, sin = (table[..., None, :] for table in rope)
+    a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHK.dtype)
+
+
+def _stored_heads(heads):
+    return padded((heads,), ("heads",))[0]
+
+
+def _groups_are_whole(c):
+    """Whether, padding included, every stored key-value head serves as many query heads as it should."""
+    return _stored_heads(c.heads) * c.key_heads == _stored_heads(c.key_heads) * c.heads
+
+
+def kept_heads(config: ModelConfig) -> int:
+    """Heads of keys and values that a cache holds: the key-value heads, unless padding breaks their groups."""
+    return _stored_heads(config.key_heads if _groups_are_whole(config) else config.heads)
+
+
+def _for_each_head(x_BTHK, config):
+    """Keys or values of shared heads, repeated for the query heads; zeros for those that are padding."""
+    x_BTHK = jnp.repeat(x_BTHK[:, :, : config.key_heads], config.heads // config.key_heads, 2)
+    return jnp.pad(x_BTHK, [(0, 0), (0, 0), (0, _stored_heads(config.heads) - config.heads), (0, 0)])
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, rope, past=None, value_BTE=None):
+        """The result, and the keys and values of x to keep.
+
+        Args:
+          past: the cache and the place of x's one position.  value_BTE: added to the values, E = key heads x K.
+        """
+        c = self.config
+        B, T, D = x_BTD.shape
+        K = c.head_dim
+
+        def project(name, heads):
+            w_DHK = _weight(self, name, (D, heads, K), ("embed", "heads", "head_dim"), c.init_std)
+            return _matmul(x_BTD, w_DHK.reshape(D, -1)).reshape(B, T, -1, K)
+
+        q = _rotate(project("q", c.heads), rope)
+        k, v = _rotate(project("k", c.key_heads), rope), project("v", c.key_heads)
+        if value_BTE is not None:
+            value_BTHK = value_BTE.reshape(B, T, c.key_heads, K)
+            v = v + jnp.pad(value_BTHK, [(0, 0), (0, 0), (0, v.shape[2] - c.key_heads), (0, 0)])
+        if not _groups_are_whole(c):
+            k, v = (_for_each_head(x, c) for x in (k, v))
+        out_HKD = _weight(self, "out", (c.heads, K, D), ("heads", "head_dim", "embed"), _output_std(c))
+        if past is None:
+            each = (k, v) if k.shape[2] == q.shape[2] else (_for_each_head(x, c) for x in (k, v))
+            y = attention.causal_attention(q, *each, c.attention)
+        else:
+            cache, position_B = past
+            y = cache.attend(q[:, 0], k[:, 0], v[:, 0], position_B)
+        self.sow("intermediates", "mixed", y)
+        kept = attention.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+        return _matmul(y.reshape(B, T, -1), out_HKD.reshape(-1, D)), kept
+
+
+class Gate(nn.Module):
+    """(GELU(x W_gate) * row) W_out: what the residual stream lets through of a token's per-layer embedding."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, row_BTP):
+        shape = x_BTD.shape[-1], self.config.table_dim
+        gate_DP = _weight(self, "gate", shape, ("embed", "mlp"), self.config.init_std)
+        out_PD = _weight(self, "out", shape[::-1], ("mlp", "embed"), _output_std(self.config))
+        let = nn.gelu(_matmul(x_BTD, gate_DP))
+        row = jnp.pad(row_BTP, [(0, 0), (0, 0), (0, let.shape[-1] - row_BTP.shape[-1])])
+        return _matmul(let * row, out_PD)
+
+
+class Block(nn.Module):
+    """One decoder layer; the rows of its token memory arrive from outside, live or looked up."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, ffn_SUD, index_SN, rope, past=None):
+        c = self.config
+        row = None if ffn_SUD is None else take_rows(ffn_SUD, index_SN).reshape(*x_BTD.shape[:2], -1)
+        value = row if c.token_memory == "value" else None
+        a, kept = Attention(c, name="attention")(Norm(c, name="attention_norm")(x_BTD), rope, past, value)
+        y = x_BTD + a
+        if c.compute_dim:
+            source = y if c.compute_input == "after_attention" else x_BTD
+            y = y + SwiGLU(c, c.compute_dim, name="ffn")(Norm(c, name="ffn_norm")(source))
+        if c.token_memory == "per_layer":
+            y = y + Gate(c, name="row_gate")(Norm(c, name="row_gate_norm")(y), row)
+        elif row is not None and value is None:
+            y = y + row
+        return constrain(y, "batch", None, None), kept
+
+
+class TrainBlock(Block):
+    """A block that keeps no keys and values."""
+
+    def __call__(self, *args):
+        return super().__call__(*args)[0], None
+
+
+class MemoryLayer(nn.Module):
+    """FFN-M_l(NM_l(X_0)): a norm of its own for each layer, which the paper found to matter for convergence."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x0):
+        return SwiGLU(self.config, self.config.memory_dim, name="ffn")(Norm(self.config, name="norm")(x0))
+
+
+class TrainMemoryLayer(MemoryLayer):
+    """A memory layer of a scan: all read the same embeddings."""
+
+    def __call__(self, x0_SUD):
+        return x0_SUD, constrain(super().__call__(x0_SUD), *rows_axes(x0_SUD))
+
+
+class MemoryTable(nn.Module):
+    """E_l[token] of the architectures with tables; of per-layer embeddings, normalised.
+
+    Args:
+      take: (table [V, P] as stored, ids) -> rows in the config's dtype; P may be padded.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, ids, take):
+        c = self.config
+        table_VP = _parameter(self, "table", (c.vocab_size, c.row_dim), ("vocab", "embed"), c.init_std)
+        row = take(table_VP, ids)[..., : c.row_dim]
+        return Norm(c, name="norm")(row) if c.token_memory == "per_layer" else row
+
+
+class TrainMemoryTable(MemoryTable):
+    """A table of a scan: all read the same ids."""
+
+    def __call__(self, ids_SU):
+        row_SUP = super().__call__(ids_SU, lambda table, ids: embed(table, ids, self.config.dtype))
+        return ids_SU, constrain(row_SUP, *rows_axes(row_SUP))
+
+
+def _over_layers(layer, config, in_axes):
+    """`layer` scanned over the depth, its parameters stacked on a leading axis, under the remat policy."""
+    if config.remat != "none":
+        policy = attention.keep_results if config.remat == "dots" else None
+        layer = nn.remat(layer, policy=policy, prevent_cse=False)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=config.layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+class LanguageModel(nn.Module):
+    """Token ids -> rows of the token memory -> hidden states -> (in loss.py) logits, never [B, T, V] at once."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        table = (c.vocab_size, c.dim), ("vocab", "embed"), c.init_std
+        self.embedding_VD = _parameter(self, "embedding", *table)
+        if not c.tie_embeddings:
+            self.head_VD = _parameter(self, "head", *table)
+        self.layers = _over_layers(TrainBlock, c, (0, nn.broadcast, nn.broadcast))(c)
+        if c.row_dim:
+            self.memory = _over_layers(TrainMemoryLayer if c.memory_dim else TrainMemoryTable, c, ())(c)
+        self.final_norm = Norm(c)
+
+    def __call__(self, ids_SU, index_SN, length):
+        return self.hidden(self.token_rows(ids_SU), index_SN, length), self.output_embedding()
+
+    def token_rows(self, ids_SU) -> TokenRows:
+        """Embeddings and token memory of the ids: [S, U] of each batch shard, or [1, V] that all shards share.
+
+        A row that no position takes has no gradient, so padding is free.
+        """
+        x0_SUD = embed(self.embedding_VD, ids_SU, self.config.dtype)[..., : self.config.dim]
+        x0_SUD = constrain(x0_SUD, *rows_axes(x0_SUD))
+        ffn_LSUD = None
+        if self.config.row_dim:
+            ffn_LSUD = self.memory(x0_SUD if self.config.memory_dim else ids_SU)[1]
+        return TokenRows(x0_SUD, ffn_LSUD)
+
+    def hidden(self, rows: TokenRows, index_SN, length: int):
+        """Normalised final states [B, T, D] of positions whose rows are rows[:, s, index[s, n]]; T = length."""
+        x_BTD = take_rows(rows.x0_SUD, index_SN).reshape(-1, length, self.config.dim)
+        x_BTD = constrain(x_BTD, "batch", None, None)
+        x_BTD, _ = self.layers(x_BTD, rows.ffn_LSUD, index_SN, rope_table(self.config, jnp.arange(length)))
+        return self.final_norm(x_BTD)
+
+    def output_embedding(self):
+        """[V, D] as stored, padding included, float32."""
+        return self.embedding_VD if self.config.tie_embeddings else self.head_VD
+
+
+def init(model: LanguageModel, key, shards: int = 1):
+    """Parameters, each boxed with its logical axes. Call it inside a mesh with `shards` batch shards."""
+    ids = jnp.zeros((shards, 2), jnp.int32)
+    return model.init(key, ids, ids, 2)["params"]
+
+
+def abstract_params(model: LanguageModel, mesh):
+    """Shapes, dtypes and shardings of the parameters on the mesh, without boxes."""
+    with jax.set_mesh(mesh):
+        boxed = jax.eval_shape(lambda: init(model, jax.random.key(0), batch_shards(mesh)))
+    placed = shardings(mesh, nn.get_partition_spec(boxed))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), placed)
