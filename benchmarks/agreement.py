@@ -17,7 +17,7 @@ from absl import flags
 from lm_eval.tasks import TaskManager
 
 from memoryllm_jax.checkpoint import trained
-from memoryllm_jax.common import cli, storage
+from memoryllm_jax.common import legacy, storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.evaluation import harness
 from memoryllm_jax.hf import export
@@ -64,7 +64,7 @@ def ours(path, workdir, tol=""):
     with contextlib.ExitStack() as at_exit:
 
         def adapter():
-            model = at_exit.enter_context(contextlib.closing(serving.Model(workdir, tol, dtype="float32")))
+            model = at_exit.enter_context(contextlib.closing(serving.open_engine(workdir, tol, dtype="float32")))
             return harness.MemoryLLM(model)
 
         return scores(path, adapter)
@@ -119,4 +119,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("scratch", None, "folder for exported models, ToL files and samples", required=True)
     flags.DEFINE_integer("limit", 0, "examples of each task, for trials; 0: all")
     flags.DEFINE_string("output", "", "JSON file for the result")
-    cli.run(main)
+    legacy.run(main)

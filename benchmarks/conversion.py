@@ -15,7 +15,7 @@ import sys
 import common
 from absl import flags
 
-from memoryllm_jax.common import cli
+from memoryllm_jax.common import legacy
 from memoryllm_jax.common.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -82,4 +82,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("base_steps", 960, "steps of base")
     flags.DEFINE_integer("steps", 480, "steps of each other run")
     flags.DEFINE_integer("every", 60, "steps between evaluations")
-    cli.run(main)
+    legacy.run(main)

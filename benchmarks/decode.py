@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from memoryllm_jax.common import cli
+from memoryllm_jax.common import legacy
 from memoryllm_jax.data import dataset
 from memoryllm_jax.inference.rows import LiveRows
 from memoryllm_jax.inference.sampling import Sampling, draw
 from memoryllm_jax.tol.rows import CachedRows, DeviceRows, DiskTable, HostTable
-from memoryllm_jax.tol.serving import Model
+from memoryllm_jax.tol.serving import open_engine
 
 FLAGS = flags.FLAGS
 
@@ -49,21 +49,21 @@ def bandwidth() -> float:
 
 def rows_of(model, side):
     """A source of rows for the model's decoder."""
-    saved, tol = model.saved, model._tol
+    trained, tol = model.trained, model._tol
     if side == "live":
-        params, _ = saved.load(lambda name: saved.is_memory(name) or name == "embedding")
-        return LiveRows(model.config, params, saved.mesh)
+        params, _ = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
+        return LiveRows(model.config, params, trained.mesh)
     if side == "device":
-        return DeviceRows(tol, saved.mesh)
+        return DeviceRows(tol, trained.mesh)
     table = HostTable(tol) if side == "host" else DiskTable(tol)
-    return CachedRows(table, saved.mesh, FLAGS.cache << 20)
+    return CachedRows(table, trained.mesh, FLAGS.cache << 20)
 
 
 def worker(sides):
     """Sides that share one decoder: reads {"side", "state", "first"} lines, answers with milliseconds a token."""
     base = sides == ["base"]
-    model = Model(
-        FLAGS.base if base else FLAGS.workdir, "" if base else FLAGS.tol, cache=FLAGS.cache << 20, dtype=FLAGS.dtype
+    model = open_engine(
+        FLAGS.base if base else FLAGS.workdir, "" if base else FLAGS.tol, cache_bytes=FLAGS.cache << 20, dtype=FLAGS.dtype
     )
     sources = {"base": model.rows} if base else {side: rows_of(model, side) for side in sides}
     stream = dataset.Dataset(FLAGS.data).validation
@@ -206,4 +206,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 8, "rounds of each group")
     flags.DEFINE_string("output", "", "JSON file for the result")
     flags.DEFINE_string("worker", "", "internal: the side this process is")
-    cli.run(main)
+    legacy.run(main)

@@ -17,7 +17,7 @@ import time
 import common
 from absl import flags
 
-from memoryllm_jax.common import cli
+from memoryllm_jax.common import legacy
 from memoryllm_jax.common.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -59,4 +59,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("scratch", None, "folder for the pages", required=True)
     flags.DEFINE_string("output", None, "JSON file of the record", required=True)
     flags.DEFINE_multi_string("command", [], "an analysis, with its options")
-    cli.run(main)
+    legacy.run(main)

@@ -20,7 +20,7 @@ import jax
 from absl import flags
 
 from memoryllm_jax.checkpoint import store
-from memoryllm_jax.common import cli
+from memoryllm_jax.common import legacy
 from memoryllm_jax.config import default, load, resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
@@ -115,4 +115,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "prepared data", required=True)
     flags.DEFINE_integer("tokens", 1 << 25, "how many to load")
     flags.DEFINE_string("output", "", "JSON file for the result")
-    cli.run(main)
+    legacy.run(main)

@@ -14,8 +14,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 from absl import flags
 
-from memoryllm_jax.checkpoint.trained import SavedModel
-from memoryllm_jax.common import cli, errors
+from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.common import errors, legacy
 from memoryllm_jax.data import statistics
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.experiments import contribution
@@ -55,12 +55,12 @@ def drop_order(source, scorer, vectors):
 
 def main():
     f = flags.FLAGS
-    saved = SavedModel(f.workdir)
-    source = build.LiveSource(saved)
+    trained = TrainedModel(f.workdir)
+    source = build.LiveSource(trained)
     dataset = Dataset(f.data)
     counts = statistics.token_counts(dataset, source.vocab_size)
-    calibration = budget.scorer(saved, f.data)
-    held_out = budget.scorer(saved, f.data, f.tokens, half=1)
+    calibration = budget.scorer(trained, f.data)
+    held_out = budget.scorer(trained, f.data, f.tokens, half=1)
     planner = budget.Planner(source, calibration, counts)
     vectors = budget.full_vectors(source, held_out.ids)
     rows = []
@@ -151,4 +151,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "prepared data", required=True)
     flags.DEFINE_integer("tokens", 1 << 16, "held-out tokens to report on")
     flags.DEFINE_string("output", None, "path of the results, without an ending", required=True)
-    cli.run(main)
+    legacy.run(main)

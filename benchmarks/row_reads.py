@@ -20,8 +20,8 @@ import numpy as np
 from absl import flags
 
 from memoryllm_jax import config
-from memoryllm_jax.checkpoint.trained import SavedModel
-from memoryllm_jax.common import cli
+from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.common import legacy
 from memoryllm_jax.data import dataset
 from memoryllm_jax.model.sharding import make_mesh
 from memoryllm_jax.tol.format import TolFile
@@ -71,8 +71,8 @@ def main():
     f = flags.FLAGS
     tol = TolFile(f.tol)
     mesh = make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
-    saved = SavedModel(f.workdir)
-    tol.check_model(saved.config, saved.tokenizer.digest, None)
+    trained = TrainedModel(f.workdir)
+    tol.check_model(trained.config, trained.tokenizer.digest, None)
     stream = dataset.Dataset(f.data).validation
     raw = Raw(tol)
     ways = {
@@ -130,4 +130,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "prepared data", required=True)
     flags.DEFINE_integer("windows", 15, "windows of 2,048 tokens")
     flags.DEFINE_string("output", "", "JSON file for the result")
-    cli.run(main)
+    legacy.run(main)

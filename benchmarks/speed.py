@@ -30,7 +30,7 @@ import numpy as np
 from absl import flags
 from peers import PEERS
 
-from memoryllm_jax.common import cli
+from memoryllm_jax.common import legacy
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import default, resolve
 from memoryllm_jax.data.dataset import Dataset
@@ -369,4 +369,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("scratch", None, "folder for temporary files: at 1b, 27 GB")
     flags.DEFINE_list("table", None, "records to print as Markdown instead of measuring")
     flags.DEFINE_string("worker", None, "internal: the side this process is")
-    cli.run(main)
+    legacy.run(main)

@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from memoryllm_jax.checkpoint import store
-from memoryllm_jax.common import cli
+from memoryllm_jax.common import legacy
 from memoryllm_jax.config import MeshConfig, resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding, transformer
@@ -44,4 +44,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "prepared data, for its tokenizer", required=True)
     flags.DEFINE_string("workdir", None, "folder for the checkpoint", required=True)
     flags.mark_flag_as_required("config")
-    cli.run(main)
+    legacy.run(main)

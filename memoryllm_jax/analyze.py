@@ -28,8 +28,7 @@ from absl import flags
 
 from memoryllm_jax.analysis import agreement, annotate, clusters, coefficients, neighbours, residual, triggers, values
 from memoryllm_jax.analysis.key_values import Inside
-from memoryllm_jax.checkpoint import trained
-from memoryllm_jax.common import cli, report
+from memoryllm_jax.common import legacy, report
 
 COMMANDS: dict[str, typing.Callable] = {
     f.__name__: f
@@ -72,18 +71,18 @@ _HELP = {
 def analyze(command: str, workdir: str, output: str, step: int | None = None, dtype: str = "float32", **options) -> str:
     """Runs one of COMMANDS on a checkpoint. Returns: one line on what was written. Raises: UserError."""
     function = COMMANDS[command]
-    inside = Inside(workdir, step, dtype, whole="length" in cli.options_of(function))
+    inside = Inside(workdir, step, dtype, whole="length" in legacy.options_of(function))
     title = f"{command}: {inside.config.architecture}"
-    with report.Report(output, command, title, trained.saved_facts(inside.saved)) as page:
+    with report.Report(output, command, title, inside.trained.facts()) as page:
         page.text(inspect.getdoc(function))
         with jax.default_matmul_precision("highest"):
             results = function(inside, page, **options)
-        inside.saved.close()
+        inside.trained.close()
         return page.write(results)
 
 
 def call(command):
-    f, names = flags.FLAGS, cli.options_of(COMMANDS[command])
+    f, names = flags.FLAGS, legacy.options_of(COMMANDS[command])
     return analyze(command, f.workdir, f.output, f.step, f.dtype, **{name: f[name].value for name in names})
 
 
@@ -93,9 +92,9 @@ def define_flags(command):
     flags.DEFINE_integer("step", None, "checkpoint to read; by default the newest")
     flags.DEFINE_string("dtype", "float32", "float32 or bfloat16, of the computation")
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-    for name, default in cli.options_of(COMMANDS[command]).items():
+    for name, default in legacy.options_of(COMMANDS[command]).items():
         define.get(type(default), flags.DEFINE_multi_string)(name, default or type(default)(), _HELP[name])
 
 
 if __name__ == "__main__":
-    cli.run_functions("memoryllm_jax.analyze", COMMANDS, define_flags, call)
+    legacy.run_functions("memoryllm_jax.analyze", COMMANDS, define_flags, call)

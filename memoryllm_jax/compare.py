@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from memoryllm_jax import config
-from memoryllm_jax.common import cli
+from memoryllm_jax.common import legacy
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.experiments.curves import ARCHITECTURES, _common_recipe, draw, run_of, train
 
@@ -66,4 +66,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("only", "", "train this one alone and draw nothing")
     flags.DEFINE_bool("report", False, "train nothing, draw what is there")
     flags.mark_flag_as_required("config")
-    cli.run(main)
+    legacy.run(main, check=config.check_flags)

@@ -21,8 +21,7 @@ import os
 from absl import flags
 
 from memoryllm_jax import config
-from memoryllm_jax.checkpoint import trained
-from memoryllm_jax.common import cli, report, storage
+from memoryllm_jax.common import legacy, options, report, storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data import dataset, documents
 from memoryllm_jax.evaluation import measure
@@ -39,7 +38,7 @@ _FOR_TASKS = ("num_fewshot", "limit", "task_path", "task_data", "log_samples")
 
 def _on_data(model, page):
     f = flags.FLAGS
-    context = model.saved.context
+    context = model.context
     stride = context if f.stride is None else f.stride
     if not 1 <= stride <= context:
         raise UserError(f"--stride: expected 1 to {context}, the model's context, found {stride}")
@@ -66,9 +65,9 @@ def _on_tasks(model, tasks, page):
 
 
 def _about(model) -> dict:
-    f, saved = flags.FLAGS, model.saved
-    about = {"path": saved.workdir, "step": saved.step, "architecture": saved.config.architecture}
-    about |= {"dtype": saved.config.dtype} | ({"tol": f.tol, "overlay": f.overlay} if f.tol else {})
+    f, trained = flags.FLAGS, model.trained
+    about = {"path": trained.workdir, "step": trained.step, "architecture": trained.config.architecture}
+    about |= {"dtype": trained.config.dtype} | ({"tol": f.tol, "overlay": f.overlay} if f.tol else {})
     return about | {name: f[name].value for name in _CHANGES if f[name].present}
 
 
@@ -77,7 +76,7 @@ def _open_page(model):
     f = flags.FLAGS
     if not f.page:
         return contextlib.nullcontext()
-    facts = trained.saved_facts(model.saved) | ({"rows": f"{f.tol}, on {f.rows}"} if f.tol else {})
+    facts = model.trained.facts() | ({"rows": f"{f.tol}, on {f.rows}"} if f.tol else {})
     facts |= {name.replace("_", " "): f"{f[name].value}" for name in _CHANGES if f[name].present}
     facts |= measure.quality_facts(f.data, f.split, f.max_tokens, f.tasks, f.num_fewshot, f.limit)
     return report.Report(f.page, "evaluate", f"{model.config.architecture} on {f.data or ', '.join(f.tasks)}", facts)
@@ -107,7 +106,10 @@ def main():
     mesh = sharding.make_mesh(config.MeshConfig(data=-1, fsdp=1, tensor=1))
     tasks = harness.Tasks(f.tasks, f.task_path, f.task_data) if harness else None
     multiprocessing.set_start_method("forkserver")  # the harness has processes for some metrics, and JAX has threads
-    with contextlib.closing(serving.model_from_flags(mesh)) as model, _open_page(model) as page:
+    with (
+        contextlib.closing(serving.EngineOptions(**options.values(serving.EngineOptions)).open(mesh)) as model,
+        _open_page(model) as page,
+    ):
         if f.data:
             _on_data(model, page)
         else:
@@ -116,8 +118,8 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.define_model_flags()
-    cli.define_quality_flags()
+    options.define(serving.EngineOptions)
+    legacy.define_quality_flags()
     flags.DEFINE_string("text_key", "text", "JSON field or parquet column that holds the text")
     flags.DEFINE_integer("stride", None, "tokens between the starts of windows; by default the model's context")
     flags.DEFINE_string(
@@ -128,4 +130,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("log_samples", False, "write each document's result beside --output, as the harness does")
     flags.DEFINE_string("output", "", "JSON file for the result; of tasks, in the harness's format")
     flags.DEFINE_string("page", "", "folder for evaluate.html, evaluate.json, and CSV and PNG files")
-    cli.run(main)
+    legacy.run(main)

@@ -11,7 +11,7 @@ workdir then serves evaluate, generate, precompute and export, and training star
 
 from absl import flags
 
-from memoryllm_jax.common import cli
+from memoryllm_jax.common import legacy
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.hf.export import export
 from memoryllm_jax.hf.import_ import import_
@@ -24,7 +24,7 @@ def main():
     if f["import"].value:
         print(import_(f["import"].value, f.workdir))
     else:
-        print(export(f.workdir, f.output, f.dtype, cli.size(f.shard_size, "shard_size"), f.step))
+        print(export(f.workdir, f.output, f.dtype, legacy.size(f.shard_size, "shard_size"), f.step))
     return 0
 
 
@@ -35,4 +35,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("dtype", "", "float32, bfloat16 or float16; by default that of the import, else float32")
     flags.DEFINE_string("shard_size", "5GB", "largest size of a safetensors file")
     flags.DEFINE_integer("step", None, "checkpoint to export; by default the newest")
-    cli.run(main)
+    legacy.run(main)

@@ -10,43 +10,67 @@ device, the host's memory or the disk. Give --prompt more than once, or --prompt
 import contextlib
 import sys
 import time
-
-from absl import flags
+from typing import Annotated
 
 from memoryllm_jax.common import cli, storage
-from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.inference.engine import Streamer, stop_ids_of, text_after
+from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.options import Option
+from memoryllm_jax.inference.engine import Engine, Streamer, text_after
 from memoryllm_jax.inference.sampling import Sampling
-from memoryllm_jax.tol.serving import Model, model_from_flags
+from memoryllm_jax.tol.serving import EngineOptions
 
 
-def read_prompts(prompts: list[str], path: str) -> list[str]:
-    """Raises: UserError."""
+def main(
+    engine: EngineOptions,
+    sampling: Sampling,
+    prompt: Annotated[tuple[str, ...], Option("text to go on from; more than one makes a batch", many=True)] = (),
+    prompts: Annotated[str, Option("text file with one prompt a line")] = "",
+    max_tokens: Annotated[int, Option("new tokens a prompt, fewer where the context ends", least=1)] = 128,
+    seed: Annotated[int, Option("of the draws")] = 0,
+    stop: Annotated[
+        tuple[str, ...], Option("token that ends a text, as text or #ID; the end of a document always does", many=True)
+    ] = (),
+    stats: Annotated[bool, Option("print speed, cache hits and fetch times to stderr")] = False,
+    output: Annotated[str, Option("JSON file for texts and statistics")] = "",
+) -> None:
+    texts = read_prompts(prompt, prompts)
+    with contextlib.closing(engine.open()) as opened:
+        results, measured = generate(opened, texts, max_tokens, sampling, seed, stop)
+    if stats:
+        for name, value in measured.items():
+            print(f"{name:>24}: {value:,.3f}" if isinstance(value, float) else f"{name:>24}: {value}", file=sys.stderr)
+    if output:
+        storage.write_json(output, {"results": results, "stats": measured})
+
+
+def read_prompts(prompts: tuple[str, ...], path: str) -> list[str]:
+    """The prompts given, and then the lines of a file. Raises: UserError."""
+    found = list(prompts)
     if path:
         try:
             with open(path, encoding="utf-8") as file:
-                prompts = [*prompts, *file.read().splitlines()]
+                found += file.read().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts={path}: expected a text file with one prompt a line: {error}") from error
-    if not prompts:
+            raise ArgumentError("prompts", f"expected a text file with one prompt a line: {error}") from error
+    if not found:
         raise UserError("expected --prompt=TEXT or --prompts=FILE, found neither")
-    for number, text in enumerate(prompts, 1):
+    for number, text in enumerate(found, 1):
         if not text.strip():
             raise UserError(f"prompt {number}: expected some text, found an empty prompt")
-    return prompts
+    return found
 
 
-def run(
-    model: Model, prompts: list[str], max_tokens: int, sampling: Sampling, seed: int, stops: list[str]
-) -> tuple[list, dict]:
+def generate(
+    engine: Engine, prompts: list[str], max_tokens: int, sampling: Sampling, seed: int, stops: tuple[str, ...]
+) -> tuple[list[dict], dict]:
     """Generates and prints. One prompt streams to the terminal; several are printed one after another.
 
-    Returns: ([{"prompt", "text", "tokens"}], statistics).
+    Returns: (for each prompt {"prompt", "text", "tokens"}, statistics).
     """
-    ids = [model.prompt(text) for text in prompts]
+    ids = [engine.prompt(text) for text in prompts]
     new_ids: list[list[int]] = [[] for _ in prompts]
-    steps = model.generate(ids, max_tokens, sampling, seed, stop_ids_of(model, stops))
-    streamer = Streamer(model.tokenizer, ids[0]) if len(prompts) == 1 else None
+    steps = engine.generate(ids, max_tokens, sampling, seed, engine.stop_ids(stops))
+    streamer = Streamer(engine.tokenizer, ids[0]) if len(prompts) == 1 else None
     if streamer:
         print(prompts[0], end="", flush=True)
     start, first = time.perf_counter(), None
@@ -57,58 +81,26 @@ def run(
             if streamer:
                 print(streamer.add(token), end="", flush=True)
     end = time.perf_counter()
-    texts = [text_after(model.tokenizer, *pair) for pair in zip(ids, new_ids)]
-    results = [{"prompt": p, "text": t, "tokens": n} for p, t, n in zip(prompts, texts, new_ids)]
+    results = [
+        {"prompt": prompt, "text": text_after(engine.tokenizer, before, new), "tokens": new}
+        for prompt, before, new in zip(prompts, ids, new_ids)
+    ]
     if streamer:
         print(streamer.end())
     else:
         for number, result in enumerate(results, 1):
             print(f"[{number}] {result['prompt']}{result['text']}\n")
-    longest = max(map(len, new_ids))
     first = first or end
     stats = {
         "prompt_tokens": sum(map(len, ids)),
         "new_tokens": sum(map(len, new_ids)),
         "seconds_to_first_token": first - start,
-        "ms_per_step": 1e3 * (end - first) / max(longest - 1, 1),
-        "weights_bytes": model.decoder.weights_bytes,
-        **model.rows.stats(),
+        "ms_per_step": 1e3 * (end - first) / max(max(map(len, new_ids)) - 1, 1),
+        "weights_bytes": engine.decoder.weights_bytes,
+        **engine.rows.stats(),
     }
     return results, stats
 
 
-def stats_text(stats: dict) -> str:
-    """For people, one figure a line."""
-    return "\n".join(
-        f"{name:>24}: {v:,.3f}" if isinstance(v, float) else f"{name:>24}: {v}" for name, v in stats.items()
-    )
-
-
-def main():
-    f = flags.FLAGS
-    sampling = Sampling(f.temperature, f.top_k, f.top_p)
-    prompts = read_prompts(f.prompt, f.prompts)
-    if f.max_tokens < 1:
-        raise UserError(f"--max_tokens: expected at least 1, found {f.max_tokens}")
-    with contextlib.closing(model_from_flags()) as model:
-        results, stats = run(model, prompts, f.max_tokens, sampling, f.seed, f.stop)
-        if f.stats:
-            print(stats_text(stats), file=sys.stderr)
-        if f.output:
-            storage.write_json(f.output, {"results": results, "stats": stats})
-    return 0
-
-
 if __name__ == "__main__":
-    cli.define_model_flags()
-    flags.DEFINE_multi_string("prompt", [], "text to go on from; give it more than once for a batch")
-    flags.DEFINE_string("prompts", "", "text file with one prompt a line")
-    flags.DEFINE_integer("max_tokens", 128, "new tokens a prompt, fewer where the context ends")
-    flags.DEFINE_float("temperature", 0.8, "0 is greedy")
-    flags.DEFINE_integer("top_k", 0, "draw from the k likeliest tokens; 0: all")
-    flags.DEFINE_float("top_p", 1.0, "draw from the likeliest tokens that hold this share of the probability")
-    flags.DEFINE_integer("seed", 0, "of the draws")
-    flags.DEFINE_multi_string("stop", [], "token that ends a text, as text or #ID; the end of a document always does")
-    flags.DEFINE_bool("stats", False, "print speed, cache hits and fetch times to stderr")
-    flags.DEFINE_string("output", "", "JSON file for texts and statistics")
     cli.run(main)

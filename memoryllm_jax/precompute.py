@@ -14,7 +14,7 @@ import ctypes
 import jax
 from absl import flags
 
-from memoryllm_jax.common import cli, hosts
+from memoryllm_jax.common import hosts, legacy
 from memoryllm_jax.tol import compress
 from memoryllm_jax.tol.compress import precompute
 
@@ -44,4 +44,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("dtype", "", "float32 or bfloat16, of the computation; by default that of the training")
     compress.define_flags()
     hosts.define_multihost_flags()
-    cli.run(main)
+    legacy.run(main)

@@ -14,7 +14,7 @@ never end up on both sides; --validation_input names files that are held out who
 
 from absl import flags
 
-from memoryllm_jax.common import cli
+from memoryllm_jax.common import legacy
 from memoryllm_jax.data.shards import prepare
 
 
@@ -44,4 +44,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("validation_fraction", 0.005, "share of the documents that is held out")
     flags.DEFINE_string("text_key", "text", "JSON field or parquet column that holds the text")
     flags.DEFINE_integer("workers", 0, "processes; 0: one for each core, at most one for each file")
-    cli.run(main)
+    legacy.run(main)

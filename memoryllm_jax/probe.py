@@ -19,7 +19,7 @@ import typing
 
 from absl import flags
 
-from memoryllm_jax.common import cli, report
+from memoryllm_jax.common import legacy, report
 from memoryllm_jax.evaluation import measure
 from memoryllm_jax.experiments import compression, contribution, decode_cost, models, pruning
 from memoryllm_jax.experiments.models import Models
@@ -55,7 +55,7 @@ def probe(command: str, models: Models, output: str, **options) -> str:
 
 
 def call(command):
-    f, names = flags.FLAGS, cli.options_of(COMMANDS[command])
+    f, names = flags.FLAGS, legacy.options_of(COMMANDS[command])
     options = {name: measure.measure_from_flags() if name == "measure" else f[name].value for name in names}
     return probe(command, models.Models(f.workdir, f.tol, f.rows, f.dtype), f.output, **options)
 
@@ -67,9 +67,9 @@ def define_flags(command):
     flags.DEFINE_string("rows", "", "where the ToL file's rows are served from: device, host or, by default, disk")
     flags.DEFINE_string("dtype", "", "float32 or bfloat16, of the computation; by default that of the training")
     flags.mark_flag_as_required("workdir")
-    options = cli.options_of(COMMANDS[command])
+    options = legacy.options_of(COMMANDS[command])
     if options.pop("measure", None):
-        cli.define_quality_flags()
+        legacy.define_quality_flags()
     define = {int: functools.partial(flags.DEFINE_integer, lower_bound=0), tuple: flags.DEFINE_list}
     for name, default in options.items():
         plain = list(default) if isinstance(default, tuple) else default
@@ -77,4 +77,4 @@ def define_flags(command):
 
 
 if __name__ == "__main__":
-    cli.run_functions("memoryllm_jax.probe", COMMANDS, define_flags, call)
+    legacy.run_functions("memoryllm_jax.probe", COMMANDS, define_flags, call)

@@ -20,9 +20,9 @@ import os
 from absl import flags
 from ml_collections import config_flags
 
-from memoryllm_jax.common import cli, hosts
+from memoryllm_jax.common import hosts, legacy
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.config import resolve
+from memoryllm_jax.config import check_flags, resolve
 from memoryllm_jax.training import chips, plan
 from memoryllm_jax.training.loop import train
 
@@ -54,4 +54,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("plan", "", "JSON file for the plan")
     hosts.define_multihost_flags()
     flags.mark_flag_as_required("config")
-    cli.run(main)
+    legacy.run(main, check=check_flags)

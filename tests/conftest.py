@@ -124,7 +124,7 @@ class Lab:
 
     def model(self, name, *args, devices=1):
         mesh = sharding.make_mesh(MeshConfig(-1, 1, 1), jax.devices()[:devices])
-        return contextlib.closing(serving.Model(self.workdir(name), *args, mesh=mesh))
+        return contextlib.closing(serving.open_engine(self.workdir(name), *args, mesh=mesh))
 
 
 @pytest.fixture(scope="session")

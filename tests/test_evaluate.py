@@ -31,7 +31,7 @@ ARCHITECTURES = ("memory", "flex-3", "base")
 
 def log_softmax(model, ids_BT):
     """[B, T, V] by the equations, in float64."""
-    params, _ = model.saved.load(lambda _: True)
+    params, _ = model.trained.load(lambda _: True)
     stacked = {k: jax.tree.map(lambda *x: jnp.stack(x), *params[k]) for k in ("layers", "memory") if k in params}
     logits = np.asarray(reference.logits(params | stacked, np.asarray(ids_BT), model.config), np.float64)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -138,10 +138,12 @@ def test_windows_with_a_stride_predict_each_token_once_from_at_least_the_rest(la
 
         path = str(tmp_path / "ids.npy")
         found = quality(model, lab.data_path, Windows(CONTEXT, CONTEXT, tokens, whole=True), save_tokens=path)
-        saved = np.load(path)
-        assert saved.shape == (2, CONTEXT + 1) and saved.dtype == np.int32 and found["tokens"] == saved[:, 1:].size
-        np.testing.assert_array_equal(saved.ravel()[: CONTEXT + 1], ids[: CONTEXT + 1])
-        p = np.take_along_axis(log_softmax(model, saved[:, :-1]), saved[:, 1:, None], -1)
+        trained = np.load(path)
+        assert (
+            trained.shape == (2, CONTEXT + 1) and trained.dtype == np.int32 and found["tokens"] == trained[:, 1:].size
+        )
+        np.testing.assert_array_equal(trained.ravel()[: CONTEXT + 1], ids[: CONTEXT + 1])
+        p = np.take_along_axis(log_softmax(model, trained[:, :-1]), trained[:, 1:, None], -1)
         assert found["loss"] == pytest.approx(-p.mean(), rel=1e-5)
         parts = [list(part.values()) for part in found["by_context"]]
         bounds = [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32)]

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from memoryllm_jax import config as config_lib
 from memoryllm_jax.checkpoint import warm_start
-from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import MeshConfig, default, resolve
 from memoryllm_jax.data import dataset, documents, tokenizer_conversion
@@ -83,7 +83,7 @@ def workdir(data_path, tmp_path_factory):
 def our_logits(workdir, ids):
     """[B, T, V] from our decoder: the token after every prefix, as it is generated from."""
     B, T = ids.shape
-    with contextlib.closing(serving.Model(workdir, dtype="float32")) as model:
+    with contextlib.closing(serving.open_engine(workdir, dtype="float32")) as model:
         prefixes, lengths = np.repeat(ids, T, 0), np.tile(np.arange(1, T + 1), B)
         unique, index = np.unique(prefixes, return_inverse=True)
         cache = model.decoder.empty_cache(B * T, T)
@@ -125,7 +125,7 @@ def test_exported_models_compute_what_ours_do(transformers, workdir, name, steps
     load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, out, trust_remote_code=name != "base")
     with open(f"{out}/README.md") as file:
         assert f"{steps:,} steps" in file.read()
-    ours = serving.Model(path)
+    ours = serving.open_engine(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     prompt = ours.prompt("A string is\ta sequence, of\n\n  12 ünits")
     assert tokenizer("A string is\ta sequence, of\n\n  12 ünits").input_ids == prompt
@@ -142,9 +142,9 @@ def test_exported_models_compute_what_ours_do(transformers, workdir, name, steps
 
 
 def export_base_with_layernorm(path):
-    saved = SavedModel(path)
-    saved.close()
-    to_json(dataclasses.replace(saved.config, norm="layernorm"), 64, "float32", {})
+    trained = TrainedModel(path)
+    trained.close()
+    to_json(dataclasses.replace(trained.config, norm="layernorm"), 64, "float32", {})
 
 
 def assert_refused(message, function, *args):
@@ -159,7 +159,7 @@ def test_compressed_rows_are_read_by_the_modeling_file(transformers, workdir, na
     export.export(path, out)
     compress.precompute(path, tol, compress.Options(bits="5", rank="0.5", drop_layers=("1",)))
     load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, out, trust_remote_code=True)
-    ours = serving.Model(path, tol)
+    ours = serving.open_engine(path, tol)
     prompt = ours.prompt("The file is")
     text = [token for new in ours.generate([prompt], 20, Sampling(0)) for _, token in new]
     assert their_text(load(tol=tol), prompt, 20) == text
@@ -223,7 +223,7 @@ def test_golden_logits(name, tmp_path):
     golden = np.load(f"{GOLDEN}/{name}/logits.npy")
     np.testing.assert_allclose(our_logits(str(tmp_path / "work"), IDS), golden, atol=1e-5)
     np.testing.assert_allclose(golden_by_the_equations(name, IDS), golden, atol=1e-5)
-    with contextlib.closing(serving.Model(str(tmp_path / "work"))) as model:
+    with contextlib.closing(serving.open_engine(str(tmp_path / "work"))) as model:
         text = [token for new in model.generate([IDS[0].tolist()], 8, Sampling(0)) for _, token in new]
     assert text == np.load(f"{GOLDEN}/{name}/text.npy").tolist()
     export.export(str(tmp_path / "work"), str(tmp_path / "out"))
@@ -244,7 +244,7 @@ def test_parameters_are_read_in_pieces_of_bounded_size(tmp_path, monkeypatch):
     monkeypatch.setattr("memoryllm_jax.checkpoint._CHUNK_BYTES", 600)
     monkeypatch.setattr("memoryllm_jax.saved._BLOCK_BYTES", 1000)
     import_(f"{GOLDEN}/flex", str(tmp_path / "work"))
-    model, pieces = SavedModel(str(tmp_path / "work")), 0
+    model, pieces = TrainedModel(str(tmp_path / "work")), 0
     for tensor in tensor_names.tensors(model.config):
         whole = np.asarray(model.leaf(tensor.leaf, jnp.float32))
         found = np.full(whole.shape, np.nan, np.float32)
@@ -258,7 +258,7 @@ def test_parameters_are_read_in_pieces_of_bounded_size(tmp_path, monkeypatch):
     export.export(str(tmp_path / "work"), str(tmp_path / "out"))
     assert filecmp.cmp(f"{GOLDEN}/flex/model.safetensors", tmp_path / "out" / "model.safetensors", shallow=False)
     digest = json.load(open(tmp_path / "out" / "config.json"))["decoder_digest"]
-    model = SavedModel(str(tmp_path / "work"))
+    model = TrainedModel(str(tmp_path / "work"))
     assert digest == model.load(lambda name: not model.is_memory(name), keep=False)[1]
     model.close()
 
@@ -362,9 +362,9 @@ def test_converted_ffns_add_up_to_that_of_base(make_config, workdir, data_path, 
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:tensor]))
     params = trainer.init(jax.random.key(9))["params"]
     params, _ = warm_start.starting_params(config, dataset.Dataset(data_path).tokenizer(), params, trainer.mesh)
-    saved = SavedModel(workdir("base"))
-    base, m = {n: np.asarray(saved.leaf(n, jnp.float32)) for n in saved.names()}, config.model
-    saved.close()
+    trained = TrainedModel(workdir("base"))
+    base, m = {n: np.asarray(trained.leaf(n, jnp.float32)) for n in trained.names()}, config.model
+    trained.close()
     got = {"/".join(k.key for k in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
     x = np.random.default_rng(0).normal(size=(7, m.dim)).astype(np.float32)
     for layer in range(m.layers):
@@ -476,7 +476,7 @@ def test_grouped_heads_decode_on_padded_meshes(workdir):
     texts = []
     for parts in (1, 4):
         mesh = sharding.make_mesh(MeshConfig(1, 1, parts), jax.devices()[:parts])
-        with contextlib.closing(serving.Model(workdir("grouped"), dtype="float32", mesh=mesh)) as model:
+        with contextlib.closing(serving.open_engine(workdir("grouped"), dtype="float32", mesh=mesh)) as model:
             prompts = [model.prompt(text) for text in ("A string is", "The class names")]
             texts.append([new for step in model.generate(prompts, 10, Sampling(0)) for new in step])
     assert texts[0] == texts[1] and len({token for _, token in texts[0]}) > 5

@@ -39,7 +39,7 @@ def nats(model, path):
 
 def by_equations(model, path, memory_L, compute_L):
     """The same with W_down of each layer's FFN-M and FFN-C times a factor."""
-    params, _ = model.saved.load(lambda _: True)
+    params, _ = model.trained.load(lambda _: True)
     stacked = {k: jax.tree.map(lambda *x: jnp.stack(x), *params[k]) for k in ("layers", "memory") if k in params}
     for group, factors in (("layers", compute_L), ("memory", memory_L)):
         if "ffn" in stacked.get(group, {}):
@@ -155,8 +155,8 @@ def test_sparsegpt_is_the_loop_of_its_paper(pattern):
 
 def test_layers_are_pruned_on_what_the_pruned_ones_before_make(lab):
     with lab.model("base", devices=2) as model:
-        config, mesh = model.config, model.saved.mesh
-        params, _ = model.saved.load(lambda _: True)
+        config, mesh = model.config, model.trained.mesh
+        params, _ = model.trained.load(lambda _: True)
         windows = dataset.Dataset(lab.data_path).train.read(0, 20 * CONTEXT).reshape(20, CONTEXT)
         half = pruning.prune(config, params, mesh, windows, "wanda", pruning.Pattern(0.5))
     assert pruning.nonzeros(half) == sum(w.size for layer in params["layers"] for w, _ in pruning._matrices(layer)) // 2
@@ -189,7 +189,7 @@ def test_stored_rows_are_those_of_a_file(lab, tmp_path):
         expected = nats(model, lab.data_path)
     with lab.model(name) as model:
         live = nats(model, lab.data_path)
-        source = build.LiveSource(model.saved)
+        source = build.LiveSource(model.trained)
         layout = compress.uniform(source, setting)
         model.rows = StoredRows(source, layout, {}, np.zeros(source.vocab_size, np.int32))
         found = nats(model, lab.data_path)
@@ -255,7 +255,7 @@ def test_compression_and_cost(lab, run):
     sizes = {row["setting"]: row["bytes"] for row in found["settings"]}
     assert sizes["budget of the size of 2 bits"] <= sizes["2 bits"] < sizes["16 bits, rank 0.5"]
     with lab.model("memory") as model:
-        rows = [build.LiveSource(model.saved).vectors(jnp.arange(512))[f"ffn.{layer}"] for layer in range(2)]
+        rows = [build.LiveSource(model.trained).vectors(jnp.arange(512))[f"ffn.{layer}"] for layer in range(2)]
     for values, x in zip(found["singular_values"], rows):
         expected = np.linalg.svd(np.asarray(x), compute_uv=False)
         np.testing.assert_allclose(values[:20], expected[:20] / expected[0], rtol=1e-3)

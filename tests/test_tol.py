@@ -23,11 +23,11 @@ import reference
 from conftest import free_port, with_devices
 
 from memoryllm_jax import config, generate
-from memoryllm_jax.checkpoint.trained import SavedModel
-from memoryllm_jax.common import cli
+from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.common import legacy
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data import shards
-from memoryllm_jax.inference import engine, sampling
+from memoryllm_jax.inference import sampling
 from memoryllm_jax.inference.decoder import Decoder, bucket
 from memoryllm_jax.inference.rows import LiveRows
 from memoryllm_jax.inference.sampling import Sampling
@@ -88,10 +88,10 @@ class Lab:
 
     def _params(self, name):
         """(parameters as they were trained, layers stacked; config)."""
-        saved = SavedModel(self.workdir(name))
-        params, _ = saved.load(lambda _: True)
+        trained = TrainedModel(self.workdir(name))
+        params, _ = trained.load(lambda _: True)
         stacked = {k: jax.tree.map(lambda *x: jnp.stack(x), *params[k]) for k in ("layers", "memory") if k in params}
-        return params | stacked, saved.config
+        return params | stacked, trained.config
 
     def memory(self, name, change=lambda layer, p: p):
         """FFN-M of the whole vocabulary from the equations: [layers, V, D]. `change` alters a layer's parameters."""
@@ -102,7 +102,7 @@ class Lab:
         return np.stack([reference.swiglu(reference.norm(x0, p["norm"]["scale"], m), p["ffn"]) for p in layers])
 
     def model(self, name, *args, **kwargs):
-        return contextlib.closing(serving.Model(self.workdir(name), *args, **kwargs))
+        return contextlib.closing(serving.open_engine(self.workdir(name), *args, **kwargs))
 
 
 @pytest.fixture(scope="session")
@@ -213,7 +213,7 @@ def test_logits_from_rows_of_a_file_are_those_of_the_equations(lab, name):
     tokens = some_tokens(40)
     expected = np.asarray(reference.logits(params, np.array([tokens]), m))[0]
     for place, bits, bound in (("disk", "", 3e-5), ("device", "", 3e-5), ("host", "16", 0.05)):
-        with lab.model(name, lab.tol(name, bits=bits), place, cache=64 << 10) as model:
+        with lab.model(name, lab.tol(name, bits=bits), place, cache_bytes=64 << 10) as model:
             found = step_logits(model.decoder, model.rows, tokens, first=20)
         assert np.abs(found - expected[19:]).max() < bound * np.abs(expected).max(), (place, bits)
 
@@ -227,11 +227,11 @@ def test_decode_steps_batches_and_meshes_agree_with_the_equations(lab, name):
 
     def on(*mesh):
         mesh = sharding.make_mesh(config.MeshConfig(*mesh), jax.devices()[: np.prod(mesh)])
-        saved = SavedModel(lab.workdir(name), mesh=mesh)
-        weights, _ = saved.load(lambda _: True)
+        trained = TrainedModel(lab.workdir(name), mesh=mesh)
+        weights, _ = trained.load(lambda _: True)
         rng = np.random.default_rng(0)
         weights = jax.tree.map(lambda x: jax.device_put(rng.normal(0, 0.3, x.shape).astype("f"), x.sharding), weights)
-        return (Decoder(saved.config, weights, mesh), LiveRows(saved.config, weights, mesh)), weights
+        return (Decoder(trained.config, weights, mesh), LiveRows(trained.config, weights, mesh)), weights
 
     def texts(decoder, rows, prompts):
         out = [[] for _ in prompts]
@@ -269,7 +269,7 @@ def test_same_seed_same_text_wherever_rows_are(lab):
         (counted, "disk", 3),
         (plain, "disk", 1),
     ]:
-        with lab.model("flex", path, place, cache=cached * row) as model:
+        with lab.model("flex", path, place, cache_bytes=cached * row) as model:
             assert written(model, prompts, 24, settings, seed=7) == live, (place, cached)
             stats = model.rows.stats()
             if place != "device":
@@ -277,7 +277,7 @@ def test_same_seed_same_text_wherever_rows_are(lab):
                 assert stats["bytes_per_token"] == model.rows.misses * row / stats["row_requests"]
             if path == counted:
                 assert stats["misses_hinted"] > 0
-    with lab.model("flex", counted, cache=512 * row) as model:  # began with all rows in the cache
+    with lab.model("flex", counted, cache_bytes=512 * row) as model:  # began with all rows in the cache
         assert written(model, prompts, 24, settings, seed=7) == live and model.rows.stats()["hit_rate"] == 1
 
 
@@ -329,7 +329,7 @@ def test_texts_end_at_stop_tokens_the_context_and_max_tokens(lab):
         stopped = written(model, prompts, 1000, settings, stop_ids={stop})
         assert stopped == [list(itertools.takewhile(lambda t: t != stop, text)) for text in full]
         assert len(stopped[0]) <= 8 and len(stopped[1]) > 0
-        assert engine.stop_ids_of(model, ["#7"]) == {7, model.tokenizer.eos_id}
+        assert model.stop_ids(["#7"]) == {7, model.tokenizer.eos_id}
 
 
 # Refusals
@@ -344,7 +344,7 @@ def test_files_of_other_models_are_refused(lab, tmp_path):
         (lab.tol("memory"), "base", {}, "architecture memory in the file, base in the model"),
     ]:
         with pytest.raises(UserError, match=found) as error:
-            serving.Model(lab.workdir(name), tol, **more)
+            serving.open_engine(lab.workdir(name), tol, **more)
         assert str(error.value).startswith(tol)
     with pytest.raises(UserError, match="expected a memory or flex model, found base"):
         compress.precompute(lab.workdir("base"), str(tmp_path / "t"), compress.Options())
@@ -368,27 +368,27 @@ def test_bad_prompts_and_caches_are_refused(lab, monkeypatch):
         ]:
             with pytest.raises(UserError, match=found):
                 written(model, prompts)
-        with pytest.raises(UserError, match="--stop=several words: expected one token"):
-            engine.stop_ids_of(model, ["several words"])
+        with pytest.raises(UserError, match="stop=several words: expected one token"):
+            model.stop_ids(["several words"])
     with pytest.raises(UserError, match="prompt 2: expected some text, found an empty prompt"):
         generate.read_prompts(["a", " "], "")
     for text in ("0", "0MiB", "many"):
         with pytest.raises(UserError, match="--cache: expected a size above zero"):
-            cli.size(text, "cache")
+            legacy.size(text, "cache")
     row = 3 * 32 * 4
     for cache in (0, row - 1):
         with pytest.raises(UserError, match=f"--cache: expected at least one row of .*, {row} bytes, found {cache}"):
-            serving.Model(lab.workdir("memory"), path, cache=cache)
+            serving.open_engine(lab.workdir("memory"), path, cache_bytes=cache)
     monkeypatch.setattr(tol_rows, "host_memory", lambda: 100 * row)
-    with lab.model("memory", path, cache=100 * row):
+    with lab.model("memory", path, cache_bytes=100 * row):
         pass
     with pytest.raises(UserError, match=r"--cache: needs .* bytes, found 38,400 bytes of memory"):
-        serving.Model(lab.workdir("memory"), path, cache=101 * row)
+        serving.open_engine(lab.workdir("memory"), path, cache_bytes=101 * row)
     for place, what in (("host", "rows in host memory"), ("device", "rows on the device")):
         with pytest.raises(UserError, match=f"{path}: {what}: needs 196,608 bytes, found 38,400"):
-            serving.Model(lab.workdir("memory"), path, place, cache=row)
-    with pytest.raises(UserError, match="--rows: expected one of device, host, disk, found 'tape'"):
-        serving.Model(lab.workdir("memory"), path, "tape")
+            serving.open_engine(lab.workdir("memory"), path, place, cache_bytes=row)
+    with pytest.raises(UserError, match="rows: expected one of device, host, disk, found 'tape'"):
+        serving.open_engine(lab.workdir("memory"), path, "tape")
 
 
 def test_bad_precompute_options_are_refused_and_leave_nothing(lab, tmp_path, monkeypatch):
@@ -448,7 +448,7 @@ def test_damaged_row_is_made_again_or_named(lab, tmp_path, capfd):
             with opened(whole) as tol:
                 row = RowReader(tol).read(np.array([token]))[0]
                 # A sum taken in another order may move an integer by one step, hardly more than one of them.
-                repaired = np.stack(build.Repair(model.saved, tol)(np.array([token])))
+                repaired = np.stack(build.Repair(model.trained, tol)(np.array([token])))
                 assert (repaired != row).sum() <= (2 if choices else row.size // 2)
     with opened(path) as tol:
         reader = RowReader(tol)
@@ -467,13 +467,13 @@ def test_damaged_row_is_made_again_or_named(lab, tmp_path, capfd):
         verify_command(tol)
     # Weights of another checkpoint make other rows: they must not be used.
     with opened(path) as tol, pytest.raises(UserError, match=f"{path}: token {token}: .* other weights"):
-        build.Repair(SavedModel(lab.workdir("flex"), 12), tol)(np.array([token]))
+        build.Repair(TrainedModel(lab.workdir("flex"), 12), tol)(np.array([token]))
 
 
 def test_disk_that_fails_names_token_and_file(lab, monkeypatch):
     path = lab.tol("flex")
     real = os.preadv
-    with lab.model("flex", path, cache=1 << 10) as model:
+    with lab.model("flex", path, cache_bytes=1 << 10) as model:
         start = int(model._tol.start_of_row[model._tol.row_of_token[77]])
 
         def preadv(fd, views, at):
@@ -499,7 +499,7 @@ def test_short_reads_are_gone_on_with(lab, monkeypatch):
 @pytest.mark.parametrize("reads", ["device", "host"])
 def test_many_short_rows_are_loaded(lab, tmp_path, reads):
     """More rows in a run than one system call takes buffers (1,024 on Linux)."""
-    source = build.LiveSource(SavedModel(lab.workdir("tied")))
+    source = build.LiveSource(TrainedModel(lab.workdir("tied")))
     vocab = 20_000
     layout = Layout(8, 1, False, (Tier(vocab, (codec.Part("ffn.0", (codec.Band(8, 8),)),)),))
     table = np.random.default_rng(0).normal(size=(vocab, 8)).astype(np.float32)
@@ -553,14 +553,14 @@ def test_swap_shows_in_rows_and_logits_and_is_undone(lab, tmp_path):
     tokens = [a, 17, b, 30]
     table = Table(np.asarray(params["embedding"]), lab.memory("flex")[:, permuted])
     for place in serving.PLACES:
-        with lab.model("flex", path, place, cache=1 << 10, overlay=overlay_path) as model:
+        with lab.model("flex", path, place, cache_bytes=1 << 10, overlay=overlay_path) as model:
             expected = step_logits(model.decoder, table, tokens)
             found = step_logits(model.decoder, model.rows, tokens)
             np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
     with lab.model("flex", path) as model:
         assert np.abs(step_logits(model.decoder, model.rows, tokens) - expected)[0].max() > 1e-3
-    with pytest.raises(UserError, match="--overlay: expected --tol too"):
-        serving.Model(lab.workdir("flex"), overlay=overlay_path)
+    with pytest.raises(UserError, match="overlay: expected a ToL file too"):
+        serving.open_engine(lab.workdir("flex"), overlay=overlay_path)
 
 
 def test_zero_replace_and_blend_apply_in_order(lab):
@@ -684,7 +684,7 @@ def test_dropped_layers_are_zero(lab):
     params, _ = lab.params("flex")
     tokens = some_tokens(8)
     table = Table(np.asarray(params["embedding"]), lab.memory("flex") * np.array([1, 0, 1])[:, None, None])
-    with lab.model("flex", path, cache=1 << 10) as model:
+    with lab.model("flex", path, cache_bytes=1 << 10) as model:
         expected = step_logits(model.decoder, table, tokens)
         found = step_logits(model.decoder, model.rows, tokens)
         np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
@@ -696,8 +696,8 @@ def measured(lab):
 
     @functools.cache
     def measure(name):
-        saved = SavedModel(lab.workdir(name))
-        source, scorer = build.LiveSource(saved), budget.scorer(saved, lab.data_path, tokens=2048)
+        trained = TrainedModel(lab.workdir(name))
+        source, scorer = build.LiveSource(trained), budget.scorer(trained, lab.data_path, tokens=2048)
         return source, scorer, budget.full_vectors(source, scorer.ids)
 
     return measure
@@ -753,10 +753,10 @@ def test_budgets_are_kept_and_beat_every_uniform_setting(lab, measured, tmp_path
 
 def test_budget_is_measured_on_eight_devices_at_long_context(lab):
     mesh = sharding.make_mesh(config.MeshConfig(1, -1, 1))
-    saved = SavedModel(lab.workdir("tied"), mesh=mesh)
-    saved.context = 1024
-    scorer = budget.scorer(saved, lab.data_path, tokens=4096)
-    vectors = budget.full_vectors(build.LiveSource(saved), scorer.ids)
+    trained = TrainedModel(lab.workdir("tied"), mesh=mesh)
+    trained.context = 1024
+    scorer = budget.scorer(trained, lab.data_path, tokens=4096)
+    vectors = budget.full_vectors(build.LiveSource(trained), scorer.ids)
     assert 0 < scorer.nats(vectors) < 8
 
 
@@ -775,7 +775,7 @@ def test_compress_of_a_file_equals_precompute_with_the_same_options(lab, tmp_pat
 
 def build_on(lab, devices, out, name="flex", **choices):
     mesh = sharding.make_mesh(config.MeshConfig(1, -1, 1), jax.devices()[:devices])
-    source = build.LiveSource(SavedModel(lab.workdir(name), mesh=mesh))
+    source = build.LiveSource(TrainedModel(lab.workdir(name), mesh=mesh))
     return compress.write(source, compress.Options(**choices), str(out))
 
 
@@ -815,7 +815,7 @@ def test_killed_on_two_devices_is_finished_by_eight(lab, tmp_path, monkeypatch, 
 
 def test_killed_with_other_counts_gives_each_token_its_row(lab, tmp_path, monkeypatch, small_chunks):
     out = tmp_path / "t.safetensors"
-    source = build.LiveSource(SavedModel(lab.workdir("flex")))
+    source = build.LiveSource(TrainedModel(lab.workdir("flex")))
     layout = compress.uniform(source, compress.Options())
     counts = np.arange(512)
     with killed_after(monkeypatch, 2):
@@ -844,7 +844,7 @@ def test_weights_that_rows_replace_are_never_on_the_device(lab):
         assert sum((alive() - before).values()) == 3 * m.layers + 2  # FFN-M, input and output embedding
         del model
     for place in serving.PLACES:
-        with lab.model("flex", path, place, cache=1 << 10) as model:
+        with lab.model("flex", path, place, cache_bytes=1 << 10) as model:
             written(model, [[5, 6]], 3)
             assert alive() - before == {params["head"].shape: 1}, place
             del model

@@ -7,7 +7,7 @@ from memoryllm_jax.analysis.key_values import Inside
 from memoryllm_jax.analysis.triggers import find, open_corpus, sample_keys
 from memoryllm_jax.analysis.vocabulary import checked_dataset
 from memoryllm_jax.common import plots
-from memoryllm_jax.common.cli import at_least
+from memoryllm_jax.common.legacy import at_least
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.data import statistics
 

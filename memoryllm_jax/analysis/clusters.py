@@ -16,8 +16,8 @@ from memoryllm_jax.analysis.key_values import Inside
 from memoryllm_jax.analysis.neighbours import neighbours_of
 from memoryllm_jax.analysis.vocabulary import chunk_count, chunks, every_id
 from memoryllm_jax.common import plots
-from memoryllm_jax.common.cli import at_least, layers_of
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.legacy import at_least, layers_of
 from memoryllm_jax.common.progress import Progress
 
 _EPOCHS = 3  # passes of mini-batch K-means over the vocabulary

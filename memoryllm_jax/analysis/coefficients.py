@@ -9,8 +9,8 @@ from memoryllm_jax.analysis.key_values import Inside
 from memoryllm_jax.analysis.neighbours import neighbours_of
 from memoryllm_jax.analysis.vocabulary import chosen_tokens, chunk_count, chunks, every_id, strongest_keys
 from memoryllm_jax.common import plots
-from memoryllm_jax.common.cli import at_least
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.legacy import at_least
 from memoryllm_jax.common.progress import Progress
 
 

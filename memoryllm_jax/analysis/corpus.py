@@ -13,8 +13,8 @@ import numpy as np
 
 from memoryllm_jax.analysis.key_values import Inside
 from memoryllm_jax.analysis.vocabulary import checked_dataset
-from memoryllm_jax.common.cli import at_least
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.legacy import at_least
 from memoryllm_jax.inference.decoder import bucket
 from memoryllm_jax.model import transformer
 
@@ -77,9 +77,9 @@ class Corpus:
         at_least({"limit": limit}, 0)
         if split not in ("train", "validation"):
             raise UserError(f"--split: expected train or validation, found {split!r}")
-        if not 2 <= length <= inside.saved.context:
+        if not 2 <= length <= inside.trained.context:
             raise UserError(
-                f"--length: expected from 2 to the model's {inside.saved.context} positions, found {length}"
+                f"--length: expected from 2 to the model's {inside.trained.context} positions, found {length}"
             )
         self.path, self.split, self.length = path, split, length
         self._stream = getattr(checked_dataset(inside, path), split)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data.tokenizer import token_texts
 from memoryllm_jax.model import transformer
@@ -35,8 +35,8 @@ class Inside:
     """
 
     def __init__(self, workdir: str, step: int | None = None, dtype: str = "float32", whole: bool = True):
-        self.saved = SavedModel(workdir, step, dtype)
-        self.config, self.tokenizer, self.mesh = self.saved.config, self.saved.tokenizer, self.saved.mesh
+        self.trained = TrainedModel(workdir, step, dtype)
+        self.config, self.tokenizer, self.mesh = self.trained.config, self.trained.tokenizer, self.trained.mesh
         if self.config.token_memory in ("value", "per_layer"):
             raise UserError(f"{workdir}: expected base, memory or flex, found {self.config.architecture}")
         self._whole = whole
@@ -45,8 +45,8 @@ class Inside:
 
     @functools.cached_property
     def params(self) -> dict:
-        """As `SavedModel.load` lays them out; read when first needed, so after options are checked."""
-        return self.saved.load(lambda name: self._whole or "/attention/" not in name)[0]
+        """As `TrainedModel.load` lays them out; read when first needed, so after options are checked."""
+        return self.trained.load(lambda name: self._whole or "/attention/" not in name)[0]
 
     def ffn_name(self, ffn: str) -> str:
         """memory or compute, as asked or the one there is. Raises: UserError if the model has no such FFN."""

@@ -8,7 +8,7 @@ from memoryllm_jax.analysis import topk
 from memoryllm_jax.analysis.key_values import Inside
 from memoryllm_jax.analysis.vocabulary import chosen_tokens, chunk_count, chunks, every_id
 from memoryllm_jax.common import plots
-from memoryllm_jax.common.cli import at_least
+from memoryllm_jax.common.legacy import at_least
 from memoryllm_jax.common.progress import Progress
 
 _QUERIES = 4096  # tokens whose neighbours are sought in one pass

@@ -14,8 +14,8 @@ from memoryllm_jax.analysis.corpus import Corpus, states
 from memoryllm_jax.analysis.key_values import Inside, key_coefficients
 from memoryllm_jax.analysis.vocabulary import chunk_count, chunks, every_id
 from memoryllm_jax.common import plots
-from memoryllm_jax.common.cli import at_least
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.legacy import at_least
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.inference.decoder import bucket
 

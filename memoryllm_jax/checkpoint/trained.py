@@ -26,26 +26,11 @@ from memoryllm_jax.config import Config, ModelConfig
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.model import attention, sharding, transformer
 
-
-def saved_facts(saved) -> dict[str, str]:
-    """What the page of a `SavedModel` is captioned with."""
-    m = saved.config
-    widths = {"FFN-M": m.memory_dim, "FFN" if m.architecture == "base" else "FFN-C": m.compute_dim}
-    shape = f"{m.layers} layers of width {m.dim}, {m.heads} heads, " + ", ".join(
-        f"{name} {width}" for name, width in widths.items() if width
-    )
-    tables = "tied embeddings" if m.tie_embeddings else "untied embeddings"
-    return {
-        "model": f"{m.architecture}, {shape}, {m.vocab_size:,} ids, {tables}, computed in {m.dtype}",
-        "checkpoint": f"{saved.workdir}, step {saved.step}",
-    }
-
-
 ROWS_DIGESTED = 16384  # of an array, at a time
 _BLOCK_BYTES = 128 << 20  # of a parameter, read at a time, where its chunks in the checkpoint are not larger
 
 
-class SavedModel:
+class TrainedModel:
     """The newest checkpoint of a workdir, or that of `step`.
 
     Args:
@@ -69,6 +54,18 @@ class SavedModel:
         shapes = transformer.abstract_params(transformer.LanguageModel(self.config), self.mesh)
         self._shapes = {
             parameter_name(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+        }
+
+    def facts(self) -> dict[str, str]:
+        """What a page about this model is captioned with."""
+        c = self.config
+        widths = {"FFN-M": c.memory_dim, "FFN" if c.architecture == "base" else "FFN-C": c.compute_dim}
+        ffns = ", ".join(f"{name} {width}" for name, width in widths.items() if width)
+        tables = "tied embeddings" if c.tie_embeddings else "untied embeddings"
+        return {
+            "model": f"{c.architecture}, {c.layers} layers of width {c.dim}, {c.heads} heads, {ffns}, "
+            f"{c.vocab_size:,} ids, {tables}, computed in {c.dtype}",
+            "checkpoint": f"{self.workdir}, step {self.step}",
         }
 
     def is_memory(self, name: str) -> bool:
@@ -192,7 +189,7 @@ class Digest:
 
 
 def for_serving(params, config: ModelConfig) -> dict:
-    """A training state's parameters as `SavedModel.load` lays them out, on the devices they are on."""
+    """A training state's parameters as `TrainedModel.load` lays them out, on the devices they are on."""
     out = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         _put(out, parameter_name(path).split("/"), _for_serving(parameter_name(path), leaf, config))

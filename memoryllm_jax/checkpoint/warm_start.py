@@ -13,7 +13,7 @@ which is wrong by what the layers before l have added to the residual stream; tr
 import jax
 import jax.numpy as jnp
 
-from memoryllm_jax.checkpoint.trained import SavedModel, parameter_name
+from memoryllm_jax.checkpoint.trained import TrainedModel, parameter_name
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data.tokenizer import Tokenizer
@@ -29,44 +29,44 @@ def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
     Raises: UserError that names what does not fit.
     """
     start = config.start
-    saved = SavedModel(start.workdir, None if start.step < 0 else start.step, "float32", mesh)
+    trained = TrainedModel(start.workdir, None if start.step < 0 else start.step, "float32", mesh)
     try:
-        converts = _check(config, tokenizer, saved)
+        converts = _check(config, tokenizer, trained)
         flat, tree = jax.tree_util.tree_flatten_with_path(params)
         leaves = {parameter_name(path): leaf for path, leaf in flat}
         if not converts:
-            leaves = {name: saved.leaf(name, jnp.float32, leaf) for name, leaf in leaves.items()}
+            leaves = {name: trained.leaf(name, jnp.float32, leaf) for name, leaf in leaves.items()}
         else:
-            _convert(saved, config, leaves)
-        source = saved.description.get("source", {})
+            _convert(trained, config, leaves)
+        source = trained.description.get("source", {})
         return jax.tree.unflatten(tree, leaves.values()), {k: source[k] for k in ("special", "files") if k in source}
     finally:
-        saved.close()
+        trained.close()
 
 
-def _check(config, tokenizer, saved) -> bool:
+def _check(config, tokenizer, trained) -> bool:
     """Whether base is to be converted."""
     where = f"config.start.workdir={config.start.workdir}"
-    theirs, ours = saved.config, config.model
+    theirs, ours = trained.config, config.model
     converts = theirs.architecture == "base" and ours.memory_dim > 0
     free = (*_FREE, *(("beta", "compute_input") if converts else ()))
     for field in type(ours).__dataclass_fields__:
         if field not in free and getattr(ours, field) != getattr(theirs, field):
             values = f"expected {getattr(theirs, field)!r} as in {where}, found {getattr(ours, field)!r}"
             raise UserError(f"config.model.{field}: {values}")
-    if saved.tokenizer.digest != tokenizer.digest:
+    if trained.tokenizer.digest != tokenizer.digest:
         raise UserError(f"{config.data.path}: expected data of the tokenizer in {where}, found another tokenizer's")
     return converts
 
 
-def _convert(saved, config, leaves):
+def _convert(trained, config, leaves):
     """Fills the leaves of a memory or flex model from base's."""
-    m, mesh = config.model, saved.mesh
+    m, mesh = config.model, trained.mesh
     for name in leaves:
         if not name.startswith(("layers/ffn", "memory/")):
-            leaves[name] = saved.leaf(name, jnp.float32, leaves[name])
-    scale = saved.leaf("layers/ffn_norm/scale", jnp.float32)
-    ffn = {part: saved.leaf(f"layers/ffn/{part}", jnp.float32) for part in ("gate", "up", "down")}
+            leaves[name] = trained.leaf(name, jnp.float32, leaves[name])
+    scale = trained.leaf("layers/ffn_norm/scale", jnp.float32)
+    ffn = {part: trained.leaf(f"layers/ffn/{part}", jnp.float32) for part in ("gate", "up", "down")}
     with jax.set_mesh(mesh):
         keys = jax.jit(_keys_by_size)(ffn)
         for target, count, first in (("layers/ffn", m.compute_dim, 0), ("memory/ffn", m.memory_dim, m.compute_dim)):

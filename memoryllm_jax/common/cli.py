@@ -1,163 +1,120 @@
-"""Command lines: flags in, one call, exit code out."""
+"""Command lines: flags in, one call, exit code out.
+
+`run(main)` makes a command of one function, `run_commands` of several. Their options are those of the functions'
+signatures (common/options.py).
+"""
 
 import inspect
-import os
-import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 
 from absl import app, flags, logging
 
-from memoryllm_jax import config
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common import options
+from memoryllm_jax.common.errors import ArgumentError, UserError
 
-flags.disclaim_key_flags()  # flags that are defined here are the command's: --help lists them
+_HELP = {"--help", "-h", "-help", "--helpfull"}
 
 
-def run(main, positional: bool = False) -> None:
-    """Runs `main()` as an absl command; a `UserError` becomes one line on stderr and exit code 1.
+def run(main: Callable[..., int | None], check: Callable[[list[str]], None] | None = None) -> None:
+    """Runs `main(**options)` as an absl command; a `UserError` becomes one line on stderr and exit code 1.
 
-    With `positional`, `main` is given the arguments that are not options.
+    Args:
+      check: looks at the arguments before absl parses them, and raises `UserError` for those that absl would refuse
+        with less to go by.
     """
+    options.define(main)
 
-    def wrapped(argv):
+    def call(positional):
+        if positional:
+            raise UserError(f"unexpected argument {positional[0]!r}; options are written --name=value")
+        return main(**options.values(main))
+
+    _run(call, check)
+
+
+def run_commands(
+    commands: Mapping[str, Callable], call: Callable[[str], str] | None = None, shared: tuple[Callable, ...] = ()
+) -> None:
+    """Runs the function that the line names: python -m MODULE COMMAND [ARGUMENT ...] [--option=VALUE ...].
+
+    A function's docstring is what COMMAND --help says. Its parameters without an `Option` are positional.
+
+    Args:
+      call: runs the named command with the flags' values and returns the text to print; by default the function itself.
+      shared: functions whose options every command takes too.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in commands:
+        for target in (*shared, commands[name]):
+            options.define(target)
+        sys.modules["__main__"].__doc__ = _help_of(name, commands[name])
+    elif not _HELP & set(sys.argv):
+        print(f"error: expected one of {', '.join(commands)}, found {name or 'nothing'}", file=sys.stderr)
+        sys.exit(1)
+
+    def call_named(positional):
+        function, arguments = commands[name], positional[1:]
+        _check_positional(name, function, arguments)
+        text = call(name) if call else function(*arguments, **options.values(function))
+        if text:
+            print(text)
+        return 0
+
+    _run(call_named)
+
+
+def print_error(error: Exception) -> None:
+    """One line on stderr; an argument that is a flag gets its dashes."""
+    is_flag = isinstance(error, ArgumentError) and error.name in flags.FLAGS
+    print(f"error: {'--' if is_flag else ''}{error}", file=sys.stderr, flush=True)
+
+
+def _run(call, check=None):
+    def main(argv):
         if not any(argument.startswith(("--verbosity", "-v")) for argument in sys.argv):
             logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and every error that it also raises
         try:
-            if positional:
-                return main(argv[1:])
-            if len(argv) > 1:
-                raise UserError(f"unexpected argument {argv[1]!r}; options are written --name=value")
-            return main()
+            return call(argv[1:])
         except (UserError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_error(error)
             return 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             return 130
 
     def parse_flags(argv):
-
         try:
-            config.check_flags(argv)
+            if check:
+                check(argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_error(error)
             sys.exit(1)
         return app.parse_flags_with_usage(argv)
 
     try:
-        app.run(wrapped, flags_parser=parse_flags)
+        app.run(main, flags_parser=parse_flags)
     except SystemExit:
-        if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv):
+        if _HELP & set(sys.argv):
             sys.exit(0)  # absl's is 1
         raise
 
 
-def define_model_flags() -> None:
-    """What `generate.model_from_flags` reads."""
-    flags.DEFINE_string("workdir", None, "folder with the trained model's checkpoints", required=True)
-    flags.DEFINE_string("tol", "", "ToL file; without it rows are computed from the weights")
-    flags.DEFINE_string("rows", "disk", "where the ToL file's rows are served from: device, host or disk")
-    flags.DEFINE_string(
-        "cache", "256MiB", "rows kept on the device, for host and disk; least recently used leave first"
-    )
-    flags.DEFINE_string("overlay", "", "edits of the rows, that `tol edit` wrote")
-    flags.DEFINE_float("alpha", 1.0, "factor of what FFN-M adds, live or from a ToL file; in base, the FFN")
-    flags.DEFINE_float("alpha_compute", 1.0, "factor of what FFN-C adds, in flex")
-    flags.DEFINE_list("drop_layers", [], "layers whose FFN-M, in base whose FFN, adds nothing, such as 0,5")
-    flags.DEFINE_list("drop_compute", [], "layers whose FFN-C adds nothing, in flex")
-    flags.DEFINE_integer("step", None, "checkpoint to read; by default the newest")
-    flags.DEFINE_string("dtype", "", "float32 or bfloat16, of the computation; by default that of the training")
+def _positional(function):
+    hints = options.hints(function)
+    return [p for p in inspect.signature(function).parameters.values() if not options.is_option(hints.get(p.name))]
 
 
-def define_quality_flags() -> None:
-    """The text and the tasks that say how good a model is."""
-    flags.DEFINE_string("data", "", "prepared data (folder or URL) or text files (globs, comma-separated)")
-    flags.DEFINE_enum("split", "validation", ["train", "validation"], "of prepared data")
-    flags.DEFINE_integer("max_tokens", 0, "predict so many tokens at most, from the start; 0: all", lower_bound=0)
-    flags.DEFINE_list("tasks", [], "names of the harness's tasks, groups or tags, or of task files; may have * in them")
-    flags.DEFINE_integer("num_fewshot", None, "examples in a prompt; by default as the task says", lower_bound=0)
-    flags.DEFINE_float("limit", 0, "documents of each task, or a share of them below 1, for trials; 0: all", 0)
-    flags.DEFINE_string("task_path", "", "folder with task files (.yaml) of your own")
-    flags.DEFINE_string("task_data", "", "folder with lambada.jsonl and piqa.jsonl, for lambada_local and piqa_local")
+def _check_positional(name, function, arguments):
+    parameters = _positional(function)
+    least = sum(p.default is p.empty for p in parameters)
+    if not least <= len(arguments) <= len(parameters):
+        expected = " ".join(p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in parameters)
+        raise UserError(
+            f"{name}: expected {expected or 'no argument but options'}, found {' '.join(arguments) or 'none'}"
+        )
 
 
-def run_commands(
-    commands: Collection[str],
-    define_flags: Callable[[str], None],
-    main: Callable,
-    text_of: Callable[[str], str] | None = None,
-) -> None:
-    """Runs `main([COMMAND, ARGUMENT, ...])` with the flags of the command that the line names.
-
-    Args:
-      text_of: what COMMAND --help says; by default what the module says.
-    """
-    if len(sys.argv) > 1 and sys.argv[1] in commands:
-        define_flags(sys.argv[1])
-        if text_of:
-            sys.modules["__main__"].__doc__ = text_of(sys.argv[1])
-    elif not {"--help", "-h", "--helpfull"} & set(sys.argv):
-        found = os.path.basename(sys.argv[1]) if len(sys.argv) > 1 else "nothing"
-        print(f"error: expected one of {', '.join(commands)}, found {found}", file=sys.stderr)
-        sys.exit(1)
-    run(main, positional=True)
-
-
-def run_functions(module: str, functions: dict[str, Callable], define_flags, call: Callable[[str], str]) -> None:
-    """As `run`, for functions whose docstrings are their --help, and which have no arguments but options.
-
-    Args:
-      call: runs a function with the flags' values; returns the line to print.
-    """
-
-    def main(arguments):
-        if arguments[1:]:
-            raise UserError(f"unexpected argument {arguments[1]!r}; options are written --name=value")
-        print(call(arguments[0]))
-        return 0
-
-    def text_of(command):
-        return f"python -m {module} {command} --workdir=DIR --output=DIR\n\n{inspect.getdoc(functions[command])}"
-
-    run_commands(functions, define_flags, main, text_of)
-
-
-def options_of(function: Callable) -> dict[str, object]:
-    """{name: default} of a function's parameters but the first two, which are what it looks at and its page."""
-    return {name: p.default for name, p in list(inspect.signature(function).parameters.items())[2:]}
-
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def size(value: str, flag: str) -> int:
-    """Bytes of "12KiB", "1.5GB" or "4096". Raises: UserError that names the flag."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)?", value, re.IGNORECASE)
-    if not match or float(match[1]) == 0:
-        raise UserError(f"--{flag}: expected a size above zero such as 12KiB or 1.5GB, found {value!r}")
-    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
-
-
-def layer_list(values: list[str], flag: str) -> tuple[int, ...]:
-    """Numbers of layers. Raises: UserError that names the flag."""
-    for value in values:
-        if not value.strip().isdecimal():
-            raise UserError(f"--{flag}: expected numbers of layers such as 0,5, found {value!r}")
-    return tuple(map(int, values))
-
-
-def at_least(options: dict[str, int], least: int = 1) -> None:
-    """Raises: UserError for a number that is less."""
-    for name, value in options.items():
-        if value < least:
-            raise UserError(f"--{name}: expected at least {least}, found {value}")
-
-
-def layers_of(text: str, layers: int) -> list[int]:
-    """Layers of "0,5", or all of them for "". Raises: UserError."""
-    parts = text.split(",") if text else list(map(str, range(layers)))
-    for part in parts:
-        if not part.strip().isdecimal() or int(part) >= layers:
-            raise UserError(f"--layers={text}: expected layers from 0 to {layers - 1}, found {part!r}")
-    return sorted({int(part) for part in parts})
+def _help_of(name, function):
+    arguments = "".join(f" {p.name.upper()}" for p in _positional(function))
+    return f"python -m {sys.modules['__main__'].__spec__.parent or ''} {name}{arguments}\n\n{inspect.getdoc(function)}"

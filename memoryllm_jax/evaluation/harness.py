@@ -23,21 +23,21 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.inference import engine, scoring
 from memoryllm_jax.inference.decoder import bucket
+from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.inference.sampling import Sampling
-from memoryllm_jax.tol import serving
 
 _CACHED_POSITIONS = 1 << 14  # of a batch shard that keys and values are kept of while texts are generated
 _SAMPLING = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")
 
 
 class MemoryLLM(TemplateLM):
-    """The harness's view of a `generate.Model`. Raises: UserError for requests that the model cannot serve."""
+    """The harness's view of a `Engine`. Raises: UserError for requests that the model cannot serve."""
 
     max_gen_toks = 256  # new tokens where a task does not say, as in HFLM
 
-    def __init__(self, model: serving.Model):
+    def __init__(self, model: Engine):
         super().__init__()
-        self._model, self._tokenizer, self.max_length = model, model.tokenizer, model.saved.context
+        self._model, self._tokenizer, self.max_length = model, model.tokenizer, model.context
 
     @property
     def eot_token_id(self) -> int | None:
@@ -183,7 +183,7 @@ class Tasks:
                 )
             self._names += found
 
-    def scores(self, model: serving.Model, num_fewshot: int | None = None, limit: float = 0) -> dict[str, tuple]:
+    def scores(self, model: Engine, num_fewshot: int | None = None, limit: float = 0) -> dict[str, tuple]:
         """{task: (metric, value)}, of each task one metric: accuracy where it has that."""
         results = self._evaluate(model, num_fewshot, limit, bootstrap_iters=0)
         out = {}
@@ -210,7 +210,7 @@ class Tasks:
 
     def run(
         self,
-        model: serving.Model,
+        model: Engine,
         about: dict,
         num_fewshot: int | None = None,
         limit: float = 0,

@@ -10,11 +10,11 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data import documents
 from memoryllm_jax.evaluation import perplexity as perplexity_lib
 from memoryllm_jax.evaluation.perplexity import Windows, text_of
-from memoryllm_jax.tol import serving
+from memoryllm_jax.inference.engine import Engine
 
 
 def quality_facts(data, split, max_tokens, tasks, num_fewshot, limit) -> dict[str, str]:
-    """The text and the tasks of `cli.define_quality_flags`, as the page that measures on them is captioned."""
+    """The text and the tasks of `legacy.define_quality_flags`, as the page that measures on them is captioned."""
     out = {}
     if data:
         split = "" if documents.is_text(data) else f", {split}"
@@ -45,7 +45,7 @@ GROUPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A model's perplexity on `data` and scores on `tasks`, by `cli.define_quality_flags`. Raises: UserError."""
+    """A model's perplexity on `data` and scores on `tasks`, by `legacy.define_quality_flags`. Raises: UserError."""
 
     data: str = ""
     split: str = "validation"
@@ -64,7 +64,7 @@ class Measure:
         """For a page's caption."""
         return quality_facts(self.data, self.split, self.max_tokens, self.tasks, self.num_fewshot, self.limit)
 
-    def __call__(self, model: serving.Model) -> dict[str, float]:
+    def __call__(self, model: Engine) -> dict[str, float]:
         """{"perplexity": of tokens, task: accuracy (or what the task has instead), ...}, of those asked for."""
         out = {PERPLEXITY: self.perplexity(model)} if self.data else {}
         if self.tasks:
@@ -72,9 +72,9 @@ class Measure:
                 out[task if metric == "acc" else f"{task} {metric}"] = value
         return out
 
-    def perplexity(self, model: serving.Model) -> float:
+    def perplexity(self, model: Engine) -> float:
         """Of the tokens of `data`."""
-        windows = Windows(model.saved.context, model.saved.context, self.max_tokens)
+        windows = Windows(model.context, model.context, self.max_tokens)
         return perplexity_lib.perplexity(model, self._text(model.tokenizer, windows), windows)["perplexity"]
 
     @functools.cached_property
@@ -97,7 +97,7 @@ def measure_from_flags() -> Measure:
     return Measure(**values | {"tasks": tuple(values["tasks"])})
 
 
-def kinds(model: serving.Model, label: str) -> dict[str, str]:
+def kinds(model: Engine, label: str) -> dict[str, str]:
     """{series: "" or "_compute"}: what can be scaled or dropped, and how the names of its options end."""
     both = model.config.row_dim and model.config.compute_dim
     memory = "FFN-M" if model.config.memory_dim else "table"

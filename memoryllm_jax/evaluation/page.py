@@ -24,7 +24,7 @@ _MEASURES = {
 
 
 def of_text(page: report.Report, model, text, result: dict) -> None:
-    """`result` is what `evaluate.perplexity` found on `text` under the `generate.Model`."""
+    """`result` is what `perplexity.perplexity` found on `text` with the engine."""
     rows = [[name, result[name], meaning] for name, meaning in _MEASURES.items()]
     page.table(["measure", "value", "what it is"], rows, csv="quality")
     head = ["tokens before, from", "to", "loss, nats a token", "predicted tokens"]
@@ -37,12 +37,12 @@ def of_text(page: report.Report, model, text, result: dict) -> None:
     page.figure("context", figure, "Loss by how much of the text the model has seen")
     page.table(head, rows, "Loss by the tokens before the predicted one in its window", csv="context")
     page.heading("The first tokens")
-    page.raw(_shaded(model, text.read_each([0], min(model.saved.context, _SHADED) + 1)[0][: text.tokens]))
+    page.raw(_shaded(model, text.read_each([0], min(model.trained.context, _SHADED) + 1)[0][: text.tokens]))
 
 
 def _shaded(model, ids):
     """Each token on a ground that is darker the less it was expected."""
-    (found,) = scoring.score(model.decoder, model.rows, [ids], model.saved.context)
+    (found,) = scoring.score(model.decoder, model.rows, [ids], model.trained.context)
     first, *texts = map(html.escape, token_texts(model.tokenizer, ids))
     parts = [f"<span>{first}</span>"]
     for text, log_prob in zip(texts, found.log_probs_T):

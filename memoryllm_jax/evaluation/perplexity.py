@@ -12,8 +12,8 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.data import dataset, documents
 from memoryllm_jax.inference import scoring
+from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.model import loss
-from memoryllm_jax.tol import serving
 
 _CHUNK = 1 << 20  # tokens read at a time
 
@@ -59,7 +59,7 @@ class Windows(NamedTuple):
             start += self.stride
 
 
-def perplexity(model: serving.Model, text: Text, windows: Windows, save_tokens: str = "") -> dict:
+def perplexity(model: Engine, text: Text, windows: Windows, save_tokens: str = "") -> dict:
     """Loss on a text: nats a token, perplexity of tokens and of words, bits per byte, and what they are counted over.
 
     Args:
@@ -67,7 +67,7 @@ def perplexity(model: serving.Model, text: Text, windows: Windows, save_tokens: 
     """
     spans = list(windows.spans(text.tokens))
     progress = Progress("score", sum(stop - start - 1 for start, stop, _ in spans), "token")
-    nats_T, predicted_T, saved = np.zeros(windows.context), np.zeros(windows.context, np.int64), []
+    nats_T, predicted_T, trained = np.zeros(windows.context), np.zeros(windows.context, np.int64), []
     step = max(1, _CHUNK // windows.context)
     for first in range(0, len(spans), step):
         chosen = spans[first : first + step]
@@ -77,11 +77,11 @@ def perplexity(model: serving.Model, text: Text, windows: Windows, save_tokens: 
         for (log_probs_T, _), (_, _, skip) in zip(scores, chosen):
             nats_T[skip : len(log_probs_T)] -= log_probs_T[skip:]
             predicted_T[skip : len(log_probs_T)] += 1
-        saved += ids if save_tokens else []
+        trained += ids if save_tokens else []
     progress.close()
     if save_tokens:
         buffer = io.BytesIO()
-        np.save(buffer, np.stack(saved))
+        np.save(buffer, np.stack(trained))
         storage.write_bytes(save_tokens, buffer.getvalue())
     targets, nll = text.tokens - 1, float(nats_T.sum())
     return {

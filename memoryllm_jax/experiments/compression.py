@@ -68,7 +68,7 @@ def compression(
 
 
 def _compression(label, model, page, measure, calibration, bits, ranks):
-    source = build.LiveSource(model.saved)
+    source = build.LiveSource(model.trained)
     settings = [("bits", f"{b} bits", compress.uniform(source, compress.Options(bits=b))) for b in bits]
     settings += [
         ("rank", f"16 bits, rank {r}", compress.uniform(source, compress.Options(bits="16", rank=r))) for r in ranks
@@ -105,15 +105,15 @@ class _Trial:
     """A model's rows, planned and measured."""
 
     def __init__(self, source, model, calibration):
-        self.source, self.model, saved = source, model, model.saved
+        self.source, self.model, trained = source, model, model.trained
         counts = statistics.token_counts(dataset.open_for(calibration, model.tokenizer.digest), self.source.vocab_size)
-        self.planner = budget.Planner(self.source, budget.scorer(saved, calibration), counts)
+        self.planner = budget.Planner(self.source, budget.scorer(trained, calibration), counts)
         values, self.plain_bases = self.planner.even_bases()
         self.singular = [v / v.max() for v in values.values()]
         self._live = model.rows
         self._embedding = None
         if not source.has_x0:
-            self._embedding = saved.load(lambda name: name == "embedding")[0]["embedding"]
+            self._embedding = trained.load(lambda name: name == "embedding")[0]["embedding"]
 
     def row(self, kind, name, layout, bases, measure):
         """A setting and what it comes to; None is full rows."""

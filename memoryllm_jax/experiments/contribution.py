@@ -62,7 +62,7 @@ def layers(models: Models, page: report.Report, measure: Measure, cumulative: in
     singles, dropped, whole, together = {}, {}, {}, {}
     if cumulative and not measure.data:
         raise UserError("--cumulative: expected --data too, as layers are chosen by perplexity")
-    fewest = min(saved.layers for saved in models.configs)
+    fewest = min(trained.layers for trained in models.configs)
     if not 0 <= cumulative <= fewest:
         raise UserError(f"--cumulative: expected up to {fewest} layers, as the models have, found {cumulative}")
     for label, model in models:

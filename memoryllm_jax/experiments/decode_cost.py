@@ -9,10 +9,11 @@ import time
 import jax
 import numpy as np
 
-from memoryllm_jax.common import cli, plots, report
+from memoryllm_jax.common import legacy, plots, report
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data import dataset
 from memoryllm_jax.experiments.models import Models
+from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.tol import compress, serving
 
 
@@ -44,7 +45,7 @@ def cost(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=page.folder, prefix="tol-"))
         opened = _opener(models, data, steps, rounds, stack)
-        sides = _sides(models, places, cli.size(cache, "cache"), data, folder, opened)
+        sides = _sides(models, places, legacy.size(cache, "cache"), data, folder, opened)
         for side in sides.values():
             side.decode(0)  # compiles what a round needs
         times = {name: [] for name in sides}
@@ -67,14 +68,14 @@ def cost(
 class _Side:
     """A model that decodes one sequence of given tokens."""
 
-    def __init__(self, model: serving.Model, path: str, steps: int, rounds: int):
+    def __init__(self, model: Engine, path: str, steps: int, rounds: int):
         """Raises: UserError if the text is too short for all rounds."""
-        self.model, self.steps = model, min(steps, model.saved.context)
+        self.model, self.steps = model, min(steps, model.trained.context)
         self.stream = dataset.open_for(path, model.tokenizer.digest).validation
         needed = (rounds + 1) * self.steps
         if self.stream.tokens < needed:
             raise UserError(f"--data: expected {needed:,} held-out tokens for all rounds, found {self.stream.tokens:,}")
-        self.cache = model.decoder.empty_cache(1, model.saved.context)
+        self.cache = model.decoder.empty_cache(1, model.trained.context)
 
     def decode(self, number: int) -> float:
         """Seconds a token, of a round's own tokens."""
@@ -106,7 +107,7 @@ def _opener(models, path, steps, rounds, stack):
         raise UserError("--data: expected prepared data of the models' tokenizer, found nothing")
 
     def opened(*args):
-        model = stack.enter_context(contextlib.closing(serving.Model(*args, dtype=models.dtype)))
+        model = stack.enter_context(contextlib.closing(serving.open_engine(*args, dtype=models.dtype)))
         return _Side(model, path, steps, rounds)
 
     return opened

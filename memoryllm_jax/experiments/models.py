@@ -4,8 +4,7 @@ import contextlib
 import dataclasses
 
 from memoryllm_jax import config
-from memoryllm_jax.checkpoint import trained
-from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.model import sharding
 from memoryllm_jax.tol import serving
@@ -32,17 +31,17 @@ class Models:
         self.mesh = sharding.make_mesh(config.MeshConfig(data=-1, fsdp=1, tensor=1))
         self.facts, self.labels, self.configs = {}, [], []
         for workdir in self.workdirs:
-            with contextlib.closing(SavedModel(workdir, dtype=self.dtype)) as saved:
-                label = saved.config.architecture
+            with contextlib.closing(TrainedModel(workdir, dtype=self.dtype)) as trained:
+                label = trained.config.architecture
                 self.labels.append(f"{label} {workdir}" if label in self.labels else label)
-                self.configs.append(saved.config)
-                about = trained.saved_facts(saved)
+                self.configs.append(trained.config)
+                about = trained.facts()
                 self.facts |= {f"{self.labels[-1]}: {name}": text for name, text in about.items()}
         self.facts |= {"rows": f"{self.tol}, on {self.place or 'disk'}"} if self.tol else {}
 
     def __iter__(self):
-        """(label, generate.Model) of each in turn: its architecture, and its folder where two have the same."""
+        """(label, Engine) of each in turn: its architecture, and its folder where two have the same."""
         for label, workdir in zip(self.labels, self.workdirs):
-            model = serving.Model(workdir, self.tol, self.place or "disk", dtype=self.dtype, mesh=self.mesh)
+            model = serving.open_engine(workdir, self.tol, self.place, dtype=self.dtype, mesh=self.mesh)
             with contextlib.closing(model):
                 yield label, model

@@ -43,7 +43,7 @@ class Pattern(NamedTuple):
 
 
 def prune(config: ModelConfig, params: dict, mesh, windows: np.ndarray, method: str, pattern: Pattern) -> dict:
-    """Parameters of base, as `SavedModel.load` lays them out, with zeros.
+    """Parameters of base, as `TrainedModel.load` lays them out, with zeros.
 
     Args:
       windows: int32 [N, T] of calibration text, N a multiple of the mesh's batch shards; magnitude needs none.
@@ -228,7 +228,7 @@ def pruning(
         raise UserError("--calibration: expected prepared data of the model's tokenizer, found nothing")
     points = []
     for label, model in models:
-        config = model.saved.run
+        config = model.trained.run
         points.append(_point(label, "", flops.parameters(config)["active"], measure(model)))
         if label in bases:
             points += _pruned(model, label, measure, _calibration(calibration, windows, model), methods)
@@ -254,7 +254,7 @@ def _calibration(path, windows, model) -> np.ndarray:
     shards = model.decoder.shards
     if windows % shards:
         raise UserError(f"--windows: expected a multiple of the {shards} devices, found {windows}")
-    stream, length = dataset.open_for(path, model.tokenizer.digest).train, model.saved.context
+    stream, length = dataset.open_for(path, model.tokenizer.digest).train, model.trained.context
     if not 0 < windows * length <= stream.tokens:
         raise UserError(f"--windows: expected 1 to {stream.tokens // length}, as {path} has, found {windows}")
     return stream.read(0, windows * length).reshape(windows, length)
@@ -262,14 +262,14 @@ def _calibration(path, windows, model) -> np.ndarray:
 
 def _pruned(model, label, measure, windows, methods):
     """Points of each method at each count of active parameters."""
-    saved, run = model.saved, model.saved.run
-    whole, (params, _) = model.decoder, saved.load(lambda _: True)
+    trained, run = model.trained, model.trained.run
+    whole, (params, _) = model.decoder, trained.load(lambda _: True)
     counts = flops.parameters(run)
     matrices = counts["attention"] + counts["ffn_c"]
     for name in ("dim", "ffn_dim"):
         if getattr(run.model, name) % 4:
             raise UserError(
-                f"{saved.workdir}: expected model.{name} to be a multiple of 4, found {getattr(run.model, name)}"
+                f"{trained.workdir}: expected model.{name} to be a multiple of 4, found {getattr(run.model, name)}"
             )
     patterns = [Pattern(0.5, 4)]
     for beta in _BETAS:
@@ -278,7 +278,7 @@ def _pruned(model, label, measure, windows, methods):
     out = []
     for pattern in sorted(patterns):
         for method in methods:
-            pruned = prune(saved.config, params, saved.mesh, windows, method, pattern)
+            pruned = prune(trained.config, params, trained.mesh, windows, method, pattern)
             model.decoder = whole.changed(layers=pruned["layers"])
             quality = measure(model)
             active = nonzeros(pruned) + counts["norms"]

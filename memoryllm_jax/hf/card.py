@@ -4,7 +4,7 @@ import json
 import os
 
 from memoryllm_jax import config
-from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common import storage
 from memoryllm_jax.model import flops
 
@@ -24,10 +24,10 @@ writes them into a file, and `from_pretrained(DIR, trust_remote_code=True, tol="
 """
 
 
-def text(saved: SavedModel, dtype: str) -> str:
+def text(trained: TrainedModel, dtype: str) -> str:
     """Markdown with the metadata that model hubs read."""
-    run = config.from_saved(saved.description["config"])
-    c, counts = saved.config, flops.parameters(run)
+    run = config.from_saved(trained.description["config"])
+    c, counts = trained.config, flops.parameters(run)
     tags = ["llama" if not c.memory_dim else "memoryllm", "memoryllm_jax"]
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {t}" for t in tags)]
     widths = f"FFN width {c.compute_dim}" if not c.memory_dim else f"FFN-C width {c.compute_dim}, FFN-M {c.memory_dim}"
@@ -37,32 +37,32 @@ def text(saved: SavedModel, dtype: str) -> str:
         "parameters": f"{counts['total']:,}: {counts['active']:,} active, {counts['memory']:,} in the token memory, "
         f"{counts['embedding_and_head']:,} in embedding and head",
         "dtype": dtype,
-        "context": f"{saved.context:,} tokens",
-        "tokenizer": f"{saved.tokenizer.kind}, SHA-256 {saved.tokenizer.digest}",
-        "data": f"digest {saved.description['data']['digest']}",
+        "context": f"{trained.context:,} tokens",
+        "tokenizer": f"{trained.tokenizer.kind}, SHA-256 {trained.tokenizer.digest}",
+        "data": f"digest {trained.description['data']['digest']}",
     }
-    if saved.step:
+    if trained.step:
         facts["training"] = (
-            f"{saved.step:,} steps, {saved.step * run.batch_size * run.seq_len:,} tokens, seed {run.seed}"
+            f"{trained.step:,} steps, {trained.step * run.batch_size * run.seq_len:,} tokens, seed {run.seed}"
         )
         if run.start.workdir:
             facts["training"] += f", from the model in {os.path.basename(run.start.workdir.rstrip('/'))}"
         facts["optimizer"] = ", ".join(f"{k} {v}" for k, v in config.flatten(run).items() if "optimizer." in k)
-    facts |= _validation(saved)
+    facts |= _validation(trained)
     lines = [*head, "---", "", f"# {c.architecture}", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     trust = ", trust_remote_code=True" if c.memory_dim else ""
     return "\n".join([*lines, "", _USE.format(trust=trust)]) + (_TOL if c.memory_dim else "")
 
 
-def _validation(saved):
+def _validation(trained):
     """The held-out loss of this very step, from the run's records."""
-    path = os.path.join(saved.workdir, "metrics.jsonl")
+    path = os.path.join(trained.workdir, "metrics.jsonl")
     if not storage.exists(path):
         return {}
     lines = storage.read_bytes(path, "metrics").decode().splitlines(keepends=True)
     records = [json.loads(line) for line in lines if line.endswith("\n")]  # a run that was killed may have cut the last
-    found = [r for r in records if r.get("kind") == "validation" and r.get("step") == saved.step]
+    found = [r for r in records if r.get("kind") == "validation" and r.get("step") == trained.step]
     if not found:
         return {}
     r = found[-1]

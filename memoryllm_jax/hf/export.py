@@ -8,7 +8,7 @@ from importlib import resources
 
 import jax.numpy as jnp
 
-from memoryllm_jax.checkpoint.trained import Digest, SavedModel
+from memoryllm_jax.checkpoint.trained import Digest, TrainedModel
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.progress import Progress
@@ -39,24 +39,24 @@ def export(workdir: str, output: str, dtype: str = "", shard_bytes: int = 5 << 3
         raise UserError(f"--output={output}: expected a local folder, found a URL")
     if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
         raise UserError(f"--output={output}: expected a folder that is not there yet, or is empty")
-    saved = SavedModel(workdir, step, "float32")
+    trained = TrainedModel(workdir, step, "float32")
     part = f"{output.rstrip('/')}.part"
     try:
         with storage.told(part, "a place to write to"):
             shutil.rmtree(part, ignore_errors=True)
             os.makedirs(part)
-            text = _write(saved, part, dtype, shard_bytes)
+            text = _write(trained, part, dtype, shard_bytes)
             if os.path.isdir(output):
                 os.rmdir(output)
             os.replace(part, output)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        saved.close()
+        trained.close()
     return f"{output}: {text}"
 
 
-def _write(saved, folder, dtype, shard_bytes):
-    c, source = saved.config, saved.description.get("source", {})
+def _write(trained, folder, dtype, shard_bytes):
+    c, source = trained.config, trained.description.get("source", {})
     tensors = {t.name: t for t in tensor_names.tensors(c)}
     as_it_was = "shards" in source and dtype in ("", *source["dtypes"])
     if as_it_was:
@@ -65,23 +65,23 @@ def _write(saved, folder, dtype, shard_bytes):
         sizes = {name: math.prod(t.shape) for name, t in tensors.items()}
         layout = shards.plan(sizes, shards.NAMES[dtype or "float32"], shard_bytes)
     main = dtype or source.get("dtype", "float32")
-    special = {"bos_token_id": saved.tokenizer.bos_id, "eos_token_id": saved.tokenizer.eos_id}
-    tree = config_json.to_json(c, saved.context, main, source.get("special", special))
-    _write_tokenizer(saved, folder, source)
-    digest = _write_tensors(saved, shards.Writer(folder, layout, {n: t.shape for n, t in tensors.items()}), tensors)
+    special = {"bos_token_id": trained.tokenizer.bos_id, "eos_token_id": trained.tokenizer.eos_id}
+    tree = config_json.to_json(c, trained.context, main, source.get("special", special))
+    _write_tokenizer(trained, folder, source)
+    digest = _write_tensors(trained, shards.Writer(folder, layout, {n: t.shape for n, t in tensors.items()}), tensors)
     if c.memory_dim:
         tree["decoder_digest"] = digest
         code = resources.files("memoryllm_jax.hf").joinpath("modeling_memoryllm.py").read_bytes()
         storage.write_bytes(os.path.join(folder, "modeling_memoryllm.py"), code)
     storage.write_json(os.path.join(folder, "config.json"), tree)
-    storage.write_bytes(os.path.join(folder, "README.md"), card.text(saved, main).encode())
+    storage.write_bytes(os.path.join(folder, "README.md"), card.text(trained, main).encode())
     _write_texts(folder, source.get("of_these_weights", {}) if as_it_was else {})
     total = sum(math.prod(t.shape) for t in tensors.values())
     count = "1 file" if len(layout) == 1 else f"{len(layout)} files"
     return f"{c.architecture}, {total / 1e6:,.1f}M parameters as {main} in {count}"
 
 
-def _write_tensors(saved, writer, tensors):
+def _write_tensors(trained, writer, tensors):
     """Parameter by parameter, and of each some rows of its tensors at a time. Returns the digest of the decoder."""
     by_leaf: dict[str, list] = {}
     for tensor in tensors.values():
@@ -89,17 +89,17 @@ def _write_tensors(saved, writer, tensors):
     decoder = Digest()
     progress = Progress("export", len(by_leaf), "parameter")
     try:
-        for done, leaf in enumerate(saved.names()):
+        for done, leaf in enumerate(trained.names()):
             axis = by_leaf[leaf][0].axis
-            for first, block in saved.blocks(leaf, axis):
+            for first, block in trained.blocks(leaf, axis):
                 for tensor in by_leaf[leaf]:
                     layer = 0 if tensor.layer is None else tensor.layer - first[0]
                     if not 0 <= layer < len(block):
                         continue
                     part = block if tensor.layer is None else block[layer]
                     writer.write(tensor.name, first[axis] * tensor.rows_a_step, tensor.from_ours(part))
-                    if not saved.is_memory(leaf):
-                        shape, along = saved.shape(leaf), axis
+                    if not trained.is_memory(leaf):
+                        shape, along = trained.shape(leaf), axis
                         shape, along = (shape, 0) if tensor.layer is None else (shape[1:], axis - 1)
                         part = part.astype(jnp.bfloat16)  # JAX holds what it was given until it is called again
                         decoder.add(leaf, tensor.layer or 0, shape, part, along, first[axis])
@@ -112,10 +112,10 @@ def _write_tensors(saved, writer, tensors):
     return decoder.text()
 
 
-def _write_tokenizer(saved, folder, source):
-    content, described = tokenizer_conversion.to_json(saved.tokenizer, saved.context)
+def _write_tokenizer(trained, folder, source):
+    content, described = tokenizer_conversion.to_json(trained.tokenizer, trained.context)
     storage.write_bytes(os.path.join(folder, "tokenizer.json"), content)
-    ids = {"bos_token_id": saved.tokenizer.bos_id, "eos_token_id": saved.tokenizer.eos_id}
+    ids = {"bos_token_id": trained.tokenizer.bos_id, "eos_token_id": trained.tokenizer.eos_id}
     made = {
         "tokenizer_config.json": described,
         "generation_config.json": {name: i for name, i in ids.items() if i is not None},

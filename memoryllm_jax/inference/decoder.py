@@ -27,7 +27,7 @@ class Decoder:
     """Compiled functions of one model, each compiled once for each shape bucket.
 
     Args:
-      params: what `SavedModel.load` returns; "memory" and an untied "embedding" are not used.
+      params: what `TrainedModel.load` returns; "memory" and an untied "embedding" are not used.
     """
 
     def __init__(self, config: ModelConfig, params: dict, mesh):

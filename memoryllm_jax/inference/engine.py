@@ -1,20 +1,31 @@
-"""A decoder and its rows, ready to generate text."""
+"""A trained model with its rows, ready to generate: what every command that runs a model holds.
+
+An `Engine` takes any source of rows: `rows.LiveRows`, which computes them from the weights, or those of tol/rows.py,
+which look them up. `tol.serving.open_engine` builds one from a workdir.
+"""
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
-from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.tol.serving import Model
+from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.config import ModelConfig
+from memoryllm_jax.inference import sampling
+from memoryllm_jax.inference.decoder import Decoder
+from memoryllm_jax.inference.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
 class Contribution:
-    """How much of what its FFNs add a model takes in (the paper's Table 1, Figures 4 and 12).
+    """Factors of what the FFNs of a model add to the residual stream (the paper's Table 1, Figures 4 and 12).
 
-    alpha: factor of FFN-M, in base of the FFN.  alpha_compute: of FFN-C.  drop_layers, drop_compute: layers where these
-    add nothing.
+    Attributes:
+      alpha: factor of FFN-M in all layers; in base, which has no FFN-M, of the FFN.
+      alpha_compute: factor of FFN-C in all layers of a flex model.
+      drop_layers, drop_compute: layers in which the factor is 0 instead.
     """
 
     alpha: float = 1.0
@@ -22,27 +33,82 @@ class Contribution:
     drop_layers: tuple[int, ...] = ()
     drop_compute: tuple[int, ...] = ()
 
-    def factors(self, config) -> tuple[np.ndarray, np.ndarray]:
-        """Of the token memory and of FFN-C, [layers] each. Raises: UserError that names the flag."""
-        first = self._factors(config, "alpha", "drop_layers")
-        second = self._factors(config, "alpha_compute", "drop_compute")
+    def factors(self, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+        """Factors of the token memory and of FFN-C by layer, each float64 [layers]. Raises: ArgumentError."""
+        of_memory = _by_layer(config, "alpha", self.alpha, "drop_layers", self.drop_layers)
+        of_compute = _by_layer(config, "alpha_compute", self.alpha_compute, "drop_compute", self.drop_compute)
         if config.row_dim and config.compute_dim:
-            return first, second
-        if (second != 1).any():
-            found = config.architecture
-            raise UserError(f"--alpha_compute, --drop_compute: expected flex, found {found}, which --alpha is about")
-        return (first, second) if config.row_dim else (second, first)
+            return of_memory, of_compute
+        # The model has one kind of FFN only, which alpha and drop_layers are about.
+        if (of_compute != 1).any():
+            name = "alpha_compute" if self.alpha_compute != 1 else "drop_compute"
+            raise ArgumentError(
+                name, f"expected flex, found {config.architecture}, which alpha and drop_layers are for"
+            )
+        return (of_memory, of_compute) if config.row_dim else (of_compute, of_memory)
 
-    def _factors(self, config, alpha, drop):
-        factor, dropped = getattr(self, alpha), getattr(self, drop)
-        if not (math.isfinite(factor) and factor >= 0):
-            raise UserError(f"--{alpha}: expected a number of zero or more, found {factor}")
-        factors = np.full(config.layers, factor)
-        for layer in dropped:
-            if not 0 <= layer < config.layers:
-                raise UserError(f"--{drop}: expected layers from 0 to {config.layers - 1}, found {layer}")
-            factors[layer] = 0
-        return factors
+
+def _by_layer(config, alpha_name, alpha, drop_name, dropped):
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ArgumentError(alpha_name, f"expected a number of zero or more, found {alpha}")
+    factors = np.full(config.layers, alpha)
+    for layer in dropped:
+        if not 0 <= layer < config.layers:
+            raise ArgumentError(drop_name, f"expected layers from 0 to {config.layers - 1}, found {layer}")
+        factors[layer] = 0
+    return factors
+
+
+class Engine:
+    """A decoder and the rows that it reads.
+
+    Args:
+      trained: the model.
+      params: of the decoder, as `TrainedModel.load` returns them.
+      rows: the source of rows. The engine closes it, and `trained`.
+    Attributes:
+      trained, rows, decoder.  config: ModelConfig.  tokenizer.
+      context: positions that a sequence may have.
+    """
+
+    def __init__(self, trained: TrainedModel, params: dict, rows):
+        self.trained, self.rows = trained, rows
+        self.config, self.tokenizer, self.context = trained.config, trained.tokenizer, trained.context
+        self.decoder = self._whole = Decoder(self.config, params, trained.mesh)
+
+    def contribute(self, contribution: Contribution) -> None:
+        """Applies these factors to the FFN outputs from now on. Raises: ArgumentError."""
+        self.decoder = self._whole.scaled(*contribution.factors(self.config))
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, after the id that begins a document."""
+        bos = self.tokenizer.bos_id
+        return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
+
+    def generate(
+        self, prompts: list[list[int]], max_tokens: int, how: Sampling, seed: int = 0, stop_ids=()
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Yields new (sequence, token id) pairs step by step, as `sampling.generate`. Raises: UserError."""
+        return sampling.generate(
+            self.decoder,
+            self.rows,
+            prompts,
+            max_tokens,
+            how,
+            seed,
+            self.context,
+            self.tokenizer.vocab_size,
+            frozenset(stop_ids),
+        )
+
+    def stop_ids(self, texts: list[str]) -> set[int]:
+        """Ids that end a text: of these tokens, and of the end of a document. Raises: UserError."""
+        tokenizer = self.tokenizer
+        return {*tokenizer.stop_ids, *(tokenizer.token(text, f"stop={text}", tokenizer.vocab_size) for text in texts)}
+
+    def close(self) -> None:
+        self.rows.close()
+        self.trained.close()
 
 
 class Streamer:
@@ -73,9 +139,3 @@ class Streamer:
 def text_after(tokenizer, prompt: list[int], new: list[int]) -> str:
     """The text that new tokens add to a prompt."""
     return tokenizer.decode(prompt + new)[len(tokenizer.decode(prompt)) :]
-
-
-def stop_ids_of(model: Model, texts: list[str]) -> set[int]:
-    """Ids of the stop tokens, and of the one that ends a document. Raises: UserError."""
-    tokenizer = model.tokenizer
-    return {*tokenizer.stop_ids, *(tokenizer.token(text, f"--stop={text}", tokenizer.vocab_size) for text in texts)}

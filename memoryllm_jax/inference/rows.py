@@ -11,7 +11,7 @@ from memoryllm_jax.model.token_memory import TokenRows
 def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
     """Embeddings and token memory of the ids, for use inside jit and a mesh: x0 [1, U, D] and a list of layers'.
 
-    `params` is what `SavedModel.load` returns, with "embedding" and, unless the model is base, "memory".
+    `params` is what `TrainedModel.load` returns, with "embedding" and, unless the model is base, "memory".
     """
 
     def take(table, ids):

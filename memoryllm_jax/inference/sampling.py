@@ -3,32 +3,33 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common import options
+from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.options import Option
 from memoryllm_jax.inference.decoder import Decoder, bucket
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens."""
+    """How a token is drawn from the model's distribution. Raises: ArgumentError."""
 
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: Annotated[float, Option("0 is greedy, else from 0.001 to 1000")] = 0.8
+    top_k: Annotated[int, Option("draw from the k likeliest tokens; 0: all", least=0)] = 0
+    top_p: Annotated[float, Option("draw from the likeliest tokens that hold this share of the probability")] = 1.0
 
     def __post_init__(self):
-        checks = (
-            ("temperature", self.temperature == 0 or 1e-3 <= self.temperature <= 1e3, "0, or from 0.001 to 1000"),
-            ("top_k", self.top_k >= 0, "zero or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
-        )
-        for name, holds, expected in checks:
-            if not holds:
-                raise UserError(f"--{name}: expected {expected}, found {getattr(self, name)}")
+        options.check(self)
+        # Outside this range float32 logits overflow, or all differ by less than their rounding.
+        if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
+            raise ArgumentError("temperature", f"expected 0, or from 0.001 to 1000, found {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ArgumentError("top_p", f"expected more than 0 and at most 1, found {self.top_p}")
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "vocab_size"))
@@ -83,7 +84,7 @@ def generate(
                 f"prompt {number}: expected fewer than {context} tokens, the model's context, found {len(prompt)}"
             )
     if not 0 <= seed < 2**32:
-        raise UserError(f"--seed: expected a number from 0 to {2**32 - 1}, found {seed}")
+        raise ArgumentError("seed", f"expected a number from 0 to {2**32 - 1}, found {seed}")
     how = {"sampling": sampling, "vocab_size": vocab_size}
     return _steps(decoder, rows, prompts, max_tokens, np.uint32(seed), context, stop_ids, how)
 

@@ -19,8 +19,8 @@ import numpy as np
 from absl import flags
 
 from memoryllm_jax import config
-from memoryllm_jax.checkpoint.trained import SavedModel
-from memoryllm_jax.common import cli, storage
+from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.common import legacy, storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.model import sharding
 from memoryllm_jax.tol import budget, build, compress, edit, verify
@@ -85,12 +85,12 @@ def verify_command(tol: TolFile) -> dict:
     print(f"{tol.path}: all {tol.vocab_size:,} rows match their checksums")
     record = {"rows": tol.vocab_size, "damaged": 0}
     if flags.FLAGS.workdir:
-        saved = SavedModel(flags.FLAGS.workdir, int(tol.metadata["step"]), tol.metadata["dtype"])
-        live = build.LiveSource(saved)
-        tol.check_model(saved.config, saved.tokenizer.digest, live.identity.decoder_digest)
+        trained = TrainedModel(flags.FLAGS.workdir, int(tol.metadata["step"]), tol.metadata["dtype"])
+        live = build.LiveSource(trained)
+        tol.check_model(trained.config, trained.tokenizer.digest, live.identity.decoder_digest)
         if live.identity.rows_digest != tol.metadata["rows_digest"]:
             raise UserError(f"{tol.path}: made from other weights than {flags.FLAGS.workdir} has, or edited")
-        result = compare(live, build.FileSource(tol, saved.mesh))
+        result = compare(live, build.FileSource(tol, trained.mesh))
         record["relative_error"] = result.by_part
         print("against the live model, error over norm by part:")
         print("  " + "  ".join(f"{name} {error:.2g}" for name, error in result.by_part.items()))
@@ -108,9 +108,9 @@ def compress_command(tol: TolFile) -> dict:
     source = build.FileSource(tol, mesh_here())
     scorer = None
     if f.workdir:
-        saved = SavedModel(f.workdir, int(tol.metadata["step"]), tol.metadata["dtype"])
-        tol.check_model(saved.config, saved.tokenizer.digest, None)
-        scorer = budget.scorer(saved, choices.data) if choices.data else None
+        trained = TrainedModel(f.workdir, int(tol.metadata["step"]), tol.metadata["dtype"])
+        tol.check_model(trained.config, trained.tokenizer.digest, None)
+        scorer = budget.scorer(trained, choices.data) if choices.data else None
     line = write(source, choices, f.output, scorer, "compress")
     print(line)
     return {"result": line}
@@ -206,4 +206,4 @@ def define_flags(command):
 
 
 if __name__ == "__main__":
-    cli.run_commands(("inspect", "verify", "compress", "edit", "diff"), define_flags, main)
+    legacy.run_commands(("inspect", "verify", "compress", "edit", "diff"), define_flags, main)

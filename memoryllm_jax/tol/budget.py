@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.data import dataset
@@ -313,12 +313,12 @@ def _rotated(table, tier_rows, dim, price):
 CALIBRATION_TOKENS = 1 << 15  # of the held-out text, on which a budget is measured
 
 
-def scorer(saved: SavedModel, path: str, tokens: int = CALIBRATION_TOKENS, half: int = 0) -> Scorer:
+def scorer(trained: TrainedModel, path: str, tokens: int = CALIBRATION_TOKENS, half: int = 0) -> Scorer:
     """Measures on windows of held-out text: of its windows, every second one, so that each half can judge the other.
 
     Raises: UserError if the text is too short.
     """
-    stream, length = dataset.Dataset(path).validation, saved.context
+    stream, length = dataset.Dataset(path).validation, trained.context
     windows_there = (stream.tokens - 1) // length
     chosen = np.arange(half, windows_there, 2)
     if not len(chosen):
@@ -326,9 +326,9 @@ def scorer(saved: SavedModel, path: str, tokens: int = CALIBRATION_TOKENS, half:
     count = min(max(1, tokens // length), len(chosen))
     chosen = chosen[np.linspace(0, len(chosen) - 1, count).astype(int)]
     windows = np.stack([stream.read(int(k) * length, length + 1) for k in chosen])
-    wanted = lambda name: not saved.is_memory(name)  # noqa: E731
-    params, _ = saved.load(wanted)
-    embedding = params["embedding"] if saved.config.tie_embeddings else None
-    decoder = Decoder(saved.config, params, saved.mesh)
+    wanted = lambda name: not trained.is_memory(name)  # noqa: E731
+    params, _ = trained.load(wanted)
+    embedding = params["embedding"] if trained.config.tie_embeddings else None
+    decoder = Decoder(trained.config, params, trained.mesh)
     batch = decoder.shards * max(1, min(8, 4096 // length) // decoder.shards)
     return Scorer(decoder, windows, embedding, batch)

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.data.tokenizer import Tokenizer
@@ -50,14 +50,14 @@ class LiveSource:
 
     counts = successors = None  # it takes text to know them
 
-    def __init__(self, saved: SavedModel):
-        c = self.config = saved.config
-        self.mesh, self.vocab_size = saved.mesh, c.vocab_size
+    def __init__(self, trained: TrainedModel):
+        c = self.config = trained.config
+        self.mesh, self.vocab_size = trained.mesh, c.vocab_size
         self.dim, self.layers, self.has_x0 = c.dim, c.layers, not c.tie_embeddings
-        _, decoder_digest = saved.load(lambda name: not saved.is_memory(name), keep=False)
-        self._params, rows_digest = saved.load(lambda name: saved.is_memory(name) or name == "embedding")
+        _, decoder_digest = trained.load(lambda name: not trained.is_memory(name), keep=False)
+        self._params, rows_digest = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
         digests = {"rows_digest": rows_digest, "decoder_digest": decoder_digest}
-        self.identity = Identity(c.architecture, saved.step, c.dtype, **digests, tokenizer=saved.tokenizer)
+        self.identity = Identity(c.architecture, trained.step, c.dtype, **digests, tokenizer=trained.tokenizer)
 
         self._rows = _row_function(c)
 
@@ -81,8 +81,8 @@ def _row_function(config):
 class Repair:
     """Computes damaged rows again from the checkpoint, whose FFN-M weights are loaded for that and let go."""
 
-    def __init__(self, saved: SavedModel, tol: TolFile):
-        self._saved, self._tol = saved, tol
+    def __init__(self, trained: TrainedModel, tol: TolFile):
+        self._saved, self._tol = trained, tol
         self._mended: dict[int, np.ndarray] = {}
 
     def __call__(self, ids: np.ndarray) -> list[np.ndarray]:
@@ -95,13 +95,13 @@ class Repair:
     def _compute(self, ids):
         tol = self._tol
         print(f"{tol.path}: {len(ids)} damaged rows, token {ids[0]} first: computed from the weights", file=sys.stderr)
-        saved = SavedModel(self._saved.workdir, self._saved.step, tol.metadata["dtype"], self._saved.mesh)
-        params, digest = saved.load(lambda name: saved.is_memory(name) or name == "embedding")
-        saved.close()
+        trained = TrainedModel(self._saved.workdir, self._saved.step, tol.metadata["dtype"], self._saved.mesh)
+        params, digest = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
+        trained.close()
         if digest != tol.metadata["rows_digest"]:
             raise UserError(f"{tol.path}: token {ids[0]}: its row is damaged, and the checkpoint has other weights")
-        with jax.set_mesh(saved.mesh):
-            vectors = _row_function(saved.config)(params, jnp.asarray(ids))
+        with jax.set_mesh(trained.mesh):
+            vectors = _row_function(trained.config)(params, jnp.asarray(ids))
         bases = {name: jnp.asarray(tol.basis(name)) for name in tol.layout.rotated}
         tiers = tol.tier_of_row[tol.row_of_token[ids]]
         encoded = {k: np.asarray(codec.encode(tol.layout.tiers[k].parts, vectors, bases)) for k in np.unique(tiers)}

@@ -8,9 +8,9 @@ import numpy as np
 from absl import flags
 
 from memoryllm_jax import config
-from memoryllm_jax.checkpoint.trained import SavedModel
-from memoryllm_jax.common.cli import size
+from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.legacy import size
 from memoryllm_jax.data import statistics
 from memoryllm_jax.data.dataset import open_for
 from memoryllm_jax.model import sharding
@@ -157,11 +157,13 @@ def _rank(text, dim) -> int:
 def precompute(workdir: str, output: str, choices: Options, step: int | None = None, dtype: str = "") -> str:
     """Writes the file. Returns: one line on it. Raises: UserError."""
     mesh = sharding.make_mesh(config.MeshConfig(1, -1, 1))
-    saved = SavedModel(workdir, step, dtype, mesh)
-    if not saved.config.memory_dim:
-        raise UserError(f"{workdir}: expected a memory or flex model, found {saved.config.architecture}, without FFN-M")
-    if saved.config.dim % mesh.size:
-        raise UserError(f"{workdir}: expected a number of devices that divides the width {saved.config.dim}")
+    trained = TrainedModel(workdir, step, dtype, mesh)
+    if not trained.config.memory_dim:
+        raise UserError(
+            f"{workdir}: expected a memory or flex model, found {trained.config.architecture}, without FFN-M"
+        )
+    if trained.config.dim % mesh.size:
+        raise UserError(f"{workdir}: expected a number of devices that divides the width {trained.config.dim}")
     budget = choices.bytes_per_token or choices.total_size
-    scorer = budget_lib.scorer(saved, choices.data) if budget and choices.data else None
-    return write(build.LiveSource(saved), choices, output, scorer)
+    scorer = budget_lib.scorer(trained, choices.data) if budget and choices.data else None
+    return write(build.LiveSource(trained), choices, output, scorer)

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from memoryllm_jax.checkpoint.trained import SavedModel
+from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.model.transformer import Norm
@@ -174,16 +174,16 @@ class Editor:
         if not self.workdir:
             raise UserError("--suppress: a key's coefficients come from the weights: give --workdir")
         layer, key = int(layer), int(key)
-        saved = SavedModel(self.workdir, int(self.tol.metadata["step"]), self.tol.metadata["dtype"])
-        c = saved.config
-        self.tol.check_model(c, saved.tokenizer.digest, None)
+        trained = TrainedModel(self.workdir, int(self.tol.metadata["step"]), self.tol.metadata["dtype"])
+        c = trained.config
+        self.tol.check_model(c, trained.tokenizer.digest, None)
         if layer >= c.layers or key >= c.memory_dim:
             raise UserError(f"--suppress={spec}: expected a layer below {c.layers} and a key below {c.memory_dim}")
         if layer not in self.tol.layout.kept_layers():
             raise UserError(
                 f"--suppress={spec}: expected a layer that {self.tol.path} holds, found one that it dropped"
             )
-        coefficients, value = key_of(saved, layer, key, self.tol.metadata["rows_digest"])
+        coefficients, value = key_of(trained, layer, key, self.tol.metadata["rows_digest"])
         text = f"suppress layer {layer} key {key}"
         if any(edit.text == text for edit in self.overlay.edits):
             raise UserError(f"--suppress={spec}: this key is suppressed already")
@@ -213,13 +213,15 @@ def read_rows(tol: TolFile, ids: np.ndarray, overlay: Overlay | None = None) -> 
     return np.stack([zeros if y is None else np.asarray(y, np.float32) for y in ffn], 1)
 
 
-def key_of(saved: SavedModel, layer: int, key: int, rows_digest: str) -> tuple[np.ndarray, np.ndarray]:
+def key_of(trained: TrainedModel, layer: int, key: int, rows_digest: str) -> tuple[np.ndarray, np.ndarray]:
     """(c_key(t) of every token t [V], v_key [D]) of FFN-M of a layer, float32. Raises: UserError for other weights."""
 
-    params, digest = saved.load(lambda name: saved.is_memory(name) or name == "embedding")
+    params, digest = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
     if digest != rows_digest:
-        raise UserError(f"--workdir={saved.workdir}: other weights at step {saved.step} than the rows were made from")
-    p, c = params["memory"][layer], saved.config
+        raise UserError(
+            f"--workdir={trained.workdir}: other weights at step {trained.step} than the rows were made from"
+        )
+    p, c = params["memory"][layer], trained.config
 
     @jax.jit
     def coefficients(x0_UD):
@@ -227,7 +229,7 @@ def key_of(saved: SavedModel, layer: int, key: int, rows_digest: str) -> tuple[n
         gate, up = (p["ffn"][name][:, key].astype(jnp.float32) for name in ("gate", "up"))
         return jax.nn.silu(q @ gate) * (q @ up)
 
-    with jax.set_mesh(saved.mesh):
+    with jax.set_mesh(trained.mesh):
         step, table = 8192, params["embedding"]
         parts = [np.asarray(coefficients(table[i : i + step])) for i in range(0, len(table), step)]
     return np.concatenate(parts), np.asarray(p["ffn"]["down"][key], np.float32)

@@ -121,7 +121,9 @@ class DeviceRows(_Rows):
         return {"rows": "device", "row_requests": self.tokens, "device_bytes": self.tol.layout.row_bytes}
 
     def close(self) -> None:
+        """Closes the file too."""
         self._tables = []
+        self.tol.close()
 
 
 class HostTable:
@@ -152,7 +154,9 @@ class HostTable:
         return out, tier
 
     def close(self) -> None:
+        """Closes the file too."""
         self._tables = []
+        self.tol.close()
 
 
 class DiskTable(RowReader):
@@ -302,7 +306,9 @@ class CachedRows(_Rows):
         }
 
     def close(self) -> None:
+        """Closes the file too."""
         self.table.close()
+        self.tol.close()
 
 
 def device_memory(mesh) -> int:

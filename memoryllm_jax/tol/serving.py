@@ -1,94 +1,100 @@
-"""A trained model opened for use, its rows computed live or looked up in a ToL file."""
+"""Opens a trained model for use, its rows computed live or looked up in a ToL file."""
 
-from absl import flags
+import dataclasses
+from typing import Annotated
 
-from memoryllm_jax.checkpoint.trained import SavedModel
-from memoryllm_jax.common import cli
-from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.inference.decoder import Decoder
-from memoryllm_jax.inference.engine import Contribution
+from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.common import options
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.options import Option
+from memoryllm_jax.inference.engine import Contribution, Engine
 from memoryllm_jax.inference.rows import LiveRows
-from memoryllm_jax.inference.sampling import Sampling, generate
-from memoryllm_jax.tol import build, edit, format, rows
+from memoryllm_jax.tol import build, edit, rows
+from memoryllm_jax.tol.format import TolFile
 
 PLACES = ("device", "host", "disk")
+CACHE_BYTES = 256 << 20
 
 
-class Model:
-    """A decoder and its rows, ready to generate.
+def open_engine(
+    workdir: str,
+    tol: str = "",
+    place: str = "",
+    cache_bytes: int | None = None,
+    overlay: str = "",
+    step: int | None = None,
+    dtype: str = "",
+    mesh=None,
+) -> Engine:
+    """A workdir's model, ready to generate.
 
     Args:
-      tol: path of a ToL file; "" computes rows live.  place: device, host or disk.  cache: bytes of rows cached on
-        the device, for host and disk.  overlay: path of edits, or "".  mesh: as of `SavedModel`.
+      tol: path of a ToL file; "" computes rows from the weights. With a file, FFN-M and an untied embedding are never
+        loaded.
+      place: where the file's rows are served from: device, host or (the default) disk.
+      cache_bytes: of rows cached on the device, for host and disk; by default CACHE_BYTES.
+      overlay: path of edits that `tol edit` wrote, or "".
+      step, dtype, mesh: as of `TrainedModel`.
     Raises: UserError.
     """
-
-    def __init__(
-        self,
-        workdir: str,
-        tol: str = "",
-        place: str = "disk",
-        cache: int = 256 << 20,
-        overlay: str = "",
-        step: int | None = None,
-        dtype: str = "",
-        mesh=None,
-    ):
-        if overlay and not tol:
-            raise UserError("--overlay: expected --tol too, as edits are those of a ToL file")
-        if place not in PLACES:
-            raise UserError(f"--rows: expected one of {', '.join(PLACES)}, found {place!r}")
-        self._tol = format.TolFile(tol) if tol else None  # first: a broken file is told of at once
-        self.saved = saved = SavedModel(workdir, step, dtype, mesh)
-        self.tokenizer, self.config = saved.tokenizer, saved.config
-        if self._tol is None:
-            params, _ = saved.load(lambda name: True)
-            self.rows = LiveRows(self.config, params, saved.mesh)
-        else:
-            self._tol.check_model(self.config, saved.tokenizer.digest, None)
-            edits = edit.Overlay.open(overlay, self._tol) if overlay else None
-            params, digest = saved.load(lambda name: not saved.is_memory(name))
-            self._tol.check_model(self.config, saved.tokenizer.digest, digest)
-            self.rows = self._looked_up(place, cache, params, edits)
-        self.decoder = self._whole = Decoder(self.config, params, saved.mesh)
-
-    def contribute(self, contribution: Contribution) -> None:
-        """Takes in so much of what the FFNs add from now on. Raises: UserError."""
-        self.decoder = self._whole.scaled(*contribution.factors(self.config))
-
-    def _looked_up(self, place, cache, params, edits):
-        mesh, embedding = self.saved.mesh, params.get("embedding")
-        repair = build.Repair(self.saved, self._tol)
-        if place == "device":
-            return rows.DeviceRows(self._tol, mesh, embedding, edits, repair)
-        table = rows.HostTable(self._tol, repair) if place == "host" else rows.DiskTable(self._tol, repair=repair)
-        return rows.CachedRows(table, mesh, cache, embedding, edits)
-
-    def prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, after the id that begins a document."""
-        bos = self.tokenizer.bos_id
-        return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
-
-    def generate(self, prompts: list[list[int]], max_tokens: int, sampling: Sampling, seed: int = 0, stop_ids=()):
-        """As `sampling.generate`."""
-        sizes = (self.saved.context, self.tokenizer.vocab_size)
-        return generate(self.decoder, self.rows, prompts, max_tokens, sampling, seed, *sizes, frozenset(stop_ids))
-
-    def close(self) -> None:
-        self.rows.close()
-        self.saved.close()
-        if self._tol is not None:
-            self._tol.close()
+    if overlay and not tol:
+        raise ArgumentError("overlay", "expected a ToL file too, as edits are those of one")
+    if not tol:
+        trained = TrainedModel(workdir, step, dtype, mesh)
+        params, _ = trained.load(lambda name: True)
+        return Engine(trained, params, LiveRows(trained.config, params, trained.mesh))
+    place = place or "disk"
+    if place not in PLACES:
+        raise ArgumentError("rows", f"expected one of {', '.join(PLACES)}, found {place!r}")
+    file = TolFile(tol)  # before the checkpoint is read, which takes longer
+    trained = TrainedModel(workdir, step, dtype, mesh)
+    file.check_model(trained.config, trained.tokenizer.digest, None)
+    edits = edit.Overlay.open(overlay, file) if overlay else None
+    params, digest = trained.load(lambda name: not trained.is_memory(name))
+    file.check_model(trained.config, trained.tokenizer.digest, digest)
+    embedding, repair = params.get("embedding"), build.Repair(trained, file)
+    if place == "device":
+        found = rows.DeviceRows(file, trained.mesh, embedding, edits, repair)
+    else:
+        table = rows.HostTable(file, repair) if place == "host" else rows.DiskTable(file, repair=repair)
+        cache_bytes = CACHE_BYTES if cache_bytes is None else cache_bytes
+        found = rows.CachedRows(table, trained.mesh, cache_bytes, embedding, edits)
+    return Engine(trained, params, found)
 
 
-def model_from_flags(mesh=None) -> Model:
-    """The model that the flags of `cli.define_model_flags` name. Raises: UserError."""
-    f = flags.FLAGS
-    if not f.tol and (f["rows"].present or f["cache"].present):
-        raise UserError("--rows, --cache: expected --tol too, as they say where its rows come from")
-    layers = {name: cli.layer_list(f[name].value, name) for name in ("drop_layers", "drop_compute")}
-    contribution = Contribution(f.alpha, f.alpha_compute, **layers)
-    model = Model(f.workdir, f.tol, f.rows, cli.size(f.cache, "cache"), f.overlay, f.step, f.dtype, mesh)
-    if contribution != Contribution():
-        model.contribute(contribution)
-    return model
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """The options of commands that run a model, and the engine that they ask for."""
+
+    workdir: Annotated[str, Option("folder with the trained model's checkpoints")]
+    tol: Annotated[str, Option("ToL file; without it rows are computed from the weights")] = ""
+    rows: Annotated[str, Option("where the ToL file's rows are served from: device, host or, by default, disk")] = ""
+    cache: Annotated[
+        str, Option("rows kept on the device, for host and disk, by default 256MiB; least recently used leave first")
+    ] = ""
+    overlay: Annotated[str, Option("edits of the rows, that `tol edit` wrote")] = ""
+    alpha: Annotated[float, Option("factor of what FFN-M adds, live or from a ToL file; in base, the FFN")] = 1.0
+    alpha_compute: Annotated[float, Option("factor of what FFN-C adds, in flex")] = 1.0
+    drop_layers: Annotated[
+        tuple[str, ...], Option("layers whose FFN-M, in base whose FFN, adds nothing, such as 0,5")
+    ] = ()
+    drop_compute: Annotated[tuple[str, ...], Option("layers whose FFN-C adds nothing, in flex")] = ()
+    step: Annotated[int | None, Option("checkpoint to read; by default the newest")] = None
+    dtype: Annotated[str, Option("float32 or bfloat16, of the computation; by default that of the training")] = ""
+
+    def open(self, mesh=None) -> Engine:
+        """Raises: UserError."""
+        if not self.tol and (self.rows or self.cache):
+            name = "rows" if self.rows else "cache"
+            raise ArgumentError(name, "expected a ToL file too, as it says how the rows of one are served")
+        cache_bytes = options.size(self.cache, "cache") if self.cache else None
+        engine = open_engine(self.workdir, self.tol, self.rows, cache_bytes, self.overlay, self.step, self.dtype, mesh)
+        contribution = Contribution(
+            self.alpha,
+            self.alpha_compute,
+            options.layers(self.drop_layers, "drop_layers", engine.config.layers),
+            options.layers(self.drop_compute, "drop_compute", engine.config.layers),
+        )
+        if contribution != Contribution():
+            engine.contribute(contribution)
+        return engine

@@ -1,0 +1,146 @@
+"""Options of commands, stated once: as annotated parameters of a function or fields of a dataclass.
+
+    def generate(prompt: Annotated[str, Option("text to go on from")], seed: Annotated[int, Option("of draws")] = 0):
+
+`define(generate)` makes a flag of each parameter that has an `Option`, and `values(generate)` reads them back as
+keyword arguments. Type, default and help are those of the signature. A parameter whose type is a dataclass of options
+stands for all of its fields.
+"""
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+
+from absl import flags
+
+from memoryllm_jax.common.errors import ArgumentError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+flags.disclaim_key_flags()  # flags that are defined here belong to the command: its --help lists them
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What the value of a parameter means, and which values are taken.
+
+    Attributes:
+      help: for --help.
+      least: the smallest number taken, if there is one.
+      choices: the only texts taken, if there are such.
+      many: the flag may be given several times; a tuple is otherwise written as A,B,C.
+    """
+
+    help: str
+    least: float | None = None
+    choices: tuple[str, ...] = ()
+    many: bool = False
+
+    def check(self, name: str, value) -> None:
+        """Raises: ArgumentError."""
+        if value is None:
+            return
+        if self.choices and value not in self.choices:
+            raise ArgumentError(name, f"expected one of {', '.join(self.choices)}, found {value!r}")
+        # Written so that NaN is refused too.
+        if self.least is not None and not value >= self.least:
+            raise ArgumentError(name, f"expected at least {self.least:g}, found {value}")
+
+
+class _Parameter(typing.NamedTuple):
+    name: str
+    type: type  # the plain type, without Annotated and None
+    default: object  # inspect.Parameter.empty where there is none
+    option: Option
+
+
+def define(target: Callable) -> None:
+    """Defines the flags of a function's or dataclass's options."""
+    makers = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
+    for name, kind, default, option in _parameters(target):
+        required = default is inspect.Parameter.empty
+        value = None if required else default
+        if kind is tuple:
+            value = None if value is None else list(value)
+            make = flags.DEFINE_multi_string if option.many else flags.DEFINE_list
+        else:
+            make = makers[kind]
+        text = option.help + (f"; one of {', '.join(option.choices)}" if option.choices else "")
+        make(name, value, text, required=required)
+
+
+def values(target: Callable) -> dict[str, object]:
+    """Keyword arguments for `target` from the flags that `define` made. Raises: ArgumentError for a refused value."""
+    out = {}
+    for name, hint in hints(target).items():
+        if dataclasses.is_dataclass(hint):
+            out[name] = hint(**values(hint))
+    for name, kind, _, option in _parameters(target, nested=False):
+        value = flags.FLAGS[name].value
+        out[name] = tuple(value) if kind is tuple and value is not None else value
+        option.check(name, out[name])
+    return out
+
+
+def check(options) -> None:
+    """Checks the fields of a dataclass of options: for its __post_init__. Raises: ArgumentError."""
+    for name, _, _, option in _parameters(type(options), nested=False):
+        option.check(name, getattr(options, name))
+
+
+def given(name: str) -> bool:
+    """Whether the command line names the flag."""
+    return flags.FLAGS[name].present > 0
+
+
+def size(text: str, name: str) -> int:
+    """Bytes of "12KiB", "1.5GB" or "4096". Raises: ArgumentError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)?", text, re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise ArgumentError(name, f"expected a size above zero such as 12KiB or 1.5GB, found {text!r}")
+    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+def layers(texts: Iterable[str], name: str, count: int) -> tuple[int, ...]:
+    """Distinct numbers of layers of a model that has `count`, in rising order. Raises: ArgumentError."""
+    for text in texts:
+        if not text.strip().isdecimal() or int(text) >= count:
+            raise ArgumentError(name, f"expected layers from 0 to {count - 1}, such as 0,{count - 1}, found {text!r}")
+    return tuple(sorted({int(text) for text in texts}))
+
+
+def hints(target: Callable) -> dict[str, object]:
+    """The types of a dataclass's fields or a function's parameters, in their order."""
+    found = typing.get_type_hints(target, include_extras=True)
+    return {name: found[name] for name in inspect.signature(target).parameters if name in found}
+
+
+def is_option(hint) -> bool:
+    """Whether a parameter of this type is an option, or a dataclass of options."""
+    return dataclasses.is_dataclass(hint) or _option(hint) is not None
+
+
+def _option(hint) -> Option | None:
+    return next((extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Option)), None)
+
+
+def _parameters(target, nested: bool = True) -> Iterator[_Parameter]:
+    parameters = inspect.signature(target).parameters
+    for name, hint in hints(target).items():
+        if dataclasses.is_dataclass(hint):
+            if nested:
+                yield from _parameters(hint)
+            continue
+        option = _option(hint)
+        if option is not None:
+            yield _Parameter(name, _plain(typing.get_args(hint)[0]), parameters[name].default, option)
+
+
+def _plain(hint) -> type:
+    """int of `int | None`, tuple of `tuple[str, ...]`."""
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    return typing.get_origin(hint) or hint
