@@ -63,7 +63,10 @@ def worker(sides):
     """Sides that share one decoder: reads {"side", "state", "first"} lines, answers with milliseconds a token."""
     base = sides == ["base"]
     model = open_engine(
-        FLAGS.base if base else FLAGS.workdir, "" if base else FLAGS.tol, cache_bytes=FLAGS.cache << 20, dtype=FLAGS.dtype
+        FLAGS.base if base else FLAGS.workdir,
+        "" if base else FLAGS.tol,
+        cache_bytes=FLAGS.cache << 20,
+        dtype=FLAGS.dtype,
     )
     sources = {"base": model.rows} if base else {side: rows_of(model, side) for side in sides}
     stream = dataset.Dataset(FLAGS.data).validation

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import with_devices
+from lab import with_devices
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

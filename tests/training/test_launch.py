@@ -16,7 +16,7 @@ from memoryllm_jax.common import hosts
 from memoryllm_jax.config import MeshConfig
 from memoryllm_jax.model import sharding
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -25,7 +25,7 @@ def test_slurm_restarts_what_can_go_on(data_path, tmp_path):
         pytest.skip("needs Debian's packages slurm-wlm and munge, and root")
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
-        [ROOT / "tests/slurm.sh", data_path, tmp_path], env=env, capture_output=True, text=True, timeout=900
+        [ROOT / "tests/training/slurm.sh", data_path, tmp_path], env=env, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import CONTEXT, with_devices
+from lab import CONTEXT, with_devices
 
 from memoryllm_jax import config
 from memoryllm_jax.common import report

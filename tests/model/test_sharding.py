@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import with_devices
 from jax.sharding import PartitionSpec as P
+from lab import with_devices
 
 from memoryllm_jax.checkpoint import store
 from memoryllm_jax.common.errors import UserError

@@ -15,7 +15,7 @@ import transformers
 from memoryllm_jax import hf
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]
 from test_hf import IDS, LLAMA3_ROPE, golden_by_the_equations, their_logits, write_tokenizer  # noqa: E402
 
 SHAPE = {

@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import free_port, with_devices
+from lab import free_port, with_devices
 
 from memoryllm_jax.checkpoint import store
 from memoryllm_jax.common import hosts

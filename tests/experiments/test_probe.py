@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import CONTEXT, with_devices
+from lab import CONTEXT, with_devices
 
 from memoryllm_jax import probe
 from memoryllm_jax.checkpoint import trained

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import free_port, with_devices
+from lab import free_port, with_devices
 
 from memoryllm_jax import config, generate
 from memoryllm_jax.checkpoint.trained import TrainedModel

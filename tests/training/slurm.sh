@@ -2,7 +2,7 @@
 # Runs launch/slurm.sbatch on a real SLURM cluster of one node, which it sets up in a folder and takes down again.
 #
 #     apt-get install slurm-wlm munge
-#     tests/slurm.sh DATA FOLDER
+#     tests/training/slurm.sh DATA FOLDER
 #
 # As root. DATA is prepared text, FOLDER is new. Trains on the CPU with two tasks of the `python` on PATH.
 set -euo pipefail

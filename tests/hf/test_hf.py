@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import GOLDEN
+from lab import GOLDEN
 from safetensors.numpy import load_file, save_file
 
 from memoryllm_jax import config as config_lib

@@ -312,7 +312,7 @@ def test_package_decodes_as_the_reader_here(mixed_file):
 
 def test_example_in_the_specification_reads_a_file(mixed_file):
     path, _ = mixed_file
-    with open(os.path.join(os.path.dirname(__file__), "..", "docs", "tol.md"), encoding="utf-8") as file:
+    with open(os.path.join(os.path.dirname(__file__), "..", "..", "docs", "tol.md"), encoding="utf-8") as file:
         (example,) = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
     space = {}
     exec(example, space)  # defines the class Tol
