@@ -50,7 +50,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only and not far,
             read_only=read_only,
         )
-        with storage.told(self.workdir, "a folder for checkpoints"):
+        with storage.user_errors(self.workdir, "a folder for checkpoints"):
             if far and not read_only and jax.process_index() == 0:
                 self._remove_unfinished()
             self._manager = ocp.CheckpointManager(self.workdir, options=options)

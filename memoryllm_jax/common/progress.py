@@ -2,65 +2,75 @@
 
 import sys
 import time
+from typing import TextIO
 
 import tqdm
 
 
 class Progress:
-    """Progress with rate and ETA: a bar on a terminal, a plain line every `every_s` seconds in a log.
+    """Progress with ETA: a bar on a terminal, a plain line every `every_s` seconds in a log.
 
     Args:
       total: amount of work, in `unit`s.
-      initial: amount already done when this process starts; it does not count towards the rate.
-      enabled: False on every host but the first.
+      initial: amount that was done before this process started; the ETA leaves it out.
+      every_s: seconds between lines in a log.
+      enabled: False on every host but the first, so that a run prints once.
       stream: where plain lines go, by default stdout.
     """
 
     def __init__(
-        self, label: str, total: int, unit: str, initial: int = 0, every_s: float = 10.0, enabled=True, stream=None
+        self,
+        label: str,
+        total: int,
+        unit: str,
+        initial: int = 0,
+        every_s: float = 10.0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
     ):
-        self.stream = stream
-        self.label, self.total, self.every_s, self.enabled = label, total, every_s, enabled
-        self.done = self.initial = initial
-        self.start = self.last_line = time.monotonic()
-        self.bar = None
+        self.label, self.total, self.every_s, self.enabled, self.stream = label, total, every_s, enabled, stream
+        self.done = self._initial = initial
+        self._start = self._last_line = time.monotonic()
+        self._bar = None
         if enabled and sys.stderr.isatty():
-            scale = unit == "B"
-            self.bar = tqdm.tqdm(
-                total=total, initial=initial, unit=unit, unit_scale=scale, desc=label, dynamic_ncols=True
+            self._bar = tqdm.tqdm(
+                total=total, initial=initial, unit=unit, unit_scale=unit == "B", desc=label, dynamic_ncols=True
             )
 
     def update(self, done: int, note: str = "") -> None:
-        """Sets the amount done so far and what to show beside it."""
-        if self.bar is not None:
-            self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update(done - self.done)
+        """Sets the amount done so far, and a note to show beside it."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self.done)
         self.done = done
-        now = time.monotonic()
-        if self.enabled and self.bar is None and now - self.last_line >= self.every_s:
+        if self._bar is None and time.monotonic() - self._last_line >= self.every_s:
             self.line(f"{self.label} {100 * done / max(self.total, 1):.1f}%  {note}  ETA {self.eta()}")
 
     def eta(self) -> str:
-        new = self.done - self.initial
-        if new <= 0:
+        """Time left at the mean rate of this process, such as 1h05m."""
+        done_here = self.done - self._initial
+        if done_here <= 0:
             return "unknown"
-        return duration((time.monotonic() - self.start) / new * (self.total - self.done))
+        return duration((time.monotonic() - self._start) / done_here * (self.total - self.done))
 
     def line(self, text: str) -> None:
-        """Prints a line without breaking the bar; in a log it stands in for the next progress line."""
-        self.last_line = time.monotonic()
-        if self.enabled and self.bar is not None:
-            self.bar.write(text)
-        elif self.enabled:
+        """Prints a line without breaking the bar. In a log, the next progress line waits for `every_s` from now."""
+        self._last_line = time.monotonic()
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
             print(text, flush=True, file=self.stream)
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 def duration(seconds: float) -> str:
+    """1h05m, or 5m07s below an hour."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

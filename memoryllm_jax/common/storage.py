@@ -1,7 +1,6 @@
-"""Small file habits that several commands share, on local paths and on URLs that fsspec knows.
+"""Files on local paths and on URLs that fsspec knows: whole-file writes, checksums, and who owns a folder.
 
-Whole-file writes, checksums, and which run a folder belongs to. fsspec's file systems of object stores retry what may
-pass (gcsfs and s3fs five times); what is left becomes a UserError that names the URL.
+gcsfs and s3fs retry transient errors (five times); what still fails becomes a UserError that names the URL.
 """
 
 import contextlib
@@ -10,8 +9,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import uuid
+from collections.abc import Iterator
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -24,37 +25,40 @@ def is_url(path: str) -> bool:
 
 
 def absolute(path: str) -> str:
+    """The absolute path; a URL without a slash at its end."""
     return path.rstrip("/") if is_url(path) else os.path.abspath(path)
 
 
-def filesystem(path: str):
-    """(fsspec file system, path as it knows it). Raises: UserError, also where its package is missing."""
+def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """(the file system of a path or URL, the path as that file system takes it). Raises: UserError."""
     try:
-        return fsspec.core.url_to_fs(path, use_listings_cache=False)  # TensorStore and other hosts write there too
-    except Exception as error:
+        # TensorStore and other hosts write to the same folders, so a cached listing would be out of date.
+        return fsspec.core.url_to_fs(path, use_listings_cache=False)
+    except Exception as error:  # fsspec raises what the package behind the URL raises, or ImportError without it
         raise UserError(f"{path}: {reason(error)}") from error
 
 
-def is_local(fs) -> bool:
+def is_local(fs: fsspec.AbstractFileSystem) -> bool:
     return isinstance(fs, LocalFileSystem)
 
 
 def reason(error: Exception) -> str:
-    """Why a file system or the storage behind a URL refused, as a clause."""
+    """Why a file system, or the storage behind a URL, refused: a clause for an error message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError):  # fsspec's file systems raise it without strerror
         return "no such file, folder or bucket"
     text = " ".join(str(error).split())[:300] or type(error).__name__
-    extra = {"gcsfs": "gcs", "s3fs": "s3"}.get(next(iter(re.findall("gcsfs|s3fs", text)), ""))
-    if isinstance(error, ImportError) and extra:
+    package = re.search("gcsfs|s3fs", text)
+    if isinstance(error, ImportError) and package:
+        extra = {"gcsfs": "gcs", "s3fs": "s3"}[package[0]]
         return f"{text}: pip install 'memoryllm_jax[{extra}]'"
     return text
 
 
 @contextlib.contextmanager
-def told(path: str, expected: str = ""):
-    """Turns what the storage raises into a UserError that names the path and what was expected of it."""
+def user_errors(path: str, expected: str = "") -> Iterator[None]:
+    """Turns what the storage raises into a UserError that names the path and what was expected there."""
     try:
         yield
     except UserError:
@@ -63,8 +67,30 @@ def told(path: str, expected: str = ""):
         raise UserError(f"{path}: {expected and f'expected {expected}: '}{reason(error)}") from error
 
 
+@contextlib.contextmanager
+def replaced(path: str) -> Iterator[str]:
+    """Yields PATH.part to write a local file or folder to; at the end it takes the name `path`.
+
+    So `path` is there whole or not at all: on an error, PATH.part is removed. An empty folder at `path` gives way.
+    Raises: UserError for an OSError.
+    """
+    part = f"{path}.part"
+    try:
+        yield part
+        if os.path.isdir(part) and os.path.isdir(path):
+            os.rmdir(path)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        if os.path.isdir(part):
+            shutil.rmtree(part, ignore_errors=True)
+        elif os.path.exists(part):
+            os.remove(part)
+
+
 def write_json(path: str, tree) -> None:
-    """Writes JSON so that the file is there whole or not at all."""
+    """Writes JSON so that the file is there whole or not at all. Raises: UserError."""
     write_bytes(path, (json.dumps(tree, indent=1) + "\n").encode())
 
 
@@ -72,61 +98,58 @@ def write_bytes(path: str, data: bytes) -> None:
     """Writes a file that is there whole or not at all. Raises: UserError."""
     if is_url(path):
         fs, name = filesystem(path)
-        with told(path, "a place to write to"):
-            return fs.pipe_file(name, data)
-    part = f"{path}.part"
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-        os.replace(part, path)
-    except OSError as error:
-        if os.path.exists(part):
-            os.remove(part)
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+        with user_errors(path, "a place to write to"):
+            fs.pipe_file(name, data)  # object stores show an object only when it is whole
+        return
+    with replaced(path) as part, open(part, "wb") as file:
+        file.write(data)
 
 
 def upload(path: str, url: str) -> None:
+    """Copies a local file to a URL. Raises: UserError."""
     fs, name = filesystem(url)
-    with told(url, "a place to write to"):
+    with user_errors(url, "a place to write to"):
         fs.put_file(path, name)
 
 
-def read_bytes(path: str, what: str) -> bytes:
-    """Raises: UserError that names the file and what was expected of it."""
+def read_bytes(path: str, expected: str) -> bytes:
+    """A whole file. Raises: UserError that names the file and what was expected there."""
     fs, name = filesystem(path)
-    with told(path, what):
+    with user_errors(path, expected):
         return fs.cat_file(name)
 
 
-def read_json(path: str, what: str):
-    """Raises: UserError that names the file and what was expected of it."""
+def read_json(path: str, expected: str):
+    """The tree in a JSON file. Raises: UserError that names the file and what was expected there."""
     try:
-        return json.loads(read_bytes(path, what))
+        return json.loads(read_bytes(path, expected))
     except ValueError as error:
-        raise UserError(f"{path}: expected {what}, found invalid JSON: {error}") from error
+        raise UserError(f"{path}: expected {expected}, found invalid JSON: {error}") from error
 
 
 def exists(path: str) -> bool:
     fs, name = filesystem(path)
-    with told(path):
+    with user_errors(path):
         return fs.exists(name)
 
 
 def sizes(folder: str) -> dict[str, int]:
     """{file name: bytes} of all files in a folder. Raises: UserError."""
     fs, name = filesystem(folder)
-    with told(folder, "a folder"):
-        return {os.path.basename(e["name"]): e["size"] for e in fs.ls(name, detail=True) if e["type"] == "file"}
+    with user_errors(folder, "a folder"):
+        entries = fs.ls(name, detail=True)
+    return {os.path.basename(entry["name"]): entry["size"] for entry in entries if entry["type"] == "file"}
 
 
 def sha256(path: str) -> str:
+    """Of a file's bytes, in hexadecimal. Raises: UserError."""
     fs, name = filesystem(path)
-    with told(path, "a file"), fs.open(name, "rb") as file:
+    with user_errors(path, "a file"), fs.open(name, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lock_byte(fd: int, path: str, number: int) -> None:
-    """Holds byte `number` of an open file for this process. Raises: UserError if another holds it."""
+    """Holds byte `number` of an open file for this process. Raises: UserError if another process holds it."""
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
     except (BlockingIOError, PermissionError) as error:
@@ -134,10 +157,15 @@ def lock_byte(fd: int, path: str, number: int) -> None:
 
 
 def lock_folder(path: str):
-    """Makes the folder and holds it for this process; keep the result alive. Raises: UserError if it is held."""
+    """Makes a local folder and locks it for this process.
+
+    Returns: the open lock file; closing it, or losing it to garbage collection, gives the folder free.
+    Raises: UserError if another process has locked it.
+    """
     name = os.path.join(path, ".lock")
     try:
         os.makedirs(path, exist_ok=True)
+        # Not "w": the holder's name must still be there for the message if the lock is taken.
         file = open(name, "a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
@@ -145,7 +173,9 @@ def lock_folder(path: str):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.seek(0)
-        raise UserError(f"{path}: in use by another run ({file.read().strip() or 'unknown'})") from error
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise UserError(f"{path}: in use by another run ({holder})") from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
@@ -153,10 +183,10 @@ def lock_folder(path: str):
 
 
 class Claim:
-    """A folder on object storage, which has no locks: it belongs to the run that claimed it last.
+    """A mark in a folder on object storage, which has no locks: the folder belongs to the run that marked it last.
 
-    So a run that was preempted is never shut out when it starts again, and one that still lives ends at its next
-    `check`, as far as it reaches the storage.
+    A run that was preempted is therefore never shut out when it starts again. A run that has lost its folder ends at
+    its next `check`, provided that it reaches the storage.
     """
 
     def __init__(self, path: str):

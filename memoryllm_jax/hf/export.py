@@ -42,7 +42,7 @@ def export(workdir: str, output: str, dtype: str = "", shard_bytes: int = 5 << 3
     trained = TrainedModel(workdir, step, "float32")
     part = f"{output.rstrip('/')}.part"
     try:
-        with storage.told(part, "a place to write to"):
+        with storage.user_errors(part, "a place to write to"):
             shutil.rmtree(part, ignore_errors=True)
             os.makedirs(part)
             text = _write(trained, part, dtype, shard_bytes)
