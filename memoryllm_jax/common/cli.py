@@ -13,6 +13,8 @@ from absl import app, flags, logging
 from memoryllm_jax.common import options
 from memoryllm_jax.common.errors import ArgumentError, UserError
 
+flags.disclaim_key_flags()  # flags that are defined here belong to the command: its --help lists them
+
 _HELP = {"--help", "-h", "-help", "--helpfull"}
 
 

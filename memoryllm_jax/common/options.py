@@ -20,6 +20,8 @@ from memoryllm_jax.common.errors import ArgumentError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+_MISSING = inspect.Parameter.empty
+
 flags.disclaim_key_flags()  # flags that are defined here belong to the command: its --help lists them
 
 
@@ -53,7 +55,7 @@ class Option:
 class _Parameter(typing.NamedTuple):
     name: str
     type: type  # the plain type, without Annotated and None
-    default: object  # inspect.Parameter.empty where there is none
+    default: object  # _MISSING where there is none
     option: Option
 
 
@@ -61,15 +63,15 @@ def define(target: Callable) -> None:
     """Defines the flags of a function's or dataclass's options."""
     makers = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
     for name, kind, default, option in _parameters(target):
-        required = default is inspect.Parameter.empty
-        value = None if required else default
+        value = None if default is _MISSING else default
         if kind is tuple:
-            value = None if value is None else list(value)
+            value = list(value or ())
             make = flags.DEFINE_multi_string if option.many else flags.DEFINE_list
         else:
             make = makers[kind]
         text = option.help + (f"; one of {', '.join(option.choices)}" if option.choices else "")
-        make(name, value, text, required=required)
+        # Not `required`: absl's message for a missing flag does not say what the flag is.
+        make(name, value, text)
 
 
 def values(target: Callable) -> dict[str, object]:
@@ -78,8 +80,10 @@ def values(target: Callable) -> dict[str, object]:
     for name, hint in hints(target).items():
         if dataclasses.is_dataclass(hint):
             out[name] = hint(**values(hint))
-    for name, kind, _, option in _parameters(target, nested=False):
+    for name, kind, default, option in _parameters(target, nested=False):
         value = flags.FLAGS[name].value
+        if default is _MISSING and value in (None, "", []):
+            raise ArgumentError(name, f"is missing ({option.help})")
         out[name] = tuple(value) if kind is tuple and value is not None else value
         option.check(name, out[name])
     return out

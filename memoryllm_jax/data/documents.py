@@ -1,38 +1,27 @@
-"""Documents out of files: C4's `.json.gz`, `.jsonl`, `.jsonl.zst`, `.txt`, `.parquet`, on any path fsspec reads."""
+"""Documents out of text files: C4's `.json.gz`, `.jsonl`, `.txt` or `.parquet`, on any path that fsspec reads."""
 
 import glob
-import importlib
 import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import fsspec
 
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import UserError, require
 
 EMBEDDED = "embedded"  # the interpreter's own documentation topics and standard-library sources
 _FORMATS = ("json", "jsonl", "txt", "parquet")
-_CHUNK = 1 << 20
+_CHUNK = 1 << 20  # bytes read at a time
 
 
 def expand(pattern: str) -> list[str]:
-    """Paths that a comma-separated list of globs matches, sorted within each. Raises: UserError."""
+    """Paths that a comma-separated list of globs matches, sorted within each glob. Raises: UserError."""
     paths = []
     for part in pattern.split(","):
-        if part == EMBEDDED:
-            paths.append(part)
-            continue
-        try:
-            fs, path = fsspec.core.url_to_fs(part)
-            found = sorted(p for p in fs.glob(path) if fs.isfile(p))
-        except (ImportError, ValueError, OSError) as error:
-            raise UserError(f"input {part}: {error}") from error
-        if not found:
-            raise UserError(f"input {part}: expected at least one file, found none")
-        paths += [p if "://" not in part else fs.unstrip_protocol(p) for p in found]
-    paths = list(dict.fromkeys(paths))
+        paths += [part] if part == EMBEDDED else _matches(part)
+    paths = list(dict.fromkeys(paths))  # each once, in order
     for path in paths:
         if not is_text(path):
             raise UserError(
@@ -41,21 +30,37 @@ def expand(pattern: str) -> list[str]:
     return paths
 
 
+def _matches(part):
+    try:
+        fs, path = fsspec.core.url_to_fs(part)
+        found = sorted(name for name in fs.glob(path) if fs.isfile(name))
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"input {part}: {error}") from error
+    if not found:
+        raise UserError(f"input {part}: expected at least one file, found none")
+    return [fs.unstrip_protocol(name) for name in found] if "://" in part else found
+
+
 def is_text(pattern: str) -> bool:
-    """Whether `expand` takes it, by its name."""
+    """Whether the name is that of a text file which `read` takes."""
     return pattern == EMBEDDED or _format(pattern) in _FORMATS
 
 
 def size(path: str) -> int:
     """Bytes of the file, as stored."""
     if path == EMBEDDED:
-        return sum(os.path.getsize(p) for p in _stdlib_sources())
+        return sum(os.path.getsize(source) for source in _stdlib_sources())
     fs, path = fsspec.core.url_to_fs(path)
     return fs.size(path)
 
 
 def read(path: str, text_key: str = "text") -> Iterator[tuple[str, int]]:
-    """(document, bytes of the file read so far). Empty documents are left out. Raises: UserError with file and line."""
+    """Yields (document, bytes of the file read so far). Empty documents are left out.
+
+    Args:
+      text_key: JSON field or parquet column that holds the text.
+    Raises: UserError that names file and line.
+    """
     if path == EMBEDDED:
         yield from _embedded()
         return
@@ -64,14 +69,8 @@ def read(path: str, text_key: str = "text") -> Iterator[tuple[str, int]]:
             if not raw.read(1):
                 raise UserError(f"{path}: the file is empty")
             raw.seek(0)
-            form = _format(path)
-            if form == "parquet":
-                documents = _parquet(raw, path, text_key)
-            elif form == "txt":
-                documents = [_decode(b"".join(_chunks(raw, path)), path)]
-            else:
-                documents = _json_lines(raw, path, text_key)
-            for text in documents:
+            readers = {"parquet": _parquet, "txt": _whole_text}
+            for text in readers.get(_format(path), _json_lines)(raw, path, text_key):
                 if text:
                     yield text, raw.tell()
     except OSError as error:
@@ -82,58 +81,73 @@ def _format(path):
     return path.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
 
 
-def _chunks(raw, path):
-    """The file's bytes, decompressed. Unlike the libraries' readers it notices a zstd stream that ends too early."""
+def _raw_chunks(raw) -> Iterator[bytes]:
+    while data := raw.read(_CHUNK):
+        yield data
+
+
+def _chunks(raw, path) -> Iterator[bytes]:
+    """The file's bytes, decompressed."""
     if path.endswith(".gz"):
-        new, error_types = lambda: zlib.decompressobj(31), (zlib.error,)
+        # 31: a gzip header, with the largest window.
+        yield from _decompressed(raw, path, lambda: zlib.decompressobj(31), zlib.error)
     elif path.endswith(".zst"):
-        zstandard = _need("zstandard", path)
-        new, error_types = lambda: zstandard.ZstdDecompressor().decompressobj(), (zstandard.ZstdError,)
+        zstandard = require("zstandard", "prepare", path)
+        decompressor = zstandard.ZstdDecompressor()
+        yield from _decompressed(raw, path, decompressor.decompressobj, zstandard.ZstdError)
     else:
-        yield from iter(lambda: raw.read(_CHUNK), b"")
-        return
-    stream = new()
-    for data in iter(lambda: raw.read(_CHUNK), b""):
+        yield from _raw_chunks(raw)
+
+
+def _decompressed(raw, path, new_stream: Callable, stream_error: type[Exception]):
+    # By hand, as the libraries' own readers do not notice a zstd stream that ends too early.
+    stream = new_stream()
+    for data in _raw_chunks(raw):
         while data:
-            if stream.eof:
-                stream = new()
+            if stream.eof:  # a file may hold several streams, one after another
+                stream = new_stream()
             try:
                 yield stream.decompress(data)
-            except error_types as error:
+            except stream_error as error:
                 raise UserError(f"{path}: damaged compressed data near byte {raw.tell()}: {error}") from error
             data = stream.unused_data
     if not stream.eof:
         raise UserError(f"{path}: the compressed file is cut off after {raw.tell()} bytes")
 
 
-def _json_lines(raw, path, text_key):
-    def lines():
-        rest = []
-        for chunk in _chunks(raw, path):
-            first, newline, tail = chunk.partition(b"\n")
-            rest.append(first)
-            if newline:
-                yield b"".join(rest)
-                *whole, last = tail.split(b"\n")
-                yield from whole
-                rest = [last]
-        yield b"".join(rest)
+def _whole_text(raw, path, text_key):
+    yield _decode(b"".join(_chunks(raw, path)), path)
 
-    for number, line in enumerate(lines(), 1):
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    rest = []  # pieces of a line that no chunk has ended yet: joined once, however long the line is
+    for chunk in chunks:
+        first, newline, tail = chunk.partition(b"\n")
+        rest.append(first)
+        if newline:
+            yield b"".join(rest)
+            *whole, last = tail.split(b"\n")
+            yield from whole
+            rest = [last]
+    yield b"".join(rest)
+
+
+def _json_lines(raw, path, text_key):
+    for number, line in enumerate(_lines(_chunks(raw, path)), 1):
         if not line.strip():
             continue
+        where = f"{path}: line {number}"
         try:
-            record = json.loads(_decode(line, f"{path}: line {number}"))
+            record = json.loads(_decode(line, where))
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number}: invalid JSON: {error}") from error
+            raise UserError(f"{where}: invalid JSON: {error}") from error
         text = record.get(text_key) if isinstance(record, dict) else None
-        yield _check(text, f"{path}: line {number}", text_key)
+        yield _check(text, where, text_key)
 
 
 def _parquet(raw, path, text_key):
-    parquet = _need("pyarrow.parquet", path)
-    import pyarrow
-
+    parquet = require("pyarrow.parquet", "prepare", path)
+    pyarrow = require("pyarrow", "prepare", path)
     try:
         file = parquet.ParquetFile(raw)
         if text_key not in file.schema_arrow.names:
@@ -147,19 +161,19 @@ def _parquet(raw, path, text_key):
         raise UserError(f"{path}: damaged parquet: {error}") from error
 
 
-def _check(text, where, text_key):
+def _check(text, where, text_key) -> str:
     if not isinstance(text, str):
         raise UserError(f"{where}: expected text under {text_key!r}, found {type(text).__name__}")
     try:
         text.encode()
-    except UnicodeEncodeError as error:
+    except UnicodeEncodeError as error:  # JSON may hold "\ud800", which no tokenizer takes
         raise UserError(
             f"{where}: expected Unicode text, found half a surrogate pair at character {error.start}"
         ) from error
     return text
 
 
-def _decode(data, where):
+def _decode(data: bytes, where) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -168,22 +182,14 @@ def _decode(data, where):
         ) from error
 
 
-def _need(module, path):
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise UserError(f"{path}: reading it needs {package}: pip install 'memoryllm_jax[prepare]'") from error
-
-
-def _stdlib_sources():
+def _stdlib_sources() -> list[str]:
     root = sysconfig.get_path("stdlib")
-    left_out = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings")
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
     paths = sorted(glob.glob(f"{root}/**/*.py", recursive=True))
-    return [p for p in paths if not set(left_out) & set(os.path.relpath(p, root).split(os.sep))]
+    return [path for path in paths if not left_out & set(os.path.relpath(path, root).split(os.sep))]
 
 
-def _embedded():
+def _embedded() -> Iterator[tuple[str, int]]:
     import pydoc_data.topics
 
     done = 0

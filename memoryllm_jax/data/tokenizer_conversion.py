@@ -1,8 +1,8 @@
 """tokenizer.json for each kind of tokenizer, so that transformers loads it without code of ours."""
 
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import UserError, require
 from memoryllm_jax.data import tokenizer
-from memoryllm_jax.data.tokenizer import Tokenizer, need
+from memoryllm_jax.data.tokenizer import Tokenizer
 
 _SPACE = "\u2581"  # SentencePiece's sign for a space
 
@@ -14,7 +14,7 @@ def to_json(tokenizer: Tokenizer, context: int) -> tuple[bytes, dict]:
       context: tokens that the model takes.
     Raises: UserError for a SentencePiece model that is not BPE.
     """
-    tokenizers = need("tokenizers")
+    tokenizers = require("tokenizers", "prepare", "this tokenizer")
     content, special = tokenizer.content, []
     if tokenizer.kind == "hf":
         fast = tokenizers.Tokenizer.from_str(content.decode())

@@ -96,7 +96,7 @@ def test_urls_that_do_not_fit_are_refused(make_config, data_path, corpus):
         loop.train(make_config(), "s3://b/w")
     with pytest.raises(UserError, match=r"config.data.path: embedded is prepared in the workdir, .* on a disk"):
         loop.train(make_config(**{"data.path": "embedded"}), "gs://b/w")
-    with pytest.raises(UserError, match=r"--output=gs://b/data: expected a folder on a disk"):
+    with pytest.raises(UserError, match=r"output: expected a folder on a disk"):
         prepare(corpus, f"sentencepiece:{data_path}/tokenizer.model", "gs://b/data")
 
 

@@ -81,13 +81,13 @@ def test_held_out_documents_are_not_trained_on_and_counts_are_exact(corpus, data
     assert (record["dtype"], record["vocab_size"]) == ("uint16", 512)
 
 
-def test_killed_prepare_goes_on(corpus, tmp_path):
+def test_killed_prepare_goes_on(corpus, data_path, tmp_path):
     """SIGKILL between two shards; the second run keeps the first's and ends as if nothing had happened."""
     lines = open(corpus).read().splitlines()
     for i in range(6):
-        (tmp_path / f"in{i}.jsonl").write_text("\n".join(lines[i::6] * 60))
+        (tmp_path / f"in{i}.jsonl").write_text("\n".join(lines[i::6] * 20))
     command = [sys.executable, "-m", "memoryllm_jax.prepare", f"--input={tmp_path}/in*.jsonl", "--workers=2"]
-    command.append("--tokenizer=sentencepiece:train:512")
+    command.append(f"--tokenizer=sentencepiece:{data_path}/tokenizer.model")
 
     def start(name):
         return subprocess.Popen([*command, f"--output={tmp_path}/{name}"], stdout=subprocess.DEVNULL)
@@ -181,7 +181,7 @@ def test_files_of_the_user_are_never_removed_or_trained_on_and_held_out(corpus, 
 def test_an_error_in_one_file_ends_all_workers(corpus, data_path, tmp_path):
     """The other worker has far more to report than a pipe holds; nobody reads it any more."""
     (tmp_path / "a.jsonl").write_text("broken\n")
-    (tmp_path / "b.jsonl").write_bytes(open(corpus, "rb").read() * 40)
+    (tmp_path / "b.jsonl").write_bytes(open(corpus, "rb").read() * 10)
     command = [sys.executable, "-m", "memoryllm_jax.prepare", f"--input={tmp_path}/*.jsonl", "--workers=2"]
     command += [f"--tokenizer=sentencepiece:{data_path}/tokenizer.model", f"--output={tmp_path}/out"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
