@@ -80,11 +80,11 @@ class _Drawn:
 
 
 def test_the_library_names_the_argument_without_dashes():
-    with pytest.raises(ArgumentError, match="^kind: expected one of line, bar, found 'pie'"):
+    with pytest.raises(ArgumentError, match=r"^kind: expected one of line, bar, found 'pie'"):
         _Drawn("pie")
-    with pytest.raises(ArgumentError, match="^cache: expected a size above zero such as 12KiB or 1.5GB, found '0MB'"):
+    with pytest.raises(ArgumentError, match=r"^cache: expected a size above zero such as 12KiB or 1.5GB, found '0MB'"):
         options.size("0MB", "cache")
-    with pytest.raises(ArgumentError, match="^drop: expected layers from 0 to 3, such as 0,3, found '4'"):
+    with pytest.raises(ArgumentError, match=r"^drop: expected layers from 0 to 3, such as 0,3, found '4'"):
         options.layers(["0", "4"], "drop", 4)
     assert (options.size("1.5KiB", "cache"), options.layers(["2", "0", "2"], "drop", 4)) == (1536, (0, 2))
 
