@@ -22,7 +22,7 @@ import json
 import shutil
 
 import pytest
-from lab import Lab
+from lab import Lab, made_once, shared_folder
 
 from memoryllm_jax.config import default, resolve
 from memoryllm_jax.data import documents, shards
@@ -36,19 +36,22 @@ def pytest_sessionfinish():
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A .jsonl file of 400 kB of Python's documentation topics."""
-    path = tmp_path_factory.mktemp("text") / "topics.jsonl"
-    with open(path, "w") as file:
-        for text, _ in itertools.islice(documents.read("embedded"), 80):
-            file.write(json.dumps({"text": text}) + "\n")
+    path = shared_folder(tmp_path_factory) / "topics.jsonl"
+    with made_once(path) as to_make:
+        if to_make:
+            texts = [text for text, _ in itertools.islice(documents.read("embedded"), 80)]
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
 
 
 @pytest.fixture(scope="session")
 def data_path(corpus, tmp_path_factory):
     """`corpus`, tokenised with a SentencePiece model of 512 ids trained on it."""
-    path = str(tmp_path_factory.mktemp("data") / "prepared")
-    shards.prepare(corpus, "sentencepiece:train:512", path, validation_fraction=0.05)
-    return path
+    path = shared_folder(tmp_path_factory) / "prepared"
+    with made_once(path) as to_make:
+        if to_make:
+            shards.prepare(corpus, "sentencepiece:train:512", str(path), validation_fraction=0.05)
+    return str(path)
 
 
 @pytest.fixture
@@ -72,4 +75,4 @@ def make_config(data_path):
 
 @pytest.fixture(scope="session")
 def lab(data_path, tmp_path_factory):
-    return Lab(data_path, tmp_path_factory.mktemp("lab"))
+    return Lab(data_path, shared_folder(tmp_path_factory))

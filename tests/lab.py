@@ -1,8 +1,10 @@
 """What tests of several parts share: trained models to look at, environments for commands, and ports."""
 
 import contextlib
+import fcntl
 import functools
 import os
+import pathlib
 import socket
 
 import jax
@@ -29,8 +31,24 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def shared_folder(tmp_path_factory) -> pathlib.Path:
+    """A folder of this test session that all of its workers have."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@contextlib.contextmanager
+def made_once(path: pathlib.Path):
+    """Yields whether `path` is still to be made; other workers that ask for it meanwhile wait."""
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = pathlib.Path(f"{path}.done")
+        yield not done.exists()
+        done.touch()
+
+
 class Lab:
-    """A trained model of each architecture, made when it is first asked for."""
+    """A trained model of each architecture, made when it is first asked for, once for all workers."""
 
     def __init__(self, data_path, folder):
         self.data_path, self.folder = data_path, folder
@@ -45,14 +63,18 @@ class Lab:
         c.data.path, c.data.epochs = self.data_path, 9
         c.optimizer.peak_lr, c.optimizer.warmup_steps = 2e-2, 2
         c.log.every, c.log.tensorboard = 100, False
-        workdir = str(self.folder / name)
-        assert loop.train(resolve(c), workdir, jax.devices()[:1]) == 0
-        return workdir
+        workdir = self.folder / name
+        with made_once(workdir) as to_make:
+            if to_make:
+                assert loop.train(resolve(c), str(workdir), jax.devices()[:1]) == 0
+        return str(workdir)
 
     def _tol(self, name):
-        path = str(self.folder / f"{name}.safetensors")
-        compress.precompute(self.workdir(name), path, compress.Options())
-        return path
+        path = self.folder / f"{name}.safetensors"
+        with made_once(path) as to_make:
+            if to_make:
+                compress.precompute(self.workdir(name), str(path), compress.Options())
+        return str(path)
 
     def run(self, name):
         """Its Config."""
