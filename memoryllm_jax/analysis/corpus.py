@@ -49,20 +49,21 @@ def states(inside: Inside, tokens_BT: np.ndarray):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _layer(config, layer, memory, x_BTD, x0_1UD, index_1N):
-    """One `model.Block`, and what its modules returned on the way."""
-    flat = lambda x: x.reshape(-1, config.dim)  # noqa: E731
-    queries, rows = {}, None
+    """(State of a layer, the residual stream after it [B, T, D])."""
+
+    def by_position(x_BTD):
+        return x_BTD.reshape(-1, config.dim)
+
+    queries, rows_1UD = {}, None
     if memory is not None:
-        module = transformer.MemoryLayer(config)
-        rows, seen = module.apply({"params": memory}, x0_1UD, capture_intermediates=True)
-        queries["memory"] = seen["intermediates"]["norm"]["__call__"][0][0, index_1N[0]]
-    args = rows, index_1N, transformer.rope_table(config, jnp.arange(x_BTD.shape[1]))
-    (out_BTD, _), seen = transformer.Block(config).apply({"params": layer}, x_BTD, *args, capture_intermediates=True)
-    seen = seen["intermediates"]
-    attended_BTD, _ = seen["attention"]["__call__"][0]
+        memory_output = transformer.apply_memory_layer(config, memory, x0_1UD)
+        rows_1UD = memory_output.row
+        queries["memory"] = memory_output.query[0, index_1N[0]]
+    rope = transformer.rope_table(config, jnp.arange(x_BTD.shape[1]))
+    out = transformer.apply_layer(config, layer, x_BTD, rows_1UD, index_1N, rope)
     if config.compute_dim:
-        queries["compute"] = flat(seen["ffn_norm"]["__call__"][0])
-    return State(flat(x_BTD + attended_BTD), flat(out_BTD), queries), out_BTD
+        queries["compute"] = by_position(out.ffn_input_BTD)
+    return State(by_position(x_BTD + out.attended_BTD), by_position(out.x_BTD), queries), out.x_BTD
 
 
 class Corpus:

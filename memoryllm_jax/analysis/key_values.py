@@ -20,11 +20,6 @@ from memoryllm_jax.model import transformer
 _LOGITS = 1 << 25  # of [N, V], that exist at one time
 
 
-def coefficients(q_ND, ffn: dict):
-    """c [N, F], of the keys that `ffn` = {"gate": [D, F], "up": [D, F], ..} holds."""
-    return jax.nn.silu(q_ND @ ffn["gate"]) * (q_ND @ ffn["up"])
-
-
 class Inside:
     """The checkpoint's parameters, on the first device.
 
@@ -147,7 +142,7 @@ def _logits(config, norm, head_VD, x_ND, unit):
 def _some(q_ND, gate_DF, up_DF, keys):
     if keys is not None:
         gate_DF, up_DF = gate_DF[:, keys], up_DF[:, keys]
-    return coefficients(q_ND, {"gate": gate_DF, "up": up_DF})
+    return transformer.swiglu_coefficients(q_ND, gate_DF, up_DF)
 
 
 @jax.jit

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,27 +68,25 @@ def nonzeros(params: dict) -> int:
     return sum(int(jnp.count_nonzero(w)) for layer in params["layers"] for w, _ in _matrices(layer))
 
 
-def _block(config, layer, x_BTD, **more):
+def _apply_layer(config, layer, x_BTD):
     rope = transformer.rope_table(config, jnp.arange(x_BTD.shape[1]))
-    return transformer.Block(config).apply({"params": layer}, x_BTD, None, None, rope, **more)
+    return transformer.apply_layer(config, layer, x_BTD, None, None, rope)  # base has no rows
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(config, layer, x_BTD):
-    return _block(config, layer, x_BTD)[0]
+    return _apply_layer(config, layer, x_BTD).x_BTD
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _grams(config, layer, x_BTD):
-    """{what reads it: sum of x x^T, float32 [I, I]} of the inputs of a layer's matrices."""
-    _, seen = _block(config, layer, x_BTD, capture_intermediates=True)
-    seen, ffn = seen["intermediates"], layer["ffn"]
-    normed = seen["ffn_norm"]["__call__"][0]
+    """{name of the input: sum of x x^T, float32 [I, I]} for the inputs of a layer's matrices."""
+    out, ffn = _apply_layer(config, layer, x_BTD), layer["ffn"]
     inputs = {
-        "qkv": seen["attention_norm"]["__call__"][0],
-        "out": seen["attention"]["mixed"][0],
-        "up": normed,
-        "down": nn.silu(normed @ ffn["gate"]) * (normed @ ffn["up"]),
+        "qkv": out.attention_input_BTD,
+        "out": out.mixed_BTHK,
+        "up": out.ffn_input_BTD,
+        "down": transformer.swiglu_coefficients(out.ffn_input_BTD, ffn["gate"], ffn["up"]),
     }
 
     def gram(x):

@@ -115,8 +115,9 @@ class Decoder:
                 scale = params.get("memory_scale")
                 ffn = (ffn if scale is None else ffn.astype(jnp.float32) * scale[layer]).astype(c.dtype)
             at = None if past is None else (past[0][layer], past[1])
-            x_BTD, new = transformer.Block(c).apply({"params": layer_params}, x_BTD, ffn, index_SN, rope, at)
-            kept.append(new)
+            out = transformer.apply_layer(c, layer_params, x_BTD, ffn, index_SN, rope, at)
+            x_BTD = out.x_BTD
+            kept.append(out.keys_values)
         return transformer.Norm(c).apply({"params": params["final_norm"]}, x_BTD), kept
 
     def _logits(self, params, x_BD):

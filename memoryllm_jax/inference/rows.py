@@ -18,12 +18,12 @@ def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
         return table[ids].astype(config.dtype)[None]
 
     x0 = take(params["embedding"], ids_U)[..., : config.dim]
+    if not config.row_dim:
+        return TokenRows(x0, None)
     if config.memory_dim:
-        layer, args = transformer.MemoryLayer(config), (x0,)
-    else:
-        layer, args = transformer.MemoryTable(config), (ids_U, take)
-    ffn = [layer.apply({"params": p}, *args) for p in params["memory"]] if config.row_dim else None
-    return TokenRows(x0, ffn)
+        return TokenRows(x0, [transformer.apply_memory_layer(config, layer, x0).row for layer in params["memory"]])
+    table = transformer.MemoryTable(config)
+    return TokenRows(x0, [table.apply({"params": layer}, ids_U, take) for layer in params["memory"]])
 
 
 class LiveRows:

@@ -14,6 +14,8 @@ Shapes: B sequences, T positions, D model width, H heads, K head size, F FFN wid
 S batch shards, U distinct token ids of a shard, N = B T / S positions of a shard.
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -68,6 +70,18 @@ class Norm(nn.Module):
         return (y * scale_D).astype(self.config.dtype)
 
 
+def swiglu_coefficients(q, gate, up, matmul=jnp.matmul):
+    """SiLU(q W_gate) * (q W_up): the factors of SwiGLU's values, which are the rows of W_down (paper, section 2.3.1).
+
+    Args:
+      q: queries [..., D].
+      gate, up: W_gate and W_up [D, F], or one column of each [D].
+      matmul: the product of q with either; its dtype is that of the result.
+    Returns: [..., F], or [...] of one column.
+    """
+    return nn.silu(matmul(q, gate)) * matmul(q, up)
+
+
 class SwiGLU(nn.Module):
     """(SiLU(x W_gate) * x W_up) W_down: columns of W_up are keys, rows of W_down values (paper, section 2.3.1)."""
 
@@ -80,7 +94,7 @@ class SwiGLU(nn.Module):
         gate_DF = _weight(self, "gate", (D, F), ("embed", "mlp"), std)
         up_DF = _weight(self, "up", (D, F), ("embed", "mlp"), std)
         down_FD = _weight(self, "down", (F, D), ("mlp", "embed"), _output_std(self.config))
-        return _matmul(nn.silu(_matmul(x, gate_DF)) * _matmul(x, up_DF), down_FD)
+        return _matmul(swiglu_coefficients(x, gate_DF, up_DF, _matmul), down_FD)
 
 
 def _output_std(config):
@@ -133,15 +147,26 @@ def _for_each_head(x_BTHK, config):
     return jnp.pad(x_BTHK, [(0, 0), (0, 0), (0, _stored_heads(config.heads) - config.heads), (0, 0)])
 
 
+class AttentionOutput(NamedTuple):
+    """Attn(x), the heads' results before the output projection, and the keys and values of x for a cache."""
+
+    attended_BTD: jax.Array
+    mixed_BTHK: jax.Array
+    keys_values: attention.Cache
+
+
 class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions and, where there are fewer key heads, grouped queries."""
+
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, rope, past=None, value_BTE=None):
-        """The result, and the keys and values of x to keep.
+    def __call__(self, x_BTD, rope, past=None, value_BTE=None) -> AttentionOutput:
+        """Attends over x itself or, with `past`, over a cache and x's one position.
 
         Args:
-          past: the cache and the place of x's one position.  value_BTE: added to the values, E = key heads x K.
+          past: the cache, and the position [B] of x in each sequence.
+          value_BTE: added to the values; E = key heads x K.
         """
         c = self.config
         B, T, D = x_BTD.shape
@@ -165,9 +190,8 @@ class Attention(nn.Module):
         else:
             cache, position_B = past
             y = cache.attend(q[:, 0], k[:, 0], v[:, 0], position_B)
-        self.sow("intermediates", "mixed", y)
-        kept = attention.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
-        return _matmul(y.reshape(B, T, -1), out_HKD.reshape(-1, D)), kept
+        keys_values = attention.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+        return AttentionOutput(_matmul(y.reshape(B, T, -1), out_HKD.reshape(-1, D)), y, keys_values)
 
 
 class Gate(nn.Module):
@@ -185,50 +209,106 @@ class Gate(nn.Module):
         return _matmul(let * row, out_PD)
 
 
-class Block(nn.Module):
+class LayerOutput(NamedTuple):
+    """What one decoder layer computes for B sequences of T positions.
+
+    x_BTD: the residual stream after the layer.
+    keys_values: the keys and values of these positions, [B, H, T, K], for a cache.
+    attention_input_BTD: N1(X_l), which the projections to queries, keys and values read.
+    mixed_BTHK: the heads' results, which attention's output projection reads.
+    attended_BTD: Attn(N1(X_l)).
+    ffn_input_BTD: the normalised stream that FFN-C, or base's FFN, reads; None where the layer has neither.
+    """
+
+    x_BTD: jax.Array
+    keys_values: attention.Cache
+    attention_input_BTD: jax.Array
+    mixed_BTHK: jax.Array
+    attended_BTD: jax.Array
+    ffn_input_BTD: jax.Array | None
+
+
+class DecoderLayer(nn.Module):
     """One decoder layer; the rows of its token memory arrive from outside, live or looked up."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, ffn_SUD, index_SN, rope, past=None):
+    def __call__(self, x_BTD, ffn_SUD, index_SN, rope, past=None) -> LayerOutput:
+        """Arguments as of `apply_layer`."""
         c = self.config
         row = None if ffn_SUD is None else take_rows(ffn_SUD, index_SN).reshape(*x_BTD.shape[:2], -1)
         value = row if c.token_memory == "value" else None
-        a, kept = Attention(c, name="attention")(Norm(c, name="attention_norm")(x_BTD), rope, past, value)
-        y = x_BTD + a
+        attention_input = Norm(c, name="attention_norm")(x_BTD)
+        attended, mixed, keys_values = Attention(c, name="attention")(attention_input, rope, past, value)
+        y = x_BTD + attended
+        ffn_input = None
         if c.compute_dim:
             source = y if c.compute_input == "after_attention" else x_BTD
-            y = y + SwiGLU(c, c.compute_dim, name="ffn")(Norm(c, name="ffn_norm")(source))
+            ffn_input = Norm(c, name="ffn_norm")(source)
+            y = y + SwiGLU(c, c.compute_dim, name="ffn")(ffn_input)
         if c.token_memory == "per_layer":
             y = y + Gate(c, name="row_gate")(Norm(c, name="row_gate_norm")(y), row)
         elif row is not None and value is None:
             y = y + row
-        return constrain(y, "batch", None, None), kept
+        y = constrain(y, "batch", None, None)
+        return LayerOutput(y, keys_values, attention_input, mixed, attended, ffn_input)
 
 
-class TrainBlock(Block):
-    """A block that keeps no keys and values."""
+def apply_layer(config: ModelConfig, params, x_BTD, ffn_SUD, index_SN, rope, past=None) -> LayerOutput:
+    """Applies one decoder layer to the residual stream. For use inside jit and a mesh.
+
+    What the caller does not read of the result is not computed.
+
+    Args:
+      params: the layer's parameters, as `TrainedModel.load` gives them.
+      x_BTD: the residual stream before the layer.
+      ffn_SUD, index_SN: the layer's rows of the token memory, and the row of each position; None without rows.
+      rope: `rope_table` of the positions.
+      past: (cache, position [B]) to attend over a cache, with T = 1; None to attend over x alone.
+    """
+    return DecoderLayer(config).apply({"params": params}, x_BTD, ffn_SUD, index_SN, rope, past)
+
+
+class ScannedDecoderLayer(DecoderLayer):
+    """A decoder layer as `nn.scan` wants it: (carry, nothing else to collect)."""
 
     def __call__(self, *args):
-        return super().__call__(*args)[0], None
+        return super().__call__(*args).x_BTD, None
+
+
+class MemoryOutput(NamedTuple):
+    """A layer's row of the token memory, FFN-M_l(query), and its query, NM_l(X_0)."""
+
+    row: jax.Array
+    query: jax.Array
 
 
 class MemoryLayer(nn.Module):
-    """FFN-M_l(NM_l(X_0)): a norm of its own for each layer, which the paper found to matter for convergence."""
+    """FFN-M_l(NM_l(X_0)): each layer has a norm of its own, which the paper found to matter for convergence."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x0):
-        return SwiGLU(self.config, self.config.memory_dim, name="ffn")(Norm(self.config, name="norm")(x0))
+    def __call__(self, x0) -> MemoryOutput:
+        query = Norm(self.config, name="norm")(x0)
+        return MemoryOutput(SwiGLU(self.config, self.config.memory_dim, name="ffn")(query), query)
 
 
-class TrainMemoryLayer(MemoryLayer):
-    """A memory layer of a scan: all read the same embeddings."""
+def apply_memory_layer(config: ModelConfig, params, x0) -> MemoryOutput:
+    """Evaluates one layer's FFN-M on embeddings x0 [..., D]. For use inside jit and a mesh.
+
+    Args:
+      params: the layer's parameters, as `TrainedModel.load` gives them.
+    """
+    return MemoryLayer(config).apply({"params": params}, x0)
+
+
+class ScannedMemoryLayer(MemoryLayer):
+    """A memory layer as `nn.scan` wants it; the carry is the embeddings, which all layers read."""
 
     def __call__(self, x0_SUD):
-        return x0_SUD, constrain(super().__call__(x0_SUD), *rows_axes(x0_SUD))
+        return x0_SUD, constrain(super().__call__(x0_SUD).row, *rows_axes(x0_SUD))
 
 
 class MemoryTable(nn.Module):
@@ -248,8 +328,8 @@ class MemoryTable(nn.Module):
         return Norm(c, name="norm")(row) if c.token_memory == "per_layer" else row
 
 
-class TrainMemoryTable(MemoryTable):
-    """A table of a scan: all read the same ids."""
+class ScannedMemoryTable(MemoryTable):
+    """A table as `nn.scan` wants it; the carry is the ids, which all layers read."""
 
     def __call__(self, ids_SU):
         row_SUP = super().__call__(ids_SU, lambda table, ids: embed(table, ids, self.config.dtype))
@@ -282,9 +362,9 @@ class LanguageModel(nn.Module):
         self.embedding_VD = _parameter(self, "embedding", *table)
         if not c.tie_embeddings:
             self.head_VD = _parameter(self, "head", *table)
-        self.layers = _over_layers(TrainBlock, c, (0, nn.broadcast, nn.broadcast))(c)
+        self.layers = _over_layers(ScannedDecoderLayer, c, (0, nn.broadcast, nn.broadcast))(c)
         if c.row_dim:
-            self.memory = _over_layers(TrainMemoryLayer if c.memory_dim else TrainMemoryTable, c, ())(c)
+            self.memory = _over_layers(ScannedMemoryLayer if c.memory_dim else ScannedMemoryTable, c, ())(c)
         self.final_norm = Norm(c)
 
     def __call__(self, ids_SU, index_SN, length):

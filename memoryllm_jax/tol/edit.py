@@ -21,7 +21,7 @@ import safetensors.numpy
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.model.transformer import Norm
+from memoryllm_jax.model.transformer import Norm, swiglu_coefficients
 from memoryllm_jax.tol import build, codec
 from memoryllm_jax.tol.build import RowDecoder
 from memoryllm_jax.tol.format import TolFile, checksum
@@ -227,7 +227,7 @@ def key_of(trained: TrainedModel, layer: int, key: int, rows_digest: str) -> tup
     def coefficients(x0_UD):
         q = Norm(c).apply({"params": p["norm"]}, x0_UD).astype(jnp.float32)
         gate, up = (p["ffn"][name][:, key].astype(jnp.float32) for name in ("gate", "up"))
-        return jax.nn.silu(q @ gate) * (q @ up)
+        return swiglu_coefficients(q, gate, up)
 
     with jax.set_mesh(trained.mesh):
         step, table = 8192, params["embedding"]
