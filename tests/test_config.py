@@ -138,7 +138,7 @@ def test_batches_and_meshes_that_do_not_fit_are_refused():
 
     def check(mesh, **changes):
         changed = dataclasses.replace(config, **changes)
-        sharding.check_batch(changed, sharding.make_mesh(MeshConfig(*mesh)))
+        sharding.check_mesh(changed, sharding.make_mesh(MeshConfig(*mesh)))
 
     check((2, 2, 2))
     with pytest.raises(UserError, match=r"config.batch_size: expected a multiple of .* = 8, found 12"):

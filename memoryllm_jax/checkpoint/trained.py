@@ -51,6 +51,7 @@ class TrainedModel:
         self.context, self.tokenizer = run.seq_len, Tokenizer.from_json(self.description["tokenizer"])
         self.config = for_this_machine(run.model, dtype or run.model.dtype)
         self.mesh = mesh or sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+        sharding.check_heads(self.config, self.mesh)
         shapes = transformer.abstract_params(transformer.LanguageModel(self.config), self.mesh)
         self._shapes = {
             parameter_name(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)

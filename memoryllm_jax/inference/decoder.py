@@ -67,7 +67,7 @@ class Decoder:
         c = self.config
         with jax.set_mesh(self.mesh):
             axes = ("batch", "heads", None, None)
-            shape = sharding.padded((batch, transformer.kept_heads(c), capacity, c.head_dim), axes)
+            shape = sharding.padded((batch, c.key_heads, capacity, c.head_dim), axes)
             where = jax.sharding.NamedSharding(self.mesh, sharding.spec(*axes))
             zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=where)
             return [attention.Cache(zeros(), zeros()) for _ in range(c.layers)]

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.config import Config, MeshConfig
+from memoryllm_jax.config import Config, MeshConfig, ModelConfig
 
 # Logical axis -> mesh axes. "shard" is the leading axis of everything that stays local to one part of the batch.
 RULES = {
@@ -97,8 +97,27 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch(config: Config, mesh: Mesh) -> None:
-    """Refuses a batch that the mesh does not divide; widths are padded. Raises: UserError that names the field."""
+def check_heads(config: ModelConfig, mesh: Mesh) -> None:
+    """Refuses key-value heads that padding would part from their query heads. Raises: UserError that names the field.
+
+    Query and key-value heads are padded apart, each to a multiple of the tensor axis. A device's part of the one
+    belongs to its part of the other only if padding leaves the same number of query heads to each key-value head.
+    """
+    tensor = mesh.shape["tensor"]
+    query_heads, key_heads = (-(-heads // tensor) * tensor for heads in (config.heads, config.key_heads))
+    if query_heads * config.key_heads != key_heads * config.heads:
+        raise UserError(
+            f"config.model.kv_heads: expected a multiple of config.mesh.tensor = {tensor}, "
+            f"so that each device holds whole groups of heads, found {config.key_heads}"
+        )
+
+
+def check_mesh(config: Config, mesh: Mesh) -> None:
+    """Refuses a batch or grouped heads that the mesh does not divide; all other sizes are padded.
+
+    Raises: UserError that names the field.
+    """
+    check_heads(config.model, mesh)
     parts = batch_shards(mesh) * config.accumulate
     if config.batch_size % parts:
         raise UserError(

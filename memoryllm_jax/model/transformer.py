@@ -127,26 +127,6 @@ def _rotate(x_BTHK, rope):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHK.dtype)
 
 
-def _stored_heads(heads):
-    return padded((heads,), ("heads",))[0]
-
-
-def _groups_are_whole(c):
-    """Whether, padding included, every stored key-value head serves as many query heads as it should."""
-    return _stored_heads(c.heads) * c.key_heads == _stored_heads(c.key_heads) * c.heads
-
-
-def kept_heads(config: ModelConfig) -> int:
-    """Heads of keys and values that a cache holds: the key-value heads, unless padding breaks their groups."""
-    return _stored_heads(config.key_heads if _groups_are_whole(config) else config.heads)
-
-
-def _for_each_head(x_BTHK, config):
-    """Keys or values of shared heads, repeated for the query heads; zeros for those that are padding."""
-    x_BTHK = jnp.repeat(x_BTHK[:, :, : config.key_heads], config.heads // config.key_heads, 2)
-    return jnp.pad(x_BTHK, [(0, 0), (0, 0), (0, _stored_heads(config.heads) - config.heads), (0, 0)])
-
-
 class AttentionOutput(NamedTuple):
     """Attn(x), the heads' results before the output projection, and the keys and values of x for a cache."""
 
@@ -181,12 +161,11 @@ class Attention(nn.Module):
         if value_BTE is not None:
             value_BTHK = value_BTE.reshape(B, T, c.key_heads, K)
             v = v + jnp.pad(value_BTHK, [(0, 0), (0, 0), (0, v.shape[2] - c.key_heads), (0, 0)])
-        if not _groups_are_whole(c):
-            k, v = (_for_each_head(x, c) for x in (k, v))
         out_HKD = _weight(self, "out", (c.heads, K, D), ("heads", "head_dim", "embed"), _output_std(c))
         if past is None:
-            each = (k, v) if k.shape[2] == q.shape[2] else (_for_each_head(x, c) for x in (k, v))
-            y = attention.causal_attention(q, *each, c.attention)
+            group = c.heads // c.key_heads  # the kernels want a key head for each query head
+            k_BTHK, v_BTHK = (k, v) if group == 1 else (jnp.repeat(x, group, 2) for x in (k, v))
+            y = attention.causal_attention(q, k_BTHK, v_BTHK, c.attention)
         else:
             cache, position_B = past
             y = cache.attend(q[:, 0], k[:, 0], v[:, 0], position_B)

@@ -69,7 +69,7 @@ def _train(config: Config, workdir: str, devices, profile, stop: "StopSignal", f
     dataset = open_dataset(config, workdir, first_host)
     config = complete(config, dataset)
     mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_batch(config, mesh)
+    sharding.check_mesh(config, mesh)
     tokenizer = dataset.tokenizer()
     if config.data.verify:
         dataset.verify(jax.process_index(), jax.process_count())

@@ -60,7 +60,7 @@ def plan(config: Config, name: str, devices: list[jax.Device], tokens: float = 0
     chip = chips.get(name)
     config, assumed = _completed(config, chip)
     mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_batch(config, mesh)
+    sharding.check_mesh(config, mesh)
     start = time.monotonic()
     sequences = _sequences(config, mesh)
     other = dataclasses.replace(
