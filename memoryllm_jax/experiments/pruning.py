@@ -276,7 +276,7 @@ def _pruned(model, label, measure, windows, methods):
     for pattern in sorted(patterns):
         for method in methods:
             pruned = prune(trained.config, params, trained.mesh, windows, method, pattern)
-            model.decoder = whole.changed(layers=pruned["layers"])
+            model.decoder = whole.with_params(layers=pruned["layers"])
             quality = measure(model)
             active = nonzeros(pruned) + counts["norms"]
             out.append(_point(label, method, active, quality, str(pattern)))

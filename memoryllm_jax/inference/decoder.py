@@ -1,7 +1,10 @@
 """A trained model's decoder over token rows: prefill, decode steps with a key-value cache, and scoring of text.
 
 It holds attention, FFN-C and the output head. Rows of the token memory come from outside as `TokenRows`, so it does not
-know whether they were computed a moment ago or read from a disk. Shapes as in model.py; C is the cache's capacity.
+know whether they were computed a moment ago or read from a disk.
+
+Shapes: B sequences, T positions, D model width, H heads, K head size, V token ids as the head stores them, L layers,
+C positions of the cache, S batch shards, N = B T / S positions of a shard; b sequences of a prefill.
 """
 
 import copy
@@ -19,15 +22,19 @@ _SMALLEST_BUCKET = 16
 
 
 def bucket(size: int, most: int) -> int:
-    """The power of two, from 16 on, that `size` is padded to, so that few shapes compile; at most `most`."""
+    """The size to pad to: a power of two from 16 on, so that few shapes compile, or `most` if that is less."""
     return min(most, max(_SMALLEST_BUCKET, 1 << (size - 1).bit_length()))
 
 
 class Decoder:
-    """Compiled functions of one model, each compiled once for each shape bucket.
+    """The compiled functions of one model. Each compiles once for each combination of shapes.
+
+    Methods take arrays of the host or the device, and return before the device is done.
 
     Args:
-      params: what `TrainedModel.load` returns; "memory" and an untied "embedding" are not used.
+      params: as `TrainedModel.load` gives them; "memory" and an untied "embedding" are not used.
+    Attributes:
+      shards: parts that the mesh cuts a batch into; every batch must be a multiple of it.
     """
 
     def __init__(self, config: ModelConfig, params: dict, mesh):
@@ -38,9 +45,7 @@ class Decoder:
         self._prefill = jax.jit(self._prefill_body, static_argnames="length")
         self._place = jax.jit(self._place_body, donate_argnums=0)
         self._step = jax.jit(self._step_body)
-        self._append = jax.jit(
-            lambda cache, new, position_B: [old.write(n, position_B) for old, n in zip(cache, new)], donate_argnums=0
-        )
+        self._append = jax.jit(self._append_body, donate_argnums=0)
         self._score = jax.jit(self._score_body, static_argnames="length")
         self._log_probs = jax.jit(self._log_probs_body, static_argnames="length")
 
@@ -50,20 +55,25 @@ class Decoder:
         return sum(x.nbytes for x in jax.tree.leaves(self._params))
 
     def scaled(self, memory_L: np.ndarray, compute_L: np.ndarray) -> "Decoder":
-        """This decoder with the token memory and FFN-C of each layer times a factor, by the same compiled functions."""
-        layers = [dict(layer) for layer in self._params["layers"]]
-        for layer, factor in zip(layers, compute_L.astype(np.float32)):
-            if "ffn" in layer:
-                layer["ffn"] = layer["ffn"] | {"down": _times(layer["ffn"]["down"], factor)}
-        return self.changed(layers=layers, memory_scale=memory_L.astype(np.float32))
+        """This decoder with each layer's token memory and FFN-C multiplied by a factor.
 
-    def changed(self, **params) -> "Decoder":
-        """This decoder with other parameters, such as layers, by the same compiled functions."""
+        The compiled functions are shared, so that another factor compiles nothing.
+        """
+        layers = []
+        for layer, factor in zip(self._params["layers"], compute_L.astype(np.float32)):
+            if "ffn" in layer:
+                layer = layer | {"ffn": layer["ffn"] | {"down": _times(layer["ffn"]["down"], factor)}}
+            layers.append(layer)
+        return self.with_params(layers=layers, memory_scale=memory_L.astype(np.float32))
+
+    def with_params(self, **params) -> "Decoder":
+        """This decoder with some parameters replaced, such as layers. The compiled functions are shared."""
         other = copy.copy(self)
         other._params = self._params | params
         return other
 
     def empty_cache(self, batch: int, capacity: int) -> list[attention.Cache]:
+        """A cache of each layer for `batch` sequences of up to `capacity` positions."""
         c = self.config
         with jax.set_mesh(self.mesh):
             axes = ("batch", "heads", None, None)
@@ -72,89 +82,125 @@ class Decoder:
             zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=where)
             return [attention.Cache(zeros(), zeros()) for _ in range(c.layers)]
 
-    def prefill(self, rows: TokenRows, index_BT: np.ndarray, lengths_b: np.ndarray, slots_b, cache):
-        """Reads prompts, padded on the right to T, into the cache's sequences `slots_b` (past its end: nowhere).
+    def prefill(self, rows: TokenRows, index_bT: np.ndarray, lengths_b: np.ndarray, slots_b: np.ndarray, cache):
+        """Reads prompts into the cache.
 
-        Returns: (logits [b, V] of the token after each prompt, float32; cache). The old cache is donated.
+        Args:
+          rows: rows of the prompts' tokens.
+          index_bT: int32, the row of each position; what pads a prompt on the right is any row.
+          lengths_b: int32, positions of each prompt.
+          slots_b: int32, the cache's sequence for each prompt; a prompt with a slot past the last is not kept.
+          cache: of all sequences; donated.
+        Returns: (float32 logits [b, V] of the token after each prompt, cache).
         """
         with jax.set_mesh(self.mesh):
-            index_SN = self._by_shard(index_BT)
-            logits, kept = self._prefill(self._params, rows, index_SN, lengths_b, length=index_BT.shape[1])
-            return logits, self._place(cache, kept, slots_b)
+            index_SN = self._by_shard(index_bT)
+            logits_bV, new = self._prefill(self._params, rows, index_SN, lengths_b, length=index_bT.shape[1])
+            return logits_bV, self._place(cache, new, slots_b)
 
     def step(self, rows: TokenRows, index_B, position_B, cache):
-        """One token a sequence, at its position. Returns: (logits [B, V], cache). The old cache is donated."""
+        """Reads one token of each sequence.
+
+        Args:
+          rows: rows of the tokens.
+          index_B: int32, the row of each sequence's token.
+          position_B: int32, the token's position in its sequence.
+          cache: of the earlier positions; donated.
+        Returns: (float32 logits [B, V] of the next token, cache).
+        """
         with jax.set_mesh(self.mesh):
-            logits, new = self._step(self._params, rows, self._by_shard(index_B), position_B, cache)
-            return logits, self._append(cache, new, position_B)
+            logits_BV, new = self._step(self._params, rows, self._by_shard(index_B), position_B, cache)
+            # Apart from the step, because in one jitted function XLA copies a cache that it reads and then updates.
+            return logits_BV, self._append(cache, new, position_B)
 
     def score(self, rows: TokenRows, index_BT, targets_BT, weights_BT):
-        """Sum of weight * nats over the targets."""
+        """Sum over all positions of weight * negative log-probability of the target, in nats.
+
+        Args:
+          rows: rows of the positions' tokens.
+          index_BT: int32, the row of each position.
+          targets_BT: int32, the token id after each position.
+          weights_BT: float32.
+        """
         with jax.set_mesh(self.mesh):
-            batch = tuple(self._by_shard(x) for x in (index_BT, targets_BT, weights_BT))
+            batch = [self._by_shard(x) for x in (index_BT, targets_BT, weights_BT)]
             return self._score(self._params, rows, *batch, length=index_BT.shape[1])
 
-    def log_probs(self, rows: TokenRows, index_BT, targets_BT):
-        """(log-probability [B, T] of each target in nats, float32; whether it is the likeliest id)."""
+    def log_probs(self, rows: TokenRows, index_BT, targets_BT) -> loss.TargetScores:
+        """Each target's log-probability [B, T], and whether it is the likeliest id. Arguments as of `score`."""
         with jax.set_mesh(self.mesh):
-            batch = self._by_shard(index_BT), self._by_shard(targets_BT)
+            batch = [self._by_shard(x) for x in (index_BT, targets_BT)]
             return self._log_probs(self._params, rows, *batch, length=index_BT.shape[1])
 
     def _by_shard(self, x):
         return x.reshape(self.shards, -1)
 
     def _hidden(self, params, rows, index_SN, positions, past=None):
-        """Final states [B, T, D] and what each layer keeps; positions [T] or [B, T]."""
+        """Runs all layers. positions: [T] or [B, T]; past: (the layers' caches, position [B]) or None.
+
+        Returns: (final states [B, T, D], each layer's keys and values of these positions).
+        """
         c = self.config
         x_BTD = take_rows(rows.x0_SUD, index_SN).reshape(-1, positions.shape[-1], c.dim).astype(c.dtype)
         x_BTD = constrain(x_BTD, "batch", None, None)
-        rope, kept = transformer.rope_table(c, positions), []
+        rope = transformer.rope_table(c, positions)
+        keys_values = []
         for layer, layer_params in enumerate(params["layers"]):
-            ffn = None if rows.ffn_LSUD is None else rows.ffn_LSUD[layer]
-            if ffn is not None:
-                scale = params.get("memory_scale")
-                ffn = (ffn if scale is None else ffn.astype(jnp.float32) * scale[layer]).astype(c.dtype)
-            at = None if past is None else (past[0][layer], past[1])
-            out = transformer.apply_layer(c, layer_params, x_BTD, ffn, index_SN, rope, at)
+            ffn_SUD = _layer_rows(rows, layer, params.get("memory_scale"), c.dtype)
+            layer_past = None if past is None else (past[0][layer], past[1])
+            out = transformer.apply_layer(c, layer_params, x_BTD, ffn_SUD, index_SN, rope, layer_past)
             x_BTD = out.x_BTD
-            kept.append(out.keys_values)
-        return transformer.Norm(c).apply({"params": params["final_norm"]}, x_BTD), kept
+            keys_values.append(out.keys_values)
+        return transformer.Norm(c).apply({"params": params["final_norm"]}, x_BTD), keys_values
 
     def _logits(self, params, x_BD):
         head_VD = unpadded_embed(params["head"], self.config.dim, ("vocab", "embed"))
         logits_BV = jnp.einsum("bd,vd->bv", x_BD, head_VD, preferred_element_type=jnp.float32)
         return constrain(logits_BV, None, None)  # whole on every device, so that every host draws the same
 
-    def _prefill_body(self, params, rows, index_SN, lengths_B, length):
-        x_BTD, kept = self._hidden(params, rows, index_SN, jnp.arange(length))
-        return self._logits(params, x_BTD[jnp.arange(len(lengths_B)), lengths_B - 1]), kept
+    def _prefill_body(self, params, rows, index_SN, lengths_b, length):
+        x_bTD, keys_values = self._hidden(params, rows, index_SN, jnp.arange(length))
+        return self._logits(params, x_bTD[jnp.arange(len(lengths_b)), lengths_b - 1]), keys_values
 
-    def _place_body(self, cache, kept, slots_B):
+    def _place_body(self, cache, new, slots_b):
         def put(cache_BHCK, new_bHTK):
-            return cache_BHCK.at[slots_B, :, : new_bHTK.shape[2]].set(new_bHTK, mode="drop")
+            return cache_BHCK.at[slots_b, :, : new_bHTK.shape[2]].set(new_bHTK, mode="drop")
 
-        return jax.tree.map(put, cache, kept)
+        return jax.tree.map(put, cache, new)
 
     def _step_body(self, params, rows, index_SN, position_B, cache):
-        x_BTD, new = self._hidden(params, rows, index_SN, position_B[:, None], (cache, position_B))
-        return self._logits(params, x_BTD[:, 0]), new
+        x_BTD, keys_values = self._hidden(params, rows, index_SN, position_B[:, None], (cache, position_B))
+        return self._logits(params, x_BTD[:, 0]), keys_values
+
+    def _append_body(self, cache, new, position_B):
+        return [layer.write(added, position_B) for layer, added in zip(cache, new)]
 
     def _score_body(self, params, rows, index_SN, targets_SN, weights_SN, length):
-        scored = self._to_score(params, rows, index_SN, length)
-        return loss.cross_entropy(*scored, targets_SN, weights_SN, self._loss_options)[1]
+        x_SND = self._states_to_score(params, rows, index_SN, length)
+        return loss.cross_entropy(x_SND, params["head"], targets_SN, weights_SN, self._loss_options)[1]
 
     def _log_probs_body(self, params, rows, index_SN, targets_SN, length):
-        found = loss.log_probs(*self._to_score(params, rows, index_SN, length), targets_SN, self._loss_options)
-        return tuple(x.reshape(-1, length) for x in found)
+        x_SND = self._states_to_score(params, rows, index_SN, length)
+        found = loss.log_probs(x_SND, params["head"], targets_SN, self._loss_options)
+        return loss.TargetScores(*(x_SN.reshape(-1, length) for x_SN in found))
 
-    def _to_score(self, params, rows, index_SN, length):
-        """(final states [S, N, D], head)."""
+    def _states_to_score(self, params, rows, index_SN, length):
         x_BTD, _ = self._hidden(params, rows, index_SN, jnp.arange(length))
-        return x_BTD.reshape(*index_SN.shape, -1), params["head"]
+        return x_BTD.reshape(*index_SN.shape, -1)
 
     @property
     def _loss_options(self):
         return loss.Options(self.config.vocab_size, 0.0, self.config.loss_chunk, self.config.dtype)
+
+
+def _layer_rows(rows, layer, memory_scale, dtype):
+    """A layer's rows in the dtype of the computation, multiplied by the layer's factor if there are factors."""
+    if rows.ffn_LSUD is None or rows.ffn_LSUD[layer] is None:
+        return None
+    ffn_SUD = rows.ffn_LSUD[layer]
+    if memory_scale is not None:
+        ffn_SUD = ffn_SUD.astype(jnp.float32) * memory_scale[layer]
+    return ffn_SUD.astype(dtype)
 
 
 @jax.jit

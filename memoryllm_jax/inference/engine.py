@@ -96,9 +96,9 @@ class Engine:
             max_tokens,
             how,
             seed,
-            self.context,
-            self.tokenizer.vocab_size,
-            frozenset(stop_ids),
+            context=self.context,
+            vocab_size=self.tokenizer.vocab_size,
+            stop_ids=frozenset(stop_ids),
         )
 
     def stop_ids(self, texts: list[str]) -> set[int]:

@@ -1,4 +1,9 @@
-"""Rows of the token memory computed live from the weights."""
+"""Where the decoder's rows of the token memory come from: the interface, and rows computed live from the weights.
+
+tol/rows.py has the sources that look rows up in a ToL file instead.
+"""
+
+from typing import Protocol
 
 import jax
 
@@ -8,10 +13,33 @@ from memoryllm_jax.model.sharding import constrain
 from memoryllm_jax.model.token_memory import TokenRows
 
 
-def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
-    """Embeddings and token memory of the ids, for use inside jit and a mesh: x0 [1, U, D] and a list of layers'.
+class RowSource(Protocol):
+    """Gives rows of the token memory by token id.
 
-    `params` is what `TrainedModel.load` returns, with "embedding" and, unless the model is base, "memory".
+    Attributes:
+      on_device: whether `fetch` takes ids that are on the device without waiting for them. If not, the host must know
+        the ids.
+    """
+
+    on_device: bool
+
+    def fetch(self, ids_U) -> TokenRows:
+        """The rows of int32 token ids [U], which may repeat: x0 [1, U, D], and FFN-M's [1, U, D] of each layer."""
+
+    def stats(self) -> dict:
+        """Numbers about the fetches so far, for people and JSON."""
+
+    def close(self) -> None:
+        """Frees files and memory."""
+
+
+def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
+    """Embeddings and token memory of the ids: x0 [1, U, D], and a list of rows [1, U, D] by layer, or None in base.
+
+    For use inside jit and a mesh.
+
+    Args:
+      params: as `TrainedModel.load` gives them, with "embedding" and, unless the model is base, "memory".
     """
 
     def take(table, ids):
@@ -27,7 +55,7 @@ def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
 
 
 class LiveRows:
-    """Rows computed from the weights when they are asked for: the peer that lookups are held against."""
+    """A `RowSource` that computes rows from the weights, which lookups are compared with."""
 
     on_device = True
 
@@ -45,16 +73,15 @@ class LiveRows:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of the weights that rows are made from, without a tied embedding, which is the decoder's."""
-        mine = {k: v for k, v in self._params.items() if k == "memory" or not self._config.tie_embeddings}
-        return sum(x.nbytes for x in jax.tree.leaves(mine))
+        """Bytes of the weights that rows are computed from; a tied embedding counts as the decoder's."""
+        params = dict(self._params)
+        if self._config.tie_embeddings:
+            del params["embedding"]
+        return sum(x.nbytes for x in jax.tree.leaves(params))
 
     def fetch(self, ids_U) -> TokenRows:
         with jax.set_mesh(self.mesh):
             return self._rows(self._params, ids_U)
-
-    def prefetch(self, ids) -> None:
-        """Nothing is to be read ahead."""
 
     def stats(self) -> dict:
         return {}

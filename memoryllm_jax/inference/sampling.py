@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoryllm_jax.common import options
-from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.inference.decoder import Decoder, bucket
+from memoryllm_jax.inference.rows import RowSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,17 @@ class Sampling:
 
 @functools.partial(jax.jit, static_argnames=("sampling", "vocab_size"))
 def draw(logits_BV, seed, sequence_B, position_B, sampling: Sampling, vocab_size: int):
-    """Ids below `vocab_size`. A draw depends on the seed, the sequence's number and the position, on nothing else."""
+    """Draws a token for each sequence.
+
+    A draw depends on the logits, the seed, the sequence's number and the position, and on nothing else: text does not
+    change with the batch that it is in.
+
+    Args:
+      logits_BV: float32; ids from `vocab_size` on are padding of the head.
+      seed: uint32.
+      position_B: of the tokens that are drawn.
+    Returns: int32 [B], below `vocab_size`.
+    """
     logits_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < vocab_size, logits_BV, -jnp.inf)
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
@@ -58,7 +69,7 @@ def draw(logits_BV, seed, sequence_B, position_B, sampling: Sampling, vocab_size
 
 def generate(
     decoder: Decoder,
-    rows,
+    rows: RowSource,
     prompts: list[list[int]],
     max_tokens: int,
     sampling: Sampling,
@@ -67,84 +78,133 @@ def generate(
     vocab_size: int,
     stop_ids: frozenset[int] = frozenset(),
 ) -> Iterator[list[tuple[int, int]]]:
-    """Yields, step by step, the new (sequence, token id) pairs of the sequences that have not ended.
+    """Samples one continuation of each prompt, all of them in one batch.
 
-    A sequence ends before a stop id, after `max_tokens`, or where the context is full. A step's tokens are yielded
-    when the next step is on its way, so that what the caller does with them costs no time.
+    A sequence ends before a stop id, after `max_tokens`, or where the context is full.
 
     Args:
-      rows: where rows of the token memory come from (`decoder.LiveRows`, or one of tol/serve.py).
-    Raises: UserError for a prompt that is empty or does not fit the context.
+      prompts: token ids of each prompt.
+      seed: of the draws, below 2^32.
+      context: positions that a sequence may have, its prompt included.
+      vocab_size: ids that may be drawn are those below.
+    Yields: after each step, the new (sequence, token id) pairs of the sequences that have not ended.
+    Raises: ArgumentError for a prompt that is empty or does not fit the context, and for the seed.
     """
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise UserError(f"prompt {number}: expected at least one token, found an empty prompt")
+            raise ArgumentError("prompt", f"expected at least one token, found none in prompt {number}")
         if len(prompt) >= context:
-            raise UserError(
-                f"prompt {number}: expected fewer than {context} tokens, the model's context, found {len(prompt)}"
+            raise ArgumentError(
+                "prompt",
+                f"expected fewer than {context} tokens, the model's context, found {len(prompt)} in prompt {number}",
             )
     if not 0 <= seed < 2**32:
         raise ArgumentError("seed", f"expected a number from 0 to {2**32 - 1}, found {seed}")
-    how = {"sampling": sampling, "vocab_size": vocab_size}
-    return _steps(decoder, rows, prompts, max_tokens, np.uint32(seed), context, stop_ids, how)
+    draw_tokens = functools.partial(draw, seed=np.uint32(seed), sampling=sampling, vocab_size=vocab_size)
+    return _Generation(decoder, rows, prompts, max_tokens, draw_tokens, context, stop_ids).steps()
 
 
-def _steps(decoder, rows, prompts, max_tokens, seed, context, stop_ids, how):
-    count = len(prompts)
-    batch = -(-(1 << (count - 1).bit_length()) // decoder.shards) * decoder.shards
-    capacity = bucket(max(map(len, prompts)) + max_tokens, context)
-    tokens_B, cache = _prefill(decoder, rows, prompts, batch, capacity, seed, how)
-    sequence_B = np.arange(batch, dtype=np.int32)
-    position_B = np.array([len(p) for p in prompts] + [1] * (batch - count), np.int32)
-    running = set(range(count))
-    for made in range(max_tokens):
-        # Sequences that have ended go on in place, unread, and stay inside the cache.
-        at_B = np.minimum(position_B + made, capacity - 1)
-        last = made + 1 == max_tokens
-        current_B = tokens_B
-        if rows.on_device and not last:  # the next step needs nothing from the host: it goes before the tokens are read
-            logits, cache = decoder.step(rows.fetch(tokens_B), sequence_B, at_B, cache)
-            tokens_B = draw(logits, seed, sequence_B, at_B + 1, **how)
-        host_B = np.array(current_B)
-        running -= {sequence for sequence in running if int(host_B[sequence]) in stop_ids}
-        new = [(sequence, int(host_B[sequence])) for sequence in sorted(running)]
-        running -= {sequence for sequence in running if position_B[sequence] + made + 1 >= context}
-        if running and not last and not rows.on_device:
-            # Rows are read for sequences that go on; the others take one of theirs.
-            host_B[[s for s in range(batch) if s not in running]] = host_B[min(running)]
-            ids, index_B = np.unique(host_B, return_inverse=True)
-            padded = np.pad(ids, (0, batch - len(ids)), mode="edge")
-            logits, cache = decoder.step(rows.fetch(padded), index_B.astype(np.int32), at_B, cache)
-            tokens_B = draw(logits, seed, sequence_B, at_B + 1, **how)
-            rows.prefetch(ids)
-        if new:
-            yield new
-        if not running:
-            return
+class _Generation:
+    """A batch of B sequences that grow together: the prompts' and, to fill up the batch's shape, some that none reads.
 
+    The tokens drawn last stay on the device, not yet fed to the decoder.
+    """
 
-def _prefill(decoder, rows, prompts, batch, capacity, seed, how):
-    """Prompts by length bucket: while the device works on one bucket, the rows of the next are fetched."""
-    cache = decoder.empty_cache(batch, capacity)
-    groups: dict[int, list[int]] = {}
-    for sequence, prompt in enumerate(prompts):
-        groups.setdefault(bucket(len(prompt), capacity), []).append(sequence)
-    tokens_B = np.zeros(batch, np.int32)
-    for length, members in sorted(groups.items()):
-        b = -(-(1 << (len(members) - 1).bit_length()) // decoder.shards) * decoder.shards
+    def __init__(self, decoder, rows, prompts, max_tokens, draw_tokens, context, stop_ids):
+        self.decoder, self.rows, self.prompts, self.draw_tokens = decoder, rows, prompts, draw_tokens
+        self.max_tokens, self.context, self.stop_ids = max_tokens, context, stop_ids
+        self.batch = _batch_size(len(prompts), decoder.shards)
+        self.capacity = bucket(max(map(len, prompts)) + max_tokens, context)  # positions of the cache
+        self.running = set(range(len(prompts)))
+        self.sequence_B = np.arange(self.batch, dtype=np.int32)
+        unused = self.batch - len(prompts)
+        self.prompt_lengths_B = np.array([len(prompt) for prompt in prompts] + [1] * unused, np.int32)
+        self.tokens_B = np.zeros(self.batch, np.int32)
+        self.cache = None  # made by `_prefill`
+
+    def steps(self) -> Iterator[list[tuple[int, int]]]:
+        """Yields the new (sequence, token id) pairs of each step."""
+        self._prefill()
+        for step in range(self.max_tokens):
+            position_B = self.prompt_lengths_B + step  # of the tokens drawn last
+            is_last = step + 1 == self.max_tokens
+            drawn_B = self.tokens_B
+            # Rows on the device are looked up by ids that are on the device too. So the next step is dispatched before
+            # this one's tokens are read, and the device does not wait for the host. It is wasted if all sequences end.
+            if self.rows.on_device and not is_last:
+                self._decode(self.rows.fetch(drawn_B), self.sequence_B, position_B)
+            ids_B = np.array(drawn_B)  # waits for the device; a copy, which `_fetch_running` changes
+            new = self._unstopped(ids_B)
+            self.running = {sequence for sequence in self.running if position_B[sequence] + 1 < self.context}
+            # Rows in host memory or on disk are fetched by the host, which must know the ids first.
+            if self.running and not is_last and not self.rows.on_device:
+                self._decode(*self._fetch_running(ids_B), position_B)
+            # The tokens are handed out only now, when the device is at work on the next ones.
+            if new:
+                yield new
+            if not self.running:
+                return
+
+    def _unstopped(self, ids_B) -> list[tuple[int, int]]:
+        """Ends the sequences that drew a stop id. Returns: (sequence, token id) of those that go on."""
+        self.running = {sequence for sequence in self.running if int(ids_B[sequence]) not in self.stop_ids}
+        return [(sequence, int(ids_B[sequence])) for sequence in sorted(self.running)]
+
+    def _fetch_running(self, ids_B):
+        """(rows of the running sequences' tokens, index [B] of each sequence's row). Changes ids_B."""
+        ended = [sequence for sequence in range(self.batch) if sequence not in self.running]
+        ids_B[ended] = ids_B[min(self.running)]  # no row is read for a sequence that nobody reads
+        ids, index_B = np.unique(ids_B, return_inverse=True)
+        padded = np.pad(ids, (0, self.batch - len(ids)), mode="edge")  # one shape, so compiled once
+        return self.rows.fetch(padded), index_B.astype(np.int32)
+
+    def _decode(self, rows, index_B, position_B):
+        """Feeds the tokens drawn last, whose rows these are, to the decoder, and draws the next. Does not wait."""
+        # Sequences that have ended stay in the batch. Once at the cache's end, they overwrite its last position.
+        position_B = np.minimum(position_B, self.capacity - 1)
+        logits_BV, self.cache = self.decoder.step(rows, index_B, position_B, self.cache)
+        self.tokens_B = self.draw_tokens(logits_BV, sequence_B=self.sequence_B, position_B=position_B + 1)
+
+    def _prefill(self):
+        """Reads the prompts into the cache and draws the first tokens, one length bucket at a time.
+
+        Nothing waits for the device, so it works on one bucket while the rows of the next are fetched.
+        """
+        self.cache = self.decoder.empty_cache(self.batch, self.capacity)
+        buckets: dict[int, list[int]] = {}
+        for sequence, prompt in enumerate(self.prompts):
+            buckets.setdefault(bucket(len(prompt), self.capacity), []).append(sequence)
+        for length, members in sorted(buckets.items()):
+            ids_bT, lengths_b, slots_b = self._padded_prompts(members, length)
+            ids, index_bT = np.unique(ids_bT, return_inverse=True)
+            ids = np.pad(ids, (0, bucket(len(ids), ids_bT.size) - len(ids)), mode="edge").astype(np.int32)
+            index_bT = index_bT.reshape(ids_bT.shape).astype(np.int32)
+            rows = self.rows.fetch(ids)
+            logits_bV, self.cache = self.decoder.prefill(rows, index_bT, lengths_b, slots_b, self.cache)
+            tokens_b = self.draw_tokens(logits_bV, sequence_B=slots_b, position_B=lengths_b)
+            self.tokens_B = _put(self.tokens_B, slots_b, tokens_b)
+
+    def _padded_prompts(self, members, length):
+        """Prompts of one length bucket as a batch of b sequences.
+
+        Returns: (token ids [b, length], lengths [b], places in the cache [b]). What fills up the batch's shape repeats
+          ids, so that it needs no row of its own, and has its place past the cache's end, where nothing is written.
+        """
+        b = _batch_size(len(members), self.decoder.shards)
         ids_bT = np.zeros((b, length), np.int32)
-        lengths_b, slots_b = np.ones(b, np.int32), np.full(b, batch, np.int32)
-        for row, sequence in enumerate(members):
-            prompt = prompts[sequence]
-            ids_bT[row] = np.pad(prompt, (0, length - len(prompt)), mode="edge")
-            lengths_b[row], slots_b[row] = len(prompt), sequence
+        lengths_b, slots_b = np.ones(b, np.int32), np.full(b, self.batch, np.int32)
+        for i, sequence in enumerate(members):
+            prompt = self.prompts[sequence]
+            ids_bT[i] = np.pad(prompt, (0, length - len(prompt)), mode="edge")
+            lengths_b[i], slots_b[i] = len(prompt), sequence
         ids_bT[len(members) :] = ids_bT[0]
-        ids, index_bT = np.unique(ids_bT, return_inverse=True)
-        ids = np.pad(ids, (0, bucket(len(ids), b * length) - len(ids)), mode="edge").astype(np.int32)
-        index_bT = index_bT.reshape(b, length).astype(np.int32)
-        logits_bV, cache = decoder.prefill(rows.fetch(ids), index_bT, lengths_b, slots_b, cache)
-        tokens_B = _put(tokens_B, slots_b, draw(logits_bV, seed, slots_b, lengths_b, **how))
-    return tokens_B, cache
+        return ids_bT, lengths_b, slots_b
+
+
+def _batch_size(sequences, shards):
+    """A power of two, so that few shapes compile, rounded up to a multiple of the batch shards."""
+    power = 1 << (sequences - 1).bit_length()
+    return -(-power // shards) * shards
 
 
 @jax.jit

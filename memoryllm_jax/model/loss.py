@@ -11,7 +11,13 @@ from memoryllm_jax.model.sharding import constrain, unpadded_embed
 
 
 class Options(NamedTuple):
-    """vocab_size: ids that exist; the head may hold more, as padding. chunk: positions whose logits exist at once."""
+    """How the loss is computed.
+
+    vocab_size: ids that exist; the head may store more, as padding, which get no probability.
+    z_loss: weight of the squared log-partition.
+    chunk: positions of a batch shard whose logits exist at one time.
+    dtype: of the product with the head; sums and the loss are float32.
+    """
 
     vocab_size: int
     z_loss: float
@@ -19,29 +25,34 @@ class Options(NamedTuple):
     dtype: str
 
 
-def cross_entropy(x_SND, head_VD, targets_SN, weights_SN, options: Options):
-    """Sums over positions, to be divided by the sum of weights of the whole step.
+class TargetScores(NamedTuple):
+    """Each target's log-probability in nats, float32, and whether it is the likeliest id."""
 
-    Gradients are made in the forward pass, chunk by chunk, so that logits are computed once. The head's gradient
-    carries the shard axis until the end: partial sums stay on their device, and one reduction closes them.
+    log_probs: jax.Array
+    is_likeliest: jax.Array
+
+
+def cross_entropy(x_SND, head_VD, targets_SN, weights_SN, options: Options):
+    """Sums of the loss over positions, to be divided by the sum of weights of the whole step.
+
+    The forward pass computes the gradients too, chunk by chunk, so that logits are computed once. The head's gradient
+    keeps the shard axis until the end: each device adds up its own chunks, and one reduction adds up the devices.
 
     Args:
       x_SND: final hidden states of the N positions of each batch shard.
-      head_VD: output embedding as stored, float32; its products are computed in `dtype`.
+      head_VD: output embedding as stored, float32.
+      targets_SN: int32 token ids.
+      weights_SN: float32 weight of each position.
     Returns:
       (total, nll): sum of weight * (nll + z_loss * log-partition^2), and of weight * nll, in nats, float32.
       Only the total has a gradient.
     """
-    x, targets, weights = (_chunks(a, options.chunk) for a in (x_SND, targets_SN, weights_SN))
-    return _summed(options, x, head_VD, targets, weights)
+    chunks = [_chunks(a, options.chunk) for a in (x_SND, targets_SN, weights_SN)]
+    return _summed(options, chunks[0], head_VD, *chunks[1:])
 
 
-def log_probs(x_SND, head_VD, targets_SN, options: Options):
-    """What the model gives to each target; arguments as of `cross_entropy`.
-
-    Returns:
-      (log-probability [S, N], in nats, float32; whether the target is the likeliest id [S, N]).
-    """
+def log_probs(x_SND, head_VD, targets_SN, options: Options) -> TargetScores:
+    """The log-probability [S, N] of each target. Arguments as of `cross_entropy`."""
     head = _compute_head(options, x_SND, head_VD)
 
     def of_chunk(c):
@@ -51,20 +62,20 @@ def log_probs(x_SND, head_VD, targets_SN, options: Options):
         target_SC = jnp.where(is_target, logits, 0).sum(-1)
         return target_SC - jax.nn.logsumexp(logits, -1), logits.argmax(-1) == targets_SC
 
-    found = jax.lax.map(of_chunk, tuple(_chunks(a, options.chunk) for a in (x_SND, targets_SN)))
+    found = jax.lax.map(of_chunk, (_chunks(x_SND, options.chunk), _chunks(targets_SN, options.chunk)))
     S, N = targets_SN.shape
-    return tuple(a.swapaxes(0, 1).reshape(S, -1)[:, :N] for a in found)
+    return TargetScores(*(a.swapaxes(0, 1).reshape(S, -1)[:, :N] for a in found))
 
 
 def _chunks(a, size):
-    """[S, N, ...] -> [chunks, S, size, ...], zeros at the end."""
+    """[S, N, ...] -> [chunks, S, size, ...], with zeros at the end, among them weights."""
     size = min(size, a.shape[1])
     a = jnp.pad(a, [(0, 0), (0, -a.shape[1] % size)] + [(0, 0)] * (a.ndim - 2))
     return a.reshape(a.shape[0], -1, size, *a.shape[2:]).swapaxes(0, 1)
 
 
 def _logits(options, x_SCD, head_VD):
-    """[S, C, V] in float32, where ids that do not exist have none of the probability."""
+    """[S, C, V] in float32; padding of the vocabulary gets no probability."""
     logits = jnp.einsum("scd,vd->scv", x_SCD, head_VD, preferred_element_type=jnp.float32)
     if head_VD.shape[0] > options.vocab_size:
         logits = jnp.where(jnp.arange(head_VD.shape[0]) < options.vocab_size, logits, -jnp.inf)
@@ -72,6 +83,7 @@ def _logits(options, x_SCD, head_VD):
 
 
 def _chunk_loss(options, x_SCD, head_VD, targets_SC, weights_SC):
+    """((sum of the loss, sum of its nll part), gradient of the loss with respect to the logits [S, C, V])."""
     z_loss = options.z_loss
     logits = _logits(options, x_SCD, head_VD)
     top = logits.max(-1, keepdims=True)
@@ -87,6 +99,7 @@ def _chunk_loss(options, x_SCD, head_VD, targets_SC, weights_SC):
 
 
 def _compute_head(options, x, head_VD):
+    """The head in the dtype of the product, its width whole on every device."""
     head_VD = unpadded_embed(head_VD.astype(options.dtype), x.shape[-1], ("vocab", "embed"))
     return constrain(head_VD, "vocab", None)
 
@@ -103,6 +116,7 @@ def _summed_forward(options, x, head_VD, targets, weights):
 
     def step(d_head_SVD, c):
         x_SCD, targets_SC, weights_SC = c
+        # Every shard sums its own part of the head's gradient: with no shard axis, XLA would reduce after each chunk.
         sums, d_logits = _chunk_loss(options, x_SCD, head, targets_SC, weights_SC)
         d_logits = d_logits.astype(x_SCD.dtype)
         dx_SCD = jnp.einsum("scv,vd->scd", d_logits, head)
@@ -126,6 +140,13 @@ _summed.defvjp(_summed_forward, _summed_backward)
 
 
 def quality(loss: float, tokens: int, text_bytes: int) -> dict:
-    """Loss in nats a token, perplexity, and bits per byte of text of which `tokens` tokens are predicted."""
+    """Loss, perplexity and bits per byte of a text.
+
+    Args:
+      loss: mean over the predicted tokens, in nats.
+      tokens: predicted tokens.
+      text_bytes: bytes of the text that these tokens make up.
+    """
     bits = loss / math.log(2) * tokens / text_bytes
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}
+    perplexity = math.exp(min(loss, 700.0))  # beyond this a float overflows
+    return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits}
