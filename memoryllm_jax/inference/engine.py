@@ -1,7 +1,7 @@
-"""A trained model with its rows, ready to generate: what every command that runs a model holds.
+"""A trained model with its rows, ready to generate. Every command that runs a model holds an `Engine`.
 
-An `Engine` takes any source of rows: `rows.LiveRows`, which computes them from the weights, or those of tol/rows.py,
-which look them up. `tol.serving.open_engine` builds one from a workdir.
+It takes any source of rows: `rows.LiveRows`, which computes them from the weights, or those of tol/rows.py, which look
+them up. `tol.serving.open_engine` builds one from a workdir.
 """
 
 import dataclasses
@@ -15,15 +15,16 @@ from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.inference import sampling
 from memoryllm_jax.inference.decoder import Decoder
+from memoryllm_jax.inference.rows import RowSource
 from memoryllm_jax.inference.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
 class Contribution:
-    """Factors of what the FFNs of a model add to the residual stream (the paper's Table 1, Figures 4 and 12).
+    """Factors of the FFN outputs that are added to the residual stream (the paper's Table 1, Figures 4 and 12).
 
     Attributes:
-      alpha: factor of FFN-M in all layers; in base, which has no FFN-M, of the FFN.
+      alpha: factor of FFN-M in all layers; in base, which has no FFN-M, that of the FFN.
       alpha_compute: factor of FFN-C in all layers of a flex model.
       drop_layers, drop_compute: layers in which the factor is 0 instead.
     """
@@ -39,11 +40,11 @@ class Contribution:
         of_compute = _by_layer(config, "alpha_compute", self.alpha_compute, "drop_compute", self.drop_compute)
         if config.row_dim and config.compute_dim:
             return of_memory, of_compute
-        # The model has one kind of FFN only, which alpha and drop_layers are about.
+        # The model has one kind of FFN, and alpha and drop_layers are its factors.
         if (of_compute != 1).any():
             name = "alpha_compute" if self.alpha_compute != 1 else "drop_compute"
             raise ArgumentError(
-                name, f"expected flex, found {config.architecture}, which alpha and drop_layers are for"
+                name, f"expected flex, found {config.architecture}, whose FFN takes alpha and drop_layers"
             )
         return (of_memory, of_compute) if config.row_dim else (of_compute, of_memory)
 
@@ -64,14 +65,15 @@ class Engine:
 
     Args:
       trained: the model.
-      params: of the decoder, as `TrainedModel.load` returns them.
-      rows: the source of rows. The engine closes it, and `trained`.
+      params: the decoder's parameters, as `TrainedModel.load` gives them.
+      rows: closed together with the engine, as is `trained`.
     Attributes:
-      trained, rows, decoder.  config: ModelConfig.  tokenizer.
+      trained, rows, decoder, tokenizer.
+      config: ModelConfig.
       context: positions that a sequence may have.
     """
 
-    def __init__(self, trained: TrainedModel, params: dict, rows):
+    def __init__(self, trained: TrainedModel, params: dict, rows: RowSource):
         self.trained, self.rows = trained, rows
         self.config, self.tokenizer, self.context = trained.config, trained.tokenizer, trained.context
         self.decoder = self._whole = Decoder(self.config, params, trained.mesh)
@@ -81,14 +83,14 @@ class Engine:
         self.decoder = self._whole.scaled(*contribution.factors(self.config))
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, after the id that begins a document."""
+        """Token ids of a prompt, with the id that begins a document put before them if the tokenizer has one."""
         bos = self.tokenizer.bos_id
         return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
 
     def generate(
         self, prompts: list[list[int]], max_tokens: int, how: Sampling, seed: int = 0, stop_ids=()
     ) -> Iterator[list[tuple[int, int]]]:
-        """Yields new (sequence, token id) pairs step by step, as `sampling.generate`. Raises: UserError."""
+        """Yields new (sequence, token id) pairs step by step, as `sampling.generate`. Raises: ArgumentError."""
         return sampling.generate(
             self.decoder,
             self.rows,
@@ -102,11 +104,18 @@ class Engine:
         )
 
     def stop_ids(self, texts: list[str]) -> set[int]:
-        """Ids that end a text: of these tokens, and of the end of a document. Raises: UserError."""
+        """Ids that end a text: those of these tokens, and those that end a document.
+
+        Args:
+          texts: each a text that is one token, or #ID.
+        Raises: UserError.
+        """
         tokenizer = self.tokenizer
-        return {*tokenizer.stop_ids, *(tokenizer.token(text, f"stop={text}", tokenizer.vocab_size) for text in texts)}
+        chosen = {tokenizer.token(text, f"stop={text}", tokenizer.vocab_size) for text in texts}
+        return {*tokenizer.stop_ids, *chosen}
 
     def close(self) -> None:
+        """Frees the rows and the checkpoint."""
         self.rows.close()
         self.trained.close()
 
@@ -116,20 +125,22 @@ class Streamer:
 
     def __init__(self, tokenizer, prompt: list[int]):
         self._decode, self._ids = tokenizer.decode, list(prompt)
-        # Decoding starts at a token that is shown already: tokenizers treat the first token of a text apart.
+        # Each piece is decoded from a token that is shown already, because tokenizers treat a text's first token apart:
+        # some drop the space before it.
         self._from, self._shown = max(0, len(prompt) - 1), len(prompt)
 
     def add(self, token: int) -> str:
-        """What a new token adds to the text."""
+        """The characters that a new token completes, which may be none."""
         self._ids.append(token)
         return self._piece(whole=False)
 
     def end(self) -> str:
-        """What is left, where the last character is not complete."""
+        """The characters not shown yet, when no more tokens come and the last one may be incomplete."""
         return self._piece(whole=True)
 
     def _piece(self, whole):
-        before, text = self._decode(self._ids[self._from : self._shown]), self._decode(self._ids[self._from :])
+        before = self._decode(self._ids[self._from : self._shown])
+        text = self._decode(self._ids[self._from :])
         if text.endswith("\N{REPLACEMENT CHARACTER}") and not whole:
             return ""
         self._from, self._shown = max(self._from, self._shown - 1), len(self._ids)

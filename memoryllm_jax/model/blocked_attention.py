@@ -1,4 +1,7 @@
-"""Causal attention in tiles for CPUs, with a backward pass of its own."""
+"""Causal attention in tiles for CPUs, with a backward pass of its own.
+
+Shapes: N groups of G heads, T positions, K head size, q and k rows and columns of a tile of scores.
+"""
 
 import functools
 
@@ -6,78 +9,83 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-BLOCK = 128  # query rows a tile: with 2 heads, a tile's scores fit the cache of one CPU core
-HEADS_A_TILE = 2
-MASKED = -1e30
-einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-SAVED = "saved"  # name of what the backward pass finds: products with weights, attention's output and log-partition
+TILE_ROWS = 128  # query positions of a tile: with 2 heads, a tile's scores fit the cache of one CPU core
+HEADS_PER_TILE = 2
+MASKED = -1e30  # in place of -inf, as the difference of two masked scores must be a number
+# The checkpoint name of what remat policy `dots` keeps for the backward pass: products with weights, and attention's
+# result and log-partition.
+SAVED = "saved"
+einsum_float32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def blocked(q_BTHK, k_BTHK, v_BTHK):
-    """Attention in causal tiles that never holds [T, T]: the scores of one tile, for a few heads at a time.
+    """Causal attention that holds the scores of one tile at a time, never [T, T].
 
     The backward pass recomputes each tile from the log-partition, as in flash attention (Dao et al. 2022).
     """
     B, T, H, K = q_BTHK.shape
-    group = HEADS_A_TILE if B * H % HEADS_A_TILE == 0 else 1
+    group = HEADS_PER_TILE if B * H % HEADS_PER_TILE == 0 else 1
 
-    def tiles(x):
-        return x.swapaxes(1, 2).reshape(B * H // group, group, T, K)
+    def grouped(x_BTHK):
+        return x_BTHK.swapaxes(1, 2).reshape(B * H // group, group, T, K)
 
-    out = _tiled(tiles(q_BTHK * K**-0.5), tiles(k_BTHK), tiles(v_BTHK))
-    return out.reshape(B, H, T, K).swapaxes(1, 2)
+    out_NGTK = _attend(grouped(q_BTHK * K**-0.5), grouped(k_BTHK), grouped(v_BTHK))
+    return out_NGTK.reshape(B, H, T, K).swapaxes(1, 2)
 
 
 @jax.custom_vjp
-def _tiled(q_NGTK, k_NGTK, v_NGTK):
-    return jax.lax.map(lambda qkv: _forward(*qkv)[0], (q_NGTK, k_NGTK, v_NGTK))
+def _attend(q_NGTK, k_NGTK, v_NGTK):
+    return jax.lax.map(lambda qkv: _group_forward(*qkv)[0], (q_NGTK, k_NGTK, v_NGTK))
 
 
-def _tiled_forward(q, k, v):
-    out, lse = checkpoint_name(jax.lax.map(lambda qkv: _forward(*qkv), (q, k, v)), SAVED)
+def _attend_forward(q, k, v):
+    out, lse = checkpoint_name(jax.lax.map(lambda qkv: _group_forward(*qkv), (q, k, v)), SAVED)
     return out, (q, k, v, out, lse)
 
 
-def _tiled_backward(residuals, d_out):
-    return jax.lax.map(lambda args: _backward(*args), (*residuals, d_out))
+def _attend_backward(residuals, d_out):
+    return jax.lax.map(lambda args: _group_backward(*args), (*residuals, d_out))
 
 
-_tiled.defvjp(_tiled_forward, _tiled_backward)
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _tile_rows(T):
-    return [(low, min(low + BLOCK, T)) for low in range(0, T, BLOCK)]
+def _tiles(T):
+    """The first query position of each tile, and the one after its last. Its keys are all positions up to there."""
+    return [(first, min(first + TILE_ROWS, T)) for first in range(0, T, TILE_ROWS)]
 
 
-def _scores(q, k, low, high):
-    s = einsum("gqd,gkd->gqk", q[:, low:high], k[:, :high])
-    causal = jnp.arange(low, high)[:, None] >= jnp.arange(high)[None]
-    return jnp.where(causal, s, MASKED)
+def _scores(q_GTK, k_GTK, first, end):
+    s_Gqk = einsum_float32("gqd,gkd->gqk", q_GTK[:, first:end], k_GTK[:, :end])
+    is_seen = jnp.arange(first, end)[:, None] >= jnp.arange(end)[None]
+    return jnp.where(is_seen, s_Gqk, MASKED)
 
 
-def _forward(q, k, v):
+def _group_forward(q, k, v):
+    """(result [G, T, K], log-partition [G, T, 1]) of a group of heads."""
     outs, lses = [], []
-    for low, high in _tile_rows(q.shape[1]):
-        s = _scores(q, k, low, high)
+    for first, end in _tiles(q.shape[1]):
+        s = _scores(q, k, first, end)
         top = s.max(-1, keepdims=True)
         p = jnp.exp(s - top)
         total = p.sum(-1, keepdims=True)
-        outs.append((einsum("gqk,gkd->gqd", p.astype(v.dtype), v[:, :high]) / total).astype(q.dtype))
+        outs.append((einsum_float32("gqk,gkd->gqd", p.astype(v.dtype), v[:, :end]) / total).astype(q.dtype))
         lses.append(top + jnp.log(total))
     return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
 
 
-def _backward(q, k, v, out, lse, d_out):
+def _group_backward(q, k, v, out, lse, d_out):
+    """Gradients of q, k and v, each [G, T, K], from that of the result."""
     delta = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True)
     # Keys' and values' gradients are held [G, K, T]: XLA's CPU products run twice as fast that way round.
     dq, dk, dv = [], jnp.zeros(k.swapaxes(1, 2).shape), jnp.zeros(v.swapaxes(1, 2).shape)
-    for low, high in _tile_rows(q.shape[1]):
-        p = jnp.exp(_scores(q, k, low, high) - lse[:, low:high])
-        d = d_out[:, low:high]
-        ds = p * (einsum("gqd,gkd->gqk", d, v[:, :high]) - delta[:, low:high])
+    for first, end in _tiles(q.shape[1]):
+        p = jnp.exp(_scores(q, k, first, end) - lse[:, first:end])
+        d = d_out[:, first:end]
+        ds = p * (einsum_float32("gqd,gkd->gqk", d, v[:, :end]) - delta[:, first:end])
         p, ds = p.astype(q.dtype), ds.astype(q.dtype)
-        dq.append(einsum("gqk,gkd->gqd", ds, k[:, :high]))
-        dv = dv.at[:, :, :high].add(einsum("gqd,gqk->gdk", d, p))
-        dk = dk.at[:, :, :high].add(einsum("gqd,gqk->gdk", q[:, low:high], ds))
-    grads = jnp.concatenate(dq, 1), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
-    return tuple(g.astype(q.dtype) for g in grads)
+        dq.append(einsum_float32("gqk,gkd->gqd", ds, k[:, :end]))
+        dv = dv.at[:, :, :end].add(einsum_float32("gqd,gqk->gdk", d, p))
+        dk = dk.at[:, :, :end].add(einsum_float32("gqd,gqk->gdk", q[:, first:end], ds))
+    gradients = (jnp.concatenate(dq, 1), dk.swapaxes(1, 2), dv.swapaxes(1, 2))
+    return tuple(g.astype(q.dtype) for g in gradients)

@@ -1,32 +1,57 @@
-"""Parameters and FLOPs of a model, by formula."""
+"""FLOPs and parameters of a model, by formula.
+
+FLOPs of a forward pass, a multiply-add counted as two, for N tokens of which R rows of token memory are evaluated:
+
+    N L (4 h^2 (1 + G) + 2 h T + 6 h W_C)  +  R L (6 h W_M)  +  N 2 h V
+
+The terms are attention's projections, with G key and value heads for each query head (G = 1 unless `model.kv_heads` is
+set); scores and values, causal attention counted at half; FFN-C of width W_C; FFN-M of width W_M; and the output head.
+Gates of per-layer embeddings, P wide, add N L (4 h P). Lookups, norms and element-wise work are not counted. A training
+step is three forward passes; what rematerialisation computes again is not counted.
+"""
 
 from memoryllm_jax.config import Config
 
 
 def train_flops(config: Config, tokens: int, rows: int) -> float:
-    """Model FLOPs of a training step (the formula above)."""
+    """FLOPs of a training step of `tokens` tokens that evaluates `rows` rows of the token memory."""
     m = config.model
     projections = 4 * m.dim**2 * (1 + m.key_heads / m.heads)
     per_token = m.layers * (projections + 2 * m.dim * config.seq_len + 6 * m.dim * m.compute_dim)
-    per_token += m.layers * 4 * m.dim * m.table_dim * (m.token_memory == "per_layer")
+    if m.token_memory == "per_layer":
+        per_token += m.layers * 4 * m.dim * m.table_dim
     per_token += 2 * m.dim * m.vocab_size
     return 3.0 * (tokens * per_token + rows * m.layers * 6 * m.dim * m.memory_dim)
 
 
 def parameters(config: Config) -> dict[str, int]:
-    """Numbers of parameters by part, padding left out; `active` leaves out the token memory and the two tables."""
+    """Numbers of parameters by part, without padding.
+
+    Returns: "attention", "ffn_c", "norms", "gates", "memory" (FFN-M, or tables of embeddings, with their norms) and
+      "embedding_and_head"; "active", the first four; "total", all.
+    """
     m = config.model
-    per_layer = m.token_memory == "per_layer"
-    norms = m.layers * (1 + bool(m.compute_dim) + per_layer) * m.dim + m.dim
-    ffn_m = 3 * m.dim * m.memory_dim + (m.dim if m.memory_dim else 0)
-    table = m.row_dim * (m.vocab_size + per_layer) if not m.memory_dim else 0
+    norms_a_layer = 1  # before attention
+    if m.compute_dim:
+        norms_a_layer += 1
+    gates = 0
+    if m.token_memory == "per_layer":
+        norms_a_layer += 1
+        gates = m.layers * 2 * m.dim * m.table_dim
     parts = {
         "attention": m.layers * 2 * m.dim * (m.heads + m.key_heads) * m.head_dim,
         "ffn_c": m.layers * 3 * m.dim * m.compute_dim,
-        "norms": norms,
-        "gates": m.layers * 2 * m.dim * m.table_dim * per_layer,
-        "memory": m.layers * (ffn_m + table),
+        "norms": m.layers * norms_a_layer * m.dim + m.dim,
+        "gates": gates,
+        "memory": m.layers * _memory_a_layer(m),
         "embedding_and_head": (1 if m.tie_embeddings else 2) * m.vocab_size * m.dim,
     }
     active = sum(parts[name] for name in ("attention", "ffn_c", "norms", "gates"))
     return parts | {"active": active, "total": sum(parts.values())}
+
+
+def _memory_a_layer(m):
+    if m.memory_dim:
+        return 3 * m.dim * m.memory_dim + m.dim  # FFN-M and its norm
+    table = m.row_dim * m.vocab_size
+    return table + m.row_dim if m.token_memory == "per_layer" else table

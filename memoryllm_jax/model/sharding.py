@@ -1,4 +1,4 @@
-"""One table from logical to physical axes, the mesh, and the checks that make a wrong pairing an error."""
+"""Which mesh axes each logical axis is split over, the mesh, and the checks that make a wrong pairing an error."""
 
 import math
 
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config, MeshConfig, ModelConfig
 
-# Logical axis -> mesh axes. "shard" is the leading axis of everything that stays local to one part of the batch.
+# Logical axis -> mesh axes. "shard" is the leading axis of arrays that hold something apart for each batch shard.
 RULES = {
     "batch": ("data", "fsdp"),
     "shard": ("data", "fsdp"),
@@ -43,7 +43,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def _parts(axis: str | None) -> int:
-    """Number of parts that the current mesh cuts a logical axis into."""
+    """Number of parts that the current mesh splits a logical axis into."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         raise ValueError("no mesh is set: call inside `with jax.set_mesh(make_mesh(...))`")
@@ -51,15 +51,18 @@ def _parts(axis: str | None) -> int:
 
 
 def padded(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[int, ...]:
-    """The shape with every size rounded up to what the current mesh divides: how parameters are stored.
+    """The shape in which a parameter is stored: every size rounded up to what the current mesh divides.
 
-    What is added holds zeros and stays zero in training: zero keys meet zero values, so no gradient reaches them.
+    Padding holds zeros and stays zero in training: zero keys meet zero values, so no gradient reaches them.
     """
     return tuple(-(-size // _parts(axis)) * _parts(axis) for size, axis in zip(shape, axes))
 
 
 def unpadded_embed(w: jax.Array, dim: int, axes: tuple[str | None, ...]) -> jax.Array:
-    """w with its "embed" axis gathered and cut to `dim`; what pads other axes takes part in the computation."""
+    """w with its "embed" axis whole on every device and cut to `dim`. Padding of other axes stays, as it is harmless.
+
+    A width that needs no padding is left as it is: XLA gathers it where it wants to.
+    """
     at = axes.index("embed")
     if w.shape[at] == dim:
         return w
@@ -71,8 +74,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """A (data, fsdp, tensor) mesh over all devices. Raises: UserError."""
     devices = jax.devices() if devices is None else devices
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-    known = int(np.prod([size for size in sizes.values() if size != -1]))
-    if len(devices) % known or (-1 not in sizes.values() and known != len(devices)):
+    known = math.prod(size for size in sizes.values() if size != -1)
+    fits = len(devices) % known == 0 if -1 in sizes.values() else len(devices) == known
+    if not fits:
         shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(f"config.mesh: expected parts whose product is the {len(devices)} devices, found {shape}")
     shape = [len(devices) // known if size == -1 else size for size in sizes.values()]
@@ -80,7 +84,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def _arrange(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
-    """The devices in this shape, slices of TPUs or nodes of GPUs along its first axes, where least is sent."""
+    """The devices in this shape. Slices of TPUs and nodes of GPUs lie along its first axes, which send least."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -93,7 +97,7 @@ def _arrange(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Number of parts the batch is split into."""
+    """Number of batch shards: parts that the mesh splits a batch into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -127,6 +131,6 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
 
 
 def shardings(mesh: Mesh, logical_axes):
-    """A tree of logical axes, each in a PartitionSpec as Linen gives them -> NamedShardings."""
+    """A NamedSharding for each leaf of a tree of logical axes, which are PartitionSpecs as Linen gives them."""
     is_leaf = lambda axes: isinstance(axes, P)  # noqa: E731
     return jax.tree.map(lambda axes: NamedSharding(mesh, spec(*axes)), logical_axes, is_leaf=is_leaf)

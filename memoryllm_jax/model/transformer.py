@@ -11,7 +11,7 @@ and, to compare with, base with an FFN of flex-b's FFN-C and tables E_l of token
     narrow-b  nothing in its place
 
 Shapes: B sequences, T positions, D model width, H heads, K head size, F FFN width, V token ids, L layers,
-S batch shards, U distinct token ids of a shard, N = B T / S positions of a shard.
+S batch shards, U distinct token ids of a shard, N = B T / S positions of a shard, P width of a table's rows.
 """
 
 from typing import NamedTuple
@@ -23,13 +23,14 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from memoryllm_jax.config import ModelConfig
-from memoryllm_jax.model import attention, blocked_attention
+from memoryllm_jax.model import attention
+from memoryllm_jax.model.blocked_attention import SAVED
 from memoryllm_jax.model.sharding import batch_shards, constrain, padded, shardings, unpadded_embed
 from memoryllm_jax.model.token_memory import TokenRows, embed, rows_axes, take_rows
 
 
 def _parameter(module, name, shape, axes, std):
-    """Stored padded to what the mesh divides; its values do not depend on the mesh."""
+    """A float32 parameter, stored padded to what the mesh divides. Its values do not depend on the mesh."""
 
     def init(key, stored, dtype):
         values = nn.initializers.normal(std)(key, shape, dtype)
@@ -39,19 +40,19 @@ def _parameter(module, name, shape, axes, std):
 
 
 def _weight(module, name, shape, axes, std):
+    """A parameter for a product: in the dtype of the computation, the model's width whole and without padding."""
     w = _parameter(module, name, shape, axes, std).astype(module.config.dtype)
     return unpadded_embed(w, module.config.dim, axes)
 
 
 def _matmul(x, w):
-    """x[..., D] @ w[D, F], flattened to two axes: XLA's CPU product of [B T, D] is twice as fast as of [B, T, D].
-
-    A CPU's bfloat16 product is five times as fast when it may give its float32 sums.
-    """
+    """x[..., D] @ w[D, F] in the dtype of x."""
+    # On a CPU, XLA's product of [B T, D] is twice as fast as that of [B, T, D], and its bfloat16 product five times as
+    # fast when it may return its float32 sums.
     on_cpu = jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu"
-    sums = jnp.float32 if on_cpu else None
-    y = jnp.dot(x.reshape(-1, x.shape[-1]), w, preferred_element_type=sums).astype(x.dtype)
-    return checkpoint_name(y, blocked_attention.SAVED).reshape(*x.shape[:-1], w.shape[-1])
+    sum_dtype = jnp.float32 if on_cpu else None
+    y = jnp.dot(x.reshape(-1, x.shape[-1]), w, preferred_element_type=sum_dtype).astype(x.dtype)
+    return checkpoint_name(y, SAVED).reshape(*x.shape[:-1], w.shape[-1])
 
 
 class Norm(nn.Module):
@@ -90,7 +91,8 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        D, F, std = x.shape[-1], self.width, self.config.init_std
+        D, F = x.shape[-1], self.width
+        std = self.config.init_std
         gate_DF = _weight(self, "gate", (D, F), ("embed", "mlp"), std)
         up_DF = _weight(self, "up", (D, F), ("embed", "mlp"), std)
         down_FD = _weight(self, "down", (F, D), ("mlp", "embed"), _output_std(self.config))
@@ -98,31 +100,41 @@ class SwiGLU(nn.Module):
 
 
 def _output_std(config):
+    """Of matrices that write to the residual stream: its variance does not grow with depth (as in GPT-2)."""
     return config.init_std / (2 * config.layers) ** 0.5
 
 
 def rope_table(config: ModelConfig, positions):
-    """cos and sin [..., T, K/2] of the rotary embedding (Su et al. 2021), in the half-split layout of Llama."""
+    """cos and sin [..., T, K/2] of the rotary embedding (Su et al. 2021), for the half-split layout of Llama.
+
+    Args:
+      positions: int [T], or [B, T] where sequences differ.
+    """
     angle = positions.astype(jnp.float32)[..., None] * _rope_frequencies(config)
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def _rope_frequencies(c: ModelConfig):
-    """[K/2], radians a position; scaled for contexts longer than trained on (llama3: Llama Team 2024)."""
+    """float32 [K/2], radians a position; divided by a factor for contexts longer than trained on.
+
+    `linear` divides all frequencies (Chen et al. 2023). `llama3` keeps those that turn often enough within the original
+    context, divides those that turn too seldom, and interpolates between the two (Llama Team 2024).
+    """
     half = c.head_dim // 2
     frequency = c.rope_theta ** (-np.arange(half) / half)
     if c.rope_scaling == "none":
         return frequency.astype(np.float32)
-    kept = 0.0
+    kept_share = 0.0
     if c.rope_scaling == "llama3":
         turns = frequency * c.rope_original_context / (2 * np.pi)
-        kept = (turns - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor)
-        kept = np.clip(kept, 0, 1)
-    return (frequency * (kept + (1 - kept) / c.rope_factor)).astype(np.float32)
+        kept_share = (turns - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor)
+        kept_share = np.clip(kept_share, 0, 1)
+    return (frequency * (kept_share + (1 - kept_share) / c.rope_factor)).astype(np.float32)
 
 
 def _rotate(x_BTHK, rope):
-    cos, sin = (table[..., None, :] for table in rope)
+    cos, sin = rope
+    cos, sin = cos[..., None, :], sin[..., None, :]  # the same for all heads
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHK.dtype)
 
@@ -160,7 +172,8 @@ class Attention(nn.Module):
         k, v = _rotate(project("k", c.key_heads), rope), project("v", c.key_heads)
         if value_BTE is not None:
             value_BTHK = value_BTE.reshape(B, T, c.key_heads, K)
-            v = v + jnp.pad(value_BTHK, [(0, 0), (0, 0), (0, v.shape[2] - c.key_heads), (0, 0)])
+            padding = v.shape[2] - c.key_heads
+            v = v + jnp.pad(value_BTHK, [(0, 0), (0, 0), (0, padding), (0, 0)])
         out_HKD = _weight(self, "out", (c.heads, K, D), ("heads", "head_dim", "embed"), _output_std(c))
         if past is None:
             group = c.heads // c.key_heads  # the kernels want a key head for each query head
@@ -174,7 +187,7 @@ class Attention(nn.Module):
 
 
 class Gate(nn.Module):
-    """(GELU(x W_gate) * row) W_out: what the residual stream lets through of a token's per-layer embedding."""
+    """(GELU(x W_gate) * row) W_out: a token's per-layer embedding, gated by the residual stream (Gemma 3n)."""
 
     config: ModelConfig
 
@@ -183,9 +196,10 @@ class Gate(nn.Module):
         shape = x_BTD.shape[-1], self.config.table_dim
         gate_DP = _weight(self, "gate", shape, ("embed", "mlp"), self.config.init_std)
         out_PD = _weight(self, "out", shape[::-1], ("mlp", "embed"), _output_std(self.config))
-        let = nn.gelu(_matmul(x_BTD, gate_DP))
-        row = jnp.pad(row_BTP, [(0, 0), (0, 0), (0, let.shape[-1] - row_BTP.shape[-1])])
-        return _matmul(let * row, out_PD)
+        openness_BTP = nn.gelu(_matmul(x_BTD, gate_DP))
+        padding = openness_BTP.shape[-1] - row_BTP.shape[-1]
+        row_BTP = jnp.pad(row_BTP, [(0, 0), (0, 0), (0, padding)])
+        return _matmul(openness_BTP * row_BTP, out_PD)
 
 
 class LayerOutput(NamedTuple):
@@ -291,16 +305,17 @@ class ScannedMemoryLayer(MemoryLayer):
 
 
 class MemoryTable(nn.Module):
-    """E_l[token] of the architectures with tables; of per-layer embeddings, normalised.
-
-    Args:
-      take: (table [V, P] as stored, ids) -> rows in the config's dtype; P may be padded.
-    """
+    """E_l[token] of the architectures with tables in place of FFN-M; ple normalises it."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, ids, take):
+        """Rows [..., P] of the ids.
+
+        Args:
+          take: (table [V, P] as stored, P padded; ids) -> rows in the config's dtype.
+        """
         c = self.config
         table_VP = _parameter(self, "table", (c.vocab_size, c.row_dim), ("vocab", "embed"), c.init_std)
         row = take(table_VP, ids)[..., : c.row_dim]
@@ -316,7 +331,7 @@ class ScannedMemoryTable(MemoryTable):
 
 
 def _over_layers(layer, config, in_axes):
-    """`layer` scanned over the depth, its parameters stacked on a leading axis, under the remat policy."""
+    """The layer scanned over the depth, so that it compiles once: parameters get a leading axis L. Applies remat."""
     if config.remat != "none":
         policy = attention.keep_results if config.remat == "dots" else None
         layer = nn.remat(layer, policy=policy, prevent_cse=False)
@@ -331,7 +346,7 @@ def _over_layers(layer, config, in_axes):
 
 
 class LanguageModel(nn.Module):
-    """Token ids -> rows of the token memory -> hidden states -> (in loss.py) logits, never [B, T, V] at once."""
+    """Token ids -> rows of the token memory -> hidden states. loss.py makes logits of them, chunk by chunk."""
 
     config: ModelConfig
 
@@ -347,6 +362,7 @@ class LanguageModel(nn.Module):
         self.final_norm = Norm(c)
 
     def __call__(self, ids_SU, index_SN, length):
+        """All parameters take part, which is what `init` needs; steps call the methods below."""
         return self.hidden(self.token_rows(ids_SU), index_SN, length), self.output_embedding()
 
     def token_rows(self, ids_SU) -> TokenRows:
@@ -362,7 +378,11 @@ class LanguageModel(nn.Module):
         return TokenRows(x0_SUD, ffn_LSUD)
 
     def hidden(self, rows: TokenRows, index_SN, length: int):
-        """Normalised final states [B, T, D] of positions whose rows are rows[:, s, index[s, n]]; T = length."""
+        """Normalised final states [B, T, D]; T = length.
+
+        Args:
+          index_SN: the row of position n of shard s is rows[:, s, index[s, n]].
+        """
         x_BTD = take_rows(rows.x0_SUD, index_SN).reshape(-1, length, self.config.dim)
         x_BTD = constrain(x_BTD, "batch", None, None)
         x_BTD, _ = self.layers(x_BTD, rows.ffn_LSUD, index_SN, rope_table(self.config, jnp.arange(length)))
@@ -374,7 +394,7 @@ class LanguageModel(nn.Module):
 
 
 def init(model: LanguageModel, key, shards: int = 1):
-    """Parameters, each boxed with its logical axes. Call it inside a mesh with `shards` batch shards."""
+    """New parameters, each boxed with its logical axes. Call it inside a mesh with `shards` batch shards."""
     ids = jnp.zeros((shards, 2), jnp.int32)
     return model.init(key, ids, ids, 2)["params"]
 

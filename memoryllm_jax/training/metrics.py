@@ -1,15 +1,8 @@
 """What a run reports: FLOPs and MFU by formula, and records to JSON lines, TensorBoard and Weights & Biases.
 
-FLOPs of a forward pass, a multiply-add counted as two, for N tokens of which R rows of token memory are evaluated:
-
-    N L (4 h^2 (1 + G) + 2 h T + 6 h W_C)  +  R L (6 h W_M)  +  N 2 h V
-
-that is attention projections, of which keys and values have G heads for each of the query (G = 1 unless
-`model.kv_heads` is set), scores and values with causal attention counted at half, FFN-C, FFN-M, and the output
-head; gates of per-layer embeddings add N L (4 h P). Lookups, norms and element-wise work are not counted. A training
-step is three forward passes; what rematerialisation computes again is not counted. `model_flops_per_second` and `mfu`
-count R as done (distinct ids, padding included); the `_plain` figures count R = N, as if every position had evaluated
-its FFN-M, which is the work that a step without unique tokens would do for the same result.
+`model_flops_per_second` and `mfu` count model/flops.py's formula for the rows of token memory that were evaluated:
+distinct ids, padding included. The `_plain` figures count a row for every position, which is the work that a step
+without unique tokens would do for the same result.
 """
 
 import contextlib
