@@ -176,9 +176,11 @@ class Attention(nn.Module):
             v = v + jnp.pad(value_BTHK, [(0, 0), (0, 0), (0, padding), (0, 0)])
         out_HKD = _weight(self, "out", (c.heads, K, D), ("heads", "head_dim", "embed"), _output_std(c))
         if past is None:
-            group = c.heads // c.key_heads  # the kernels want a key head for each query head
-            k_BTHK, v_BTHK = (k, v) if group == 1 else (jnp.repeat(x, group, 2) for x in (k, v))
-            y = attention.causal_attention(q, k_BTHK, v_BTHK, c.attention)
+            group = c.heads // c.key_heads
+            if group == 1:
+                y = attention.causal_attention(q, k, v, c.attention)
+            else:  # the kernels want a key head for each query head
+                y = attention.causal_attention(q, jnp.repeat(k, group, 2), jnp.repeat(v, group, 2), c.attention)
         else:
             cache, position_B = past
             y = cache.attend(q[:, 0], k[:, 0], v[:, 0], position_B)
