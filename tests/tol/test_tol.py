@@ -363,8 +363,8 @@ def test_bad_prompts_and_caches_are_refused(lab, monkeypatch):
     path = lab.tol("memory")
     with lab.model("memory", path) as model:
         for prompts, found in [
-            ([[5], some_tokens(CONTEXT)], f"prompt 2: expected fewer than {CONTEXT} tokens.*found {CONTEXT}"),
-            ([[]], "prompt 1: expected at least one token, found an empty prompt"),
+            ([[5], some_tokens(CONTEXT)], f"prompt: expected fewer than {CONTEXT} tokens.*found {CONTEXT} in prompt 2"),
+            ([[]], "prompt: expected at least one token, found none in prompt 1"),
         ]:
             with pytest.raises(UserError, match=found):
                 written(model, prompts)
