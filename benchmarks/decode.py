@@ -82,7 +82,6 @@ def worker(sides):
             ids, position = np.array([token], np.int32), np.array([number], np.int32)
             logits, cache = decoder.step(rows.fetch(ids), zero, position, cache)
             drawn = draw(logits, np.uint32(0), zero, position, **greedy)
-            rows.prefetch(ids)
             if rows.on_device:
                 earlier, drawn = drawn, earlier
             if drawn is not None:

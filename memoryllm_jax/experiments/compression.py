@@ -30,9 +30,6 @@ class StoredRows:
         ffn = [vectors.get(f"ffn.{layer}") for layer in range(self._source.layers)]
         return TokenRows(x0[None], [None if y is None else y[None] for y in ffn])
 
-    def prefetch(self, ids) -> None:
-        """Nothing is to be read ahead."""
-
     def stats(self) -> dict:
         return {"rows": "stored", "bytes": self._layout.total_bytes}
 

@@ -90,7 +90,6 @@ class _Side:
             ids, position = np.array([token], np.int32), np.array([number], np.int32)
             logits, self.cache = self.model.decoder.step(self.model.rows.fetch(ids), index, position, self.cache)
             np.asarray(logits[0].argmax())
-            self.model.rows.prefetch(ids)
 
     def memory(self) -> dict[str, int]:
         """Bytes on the device."""
