@@ -4,13 +4,13 @@
         --tokenizer=llama3:tokenizer.model --output=DATA
     python -m memoryllm_jax.train --config=configs/1b.py:flex-3 --workdir=DIR --config.data.path=DATA
 
-The recipe is the paper's Table 3. It gives no batch size, initialisation, clipping, RoPE base or tying: 512
-sequences (1.05 M tokens), normal 0.02, 1.0, 10,000 and untied are Llama-like choices of ours.
+The recipe is the paper's Table 3. The paper gives no batch size, initialisation, clipping, RoPE base or tying; as in
+Llama they are 512 sequences (1.05 M tokens), normal 0.02, 1.0, 10,000 and untied.
 
-Cost by FLOP count, at 40% MFU on H100 and 64k tokens a device (a plan, not a measurement):
+Cost by FLOP count, at 40% MFU on H100 and 64k tokens a device (computed, not measured):
 base 993, memory 567, flex-3 726 GPU hours.
-Expect after 50 B tokens, perplexity 20.93 on C4 for memory (the paper's Table 2); after 150 B tokens, the
-training loss in the order base, flex-3, flex-2, flex-1, memory (its Figures 9 and 10).
+Expect perplexity 20.93 on C4 for memory after 50 B tokens (the paper's Table 2), and after 150 B tokens the training
+loss lowest for base, then flex-3, flex-2, flex-1 and memory (its Figures 9 and 10).
 """
 
 from memoryllm_jax import config

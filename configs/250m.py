@@ -4,10 +4,10 @@
         --tokenizer=llama3:tokenizer.model --output=DATA
     python -m memoryllm_jax.train --config=configs/250m.py:flex-3 --workdir=DIR --config.data.path=DATA
 
-The recipe is the paper's Table 3. It gives no batch size, initialisation, clipping, RoPE base or tying: 512
-sequences (1.05 M tokens), normal 0.02, 1.0, 10,000 and untied are Llama-like choices of ours.
+The recipe is the paper's Table 3. The paper gives no batch size, initialisation, clipping, RoPE base or tying; as in
+Llama they are 512 sequences (1.05 M tokens), normal 0.02, 1.0, 10,000 and untied.
 
-Cost by FLOP count, at 40% MFU on H100 and 64k tokens a device (a plan, not a measurement):
+Cost by FLOP count, at 40% MFU on H100 and 64k tokens a device (computed, not measured):
 base 92, memory 60, flex-3 72 GPU hours.
 Expect perplexity on C4, from the paper's Table 2 (50 B tokens): base 23.19.
 """

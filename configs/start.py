@@ -3,8 +3,8 @@
     python -m memoryllm_jax.train --config=configs/start.py:memory@WORKDIR --workdir=DIR --config.data.path=DATA
 
 The name before @ is the architecture, WORKDIR after it the model's workdir (`export --import` makes one of a Hugging
-Face directory). Its newest checkpoint gives the sizes and the parameters; the optimizer starts anew. The data must be
-prepared with its tokenizer. docs/huggingface.md tells how base is converted, and what that came to.
+Face directory). The newest checkpoint there gives the sizes and the parameters; the optimizer starts anew. The data
+must be prepared with the model's tokenizer. docs/huggingface.md explains how base is converted, and what to expect.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ def get_config(start=""):
     if not workdir:
         raise UserError(f"--config=configs/start.py:{start}: expected ARCHITECTURE@WORKDIR after the colon")
     c = config.default(architecture)
-    m, theirs = c.model, trained.config_of(workdir).model
-    ours = {"beta": m.beta, "token_memory": m.token_memory, "compute_input": m.compute_input}
-    m.update(dataclasses.asdict(theirs))
-    if (ours["beta"], ours["token_memory"]) != (theirs.beta, theirs.token_memory):
-        m.update(ours)
-    c.model.attention = "auto"
+    asked = {name: c.model[name] for name in ("beta", "token_memory", "compute_input")}
+    trained_model = trained.config_of(workdir).model
+    c.model.update(dataclasses.asdict(trained_model))
+    if (asked["beta"], asked["token_memory"]) != (trained_model.beta, trained_model.token_memory):
+        c.model.update(asked)  # a conversion: the sizes are the trained model's, the architecture is not
+    c.model.attention = "auto"  # the model may have been trained on other accelerators
     c.start.workdir = workdir
     c.steps = 10_000
     c.optimizer.warmup_steps = 500

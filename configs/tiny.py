@@ -2,11 +2,11 @@
 
     python -m memoryllm_jax.train --config=configs/tiny.py:memory --workdir=runs/tiny
 
-Data: Python's documentation topics and standard library (9 MB), SentencePiece with 4,096 ids, both made in the
-workdir on the first run. Give --config.data.path=DIR to train on what `prepare` wrote. Learning rates are those
-that suit this size, not the paper's.
+The first run makes its data in the workdir: Python's documentation topics and standard library (9 MB), tokenized by
+SentencePiece with 4,096 ids. Give --config.data.path=DIR to train on what `prepare` wrote. The learning rates suit this
+size and are not the paper's.
 
-Cost: 1.0M tokens, four to six minutes. Expect about 1.75 bits per byte of held-out text, and a sample with a look of
+Cost: 1.0M tokens, four to six minutes. Expect about 1.75 bits per byte of held-out text, and a sample that looks like
 Python.
 """
 

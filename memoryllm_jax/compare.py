@@ -8,7 +8,7 @@ Every architecture has the same seed, data, steps and recipe: all --config.FIELD
 runs in a process of its own with the workdir DIR/ARCHITECTURE. Kill it at any time and run the same line again. On
 several hosts, run `train` itself with these workdirs, and then --report. The
 report is DIR/comparison.html, with .json and .csv beside it. Beside the paper's architectures there are, to compare
-with, narrow-B, value-B and ple-B: flex-B's active parameters, and in place of FFN-M nothing, value embeddings, or
+with, no-memory-B, value-B and ple-B: flex-B's active parameters, and in place of FFN-M nothing, value embeddings, or
 per-layer embeddings as in Gemma 3n.
 """
 

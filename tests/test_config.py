@@ -1,26 +1,30 @@
-"""Sizes against the design's table, and what is refused by name."""
+"""Sizes against the paper's tables, what is refused by name, and config files that travel with the package."""
 
 import dataclasses
 import glob
-import math
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import jax
 import pytest
 
 from memoryllm_jax import config as config_lib
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.config import MeshConfig, default, resolve
+from memoryllm_jax.config import default, resolve
 from memoryllm_jax.model import flops, sharding, transformer
 
-# DESIGN: size -> h, heads, base width, FFN-M widths at beta 1, 2, 3, millions in total, active at 0, 1, 2, 3, 8.
-TABLE = {
-    "250m": (960, 16, 2560, (2240, 1920, 1600), 265, (88, 111, 133, 155, 265)),
-    "750m": (1600, 16, 4272, (3738, 3200, 2668), 738, (246, 307, 369, 430, 738)),
-    "1b": (2048, 32, 5464, (4778, 4096, 3418), 1208, (403, 504, 604, 704, 1208)),
-}
+ROOT = Path(__file__).parents[1]
 VARIANTS = ("memory", "flex-1", "flex-2", "flex-3", "base")
+# The paper's Tables 5 and 6: size -> h, heads, FFN-M widths of the variants, millions in all, millions active.
+TABLE = {
+    "250m": (960, 16, (2560, 2240, 1920, 1600, 0), 265, (88, 111, 133, 155, 265)),
+    "750m": (1600, 16, (4272, 3738, 3200, 2668, 0), 738, (246, 307, 369, 430, 738)),
+    "1b": (2048, 32, (5464, 4778, 4096, 3418, 0), 1208, (403, 504, 604, 704, 1208)),
+}
 
 
 def load(size, variant):
@@ -28,50 +32,42 @@ def load(size, variant):
 
 
 @pytest.mark.parametrize("size", TABLE)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_parameter_counts_follow_from_the_table(size, variant):
-    h, heads, width, memory_widths, total_millions, active_millions = TABLE[size]
-    config = load(size, variant)
-    config.model.vocab_size = V = 128_256
-    config = resolve(config)
-    assert (config.model.dim, config.model.heads, config.model.ffn_dim) == (h, heads, width)
-    assert (config.model.layers, config.seq_len) == (24, 2048)
+def test_parameter_counts_are_those_of_the_paper(size):
+    h, heads, memory_widths, total_millions, active_millions = TABLE[size]
+    base_width = memory_widths[0]
+    for variant, memory_width, active in zip(VARIANTS, memory_widths, active_millions):
+        config = load(size, variant)
+        config.model.vocab_size = V = 128_256
+        config = resolve(config)
+        m = config.model
+        assert (m.dim, m.heads, m.ffn_dim, m.layers, config.seq_len) == (h, heads, base_width, 24, 2048)
+        assert (m.memory_dim, m.compute_dim) == (memory_width, base_width - memory_width)
 
-    memory_width = {"memory": width, "base": 0}.get(variant) if variant in ("memory", "base") else None
-    if memory_width is None:
-        memory_width = memory_widths[int(variant[-1]) - 1]
-    attention_and_norm = 4 * h * h + h
-    compute = 3 * h * (width - memory_width) + (h if memory_width < width else 0)
-    memory = 3 * h * memory_width + (h if memory_width else 0)
-    expected_active = 24 * (attention_and_norm + compute) + h
-    expected_total = expected_active + 24 * memory
-
-    with jax.set_mesh(sharding.make_mesh(config.mesh, jax.devices()[:1])):
-        boxed = jax.eval_shape(lambda: transformer.init(transformer.LanguageModel(config.model), jax.random.key(0)))
-    sizes = {jax.tree_util.keystr(p): math.prod(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(boxed)}
-    tables = [n for name, n in sizes.items() if "'embedding'" in name or "'head'" in name]
-    assert tables == [V * h, V * h]
-    total = sum(sizes.values()) - sum(tables)
-    in_memory = sum(n for name, n in sizes.items() if name.startswith("['memory']"))
-    assert (total, total - in_memory) == (expected_total, expected_active)
-    counted = flops.parameters(config)
-    assert counted["total"] == total + 2 * V * h and counted["active"] == expected_active
-    # Against the table's own millions; it counts no norms.
-    assert total / 1e6 == pytest.approx(total_millions, abs=1)
-    assert (total - in_memory) / 1e6 == pytest.approx(active_millions[VARIANTS.index(variant)], abs=1.2)
+        attention_and_norm = 4 * h * h + h
+        ffn_c = 3 * h * m.compute_dim + (h if m.compute_dim else 0)
+        ffn_m = 3 * h * m.memory_dim + (h if m.memory_dim else 0)
+        counted = flops.parameters(config)
+        assert counted["active"] == 24 * (attention_and_norm + ffn_c) + h
+        assert counted["total"] == counted["active"] + 24 * ffn_m + 2 * V * h
+        # The paper's own millions count no norms.
+        assert counted["active"] / 1e6 == pytest.approx(active, abs=1.2)
+        assert (counted["total"] - 2 * V * h) / 1e6 == pytest.approx(total_millions, abs=1)
 
 
-@pytest.mark.parametrize("variant", ["value-3", "ple-3", "narrow-3"])
-def test_baselines_have_the_active_parameters_of_flex(variant):
-    config = resolve(config_lib.load(f"configs/1b.py:{variant}"))
+@pytest.mark.parametrize("variant", [*VARIANTS, "value-3", "ple-3", "no-memory-3"])
+def test_counted_parameters_are_those_of_the_model(variant):
+    config = resolve(load("1b", variant))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=1000))
+    assert config.model.architecture == variant
     with jax.set_mesh(sharding.make_mesh(config.mesh, jax.devices()[:1])):
         boxed = jax.eval_shape(lambda: transformer.init(transformer.LanguageModel(config.model), jax.random.key(0)))
+    sizes = {jax.tree_util.keystr(path): x.size for path, x in jax.tree_util.tree_leaves_with_path(boxed)}
     counted = flops.parameters(config)
-    assert counted["total"] == sum(x.size for x in jax.tree.leaves(boxed))
-    assert config.model.architecture == variant
-    flex = flops.parameters(resolve(config_lib.load("configs/1b.py:flex-3")))
-    assert counted["active"] == pytest.approx(flex["active"], rel=1e-3)
+    assert counted["total"] == sum(sizes.values())
+    assert counted["memory"] == sum(size for name, size in sizes.items() if name.startswith("['memory']"))
+    if variant.endswith("-3"):  # those to compare with are as large as flex-3, up to rounded widths
+        flex = flops.parameters(resolve(load("1b", "flex-3")))
+        assert counted["active"] == pytest.approx(flex["active"], rel=1e-3)
 
 
 def test_every_config_file_builds_every_variant():
@@ -96,7 +92,7 @@ def test_width_follows_an_overridden_dim():
     [
         ("model.heads", 7, "config.model.heads: expected a divisor of model.dim = 256, found 7"),
         ("model.heads", 256, "config.model.heads: expected an even head size"),
-        ("model.beta", 9.0, "config.model.beta: expected a number from 0"),
+        ("model.beta", 9.0, "config.model.beta: expected at least 0 and at most 8, found 9.0"),
         ("model.beta", 8.0, "config.model.compute_input: expected after_attention"),
         (
             "model.attention",
@@ -105,6 +101,9 @@ def test_width_follows_an_overridden_dim():
         ),
         ("model.ffn_dim", 1, "config.model.ffn_dim: expected at least 2"),
         ("steps", 0, "config.steps: expected at least 1, found 0"),
+        ("optimizer.b1", 1.0, "config.optimizer.b1: expected at least 0 and less than 1, found 1.0"),
+        ("optimizer.eps", 0.0, "config.optimizer.eps: expected more than 0, found 0.0"),
+        ("sample.temperature", 1e-9, "config.sample.temperature: expected 0 (greedy), or from 0.001 to 1000"),
         ("accumulate", 3, "config.batch_size: expected a multiple of accumulate = 3"),
         ("optimizer.final_lr", 1.0, "config.optimizer.final_lr: expected at most"),
         ("mesh.data", -1, "config.mesh.fsdp: expected -1 on one axis only"),
@@ -132,32 +131,19 @@ def test_unknown_fields_and_wrong_types_are_refused_by_name():
         default("flex-8")
 
 
-def test_batches_and_meshes_that_do_not_fit_are_refused():
-    config = resolve(load("tiny", "flex-3"))
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=4096))
-
-    def check(mesh, **changes):
-        changed = dataclasses.replace(config, **changes)
-        sharding.check_mesh(changed, sharding.make_mesh(MeshConfig(*mesh)))
-
-    check((2, 2, 2))
-    with pytest.raises(UserError, match=r"config.batch_size: expected a multiple of .* = 8, found 12"):
-        check((1, 8, 1), batch_size=12)
-    grouped = dataclasses.replace(config.model, heads=8, kv_heads=2)
-    check((2, 2, 2), model=grouped)
-    with pytest.raises(
-        UserError, match=r"config.model.kv_heads: expected a multiple of config.mesh.tensor = 4,.*found 2"
-    ):
-        check((1, 2, 4), model=grouped)
-    with pytest.raises(UserError, match=r"config.mesh: expected parts whose product is the 8 devices, found data 3"):
-        check((3, -1, 1))
-
-
-def test_an_axis_claimed_twice_is_an_error():
-    with pytest.raises(ValueError, match="claim a mesh axis twice"):
-        sharding.spec("vocab", "mlp")
-    with pytest.raises(ValueError, match="no mesh is set"):
-        jax.jit(lambda x: sharding.constrain(x, "batch"))(jax.numpy.ones(8))
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config.model.dimm=3", "config.model.dimm: no such field; did you mean dim?"),
+        ("--config.steps.more=1", "config.steps.more: no such field; there are none below it"),
+        ("--config=configs/tiny.py:flex-9", "architecture 'flex-9': expected base, memory, or flex-B"),
+        ("--config=configs/tyni.py", "--config=configs/tyni.py: expected FILE.py:ARCHITECTURE, found no file"),
+    ],
+)
+def test_overrides_and_files_that_do_not_exist_are_refused(argument, message):
+    with pytest.raises(UserError) as error:
+        config_lib.check_flags(["train", "--config=configs/tiny.py:base", argument])
+    assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -165,8 +151,6 @@ def test_an_axis_claimed_twice_is_an_error():
     [
         ("--config.model.dimm=3", "error: config.model.dimm: no such field; did you mean dim?"),
         ("--config.steps=many", "flag --config.steps=many"),
-        ("--config.steps.more=1", "error: config.steps.more: no such field"),
-        ("--config=configs/tiny.py:flex-9", "error: architecture 'flex-9': expected base, memory, or flex-B"),
         ("--config.model.heads=3", "error: config.model.heads: expected a divisor of model.dim = 256, found 3"),
     ],
 )
@@ -176,3 +160,56 @@ def test_command_line_mistakes_are_one_sentence(argument, message, tmp_path):
     assert result.returncode == 1
     assert message in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert not (tmp_path / "w").exists()
+
+
+def test_a_config_file_is_found_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_lib.locate("configs/tiny.py:memory") == f"{ROOT}/configs/tiny.py:memory"
+    assert resolve(config_lib.load("configs/tiny.py:flex-3")).model.architecture == "flex-3"
+    arguments = ["train", "--config", "configs/tiny.py:base", "--workdir=w"]
+    assert config_lib.check_flags(arguments) == [
+        arguments[0],
+        "--config",
+        f"{ROOT}/configs/tiny.py:base",
+        "--workdir=w",
+    ]
+    with pytest.raises(UserError) as error:
+        config_lib.locate("configs/other.py:memory")
+    assert str(tmp_path) in str(error.value) and f"{ROOT}/configs has configs/1b.py" in str(error.value)
+
+    Path("configs").mkdir()
+    shutil.copy(ROOT / "configs/1b.py", "configs/tiny.py")
+    assert config_lib.locate("configs/tiny.py:memory") == "configs/tiny.py:memory"  # the user's own comes first
+
+
+def test_config_files_are_installed_with_the_package(tmp_path):
+    for name in ("memoryllm_jax", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / "source" / name)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "source")
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path / "source", check=True, capture_output=True, text=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path / "installed")
+        assert "memoryllm_jax/evaluation/tasks/lambada_local.yaml" in file.namelist()
+    show = "from memoryllm_jax import config as c; print(c.__file__, c.load('configs/tiny.py:flex-3').model.dim)"
+    command = [sys.executable, "-c", show]
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [f"{tmp_path}/installed/memoryllm_jax/config.py", "256"]
+
+
+def test_the_package_lists_its_commands():
+    command = "import runpy, sys; sys.argv[1:] = sys.argv[2:]; runpy.run_module('memoryllm_jax', run_name='__main__')"
+    watch = f"import atexit, sys; atexit.register(lambda: print('jax imported:', 'jax' in sys.modules)); {command}"
+    done = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True)
+    assert done.returncode == 0 and "jax imported: False" in done.stdout
+    listed = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
+    files = {p.stem for p in (ROOT / "memoryllm_jax").glob("*.py")} - {"__init__", "__main__", "config"}
+    assert set(listed) == files | {"tol"}
+    assert listed["train"] == "  train       Trains base, MemoryLLM or Flex-MemoryLLM from one config."
+
+    done = subprocess.run([sys.executable, "-m", "memoryllm_jax", "trian"], capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("error: expected no argument, found 'trian'; a command is run as python -m ")

@@ -202,7 +202,7 @@ def check_matches(saved: dict, current: dict, where: str) -> None:
     different = [
         f"{field}: {before[field]!r} in the checkpoint, {now[field]!r} in this run"
         for field in now
-        if before[field] != now[field] and field not in config.MAY_CHANGE
+        if before[field] != now[field] and field not in config.RESUMABLE_FIELDS
     ]
     if different:
         raise UserError(f"{where} is of another run: {'; '.join(different)}; use another workdir or the same settings")

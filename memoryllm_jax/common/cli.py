@@ -18,12 +18,12 @@ flags.disclaim_key_flags()  # flags that are defined here belong to the command:
 _HELP = {"--help", "-h", "-help", "--helpfull"}
 
 
-def run(main: Callable[..., int | None], check: Callable[[list[str]], None] | None = None) -> None:
+def run(main: Callable[..., int | None], check: Callable[[list[str]], list[str]] | None = None) -> None:
     """Runs `main(**options)` as an absl command; a `UserError` becomes one line on stderr and exit code 1.
 
     Args:
-      check: looks at the arguments before absl parses them, and raises `UserError` for those that absl would refuse
-        with less to go by.
+      check: is given the arguments before absl parses them, and returns them as absl is to parse them. Raises
+        `UserError` for those that absl would refuse in words that do not help.
     """
     options.define(main)
 
@@ -88,7 +88,7 @@ def _run(call, check=None):
     def parse_flags(argv):
         try:
             if check:
-                check(argv)
+                argv = check(argv)
         except UserError as error:
             print_error(error)
             sys.exit(1)

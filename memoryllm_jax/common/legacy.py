@@ -36,10 +36,9 @@ def run(main, positional: bool = False, check=None) -> None:
             return 130
 
     def parse_flags(argv):
-
         try:
             if check:
-                check(argv)
+                argv = check(argv)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)

@@ -9,7 +9,7 @@ import sys
 from memoryllm_jax.checkpoint import store
 from memoryllm_jax.common import plots, report, storage
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.config import MAY_CHANGE, flatten, from_saved
+from memoryllm_jax.config import RESUMABLE_FIELDS, flatten, from_saved
 from memoryllm_jax.model.flops import parameters
 from memoryllm_jax.training import metrics
 
@@ -58,7 +58,7 @@ def run_of(workdir: str) -> dict | None:
             curve.append({"step": record["step"], "tokens": seen, "seconds": seconds, "flops": flops} | quality)
     if not curve:
         return None
-    free = (*MAY_CHANGE, "model.beta", "model.token_memory", "model.compute_input")
+    free = (*RESUMABLE_FIELDS, "model.beta", "model.token_memory", "model.compute_input")
     recipe = {name: value for name, value in flatten(config).items() if name not in free}
     return {
         "parameters": parameters(config),

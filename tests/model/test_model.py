@@ -53,7 +53,7 @@ def assert_close(a, b, relative):
         ("memory", {"model.unique_tokens": False, "model.attention": "plain", "model.remat": "none"}),
         ("value-0", {"model.kv_heads": 2}),
         ("ple-3", {}),
-        ("narrow-3", {"model.remat": "none"}),
+        ("no-memory-3", {"model.remat": "none"}),
     ],
 )
 def test_loss_and_gradients_equal_the_plain_equations(make_config, architecture, overrides):
