@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs: asks for the slices, installs this checkout on every host, trains, and does all of it again
-# after a preemption, until training ends.
+# Trains on Cloud TPU VMs: requests the slices, installs this checkout on every host and trains. After a preemption it
+# does all of this again, until training ends.
 #
 #     ssh-add ~/.ssh/google_compute_engine
 #     ZONE=us-east5-a ACCELERATOR=v5p-128 launch/tpu_vm.sh NAME --config=configs/1b.py:flex-3 \
 #         --workdir=gs://BUCKET/runs/1b-flex-3 --config.data.path=gs://BUCKET/c4
 #
-# What stands after NAME goes to memoryllm_jax.train. SLICES=2 asks for two slices, RUNTIME for another image,
-# CREATE_FLAGS= for TPUs that are not spot. Run it on a machine that stays up; it can be killed and run again.
+# The arguments after NAME are those of memoryllm_jax.train. SLICES=2 requests two slices, RUNTIME=... another image, and
+# CREATE_FLAGS= TPUs that are not spot. Run it on a machine that stays up; it can be killed and run again.
 set -euo pipefail
 
 name=${1:?expected a name for the TPUs}
@@ -17,14 +17,14 @@ accelerator=${ACCELERATOR:?expected a type, for example v5p-128}
 slices=${SLICES:-1}
 runtime=${RUNTIME:-v2-alpha-tpuv5}
 read -ra create_flags <<< "${CREATE_FLAGS---spot}"
-poll=${POLL:-60}              # seconds between looks at a request
-crash_loop=${CRASH_LOOP:-600} # a crash within so many seconds of the start would only come again
+poll=${POLL:-60}              # seconds between looks at the state of the request
+crash_loop=${CRASH_LOOP:-600} # seconds; a run that crashes sooner after its start is not restarted
 
 resource() { # VERB ARGUMENT...
     gcloud compute tpus queued-resources "$@" --zone="$zone"
 }
 
-state() { # NONE only if there is no such request: any other trouble passes
+state() { # NONE only if there is no such request; other errors are taken to be temporary
     local answer
     if answer=$(resource describe "$name" --format='value(state.state)' 2>&1); then
         echo "${answer##*$'\n'}"
@@ -43,12 +43,12 @@ create() {
         "${create_flags[@]}"
 }
 
-on_all_hosts() { # COMMAND: on all at once, as gcloud would make host 65 wait for host 1 to end
+on_all_hosts() { # COMMAND. --batch-size=all, as gcloud would let host 65 wait until host 1 has ended
     resource ssh "$name" --node=all --worker=all --batch-size=all --command="$1"
 }
 
 install() {
-    # The images carry Python 3.10, which is too old.
+    # The images have Python 3.10, which is too old; uv brings 3.12.
     git -C "$(dirname "$0")/.." archive --format=tar.gz --output="$archive" HEAD &&
         resource scp "$archive" "$name:memoryllm.tar.gz" --node=all --worker=all --batch-size=all &&
         on_all_hosts "mkdir -p memoryllm && tar -xzf memoryllm.tar.gz -C memoryllm && cd memoryllm &&
@@ -56,7 +56,7 @@ install() {
             python3 -m uv pip install -q --python=.venv -e '.[prepare,gcs,tpu]'"
 }
 
-train() { # a host where a process of an earlier start still ends waits for it
+train() { # flock waits for a process of an earlier start that has not ended yet
     arguments=$(printf '%q ' "$@")
     on_all_hosts "cd memoryllm && flock run.lock .venv/bin/python -m memoryllm_jax.train $arguments--multihost"
 }
@@ -73,7 +73,7 @@ while true; do
             if ((code == 0)); then break; fi
             echo "ended with code $code"
             sleep "$poll" # until a preemption shows in the state
-            # 1 is an error that another start would meet again, 143 a checkpoint after SIGTERM, 255 a lost connection.
+            # 1 is an error that a restart would not mend, 143 a checkpoint after SIGTERM, 255 a lost connection.
             case $code in
                 143 | 255) ;;
                 1) if [ "$(state)" = ACTIVE ]; then exit 1; fi ;;

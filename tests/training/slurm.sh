@@ -8,7 +8,7 @@
 set -euo pipefail
 
 data=$1 folder=$2
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 mkdir -p "$folder"/{state,spool}
 export PATH=$PATH:/usr/sbin SLURM_CONF=$folder/slurm.conf JAX_PLATFORMS=cpu XLA_FLAGS='' CRASH_LOOP=0
 # Most of a start is compilation, and all compile the same.
