@@ -109,11 +109,17 @@ def test_batches_and_meshes_that_do_not_fit_are_refused(make_config):
 
     def check(mesh, **changes):
         changed = dataclasses.replace(config, **changes)
-        sharding.check_batch(changed, sharding.make_mesh(MeshConfig(*mesh)))
+        sharding.check_mesh(changed, sharding.make_mesh(MeshConfig(*mesh)))
 
     check((2, 2, 2))
     with pytest.raises(UserError, match=r"config.batch_size: expected a multiple of .* = 8, found 12"):
         check((1, 8, 1), batch_size=12)
+    grouped = dataclasses.replace(config.model, heads=8, kv_heads=2)
+    check((2, 2, 2), model=grouped)
+    with pytest.raises(
+        UserError, match=r"config.model.kv_heads: expected a multiple of config.mesh.tensor = 4,.*found 2"
+    ):
+        check((1, 2, 4), model=grouped)
     with pytest.raises(UserError, match=r"config.mesh: expected parts whose product is the 8 devices, found data 3"):
         check((3, -1, 1))
 
