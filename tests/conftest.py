@@ -76,3 +76,13 @@ def make_config(data_path):
 @pytest.fixture(scope="session")
 def lab(data_path, tmp_path_factory):
     return Lab(data_path, shared_folder(tmp_path_factory))
+
+
+@pytest.fixture
+def copied(data_path, tmp_path):
+    """A copy of the prepared data to damage."""
+    path = tmp_path / "copy"
+    path.mkdir()
+    for name in os.listdir(data_path):
+        (path / name).write_bytes(open(f"{data_path}/{name}", "rb").read())
+    return path

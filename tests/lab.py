@@ -8,9 +8,11 @@ import pathlib
 import socket
 
 import jax
+import numpy as np
 
 from memoryllm_jax.checkpoint import trained
 from memoryllm_jax.config import MeshConfig, default, resolve
+from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
 from memoryllm_jax.tol import compress, serving
 from memoryllm_jax.training import loop
@@ -29,6 +31,12 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def read_all(dataset: Dataset, split: str = "train") -> np.ndarray:
+    """All token ids of a split."""
+    tokens = getattr(dataset, split)
+    return tokens.read(0, tokens.tokens)
 
 
 def shared_folder(tmp_path_factory) -> pathlib.Path:

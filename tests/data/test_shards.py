@@ -1,4 +1,4 @@
-"""Preparing text, reading it back, and what is refused on the way."""
+"""Preparing text: every format gives the same tokens, a killed run goes on, bad input is named."""
 
 import gzip
 import json
@@ -10,18 +10,12 @@ import time
 
 import numpy as np
 import pytest
+from lab import read_all
 
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.data import documents, tokenizer
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.shards import prepare
-from memoryllm_jax.training.batches import TrainBatches, ValidationBatches
-
-
-def read_all(dataset, split="train"):
-    tokens = getattr(dataset, split)
-    return tokens.read(0, tokens.tokens)
 
 
 def texts_of(dataset, split, model):
@@ -54,16 +48,6 @@ def test_every_format_gives_the_same_tokens(corpus, data_path, tmp_path):
     both = np.concatenate([read_all(text), read_all(text, "validation")])
     assert model.decode(both[1:-1]) == texts[0]
     assert text.train.bytes + text.validation.bytes == len(texts[0].encode())
-
-
-def test_any_path_fsspec_reads(corpus, data_path):
-    fsspec = pytest.importorskip("fsspec")
-    for part in (0, 1):
-        with fsspec.open(f"memory://bucket/part-{part}.jsonl", "wb") as file:
-            file.write(b"".join(open(corpus, "rb").readlines()[part::2]))
-    assert documents.expand("memory://bucket/*.jsonl") == [f"memory:///bucket/part-{part}.jsonl" for part in (0, 1)]
-    read = [text for path in documents.expand("memory://bucket/*.jsonl") for text, _ in documents.read(path)]
-    assert sorted(read) == sorted(text for text, _ in documents.read(corpus))
 
 
 def test_held_out_documents_are_not_trained_on_and_counts_are_exact(corpus, data_path):
@@ -187,158 +171,3 @@ def test_an_error_in_one_file_ends_all_workers(corpus, data_path, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1 and "a.jsonl: line 1: invalid JSON" in result.stderr
     assert "Traceback" not in result.stderr and not list(tmp_path.glob("out/*.part"))
-
-
-@pytest.fixture
-def copied(data_path, tmp_path):
-    """A copy of the prepared data to damage."""
-    path = tmp_path / "copy"
-    path.mkdir()
-    for name in os.listdir(data_path):
-        (path / name).write_bytes(open(f"{data_path}/{name}", "rb").read())
-    return path
-
-
-def test_damaged_data_is_named(copied):
-    shard = next(copied.glob("train-*.bin"))
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:100] + b"\x01" + whole[101:])
-    dataset = Dataset(str(copied))
-    with pytest.raises(UserError, match=rf"{shard.name}: checksum differs"):
-        dataset.verify()
-    shard.write_bytes(whole[:200] + (600).to_bytes(2, "little") + whole[202:])
-    with pytest.raises(UserError, match=rf"{shard.name}: token 100: expected an id below 512, found 600"):
-        Dataset(str(copied)).train.read(0, 1000)
-    shard.write_bytes(whole[:-2])
-    with pytest.raises(UserError, match=rf"{shard.name}: expected {len(whole)} bytes, found {len(whole) - 2}"):
-        Dataset(str(copied))
-    shard.write_bytes(whole)
-    other = tokenizer.train_sentencepiece(iter(["Another text that gives another model. " * 99]), 300, 1)
-    (copied / "tokenizer.model").write_bytes(other.content)
-    with pytest.raises(UserError, match="the tokenizer does not match the data"):
-        Dataset(str(copied)).tokenizer()
-    with pytest.raises(UserError, match="expected a folder that `prepare` finished"):
-        Dataset(str(copied.parent))
-
-
-def global_batch(batches, step):
-    """(inputs [B, T], targets [B, T]) of all shards, whatever ids and index they are stored as."""
-    shards = batches[step]
-    inputs = [ids[index].reshape(-1) for ids, index, *_ in shards.values()]
-    return np.concatenate(inputs), np.concatenate([t.reshape(-1) for _, _, t, _ in shards.values()])
-
-
-def test_global_batches_do_not_depend_on_hosts_and_windows_cover_the_data(make_config):
-    config = make_config("memory", steps=200, **{"data.epochs": 2})
-    dataset = Dataset(config.data.path)
-    one = TrainBatches(config, dataset, 1, [0])
-    stream = read_all(dataset)
-    for step in (0, 7, 199):
-        inputs, targets = global_batch(one, step)
-        for shards, hosts in ((2, 1), (4, 2), (8, 4)):
-            share = shards // hosts
-            parts = [
-                global_batch(TrainBatches(config, dataset, shards, range(h * share, (h + 1) * share)), step)
-                for h in range(hosts)
-            ]
-            np.testing.assert_array_equal(np.concatenate([p[0] for p in parts]), inputs)
-            np.testing.assert_array_equal(np.concatenate([p[1] for p in parts]), targets)
-    # One epoch takes every window once, shuffled; the next epoch in another order.
-    T, B = config.seq_len, config.batch_size
-    steps = one.windows // B
-    rows = np.concatenate([global_batch(one, s)[0].reshape(B, T) for s in range(steps)])
-    expected = stream[: one.windows * T].reshape(-1, T)
-    assert len({r.tobytes() for r in rows} - {r.tobytes() for r in expected}) == 0
-    unique = {r.tobytes() for r in expected}
-    assert len({r.tobytes() for r in rows}) >= len(unique) - B and not np.array_equal(rows, expected[: len(rows)])
-
-
-def test_reading_goes_on_from_any_step_and_errors_reach_the_reader(make_config, copied):
-    config = make_config("memory", steps=50, **{"data.path": str(copied)})
-    dataset = Dataset(str(copied))
-    batches = TrainBatches(config, dataset, 2, [0, 1])
-    reader = batches.iterate(30)
-    for step in range(30, 50):
-        for (ids, index, *_), (ids2, index2, *_) in zip(next(reader).values(), batches[step].values()):
-            np.testing.assert_array_equal(ids[index], ids2[index2])
-    with pytest.raises(StopIteration):
-        next(reader)
-    shard = next(copied.glob("train-*.bin"))
-    shard.write_bytes(b"\xff" * shard.stat().st_size)
-    with pytest.raises(UserError, match="expected an id below 512, found 65535"):
-        next(TrainBatches(config, Dataset(str(copied)), 2, [0, 1]).iterate(0))
-
-
-def test_end_of_data_is_refused_before_training(make_config):
-    config = make_config("memory", steps=100_000)
-    with pytest.raises(UserError, match=r"config.data.epochs: 100000 steps of 8 sequences need .* set it to \d+"):
-        TrainBatches(config, Dataset(config.data.path), 1, [0])
-
-
-def test_validation_scores_every_token_once(make_config):
-    config = make_config("memory", **{"eval.batches": 0})
-    dataset = Dataset(config.data.path)
-    batches = ValidationBatches(config, dataset, 2, [0, 1])
-    scored = []
-    for step in range(len(batches)):
-        for _, _, targets, weights in batches[step].values():
-            scored.append(targets[weights == 1])
-    np.testing.assert_array_equal(np.concatenate(scored), read_all(dataset, "validation")[1:])
-
-
-TEXT = "Tabs\tand  two spaces,\n\n  an é, 漢字 and \U0001f600; 12345 it's I'LL \r\n end.   \n"
-
-
-def test_trained_sentencepiece_is_reversible(data_path):
-    model = tokenizer.load(f"sentencepiece:{data_path}/tokenizer.model")
-    assert model.vocab_size == 512 and model.decode(model.encode(TEXT)) == TEXT
-    assert tokenizer.Tokenizer.from_json(model.to_json()).encode(TEXT) == model.encode(TEXT)
-
-
-def test_llama3_and_hf_tokenizers_agree(tmp_path):
-    """A byte-level vocabulary in Llama 3's file format and in tokenizer.json gives the same ids and specials."""
-    pytest.importorskip("tiktoken")
-    tokenizers = pytest.importorskip("tokenizers")
-    import base64
-
-    merges = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the"), (b"i", b"n"), (b"a", b"n"), (b"an", b"d"), (b"\n", b"\n")]
-    ranks = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
-    lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
-    (tmp_path / "llama3.model").write_bytes(lines)
-    llama = tokenizer.load(f"llama3:{tmp_path}/llama3.model")
-    assert llama.vocab_size == len(ranks) + 256
-    assert (llama.bos_id, llama.eos_id) == (len(ranks), len(ranks) + 1)
-
-    alphabet = _bytes_to_unicode()
-    spell = lambda token: "".join(alphabet[b] for b in token)  # noqa: E731
-    model = tokenizers.models.BPE({spell(t): i for i, t in enumerate(ranks)}, [(spell(a), spell(b)) for a, b in merges])
-    hf = tokenizers.Tokenizer(model)
-    pattern = tokenizers.Regex(tokenizer.LLAMA3_PATTERN)
-    hf.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(pattern, "isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    hf.decoder = tokenizers.decoders.ByteLevel()
-    hf.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>"])
-    hf.save(str(tmp_path / "tokenizer.json"))
-    ours = tokenizer.load(f"hf:{tmp_path}/tokenizer.json")
-    text = TEXT + " the and in the\n\nthe thin man " * 5
-    assert ours.encode(text) == llama.encode(text) and len(set(ours.encode(text)) & set(range(256, 263))) == 7
-    assert (ours.bos_id, ours.eos_id) == (llama.bos_id, llama.eos_id)
-    assert llama.decode(llama.encode(text)) == ours.decode(ours.encode(text)) == text
-    long = "a" * 30_000 + " " * 30_000 + "b" * 500_000
-    assert llama.decode(llama.encode(long)) == long
-
-
-def _bytes_to_unicode():
-    """The byte-level alphabet: printable bytes stand for themselves, the others for characters from 256 on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return {b: chr(b) if b in printable else chr(next(others)) for b in range(256)}
-
-
-def test_documents_read_the_embedded_corpus():
-    texts = [text for text, _ in documents.read("embedded")]
-    assert len(texts) > 300 and sum(map(len, texts)) > 5_000_000
