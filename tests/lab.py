@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from memoryllm_jax.checkpoint import trained
-from memoryllm_jax.config import MeshConfig, default, resolve
+from memoryllm_jax.config import MeshConfig, ModelConfig, default, resolve
 from memoryllm_jax.data.dataset import Dataset
-from memoryllm_jax.model import sharding
+from memoryllm_jax.model import sharding, transformer
 from memoryllm_jax.tol import compress, serving
 from memoryllm_jax.training import loop
 
@@ -53,6 +53,23 @@ def made_once(path: pathlib.Path):
         done = pathlib.Path(f"{path}.done")
         yield not done.exists()
         done.touch()
+
+
+def random_params(config: ModelConfig, mesh, std: float = 0.1) -> tuple[dict, dict]:
+    """Parameters drawn at random: (as a training state holds them on the mesh, as plain arrays without padding)."""
+    model, rng = transformer.LanguageModel(config), np.random.default_rng(0)
+    one = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+
+    def draw(path, like):
+        # Norm scales of one would hide a norm that is applied twice or not at all.
+        return rng.normal(path[-1].key == "scale", std, like.shape).astype("f")
+
+    def place(x, like):
+        padded = np.pad(x, [(0, b - a) for a, b in zip(x.shape, like.shape)])
+        return jax.device_put(padded, like.sharding)
+
+    whole = jax.tree_util.tree_map_with_path(draw, transformer.abstract_params(model, one))
+    return jax.tree.map(place, whole, transformer.abstract_params(model, mesh)), whole
 
 
 class Lab:

@@ -6,9 +6,9 @@
 
 and, to compare with, base with an FFN of flex-b's FFN-C and tables E_l of token embeddings in place of FFN-M:
 
-    value-b   Attn's values are N1(X_l) W_V + E_l[token]
-    ple-b     X_{l+1} = Y + (GELU(NG(Y) W_gate) * NM(E_l[token])) W_out, where Y is base's X_{l+1}
-    no-memory-b  nothing in its place
+    value-b      Attn's values are N1(X_l) W_V + E_l[token]
+    ple-b        X_{l+1} = Y + (GELU(NG(Y) W_gate) * NM(E_l[token])) W_out, where Y is base's X_{l+1}
+    no-memory-b  nothing in place of FFN-M
 
 Shapes: B sequences, T positions, D model width, H heads, K head size, F FFN width, V token ids, L layers,
 S batch shards, U distinct token ids of a shard, N = B T / S positions of a shard, P width of a table's rows.

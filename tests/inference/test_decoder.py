@@ -1,0 +1,60 @@
+"""Prefill and decode steps against tests/reference.py, with random weights and without any checkpoint."""
+
+import jax
+import numpy as np
+import pytest
+import reference
+from lab import random_params
+
+from memoryllm_jax.checkpoint.trained import for_serving
+from memoryllm_jax.config import MeshConfig
+from memoryllm_jax.inference.decoder import Decoder, bucket
+from memoryllm_jax.inference.rows import LiveRows
+from memoryllm_jax.model import sharding
+
+LENGTHS, STEPS, CONTEXT = (3, 18, 11, 1), 4, 32
+
+
+def some_ids(count):
+    return np.random.default_rng(count).integers(0, 64, count).astype(np.int32)
+
+
+def decode(decoder, rows, sequences, lengths):
+    """Logits [B, STEPS + 1, V] after the first `lengths` ids of each sequence and after each of its next ids."""
+    B, T = len(sequences), max(lengths)
+    ids_BT = np.stack([np.pad(ids[:n], (0, T - n)) for ids, n in zip(sequences, lengths)])
+    ids, index_BT = np.unique(ids_BT, return_inverse=True)
+    index_BT, slots_B = index_BT.reshape(B, T).astype(np.int32), np.arange(B, dtype=np.int32)
+    cache = decoder.empty_cache(B, bucket(T + STEPS, CONTEXT))
+    logits_BV, cache = decoder.prefill(rows.fetch(ids), index_BT, np.array(lengths, np.int32), slots_B, cache)
+    out = [logits_BV]
+    for step in range(STEPS):
+        position_B = np.array(lengths, np.int32) + step
+        next_B = np.array([ids[position] for ids, position in zip(sequences, position_B)], np.int32)
+        logits_BV, cache = decoder.step(rows.fetch(next_B), slots_B, position_B, cache)
+        out.append(logits_BV)
+    return np.stack(out, 1)
+
+
+@pytest.mark.parametrize(
+    "architecture, overrides, mesh",
+    [
+        ("memory", {"model.tie_embeddings": True}, (1, 1, 1)),
+        ("flex-3", {"model.dim": 30, "model.heads": 3, "model.ffn_dim": 103}, (2, 2, 2)),
+        ("base", {"model.dim": 48, "model.heads": 6, "model.kv_heads": 3}, (1, 1, 4)),  # stored as 8 and 4 heads
+        ("value-3", {"model.kv_heads": 2}, (1, 1, 1)),
+        ("ple-3", {}, (2, 1, 1)),
+    ],
+)
+def test_prefill_and_steps_give_the_logits_of_the_equations(make_config, architecture, overrides, mesh):
+    m = make_config(architecture, **{"model.vocab_size": 64, **overrides}).model
+    mesh = sharding.make_mesh(MeshConfig(*mesh), jax.devices()[: np.prod(mesh)])
+    placed, whole = random_params(m, mesh, std=0.3)
+    params = for_serving(placed, m)
+    sequences = [some_ids(n + STEPS) for n in LENGTHS]
+    found_BSV = decode(Decoder(m, params, mesh), LiveRows(m, params, mesh), sequences, LENGTHS)
+    together = np.stack([np.pad(ids, (0, max(LENGTHS) + STEPS - len(ids))) for ids in sequences])
+    expected_BTV = np.asarray(reference.logits(whole, together, m))
+    for n, found, expected in zip(LENGTHS, found_BSV, expected_BTV):
+        expected = expected[n - 1 : n + STEPS]
+        np.testing.assert_allclose(found[:, :64], expected, atol=3e-5 * np.abs(expected).max())
