@@ -4,66 +4,62 @@
     python -m memoryllm_jax.compare --config=configs/1b.py --workdir=DIR --only=flex-3      (a job of its own)
     python -m memoryllm_jax.compare --config=configs/1b.py --workdir=DIR --report           (draws what is there)
 
-Every architecture has the same seed, data, steps and recipe: all --config.FIELD options are handed to `train`, which
-runs in a process of its own with the workdir DIR/ARCHITECTURE. Kill it at any time and run the same line again. On
-several hosts, run `train` itself with these workdirs, and then --report. The
-report is DIR/comparison.html, with .json and .csv beside it. Beside the paper's architectures there are, to compare
-with, no-memory-B, value-B and ple-B: flex-B's active parameters, and in place of FFN-M nothing, value embeddings, or
-per-layer embeddings as in Gemma 3n.
+All architectures share seed, data, steps and recipe: `train` runs for each in a process of its own, with all
+--config.FIELD options and the workdir DIR/ARCHITECTURE. Kill it at any time and run the same line again. On several
+hosts, run `train` itself with these workdirs, and then --report. The report is DIR/comparison.html, with .json and
+.csv beside it. Beside the paper's architectures there are baselines with flex-B's active parameters: no-memory-B, value-B
+and ple-B have nothing, value embeddings, and per-layer embeddings as in Gemma 3n in the place of FFN-M.
 """
 
 import os
 import sys
+from typing import Annotated
 
 from absl import flags
 from ml_collections import config_flags
 
 from memoryllm_jax import config
-from memoryllm_jax.common import legacy
-from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.experiments.curves import ARCHITECTURES, _common_recipe, draw, run_of, train
+from memoryllm_jax.common import cli
+from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.options import Option
+from memoryllm_jax.experiments import curves
 
 
-def main():
-    f = flags.FLAGS
-    if f.only and f.report:
+def main(
+    workdir: Annotated[str, Option("folder for all runs, each in one of its own, and for the report")],
+    architectures: Annotated[tuple[str, ...], Option("to train and compare, in this order")] = curves.ARCHITECTURES,
+    only: Annotated[str, Option("train this architecture alone, and draw nothing")] = "",
+    report: Annotated[bool, Option("train nothing, and draw the runs that exist")] = False,
+) -> int:
+    if only and report:
         raise UserError("--only, --report: expected one of them, as the one trains and the other draws")
-    names = [f.only] if f.only else f.architectures
+    path = flags.FLAGS["config"].config_filename
+    if ":" in path:
+        raise ArgumentError("config", f"expected a file without an architecture (--architectures has them): {path}")
+    names = [only] if only else list(architectures)
     for name in names:
         config.parse_architecture(name)
-    path = f["config"].config_filename
-    if ":" in path:
-        raise UserError(f"--config={path}: expected a config file without an architecture; --architectures names them")
-    if not f.report:
-        changed = config_flags.get_override_values(f["config"])
-        for name in names:
-            overrides = [f"--config.{field}={value}" for field, value in changed.items()]
-            code = train(path, name, os.path.join(f.workdir, name), overrides)
-            if code:
-                print(f"error: {name}: training ended with exit code {code}", file=sys.stderr)
-                return code
-        if f.only:
-            return 0
-    runs = {name: run_of(os.path.join(f.workdir, name)) for name in names}
-    runs = {name: run for name, run in runs.items() if run}
-    if not runs:
-        raise UserError(f"--workdir={f.workdir}: expected runs of {', '.join(names)}, found none")
-    recipe = _common_recipe(runs)
-    shown = ("steps", "batch_size", "seq_len", "seed", "model.dim", "model.layers", "model.heads", "optimizer.peak_lr")
-    facts = {"config": path, "recipe": ", ".join(f"{name} {recipe[name]}" for name in shown)}
-    facts["data"] = ", ".join(dict.fromkeys(run["data"] for run in runs.values()))
-    missing = [name for name in names if name not in runs or not runs[name]["finished"]]
-    print(draw(runs, f.workdir, facts | ({"not finished": ", ".join(missing)} if missing else {})))
+    if not report:
+        code = _train(path, names, workdir)
+        if code or only:
+            return code
+    print(curves.compare(path, names, workdir))
+    return 0
+
+
+def _train(path: str, names: list[str], workdir: str) -> int:
+    """The exit code of the first run that fails, or 0."""
+    changed = config_flags.get_override_values(flags.FLAGS["config"])
+    overrides = [f"--config.{field}={value}" for field, value in changed.items()]
+    for name in names:
+        code = curves.train(path, name, os.path.join(workdir, name), overrides)
+        if code:
+            print(f"error: {name}: training ended with exit code {code}", file=sys.stderr)
+            return code
     return 0
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "config file without an architecture, such as configs/tiny.py")
-    flags.DEFINE_string(
-        "workdir", None, "folder for all runs, each in one of its own, and for the report", required=True
-    )
-    flags.DEFINE_list("architectures", list(ARCHITECTURES), "what to train and compare, in this order")
-    flags.DEFINE_string("only", "", "train this one alone and draw nothing")
-    flags.DEFINE_bool("report", False, "train nothing, draw what is there")
     flags.mark_flag_as_required("config")
-    legacy.run(main, check=config.check_flags)
+    cli.run(main, check=config.check_flags)

@@ -10,6 +10,8 @@ import itertools
 import json
 import os
 import tempfile
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import lm_eval
 from lm_eval.api.model import TemplateLM
@@ -19,19 +21,27 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
 from memoryllm_jax.common import storage
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.inference import engine, scoring
 from memoryllm_jax.inference.decoder import bucket
 from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.inference.sampling import Sampling
 
-_CACHED_POSITIONS = 1 << 14  # of a batch shard that keys and values are kept of while texts are generated
-_SAMPLING = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")
+_CACHED_POSITIONS = 1 << 14  # positions a batch shard in the key-value cache while texts are generated
+_GENERATION_SETTINGS = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")
+
+
+class _Generation(NamedTuple):
+    """How a task wants its texts generated: up to the first of the stop strings, at most `new` tokens."""
+
+    sampling: Sampling
+    stops: list[str]
+    new: int
 
 
 class MemoryLLM(TemplateLM):
-    """The harness's view of a `Engine`. Raises: UserError for requests that the model cannot serve."""
+    """An `Engine` as the harness sees models. Raises: UserError for requests that the model cannot serve."""
 
     max_gen_toks = 256  # new tokens where a task does not say, as in HFLM
 
@@ -45,29 +55,22 @@ class MemoryLLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context follows."""
-        ids = [i for i in (self._tokenizer.bos_id, self._tokenizer.eos_id) if i is not None]
-        if not ids:
-            raise UserError(
-                "the task scores texts without context: expected a tokenizer with bos or eos, found neither"
-            )
-        return ids[0]
+        """The token before a text that has no context: bos, or eos where there is no bos."""
+        for token in (self._tokenizer.bos_id, self._tokenizer.eos_id):
+            if token is not None:
+                return token
+        raise UserError("a task with texts without context: expected a tokenizer with bos or eos, found neither")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        bos = [] if add_special_tokens is False or self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
-        return bos + self._tokenizer.encode_special(string)
+        ids = self._tokenizer.encode_special(string)
+        if add_special_tokens is False or self._tokenizer.bos_id is None:
+            return ids
+        return [self._tokenizer.bos_id, *ids]
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
         """(sum of log-probabilities, whether greedy decoding gives it) of each request's continuation."""
-        sequences = []
-        for texts, context, continuation in requests:
-            if not context or not 0 < len(continuation) <= self.max_length:
-                raise UserError(
-                    f"a request: expected a context and a continuation of 1 to {self.max_length} tokens, found "
-                    f"{len(context)} and {len(continuation)} tokens of {texts and texts[1][:80]!r}"
-                )
-            sequences.append((context + continuation)[-(self.max_length + 1) :])
-        cut = sum(len(c) + len(d) > self.max_length + 1 for _, c, d in requests)
+        sequences = [self._sequence(*request) for request in requests]
+        cut = sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests)
         if cut:
             print(f"{cut} requests are longer than the context of {self.max_length} and lose their beginnings")
         progress = Progress("score", sum(len(sequence) - 1 for sequence in sequences), "token")
@@ -82,6 +85,15 @@ class MemoryLLM(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
         return answers
 
+    def _sequence(self, texts, context, continuation):
+        """Context and continuation; what is too long loses its beginning. The last id is only predicted."""
+        if not context or not 0 < len(continuation) <= self.max_length:
+            raise UserError(
+                f"a request: expected a context and a continuation of 1 to {self.max_length} tokens, found "
+                f"{len(context)} and {len(continuation)} tokens of {texts and texts[1][:80]!r}"
+            )
+        return (context + continuation)[-(self.max_length + 1) :]
+
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows of the context."""
         windows = []
@@ -89,7 +101,8 @@ class MemoryLLM(TemplateLM):
             ids = self.tok_encode(request.args[0])
             rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
             windows.append([(None, *make_disjoint_window(pair)) for pair in rolling])
-        scores = iter(self._loglikelihood_tokens([window for of_text in windows for window in of_text]))
+        # The windows of all texts are scored together, so that they share batches.
+        scores = iter(self._loglikelihood_tokens(list(itertools.chain(*windows))))
         totals = [sum(score for score, _ in itertools.islice(scores, len(of_text))) for of_text in windows]
         for request, total in zip(requests, totals):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -100,33 +113,34 @@ class MemoryLLM(TemplateLM):
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
-        out, batches = [""] * len(requests), itertools.count()
+        texts, seeds = [""] * len(requests), itertools.count()
         progress = Progress("generate", len(requests), "text")
         for members in groups.values():
-            settings = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
-            sampling, until, new = self._settings(settings)
-            prompts = {k: self._prompt(requests[k].args[0])[new - self.max_length :] for k in members}
-            members.sort(key=lambda k: len(prompts[k]), reverse=True)
-            capacity = bucket(len(prompts[members[0]]) + new, self.max_length)
+            how = self._generation(normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks))
+            prompts = {k: self._prompt(requests[k].args[0], how.new) for k in members}
+            members.sort(key=lambda k: len(prompts[k]), reverse=True)  # what needs most memory comes first
+            capacity = bucket(len(prompts[members[0]]) + how.new, self.max_length)
             size = self._model.decoder.shards * max(1, _CACHED_POSITIONS // capacity)
             for start in range(0, len(members), size):
                 batch = members[start : start + size]
-                texts = self._texts([prompts[k] for k in batch], new, sampling, until, seed=next(batches))
-                for k, text in zip(batch, texts):
-                    out[k] = text
+                for k, text in zip(batch, self._texts([prompts[k] for k in batch], how, next(seeds))):
+                    texts[k] = text
                     self.cache_hook.add_partial("generate_until", requests[k].args, text)
                 progress.update(progress.done + len(batch))
         progress.close()
-        return out
+        return texts
 
-    def _prompt(self, text):
-        return self.tok_encode(text) or [self.prefix_token_id]
+    def _prompt(self, text, new):
+        """The end of a text's ids that leaves room for `new` tokens."""
+        ids = self.tok_encode(text) or [self.prefix_token_id]
+        return ids[new - self.max_length :]
 
-    def _settings(self, settings):
-        """(sampling, stop strings, new tokens)."""
+    def _generation(self, settings) -> _Generation:
         for name, value in settings.items():
-            if name not in _SAMPLING and value not in (None, False, 0, 1):
-                raise UserError(f"generation_kwargs: expected {', '.join(_SAMPLING)}, found {name}={value}")
+            # Of settings that we do not know, those are harmless that say what is done anyway, such as num_beams=1.
+            if name not in _GENERATION_SETTINGS and value not in (None, False, 0, 1):
+                expected = ", ".join(_GENERATION_SETTINGS)
+                raise UserError(f"generation_kwargs: expected {expected}, found {name}={value}")
         new = settings["max_gen_toks"]
         if not 0 < new < self.max_length:
             raise UserError(
@@ -135,65 +149,100 @@ class MemoryLLM(TemplateLM):
             )
         temperature = settings.get("temperature", 1.0) if settings["do_sample"] else 0.0
         sampling = Sampling(float(temperature), settings.get("top_k") or 0, settings.get("top_p") or 1.0)
-        return sampling, [stop for stop in handle_stop_sequences(settings["until"], None) if stop], new
+        stops = [stop for stop in handle_stop_sequences(settings["until"], None) if stop]
+        return _Generation(sampling, stops, new)
 
-    def _texts(self, prompts, new, sampling, until, seed):
+    def _texts(self, prompts, how: _Generation, seed: int):
+        """The new text of each prompt, cut before its first stop string."""
         stop_ids = set(self._tokenizer.stop_ids)
         ids, texts = [[] for _ in prompts], [""] * len(prompts)
         streams = [engine.Streamer(self._tokenizer, []) for _ in prompts]
         running = set(range(len(prompts)))
-        for step in self._model.generate(prompts, new, sampling, seed, stop_ids):
+        for step in self._model.generate(prompts, how.new, how.sampling, seed, stop_ids):
             running &= {k for k, _ in step}
             for k, token in step:
                 if k in running:
                     ids[k].append(token)
                     texts[k] += streams[k].add(token)
-            running -= {k for k in running if any(stop in texts[k] for stop in until)}
+            running -= {k for k in running if any(stop in texts[k] for stop in how.stops)}
             if not running:
                 break
-        return [postprocess_generated_text(self._tokenizer.decode(i), until, None) for i in ids]
+        return [postprocess_generated_text(self._tokenizer.decode(new), how.stops, None) for new in ids]
 
 
 class Tasks:
-    """Tasks by name, from the harness, from tasks/ here, and from a folder.
+    """Tasks by name: those of the harness, those in tasks/ beside this file, and those of a folder.
 
     Args:
-      names: of tasks, groups or tags; may have * in them.  path: folder with task files.  data: folder with the data
-        of the local tasks.
-    Raises: UserError for a name that is unknown.
+      names: of tasks, groups or tags; may have * in them.
+      path: folder with task files, or "".
+      data: folder with the data of the tasks in tasks/, or "".
+    Raises: UserError for an unknown name.
     """
 
-    def __init__(self, names: list[str], path: str = "", data: str = ""):
+    def __init__(self, names: Sequence[str], path: str = "", data: str = ""):
         if path and not os.path.isdir(path):
-            raise UserError(f"--task_path={path}: expected a folder with task files, found none")
+            raise ArgumentError("task_path", f"expected a folder with task files, found none at {path}")
         here = os.path.join(os.path.dirname(__file__), "tasks")
         shipped = {os.path.basename(file).removesuffix(".yaml") for file in glob.glob(f"{here}/*.yaml")}
         self._manager = TaskManager(
             include_path=[here, path] if path else [here],
-            include_defaults=not shipped.issuperset(names),  # ten seconds to look through
+            include_defaults=not shipped.issuperset(names),  # the harness takes ten seconds to list its own tasks
             metadata={"task_data": data} if data else None,
         )
-        self._names = []
+        self._names: list[str] = []
         for name in names:
             found = self._manager.match_tasks([name])
             if not found:
                 close = difflib.get_close_matches(name, self._manager.all_tasks, 3)
-                raise UserError(
-                    f"--tasks: no task {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else "")
-                )
+                hint = f"; did you mean {' or '.join(close)}?" if close else ""
+                raise ArgumentError("tasks", f"expected names of tasks, found {name!r}{hint}")
             self._names += found
 
-    def scores(self, model: Engine, num_fewshot: int | None = None, limit: float = 0) -> dict[str, tuple]:
-        """{task: (metric, value)}, of each task one metric: accuracy where it has that."""
+    def scores(self, model: Engine, num_fewshot: int | None = None, limit: float = 0) -> dict[str, tuple[str, float]]:
+        """Scores tasks by one metric each.
+
+        Args:
+          num_fewshot, limit: as for `run`.
+        Returns: {task: (metric, value)}; the metric is accuracy ("acc") where the task has it. Raises: UserError.
+        """
         results = self._evaluate(model, num_fewshot, limit, bootstrap_iters=0)
-        out = {}
-        for task, better in results["higher_is_better"].items():
+        scores = {}
+        for task, higher_is_better in results["higher_is_better"].items():
             values = {key.partition(",")[0]: value for key, value in results["results"][task].items()}
-            metric = "acc" if "acc" in values else next((name for name in better if name in values), None)
-            if metric is None:  # a group without a score of its own
-                continue
-            out[task] = metric, float(values[metric])
-        return out
+            metrics = [metric for metric in ("acc", *higher_is_better) if metric in values]
+            if metrics:  # a group of tasks may have no score of its own
+                scores[task] = metrics[0], float(values[metrics[0]])
+        return scores
+
+    def run(
+        self,
+        model: Engine,
+        about: dict,
+        num_fewshot: int | None = None,
+        limit: float = 0,
+        output: str = "",
+        log_samples: bool = False,
+        bootstrap_iters: int = 100_000,
+    ) -> dict:
+        """Runs the tasks and writes the harness's result file, and with `log_samples` its files of samples beside it.
+
+        Args:
+          about: the model, as the file describes it.
+          num_fewshot: examples in a prompt; None: as the task says.
+          limit: documents of each task, or below 1 a share of them; 0: all.
+          output: path of the result file, or "".
+          bootstrap_iters: resamplings behind the standard error of metrics like perplexity.
+        Returns: the harness's results. Raises: UserError.
+        """
+        # The tracker names its files itself, so it writes to a folder of its own.
+        with tempfile.TemporaryDirectory() as folder:
+            tracker = EvaluationTracker(output_path=os.path.join(folder, "results.json"))
+            more = {"model_args": about, "bootstrap_iters": bootstrap_iters, "log_samples": log_samples}
+            results = self._evaluate(model, num_fewshot, limit, evaluation_tracker=tracker, **more)
+            if output:
+                _save(tracker, results, folder, output)
+        return results
 
     def _evaluate(self, model, num_fewshot, limit, **more):
         try:
@@ -206,50 +255,26 @@ class Tasks:
                 **more,
             )
         except ImportError as error:
-            raise UserError(f"--tasks={','.join(self._names)}: a task needs another package: {error}") from error
-
-    def run(
-        self,
-        model: Engine,
-        about: dict,
-        num_fewshot: int | None = None,
-        limit: float = 0,
-        output: str = "",
-        log_samples: bool = False,
-        bootstrap_iters: int = 100_000,
-    ) -> dict:
-        """Runs them and writes the harness's result file, and with `log_samples` its files of samples beside it.
-
-        Args:
-          about: what the file says of the model.
-          limit: documents of each task, or below 1 a share of them; 0: all.
-          bootstrap_iters: resamplings behind the standard error of metrics like perplexity.
-        Returns: the harness's results. Raises: UserError.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            tracker = EvaluationTracker(output_path=os.path.join(folder, "results.json"))
-            more = {"model_args": about, "bootstrap_iters": bootstrap_iters, "log_samples": log_samples}
-            results = self._evaluate(model, num_fewshot, limit, evaluation_tracker=tracker, **more)
-            if output:
-                _save(tracker, results, folder, output)
-        return results
+            names = ", ".join(self._names)
+            raise ArgumentError("tasks", f"expected the packages of {names}, found one missing: {error}") from error
 
     @staticmethod
     def table(results: dict) -> str:
-        """The harness's own."""
+        """The harness's own table of what `run` returns."""
         return "\n".join(make_table(results, column) for column in ("results", "groups") if column in results)
 
 
 def _save(tracker, results, folder, output):
-    """The tracker's own files, each brought to its place when all of them are there."""
+    """Lets the tracker write its files to `folder`, and copies them to where they belong once all of them exist."""
     samples = results.pop("samples", {})
     tracker.save_results_aggregated(results, samples)
     for task, of_task in samples.items():
         tracker.save_results_samples(task, of_task)
     (found,) = glob.glob(os.path.join(folder, "results_*.json"))
     logged = glob.glob(os.path.join(folder, "samples_*.jsonl"))
-    if len(logged) != len(samples):
-        raise UserError(f"--output={output}: the harness could not write samples of {', '.join(samples)}")
+    if len(logged) != len(samples):  # the tracker logs an error and goes on
+        raise UserError(f"{output}: the harness could not write the samples of {', '.join(samples)}")
     places = {path: os.path.join(os.path.dirname(output), os.path.basename(path)) for path in logged}
-    for path, place in (places | {found: output}).items():
+    places[found] = output
+    for path, place in places.items():
         storage.write_bytes(place, storage.read_bytes(path, "results of the harness"))

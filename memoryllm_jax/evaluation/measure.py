@@ -1,127 +1,158 @@
-"""A model's quality: perplexity on a text, and scores on tasks."""
+"""A model's quality: perplexity on a text, and scores on tasks of EleutherAI's harness (lm_eval)."""
 
 import dataclasses
 import functools
 import math
+from typing import Annotated
 
-from absl import flags
-
-from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.data import documents
-from memoryllm_jax.evaluation import perplexity as perplexity_lib
-from memoryllm_jax.evaluation.perplexity import Windows, text_of
+from memoryllm_jax.common import errors, options
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.options import Option
+from memoryllm_jax.data import dataset, documents
+from memoryllm_jax.evaluation import perplexity
+from memoryllm_jax.evaluation.perplexity import Text, Windows
 from memoryllm_jax.inference.engine import Engine
 
-
-def quality_facts(data, split, max_tokens, tasks, num_fewshot, limit) -> dict[str, str]:
-    """The text and the tasks of `legacy.define_quality_flags`, as the page that measures on them is captioned."""
-    out = {}
-    if data:
-        split = "" if documents.is_text(data) else f", {split}"
-        out["text"] = f"{data}{split}" + (f", the first {max_tokens:,} tokens" if max_tokens else "")
-    if tasks:
-        share = f"{limit:g} documents each" if limit >= 1 else f"{limit:.0%} of the documents"
-        shots = "" if num_fewshot is None else f", {num_fewshot} examples in a prompt"
-        out["tasks"] = ", ".join(tasks) + (f", {share}" if limit else "") + shots
-    return out
-
-
-def harness_module():
-    """memoryllm_jax.harness. Raises: UserError if lm_eval is not there."""
-    try:
-        from memoryllm_jax.evaluation import harness
-    except ImportError as error:
-        raise UserError(f"--tasks: needs lm_eval: pip install 'memoryllm_jax[eval]' ({error})") from error
-    return harness
-
-
 PERPLEXITY = "perplexity"
-# How the paper groups its tasks (Table 1), by the beginnings of their names in the harness.
-GROUPS = {
-    "recall": ("lambada", "sciq", "arc_easy"),
-    "reasoning": ("hellaswag", "winogrande", "boolq", "piqa"),
-}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """The text that a model's loss is measured on; empty `data` is none. Raises: ArgumentError."""
+
+    data: Annotated[str, Option("prepared data (folder or URL) or text files (globs, comma-separated)")] = ""
+    split: Annotated[str, Option("of prepared data", choices=("train", "validation"))] = "validation"
+    text_key: Annotated[str, Option("JSON field or parquet column that holds the text")] = "text"
+    max_tokens: Annotated[int, Option("predict at most this many tokens, from the start; 0: all", least=0)] = 0
+
+    def __post_init__(self):
+        options.check(self)
+        _refuse_unused(self, "data")
+        if self.split == "train" and documents.is_text(self.data):
+            raise ArgumentError("split", f"expected prepared data, which has splits, found text files: {self.data}")
+
+    def check_data(self) -> None:
+        """Looks for the data, before a model is loaded for it. Raises: UserError."""
+        if documents.is_text(self.data):
+            documents.expand(self.data)
+        else:
+            dataset.Dataset(self.data)
+
+    def open(self, tokenizer, windows: Windows) -> Text:
+        """Raises: UserError."""
+        if documents.is_text(self.data):
+            return perplexity.raw_text(self.data, self.text_key, tokenizer, windows)
+        return perplexity.prepared_text(self.data, self.split, tokenizer, windows)
+
+    def source(self) -> dict[str, str]:
+        """For a record: data, and split where there are several."""
+        split = {} if documents.is_text(self.data) else {"split": self.split}
+        return {"data": self.data} | split
+
+    def facts(self) -> dict[str, str]:
+        """For the caption of a page."""
+        if not self.data:
+            return {}
+        text = ", ".join(self.source().values())
+        if self.max_tokens:
+            text += f", the first {self.max_tokens:,} tokens"
+        return {"text": text}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskOptions:
+    """The tasks that a model is scored on, and how; empty `tasks` are none. Raises: ArgumentError."""
+
+    tasks: Annotated[
+        tuple[str, ...], Option("the harness's tasks, groups or tags, or tasks of --task_path; may have * in them")
+    ] = ()
+    num_fewshot: Annotated[int | None, Option("examples in a prompt; by default as the task says", least=0)] = None
+    limit: Annotated[
+        float, Option("documents of each task, or a share of them below 1, for trials; 0: all", least=0)
+    ] = 0.0
+    task_path: Annotated[str, Option("folder with task files (.yaml) of your own")] = ""
+    task_data: Annotated[str, Option("folder with lambada.jsonl and piqa.jsonl, for lambada_local and piqa_local")] = ""
+
+    def __post_init__(self):
+        options.check(self)
+        _refuse_unused(self, "tasks")
+
+    def open(self):
+        """harness.Tasks. Raises: UserError, also if the harness is not installed."""
+        errors.require("lm_eval", "eval", "tasks")
+        from memoryllm_jax.evaluation import harness  # not at the top of the file, as it needs the optional lm_eval
+
+        return harness.Tasks(self.tasks, self.task_path, self.task_data)
+
+    def facts(self) -> dict[str, str]:
+        """For the caption of a page."""
+        if not self.tasks:
+            return {}
+        text = ", ".join(self.tasks)
+        if self.limit:
+            text += f", {self.limit:g} documents each" if self.limit >= 1 else f", {self.limit:.0%} of the documents"
+        if self.num_fewshot is not None:
+            text += f", {self.num_fewshot} examples in a prompt"
+        return {"tasks": text}
+
+
+def _refuse_unused(chosen, needed: str) -> None:
+    """Raises: ArgumentError for an option that was set although `needed`, without which it does nothing, is empty."""
+    if getattr(chosen, needed):
+        return
+    for field in dataclasses.fields(chosen):
+        if getattr(chosen, field.name) != field.default:
+            raise ArgumentError(field.name, f"expected {needed} too, without which it has no effect")
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A model's perplexity on `data` and scores on `tasks`, by `legacy.define_quality_flags`. Raises: UserError."""
+    """Measures engines on a text, on tasks, or on both. Raises: ArgumentError for neither."""
 
-    data: str = ""
-    split: str = "validation"
-    max_tokens: int = 0
-    tasks: tuple[str, ...] = ()
-    task_path: str = ""
-    task_data: str = ""
-    num_fewshot: int | None = None
-    limit: float = 0
+    text: TextOptions = TextOptions()
+    tasks: TaskOptions = TaskOptions()
 
     def __post_init__(self):
-        if not self.data and not self.tasks:
-            raise UserError("expected --data=TEXT, --tasks=NAMES or both, found neither")
+        if not self.text.data and not self.tasks.tasks:
+            raise ArgumentError("data", "expected a text, or tasks, or both, found neither")
 
     def facts(self) -> dict[str, str]:
-        """For a page's caption."""
-        return quality_facts(self.data, self.split, self.max_tokens, self.tasks, self.num_fewshot, self.limit)
+        """For the caption of a page."""
+        return self.text.facts() | self.tasks.facts()
 
     def __call__(self, model: Engine) -> dict[str, float]:
-        """{"perplexity": of tokens, task: accuracy (or what the task has instead), ...}, of those asked for."""
-        out = {PERPLEXITY: self.perplexity(model)} if self.data else {}
-        if self.tasks:
-            for task, (metric, value) in self._harness.scores(model, self.num_fewshot, self.limit).items():
-                out[task if metric == "acc" else f"{task} {metric}"] = value
-        return out
+        """Quality by name: {"perplexity": of tokens, "piqa": accuracy, "TASK METRIC": of a task without accuracy}."""
+        found = {}
+        if self.text.data:
+            found[PERPLEXITY] = self.perplexity(model)
+        if self.tasks.tasks:
+            scores = self._harness.scores(model, self.tasks.num_fewshot, self.tasks.limit)
+            for task, (metric, value) in scores.items():
+                found[task if metric == "acc" else f"{task} {metric}"] = value
+        return found
 
     def perplexity(self, model: Engine) -> float:
-        """Of the tokens of `data`."""
-        windows = Windows(model.context, model.context, self.max_tokens)
-        return perplexity_lib.perplexity(model, self._text(model.tokenizer, windows), windows)["perplexity"]
+        """Perplexity of the text's tokens."""
+        windows = Windows(model.context, model.context, self.text.max_tokens)
+        text = self._opened_text(model.tokenizer, windows)
+        return perplexity.perplexity(model, text, windows)["perplexity"]
 
     @functools.cached_property
     def _harness(self):
-        return harness_module().Tasks(list(self.tasks), self.task_path, self.task_data)
+        return self.tasks.open()
 
     @functools.cached_property
-    def _texts(self):
+    def _opened(self) -> dict[tuple[str, Windows], Text]:
         return {}
 
-    def _text(self, tokenizer, windows):
+    def _opened_text(self, tokenizer, windows):
+        """The text as the model's tokens; read once for all models that share tokenizer and context."""
         key = tokenizer.digest, windows
-        if key not in self._texts:
-            self._texts[key] = text_of(self.data, self.split, "text", tokenizer, windows)
-        return self._texts[key]
-
-
-def measure_from_flags() -> Measure:
-    values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Measure)}
-    return Measure(**values | {"tasks": tuple(values["tasks"])})
-
-
-def kinds(model: Engine, label: str) -> dict[str, str]:
-    """{series: "" or "_compute"}: what can be scaled or dropped, and how the names of its options end."""
-    both = model.config.row_dim and model.config.compute_dim
-    memory = "FFN-M" if model.config.memory_dim else "table"
-    return {f"{label}, {memory}": "", f"{label}, FFN-C": "_compute"} if both else {label: ""}
+        if key not in self._opened:
+            self._opened[key] = self.text.open(tokenizer, windows)
+        return self._opened[key]
 
 
 def change(value: float, full: float) -> float:
-    """Relative, in percent."""
+    """How much `value` differs from `full`, in percent of `full`; NaN where that is 0."""
     return 100 * (value / full - 1) if full else math.nan
-
-
-def group_of(task: str) -> str | None:
-    """recall, reasoning or None."""
-    for group, names in GROUPS.items():
-        if task.startswith(names) and " " not in task:
-            return group
-    return None
-
-
-def group_means(changes: dict[str, float]) -> dict[str, float]:
-    """Mean change of the tasks of each group that are there, without those of which nothing is left to lose."""
-    out = {}
-    for group in GROUPS:
-        found = [value for task, value in changes.items() if group_of(task) == group and math.isfinite(value)]
-        if found:
-            out[group] = sum(found) / len(found)
-    return out

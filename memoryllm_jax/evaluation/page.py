@@ -1,10 +1,14 @@
-"""What the page of an evaluation shows: where a text's loss lies, or the scores of tasks (report.py)."""
+"""The page of an evaluation: where a text's loss lies, or the scores of tasks."""
 
 import html
 
+import numpy as np
+
 from memoryllm_jax.common import plots, report
 from memoryllm_jax.data.tokenizer import token_texts
+from memoryllm_jax.evaluation.perplexity import Text
 from memoryllm_jax.inference import scoring
+from memoryllm_jax.inference.engine import Engine
 
 _SHADED = 400  # tokens of the text that the page shows
 _FULL_SHADE = 12.0  # nats
@@ -23,41 +27,49 @@ _MEASURES = {
 }
 
 
-def of_text(page: report.Report, model, text, result: dict) -> None:
-    """`result` is what `perplexity.perplexity` found on `text` with the engine."""
+def of_text(page: report.Report, model: Engine, text: Text, result: dict) -> None:
+    """Fills the page with what `perplexity.perplexity` found on the text: `result`."""
     rows = [[name, result[name], meaning] for name, meaning in _MEASURES.items()]
     page.table(["measure", "value", "what it is"], rows, csv="quality")
+    parts = result["by_context"]
+    page.figure("context", _draw_context(parts), "Loss by how much of the text the model has seen")
     head = ["tokens before, from", "to", "loss, nats a token", "predicted tokens"]
-    rows = [list(part.values()) for part in result["by_context"]]
+    rows = [[part["from"], part["to"], part["loss"], part["tokens"]] for part in parts]
+    page.table(head, rows, "Loss by the tokens before the predicted one in its window", csv="context")
+    page.heading("The first tokens")
+    count = min(model.trained.context, _SHADED) + 1
+    (ids,) = text.read_each([0], count)
+    page.raw(_shaded(model, ids[: text.tokens]))
+
+
+def _draw_context(parts: list[dict]):
     figure, axis = plots.new_figure()
-    axis.plot([row[1] for row in rows], [row[2] for row in rows], **plots.style_of(0))
+    axis.plot([part["to"] for part in parts], [part["loss"] for part in parts], **plots.style_of(0))
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel="tokens before the predicted one in its window, at most", ylabel="loss, nats a token")
-    page.figure("context", figure, "Loss by how much of the text the model has seen")
-    page.table(head, rows, "Loss by the tokens before the predicted one in its window", csv="context")
-    page.heading("The first tokens")
-    page.raw(_shaded(model, text.read_each([0], min(model.trained.context, _SHADED) + 1)[0][: text.tokens]))
+    return figure
 
 
-def _shaded(model, ids):
-    """Each token on a ground that is darker the less it was expected."""
+def _shaded(model: Engine, ids: np.ndarray) -> str:
+    """The text as HTML: the less a token was expected, the darker its background."""
     (found,) = scoring.score(model.decoder, model.rows, [ids], model.trained.context)
     first, *texts = map(html.escape, token_texts(model.tokenizer, ids))
-    parts = [f"<span>{first}</span>"]
+    spans = [f"<span>{first}</span>"]
     for text, log_prob in zip(texts, found.log_probs_T):
         shade = f"background: rgb(255 120 0 / {min(-log_prob / _FULL_SHADE, 1):.2f})"
-        parts.append(f'<span style="{shade}" title="{-log_prob:.2f} nats">{text}</span>')
-    note = f"Ground: nats, none (white) to {_FULL_SHADE:g} or more (orange); the number appears under the pointer."
+        spans.append(f'<span style="{shade}" title="{-log_prob:.2f} nats">{text}</span>')
+    note = f"Background: from 0 nats (white) to {_FULL_SHADE:g} or more (orange). Point at a token to see its nats."
     style = "font-family: ui-monospace, monospace; overflow-wrap: anywhere"
-    return f'<p class="facts">{note}</p><p style="{style}">{"".join(parts)}</p>'
+    return f'<p class="facts">{note}</p><p style="{style}">{"".join(spans)}</p>'
 
 
 def of_tasks(page: report.Report, results: dict) -> None:
-    """`results` are those of the harness."""
+    """Fills the page with the harness's results."""
     rows, bars = [], []
     for task, values in results["results"].items():
         for key, value in values.items():
+            # The harness names a value METRIC,FILTER, and its standard error METRIC_stderr,FILTER.
             metric, _, chosen = key.partition(",")
             if not chosen or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
@@ -70,8 +82,12 @@ def of_tasks(page: report.Report, results: dict) -> None:
     head = ["task", "metric", "filter", "value", "standard error", "examples in a prompt", "documents"]
     page.table(head, rows, "Scores by the harness", csv="scores")
     if bars:
-        names, values, errors = zip(*bars[::-1])
-        figure, axis = plots.new_figure(height=1 + 0.28 * len(bars))
-        axis.barh(names, values, xerr=errors, color="C0", height=0.6, error_kw={"ecolor": "#444", "capsize": 2})
-        axis.set(xlim=(0, 1), xlabel="score; the line is one standard error to each side")
-        page.figure("scores", figure, "Scores of which more is better, from 0 to 1")
+        page.figure("scores", _draw_scores(bars), "Scores from 0 to 1, where higher is better")
+
+
+def _draw_scores(bars: list[tuple[str, float, float]]):
+    names, values, errors = zip(*reversed(bars))  # the first bar is drawn lowest
+    figure, axis = plots.new_figure(height=1 + 0.28 * len(bars))
+    axis.barh(names, values, xerr=errors, color="C0", height=0.6, error_kw={"ecolor": "#444", "capsize": 2})
+    axis.set(xlim=(0, 1), xlabel="score; the line is one standard error to each side")
+    return figure

@@ -21,8 +21,9 @@ _CHUNK = 1 << 20  # tokens read at a time
 class Text(NamedTuple):
     """A stream of token ids to score.
 
-    read_each: (starts, count) -> int32 ids from each start, fewer at the end.
-    tokens: of the stream.  bytes, words: of the text that all tokens but the first stand for.
+    read_each: (starts, count) -> `count` int32 ids from each start, fewer at the end of the stream.
+    tokens: of the stream.
+    bytes, words: of the text that all tokens but the first stand for.
     """
 
     read_each: Callable
@@ -32,9 +33,10 @@ class Text(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """How a stream is cut: `context` tokens predicted in each window, which start every `stride` tokens.
+    """How a stream is cut: `context` tokens are predicted in each window, and windows start every `stride` tokens.
 
-    max_tokens: to predict at most; 0: all.  whole: leave out a last window that is not full.
+    max_tokens: to predict at most; 0: all.
+    whole: leave out a last window that is not full.
     """
 
     context: int
@@ -43,12 +45,14 @@ class Windows(NamedTuple):
     whole: bool = False
 
     def cut(self, tokens: int, path: str) -> int:
-        """Tokens of a stream that are used. Raises: UserError."""
-        targets = min(tokens - 1, self.max_tokens or tokens)
+        """Tokens of a stream that are used. Raises: UserError for a stream that is too short."""
+        predicted = min(tokens - 1, self.max_tokens or tokens)
         least = self.context if self.whole else 1
-        if targets < least:
+        if predicted < least:
             raise UserError(f"{path}: expected at least {least + 1} tokens, found {tokens}")
-        return targets + 1 - (targets - self.context) % self.stride * self.whole
+        if self.whole:
+            predicted -= (predicted - self.context) % self.stride
+        return predicted + 1
 
     def spans(self, tokens: int) -> Iterator[tuple[int, int, int]]:
         """(first token, one past the last, number of its targets that are context only) of each window."""
@@ -60,14 +64,17 @@ class Windows(NamedTuple):
 
 
 def perplexity(model: Engine, text: Text, windows: Windows, save_tokens: str = "") -> dict:
-    """Loss on a text: nats a token, perplexity of tokens and of words, bits per byte, and what they are counted over.
+    """Scores a text.
 
     Args:
       save_tokens: path for the [windows, context + 1] ids, int32; needs windows that are whole.
+    Returns: loss in nats a token, perplexity of tokens and of words, bits per byte, and what they are counted over.
     """
     spans = list(windows.spans(text.tokens))
     progress = Progress("score", sum(stop - start - 1 for start, stop, _ in spans), "token")
-    nats_T, predicted_T, trained = np.zeros(windows.context), np.zeros(windows.context, np.int64), []
+    # By the position of the predicted token in its window: the sum of nats, and the number of tokens.
+    nats_T, predicted_T = np.zeros(windows.context), np.zeros(windows.context, np.int64)
+    saved = []
     step = max(1, _CHUNK // windows.context)
     for first in range(0, len(spans), step):
         chosen = spans[first : first + step]
@@ -77,17 +84,18 @@ def perplexity(model: Engine, text: Text, windows: Windows, save_tokens: str = "
         for (log_probs_T, _), (_, _, skip) in zip(scores, chosen):
             nats_T[skip : len(log_probs_T)] -= log_probs_T[skip:]
             predicted_T[skip : len(log_probs_T)] += 1
-        trained += ids if save_tokens else []
+        if save_tokens:
+            saved += ids
     progress.close()
     if save_tokens:
         buffer = io.BytesIO()
-        np.save(buffer, np.stack(trained))
+        np.save(buffer, np.stack(saved))
         storage.write_bytes(save_tokens, buffer.getvalue())
-    targets, nll = text.tokens - 1, float(nats_T.sum())
+    targets, nats = text.tokens - 1, float(nats_T.sum())
     return {
-        **loss.quality(nll / targets, targets, text.bytes),
+        **loss.quality(nats / targets, targets, text.bytes),
         "tokens": targets,
-        "word_perplexity": math.exp(min(nll / max(text.words, 1), 700.0)),
+        "word_perplexity": math.exp(min(nats / max(text.words, 1), 700.0)),  # exp overflows above 709
         "words": round(text.words),
         "bytes": round(text.bytes),
         "windows": len(spans),
@@ -97,22 +105,23 @@ def perplexity(model: Engine, text: Text, windows: Windows, save_tokens: str = "
     }
 
 
-def _by_context(nats_T, predicted_T) -> list[dict]:
+def _by_context(nats_T: np.ndarray, predicted_T: np.ndarray) -> list[dict]:
     """Loss after 1, 2, 3 to 4, 5 to 8, ... tokens of the window."""
     context = int(np.flatnonzero(predicted_T)[-1]) + 1
-    first = [0, *(2**k for k in range((context - 1).bit_length()))]
-    nats, tokens = (np.add.reduceat(of_T[:context], first).tolist() for of_T in (nats_T, predicted_T))
-    lasts = [*first[1:], context]
+    starts = [0, *(2**k for k in range((context - 1).bit_length()))]
+    stops = [*starts[1:], context]
+    nats = np.add.reduceat(nats_T[:context], starts).tolist()
+    tokens = np.add.reduceat(predicted_T[:context], starts).tolist()
     return [
-        {"from": start + 1, "to": last, "loss": of_part / count, "tokens": count}
-        for start, last, of_part, count in zip(first, lasts, nats, tokens)
+        {"from": start + 1, "to": stop, "loss": nats[part] / tokens[part], "tokens": tokens[part]}
+        for part, (start, stop) in enumerate(zip(starts, stops))
     ]
 
 
 def prepared_text(path: str, split: str, tokenizer, windows: Windows) -> Text:
-    """A split of prepared data. Bytes are in proportion to the tokens used, words are those of the decoded tokens.
+    """A split of prepared data.
 
-    Raises: UserError.
+    Bytes are in proportion to the tokens used; words are those of the decoded tokens. Raises: UserError.
     """
     stream = getattr(dataset.open_for(path, tokenizer.digest), split)
     tokens = windows.cut(stream.tokens, path)
@@ -121,13 +130,18 @@ def prepared_text(path: str, split: str, tokenizer, windows: Windows) -> Text:
 
 
 def raw_text(pattern: str, text_key: str, tokenizer, windows: Windows) -> Text:
-    """Text files, as a stream of documents. Bytes and words are in proportion to the tokens used. Raises: UserError."""
-    bos, eos = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
+    """Text files as one stream of documents, each between bos and eos.
+
+    Bytes and words are in proportion to the tokens used. Raises: UserError.
+    """
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     pieces, tokens, text_bytes, words = [], 0, 0, 0
-    paths = documents.expand(pattern)
-    for text in (text for path in paths for text, _ in documents.read(path, text_key)):
+    for text in _documents(pattern, text_key):
         pieces.append(np.array([*bos, *tokenizer.encode(text), *eos], np.int32))
-        tokens, text_bytes, words = tokens + len(pieces[-1]), text_bytes + len(text.encode()), words + len(text.split())
+        tokens += len(pieces[-1])
+        text_bytes += len(text.encode())
+        words += len(text.split())
         if windows.max_tokens and tokens > windows.max_tokens:
             break
     used = windows.cut(tokens, pattern)
@@ -139,19 +153,19 @@ def raw_text(pattern: str, text_key: str, tokenizer, windows: Windows) -> Text:
     return Text(read_each, used, text_bytes * share, words * share)
 
 
-def text_of(path: str, split: str, text_key: str, tokenizer, windows: Windows) -> Text:
-    """Of prepared data or text files. Raises: UserError."""
-    if documents.is_text(path):
-        return raw_text(path, text_key, tokenizer, windows)
-    return prepared_text(path, split, tokenizer, windows)
+def _documents(pattern, text_key):
+    for path in documents.expand(pattern):
+        for text, _ in documents.read(path, text_key):
+            yield text
 
 
 def _count_words(stream, tokens, tokenizer) -> int:
-    """Of the documents that a stream's first tokens hold, words separated by white space."""
+    """Words, separated by white space, of the documents that a stream's first tokens hold."""
     ends = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     words, rest = 0, np.empty(0, np.int32)
     for start in range(0, tokens, _CHUNK):
         ids = np.concatenate([rest, stream.read(start, min(_CHUNK, tokens - start))])
+        # The last document may go on in the next chunk, and is counted with it.
         *whole, rest = np.split(ids, np.nonzero(np.isin(ids, ends))[0])
         if start + _CHUNK >= tokens:
             whole.append(rest)
@@ -159,7 +173,8 @@ def _count_words(stream, tokens, tokenizer) -> int:
     return words
 
 
-def quality_text(result: dict) -> str:
+def summary(result: dict) -> str:
+    """Two lines for the terminal, of what `perplexity` returns."""
     return (
         f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.3f}, word perplexity "
         f"{result['word_perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte\n"

@@ -1,26 +1,42 @@
-"""What compressed rows of the token memory cost in quality: bits, ranks, and the budget mode."""
+"""What compressed rows of the token memory cost in quality: bits, ranks, and the budget mode of `precompute`."""
+
+import contextlib
+from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
 
 from memoryllm_jax.common import plots, report
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import dataset, statistics
 from memoryllm_jax.evaluation.measure import Measure, change
 from memoryllm_jax.experiments.models import Models
+from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.model.token_memory import TokenRows
 from memoryllm_jax.tol import budget, build, compress
+from memoryllm_jax.tol.layout import Layout
 
 BITS = ("32", "16", "8", "4", "3", "2")
 RANKS = ("0.9", "0.8", "0.7", "0.6", "0.5")
 
 
 class StoredRows:
-    """Rows as a file of a layout gives them back, made from the weights: full rows are encoded, and decoded again."""
+    """Rows as a ToL file of a layout would return them: computed from the weights, encoded, and decoded again.
+
+    Args:
+      source: the model's rows.
+      layout: of the file.
+      bases: {"ffn.LAYER": the rotation of a layer that the layout stores in fewer directions}.
+      tier_of_token: int32 [V].
+      embedding: [V, D], if the layout does not store it.
+    """
 
     on_device = True
 
-    def __init__(self, source: build.LiveSource, layout, bases: dict, tier_of_token: np.ndarray, embedding=None):
+    def __init__(
+        self, source: build.LiveSource, layout: Layout, bases: dict, tier_of_token: np.ndarray, embedding=None
+    ):
         self._source, self._layout, self._bases = source, layout, bases
         self._tiers, self._embedding = jax.numpy.asarray(tier_of_token), embedding
 
@@ -34,105 +50,144 @@ class StoredRows:
         return {"rows": "stored", "bytes": self._layout.total_bytes}
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Does nothing: no file is open."""
+
+
+class Setting(NamedTuple):
+    """A way to store the rows, and what it comes to.
+
+    kind: "full", "bits", "rank" or "budget".  bytes: of rows and bases.
+    """
+
+    kind: str
+    setting: str
+    bytes: int
+    quality: dict[str, float]
 
 
 def compression(
     models: Models,
     page: report.Report,
+    *,
     measure: Measure,
-    calibration: str = "",
-    bits: tuple = BITS,
-    ranks: tuple = RANKS,
+    calibration: Annotated[str, Option("prepared data of the model's tokenizer, to plan a budget on")] = "",
+    bits: Annotated[tuple[str, ...], Option("uniform bits of an element")] = BITS,
+    ranks: Annotated[tuple[str, ...], Option("shares of the singular vectors that are kept, at 16 bits")] = RANKS,
 ) -> dict:
     """Uniform bits (MemoryLLM, Table 7), uniform ranks (Table 8), singular values (Figure 13), and the budget mode.
 
-    Rows of memory or flex go through the codec of a ToL file and back. Ranks are of the SVD of a layer's rows, every
-    token counting alike, at 16 bits. The budget mode is asked for the size of each uniform setting; it measures on
-    every second window of the held-out split of --calibration, so --data should be other text, or its training split.
-    Singular values are over the largest of their layer. Sizes are those of rows and bases; changes are relative to
-    full rows.
+    Rows of memory or flex are encoded as in a ToL file and decoded again. Ranks are of the SVD of a layer's rows, in
+    which every token has the same weight, at 16 bits. The budget mode is given the size of each uniform setting. It is
+    planned on every second window of the held-out split of --calibration, so --data should be other text, or the
+    training split. Singular values are relative to the largest of their layer. Sizes are those of rows and bases;
+    changes are relative to full rows.
     """
-    if len(models.workdirs) != 1 or models.tol:
-        raise UserError("compression: expected one --workdir, of memory or flex, and no --tol")
-    page.facts |= {"calibration": calibration}
+    if models.tol:
+        raise ArgumentError("tol", "expected none, as rows are compressed here")
+    if len(models.workdirs) != 1:
+        raise ArgumentError("workdir", f"expected one model, found {len(models.workdirs)}")
+    if not models.configs[0].memory_dim:
+        raise ArgumentError("workdir", f"expected memory or flex, found {models.labels[0]}, which has no FFN-M")
     if not calibration:
-        raise UserError("--calibration: expected prepared data of the model's tokenizer, found nothing")
-    for label, model in models:
-        if not model.config.memory_dim:
-            raise UserError(f"compression: expected memory or flex, found {label}, which has no FFN-M")
-        return _compression(label, model, page, measure, calibration, bits, ranks)
-
-
-def _compression(label, model, page, measure, calibration, bits, ranks):
-    source = build.LiveSource(model.trained)
-    settings = [("bits", f"{b} bits", compress.uniform(source, compress.Options(bits=b))) for b in bits]
-    settings += [
-        ("rank", f"16 bits, rank {r}", compress.uniform(source, compress.Options(bits="16", rank=r))) for r in ranks
-    ]
-    probe = _Trial(source, model, calibration)
-    rows = [probe.row("full", "full rows", None, {}, measure)]
-    for kind, name, layout in settings:
-        rows.append(probe.row(kind, name, layout, probe.plain_bases, measure))
-        try:
-            planned = probe.planner.layout(layout.total_bytes)
-        except UserError:
-            continue  # the size of the coarsest setting holds no budget
-        rows.append(probe.row("budget", f"budget of the size of {name}", planned, probe.planner.bases, measure))
-    metrics = list(rows[0]["quality"])
-    head = ["kind", "setting", "bytes", "saved, %", *metrics, *(f"{m} change, %" for m in metrics)]
-    whole = budget.plain_layout(source, 16).total_bytes
-    lines = []
-    for row in rows:
-        found = row["quality"]
-        changes = [change(found[m], rows[0]["quality"][m]) for m in metrics]
-        lines.append(
-            [row["kind"], row["setting"], row["bytes"], 100 * (1 - row["bytes"] / whole), *found.values(), *changes]
-        )
-    page.table(head, lines, f"Compressed rows of {label} (Tables 7 and 8); saved: of 16 bits", csv="settings")
-    for metric in metrics:
-        page.figure(metric.replace(" ", "-"), _draw(rows, metric), f"Change of {metric} against size of the rows")
-    page.figure("singular", _draw_singular(probe.singular), "Singular values of each layer's rows (Figure 13)")
+        raise ArgumentError("calibration", "expected prepared data of the model's tokenizer, found nothing")
+    page.facts |= {"calibration": calibration}
+    with contextlib.closing(models.open(models.workdirs[0])) as model:
+        source = build.LiveSource(model.trained)
+        layouts = _uniform_layouts(source, bits, ranks)  # first, as it refuses bad bits and ranks
+        trial = _Trial(source, model, calibration)
+        settings = _measure_settings(trial, layouts, measure)
+    _show_settings(page, settings, trial.plain_bytes, models.labels[0])
+    page.figure("singular", _draw_singular(trial.singular), "Singular values of each layer's rows (Figure 13)")
     with page.csv("singular", ["layer", "number", "singular value over the largest"]) as write:
-        write([layer, n, value] for layer, values in enumerate(probe.singular) for n, value in enumerate(values))
-    return {"settings": rows, "singular_values": probe.singular}
+        write([layer, n, value] for layer, values in enumerate(trial.singular) for n, value in enumerate(values))
+    return {"settings": [setting._asdict() for setting in settings], "singular_values": trial.singular}
 
 
 class _Trial:
-    """A model's rows, planned and measured."""
+    """A model whose rows are stored in one way after another.
 
-    def __init__(self, source, model, calibration):
+    Attributes:
+      source: its full rows.  planner: the budget mode.
+      bases: full rotations of all layers, for uniform ranks.
+      singular: of each layer, its singular values over the largest.
+      plain_bytes: of all rows at 16 bits, which savings are relative to.
+    """
+
+    def __init__(self, source: build.LiveSource, model: Engine, calibration: str):
         self.source, self.model, trained = source, model, model.trained
-        counts = statistics.token_counts(dataset.open_for(calibration, model.tokenizer.digest), self.source.vocab_size)
-        self.planner = budget.Planner(self.source, budget.scorer(trained, calibration), counts)
-        values, self.plain_bases = self.planner.even_bases()
+        counts = statistics.token_counts(dataset.open_for(calibration, model.tokenizer.digest), source.vocab_size)
+        self.planner = budget.Planner(source, budget.scorer(trained, calibration), counts)
+        values, self.bases = self.planner.even_bases()
         self.singular = [v / v.max() for v in values.values()]
-        self._live = model.rows
+        self.plain_bytes = budget.plain_layout(source, 16).total_bytes
+        self._full_rows = model.rows
         self._embedding = None
         if not source.has_x0:
             self._embedding = trained.load(lambda name: name == "embedding")[0]["embedding"]
 
-    def row(self, kind, name, layout, bases, measure):
-        """A setting and what it comes to; None is full rows."""
-        if layout is None:
-            bits = 32 if self.source.identity.dtype == "float32" else 16
-            self.model.rows, size = self._live, budget.plain_layout(self.source, bits).total_bytes
-        else:
-            size, used, tiers = layout.total_bytes, budget.cut(bases, layout), self.planner.tiers(layout)
-            self.model.rows = StoredRows(self.source, layout, used, tiers, self._embedding)
+    def full(self, measure: Measure) -> Setting:
+        """Full rows, as they are computed from the weights."""
+        bits = 32 if self.source.identity.dtype == "float32" else 16
+        self.model.rows = self._full_rows
+        return self._measure("full", "full rows", budget.plain_layout(self.source, bits).total_bytes, measure)
+
+    def stored(self, kind: str, name: str, layout: Layout, bases: dict, measure: Measure) -> Setting:
+        """Rows as a file of the layout returns them."""
+        tiers = self.planner.tiers(layout)
+        self.model.rows = StoredRows(self.source, layout, budget.cut(bases, layout), tiers, self._embedding)
+        return self._measure(kind, name, layout.total_bytes, measure)
+
+    def _measure(self, kind, name, size, measure):
         found = measure(self.model)
         print(f"{name}: {size:,} bytes, {found}", flush=True)
-        return {"kind": kind, "setting": name, "bytes": size, "quality": found}
+        return Setting(kind, name, size, found)
 
 
-def _draw(rows, metric):
-    full = rows[0]["quality"][metric]
+def _uniform_layouts(source: build.LiveSource, bits, ranks) -> list[tuple[str, str, Layout]]:
+    """(kind, name, layout) of each uniform setting. Raises: UserError."""
+    chosen = [("bits", f"{b} bits", compress.Options(bits=b)) for b in bits]
+    chosen += [("rank", f"16 bits, rank {r}", compress.Options(bits="16", rank=r)) for r in ranks]
+    return [(kind, name, compress.uniform(source, options)) for kind, name, options in chosen]
+
+
+def _measure_settings(trial: _Trial, layouts: list[tuple[str, str, Layout]], measure: Measure) -> list[Setting]:
+    """Full rows, then each uniform setting, followed by the budget of its size where there is one."""
+    settings = [trial.full(measure)]
+    for kind, name, layout in layouts:
+        settings.append(trial.stored(kind, name, layout, trial.bases, measure))
+        try:
+            planned = trial.planner.layout(layout.total_bytes)
+        except UserError:
+            continue  # even the coarsest budget is larger than this setting
+        name = f"budget of the size of {name}"
+        settings.append(trial.stored("budget", name, planned, trial.planner.bases, measure))
+    return settings
+
+
+def _show_settings(page: report.Report, settings: list[Setting], plain_bytes: int, label: str) -> None:
+    full = settings[0].quality
+    head = ["kind", "setting", "bytes", "saved, %", *full, *(f"{metric} change, %" for metric in full)]
+    rows = []
+    for setting in settings:
+        changes = [change(setting.quality[metric], full[metric]) for metric in full]
+        saved = 100 * (1 - setting.bytes / plain_bytes)
+        rows.append([setting.kind, setting.setting, setting.bytes, saved, *setting.quality.values(), *changes])
+    caption = f"Compressed rows of {label} (Tables 7 and 8); saved: relative to 16 bits"
+    page.table(head, rows, caption, csv="settings")
+    for metric in full:
+        figure = _draw(settings, metric)
+        page.figure(metric.replace(" ", "-"), figure, f"Change of {metric} against size of the rows")
+
+
+def _draw(settings: list[Setting], metric: str):
+    full = settings[0].quality[metric]
     figure, axis = plots.new_figure()
     for number, kind in enumerate(("bits", "rank", "budget")):
-        chosen = [row for row in rows if row["kind"] == kind]
-        points = sorted((row["bytes"] / 1e6, change(row["quality"][metric], full)) for row in chosen)
+        chosen = [setting for setting in settings if setting.kind == kind]
+        points = sorted((setting.bytes / 1e6, change(setting.quality[metric], full)) for setting in chosen)
         if points:
-            axis.plot(*zip(*points), **plots.style_of(number), label=kind if kind == "budget" else f"uniform {kind}")
+            label = kind if kind == "budget" else f"uniform {kind}"
+            axis.plot(*zip(*points), **plots.style_of(number), label=label)
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set_xscale("log")
     axis.set_yscale("symlog", linthresh=1)
@@ -143,9 +198,11 @@ def _draw(rows, metric):
 
 def _draw_singular(singular):
     figure, axis = plots.new_figure()
+    last = len(singular) - 1
     for layer, values in enumerate(singular):
-        shade = 0.1 + 0.8 * layer / max(len(singular) - 1, 1)
-        label = f"layer {layer}" if len(singular) <= 8 or layer in (0, len(singular) - 1) else None
+        shade = 0.1 + 0.8 * layer / max(last, 1)
+        # Of many layers only the first and the last are named: the shades between them tell the order.
+        label = f"layer {layer}" if last < 8 or layer in (0, last) else None
         axis.plot(range(1, len(values) + 1), values, color=plots.shade(shade), linewidth=1.2, label=label)
     axis.set_yscale("log")
     axis.set_ylim(bottom=1e-4)

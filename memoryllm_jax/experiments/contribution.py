@@ -1,159 +1,289 @@
-"""How much models lean on their FFNs: what is lost when these add less, or nothing in some layers."""
+"""How much models depend on their FFNs: their quality when FFN outputs are scaled down, or dropped in some layers."""
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Annotated, NamedTuple
 
 from memoryllm_jax.common import plots, report
-from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.evaluation.measure import PERPLEXITY, Measure, change, group_means, kinds
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.options import Option
+from memoryllm_jax.config import ModelConfig
+from memoryllm_jax.evaluation.measure import PERPLEXITY, Measure, change
 from memoryllm_jax.experiments.models import Models
-from memoryllm_jax.inference.engine import Contribution
+from memoryllm_jax.inference.engine import Contribution, Engine
 
 ALPHAS = ("1.0", "0.9", "0.8", "0.7", "0.6", "0.5")
+# The paper's groups of tasks (Table 1), by the beginnings of the tasks' names in the harness.
+GROUPS = {
+    "recall": ("lambada", "sciq", "arc_easy"),
+    "reasoning": ("hellaswag", "winogrande", "boolq", "piqa"),
+}
 
 
-def alpha(models: Models, page: report.Report, measure: Measure, alphas: tuple = ALPHAS) -> dict:
-    """What the FFN adds is multiplied by alpha in every layer (MemoryLLM, Table 1 and Figure 7).
+class Part(NamedTuple):
+    """One kind of FFN of a model: it is scaled or dropped while the rest of the model stays as it is.
 
-    In base alpha is a factor of the FFN, in memory of FFN-M; in flex of either, the other left as it is. Changes are
-    relative to alpha 1, in percent. Recall (LAMBADA, SciQ, ARC-Easy) and reasoning (HellaSwag, WinoGrande, BoolQ, PIQA)
-    are the paper's groups; their change is the mean over their tasks here.
+    name: of its series in tables and pictures.
+    alpha, drop: the fields of `Contribution` that scale it, and that drop it in some layers.
     """
-    values = _numbers(alphas)
+
+    name: str
+    alpha: str
+    drop: str
+
+
+def parts(config: ModelConfig, label: str) -> list[Part]:
+    """The kinds of FFN that a model has: FFN-M and FFN-C of flex, the FFN of base, FFN-M of memory."""
+    if not (config.row_dim and config.compute_dim):
+        return [Part(label, "alpha", "drop_layers")]
+    memory = "FFN-M" if config.memory_dim else "table"
+    return [
+        Part(f"{label}, {memory}", "alpha", "drop_layers"),
+        Part(f"{label}, FFN-C", "alpha_compute", "drop_compute"),
+    ]
+
+
+# FFNs scaled by alpha
+
+
+def alpha(
+    models: Models,
+    page: report.Report,
+    *,
+    measure: Measure,
+    alphas: Annotated[tuple[str, ...], Option("factors of the FFN outputs; 1.0 is always measured too")] = ALPHAS,
+) -> dict:
+    """FFN outputs are multiplied by alpha in every layer (MemoryLLM, Table 1 and Figure 7).
+
+    In base alpha scales the FFN, in memory FFN-M. In flex it scales FFN-M or FFN-C, while the other stays whole.
+    Changes are relative to alpha 1, in percent. Recall (LAMBADA, SciQ, ARC-Easy) and reasoning (HellaSwag, WinoGrande,
+    BoolQ, PIQA) are the paper's groups of tasks; the change of a group is the mean over those of its tasks that ran.
+    """
+    values = _alphas(alphas)
+    quality: dict[str, dict[float, dict[str, float]]] = {}
+    for label, model in models:
+        for part in parts(model.config, label):
+            quality[part.name] = {}
+            for value in values:
+                model.contribute(Contribution(**{part.alpha: value}))
+                quality[part.name][value] = found = measure(model)
+                print(f"{part.name}, alpha {value:g}: {_text(found)}", flush=True)
+    changes = {name: _changes_by_alpha(by_alpha) for name, by_alpha in quality.items()}
+    _alpha_table(page, quality, changes)
+    for metric in _names(changes):
+        figure = _draw_alpha(changes, metric)
+        page.figure(metric.replace(" ", "-"), figure, f"Change of {metric} against alpha (Figure 7)")
+    return {"quality": quality, "changes": changes}
+
+
+def _alphas(texts: Iterable[str]) -> list[float]:
+    """Falling numbers, 1 among them. Raises: ArgumentError."""
+    try:
+        values = [float(text) for text in texts]
+    except ValueError as error:
+        raise ArgumentError("alphas", f"expected numbers such as 1.0,0.5: {error}") from error
+    if not all(math.isfinite(value) and value >= 0 for value in values):
+        raise ArgumentError("alphas", f"expected numbers of zero or more, found {','.join(texts)}")
+    return sorted({1.0, *values}, reverse=True)
+
+
+def _changes_by_alpha(by_alpha):
+    """Change in percent, against alpha 1, of each metric and of each group of tasks."""
+    changes = {}
+    for value, found in by_alpha.items():
+        relative = {metric: change(found[metric], full) for metric, full in by_alpha[1.0].items()}
+        changes[value] = relative | group_means(relative)
+    return changes
+
+
+def _names(by_series):
+    """The metrics, which are the same in all series and for all values of alpha."""
+    by_alpha = next(iter(by_series.values()))
+    return list(by_alpha[1.0])
+
+
+def _alpha_table(page, quality, changes):
+    head = ["model", "alpha", *_names(quality), *(f"{name} change, %" for name in _names(changes))]
+    rows = []
+    for name, by_alpha in quality.items():
+        for value, found in by_alpha.items():
+            rows.append([name, value, *found.values(), *changes[name][value].values()])
+    page.table(head, rows, "Quality as FFN outputs are scaled down (Table 1); changes against alpha 1", csv="alpha")
+
+
+def _draw_alpha(changes, metric):
+    figure, axis = plots.new_figure()
+    for number, (name, by_alpha) in enumerate(changes.items()):
+        points = [found[metric] for found in by_alpha.values()]
+        axis.plot(list(by_alpha), points, **plots.style_of(number), label=name)
+    axis.invert_xaxis()
+    axis.set(xlabel="alpha", ylabel=f"change of {metric}, %")
+    if metric == PERPLEXITY:
+        axis.set_yscale("symlog", linthresh=1)
+    plots.legend(axis)
+    return figure
+
+
+def group_of(task: str) -> str | None:
+    """recall, reasoning or None. "TASK METRIC", of a task without accuracy, is in no group."""
+    for group, names in GROUPS.items():
+        if task.startswith(names) and " " not in task:
+            return group
+    return None
+
+
+def group_means(changes: dict[str, float]) -> dict[str, float]:
+    """Mean change of the tasks of each group; tasks whose full score is 0, so that the change is NaN, do not count."""
+    means = {}
+    for group in GROUPS:
+        found = [value for task, value in changes.items() if group_of(task) == group and math.isfinite(value)]
+        if found:
+            means[group] = sum(found) / len(found)
+    return means
+
+
+# FFNs dropped in some layers
+
+
+class Drop(NamedTuple):
+    """A layer that was dropped on top of those before it, and the cost of the model without all of them."""
+
+    layer: int
+    cost: float
+
+
+class Dropped(NamedTuple):
+    """Quality of one part of a model: whole, without each layer, and with layers dropped one after another.
+
+    cumulative: with perplexity as the cost; empty without a text.  cumulative_quality: after each of these steps;
+    empty without tasks.
+    """
+
+    whole: dict[str, float]
+    without_layer: list[dict[str, float]]
+    cumulative: list[Drop]
+    cumulative_quality: list[dict[str, float]]
+
+
+def layers(
+    models: Models,
+    page: report.Report,
+    *,
+    measure: Measure,
+    cumulative: Annotated[int, Option("layers to drop one after another; 0: all", least=0)] = 0,
+) -> dict:
+    """One layer's FFN adds nothing (MemoryLLM, Figures 4 and 12), for every layer; then several layers at once.
+
+    In base that is the layer's FFN, in memory its FFN-M, live or looked up. In flex it is FFN-M or FFN-C, while the
+    other stays. Changes are relative to the whole model, in percent. The cumulative part then drops layers one after
+    another, each time the layer whose loss raises perplexity least, until --cumulative are gone (0: all).
+    """
+    if cumulative and not measure.text.data:
+        raise ArgumentError("cumulative", "expected data too, as layers are chosen by their effect on perplexity")
+    fewest = min(config.layers for config in models.configs)
+    if cumulative > fewest:
+        raise ArgumentError("cumulative", f"expected at most {fewest} layers, as the models have, found {cumulative}")
     series = {}
     for label, model in models:
-        for name, ending in kinds(model, label).items():
-            series[name] = {}
-            for value in values:
-                model.contribute(Contribution(**{f"alpha{ending}": value}))
-                series[name][value] = found = measure(model)
-                print(f"{name}, alpha {value:g}: {_text(found)}", flush=True)
-    metrics = list(next(iter(series.values()))[1.0])
-    rows, changes = [], {}
-    for name, by_alpha in series.items():
-        changes[name] = {}
-        for value, found in by_alpha.items():
-            relative = {metric: change(found[metric], by_alpha[1.0][metric]) for metric in metrics}
-            changes[name][value] = relative | group_means(relative)
-            rows.append([name, value, *found.values(), *changes[name][value].values()])
-    columns = list(next(iter(changes.values()))[1.0])
-    head = ["model", "alpha", *metrics, *(f"{name} change, %" for name in columns)]
-    page.table(head, rows, "Quality as the FFN's contribution falls (Table 1); changes against alpha 1", csv="alpha")
-    for metric in columns:
-        figure, axis = plots.new_figure()
-        for number, (name, by_alpha) in enumerate(changes.items()):
-            points = [by_alpha[value][metric] for value in values]
-            axis.plot(values, points, **plots.style_of(number), label=name)
-        axis.invert_xaxis()
-        axis.set(xlabel="alpha", ylabel=f"change of {metric}, %")
-        if metric == PERPLEXITY:
-            axis.set_yscale("symlog", linthresh=1)
-        plots.legend(axis)
-        page.figure(metric.replace(" ", "-"), figure, f"Change of {metric} against alpha (Figure 7)")
-    return {"quality": series, "changes": changes}
-
-
-def layers(models: Models, page: report.Report, measure: Measure, cumulative: int = 0) -> dict:
-    """One layer's FFN adds nothing (MemoryLLM, Figures 4 and 12), for every layer; then several at once.
-
-    In base that is its FFN, in memory its FFN-M, live or looked up; in flex either, the other left as it is. Changes
-    are relative to the whole model, in percent. The cumulative part drops, on top of those before, the layer that costs
-    least in perplexity, until --cumulative are gone (0: all).
-    """
-    singles, dropped, whole, together = {}, {}, {}, {}
-    if cumulative and not measure.data:
-        raise UserError("--cumulative: expected --data too, as layers are chosen by perplexity")
-    fewest = min(trained.layers for trained in models.configs)
-    if not 0 <= cumulative <= fewest:
-        raise UserError(f"--cumulative: expected up to {fewest} layers, as the models have, found {cumulative}")
-    for label, model in models:
-        for name, ending in kinds(model, label).items():
-            field, count = f"drop{ending or '_layers'}", model.config.layers
-
-            def drop(gone, field=field, model=model):
-                model.contribute(Contribution(**{field: tuple(gone)}))
-                return model
-
-            whole[name] = measure(drop([]))
-            print(f"{name}: {_text(whole[name])}", flush=True)
-            singles[name] = []
-            for layer in range(count):
-                singles[name].append(measure(drop([layer])))
-                print(f"{name} without layer {layer}: {_text(singles[name][-1])}", flush=True)
-            if PERPLEXITY in whole[name]:
-                perplexity = [found[PERPLEXITY] for found in singles[name]]
-                dropped[name] = greedy(
-                    lambda d, drop=drop: measure.perplexity(drop(d)), perplexity, cumulative or count
-                )
-                order = [layer for layer, _ in dropped[name]]
-                print(f"{name}: dropped in the order {', '.join(map(str, order))}", flush=True)
-                if measure.tasks:
-                    together[name] = [measure(drop(order[:n])) for n in range(1, len(order) + 1)]
-    metrics = list(next(iter(whole.values())))
-    changes = {
-        name: [{m: change(found[m], whole[name][m]) for m in metrics} for found in by_layer]
-        for name, by_layer in singles.items()
+        for part in parts(model.config, label):
+            series[part.name] = _drop_layers(model, part, measure, cumulative or model.config.layers)
+    dropped = {name: found.cumulative for name, found in series.items() if found.cumulative}
+    together = {name: found.cumulative_quality for name, found in series.items() if found.cumulative_quality}
+    _show_single_layers(page, series)
+    if dropped:
+        _show_cumulative(page, dropped, {name: series[name].whole[PERPLEXITY] for name in dropped})
+    if together:
+        _show_cumulative_quality(page, together)
+    return {
+        "whole": {name: found.whole for name, found in series.items()},
+        "without_layer": {name: found.without_layer for name, found in series.items()},
+        "cumulative": dropped,
+        "cumulative_quality": together,
     }
+
+
+def _drop_layers(model: Engine, part: Part, measure: Measure, count: int) -> Dropped:
+    def without(*gone):
+        model.contribute(Contribution(**{part.drop: gone}))
+        return model
+
+    whole = measure(without())
+    print(f"{part.name}: {_text(whole)}", flush=True)
+    singles = []
+    for layer in range(model.config.layers):
+        singles.append(measure(without(layer)))
+        print(f"{part.name} without layer {layer}: {_text(singles[-1])}", flush=True)
+    if PERPLEXITY not in whole:
+        return Dropped(whole, singles, [], [])
+    drops = greedy(lambda gone: measure.perplexity(without(*gone)), [found[PERPLEXITY] for found in singles], count)
+    order = [drop.layer for drop in drops]
+    print(f"{part.name}: dropped in the order {', '.join(map(str, order))}", flush=True)
+    together = []
+    if measure.tasks.tasks:
+        together = [measure(without(*order[: n + 1])) for n in range(len(order))]
+    return Dropped(whole, singles, drops, together)
+
+
+def greedy(cost_without: Callable[[list[int]], float], singles: list[float], count: int) -> list[Drop]:
+    """Drops `count` layers one after another, each time the one that costs least on top of those before.
+
+    Args:
+      cost_without: the cost without these layers.
+      singles: the cost without each single layer, which is known already.
+    """
+    drops: list[Drop] = []
+    left = list(range(len(singles)))
+    while len(drops) < count:
+        gone = [drop.layer for drop in drops]
+        costs = {layer: cost_without([*gone, layer]) if gone else singles[layer] for layer in left}
+        best = min(costs, key=costs.get)
+        drops.append(Drop(best, costs[best]))
+        left.remove(best)
+    return drops
+
+
+def _show_single_layers(page, series: dict[str, Dropped]):
+    metrics = list(next(iter(series.values())).whole)
+    changes = {}
+    rows = [[name, "none", *found.whole.values(), *[0.0] * len(metrics)] for name, found in series.items()]
+    for name, found in series.items():
+        changes[name] = [{m: change(one[m], found.whole[m]) for m in metrics} for one in found.without_layer]
+        for layer, (one, changed) in enumerate(zip(found.without_layer, changes[name])):
+            rows.append([name, layer, *one.values(), *changed.values()])
     head = ["model", "layer dropped", *metrics, *(f"{metric} change, %" for metric in metrics)]
-    rows = [[name, "none", *found.values(), *[0.0] * len(metrics)] for name, found in whole.items()]
-    for name, by_layer in singles.items():
-        for layer, found in enumerate(by_layer):
-            rows.append([name, layer, *found.values(), *changes[name][layer].values()])
     page.table(head, rows, "Quality without one layer's FFN", csv="layers")
     for metric in metrics:
-        lines = {name: [found[metric] for found in by_layer] for name, by_layer in changes.items()}
+        lines = {name: [changed[metric] for changed in by_layer] for name, by_layer in changes.items()}
         figure = plots.by_layer(lines, f"change of {metric}, %")
         figure.axes[0].set_yscale("symlog", linthresh=1)
         page.figure(
             metric.replace(" ", "-"),
             figure,
-            f"Change of {metric} without a layer's FFN (Figures 4 and 12), from 1% logarithmic",
+            f"Change of {metric} without a layer's FFN (Figures 4 and 12); logarithmic from 1% on",
         )
-    if dropped:
-        _draw_cumulative(page, dropped, whole)
-    if together:
-        rows = [[name, n, *q.values()] for name, found in together.items() for n, q in enumerate(found, 1)]
-        page.table(["model", "layers dropped", *metrics], rows, "Quality as layers' FFNs are dropped one after another")
-    return {"whole": whole, "without_layer": singles, "cumulative": dropped, "cumulative_quality": together}
 
 
-def greedy(cost_without, first: list[float], count: int) -> list[tuple[int, float]]:
-    """[(layer, cost)]: on top of those before, the layer whose loss costs least; `first`: costs of single layers."""
-    out, left = [], list(range(len(first)))
-    while len(out) < count:
-        gone = [layer for layer, _ in out]
-        costs = {layer: cost_without([*gone, layer]) if gone else first[layer] for layer in left}
-        best = min(costs, key=costs.get)
-        out.append((best, costs[best]))
-        left.remove(best)
-    return out
-
-
-def _draw_cumulative(page, dropped, whole):
+def _show_cumulative(page, dropped: dict[str, list[Drop]], whole: dict[str, float]):
     figure, axis = plots.new_figure()
-    for number, (name, steps) in enumerate(dropped.items()):
-        full = whole[name][PERPLEXITY]
-        points = [0.0, *(change(value, full) for _, value in steps)]
+    for number, (name, drops) in enumerate(dropped.items()):
+        points = [0.0, *(change(drop.cost, whole[name]) for drop in drops)]
         axis.plot(range(len(points)), points, **plots.style_of(number), label=name)
     axis.set(xlabel="layers dropped, least harmful first", ylabel="change of perplexity, %")
     axis.set_yscale("symlog", linthresh=1)
     plots.legend(axis)
     page.figure(
-        "cumulative", figure, "Change of perplexity as layers' FFNs are dropped one after another, from 1% logarithmic"
+        "cumulative",
+        figure,
+        "Change of perplexity as layers' FFNs are dropped one after another; logarithmic from 1% on",
     )
-    rows = [[name, n, *step] for name, steps in dropped.items() for n, step in enumerate(steps, 1)]
     with page.csv("cumulative", ["model", "dropped", "layer", "perplexity"]) as write:
-        write(rows)
+        write([name, n, *drop] for name, drops in dropped.items() for n, drop in enumerate(drops, 1))
 
 
-def _numbers(texts) -> list[float]:
-    """Raises: UserError."""
-    try:
-        values = [float(text) for text in texts]
-    except ValueError as error:
-        raise UserError(f"--alphas: expected numbers such as 1.0,0.5: {error}") from error
-    if not all(math.isfinite(value) and value >= 0 for value in values):
-        raise UserError(f"--alphas: expected numbers of zero or more, found {','.join(texts)}")
-    return sorted({1.0, *values}, reverse=True)
+def _show_cumulative_quality(page, together: dict[str, list[dict[str, float]]]):
+    metrics = list(next(iter(together.values()))[0])
+    rows = [[name, n, *found.values()] for name, steps in together.items() for n, found in enumerate(steps, 1)]
+    page.table(["model", "layers dropped", *metrics], rows, "Quality as layers' FFNs are dropped one after another")
 
 
 def _text(found):

@@ -5,23 +5,25 @@ import os
 import signal
 import subprocess
 import sys
+from typing import NamedTuple
 
 from memoryllm_jax.checkpoint import store
 from memoryllm_jax.common import plots, report, storage
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.config import RESUMABLE_FIELDS, flatten, from_saved
+from memoryllm_jax.config import RESUMABLE_FIELDS, Config, flatten, from_saved
 from memoryllm_jax.model.flops import parameters
 from memoryllm_jax.training import metrics
 
 ARCHITECTURES = ("base", "memory", "flex-1", "flex-2", "flex-3")
+_SHOWN = ("steps", "batch_size", "seq_len", "seed", "model.dim", "model.layers", "model.heads", "optimizer.peak_lr")
 
 
 def train(config: str, architecture: str, workdir: str, overrides: list[str]) -> int:
-    """The exit code of `train`, run as a command."""
+    """Runs the command `train`. Returns: its exit code."""
     command = [sys.executable, "-m", "memoryllm_jax.train", f"--config={config}:{architecture}"]
     print(f"--- {architecture}", flush=True)
     with subprocess.Popen([*command, f"--workdir={workdir}", *overrides]) as process:
-        # Training saves its state before it ends; a terminal's Ctrl-C reaches it by itself.
+        # Training saves its state before it ends, so wait for it. A terminal's Ctrl-C reaches it without our help.
         handlers = {signal.SIGTERM: lambda *_: process.terminate(), signal.SIGINT: lambda *_: None}
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
@@ -31,11 +33,36 @@ def train(config: str, architecture: str, workdir: str, overrides: list[str]) ->
                 signal.signal(number, handler)
 
 
-def run_of(workdir: str) -> dict | None:
-    """What a run has left: its parameters, curve and recipe; None if it has not been evaluated and saved yet.
+def compare(config: str, names: list[str], folder: str) -> str:
+    """Draws the runs that folder/NAME holds.
 
-    curve: of each evaluation its tokens, seconds and FLOPs of training until then (without compiling, evaluating and
-    saving), and loss, perplexity and bits per byte of held-out text.
+    Args:
+      config: path of the config file, for the caption.
+    Returns: one line on the report. Raises: UserError if there is no run, or their recipes differ.
+    """
+    found = {name: run_of(os.path.join(folder, name)) for name in names}
+    runs = {name: run for name, run in found.items() if run}
+    if not runs:
+        raise UserError(f"{folder}: expected runs of {', '.join(names)}, found none")
+    recipe = _common_recipe(runs)
+    facts = {"config": config, "recipe": ", ".join(f"{name} {recipe[name]}" for name in _SHOWN)}
+    facts["data"] = ", ".join(dict.fromkeys(run["data"] for run in runs.values()))
+    missing = [name for name in names if name not in runs or not runs[name]["finished"]]
+    if missing:
+        facts["not finished"] = ", ".join(missing)
+    return draw(runs, folder, facts)
+
+
+def run_of(workdir: str) -> dict | None:
+    """What a run has left, or None if it has not been evaluated and saved yet.
+
+    Returns:
+      parameters: as `flops.parameters` counts them.
+      curve: of each evaluation {"step", "tokens", "seconds", "flops", "loss", "perplexity", "bits_per_byte"}. Seconds
+        and FLOPs are those of training until then, without compiling, evaluating and saving.
+      recipe: the config's fields that a comparison wants alike.
+      data: path of the prepared data.
+      finished: whether the last step has been evaluated.
     """
     path = os.path.join(workdir, "metrics.jsonl")
     if not storage.exists(path):
@@ -46,16 +73,7 @@ def run_of(workdir: str) -> dict | None:
             return None
         description = checkpoints.description(max(steps))
     config = from_saved(description["config"])
-    curve, tokens, seconds, flops = [], 0, 0.0, 0.0
-    for record in metrics.records(path):
-        if record["kind"] == "train":
-            lap = (record["tokens"] - tokens) / record["tokens_per_second"]
-            tokens, seconds = record["tokens"], seconds + lap
-            flops += lap * record["model_flops_per_second"]
-        else:
-            quality = {name: record[name] for name in ("loss", "perplexity", "bits_per_byte")}
-            seen = record["step"] * config.batch_size * config.seq_len
-            curve.append({"step": record["step"], "tokens": seen, "seconds": seconds, "flops": flops} | quality)
+    curve = _curve(config, path)
     if not curve:
         return None
     free = (*RESUMABLE_FIELDS, "model.beta", "model.token_memory", "model.compute_input")
@@ -69,59 +87,116 @@ def run_of(workdir: str) -> dict | None:
     }
 
 
+def _curve(config: Config, path: str) -> list[dict]:
+    curve, tokens, seconds, flops = [], 0, 0.0, 0.0
+    for record in metrics.records(path):
+        if record["kind"] == "train":
+            lap = (record["tokens"] - tokens) / record["tokens_per_second"]
+            tokens, seconds = record["tokens"], seconds + lap
+            flops += lap * record["model_flops_per_second"]
+        else:
+            quality = {name: record[name] for name in ("loss", "perplexity", "bits_per_byte")}
+            # From the step: records of training come every log.every steps, so `tokens` may lag behind.
+            seen = record["step"] * config.batch_size * config.seq_len
+            curve.append({"step": record["step"], "tokens": seen, "seconds": seconds, "flops": flops} | quality)
+    return curve
+
+
+def _common_recipe(runs: dict[str, dict]) -> dict:
+    """The recipe that all runs share. Raises: UserError that names a field in which they differ."""
+    (first, run), *others = runs.items()
+    for name, other in others:
+        for field, value in other["recipe"].items():
+            expected = run["recipe"].get(field)
+            if value != expected:
+                raise UserError(f"{name}: {field}: expected {expected!r} as in {first}, found {value!r}")
+    return run["recipe"]
+
+
+class _Axis(NamedTuple):
+    """What a curve is drawn against: a field of its points, the label of the axis, and the unit in the field's."""
+
+    field: str
+    label: str
+    unit: float
+
+
+_AXES = (
+    _Axis("tokens", "tokens, millions", 1e6),
+    _Axis("seconds", "minutes of training", 60.0),
+    _Axis("flops", "training FLOPs", 1.0),
+)
+
+
 def draw(runs: dict[str, dict], folder: str, facts: dict[str, str]) -> str:
     """Writes the report of {architecture: run}. Returns: one line on it. Raises: UserError."""
     with report.Report(folder, "comparison", "Architectures compared", facts) as page:
-        last = {name: run["curve"][-1] for name, run in runs.items()}
         page.text(
             "All have the same seed, data, batches and recipe. Base, memory and flex have as many parameters in total. "
             "Active parameters are those that every token passes: attention, FFN-C, gates and norms; the token memory, "
             "embedding and output head are not among them, as in the paper."
         )
-        head = ["architecture", "total, M", "active, M", "steps", "loss", "perplexity", "bits per byte"]
-        head += ["tokens/s", "MFLOP a token"]
-        rows = []
-        for name, run in runs.items():
-            end, n = last[name], run["parameters"]
-            speed = end["tokens"] / end["seconds"], end["flops"] / end["tokens"] / 1e6
-            rows.append([name, n["total"] / 1e6, n["active"] / 1e6, end["step"], end["loss"], end["perplexity"]])
-            rows[-1] += [end["bits_per_byte"], *speed]
-        page.table(
-            head, rows, "Held-out loss in nats a token; speed without compiling, evaluating and saving", csv="runs"
-        )
-        with page.csv("curves", ["architecture", *next(iter(last.values()))]) as write:
-            write([name, *point.values()] for name, run in runs.items() for point in run["curve"])
-        axes_of = {
-            "tokens": ("tokens, millions", 1e6),
-            "seconds": ("minutes of training", 60.0),
-            "flops": ("training FLOPs", 1.0),
-        }
-        for field, (label, unit) in axes_of.items():
-            figure, axis = plots.new_figure()
-            for number, (name, run) in enumerate(runs.items()):
-                points = [p for p in run["curve"] if p["tokens"]]
-                style = plots.style_of(number)
-                axis.plot([p[field] / unit for p in points], [p["loss"] for p in points], **style, label=name)
-            axis.set(xlabel=label, ylabel="held-out loss, nats a token")
-            plots.legend(axis)
-            page.figure(field, figure, f"Held-out loss against {label} (the paper's Figure 10 is against tokens)")
-        figure, axis = plots.new_figure()
-        for number, (name, run) in enumerate(runs.items()):
-            at = run["parameters"]["active"] / 1e6, last[name]["perplexity"]
-            axis.plot(*at, **plots.style_of(number))
-            axis.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
-        plots.log_scale(axis)
-        axis.set(xlabel="active parameters, millions", ylabel="held-out perplexity")
-        page.figure("active", figure, "Perplexity against active parameters (the paper's Figure 9)")
+        caption = "Held-out loss in nats a token; speed without compiling, evaluating and saving"
+        page.table(_HEAD, [_row(name, run) for name, run in runs.items()], caption, csv="runs")
+        _write_curves(page, runs)
+        for axis in _AXES:
+            caption = f"Held-out loss against {axis.label} (the paper's Figure 10 is against tokens)"
+            page.figure(axis.field, _draw_curves(runs, axis), caption)
+        page.figure("active", _draw_active(runs), "Perplexity against active parameters (the paper's Figure 9)")
         return page.write(runs)
 
 
-def _common_recipe(runs):
-    """Of all runs. Raises: UserError that names a field in which they differ."""
-    (first, run), *others = runs.items()
-    for name, other in others:
-        for field, value in other["recipe"].items():
-            if value != run["recipe"].get(field):
-                expected = run["recipe"].get(field)
-                raise UserError(f"{name}: {field}: expected {expected!r} as in {first}, found {value!r}")
-    return run["recipe"]
+_HEAD = [
+    "architecture",
+    "total, M",
+    "active, M",
+    "steps",
+    "loss",
+    "perplexity",
+    "bits per byte",
+    "tokens/s",
+    "MFLOP a token",
+]
+
+
+def _row(name, run):
+    end, counts = run["curve"][-1], run["parameters"]
+    return [
+        name,
+        counts["total"] / 1e6,
+        counts["active"] / 1e6,
+        end["step"],
+        end["loss"],
+        end["perplexity"],
+        end["bits_per_byte"],
+        end["tokens"] / end["seconds"],
+        end["flops"] / end["tokens"] / 1e6,
+    ]
+
+
+def _write_curves(page, runs):
+    fields = next(iter(runs.values()))["curve"][-1]
+    with page.csv("curves", ["architecture", *fields]) as write:
+        write([name, *point.values()] for name, run in runs.items() for point in run["curve"])
+
+
+def _draw_curves(runs, against: _Axis):
+    figure, axis = plots.new_figure()
+    for number, (name, run) in enumerate(runs.items()):
+        points = [point for point in run["curve"] if point["tokens"]]
+        x = [point[against.field] / against.unit for point in points]
+        axis.plot(x, [point["loss"] for point in points], **plots.style_of(number), label=name)
+    axis.set(xlabel=against.label, ylabel="held-out loss, nats a token")
+    plots.legend(axis)
+    return figure
+
+
+def _draw_active(runs):
+    figure, axis = plots.new_figure()
+    for number, (name, run) in enumerate(runs.items()):
+        at = run["parameters"]["active"] / 1e6, run["curve"][-1]["perplexity"]
+        axis.plot(*at, **plots.style_of(number))
+        axis.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    plots.log_scale(axis)
+    axis.set(xlabel="active parameters, millions", ylabel="held-out perplexity")
+    return figure

@@ -1,47 +1,95 @@
-"""Trained models to look at side by side."""
+"""Trained models to compare, opened one after another."""
 
 import contextlib
 import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated
 
 from memoryllm_jax import config
 from memoryllm_jax.checkpoint.trained import TrainedModel
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common import report
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.options import Option
+from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.model import sharding
 from memoryllm_jax.tol import serving
 
 
-@dataclasses.dataclass
 class Models:
-    """Trained models to look at side by side, loaded one at a time.
+    """Trained models to compare. Only one is loaded at a time.
 
     Args:
-      workdirs: of the models.  tol: a ToL file to serve the rows of the only one, or "".
+      workdirs: folders of the models.
+      tol: a ToL file that serves the rows of the only model, or "".
+      place: where its rows are served from: device, host or, by default, disk.
+      dtype: of the computation; by default that of the training.
+    Attributes:
+      labels: of the models: the architecture, with the folder where two have the same.
+      configs: ModelConfig of each.
+      facts: for the caption of a page.
+    Raises: UserError.
     """
 
-    workdirs: list[str]
-    tol: str = ""
-    place: str = ""
-    dtype: str = ""
-
-    def __post_init__(self):
-        if self.place and not self.tol:
-            raise UserError("--rows: expected --tol too, as it says where its rows are served from")
-        if self.tol and len(self.workdirs) > 1:
-            raise UserError(f"--tol={self.tol}: expected one --workdir, found {len(self.workdirs)}")
+    def __init__(self, workdirs: Sequence[str], tol: str = "", place: str = "", dtype: str = ""):
+        if place and not tol:
+            raise ArgumentError("rows", "expected a ToL file too, as it says where the rows of one are served from")
+        if tol and len(workdirs) > 1:
+            raise ArgumentError("tol", f"expected one workdir, whose rows the file holds, found {len(workdirs)}")
+        self.workdirs, self.tol, self.place, self.dtype = workdirs, tol, place, dtype
         self.mesh = sharding.make_mesh(config.MeshConfig(data=-1, fsdp=1, tensor=1))
-        self.facts, self.labels, self.configs = {}, [], []
-        for workdir in self.workdirs:
-            with contextlib.closing(TrainedModel(workdir, dtype=self.dtype)) as trained:
+        self.facts: dict[str, str] = {}
+        self.labels: list[str] = []
+        self.configs: list[config.ModelConfig] = []
+        for workdir in workdirs:
+            with contextlib.closing(TrainedModel(workdir, dtype=dtype)) as trained:
                 label = trained.config.architecture
-                self.labels.append(f"{label} {workdir}" if label in self.labels else label)
+                if label in self.labels:
+                    label = f"{label} {workdir}"
+                self.labels.append(label)
                 self.configs.append(trained.config)
-                about = trained.facts()
-                self.facts |= {f"{self.labels[-1]}: {name}": text for name, text in about.items()}
-        self.facts |= {"rows": f"{self.tol}, on {self.place or 'disk'}"} if self.tol else {}
+                self.facts |= {f"{label}: {name}": text for name, text in trained.facts().items()}
+        if tol:
+            self.facts["rows"] = f"{tol}, on {place or 'disk'}"
 
-    def __iter__(self):
-        """(label, Engine) of each in turn: its architecture, and its folder where two have the same."""
+    def __iter__(self) -> Iterator[tuple[str, Engine]]:
+        """Yields (label, engine) of each model, and closes the engine when the next one is asked for."""
         for label, workdir in zip(self.labels, self.workdirs):
-            model = serving.open_engine(workdir, self.tol, self.place, dtype=self.dtype, mesh=self.mesh)
-            with contextlib.closing(model):
-                yield label, model
+            with contextlib.closing(self.open(workdir)) as engine:
+                yield label, engine
+
+    def open(self, workdir: str) -> Engine:
+        """Raises: UserError."""
+        return serving.open_engine(workdir, self.tol, self.place, dtype=self.dtype, mesh=self.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelsOptions:
+    """The options of commands that compare trained models."""
+
+    workdir: Annotated[
+        tuple[str, ...], Option("folder with a trained model's checkpoints; give several to compare models", many=True)
+    ]
+    tol: Annotated[str, Option("ToL file that serves the rows of the only --workdir")] = ""
+    rows: Annotated[str, Option("where the ToL file's rows are served from: device, host or, by default, disk")] = ""
+    dtype: Annotated[str, Option("float32 or bfloat16, of the computation; by default that of the training")] = ""
+
+    def open(self) -> Models:
+        """Raises: UserError."""
+        return Models(self.workdir, self.tol, self.rows, self.dtype)
+
+
+def run(experiment: Callable[..., dict], models: Models, output: str, **chosen) -> str:
+    """Runs an experiment, such as `contribution.alpha`, and writes its page.
+
+    Args:
+      output: folder for the page and the files beside it, which are named after the experiment.
+      chosen: the experiment's options.
+    Returns: one line on what was written. Raises: UserError.
+    """
+    name, facts = experiment.__name__, models.facts
+    if "measure" in chosen:
+        facts = facts | chosen["measure"].facts()
+    with report.Report(output, name, f"{name}: {', '.join(models.labels)}", facts) as page:
+        page.text(inspect.getdoc(experiment))
+        return page.write(experiment(models, page, **chosen))

@@ -6,7 +6,7 @@ import os
 import datasets
 
 from memoryllm_jax.common import storage
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError, UserError
 
 
 def lambada(task_data: str = "", **_) -> dict[str, datasets.Dataset]:
@@ -27,7 +27,7 @@ def _joined(record):
 
 def _records(folder, name, document):
     if not folder:
-        raise UserError(f"--task_data: expected the folder that holds {name}, found none")
+        raise ArgumentError("task_data", f"expected the folder that holds {name}, found none")
     path = os.path.join(folder, name)
     found = []
     for number, line in enumerate(storage.read_bytes(path, "a file of JSON lines").splitlines(), 1):

@@ -1,0 +1,89 @@
+"""What `evaluate` does: measures a model, prints what it found, and writes it as JSON and as a page."""
+
+import dataclasses
+import os
+from typing import Annotated
+
+from memoryllm_jax.common import report, storage
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.options import Option
+from memoryllm_jax.evaluation import page as pages
+from memoryllm_jax.evaluation.measure import TaskOptions, TextOptions
+from memoryllm_jax.evaluation.perplexity import Windows, perplexity, summary
+from memoryllm_jax.inference.engine import Engine
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowedText(TextOptions):
+    """A text, and how `evaluate` cuts it into windows. Raises: ArgumentError."""
+
+    stride: Annotated[
+        int | None, Option("tokens between the starts of windows; by default the model's context", least=1)
+    ] = None
+    save_tokens: Annotated[
+        str, Option(".npy file for the scored [windows, context + 1] ids; a last window that is not full is left out")
+    ] = ""
+
+    def windows(self, context: int) -> Windows:
+        """Raises: ArgumentError."""
+        stride = context if self.stride is None else self.stride
+        if stride > context:
+            raise ArgumentError("stride", f"expected 1 to {context}, the model's context, found {stride}")
+        return Windows(context, stride, self.max_tokens, whole=bool(self.save_tokens))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggedTasks(TaskOptions):
+    """Tasks, and what `evaluate` keeps of them. Raises: ArgumentError."""
+
+    log_samples: Annotated[
+        bool, Option("write each document's result beside --output, in files of the harness's format")
+    ] = False
+
+
+def on_text(
+    model: Engine, about: dict, chosen: WindowedText, output: str = "", page: report.Report | None = None
+) -> dict:
+    """Measures perplexity on a text.
+
+    Args:
+      about: the model, as the record describes it.
+      output: path of a JSON file for the record, or "".
+      page: is filled and written too, if there is one.
+    Returns: the record. Raises: UserError.
+    """
+    windows = chosen.windows(model.context)
+    text = chosen.open(model.tokenizer, windows)
+    result = perplexity(model, text, windows, chosen.save_tokens)
+    print(summary(result), flush=True)
+    result |= chosen.source() | {"model": about, "rows": model.rows.stats()}
+    if output:
+        storage.write_json(output, result)
+    if page:
+        pages.of_text(page, model, text, result)
+        print(page.write(result))
+    return result
+
+
+def on_tasks(
+    model: Engine, about: dict, tasks, chosen: LoggedTasks, output: str = "", page: report.Report | None = None
+) -> dict:
+    """Scores the model on tasks.
+
+    Args:
+      tasks: `chosen.open()`, which is done before the model is loaded.
+      about, output, page: as for `on_text`; the JSON file is in the harness's format.
+    Returns: the harness's results. Raises: UserError.
+    """
+    results = tasks.run(model, about, chosen.num_fewshot, chosen.limit, output, chosen.log_samples)
+    print(tasks.table(results), flush=True)
+    if page:
+        pages.of_tasks(page, results)
+        print(page.write({name: results[name] for name in ("results", "n-shot", "n-samples")}))
+    return results
+
+
+def check_output(name: str, path: str) -> None:
+    """Raises: ArgumentError for a path in a folder that does not exist, before the work that ends with writing it."""
+    if path and not storage.is_url(path) and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise ArgumentError(name, f"expected a file in a folder that exists, found {path}")

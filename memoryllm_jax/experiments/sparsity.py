@@ -1,0 +1,215 @@
+"""Zeros in the weights of base: magnitude, Wanda (Sun et al. 2024) and SparseGPT (Frantar and Alistarh 2023).
+
+All matrices of attention and FFN in all layers get the same share of zeros; embeddings, head and norms stay. Layers
+are pruned in order, each calibrated on the outputs of the pruned layers before it.
+
+Shapes: N windows, B of a batch, T positions, D model width; a matrix w_IO has I inputs and O outputs.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memoryllm_jax.config import ModelConfig
+from memoryllm_jax.model import sharding, transformer
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, as in SparseGPT
+BLOCK = 128  # columns that SparseGPT settles before it corrects those to their right
+_WINDOWS = 8  # that run at a time, or one for each batch shard if there are more
+
+# The matrices of a layer: module, name, and whose Gram matrix its input has.
+_MATRICES = (
+    ("attention", "q", "qkv"),
+    ("attention", "k", "qkv"),
+    ("attention", "v", "qkv"),
+    ("attention", "out", "out"),
+    ("ffn", "gate", "up"),
+    ("ffn", "up", "up"),
+    ("ffn", "down", "down"),
+)
+
+
+class Pattern(NamedTuple):
+    """Where the zeros are.
+
+    sparsity: share of zeros.
+    group: the share holds in every `group` consecutive inputs of an output; 0: only in each row or in the matrix.
+    """
+
+    sparsity: float
+    group: int = 0
+
+    @property
+    def zeros(self) -> int:
+        """Zeros in each group."""
+        return round(self.sparsity * self.group)
+
+    def __str__(self):
+        return f"{self.group - self.zeros}:{self.group}" if self.group else f"{self.sparsity:.1%}"
+
+
+def prune(config: ModelConfig, params: dict, mesh, windows_NT: np.ndarray, method: str, pattern: Pattern) -> dict:
+    """Prunes base.
+
+    Args:
+      params: as `TrainedModel.load` lays them out.
+      windows_NT: int32 calibration text, N a multiple of the mesh's batch shards; magnitude does not read it.
+    Returns: the parameters with zeros.
+    """
+    shards = sharding.batch_shards(mesh)
+    size = shards * max(1, _WINDOWS // shards)
+    batches = []
+    if method != "magnitude":
+        batches = np.split(windows_NT, range(size, len(windows_NT), size))
+    inputs = [params["embedding"][batch][..., : config.dim].astype(config.dtype) for batch in batches]
+    layers = []
+    with jax.set_mesh(mesh):
+        for layer in params["layers"]:
+            grams = None
+            for x_BTD in inputs:
+                new = _grams(config, layer, x_BTD)
+                grams = new if grams is None else jax.tree.map(jnp.add, grams, new)
+            layers.append(_prune_layer(layer, grams, method, pattern))
+            inputs = [_forward(config, layers[-1], x_BTD) for x_BTD in inputs]
+    return params | {"layers": layers}
+
+
+def nonzeros(params: dict) -> int:
+    """Weights of the layers' matrices that are not zero."""
+    counts = [jnp.count_nonzero(layer[module][name]) for layer in params["layers"] for module, name, _ in _MATRICES]
+    return sum(map(int, counts))
+
+
+def _apply_layer(config, layer, x_BTD):
+    rope = transformer.rope_table(config, jnp.arange(x_BTD.shape[1]))
+    return transformer.apply_layer(config, layer, x_BTD, None, None, rope)  # base has no rows
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(config, layer, x_BTD):
+    return _apply_layer(config, layer, x_BTD).x_BTD
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _grams(config, layer, x_BTD):
+    """Gram matrices of the inputs of a layer's matrices: {as in _MATRICES: sum of x x^T, float32 [I, I]}."""
+    out, ffn = _apply_layer(config, layer, x_BTD), layer["ffn"]
+    inputs = {
+        "qkv": out.attention_input_BTD,
+        "out": out.mixed_BTHK,
+        "up": out.ffn_input_BTD,
+        "down": transformer.swiglu_coefficients(out.ffn_input_BTD, ffn["gate"], ffn["up"]),
+    }
+
+    def gram(x):
+        x_NI = x.reshape(x_BTD.shape[0] * x_BTD.shape[1], -1).astype(jnp.float32)
+        return jnp.matmul(x_NI.T, x_NI, precision="highest")
+
+    return jax.tree.map(gram, inputs)
+
+
+def _prune_layer(layer, grams, method, pattern):
+    factors = {}
+    if method == "sparsegpt":
+        factors = {name: inverse_factor(gram_II) for name, gram_II in grams.items()}
+    pruned = {module: dict(layer[module]) for module in ("attention", "ffn")}
+    for module, name, source in _MATRICES:
+        w = layer[module][name]
+        # Attention's output projection has two input axes, heads and head size; q, k and v have two output axes.
+        inputs = w.shape[0] * w.shape[1] if name == "out" else w.shape[0]
+        w_IO = w.reshape(inputs, -1)
+        gram_II = None if grams is None else grams[source]
+        pruned[module][name] = prune_matrix(w_IO, gram_II, method, pattern, factors.get(source)).reshape(w.shape)
+    return layer | pruned
+
+
+def prune_matrix(w_IO, gram_II, method: str, pattern: Pattern, factor_II=None):
+    """Zeros in one matrix; SparseGPT also corrects the other weights.
+
+    Args:
+      gram_II: sum of x x^T of its inputs; None for magnitude.
+      factor_II: `inverse_factor(gram_II)`, for matrices that share it.
+    """
+    w_OI = w_IO.T.astype(jnp.float32)
+    if method == "sparsegpt":
+        factor_II = inverse_factor(gram_II) if factor_II is None else factor_II
+        return _sparsegpt(w_OI, factor_II, pattern).T.astype(w_IO.dtype)
+    score_OI = jnp.abs(w_OI)
+    if method == "wanda":
+        score_OI = score_OI * jnp.sqrt(jnp.diag(gram_II))
+    # Wanda compares the inputs of one output, magnitude all weights of the matrix.
+    weakest = _weakest(score_OI, pattern, by_row=method == "wanda")
+    return jnp.where(weakest, 0, w_OI).T.astype(w_IO.dtype)
+
+
+def _weakest(score_OI, pattern, by_row):
+    """Mask of the weights to set to zero: the lowest scores of each group, of each row, or of the matrix."""
+    if pattern.group:
+        grouped = score_OI.reshape(score_OI.shape[0], -1, pattern.group)
+        return _lowest(grouped, pattern.zeros).reshape(score_OI.shape)
+    if by_row:
+        return _lowest(score_OI, round(pattern.sparsity * score_OI.shape[1]))
+    return _lowest(score_OI.reshape(-1), round(pattern.sparsity * score_OI.size)).reshape(score_OI.shape)
+
+
+def _lowest(score, count):
+    """Mask of the `count` lowest scores along the last axis."""
+    return jnp.argsort(jnp.argsort(score, axis=-1), axis=-1) < count
+
+
+def inverse_factor(gram_II) -> np.ndarray:
+    """Upper triangular U with U^T U = (gram + damping)^-1, float32.
+
+    Row i says how the inputs after i make up for an error of input i.
+    """
+    gram = np.asarray(gram_II, np.float64)  # the inverse of a Gram matrix is too ill-conditioned for float32
+    damping = DAMPING * gram.diagonal().mean()
+    inverse = np.linalg.inv(gram + max(damping, 1e-30) * np.eye(len(gram)))
+    return np.linalg.cholesky(inverse).T.astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames="pattern")
+def _sparsegpt(w_OI, factor_II, pattern):
+    for start in range(0, w_OI.shape[1], BLOCK):
+        stop = min(start + BLOCK, w_OI.shape[1])
+        block, errors = _settle(w_OI[:, start:stop], factor_II[start:stop, start:stop], pattern)
+        w_OI = w_OI.at[:, start:stop].set(block)
+        w_OI = w_OI.at[:, stop:].add(-jnp.matmul(errors, factor_II[start:stop, stop:], precision="highest"))
+    return w_OI
+
+
+def _settle(w_OB, factor_BB, pattern):
+    """Prunes a block of columns from left to right, and corrects the columns of the block that follow.
+
+    Returns: (the block, the errors of its columns over U_jj, which correct the columns after the block).
+    """
+    size, group = w_OB.shape[1], pattern.group
+    diagonal = jnp.diag(factor_BB)
+    mask = jnp.zeros(w_OB.shape, bool)
+    if not group:
+        scores = jnp.square(w_OB / diagonal).reshape(-1)
+        mask = _lowest(scores, round(pattern.sparsity * w_OB.size)).reshape(w_OB.shape)
+
+    def choose_group(w, mask, first):
+        """The mask of one group, chosen when its first column is reached: corrections have changed its weights."""
+        weights = jax.lax.dynamic_slice_in_dim(w, first, group, 1)
+        score = jnp.square(weights / jax.lax.dynamic_slice_in_dim(diagonal, first, group))
+        return jax.lax.dynamic_update_slice_in_dim(mask, _lowest(score, pattern.zeros), first, 1)
+
+    def column(j, carry):
+        w, mask, errors = carry
+        if group:
+            mask = jnp.where(j % group == 0, choose_group(w, mask, j - j % group), mask)
+        old = w[:, j]
+        kept = jnp.where(mask[:, j], 0, old)
+        error = (old - kept) / diagonal[j]
+        later = jnp.where(jnp.arange(size) > j, factor_BB[j], 0)
+        w = (w - error[:, None] * later).at[:, j].set(kept)
+        return w, mask, errors.at[:, j].set(error)
+
+    w, _, errors = jax.lax.fori_loop(0, size, column, (w_OB, mask, jnp.zeros_like(w_OB)))
+    return w, errors
