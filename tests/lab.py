@@ -3,16 +3,21 @@
 import contextlib
 import fcntl
 import functools
+import json
 import os
 import pathlib
 import socket
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import reference
 
 from memoryllm_jax.checkpoint import trained
 from memoryllm_jax.config import MeshConfig, ModelConfig, default, resolve
 from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.evaluation import perplexity
+from memoryllm_jax.experiments import models as models_lib
 from memoryllm_jax.model import sharding, transformer
 from memoryllm_jax.tol import compress, serving
 from memoryllm_jax.training import loop
@@ -70,6 +75,43 @@ def random_params(config: ModelConfig, mesh, std: float = 0.1) -> tuple[dict, di
 
     whole = jax.tree_util.tree_map_with_path(draw, transformer.abstract_params(model, one))
     return jax.tree.map(place, whole, transformer.abstract_params(model, mesh)), whole
+
+
+def stacked(params: dict) -> dict:
+    """Parameters as `TrainedModel.load` returns them, their layers stacked as tests/reference.py takes them."""
+    groups = [name for name in ("layers", "memory") if name in params]
+    return params | {name: jax.tree.map(lambda *x: jnp.stack(x), *params[name]) for name in groups}
+
+
+def log_softmax(model, ids_BT) -> np.ndarray:
+    """Log-probabilities [B, T, V] by the equations, in float64."""
+    params, _ = model.trained.load(lambda _: True)
+    logits = np.asarray(reference.logits(stacked(params), np.asarray(ids_BT), model.config), np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def of_sequences(model, sequences):
+    """By the equations, for each sequence: (log-probabilities of ids 1 on, whether each is the likeliest)."""
+    longest = max(map(len, sequences))
+    padded = np.stack([np.pad(s, (0, longest - len(s))) for s in sequences])
+    p = log_softmax(model, padded[:, :-1])
+    targets = padded[:, 1:]
+    gathered = np.take_along_axis(p, targets[..., None], -1)[..., 0]
+    return [(x[: len(s) - 1], g[: len(s) - 1]) for x, g, s in zip(gathered, p.argmax(-1) == targets, sequences)]
+
+
+def loss_on(model, path, tokens=400) -> float:
+    """Nats a token of the first held-out tokens."""
+    windows = perplexity.Windows(CONTEXT, CONTEXT, tokens)
+    text = perplexity.prepared_text(path, "validation", model.tokenizer, windows)
+    return perplexity.perplexity(model, text, windows)["loss"]
+
+
+def run_experiment(experiment, models, folder, **chosen) -> tuple[dict, str]:
+    """(results, HTML) of the page that an experiment writes."""
+    models_lib.run(experiment, models, str(folder), **chosen)
+    name = folder / experiment.__name__
+    return json.loads(name.with_suffix(".json").read_text())["results"], name.with_suffix(".html").read_text()
 
 
 class Lab:

@@ -1,0 +1,81 @@
+"""Perplexity on prepared data and on text files, in windows, against the equations and the validation of training."""
+
+import json
+
+import numpy as np
+import pytest
+from lab import CONTEXT, log_softmax
+
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.data import dataset
+from memoryllm_jax.evaluation import perplexity
+from memoryllm_jax.evaluation.perplexity import Windows
+
+
+def quality(model, path, windows=None, **more):
+    windows = windows or Windows(CONTEXT, CONTEXT)
+    text = perplexity.prepared_text(path, "validation", model.tokenizer, windows)
+    return perplexity.perplexity(model, text, windows, **more)
+
+
+@pytest.mark.parametrize("name", ("memory", "flex-3", "base"))
+def test_perplexity_on_prepared_data_is_the_validation_of_training(lab, name):
+    expected = json.load(open(f"{lab.workdir(name)}/result.json"))["validation"]
+    ways = (
+        [((), 1), ((), 8)] if name == "base" else [((), 8), ((lab.tol(name), "disk", 4096), 1), ((lab.tol(name),), 3)]
+    )
+    for arguments, devices in ways:
+        with lab.model(name, *arguments, devices=devices) as model:
+            found = quality(model, lab.data_path)
+        assert found["tokens"] == expected["tokens"] and found["windows"] == -(-expected["tokens"] // CONTEXT)
+        for key in ("loss", "perplexity", "bits_per_byte"):
+            assert found[key] == pytest.approx(expected[key], rel=2e-6), (arguments, devices, key)
+        assert found["word_perplexity"] == pytest.approx(np.exp(found["loss"] * found["tokens"] / found["words"]))
+
+
+def test_text_files_are_what_prepare_would_make_of_them(lab, tmp_path):
+    with lab.model("memory") as model:
+        stream = dataset.Dataset(lab.data_path).validation
+        ids = stream.read(0, stream.tokens)
+        texts = [model.tokenizer.decode(d) for d in np.split(ids, np.nonzero(ids == model.tokenizer.bos_id)[0])[1:]]
+        (tmp_path / "held_out.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+        windows = Windows(CONTEXT, CONTEXT)
+        text = perplexity.raw_text(str(tmp_path / "*.jsonl"), "body", model.tokenizer, windows)
+        found = perplexity.perplexity(model, text, windows)
+        assert found == quality(model, lab.data_path)
+        assert found["words"] == sum(len(text.split()) for text in texts)
+        assert found["bytes"] == sum(len(text.encode()) for text in texts)
+
+
+def test_windows_with_a_stride_predict_each_token_once_from_at_least_the_rest(lab, tmp_path):
+    stride, tokens = 12, 90
+    windows = Windows(CONTEXT, stride, max_tokens=tokens)
+    with lab.model("flex-3") as model:
+        ids = dataset.Dataset(lab.data_path).validation.read(0, tokens + 1)
+        first_window = [max(0, -(-(target - CONTEXT) // stride)) for target in range(tokens + 1)]
+        starts = [stride * k for k in range(max(first_window) + 1)]
+        batch = np.stack(
+            [np.pad(part, (0, CONTEXT + 1 - len(part))) for part in (ids[s:][: CONTEXT + 1] for s in starts)]
+        )
+        p = log_softmax(model, batch[:, :-1])
+        nll = [-p[k, target - starts[k] - 1, ids[target]] for target, k in enumerate(first_window) if target]
+        found = quality(model, lab.data_path, windows)
+        assert found["loss"] == pytest.approx(np.mean(nll), rel=1e-5)
+        assert (found["tokens"], found["windows"], len(nll)) == (tokens, len(starts), tokens)
+
+        path = str(tmp_path / "ids.npy")
+        found = quality(model, lab.data_path, Windows(CONTEXT, CONTEXT, tokens, whole=True), save_tokens=path)
+        trained = np.load(path)
+        assert (
+            trained.shape == (2, CONTEXT + 1) and trained.dtype == np.int32 and found["tokens"] == trained[:, 1:].size
+        )
+        np.testing.assert_array_equal(trained.ravel()[: CONTEXT + 1], ids[: CONTEXT + 1])
+        p = np.take_along_axis(log_softmax(model, trained[:, :-1]), trained[:, 1:, None], -1)
+        assert found["loss"] == pytest.approx(-p.mean(), rel=1e-5)
+        parts = [list(part.values()) for part in found["by_context"]]
+        bounds = [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32)]
+        for (start, last, nats, count), bound in zip(parts, bounds, strict=True):
+            assert (start, last) == bound and count == 2 * (last - start + 1)
+            assert nats == pytest.approx(-p[:, start - 1 : last].mean(), rel=1e-5)
+        with pytest.raises(UserError, match="expected at least 33 tokens, found 9000"):
+            Windows(CONTEXT, CONTEXT, 31, whole=True).cut(9000, "DATA")

@@ -1,0 +1,41 @@
+"""Compressed rows against a file that was really written, and against NumPy's singular values."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lab import loss_on, run_experiment
+
+from memoryllm_jax.evaluation.measure import Measure, TextOptions
+from memoryllm_jax.experiments import compression
+from memoryllm_jax.experiments.models import Models
+from memoryllm_jax.tol import build, compress
+
+
+def test_stored_rows_are_those_of_a_file(lab, tmp_path):
+    name = "flex-3"
+    setting, path = compress.Options(bits="4"), str(tmp_path / "tol.safetensors")
+    compress.precompute(lab.workdir(name), path, setting)
+    with lab.model(name, path, "host") as model:
+        expected = loss_on(model, lab.data_path)
+    with lab.model(name) as model:
+        live = loss_on(model, lab.data_path)
+        source = build.LiveSource(model.trained)
+        layout = compress.uniform(source, setting)
+        model.rows = compression.StoredRows(source, layout, {}, np.zeros(source.vocab_size, np.int32))
+        found = loss_on(model, lab.data_path)
+    assert found == pytest.approx(expected, rel=1e-6) and abs(found - live) > 1e-4
+
+
+def test_settings_budgets_and_singular_values(lab, tmp_path):
+    text = Measure(TextOptions(lab.data_path, "train", max_tokens=400))
+    choices = {"calibration": lab.data_path, "bits": ("2",), "ranks": ("0.5",)}
+    models = Models([lab.workdir("memory")])
+    found, page = run_experiment(compression.compression, models, tmp_path, measure=text, **choices)
+    sizes = {row["setting"]: row["bytes"] for row in found["settings"]}
+    assert sizes["budget of the size of 2 bits"] <= sizes["2 bits"] < sizes["16 bits, rank 0.5"]
+    with lab.model("memory") as model:
+        rows = build.LiveSource(model.trained).vectors(jnp.arange(512))
+    for layer, values in enumerate(found["singular_values"]):
+        expected = np.linalg.svd(np.asarray(rows[f"ffn.{layer}"]), compute_uv=False)
+        np.testing.assert_allclose(values[:20], expected[:20] / expected[0], rtol=1e-3)
+    assert page.count("<img") == 2

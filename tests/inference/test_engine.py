@@ -1,0 +1,70 @@
+"""FFN contributions of an engine against the equations, live and looked up."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import reference
+from lab import CONTEXT, loss_on, stacked
+
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.data import dataset
+from memoryllm_jax.inference.engine import Contribution
+
+TOKENS = 400
+
+
+def by_equations(model, path, memory_L, compute_L):
+    """The loss with W_down of each layer's FFN-M and FFN-C times a factor."""
+    params = stacked(model.trained.load(lambda _: True)[0])
+    for group, factors in (("layers", compute_L), ("memory", memory_L)):
+        if "ffn" in params.get(group, {}):
+            params[group]["ffn"]["down"] *= jnp.float32(factors)[:, None, None]
+    ids = dataset.Dataset(path).validation.read(0, TOKENS + 1)
+    whole = TOKENS // CONTEXT * CONTEXT
+    pieces = [ids[:whole].reshape(-1, CONTEXT), ids[whole:-1][None]]
+    logits = [reference.logits(params, x, model.config).reshape(-1, model.config.vocab_size) for x in pieces]
+    log_probs = jax.nn.log_softmax(jnp.concatenate(logits))
+    return -float(log_probs[jnp.arange(TOKENS), ids[1:]].mean())
+
+
+# Of each architecture: contributions, and the factors of FFN-M and FFN-C that they stand for.
+CASES = {
+    "base": [
+        (Contribution(alpha=0.5), (1, 1), (0.5, 0.5)),
+        (Contribution(alpha=0.7, drop_layers=(1,)), (1, 1), (0.7, 0)),
+    ],
+    "memory": [(Contribution(alpha=0.8, drop_layers=(0,)), (0, 0.8), (1, 1))],
+    "flex-3": [
+        (Contribution(alpha=0.9, drop_compute=(1,)), (0.9, 0.9), (1, 0)),
+        (Contribution(alpha_compute=0.6, drop_layers=(1,)), (1, 0), (0.6, 0.6)),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_contributions_are_those_of_the_equations_live_and_looked_up(lab, name):
+    engines = [((), 2)] if name == "base" else [((), 2), ((lab.tol(name), "disk", 4096), 1)]
+    for arguments, devices in engines:
+        with lab.model(name, *arguments, devices=devices) as model:
+            before = loss_on(model, lab.data_path, TOKENS)
+            for contribution, memory, compute in CASES[name]:
+                model.contribute(contribution)
+                found = loss_on(model, lab.data_path, TOKENS)
+                expected = by_equations(model, lab.data_path, memory, compute)
+                assert found == pytest.approx(expected, rel=2e-6) and abs(found - before) > 1e-4
+            model.contribute(Contribution())
+            assert loss_on(model, lab.data_path, TOKENS) == before
+
+
+@pytest.mark.parametrize(
+    "name, contribution, message",
+    [
+        ("base", Contribution(alpha_compute=0.5), "alpha_compute: expected flex, found base"),
+        ("memory", Contribution(drop_compute=(1,)), "drop_compute: expected flex, found memory"),
+        ("memory", Contribution(alpha=-1.0), "alpha: expected a number of zero or more, found -1"),
+        ("flex-3", Contribution(drop_layers=(2,)), "drop_layers: expected layers from 0 to 1, found 2"),
+    ],
+)
+def test_contributions_that_a_model_has_not_are_refused(lab, name, contribution, message):
+    with pytest.raises(ArgumentError, match=message):
+        contribution.factors(lab.config(name))
