@@ -7,8 +7,8 @@
 All architectures share seed, data, steps and recipe: `train` runs for each in a process of its own, with all
 --config.FIELD options and the workdir DIR/ARCHITECTURE. Kill it at any time and run the same line again. On several
 hosts, run `train` itself with these workdirs, and then --report. The report is DIR/comparison.html, with .json and
-.csv beside it. Beside the paper's architectures there are baselines with flex-B's active parameters: no-memory-B, value-B
-and ple-B have nothing, value embeddings, and per-layer embeddings as in Gemma 3n in the place of FFN-M.
+.csv beside it. Beside the paper's architectures there are baselines with flex-B's active parameters. In the place of
+FFN-M, no-memory-B has nothing, value-B has value embeddings, and ple-B has per-layer embeddings as in Gemma 3n.
 """
 
 import os
