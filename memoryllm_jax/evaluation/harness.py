@@ -23,10 +23,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.progress import Progress
-from memoryllm_jax.inference import engine, scoring
+from memoryllm_jax.inference import scoring
 from memoryllm_jax.inference.decoder import bucket
 from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.inference.sampling import Sampling
+from memoryllm_jax.inference.text import Streamer
 
 _CACHED_POSITIONS = 1 << 14  # positions a batch shard in the key-value cache while texts are generated
 _GENERATION_SETTINGS = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")
@@ -156,7 +157,7 @@ class MemoryLLM(TemplateLM):
         """The new text of each prompt, cut before its first stop string."""
         stop_ids = set(self._tokenizer.stop_ids)
         ids, texts = [[] for _ in prompts], [""] * len(prompts)
-        streams = [engine.Streamer(self._tokenizer, []) for _ in prompts]
+        streams = [Streamer(self._tokenizer, []) for _ in prompts]
         running = set(range(len(prompts)))
         for step in self._model.generate(prompts, how.new, how.sampling, seed, stop_ids):
             running &= {k for k, _ in step}

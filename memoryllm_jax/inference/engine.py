@@ -118,35 +118,3 @@ class Engine:
         """Frees the rows and the checkpoint."""
         self.rows.close()
         self.trained.close()
-
-
-class Streamer:
-    """A text that grows token by token: a character appears when all of its bytes are there."""
-
-    def __init__(self, tokenizer, prompt: list[int]):
-        self._decode, self._ids = tokenizer.decode, list(prompt)
-        # Each piece is decoded from a token that is shown already, because tokenizers treat a text's first token apart:
-        # some drop the space before it.
-        self._from, self._shown = max(0, len(prompt) - 1), len(prompt)
-
-    def add(self, token: int) -> str:
-        """The characters that a new token completes, which may be none."""
-        self._ids.append(token)
-        return self._piece(whole=False)
-
-    def end(self) -> str:
-        """The characters not shown yet, when no more tokens come and the last one may be incomplete."""
-        return self._piece(whole=True)
-
-    def _piece(self, whole):
-        before = self._decode(self._ids[self._from : self._shown])
-        text = self._decode(self._ids[self._from :])
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and not whole:
-            return ""
-        self._from, self._shown = max(self._from, self._shown - 1), len(self._ids)
-        return text[len(before) :]
-
-
-def text_after(tokenizer, prompt: list[int], new: list[int]) -> str:
-    """The text that new tokens add to a prompt."""
-    return tokenizer.decode(prompt + new)[len(tokenizer.decode(prompt)) :]
