@@ -21,7 +21,11 @@ from memoryllm_jax.common import legacy
 from memoryllm_jax.common.errors import UserError
 
 FLAGS = flags.FLAGS
-_OPEN = "import sys; from memoryllm_jax.analysis.inside import Inside; Inside(sys.argv[1], whole=False).params"
+_OPEN = """
+import sys
+from memoryllm_jax.analysis.key_values import KeyValueModel
+KeyValueModel(sys.argv[1], with_attention=False).params
+"""
 
 
 def measure(arguments):

@@ -1,41 +1,44 @@
-"""Groups of tokens by their coefficient vectors: K-means, what the groups share, and how close-knit they are.
+"""Groups of tokens by their coefficient vectors: K-means, what its clusters share, and how tightly tokens group.
 
 K-means, silhouette and the projections are scikit-learn's. Vectors are brought to unit length, so that a group is a
-direction and not a size; the paper does not say whether its are.
+direction and not a size; the paper does not say whether its vectors are.
 """
 
 import functools
-import importlib
+from collections.abc import Callable
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax.analysis import token_classes, topk, vocabulary
-from memoryllm_jax.analysis.key_values import Inside
+from memoryllm_jax.analysis import token_classes, topk
+from memoryllm_jax.analysis.key_values import KeyValueModel
 from memoryllm_jax.analysis.neighbours import neighbours_of
-from memoryllm_jax.analysis.vocabulary import chunk_count, chunks, every_id
-from memoryllm_jax.common import plots
-from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.common.legacy import at_least, layers_of
+from memoryllm_jax.common import errors, options, plots
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.options import Option
 from memoryllm_jax.common.progress import Progress
+from memoryllm_jax.common.report import Report
 
 _EPOCHS = 3  # passes of mini-batch K-means over the vocabulary
-_ROWS = 4096  # of a graph, squared at a time
+_BLOCK = 4096  # rows of a graph that are squared at a time
 _PICTURES = {"tsne": "t-SNE", "pca": "PCA"}
-_EXAMPLES = 10  # tokens nearest to a cluster's centre
+_EXAMPLES = 10  # tokens nearest to a cluster's centre that the page lists
+
+Layers = Annotated[tuple[str, ...], Option("layers to look at, such as 0,5,11; by default all")]
+Clusters = Annotated[int, Option("number of K-means clusters", least=2)]
+Seed = Annotated[int, Option("seed of the random draws")]
 
 
 def _sklearn(module: str):
-    try:
-        return importlib.import_module(f"sklearn.{module}")
-    except ImportError as error:
-        raise UserError("this analysis needs scikit-learn: pip install 'memoryllm_jax[analyze]'") from error
+    """scikit-learn is imported when it is first used. Raises: UserError if it is not installed."""
+    return errors.require(f"sklearn.{module}", "analyze", "clusters")
 
 
-def unit_coefficients(inside: Inside, layer: int, ids_N):
-    """c / |c| of FFN-M, [N, F]."""
-    return _unit(inside.token_coefficients(layer, ids_N).astype(jnp.float32))
+def unit_coefficients(model: KeyValueModel, layer: int, ids_N) -> jax.Array:
+    """c / |c| of FFN-M, float32 [N, F]."""
+    return _unit(model.token_coefficients(layer, ids_N).astype(jnp.float32))
 
 
 @jax.jit
@@ -43,143 +46,176 @@ def _unit(c_NF):
     return c_NF * jax.lax.rsqrt(jnp.square(c_NF).sum(-1, keepdims=True) + 1e-30)
 
 
-def _host(inside, layer, ids):
-    return np.concatenate([np.asarray(unit_coefficients(inside, layer, i)[: r.sum()]) for i, r in chunks(ids)])
+def _unit_on_host(model, layer, ids_N) -> np.ndarray:
+    chunks = []
+    for ids_C, is_real_C in model.chunks(ids_N):
+        chunks.append(np.asarray(unit_coefficients(model, layer, ids_C))[is_real_C])
+    return np.concatenate(chunks)
 
 
-def _check(inside: Inside, clusters: int, sample: int) -> None:
+def _check(model: KeyValueModel, clusters: int, sample: int) -> None:
     """Raises: UserError, also without scikit-learn."""
     _sklearn("cluster")
-    most = min(inside.config.vocab_size - 1, vocabulary.CHUNK)  # the first chunk gives the first centres
+    most = min(model.config.vocab_size - 1, model.sizes.tokens)  # the first chunk gives the first centres
     if not 2 <= clusters <= most:
-        raise UserError(f"--clusters: expected from 2 to {most}, found {clusters}")
+        raise ArgumentError("clusters", f"expected from 2 to {most}, found {clusters}")
     if sample <= clusters:
-        raise UserError(f"--sample: expected more than the {clusters} clusters, found {sample}")
+        raise ArgumentError("sample", f"expected more than the {clusters} clusters, found {sample}")
 
 
-def fit(inside: Inside, layer: int, count: int, seed: int, step=lambda: None):
-    """(cluster of each token [V], scikit-learn's fitted MiniBatchKMeans), a chunk of the vocabulary at a time."""
-    model = _sklearn("cluster").MiniBatchKMeans(count, random_state=seed, n_init=3, reassignment_ratio=0.0)
+def _layers(model: KeyValueModel, texts: tuple[str, ...]) -> list[int]:
+    """The layers that an option names, by default all. Raises: ArgumentError."""
+    L = model.config.layers
+    return list(options.layers(texts, "layers", L)) if texts else list(range(L))
+
+
+def fit(model: KeyValueModel, layer: int, count: int, seed: int, step: Callable[[], None] = lambda: None):
+    """Fits K-means to the unit coefficients of all tokens, a chunk of the vocabulary at a time.
+
+    Args:
+      step: called after each chunk.
+    Returns: (cluster of each token [V], scikit-learn's fitted MiniBatchKMeans).
+    """
+    kmeans = _sklearn("cluster").MiniBatchKMeans(count, random_state=seed, n_init=3, reassignment_ratio=0.0)
     draw = np.random.default_rng(seed)
     for _ in range(_EPOCHS):
-        for ids_C, real_C in chunks(draw.permutation(every_id(inside))):
-            model.partial_fit(np.asarray(unit_coefficients(inside, layer, ids_C))[real_C])
+        for ids_C, is_real_C in model.chunks(draw.permutation(model.every_id)):
+            kmeans.partial_fit(np.asarray(unit_coefficients(model, layer, ids_C))[is_real_C])
             step()
     labels = []
-    for ids_C, real_C in chunks(every_id(inside)):
-        labels.append(model.predict(np.asarray(unit_coefficients(inside, layer, ids_C)))[real_C])
+    for ids_C, is_real_C in model.chunks(model.every_id):
+        labels.append(kmeans.predict(np.asarray(unit_coefficients(model, layer, ids_C)))[is_real_C])
         step()
-    return np.concatenate(labels), model
+    return np.concatenate(labels), kmeans
 
 
 def clusters(
-    inside: Inside,
-    page,
-    layers: str = "",
-    clusters: int = 20,
-    sample: int = 2000,
-    picture: str = "tsne",
-    seed: int = 0,
+    model: KeyValueModel,
+    page: Report,
+    *,
+    layers: Layers = (),
+    clusters: Clusters = 20,
+    sample: Annotated[int, Option("tokens, drawn at random, that the pictures show")] = 2000,
+    picture: Annotated[str, Option("projection of the pictures", choices=tuple(_PICTURES))] = "tsne",
+    seed: Seed = 0,
 ) -> dict:
-    """K-means on the tokens' coefficient vectors, a picture of them, and how pure clusters are in surface classes.
+    """K-means on the tokens' coefficient vectors, a picture of them, and how pure clusters are in classes by text.
 
     MemoryLLM, section 3.1 and figure 5: c of FFN-M for every token of the vocabulary, clustered by K-means (here
     scikit-learn's MiniBatchKMeans on vectors of unit length) and shown by t-SNE, or PCA, of a sample of tokens. Purity
-    (Manning et al. 2008, section 16.3) is the share of tokens that are of the commonest class of their cluster, for
+    (Manning et al. 2008, section 16.3) is the share of tokens that belong to the commonest class of their cluster, for
     three classifications by text alone: kind (punctuation, digits, capitalised, ...), leading space, script (a stand-in
-    for the language). It is held against the purity of the same clusters with their tokens shuffled. These measures are
-    ours.
+    for the language). It is compared with the purity of the same clusters with their tokens shuffled. These measures
+    are ours.
     """
-    inside.need_memory("clusters")
-    if picture not in _PICTURES:
-        raise UserError(f"--picture: expected tsne or pca, found {picture!r}")
-    _check(inside, clusters, sample)
-    chosen = layers_of(layers, inside.config.layers)
-    classes, texts = token_classes.classes(inside.texts), inside.texts
+    model.require_memory("clusters")
+    _check(model, clusters, sample)
+    chosen = _layers(model, layers)
+    classes, V = token_classes.classes(model.texts), len(model.texts)
     draw = np.random.default_rng(seed)
     pictured = {chosen[0], chosen[len(chosen) // 2], chosen[-1]}
-    sampled = np.sort(draw.choice(len(texts), min(sample, len(texts)), replace=False)).astype(np.int32)
-    progress = Progress("clusters", len(chosen) * (_EPOCHS + 2) * chunk_count(len(texts)), "chunk")
-    step = lambda: progress.update(progress.done + 1)  # noqa: E731
-    rows, tables, pictures = [], [], []
+    sampled_N = np.sort(draw.choice(V, min(sample, V), replace=False)).astype(np.int32)
+    progress = Progress("clusters", len(chosen) * (_EPOCHS + 2) * model.chunk_count(V), "chunk")
+    rows, examples, pictures = [], [], {}
     with page.csv("tokens", ["layer", "token", "text", "cluster"]) as write:
         for layer in chosen:
-            labels, model = fit(inside, layer, clusters, seed, step)
-            write([layer, t, text, k] for t, (text, k) in enumerate(zip(texts, labels)))
-            shuffled = draw.permutation(labels)
-            row = {"layer": layer, "clusters": len(np.unique(labels)), "largest": int(np.bincount(labels).max())}
-            for name, of in classes.items():
-                row[name] = token_classes.purity(labels, of)
-                row[f"{name}, chance"] = token_classes.purity(shuffled, of)
-            rows.append(row)
-            tables += _examples(inside, layer, labels, model, classes["kind"], step)
+            labels_V, kmeans = fit(model, layer, clusters, seed, lambda: progress.update(progress.done + 1))
+            write([layer, t, text, k] for t, (text, k) in enumerate(zip(model.texts, labels_V)))
+            rows.append({"layer": layer} | _purities(labels_V, draw.permutation(labels_V), classes))
+            nearest = nearest_to_centres(model, layer, labels_V, kmeans, lambda: progress.update(progress.done + 1))
+            examples += [[layer, *line] for line in cluster_lines(labels_V, nearest, classes["kind"], model.texts)]
             if layer in pictured:
-                pictures.append((layer, _picture(inside, layer, sampled, labels, classes["kind"], picture, seed)))
+                pictures[layer] = _picture(model, layer, sampled_N, labels_V, classes["kind"], picture, seed)
     progress.close()
-    series = {name: [100 * row[name] for row in rows] for name in rows[0] if name.removesuffix(", chance") in classes}
+    names = [name for name in rows[0] if name.removesuffix(", chance") in classes]
     page.figure(
         "purity",
-        plots.by_layer(series, "purity, %", layers=chosen),
-        f"Purity of {clusters} clusters in classes that the text alone decides, and of the same with tokens shuffled.",
+        plots.by_layer({name: [100 * row[name] for row in rows] for name in names}, "purity, %", layers=chosen),
+        f"Purity of {clusters} clusters in classes by text alone, and of the same with tokens shuffled.",
     )
-    for layer, figure in pictures:
+    for layer, figure in pictures.items():
         page.figure(
             f"layer{layer}",
             figure,
-            f"Coefficient vectors of {len(sampled):,} tokens in layer {layer}, by {_PICTURES[picture]}; colour is the "
-            "kind of the token, and each cluster is labelled with a token of its commonest kind near its middle.",
+            f"Coefficient vectors of {len(sampled_N):,} tokens in layer {layer}, by {_PICTURES[picture]}; colour is "
+            "the kind of the token, and each cluster is labelled with a token of its commonest kind near its middle.",
         )
     page.heading("Clusters, by the tokens nearest to their centres")
-    page.table(["layer", "cluster", "tokens", "commonest kind", "its share, %", "nearest to the centre"], tables)
+    head = ["layer", "cluster", "tokens", "commonest kind", "its share, %", "nearest to the centre"]
+    page.table(head, examples)
     return {"layers": rows}
 
 
-def _examples(inside, layer, labels, model, kinds, step):
-    """A table's row for each cluster, largest first."""
-    best = topk.empty(len(model.cluster_centers_), _EXAMPLES)
-    centres_KF = jnp.asarray(model.cluster_centers_, jnp.float32)
-    for ids_C, real_C in chunks(every_id(inside)):
-        near_KC = _nearness(unit_coefficients(inside, layer, ids_C), centres_KF)
-        own_KC = real_C & (labels[ids_C] == np.arange(len(centres_KF))[:, None])
-        best = topk.merge(best, jnp.where(own_KC, near_KC, -jnp.inf), ids_C)
-        step()
-    near = np.asarray(best.labels_Rk)
-    out = []
-    for k in np.argsort(-np.bincount(labels, minlength=len(near)), kind="stable"):
-        if (labels == k).any():
-            names, counts = np.unique(kinds[labels == k], return_counts=True)
-            share = 100 * counts.max() / counts.sum()
-            tokens = [inside.texts[t] for t in near[k] if t >= 0]
-            out.append([layer, int(k), int(counts.sum()), names[counts.argmax()], float(share), tokens])
+def _purities(labels_V, shuffled_V, classes) -> dict[str, float]:
+    """Sizes of a layer's clusters, and their purity by each classification beside that by chance."""
+    out = {"clusters": len(np.unique(labels_V)), "largest": int(np.bincount(labels_V).max())}
+    for name, classes_V in classes.items():
+        out[name] = token_classes.purity(labels_V, classes_V)
+        out[f"{name}, chance"] = token_classes.purity(shuffled_V, classes_V)
     return out
+
+
+def nearest_to_centres(
+    model: KeyValueModel, layer: int, labels_V: np.ndarray, kmeans, step: Callable[[], None] = lambda: None
+) -> np.ndarray:
+    """[clusters, 10]: the tokens of each cluster that are nearest to its centre; -1 where it has fewer.
+
+    Args:
+      step: called after each chunk.
+    """
+    centres_KF = jnp.asarray(kmeans.cluster_centers_, jnp.float32)
+    top = topk.empty(len(centres_KF), _EXAMPLES)
+    for ids_C, is_real_C in model.chunks(model.every_id):
+        near_KC = _nearness(unit_coefficients(model, layer, ids_C), centres_KF)
+        own_KC = is_real_C & (labels_V[ids_C] == np.arange(len(centres_KF))[:, None])
+        top = topk.merge(top, jnp.where(own_KC, near_KC, -jnp.inf), ids_C)
+        step()
+    return np.asarray(top.labels_Rk)
 
 
 @jax.jit
 def _nearness(x_CF, centres_KF):
+    """Falls with the distance |x - centre|; |x|^2 is left out, as it is the same for all tokens."""
     return 2 * centres_KF @ x_CF.T - jnp.square(centres_KF).sum(-1, keepdims=True)
 
 
-def _picture(inside, layer, sampled, labels, kinds, how, seed):
-    x_NF = _host(inside, layer, sampled)
-    flat = _sklearn("decomposition").PCA(min(50, *x_NF.shape), random_state=seed).fit_transform(x_NF)
-    if how == "tsne":
-        perplexity = min(30, max(2, len(flat) // 4))
-        flat = _sklearn("manifold").TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(flat)
+def cluster_lines(labels_V: np.ndarray, nearest_Kk: np.ndarray, kinds_V: np.ndarray, texts: list[str]) -> list[list]:
+    """[cluster, tokens, commonest kind, its share in percent, nearest tokens] of each cluster, largest first."""
+    lines = []
+    sizes_K = np.bincount(labels_V, minlength=len(nearest_Kk))
+    for k in np.argsort(-sizes_K, kind="stable"):
+        if sizes_K[k]:
+            common = _commonest(kinds_V[labels_V == k])
+            tokens = [texts[t] for t in nearest_Kk[k] if t >= 0]
+            lines.append([int(k), int(sizes_K[k]), common.name, 100 * common.count / int(sizes_K[k]), tokens])
+    return lines
+
+
+class _Commonest(NamedTuple):
+    name: str
+    count: int
+
+
+def _commonest(names_N: np.ndarray) -> _Commonest:
+    names, counts = np.unique(names_N, return_counts=True)
+    return _Commonest(names[counts.argmax()], int(counts.max()))
+
+
+def _picture(model, layer, sampled_N, labels_V, kinds_V, how, seed):
+    """A figure of the sampled tokens in a plane, each cluster labelled with one of its tokens."""
+    x_N2 = _plane(_unit_on_host(model, layer, sampled_N), how, seed)
+    kinds_N, labels_N = kinds_V[sampled_N], labels_V[sampled_N]
     figure, ax = plots.new_figure(8, 6)
     for number, name in enumerate(token_classes.KINDS):
-        of = kinds[sampled] == name
-        if of.any():
-            ax.scatter(*flat[of, :2].T, s=7, color=f"C{number}", label=f"{name} ({of.sum():,})", linewidths=0)
-    for k in np.unique(labels[sampled]):
-        own = np.flatnonzero(labels[sampled] == k)
-        names, counts = np.unique(kinds[sampled[own]], return_counts=True)
-        own = own[kinds[sampled[own]] == names[counts.argmax()]]
-        middle = own[np.square(flat[own, :2] - np.median(flat[own, :2], 0)).sum(1).argmin()]
-        text = inside.texts[sampled[middle]]
-        text = text.replace("$", r"\$") if plots.drawable(text) else f"#{sampled[middle]} {token_classes.script(text)}"
-        ax.annotate(
-            text, flat[middle, :2], fontsize=9, weight="bold", bbox={"fc": "white", "alpha": 0.7, "lw": 0, "pad": 0.5}
-        )
+        of_kind_N = kinds_N == name
+        if of_kind_N.any():
+            label = f"{name} ({of_kind_N.sum():,})"
+            ax.scatter(x_N2[of_kind_N, 0], x_N2[of_kind_N, 1], s=7, color=f"C{number}", label=label, linewidths=0)
+    box = {"fc": "white", "alpha": 0.7, "lw": 0, "pad": 0.5}
+    for k in np.unique(labels_N):
+        n = _middle(x_N2, np.flatnonzero(labels_N == k), kinds_N)
+        text = _drawable(sampled_N[n], model.texts)
+        ax.annotate(text, (x_N2[n, 0], x_N2[n, 1]), fontsize=9, weight="bold", bbox=box)
     ax.grid(False)
     ax.set_xticks([])
     ax.set_yticks([])
@@ -189,52 +225,75 @@ def _picture(inside, layer, sampled, labels, kinds, how, seed):
     return figure
 
 
+def _plane(x_NF: np.ndarray, how: str, seed: int) -> np.ndarray:
+    """Vectors in two dimensions, [N, 2]; t-SNE starts from 50 principal components."""
+    x = _sklearn("decomposition").PCA(min(50, *x_NF.shape), random_state=seed).fit_transform(x_NF)
+    if how == "tsne":
+        perplexity = min(30, max(2, len(x) // 4))
+        x = _sklearn("manifold").TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x)
+    return x[:, :2]
+
+
+def _middle(x_N2, own: np.ndarray, kinds_N) -> int:
+    """The token, among those numbered `own`, that is nearest to the median of those of the commonest kind."""
+    own = own[kinds_N[own] == _commonest(kinds_N[own]).name]
+    return own[np.square(x_N2[own] - np.median(x_N2[own], 0)).sum(1).argmin()]
+
+
+def _drawable(token: int, texts: list[str]) -> str:
+    """A token's text for a picture, or its id and script where the picture's font lacks the text."""
+    if plots.drawable(texts[token]):
+        return texts[token].replace("$", r"\$")  # a dollar begins mathematics in matplotlib
+    return f"#{token} {token_classes.script(texts[token])}"
+
+
 def clustering(
-    inside: Inside,
-    page,
-    layers: str = "",
-    neighbours: int = 10,
-    clusters: int = 20,
-    tokens: int = 0,
-    sample: int = 4000,
-    seed: int = 0,
+    model: KeyValueModel,
+    page: Report,
+    *,
+    layers: Layers = (),
+    neighbours: Annotated[int, Option("nearest neighbours that a token is joined with", least=2)] = 10,
+    clusters: Clusters = 20,
+    tokens: Annotated[int, Option("tokens of the graph, drawn at random; 0: all", least=0)] = 0,
+    sample: Annotated[int, Option("tokens, drawn at random, that the silhouette is measured on")] = 4000,
+    seed: Seed = 0,
 ) -> dict:
     """How strongly tokens group by their coefficient vectors, by layer: clustering coefficient and silhouette.
 
     MemoryLLM, figure 6, shows a clustering coefficient without defining it. Ours is the mean local clustering
     coefficient (Watts and Strogatz 1998) of the graph that joins two tokens if either is among the other's k nearest by
-    cosine of c: of the pairs of a token's neighbours, the share that are neighbours themselves. Beside it stands that
-    of a random graph of as many edges, which is the share of all pairs that are joined. The silhouette (Rousseeuw 1987,
-    scikit-learn's) is that of the K-means clusters of `clusters`, Euclidean on vectors of unit length, on a sample of
-    tokens if there are more. The graph is exact over the vocabulary; --tokens draws some to save time.
+    cosine of c: among the pairs of a token's neighbours, the share that are neighbours themselves. It is compared with
+    that of a random graph of as many edges, which is the share of all pairs that are joined. The silhouette (Rousseeuw
+    1987, scikit-learn's) is that of the K-means clusters of `clusters`, Euclidean on vectors of unit length, on a
+    sample of tokens if there are more. The graph is exact over the vocabulary; --tokens draws some to save time.
     """
-    inside.need_memory("clustering")
-    _check(inside, clusters, sample)
-    at_least({"tokens": tokens}, 0)
-    chosen = layers_of(layers, inside.config.layers)
-    draw, size = np.random.default_rng(seed), inside.config.vocab_size
-    count = min(tokens or size, size)
-    if not 2 <= neighbours < count:
-        raise UserError(f"--neighbours: expected from 2 to fewer than the {count} tokens, found {neighbours}")
-    ids = np.sort(draw.choice(size, count, replace=False)).astype(np.int32)
-    some = np.sort(draw.choice(size, min(sample, size), replace=False)).astype(np.int32)
+    model.require_memory("clustering")
+    _check(model, clusters, sample)
+    chosen, V = _layers(model, layers), model.config.vocab_size
+    count = min(tokens or V, V)
+    if neighbours >= count:
+        raise ArgumentError("neighbours", f"expected from 2 to fewer than the {count} tokens, found {neighbours}")
+    draw = np.random.default_rng(seed)
+    ids_N = np.sort(draw.choice(V, count, replace=False)).astype(np.int32)
+    sampled = np.sort(draw.choice(V, min(sample, V), replace=False)).astype(np.int32)
     progress = Progress("clustering", len(chosen), "layer")
     rows = []
-    for number, layer in enumerate(chosen, 1):
-        vectors = functools.partial(unit_coefficients, inside)
-        near = neighbours_of(vectors, [layer], ids, ids, neighbours, f"layer {layer}")[1][0]
-        coefficient, chance = clustering_coefficient(np.searchsorted(ids, near))
-        labels, _ = fit(inside, layer, clusters, seed)
-        silhouette = np.nan  # of tokens that are all in one cluster there is none
-        if 1 < len(np.unique(labels[some])) < len(some):
-            silhouette = float(_sklearn("metrics").silhouette_score(_host(inside, layer, some), labels[some]))
+    for layer in chosen:
+        vectors = functools.partial(unit_coefficients, model)
+        near = neighbours_of(model, vectors, [layer], ids_N, ids_N, neighbours, f"layer {layer}")
+        coefficient, chance = clustering_coefficient(np.searchsorted(ids_N, near.ids[0]))
+        labels_V, _ = fit(model, layer, clusters, seed)
+        silhouette = _silhouette(model, layer, sampled, labels_V)
         rows.append({"layer": layer, "coefficient": coefficient, "random_graph": chance, "silhouette": silhouette})
-        progress.update(number)
+        progress.update(progress.done + 1)
     progress.close()
+    lines = [list(row.values()) for row in rows]
     with page.csv("layers", list(rows[0])) as write:
-        write(row.values() for row in rows)
-    pick = lambda name: [row[name] for row in rows]  # noqa: E731
-    series = {"nearest neighbours": pick("coefficient"), "random graph of as many edges": pick("random_graph")}
+        write(lines)
+    series = {
+        "nearest neighbours": [row["coefficient"] for row in rows],
+        "random graph of as many edges": [row["random_graph"] for row in rows],
+    }
     page.figure(
         "coefficient",
         plots.by_layer(series, "clustering coefficient", layers=chosen),
@@ -242,23 +301,37 @@ def clustering(
     )
     page.figure(
         "silhouette",
-        plots.by_layer({"silhouette": pick("silhouette")}, "silhouette", layers=chosen),
-        f"Mean silhouette of {clusters} K-means clusters on {len(some):,} tokens; 1: tight and apart, 0: overlapping.",
+        plots.by_layer({"silhouette": [row["silhouette"] for row in rows]}, "silhouette", layers=chosen),
+        f"Mean silhouette of {clusters} K-means clusters on {len(sampled):,} tokens; 1: tight and apart, 0: overlap.",
     )
-    page.table(list(rows[0]), [list(row.values()) for row in rows])
+    page.table(list(rows[0]), lines)
     return {"layers": rows, "tokens": count, "neighbours": neighbours}
 
 
+def _silhouette(model, layer, sampled, labels_V) -> float:
+    """Mean silhouette of the sampled tokens; NaN where they are all in one cluster, or each in its own."""
+    labels = labels_V[sampled]
+    if not 1 < len(np.unique(labels)) < len(sampled):
+        return np.nan
+    return float(_sklearn("metrics").silhouette_score(_unit_on_host(model, layer, sampled), labels))
+
+
 def clustering_coefficient(near_Nk: np.ndarray) -> tuple[float, float]:
-    """Mean local clustering coefficient of the graph whose node n is joined with near[n], and the share of joined
-    pairs."""
-    from scipy import sparse
+    """Of the graph that joins each node n with the nodes near[n].
+
+    Returns: (mean local clustering coefficient, share of all pairs of nodes that are joined).
+    """
+    from scipy import sparse  # comes with scikit-learn, which is optional
 
     N, k = near_Nk.shape
-    ones = np.ones(N * k, np.int32)
-    graph = sparse.csr_matrix((ones, (np.repeat(np.arange(N), k), near_Nk.reshape(-1))), (N, N))
+    nodes = np.repeat(np.arange(N), k)
+    graph = sparse.csr_matrix((np.ones(N * k, np.int32), (nodes, near_Nk.reshape(-1))), (N, N))
     graph = graph.maximum(graph.T)
-    degree = np.asarray(graph.sum(1)).ravel().astype(np.int64)
-    blocks = (graph[start : start + _ROWS] for start in range(0, N, _ROWS))
-    closed = np.concatenate([np.asarray((b @ graph).multiply(b).sum(1)).ravel() for b in blocks])  # pairs, both ways
-    return float(np.mean(closed / np.maximum(degree * (degree - 1), 1))), float(degree.sum() / (N * (N - 1)))
+    degree_N = np.asarray(graph.sum(1)).ravel().astype(np.int64)
+    joined = []  # for each node, the pairs of its neighbours that are joined, each counted both ways
+    for start in range(0, N, _BLOCK):
+        block = graph[start : start + _BLOCK]
+        paths = block @ graph  # paths of two edges; those between joined nodes close a triangle
+        joined.append(np.asarray(paths.multiply(block).sum(1)).ravel())
+    pairs_N = np.maximum(degree_N * (degree_N - 1), 1)
+    return float(np.mean(np.concatenate(joined) / pairs_N)), float(degree_N.sum() / (N * (N - 1)))

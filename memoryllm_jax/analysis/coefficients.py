@@ -1,155 +1,215 @@
 """Token-key-value coefficients of FFN-M over the whole vocabulary (MemoryLLM, arXiv 2602.00398, section 2.3.1)."""
 
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from memoryllm_jax.analysis import token_page, topk, values
-from memoryllm_jax.analysis.key_values import Inside
+from memoryllm_jax.analysis.key_values import KeyValueModel
 from memoryllm_jax.analysis.neighbours import neighbours_of
-from memoryllm_jax.analysis.vocabulary import chosen_tokens, chunk_count, chunks, every_id, strongest_keys
+from memoryllm_jax.analysis.vocabulary import StrongestKeys, chosen_tokens, strongest_keys
 from memoryllm_jax.common import plots
-from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.common.legacy import at_least
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.options import Option
 from memoryllm_jax.common.progress import Progress
+from memoryllm_jax.common.report import Report
+
+_KEY_FIELDS = [
+    *("layer", "key", "sign", "tokens", "coefficients", "texts"),
+    *("value_tokens", "value_probabilities", "value_texts"),
+]
 
 
-def coefficients(inside: Inside, page, token: list[str] = (), top: int = 5, tokens: int = 500, data: str = "") -> dict:
+def coefficients(
+    model: KeyValueModel,
+    page: Report,
+    *,
+    token: Annotated[
+        tuple[str, ...], Option("token to show, as text that is one token, as ␣the or as #ID", many=True)
+    ] = (),
+    tokens: Annotated[int, Option("tokens to show where none are named; 0: all", least=0)] = 500,
+    top: Annotated[int, Option("keys of a token, tokens of a key and tokens of a value to give", least=1)] = 5,
+    data: Annotated[str, Option("prepared data, whose most frequent tokens are shown where none are named")] = "",
+) -> dict:
     """Coefficients c of FFN-M: the keys that matter most for a token, the tokens that use a key most, what values say.
 
-    MemoryLLM, section 2.3.1, equation 2.8: for the query q = NM_l(E[t]) of token t in layer l, c_i = (q k_i)
-    g_i with keys k_i the columns of W_up and g = SiLU(q W_gate), and FFN-M = sum_i c_i v_i with values v_i the rows of
-    W_down. The keys that matter most for a token are those of the largest |c_i| |v_i|, the size of what they add;
-    `share` is that over its sum. The tokens that use a key most are those of the largest coefficient, on the side of
-    its largest |c_i|; `sign` is that side, and the value's top tokens are those of sign * v_i (see `values`). All are
-    exact over the whole vocabulary. The page holds the tokens named, else the --tokens most frequent of --data,
-    else evenly spread ones; its rows are FFN-M's, with the norm and the top tokens that the output head makes of each.
+    MemoryLLM, section 2.3.1, equation 2.8: for the query q = NM_l(E[t]) of token t in layer l, c_i = (q k_i) g_i with
+    keys k_i the columns of W_up and g = SiLU(q W_gate), and FFN-M = sum_i c_i v_i with values v_i the rows of W_down.
+    The keys that matter most for a token have the largest |c_i| |v_i|, the size of what they add; `share` is that size
+    over its sum over all keys. The tokens that use a key most have the largest coefficients on the side of its largest
+    |c_i|; `sign` is that side, and the value's top tokens are those of sign * v_i (see `values`). All are exact over
+    the whole vocabulary. The page shows the tokens that --token names; without --token the --tokens most frequent ones
+    of --data; without --data ids at even distances. It also shows the norm of each token's row, and the top tokens that
+    the output head makes of it.
     """
-    inside.need_memory("coefficients")
-    if not 1 <= top <= inside.config.memory_dim:
-        raise UserError(f"--top: expected from 1 to the {inside.config.memory_dim} keys, found {top}")
-    L, V, texts = inside.config.layers, inside.config.vocab_size, inside.texts
-    shown = chosen_tokens(inside, page, token, tokens, data)
-    listed_V = np.isin(every_id(inside), shown) if token else np.ones(V, bool)
-    progress = Progress("coefficients", L * chunk_count(V), "chunk")
-    head = ["layer", "token", "text", "keys", "coefficients", "shares"]
-    kept, uses = [], {}
-    with page.csv("tokens", head) as write_tokens, page.csv("keys", [*token_page.KEY_FIELDS]) as write_keys:
+    model.require_memory("coefficients")
+    if top > model.config.memory_dim:
+        raise ArgumentError("top", f"expected from 1 to the {model.config.memory_dim} keys, found {top}")
+    L, V = model.config.layers, model.config.vocab_size
+    shown_Q = chosen_tokens(model, page, token, tokens, data)
+    listed = np.unique(shown_Q) if token else model.every_id  # in the CSV file
+    progress = Progress("coefficients", L * model.chunk_count(V), "chunk")
+    of_shown, keys = [], {}
+    fields = ["layer", "token", "text", "keys", "coefficients", "shares"]
+    with page.csv("tokens", fields) as write_tokens, page.csv("keys", _KEY_FIELDS) as write_keys:
         for layer in range(L):
-            norms_F = jnp.linalg.norm(inside.values("memory", layer), axis=1)
-            sides, of_shown = topk.TwoSided(len(norms_F), top), {}
-            for ids_C, real_C in chunks(every_id(inside)):
-                c_CF = inside.token_coefficients(layer, ids_C)
-                sides.add(c_CF, ids_C, real_C)
-                strongest = [np.asarray(x) for x in strongest_keys(c_CF, norms_F, top)]
-                listed = np.flatnonzero(real_C & listed_V[ids_C])
-                write_tokens(_token_rows(layer, ids_C[listed], [x[listed] for x in strongest], texts))
-                for row in np.flatnonzero(real_C & np.isin(ids_C, shown)):
-                    of_shown[int(ids_C[row])] = [x[row] for x in strongest]
-                progress.update(progress.done + 1)
-            kept.append([np.stack([of_shown[int(t)][k] for t in shown]) for k in range(3)])
-            triggers = sides.result()
-            says = values.top_tokens(inside, inside.values("memory", layer) * triggers.sign_K[:, None], top)
-            write_keys(token_page.key_rows(layer, triggers, says, texts))
-            for i in np.unique(kept[-1][0]):
-                fires = triggers.labels_Kt[i] >= 0
-                uses[layer, int(i)] = (
-                    *(triggers.sign_K[i], triggers.labels_Kt[i, fires], triggers.c_Kt[i, fires]),
-                    *(says.ids_Nk[i], says.p_Nk[i]),
-                )
+            of_tokens, triggers = _pass(model, layer, top, lambda: progress.update(progress.done + 1))
+            signed_values_FD = model.values("memory", layer) * triggers.sign_K[:, None]
+            says = values.top_tokens(model, signed_values_FD, top)
+            write_tokens(_token_lines(layer, listed, of_tokens, model.texts))
+            write_keys(_key_lines(layer, triggers, says, model.texts))
+            of_shown.append(StrongestKeys(*(x_Vk[shown_Q] for x_Vk in of_tokens)))
+            for i in np.unique(of_shown[-1].keys):
+                keys[layer, int(i)] = _key_on_page(int(i), triggers, says)
     progress.close()
-    keys_LQk, c_LQk, share_LQk = strongest = [np.stack([of[k] for of in kept]) for k in range(3)]
-    near = neighbours_of(inside.rows, list(range(L)), shown, every_id(inside), min(top, V - 1), "neighbours")
-    rows = _rows(inside, shown, top)
-    concentration = {
-        f"the strongest {k}": (100 * share_LQk[..., :k].sum(-1).mean(1)).tolist() for k in sorted({1, top})
-    }
+    strongest = StrongestKeys(*map(np.stack, zip(*of_shown)))  # [L, Q, k]
+    near = neighbours_of(model, model.rows, range(L), shown_Q, model.every_id, min(top, V - 1), "neighbours")
+    rows = _rows(model, shown_Q, top)
+    concentration = {}
+    for k in sorted({1, top}):
+        concentration[f"the strongest {k}"] = (100 * strongest.share[..., :k].sum(-1).mean(1)).tolist()
     page.figure(
         "concentration",
         plots.by_layer(concentration, "share of sum |c| |v|, %"),
-        f"How much of a row the strongest of {inside.config.memory_dim} keys make; mean of {len(shown):,} tokens.",
+        f"Share of a row that its strongest keys of {model.config.memory_dim} make; mean of {len(shown_Q):,} tokens.",
     )
     page.heading("Search")
-    page.raw(token_page.markup(token_page.content(shown, strongest, uses, near, rows, texts)))
+    page.raw(token_page.markup(token_page.content(shown_Q, strongest, keys, near, rows, model.texts)))
     return {
-        "tokens": shown,
-        "keys": keys_LQk,
-        "coefficients": c_LQk,
-        "shares": share_LQk,
+        "tokens": shown_Q,
+        "keys": strongest.keys,
+        "coefficients": strongest.c,
+        "shares": strongest.share,
         "concentration": concentration,
     }
 
 
-def _token_rows(layer, ids, strongest, texts):
-    """CSV lines of tokens, lists within a field apart by spaces."""
-    columns = [[" ".join(f"{x:.5g}" for x in of) for of in part.tolist()] for part in strongest]
-    return ([layer, t, texts[t], *of] for t, *of in zip(ids.tolist(), *columns))
+def _pass(model: KeyValueModel, layer: int, top: int, step: Callable[[], None]) -> tuple[StrongestKeys, topk.Triggers]:
+    """One pass over the vocabulary: the strongest keys of every token [V, k], and the triggers of every key."""
+    norms_F = jnp.linalg.norm(model.values("memory", layer), axis=1)
+    sides = topk.TwoSidedTopK(len(norms_F), top)
+    chunks = []
+    for ids_C, is_real_C in model.chunks(model.every_id):
+        c_CF = model.token_coefficients(layer, ids_C)
+        sides.add(c_CF, ids_C, is_real_C)
+        chunks.append([np.asarray(x_Ck)[is_real_C] for x_Ck in strongest_keys(c_CF, norms_F, top)])
+        step()
+    return StrongestKeys(*map(np.concatenate, zip(*chunks))), sides.triggers()
 
 
-def _rows(inside, shown, top):
-    """(norms [L, Q], top tokens of each row [L, Q, k])."""
-    norms, says = [], []
-    for layer in range(inside.config.layers):
-        rows_QD = jnp.concatenate([inside.rows(layer, i)[: r.sum()] for i, r in chunks(shown)])
+def _token_lines(layer: int, ids: np.ndarray, strongest: StrongestKeys, texts: Sequence[str]) -> Iterator[list]:
+    """Lines of the CSV file of tokens; the keys of a token are apart by spaces."""
+    for t in ids.tolist():
+        columns = [" ".join(f"{x:.5g}" for x in x_Vk[t].tolist()) for x_Vk in strongest]
+        yield [layer, t, texts[t], *columns]
+
+
+def _key_lines(layer: int, triggers: topk.Triggers, says: values.TopTokens, texts: Sequence[str]) -> Iterator[list]:
+    """Lines of the CSV file of keys; the tokens of a key are apart by spaces."""
+    for i in range(len(triggers.sign_K)):
+        key = _key_on_page(i, triggers, says)
+        uses = _joined(key.triggers, key.coefficients, texts)
+        yield [layer, i, int(key.sign), *uses, *_joined(key.tokens, key.probabilities, texts)]
+
+
+def _joined(ids, numbers, texts) -> tuple[str, str, str]:
+    return " ".join(map(str, ids)), " ".join(f"{x:.4g}" for x in numbers), " ".join(texts[i] for i in ids)
+
+
+def _key_on_page(i: int, triggers: topk.Triggers, says: values.TopTokens) -> token_page.Key:
+    fires_t = triggers.labels_Kt[i] >= 0
+    return token_page.Key(
+        triggers.sign_K[i], triggers.labels_Kt[i, fires_t], triggers.c_Kt[i, fires_t], says.ids_Nk[i], says.p_Nk[i]
+    )
+
+
+def _rows(model: KeyValueModel, shown_Q: np.ndarray, top: int) -> token_page.Rows:
+    norms, tokens = [], []
+    for layer in range(model.config.layers):
+        chunks = [model.rows(layer, ids_C)[: is_real_C.sum()] for ids_C, is_real_C in model.chunks(shown_Q)]
+        rows_QD = jnp.concatenate(chunks)
         norms.append(np.asarray(jnp.linalg.norm(rows_QD, axis=1)))
-        says.append(values.top_tokens(inside, rows_QD, top).ids_Nk)
-    return np.stack(norms), np.stack(says)
+        tokens.append(values.top_tokens(model, rows_QD, top).ids_Nk)
+    return token_page.Rows(np.stack(norms), np.stack(tokens))
 
 
-def outliers(inside: Inside, page, ratio: str = "5,10,20", top: int = 10) -> dict:
+def outliers(
+    model: KeyValueModel,
+    page: Report,
+    *,
+    ratio: Annotated[tuple[str, ...], Option("M, one or several")] = ("5", "10", "20"),
+    top: Annotated[int, Option("keys of each layer to list, those that are outliers for most tokens", least=1)] = 10,
+) -> dict:
     """Keys above M times the mean |c| of their token and layer.
 
-    MemoryLLM, figure 6, counts outlier keys for each token without defining them; the rule |x| > M mean |x| is one that
-    its authors use elsewhere. The mean is over the keys of one token in one layer; every token of the vocabulary counts
-    once. Also, by the first M, how many each token has in each layer (CSV), and the keys that are outliers for the most
-    tokens.
+    MemoryLLM, figure 6, counts the outlier keys of a token without defining them; the rule |x| > M mean |x| is one that
+    its authors use elsewhere. The mean is over the keys of one token in one layer, and every token of the vocabulary
+    counts once. By the first M, a CSV file gives how many each token has in each layer, and a table the keys that are
+    outliers for most tokens.
     """
-    inside.need_memory("outliers")
-    try:
-        ratios = list(dict.fromkeys(float(x) for x in ratio.split(",")))
-    except ValueError:
-        ratios = [0.0]
-    if not all(0 < m < np.inf for m in ratios):
-        raise UserError(f"--ratio: expected numbers above zero such as 5,10,20, found {ratio!r}")
-    at_least({"top": top})
-    L, V = inside.config.layers, inside.config.vocab_size
-    progress = Progress("outliers", L * chunk_count(V), "chunk")
-    rows, hubs, by_token = [], [], []
+    model.require_memory("outliers")
+    ratios = _ratios(ratio)
+    L, V = model.config.layers, model.config.vocab_size
+    progress = Progress("outliers", L * model.chunk_count(V), "chunk")
+    rows, most_often, by_token = [], [], []
     for layer in range(L):
-        counts, hits_F = [], 0
-        for ids_C, real_C in chunks(every_id(inside)):
-            count_CM, first_F = outlier_counts(inside.token_coefficients(layer, ids_C), real_C, jnp.array(ratios))
-            counts.append(np.asarray(count_CM)[real_C])
-            hits_F = hits_F + np.asarray(first_F)
-            progress.update(progress.done + 1)
-        counts_VM = np.concatenate(counts)
+        counts_VM, hits_F = _outliers_of_layer(model, layer, ratios, lambda: progress.update(progress.done + 1))
         by_token.append(counts_VM[:, 0])
         for m, count_V in zip(ratios, counts_VM.T):
             row = {"layer": layer, "M": m, "mean": float(count_V.mean()), "largest": int(count_V.max())}
             rows.append(row | {"tokens_without": float((count_V == 0).mean())})
         for i in np.argsort(-hits_F, kind="stable")[:top]:
-            hubs.append([layer, int(i), int(hits_F[i]), 100 * float(hits_F[i]) / V])
+            most_often.append([layer, int(i), int(hits_F[i]), 100 * float(hits_F[i]) / V])
     progress.close()
     with page.csv("layers", list(rows[0])) as write:
         write(row.values() for row in rows)
     with page.csv("tokens", ["token", "text", *(f"layer_{layer}" for layer in range(L))]) as write:
-        write([t, text, *of] for t, (text, *of) in enumerate(zip(inside.texts, *by_token)))
+        write([t, text, *counts] for t, (text, *counts) in enumerate(zip(model.texts, *by_token)))
     series = {f"M = {m:g}": [row["mean"] for row in rows if row["M"] == m] for m in ratios}
     page.figure(
         "count",
         plots.by_layer(series, "outlier keys a token"),
-        f"Keys of {inside.config.memory_dim} with |c| above M times the token's mean; mean of {V:,} tokens.",
+        f"Keys of {model.config.memory_dim} with |c| above M times the token's mean; mean of {V:,} tokens.",
     )
     page.table(["layer", "M", "mean", "largest", "tokens without, share"], [list(row.values()) for row in rows])
     page.heading(f"Keys that are outliers (M = {ratios[0]:g}) for most tokens")
-    page.table(["layer", "key", "tokens", "% of the vocabulary"], hubs)
-    return {"layers": rows, "keys": hubs}
+    page.table(["layer", "key", "tokens", "% of the vocabulary"], most_often)
+    return {"layers": rows, "keys": most_often}
+
+
+def _ratios(texts: Sequence[str]) -> list[float]:
+    """Different numbers, in the given order. Raises: ArgumentError."""
+    try:
+        ratios = list(dict.fromkeys(float(text) for text in texts))
+    except ValueError:
+        ratios = []
+    if not ratios or not all(0 < m < math.inf for m in ratios):
+        raise ArgumentError("ratio", f"expected numbers above zero such as 5,10,20, found {','.join(texts)!r}")
+    return ratios
+
+
+def _outliers_of_layer(
+    model: KeyValueModel, layer: int, ratios: list[float], step: Callable[[], None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """One pass over the vocabulary: (outlier keys of each token [V, M], tokens of each key by the first M [F])."""
+    counts, hits_F = [], 0
+    for ids_C, is_real_C in model.chunks(model.every_id):
+        c_CF = model.token_coefficients(layer, ids_C)
+        count_CM, chunk_hits_F = outlier_counts(c_CF, is_real_C, jnp.array(ratios))
+        counts.append(np.asarray(count_CM)[is_real_C])
+        hits_F = hits_F + np.asarray(chunk_hits_F)
+        step()
+    return np.concatenate(counts), hits_F
 
 
 @jax.jit
-def outlier_counts(c_CF, real_C, ratios_M):
+def outlier_counts(c_CF, is_real_C, ratios_M):
     """(outlier keys of each token [C, M], tokens for which each key is one by the first M [F])."""
     size_CF = jnp.abs(c_CF)
     mean_C1 = size_CF.mean(1, keepdims=True)
     counts_CM = jnp.stack([(size_CF > m * mean_C1).sum(1) for m in ratios_M], 1)
-    return counts_CM, ((size_CF > ratios_M[0] * mean_C1) & real_C[:, None]).sum(0)
+    return counts_CM, ((size_CF > ratios_M[0] * mean_C1) & is_real_C[:, None]).sum(0)

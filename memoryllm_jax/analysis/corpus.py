@@ -1,30 +1,139 @@
-"""A trained model over prepared text, layer by layer: the queries that its keys meet, and what each layer adds.
+"""A trained model over prepared text, layer by layer: the queries that its keys get, and what each layer adds.
 
-The text is cut into windows; a prefix is a window's beginning, up to and with any of its tokens. Windows do not follow
-sentences or documents. A prefix is named by one number, window * length + its last position.
+The text is cut into windows, which follow neither sentences nor documents. A prefix is the beginning of a window, up to
+and including any of its tokens. It is labelled with one number: window * length + its last position.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax.analysis.key_values import Inside
-from memoryllm_jax.analysis.vocabulary import checked_dataset
-from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.common.legacy import at_least
+from memoryllm_jax.analysis.key_values import KeyValueModel
+from memoryllm_jax.common import options
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.options import Option
+from memoryllm_jax.common.progress import Progress
+from memoryllm_jax.common.report import Report
 from memoryllm_jax.inference.decoder import bucket
 from memoryllm_jax.model import transformer
 
-_BATCH = 2048  # positions that run at a time
+Split = Annotated[str, Option("split of the data", choices=("train", "validation"))]
+Limit = Annotated[int, Option("tokens of text to read, in windows at even distances; 0: all", least=0)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """The text that a model is run over, and the seed of random draws. Raises: ArgumentError."""
+
+    data: Annotated[
+        str, Option("folder that `prepare` wrote with the model's tokenizer; FFN-M alone is mostly analysed without")
+    ] = ""
+    split: Split = "train"
+    length: Annotated[
+        int, Option("tokens of the windows that the text is cut into; their beginnings are the prefixes", least=2)
+    ] = 64
+    limit: Limit = 1 << 20
+    seed: Annotated[int, Option("seed of the random draws")] = 0
+
+    def __post_init__(self):
+        options.check(self)
+
+    def open(self, model: KeyValueModel) -> "Corpus":
+        """Raises: UserError."""
+        return Corpus(model, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleOptions(TextOptions):
+    """The text that prefixes are drawn from at random, and how many. Raises: ArgumentError."""
+
+    split: Split = "validation"
+    limit: Limit = 1 << 16
+    examples: Annotated[int, Option("prefixes to draw at random from the text", least=1)] = 4000
+
+    def draw(self, model: KeyValueModel, page: Report) -> tuple["Corpus", np.ndarray]:
+        """The text, and the labels of the drawn prefixes; the page's facts say so. Raises: UserError."""
+        corpus = self.open(model)
+        labels = corpus.examples(self.examples, self.seed)
+        page.facts |= corpus.facts() | {"examples": f"{len(labels):,} prefixes drawn at random, seed {self.seed}"}
+        return corpus, labels
+
+
+class Corpus:
+    """Windows of a split of prepared data.
+
+    Attributes:
+      length: tokens of a window.
+      positions: tokens of all windows.
+    Raises: UserError.
+    """
+
+    def __init__(self, model: KeyValueModel, text: TextOptions):
+        context = model.trained.context
+        if text.length > context:
+            raise ArgumentError("length", f"expected from 2 to the model's {context} positions, found {text.length}")
+        self.path, self.split, self.length = text.data, text.split, text.length
+        self._stream = getattr(model.open_data(text.data), text.split)
+        windows = (self._stream.tokens - 1) // text.length  # the last token has none that follows it
+        if not windows:
+            found = f"{self._stream.tokens} in {text.data}"
+            raise ArgumentError("data", f"expected more than {text.length} {text.split} tokens, found {found}")
+        count = min(windows, -(-text.limit // text.length)) if text.limit else windows
+        self._starts = np.linspace(0, windows - 1, count).astype(np.int64) * text.length
+        self.positions = count * text.length
+        if self.positions >= 1 << 31:  # labels are int32
+            raise ArgumentError("limit", f"expected fewer than {1 << 31:,} tokens, found {self.positions:,}")
+        self._windows_at_a_time = max(1, min(count, model.sizes.positions // text.length))
+
+    @property
+    def batches(self) -> int:
+        return -(-len(self._starts) // self._windows_at_a_time)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yields (tokens [B, T], labels [B T], is_real [B T]).
+
+        Labels are of the prefixes that end at each position. The last batch is filled up with windows that are not
+        real.
+        """
+        for first in range(0, len(self._starts), self._windows_at_a_time):
+            at = np.arange(first, first + self._windows_at_a_time)
+            starts = self._starts[np.minimum(at, len(self._starts) - 1)]
+            tokens_BT = np.stack(self._stream.read_each(list(starts), self.length))
+            labels = (at[:, None] * self.length + np.arange(self.length)).reshape(-1)
+            yield tokens_BT, labels.astype(np.int32), np.repeat(at < len(self._starts), self.length)
+
+    def prefix(self, label: int) -> np.ndarray:
+        """Token ids of a prefix."""
+        window, last = divmod(int(label), self.length)
+        return self._stream.read(self._starts[window], last + 1)
+
+    def next(self, label: int) -> int:
+        """The token that follows a prefix in the text."""
+        window, last = divmod(int(label), self.length)
+        return int(self._stream.read(self._starts[window] + last + 1, 1)[0])
+
+    def examples(self, count: int, seed: int) -> np.ndarray:
+        """Labels of different prefixes drawn at random, in rising order."""
+        drawn = np.random.default_rng(seed).choice(self.positions, min(count, self.positions), replace=False)
+        return np.sort(drawn)
+
+    def facts(self) -> dict[str, str]:
+        """For the caption of a page."""
+        read = f"{self.positions:,} of {self._stream.tokens:,} tokens"
+        return {"data": f"{self.path}, {self.split}, {read} in windows of {self.length}"}
 
 
 class State(NamedTuple):
-    """A layer at N positions. residual_ND: r, what its update is added to, X_l + Attn_l; output_ND: r + update.
+    """What a layer computes at N positions.
 
-    queries: {"compute": [N, D], "memory": [N, D]} of the FFNs there are.
+    residual_ND: r = X_l + Attn_l, which the FFNs' outputs are added to.
+    output_ND: X_{l+1}.
+    queries: {"compute": [N, D], "memory": [N, D]} of the FFNs that the model has.
     """
 
     residual_ND: jax.Array
@@ -32,17 +141,18 @@ class State(NamedTuple):
     queries: dict[str, jax.Array]
 
 
-def states(inside: Inside, tokens_BT: np.ndarray):
-    """Yields the State of each layer in turn, the positions of B sequences in a row, N = B T."""
+def states(model: KeyValueModel, tokens_BT: np.ndarray) -> Iterator[State]:
+    """Runs B sequences through the model. Yields the State of each layer in turn, N = B T."""
     ids, index = np.unique(tokens_BT, return_inverse=True)
+    # Padded to a power of two, so that few shapes compile.
     ids = np.pad(ids, (0, bucket(len(ids), tokens_BT.size) - len(ids))).astype(np.int32)
     index_1N = index.reshape(1, -1).astype(np.int32)
-    config, params = inside.config, inside.params
+    config, params = model.config, model.params
     x0_1UD = params["embedding"][ids][None, :, : config.dim]
     x_BTD = x0_1UD[0, index_1N[0]].reshape(*tokens_BT.shape, -1)
     for layer in range(config.layers):
         memory = params["memory"][layer] if config.memory_dim else None
-        with jax.set_mesh(inside.mesh):
+        with jax.set_mesh(model.mesh):
             state, x_BTD = _layer(config, params["layers"][layer], memory, x_BTD, x0_1UD, index_1N)
         yield state
 
@@ -66,62 +176,27 @@ def _layer(config, layer, memory, x_BTD, x0_1UD, index_1N):
     return State(by_position(x_BTD + out.attended_BTD), by_position(out.x_BTD), queries), out.x_BTD
 
 
-class Corpus:
-    """Windows of a split of prepared data.
+def example_states(
+    model: KeyValueModel, corpus: Corpus, examples: np.ndarray, label: str
+) -> Iterator[tuple[np.ndarray, list[State]]]:
+    """Runs the text through the model and picks the drawn prefixes.
 
     Args:
-      split: train or validation.  length: tokens of a window.  limit: tokens read, in windows spread evenly; 0: all.
-    Raises: UserError.
+      examples: labels of the prefixes.
+      label: of the progress that is shown.
+    Yields: (labels of a batch's examples [N], State of each layer at these positions and at some more, which fill up).
     """
+    progress = Progress(label, corpus.batches, "batch")
+    for number, (tokens_BT, labels, is_real) in enumerate(corpus, 1):
+        at = np.flatnonzero(is_real & np.isin(labels, examples))
+        if len(at):
+            # Padded to a power of two, so that few shapes compile.
+            filled = np.pad(at, (0, bucket(len(at), len(labels)) - len(at)), "edge")
+            picked = [_positions(state, filled) for state in states(model, tokens_BT)]
+            yield labels[at], picked
+        progress.update(number)
+    progress.close()
 
-    def __init__(self, inside: Inside, path: str, split: str, length: int, limit: int):
-        at_least({"limit": limit}, 0)
-        if split not in ("train", "validation"):
-            raise UserError(f"--split: expected train or validation, found {split!r}")
-        if not 2 <= length <= inside.trained.context:
-            raise UserError(
-                f"--length: expected from 2 to the model's {inside.trained.context} positions, found {length}"
-            )
-        self.path, self.split, self.length = path, split, length
-        self._stream = getattr(checked_dataset(inside, path), split)
-        windows = (self._stream.tokens - 1) // length
-        if not windows:
-            raise UserError(f"--data={path}: expected more than {length} {split} tokens, found {self._stream.tokens}")
-        count = min(windows, -(-limit // length)) if limit else windows
-        self._starts = np.linspace(0, windows - 1, count).astype(np.int64) * length
-        self.positions = count * length
-        if self.positions >= 1 << 31:
-            raise UserError(f"--limit: expected fewer than {1 << 31:,} tokens, found {self.positions:,}")
-        self._rows = max(1, min(count, _BATCH // length))
 
-    @property
-    def batches(self) -> int:
-        return -(-len(self._starts) // self._rows)
-
-    def __iter__(self):
-        """Yields (tokens [B, T], labels [B T], real [B T]): positions in a row; what is not real only fills up."""
-        for first in range(0, len(self._starts), self._rows):
-            at = np.arange(first, first + self._rows)
-            kept = np.minimum(at, len(self._starts) - 1)
-            tokens_BT = np.stack(self._stream.read_each(list(self._starts[kept]), self.length))
-            labels = (at[:, None] * self.length + np.arange(self.length)).reshape(-1)
-            yield tokens_BT, labels.astype(np.int32), np.repeat(at < len(self._starts), self.length)
-
-    def prefix(self, label: int) -> np.ndarray:
-        """Token ids of a prefix."""
-        window, last = divmod(int(label), self.length)
-        return self._stream.read(self._starts[window], last + 1)
-
-    def next(self, label: int) -> int:
-        """The token that follows a prefix in the text."""
-        window, last = divmod(int(label), self.length)
-        return int(self._stream.read(self._starts[window] + last + 1, 1)[0])
-
-    def examples(self, count: int, seed: int) -> np.ndarray:
-        """Labels of prefixes drawn at random, all different, in order."""
-        drawn = np.random.default_rng(seed).choice(self.positions, min(count, self.positions), replace=False)
-        return np.sort(drawn)
-
-    def facts(self) -> dict[str, str]:
-        read = f"{self.positions:,} of {self._stream.tokens:,} tokens"
-        return {"data": f"{self.path}, {self.split}, {read} in windows of {self.length}"}
+def _positions(state: State, at: np.ndarray) -> State:
+    return jax.tree.map(lambda x: x[at], state)

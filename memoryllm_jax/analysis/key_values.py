@@ -1,133 +1,233 @@
-"""A trained model opened for analysis: keys, values, queries and coefficients of its feed-forward layers.
+"""A trained model whose feed-forward layers (FFNs) are read as key-value memories.
 
-A layer's SwiGLU is a sum over memories i of c_i v_i: keys k_i are columns of W_up, values v_i rows of W_down, and for a
-query q the coefficient is c_i = (q k_i) SiLU(q W_gate)_i (MemoryLLM, arXiv 2602.00398, section 2.3.1; its tilde is left
-out). FFN-M ("memory") is asked with q = NM_l(E[t]) of a token t; FFN-C and base's FFN ("compute") with the normalised
-residual stream, N2_l(X). Shapes: V token ids, D model width, F memories of a layer, K of them, N queries.
+A layer's SwiGLU is a sum over its memories i of c_i v_i. Keys k_i are the columns of W_up, values v_i the rows of
+W_down, and a query q gives the coefficient c_i = (q k_i) SiLU(q W_gate)_i (MemoryLLM, arXiv 2602.00398, section 2.3.1,
+which writes c with a tilde). The queries of FFN-M, called "memory" here, are NM_l(E[t]) of tokens t. Those of FFN-C and
+of base's FFN, called "compute", are N2_l(X), the normalised residual stream.
+
+Shapes: V token ids, D model width, L layers, F memories of a layer, K some of them, N queries, C token ids of a chunk.
 """
 
+import dataclasses
 import functools
+from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from memoryllm_jax.checkpoint.trained import TrainedModel
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.options import Option
+from memoryllm_jax.data import dataset
 from memoryllm_jax.data.tokenizer import token_texts
 from memoryllm_jax.model import transformer
 
-_LOGITS = 1 << 25  # of [N, V], that exist at one time
+# The option --ffn of the analyses that look at one kind of FFN.
+FFN = Annotated[
+    str,
+    Option("memory (FFN-M) or compute (FFN-C, and the FFN of base); by default the first of these that the model has"),
+]
 
 
-class Inside:
-    """The checkpoint's parameters, on the first device.
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much is computed at a time. It bounds the memory that an analysis takes."""
+
+    tokens: int = 2048  # token ids whose coefficients [C, F] exist at a time
+    neighbours: int = 4096  # token ids whose neighbours are found in one pass over the vocabulary
+    positions: int = 2048  # positions of text that run through the layers at a time
+    removals: int = 4096  # likewise, of prefixes from which a token was removed
+    logits: int = 1 << 25  # elements of [N, V]
+
+
+class KeyValueModel:
+    """The keys, values, queries and coefficients of a checkpoint, on the first device.
 
     Args:
-      whole: with attention, which analyses over a corpus need.
-    Attributes: saved, config, tokenizer, texts (of every id).
-    Raises: UserError.
+      workdir: folder with the checkpoints.
+      step: of the checkpoint; by default the newest.
+      dtype: of the computation: float32 or bfloat16.
+      with_attention: load the weights of attention too, which running text through the model needs.
+      sizes: how much is computed at a time.
+    Attributes:
+      trained: the TrainedModel.
+      config: its ModelConfig.
+      tokenizer: its Tokenizer.
+      texts: the text of every token id, as people read it.
+      every_id: int32 [V]: all token ids.
+    Raises: UserError if the model has no FFNs of these kinds, or there is no such checkpoint.
     """
 
-    def __init__(self, workdir: str, step: int | None = None, dtype: str = "float32", whole: bool = True):
+    def __init__(
+        self,
+        workdir: str,
+        step: int | None = None,
+        dtype: str = "float32",
+        with_attention: bool = True,
+        sizes: Sizes = Sizes(),
+    ):
         self.trained = TrainedModel(workdir, step, dtype)
         self.config, self.tokenizer, self.mesh = self.trained.config, self.trained.tokenizer, self.trained.mesh
         if self.config.token_memory in ("value", "per_layer"):
             raise UserError(f"{workdir}: expected base, memory or flex, found {self.config.architecture}")
-        self._whole = whole
+        self.sizes = sizes
         self.texts = token_texts(self.tokenizer, range(self.config.vocab_size))
-        self._queries = jax.jit(self._queries_body)
+        self.every_id = np.arange(self.config.vocab_size, dtype=np.int32)
+        self._with_attention = with_attention
 
     @functools.cached_property
     def params(self) -> dict:
-        """As `TrainedModel.load` lays them out; read when first needed, so after options are checked."""
-        return self.trained.load(lambda name: self._whole or "/attention/" not in name)[0]
+        """Parameters as `TrainedModel.load` lays them out; read when first used, so after the options are checked."""
+        return self.trained.load(lambda name: self._with_attention or "/attention/" not in name)[0]
 
-    def ffn_name(self, ffn: str) -> str:
-        """memory or compute, as asked or the one there is. Raises: UserError if the model has no such FFN."""
-        widths = {"memory": self.config.memory_dim, "compute": self.config.compute_dim}
-        there = [name for name, width in widths.items() if width]
-        if not ffn:
-            return there[0]
-        if ffn not in there:
-            found = self.config.architecture
-            raise UserError(f"--ffn={ffn}: expected {' or '.join(there)}, which {found} has")
-        return ffn
+    def close(self) -> None:
+        self.trained.close()
+
+    # What the model has
+
+    def ffn(self, name: str) -> str:
+        """The FFN to look at: `name`, or where that is "" the first one that the model has. Raises: ArgumentError."""
+        found = [ffn for ffn in ("memory", "compute") if self.width(ffn)]
+        if not name:
+            return found[0]
+        if name not in found:
+            raise ArgumentError(
+                "ffn", f"expected {' or '.join(found)}, which {self.config.architecture} has, found {name}"
+            )
+        return name
 
     def label(self, ffn: str) -> str:
-        """As people call it."""
-        return "FFN-M" if ffn == "memory" else "FFN-C" if self.config.memory_dim else "the FFN"
+        """The FFN's name in pictures and texts."""
+        if ffn == "memory":
+            return "FFN-M"
+        return "FFN-C" if self.config.memory_dim else "the FFN"
 
-    def need_memory(self, command: str) -> None:
-        """Raises: UserError for base, which has no FFN that a token id alone decides."""
+    def width(self, ffn: str) -> int:
+        """F, memories of a layer; 0 if the model has no such FFN."""
+        return self.config.memory_dim if ffn == "memory" else self.config.compute_dim
+
+    def require_memory(self, command: str) -> None:
+        """Raises: UserError for base, which has no FFN whose output a token id alone decides."""
         if not self.config.memory_dim:
             raise UserError(
                 f"{command}: expected a memory or flex model, found {self.config.architecture}, without FFN-M"
             )
 
-    def need_compute(self, command: str) -> None:
-        """Raises: UserError for memory, whose prefixes are single tokens."""
+    def require_compute(self, command: str) -> None:
+        """Raises: UserError for memory, whose keys read single tokens and not prefixes."""
         if not self.config.compute_dim:
-            raise UserError(
-                f"{command}: expected a base or flex model, found memory, in which a key's prefix is one token"
-            )
+            raise UserError(f"{command}: expected a base or flex model, found memory, whose keys read single tokens")
 
-    def layer(self, ffn: str, layer: int) -> dict:
-        """{"gate": [D, F], "up": [D, F], "down": [F, D]}; keys are columns, values rows."""
+    # Its parameters
+
+    def layer(self, ffn: str, layer: int) -> dict[str, jax.Array]:
+        """{"gate": [D, F], "up": [D, F], "down": [F, D]}: keys are columns of "up", values rows of "down"."""
         return self.params["memory" if ffn == "memory" else "layers"][layer]["ffn"]
 
-    def width(self, ffn: str) -> int:
-        return self.config.memory_dim if ffn == "memory" else self.config.compute_dim
-
-    def queries(self, layer: int, ids_N):
-        """NM_l(E[t]) of tokens, [N, D]."""
-        with jax.set_mesh(self.mesh):
-            return self._queries(self.params["embedding"], self.params["memory"][layer]["norm"], ids_N)
-
-    def _queries_body(self, table_VD, norm, ids_N):
-        return transformer.Norm(self.config).apply({"params": norm}, table_VD[ids_N][:, : self.config.dim])
-
-    def token_coefficients(self, layer: int, ids_N, keys=None):
-        """c [N, F] of FFN-M, or [N, K] of the keys named."""
-        ffn = self.layer("memory", layer)
-        return _some(self.queries(layer, ids_N), ffn["gate"], ffn["up"], keys)
-
-    def rows(self, layer: int, ids_N):
-        """FFN-M_l(NM_l(E[t])) = sum_i c_i v_i, [N, D]."""
-        return _product(self.token_coefficients(layer, ids_N), self.layer("memory", layer)["down"])
-
     def values(self, ffn: str, layer: int) -> jax.Array:
+        """Value vectors [F, D]."""
         return self.layer(ffn, layer)["down"]
 
     @functools.cached_property
-    def head(self):
-        """The output embedding, [V, D]."""
+    def head(self) -> jax.Array:
+        """The output embedding [V, D]."""
         table = self.params["embedding" if self.config.tie_embeddings else "head"]
         return table[: self.config.vocab_size, : self.config.dim]
 
-    def logits(self, x_ND, unit: bool):
-        """What the output head makes of vectors of the residual stream, the final norm applied: [n, V] blocks.
+    # FFN-M of tokens
+
+    def queries(self, layer: int, ids_N) -> jax.Array:
+        """NM_l(E[t]) of tokens, [N, D]."""
+        with jax.set_mesh(self.mesh):
+            return _queries(self.config, self.params["embedding"], self.params["memory"][layer]["norm"], ids_N)
+
+    def token_coefficients(self, layer: int, ids_N, keys=None) -> jax.Array:
+        """c [N, F] of FFN-M, or [N, K] of some keys."""
+        return coefficients(self.queries(layer, ids_N), self.layer("memory", layer), keys)
+
+    def rows(self, layer: int, ids_N) -> jax.Array:
+        """FFN-M_l(NM_l(E[t])) = sum_i c_i v_i of tokens, [N, D]."""
+        return _product(self.token_coefficients(layer, ids_N), self.values("memory", layer))
+
+    def chunks(self, ids_N: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (int32 ids [C], bool is_real [C]); the last chunk is filled up with ids that are not real.
+
+        All chunks have one shape, so that what runs on them compiles once.
+        """
+        size = min(self.sizes.tokens, len(ids_N))
+        for start in range(0, len(ids_N), size):
+            at = np.arange(start, start + size)
+            yield ids_N[np.minimum(at, len(ids_N) - 1)].astype(np.int32), at < len(ids_N)
+
+    def chunk_count(self, ids: int) -> int:
+        """How many chunks so many ids make."""
+        return -(-ids // min(self.sizes.tokens, ids))
+
+    # What vectors say
+
+    def logits(self, x_ND, unit: bool) -> Iterator[tuple[slice, jax.Array]]:
+        """What the output head makes of vectors of the residual stream, after the final norm.
 
         Args:
-          unit: bring each vector to root mean square 1 first, so that the norm's epsilon does not shrink small values.
-        Yields: (slice of N, logits).
+          unit: bring each vector to root mean square 1 first, so that the norm's epsilon does not shrink small vectors.
+        Yields: (slice n of N, float32 logits [n, V]).
         """
-        block = max(1, min(len(x_ND), _LOGITS // self.config.vocab_size))
-        for start in range(0, len(x_ND), block):
-            rows = np.minimum(np.arange(start, start + block), len(x_ND) - 1)  # one shape, so compiled once
+        size = max(1, min(len(x_ND), self.sizes.logits // self.config.vocab_size))
+        for start in range(0, len(x_ND), size):
+            at = np.minimum(np.arange(start, start + size), len(x_ND) - 1)  # one shape, so that it compiles once
             with jax.set_mesh(self.mesh):
-                logits = _logits(self.config, self.params["final_norm"], self.head, x_ND[rows], unit)
-            count = min(block, len(x_ND) - start)
-            yield slice(start, start + count), logits[:count]
+                logits_NV = _logits(self.config, self.params["final_norm"], self.head, x_ND[at], unit)
+            count = min(size, len(x_ND) - start)
+            yield slice(start, start + count), logits_NV[:count]
 
-    def tokens(self, names: list[str]) -> np.ndarray:
-        """Ids of tokens named as text that is one token, as pages show them (␣the), or as #ID. Raises: UserError."""
-        size, shown = self.config.vocab_size, {}
+    # What options name
+
+    def tokens(self, names: Sequence[str]) -> np.ndarray:
+        """int32 ids of tokens that are named by text that is one token, as pages show it (␣the), or as #ID.
+
+        Raises: UserError.
+        """
+        by_text: dict[str, int] = {}
         if any("␣" in name for name in names):
-            shown = {text: i for i, text in reversed(list(enumerate(self.texts))) if "␣" in text}
-        ids = (shown.get(name) for name in names)
-        ids = [self.tokenizer.token(n, f"--token={n}", size) if i is None else i for n, i in zip(names, ids)]
+            for token, text in enumerate(self.texts):
+                by_text.setdefault(text, token)  # the first of several tokens that look alike
+        ids = []
+        for name in names:
+            if "␣" in name and name in by_text:
+                ids.append(by_text[name])
+            else:
+                ids.append(self.tokenizer.token(name, f"--token={name}", self.config.vocab_size))
         return np.array(ids, np.int32)
+
+    def open_data(self, path: str) -> dataset.Dataset:
+        """Prepared data. Raises: UserError if none is named, or it was made with another tokenizer."""
+        if not path:
+            raise ArgumentError("data", "expected a folder that `prepare` wrote, as this analysis needs text")
+        return dataset.open_for(path, self.tokenizer.digest)
+
+
+def coefficients(q_ND, ffn: dict, keys=None) -> jax.Array:
+    """c [N, F] of queries, or [N, K] of some keys of the FFN {"gate": [D, F], "up": [D, F]}."""
+    return _coefficients(q_ND, ffn["gate"], ffn["up"], keys)
+
+
+@jax.jit
+def _coefficients(q_ND, gate_DF, up_DF, keys):
+    if keys is not None:
+        gate_DF, up_DF = gate_DF[:, keys], up_DF[:, keys]
+    return transformer.swiglu_coefficients(q_ND, gate_DF, up_DF)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _queries(config, table_VD, norm, ids_N):
+    return transformer.Norm(config).apply({"params": norm}, table_VD[ids_N][:, : config.dim])
+
+
+@jax.jit
+def _product(c_NF, down_FD):
+    return c_NF @ down_FD
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -136,20 +236,3 @@ def _logits(config, norm, head_VD, x_ND, unit):
         x_ND = x_ND * jax.lax.rsqrt(jnp.square(x_ND).mean(-1, keepdims=True) + 1e-30)
     y_ND = transformer.Norm(config).apply({"params": norm}, x_ND)
     return jnp.einsum("nd,vd->nv", y_ND, head_VD, preferred_element_type=jnp.float32)
-
-
-@jax.jit
-def _some(q_ND, gate_DF, up_DF, keys):
-    if keys is not None:
-        gate_DF, up_DF = gate_DF[:, keys], up_DF[:, keys]
-    return transformer.swiglu_coefficients(q_ND, gate_DF, up_DF)
-
-
-@jax.jit
-def _product(c_NF, down_FD):
-    return c_NF @ down_FD
-
-
-def key_coefficients(q_ND, ffn: dict, keys=None):
-    """c of queries and some of a layer's keys, [N, K]."""
-    return _some(q_ND, ffn["gate"], ffn["up"], keys)

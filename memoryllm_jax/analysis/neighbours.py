@@ -1,55 +1,85 @@
-"""Which tokens are most alike, by their memory rows or any other vectors; every pair is compared."""
+"""The tokens that are most alike, by their memory rows or any other vectors; every pair is compared."""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from memoryllm_jax.analysis import topk
-from memoryllm_jax.analysis.key_values import Inside
-from memoryllm_jax.analysis.vocabulary import chosen_tokens, chunk_count, chunks, every_id
+from memoryllm_jax.analysis.key_values import KeyValueModel
+from memoryllm_jax.analysis.vocabulary import chosen_tokens
 from memoryllm_jax.common import plots
-from memoryllm_jax.common.legacy import at_least
+from memoryllm_jax.common.options import Option
 from memoryllm_jax.common.progress import Progress
+from memoryllm_jax.common.report import Report
 
-_QUERIES = 4096  # tokens whose neighbours are sought in one pass
+_LISTED = 300  # tokens in the page's table
+_SHOWN = 6  # neighbours of each
 
 
-def neighbours_of(vectors, layers: list[int], queries_Q, ids_N, k: int, label: str):
-    """The k most similar of tokens ids_N to each query token by cosine, each layer by itself and all together.
+class Neighbours(NamedTuple):
+    """The k other tokens that are most similar to each of Q tokens, most similar first, by layer.
+
+    cosines, ids: [layers + 1, Q, k]; the last is of all layers together.
+    """
+
+    cosines: np.ndarray
+    ids: np.ndarray
+
+
+def neighbours_of(
+    model: KeyValueModel,
+    vectors: Callable[[int, np.ndarray], jax.Array],
+    layers: Sequence[int],
+    queries_Q: np.ndarray,
+    ids_N: np.ndarray,
+    k: int,
+    label: str,
+) -> Neighbours:
+    """The most similar of the tokens ids_N to each token queries_Q, by the cosine of their vectors.
 
     Args:
-      vectors: (layer, ids [n]) -> [n, W].
-    Returns: (cosines, ids) [layers + 1, Q, k]; the last is of all the layers' vectors side by side.
+      vectors: (layer, ids [n]) -> [n, W]. All layers together are these vectors side by side.
+      label: of the progress that is shown.
     """
+    size = model.sizes.neighbours
+    blocks = [queries_Q[start : start + size] for start in range(0, len(queries_Q), size)]
+    progress = Progress(label, len(blocks) * model.chunk_count(len(ids_N)) * len(layers), "chunk")
     found = []
-    blocks = [queries_Q[start : start + _QUERIES] for start in range(0, len(queries_Q), _QUERIES)]
-    progress = Progress(label, len(blocks) * chunk_count(len(ids_N)) * len(layers), "chunk")
-    done = 0
-    for block in blocks:
-        wanted = {layer: jnp.concatenate(_vectors_of(vectors, layer, block)) for layer in layers}
-        best = [topk.empty(len(block), k) for _ in layers]
-        together = topk.empty(len(block), k)
-        squares_Q = sum(jnp.square(x).sum(-1) for x in wanted.values())
-        for ids_C, real_C in chunks(ids_N):
-            dots_QC, squares_C = 0.0, 0.0
-            for number, layer in enumerate(layers):
-                x_CW = vectors(layer, ids_C)
-                dots, squares = _products(wanted[layer], x_CW)
-                dots_QC, squares_C = dots_QC + dots, squares_C + squares
-                own = jnp.square(wanted[layer]).sum(-1)
-                best[number] = _merge(best[number], dots, own, squares, block, ids_C, real_C)
-                done += 1
-                progress.update(done)
-            if len(layers) > 1:
-                together = _merge(together, dots_QC, squares_Q, squares_C, block, ids_C, real_C)
-        found.append(jax.device_get([*best, together if len(layers) > 1 else best[0]]))
+    for block_Q in blocks:
+        tops = _neighbours_of_block(model, vectors, layers, block_Q, ids_N, k, progress)
+        cosines, ids = zip(*jax.device_get(tops))
+        found.append(Neighbours(np.stack(cosines), np.stack(ids)))
     progress.close()
-    whole = [[np.concatenate([of[i][j] for of in found]) for i in range(len(layers) + 1)] for j in (0, 1)]
-    return np.stack(whole[0]), np.stack(whole[1])
+    return Neighbours(*(np.concatenate(parts, axis=1) for parts in zip(*found)))
 
 
-def _vectors_of(vectors, layer, ids):
-    return [vectors(layer, ids_C)[: real_C.sum()] for ids_C, real_C in chunks(ids)]
+def _neighbours_of_block(model, vectors, layers, block_Q, ids_N, k, progress) -> list[topk.TopK]:
+    """One pass over ids_N. Returns: neighbours by each layer, and by all of them together."""
+    queries_QW = [_vectors_of(model, vectors, layer, block_Q) for layer in layers]
+    squares_Q = [jnp.square(x_QW).sum(-1) for x_QW in queries_QW]
+    all_squares_Q = sum(squares_Q)
+    by_layer = [topk.empty(len(block_Q), k) for _ in layers]
+    together = topk.empty(len(block_Q), k)
+    for ids_C, is_real_C in model.chunks(ids_N):
+        # Dot products and squares of vectors side by side are sums of those of the layers.
+        all_dots_QC, all_squares_C = 0.0, 0.0
+        for number, layer in enumerate(layers):
+            dots_QC, squares_C = _products(queries_QW[number], vectors(layer, ids_C))
+            all_dots_QC, all_squares_C = all_dots_QC + dots_QC, all_squares_C + squares_C
+            pairs = dots_QC, squares_Q[number], squares_C
+            by_layer[number] = _merge(by_layer[number], *pairs, block_Q, ids_C, is_real_C)
+            progress.update(progress.done + 1)
+        if len(layers) > 1:
+            pairs = all_dots_QC, all_squares_Q, all_squares_C
+            together = _merge(together, *pairs, block_Q, ids_C, is_real_C)
+    return [*by_layer, together if len(layers) > 1 else by_layer[0]]
+
+
+def _vectors_of(model, vectors, layer, ids_N):
+    return jnp.concatenate([vectors(layer, ids_C)[: is_real_C.sum()] for ids_C, is_real_C in model.chunks(ids_N)])
 
 
 @jax.jit
@@ -58,50 +88,85 @@ def _products(x_QW, y_CW):
 
 
 @jax.jit
-def _merge(best, dots_QC, squares_Q, squares_C, queries_Q, ids_C, real_C):
+def _merge(top, dots_QC, squares_Q, squares_C, queries_Q, ids_C, is_real_C):
     cosine_QC = dots_QC * jax.lax.rsqrt(squares_Q[:, None] * squares_C + 1e-30)
-    other = real_C & (queries_Q[:, None] != ids_C)
-    return topk.merge(best, jnp.where(other, cosine_QC, -jnp.inf), ids_C)
+    is_other_QC = is_real_C & (queries_Q[:, None] != ids_C)
+    return topk.merge(top, jnp.where(is_other_QC, cosine_QC, -jnp.inf), ids_C)
 
 
-def neighbours(inside: Inside, page, token: list[str] = (), tokens: int = 500, top: int = 10, data: str = "") -> dict:
-    """Tokens with the most similar memory rows, by layer and over all.
+def neighbours(
+    model: KeyValueModel,
+    page: Report,
+    *,
+    token: Annotated[
+        tuple[str, ...], Option("token to show, as text that is one token, as ␣the or as #ID", many=True)
+    ] = (),
+    tokens: Annotated[int, Option("tokens to show where none are named; 0: all", least=0)] = 500,
+    top: Annotated[int, Option("neighbours of each token", least=1)] = 10,
+    data: Annotated[str, Option("prepared data, whose most frequent tokens are shown where none are named")] = "",
+) -> dict:
+    """The tokens with the most similar memory rows, by layer and over all layers.
 
-    The similarity of two tokens in layer l is the cosine of their rows FFN-M_l(NM_l(E[t])); over all layers it is the
-    cosine of the rows of all layers side by side, which is how a ToL holds them (MemoryLLM, section 2.3.2). Every token
-    of the vocabulary is compared. The measure is ours: the paper shows no neighbours.
+    The similarity of two tokens in layer l is the cosine of their rows FFN-M_l(NM_l(E[t])). Over all layers it is the
+    cosine of the rows of all layers side by side, which is how a ToL file holds them (MemoryLLM, section 2.3.2). Every
+    token of the vocabulary is compared. The measure is ours: the paper shows no neighbours.
     """
-    inside.need_memory("neighbours")
-    at_least({"top": top})
-    chosen = chosen_tokens(inside, page, token, tokens, data)
-    L = inside.config.layers
-    top = min(top, inside.config.vocab_size - 1)
-    cosines, ids = neighbours_of(inside.rows, list(range(L)), chosen, every_id(inside), top, "neighbours")
-    texts, names = inside.texts, [*map(str, range(L)), "all"]
-    with page.csv("tokens", ["layer", "token", "text", "rank", "neighbour", "neighbour_text", "cosine"]) as write:
-        for layer, name in enumerate(names):
-            for q, t in enumerate(chosen):
-                near = zip(ids[layer, q], cosines[layer, q])
-                write([name, t, texts[t], r, n, texts[n], f"{c:.5f}"] for r, (n, c) in enumerate(near, 1))
-    agree = [_shared(ids[layer], ids[-1]) for layer in range(L)]
-    nearest = [float(cosines[layer, :, 0].mean()) for layer in range(L + 1)]
-    series = {f"shares of the {top} neighbours over all layers": [100 * share for share in agree]}
-    page.figure(
-        "by_layer",
-        plots.by_layer(series, "shared neighbours, %"),
-        f"How many of a token's {top} nearest in one layer are also its nearest over all layers; mean of "
-        f"{len(chosen):,} tokens.",
-    )
-    series = {"layer by layer": nearest[:L], "all layers together": [nearest[L]] * L}
-    page.figure(
-        "cosine", plots.by_layer(series, "cosine"), "Cosine of a token's row and its nearest neighbour's; mean."
-    )
-    page.heading("Nearest over all layers, and in the first, middle and last")
-    shown = dict.fromkeys([L, 0, L // 2, L - 1])
-    rows = [[texts[t], *([texts[n] for n in ids[layer, q, :6]] for layer in shown)] for q, t in enumerate(chosen[:300])]
-    page.table(["token", *(f"layer {names[layer]}".replace("layer all", "all layers") for layer in shown)], rows)
-    return {"tokens": chosen, "layers": names, "neighbours": ids, "cosine": cosines.round(5), "shared_with_all": agree}
+    model.require_memory("neighbours")
+    chosen_Q = chosen_tokens(model, page, token, tokens, data)
+    L = model.config.layers
+    top = min(top, model.config.vocab_size - 1)
+    near = neighbours_of(model, model.rows, range(L), chosen_Q, model.every_id, top, "neighbours")
+    _write_tokens(model, page, chosen_Q, near)
+    shared = [_shared(near.ids[layer], near.ids[L]) for layer in range(L)]
+    _draw(page, near, shared)
+    _nearest_table(model, page, chosen_Q, near)
+    return {
+        "tokens": chosen_Q,
+        "layers": [*map(str, range(L)), "all"],
+        "neighbours": near.ids,
+        "cosine": near.cosines.round(5),
+        "shared_with_all": shared,
+    }
 
 
 def _shared(a_Qk, b_Qk) -> float:
+    """Share of a token's neighbours a that are among its neighbours b; mean over tokens."""
     return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(a_Qk, b_Qk)]))
+
+
+def _write_tokens(model, page, chosen_Q, near):
+    L, texts = model.config.layers, model.texts
+    with page.csv("tokens", ["layer", "token", "text", "rank", "neighbour", "neighbour_text", "cosine"]) as write:
+        for layer in range(L + 1):
+            name = "all" if layer == L else str(layer)
+            for q, t in enumerate(chosen_Q):
+                for rank, (n, cosine) in enumerate(zip(near.ids[layer, q], near.cosines[layer, q]), 1):
+                    write([[name, t, texts[t], rank, n, texts[n], f"{cosine:.5f}"]])
+
+
+def _draw(page, near, shared):
+    layers, tokens, top = len(shared), near.ids.shape[1], near.ids.shape[2]
+    series = {f"shares of the {top} neighbours over all layers": [100 * share for share in shared]}
+    page.figure(
+        "by_layer",
+        plots.by_layer(series, "shared neighbours, %"),
+        f"How many of a token's {top} nearest in one layer are also its nearest over all layers; mean of {tokens:,} "
+        "tokens.",
+    )
+    nearest = [float(cosine_Qk[:, 0].mean()) for cosine_Qk in near.cosines]
+    series = {"layer by layer": nearest[:layers], "all layers together": [nearest[layers]] * layers}
+    page.figure(
+        "cosine",
+        plots.by_layer(series, "cosine"),
+        "Cosine of a token's row and its nearest neighbour's row; mean over tokens.",
+    )
+
+
+def _nearest_table(model, page, chosen_Q, near):
+    L, texts = model.config.layers, model.texts
+    shown = {L: "all layers", 0: "layer 0", L // 2: f"layer {L // 2}", L - 1: f"layer {L - 1}"}
+    rows = []
+    for q, t in enumerate(chosen_Q[:_LISTED]):
+        rows.append([texts[t], *([texts[n] for n in near.ids[layer, q, :_SHOWN]] for layer in shown)])
+    page.heading("Nearest over all layers, and in the first, middle and last")
+    page.table(["token", *shown.values()], rows)

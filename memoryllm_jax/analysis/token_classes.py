@@ -1,4 +1,4 @@
-"""What can be told of a token from its text alone: the classes that clusters are held against."""
+"""Classes that tokens belong to by their text alone; clusters are compared with them."""
 
 import unicodedata
 
@@ -8,7 +8,7 @@ KINDS = ("special", "space", "punctuation", "digits", "capitalised", "lower case
 
 
 def kind(token: int, text: str) -> str:
-    """One of KINDS, of a token and its text as `inside.token_texts` shows it: #ID is none by itself."""
+    """One of KINDS, of a token id and its text as `tokenizer.token_texts` shows it: #ID for a token without text."""
     if text == f"#{token}":
         return "special"
     text = _without_space(text)
@@ -26,18 +26,21 @@ def kind(token: int, text: str) -> str:
 
 def script(text: str) -> str:
     """Unicode's script of the first letter, a stand-in for the language; NONE without letters."""
-    letter = next((c for c in _without_space(text) if c.isalpha()), "")
-    return unicodedata.name(letter, "NONE").split()[0] if letter else "NONE"
+    for c in _without_space(text):
+        if c.isalpha():
+            return unicodedata.name(c, "NONE").split()[0]  # such as LATIN SMALL LETTER A
+    return "NONE"
 
 
 def _without_space(text: str) -> str:
+    """Without the signs that stand for white space in the texts of tokens."""
     for shown in ("␣", "\\n", "\\t"):
         text = text.replace(shown, "")
     return text
 
 
 def classes(texts: list[str]) -> dict[str, np.ndarray]:
-    """{classification: a class of each token}"""
+    """{name of a classification: the class of each token [V]}, of the texts of every token id."""
     return {
         "kind": np.array([kind(token, text) for token, text in enumerate(texts)]),
         "leading space": np.array(["space" if text.startswith("␣") else "none" for text in texts]),
@@ -45,9 +48,9 @@ def classes(texts: list[str]) -> dict[str, np.ndarray]:
     }
 
 
-def purity(labels, classes) -> float:
-    """Share of tokens that are of the commonest class of their cluster (Manning et al. 2008, section 16.3)."""
-    total = 0
+def purity(labels: np.ndarray, classes: np.ndarray) -> float:
+    """Share of tokens that belong to the commonest class of their cluster (Manning et al. 2008, section 16.3)."""
+    in_commonest = 0
     for label in np.unique(labels):
-        total += np.unique(classes[labels == label], return_counts=True)[1].max()
-    return total / len(labels)
+        in_commonest += np.unique(classes[labels == label], return_counts=True)[1].max()
+    return in_commonest / len(labels)

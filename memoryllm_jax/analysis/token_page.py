@@ -1,14 +1,12 @@
-"""The searchable part of the page of `coefficients`: type a token, see its keys, neighbours and rows, layer by
-layer."""
+"""The searchable part of the page of `coefficients`: name a token, and see its keys, neighbours and rows by layer."""
+
+from typing import NamedTuple
 
 import numpy as np
 
+from memoryllm_jax.analysis.neighbours import Neighbours
+from memoryllm_jax.analysis.vocabulary import StrongestKeys
 from memoryllm_jax.common import report
-
-KEY_FIELDS = (
-    *("layer", "key", "sign", "tokens", "coefficients", "texts"),
-    *("value_tokens", "value_probabilities", "value_texts"),
-)
 
 _MARKUP = """<p><label>Token:
 <input id="q" list="all" size="30" autocomplete="off" placeholder="text, ␣text or #ID"></label>
@@ -48,53 +46,88 @@ show(D.first);
 </script>"""
 
 
-def key_rows(layer: int, triggers, says, texts: list[str]) -> list[list]:
-    """One line of KEY_FIELDS for each key of a layer."""
-    out = []
-    for key, (sign, labels, c, ids, p) in enumerate(zip(*triggers, *says)):
-        labels, c = labels[labels >= 0], c[labels >= 0]
-        out.append([layer, key, int(sign), *_joined(labels, c, texts), *_joined(ids, p, texts)])
-    return out
+class Key(NamedTuple):
+    """What the page holds of a key.
+
+    sign: of the coefficients of its triggers.
+    triggers, coefficients: token ids that use the key most, and their c.
+    tokens, probabilities: the top tokens of sign * value.
+    """
+
+    sign: int
+    triggers: np.ndarray
+    coefficients: np.ndarray
+    tokens: np.ndarray
+    probabilities: np.ndarray
 
 
-def _joined(ids, numbers, texts):
-    return " ".join(map(str, ids)), " ".join(f"{x:.4g}" for x in numbers), " ".join(texts[i] for i in ids)
+class Rows(NamedTuple):
+    """What the page holds of the memory rows of Q tokens.
+
+    norms_LQ: their norms.  tokens_LQk: the top tokens that the output head makes of each.
+    """
+
+    norms_LQ: np.ndarray
+    tokens_LQk: np.ndarray
 
 
-def content(shown_Q, strongest, keys: dict, near, rows, texts: list[str]) -> dict:
-    """What the page holds of the tokens shown, and of the keys that are strongest for one of them.
+def content(
+    shown_Q: np.ndarray,
+    strongest: StrongestKeys,
+    keys: dict[tuple[int, int], Key],
+    near: Neighbours,
+    rows: Rows,
+    texts: list[str],
+) -> dict:
+    """The data of the page, as its script reads them.
 
     Args:
-      strongest: (keys, coefficients, shares) [L, Q, k].  keys: {(layer, key): (sign, ids, c, value's ids, p)}.
-      near: (cosines, ids) [L + 1, Q, k].  rows: (norms [L, Q], top tokens [L, Q, k]).
+      shown_Q: ids of the tokens.
+      strongest: their keys, [L, Q, k].
+      keys: {(layer, key): what is shown of it} of the keys that are strongest for one of the tokens.
+      near: their neighbours, [L + 1, Q, k].
+      rows: their rows.
+      texts: of every token id.
     """
-    (keys_LQk, c_LQk, share_LQk), (norms_LQ, says_LQk) = strongest, rows
     tokens = {}
     for q, t in enumerate(shown_Q):
         tokens[int(t)] = {
-            "keys": keys_LQk[:, q],
-            "c": _short(c_LQk[:, q]),
-            "share": _short(share_LQk[:, q]),
-            "near": near[1][:, q],
-            "cosine": _short(near[0][:, q]),
-            "norm": _short(norms_LQ[:, q]),
-            "says": says_LQk[:, q],
+            "keys": strongest.keys[:, q],
+            "c": _rounded(strongest.c[:, q]),
+            "share": _rounded(strongest.share[:, q]),
+            "near": near.ids[:, q],
+            "cosine": _rounded(near.cosines[:, q]),
+            "norm": _rounded(rows.norms_LQ[:, q]),
+            "says": rows.tokens_LQk[:, q],
         }
-    used = {f"{at}:{i}": [s, a, _short(c), b, _short(p)] for (at, i), (s, a, c, b, p) in keys.items()}
-    ids = {int(t) for t in shown_Q} | set(near[1].ravel().tolist()) | set(says_LQk.ravel().tolist())
-    for _, fires, _, says, _ in used.values():
-        ids |= set(fires.tolist()) | set(says.tolist())
-    named = {i: texts[i] for i in sorted(ids)}
-    return {"layers": len(keys_LQk), "texts": named, "tokens": tokens, "keys": used, "first": int(shown_Q[0])}
+    used = {}
+    ids = {int(t) for t in shown_Q} | set(near.ids.ravel().tolist()) | set(rows.tokens_LQk.ravel().tolist())
+    for (layer, number), key in keys.items():
+        used[f"{layer}:{number}"] = [
+            key.sign,
+            key.triggers,
+            _rounded(key.coefficients),
+            key.tokens,
+            _rounded(key.probabilities),
+        ]
+        ids |= set(key.triggers.tolist()) | set(key.tokens.tolist())
+    return {
+        "layers": len(strongest.keys),
+        "texts": {i: texts[i] for i in sorted(ids)},
+        "tokens": tokens,
+        "keys": used,
+        "first": int(shown_Q[0]),
+    }
 
 
-def _short(values) -> list:
+def _rounded(values) -> list:
     """Three significant digits, to keep the page small."""
     values = np.asarray(values, np.float64)
     if values.ndim > 1:
-        return [_short(v) for v in values]
+        return [_rounded(v) for v in values]
     return [float(f"{v:.3g}") for v in values]
 
 
 def markup(content: dict) -> str:
+    """HTML of the searchable part."""
     return _MARKUP % report.embedded_json(content)

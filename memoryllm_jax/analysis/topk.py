@@ -1,4 +1,4 @@
-"""The largest of what streams by, kept a row at a time: memory is that of the winners, whatever the stream's length."""
+"""Streaming top-k per row, in memory proportional to k."""
 
 from typing import NamedTuple
 
@@ -7,33 +7,38 @@ import jax.numpy as jnp
 import numpy as np
 
 
-class Best(NamedTuple):
-    """The k largest so far of each of R rows, in falling order, and what they are labelled with (-1: none yet)."""
+class TopK(NamedTuple):
+    """The k largest values of each of R rows so far, in falling order.
+
+    values_Rk: -inf where fewer than k have come.  labels_Rk: what the values belong to, -1 where there is none.
+    """
 
     values_Rk: jax.Array
     labels_Rk: jax.Array
 
 
-def empty(rows: int, k: int) -> Best:
-    return Best(jnp.full((rows, k), -jnp.inf), jnp.full((rows, k), -1, jnp.int32))
+def empty(rows: int, k: int) -> TopK:
+    return TopK(jnp.full((rows, k), -jnp.inf), jnp.full((rows, k), -1, jnp.int32))
 
 
 @jax.jit
-def merge(best: Best, values_RN, labels_N) -> Best:
-    """With N more candidates, which all rows share; one of value -inf is none."""
-    k = best.values_Rk.shape[1]
+def merge(top: TopK, values_RN, labels_N) -> TopK:
+    """The k largest of `top` and N more values of each row. A value of -inf is left out."""
+    k = top.values_Rk.shape[1]
     values, at = jax.lax.top_k(values_RN, min(k, values_RN.shape[1]))
     labels = jnp.where(jnp.isfinite(values), labels_N[at], -1)
-    values = jnp.concatenate([best.values_Rk, values], 1)
-    labels = jnp.concatenate([best.labels_Rk, labels], 1)
+    values = jnp.concatenate([top.values_Rk, values], 1)
+    labels = jnp.concatenate([top.labels_Rk, labels], 1)
     values, at = jax.lax.top_k(values, k)
-    return Best(values, jnp.take_along_axis(labels, at, 1))
+    return TopK(values, jnp.take_along_axis(labels, at, 1))
 
 
 class Triggers(NamedTuple):
-    """What fires each of K keys most, strongest first, on the side of its strongest.
+    """The t strongest triggers of each of K keys, strongest first, on the side of the key's strongest.
 
-    sign_K: 1 or -1; sign * c is positive.  labels_Kt: of the stream, -1 where it had fewer.  c_Kt: coefficients.
+    sign_K: 1 or -1, the sign of a key's coefficients c.
+    labels_Kt: of the triggers, -1 where a key has fewer.
+    c_Kt: coefficients, 0 where a key has fewer triggers.
     """
 
     sign_K: np.ndarray
@@ -41,28 +46,31 @@ class Triggers(NamedTuple):
     c_Kt: np.ndarray
 
 
-class TwoSided:
-    """Triggers of K keys, found in one pass.
+class TwoSidedTopK:
+    """Finds the triggers of K keys in one pass over queries.
 
-    SwiGLU's coefficients have two signs, and to flip a key and its value changes nothing of the model, so a key's sign
-    means nothing by itself. The t largest and the t smallest are kept until it is known which side the strongest is on.
+    Coefficients of SwiGLU are positive or negative, and flipping both a key and its value leaves the model unchanged,
+    so the sign of a key alone means nothing. The t largest and the t smallest coefficients are kept until the end of
+    the pass, when it is known on which side the strongest one is.
     """
 
     def __init__(self, keys: int, top: int):
-        self._sides = [empty(keys, top), empty(keys, top)]
+        self._largest = empty(keys, top)
+        self._smallest = empty(keys, top)  # of negated coefficients
 
-    def add(self, c_NK, labels_N, real_N) -> None:
-        """Coefficients of N more queries; those that are not real only fill up."""
+    def add(self, c_NK, labels_N, is_real_N) -> None:
+        """Takes the coefficients of N more queries; those that are not real only fill up a chunk."""
         c_KN = c_NK.T
-        for side, sign in enumerate((1, -1)):
-            values_KN = jnp.where(real_N, sign * c_KN, -jnp.inf)
-            self._sides[side] = merge(self._sides[side], values_KN, labels_N)
+        self._largest = merge(self._largest, jnp.where(is_real_N, c_KN, -jnp.inf), labels_N)
+        self._smallest = merge(self._smallest, jnp.where(is_real_N, -c_KN, -jnp.inf), labels_N)
 
-    def result(self) -> Triggers:
-        up, down = (jax.device_get(side) for side in self._sides)
-        positive = (up.values_Rk[:, 0] >= down.values_Rk[:, 0])[:, None]
-        sign = np.where(positive, 1, -1)
-        values = sign * np.where(positive, up.values_Rk, down.values_Rk)
-        # A key that fires on few queries has the rest of its list from the other sign: they are no triggers.
-        labels = np.where(values * sign > 0, np.where(positive, up.labels_Rk, down.labels_Rk), -1)
-        return Triggers(sign[:, 0], labels, np.where(labels < 0, 0.0, values))
+    def triggers(self) -> Triggers:
+        """The triggers among the queries taken so far."""
+        largest, smallest = jax.device_get(self._largest), jax.device_get(self._smallest)
+        is_positive_K1 = (largest.values_Rk[:, 0] >= smallest.values_Rk[:, 0])[:, None]
+        sign_K1 = np.where(is_positive_K1, 1, -1)
+        c_Kt = sign_K1 * np.where(is_positive_K1, largest.values_Rk, smallest.values_Rk)
+        labels_Kt = np.where(is_positive_K1, largest.labels_Rk, smallest.labels_Rk)
+        # The list of a key that fires on few queries ends in coefficients of the other sign, which are no triggers.
+        labels_Kt = np.where(c_Kt * sign_K1 > 0, labels_Kt, -1)
+        return Triggers(sign_K1[:, 0], labels_Kt, np.where(labels_Kt < 0, 0.0, c_Kt))

@@ -1,93 +1,119 @@
 """Value vectors as distributions over the output vocabulary (Geva et al. 2021, arXiv 2012.14913, section 4)."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax.analysis.key_values import Inside
+from memoryllm_jax.analysis.key_values import FFN, KeyValueModel
 from memoryllm_jax.common import plots
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.options import Option
 from memoryllm_jax.common.progress import Progress
+from memoryllm_jax.common.report import Report
+
+_PEAKED = 5  # values of each layer and sign that the page shows
 
 
-class Top(NamedTuple):
-    """The likeliest tokens of N vectors, likeliest first: ids and probabilities [N, k]."""
+class TopTokens(NamedTuple):
+    """The k likeliest tokens of each of N vectors, likeliest first.
+
+    ids_Nk: token ids.  p_Nk: probabilities.
+    """
 
     ids_Nk: np.ndarray
     p_Nk: np.ndarray
 
 
-def top_tokens(inside: Inside, x_ND, k: int) -> Top:
-    """softmax(E Norm_f(x)): what the model's own output, its final norm applied, would make of each vector alone."""
-    return _tops(inside, x_ND, k, (1,))[0]
+def top_tokens(model: KeyValueModel, x_ND, k: int) -> TopTokens:
+    """The likeliest tokens of softmax(E Norm_f(x)): what the model's final norm and output head make of each vector."""
+    return _top_tokens_by_sign(model, x_ND, k, (1,))[1]
 
 
-def _tops(inside, x_ND, k, signs) -> list[Top]:
-    """Of each sign * x; norms have no bias, so the logits of -x are minus those of x."""
-    found = [([], []) for _ in signs]
-    for _, logits in inside.logits(x_ND, True):
-        for sign, (ids, p) in zip(signs, found):
-            top, at = jax.lax.top_k(sign * logits, k)
-            ids.append(at)
-            p.append(jnp.exp(top - jax.nn.logsumexp(sign * logits, axis=-1, keepdims=True)))
-    return [Top(*(np.concatenate([np.asarray(x) for x in parts]) for parts in of)) for of in found]
+def _top_tokens_by_sign(model, x_ND, k: int, signs: Sequence[int]) -> dict[int, TopTokens]:
+    """{sign: the likeliest tokens of sign * x}"""
+    ids, p = {sign: [] for sign in signs}, {sign: [] for sign in signs}
+    for _, logits_NV in model.logits(x_ND, unit=True):
+        for sign in signs:
+            signed_NV = sign * logits_NV  # norms have no bias, so the logits of -x are minus those of x
+            top_Nk, at_Nk = jax.lax.top_k(signed_NV, k)
+            ids[sign].append(at_Nk)
+            p[sign].append(jnp.exp(top_Nk - jax.nn.logsumexp(signed_NV, axis=-1, keepdims=True)))
+    return {sign: TopTokens(np.concatenate(ids[sign]), np.concatenate(p[sign])) for sign in signs}
 
 
-def both_tops(inside: Inside, ffn: str, layer: int) -> np.ndarray:
-    """[2, F]: the top token of each value v, and of -v, which is what a memory of negative coefficient adds."""
+def both_tops(model: KeyValueModel, ffn: str, layer: int) -> np.ndarray:
+    """[2, F]: the top token of each value v, and of -v, which a memory with a negative coefficient adds."""
     tops = []
-    for _, logits in inside.logits(inside.values(ffn, layer), True):
-        tops.append(np.stack([logits.argmax(-1), logits.argmin(-1)]))  # -v has minus the logits, as in _tops
+    for _, logits_NV in model.logits(model.values(ffn, layer), unit=True):
+        tops.append(np.stack([logits_NV.argmax(-1), logits_NV.argmin(-1)]))  # the logits of -v are minus those of v
     return np.concatenate(tops, 1)
 
 
-def ranks(inside: Inside, x_ND, *targets_N: np.ndarray) -> list[np.ndarray]:
-    """For each of the targets, its place in each vector's distribution [N], 1 for the likeliest."""
+def ranks(model: KeyValueModel, x_ND, *targets_N: np.ndarray) -> list[np.ndarray]:
+    """For each array of target tokens, their ranks [N] in the vectors' distributions; 1 is the likeliest token."""
     out: list[list] = [[] for _ in targets_N]
-    for part, logits in inside.logits(x_ND, True):
-        for places, target_N in zip(out, targets_N):
-            own = logits[jnp.arange(len(logits)), target_N[part]]
-            places.append(np.asarray((logits > own[:, None]).sum(-1) + 1))
-    return [np.concatenate(places) for places in out]
+    for part, logits_NV in model.logits(x_ND, unit=True):
+        for found, target_N in zip(out, targets_N):
+            own_N = logits_NV[jnp.arange(len(logits_NV)), target_N[part]]
+            found.append(np.asarray((logits_NV > own_N[:, None]).sum(-1) + 1))
+    return [np.concatenate(found) for found in out]
 
 
-def values(inside: Inside, page, ffn: str = "", top: int = 5) -> dict:
-    """Each value vector as a distribution over the output vocabulary: its top tokens and maximum probability.
+def values(
+    model: KeyValueModel,
+    page: Report,
+    *,
+    ffn: FFN = "",
+    top: Annotated[int, Option("tokens to give for each value", least=1)] = 5,
+) -> dict:
+    """Each value vector as a distribution over the output vocabulary: its top tokens and its maximum probability.
 
-    p = softmax(E Norm_f(v)), E the output embedding (Geva et al. 2021, section 4, as p = softmax(v E)). The final norm
-    Norm_f is applied, with its scale, as the model's head never sees a vector without it; v is brought to root mean
-    square 1 first, so p does not depend on the size of v or of its coefficient. To flip a key and its value changes
-    nothing of the model, so a value's sign has no meaning without a coefficient's: both v (+) and -v (-) are given.
+    p = softmax(E Norm_f(v)) with the output embedding E (Geva et al. 2021, section 4, where p = softmax(v E)). The
+    final norm Norm_f and its scale are applied, because the model's output head only sees vectors that passed it. First
+    v is brought to root mean square 1, so that p does not depend on the size of v or of its coefficient. Flipping both
+    a key and its value leaves the model unchanged, so the sign of a value means nothing without the sign of a
+    coefficient: both v (+) and -v (-) are given.
     """
-    ffn = inside.ffn_name(ffn)
-    L, F, texts = inside.config.layers, inside.width(ffn), inside.texts
-    if not 1 <= top <= inside.config.vocab_size:
-        raise UserError(f"--top: expected from 1 to the {inside.config.vocab_size} tokens, found {top}")
+    ffn = model.ffn(ffn)
+    if top > model.config.vocab_size:
+        raise ArgumentError("top", f"expected from 1 to the {model.config.vocab_size} tokens, found {top}")
+    L = model.config.layers
     progress = Progress("values", L, "layer")
-    most_LF, best = np.empty((L, 2, F)), []
+    most_LF, peaked = np.empty((L, model.width(ffn))), []
     with page.csv("values", ["layer", "key", "sign", "tokens", "texts", "probabilities"]) as write:
         for layer in range(L):
-            v_FD = inside.values(ffn, layer)
-            tops = _tops(inside, v_FD, top, (1, -1))
-            for side, (sign, (ids, p)) in enumerate(zip("+-", tops)):
-                most_LF[layer, side] = p[:, 0]
-                for i in range(F):
-                    columns = ids[i], [texts[t] for t in ids[i]], [f"{x:.4g}" for x in p[i]]
-                    write([[layer, i, sign, *(" ".join(map(str, x)) for x in columns)]])
-                for i in np.argsort(-p[:, 0])[:5]:
-                    best.append([layer, int(i), sign, float(p[i, 0]), [texts[t] for t in ids[i]]])
+            by_sign = _top_tokens_by_sign(model, model.values(ffn, layer), top, (1, -1))
+            most_LF[layer] = np.maximum(by_sign[1].p_Nk[:, 0], by_sign[-1].p_Nk[:, 0])
+            for sign, found in (("+", by_sign[1]), ("-", by_sign[-1])):
+                write(_value_lines(layer, sign, found, model.texts))
+                for i in np.argsort(-found.p_Nk[:, 0])[:_PEAKED]:
+                    tokens = [model.texts[t] for t in found.ids_Nk[i]]
+                    peaked.append([layer, int(i), sign, float(found.p_Nk[i, 0]), tokens])
             progress.update(layer + 1)
     progress.close()
-    most_LF = most_LF.max(1)
-    quantiles = {f"{name} of keys": np.quantile(most_LF, q, 1) for name, q in (("median", 0.5), ("top 10%", 0.9))}
-    quantiles |= {"largest": most_LF.max(1), "uniform": np.full(L, 1 / inside.config.vocab_size)}
+    by_layer = {
+        "median of keys": np.quantile(most_LF, 0.5, 1),
+        "top 10% of keys": np.quantile(most_LF, 0.9, 1),
+        "largest": most_LF.max(1),
+        "uniform": np.full(L, 1 / model.config.vocab_size),
+    }
     page.figure(
         "max_p",
-        plots.by_layer(quantiles, "maximum probability", log=True),
-        f"Probability of the top token of {inside.label(ffn)}'s values, the larger of v and -v.",
+        plots.by_layer(by_layer, "maximum probability", log=True),
+        f"Probability of the top token of {model.label(ffn)}'s values; the larger one of v and -v.",
     )
     page.heading("The most peaked values of each layer")
-    page.table(["layer", "key", "sign", "max p", "top tokens"], best)
-    return {"ffn": ffn, "max_probability": quantiles, "peaked": best}
+    page.table(["layer", "key", "sign", "max p", "top tokens"], peaked)
+    return {"ffn": ffn, "max_probability": by_layer, "peaked": peaked}
+
+
+def _value_lines(layer: int, sign: str, found: TopTokens, texts):
+    """Lines of the CSV file; the tokens of a value are apart by spaces."""
+    for i, (ids, p) in enumerate(zip(found.ids_Nk, found.p_Nk)):
+        tokens = " ".join(map(str, ids))
+        names = " ".join(texts[t] for t in ids)
+        probabilities = " ".join(f"{x:.4g}" for x in p)
+        yield [layer, i, sign, tokens, names, probabilities]

@@ -35,30 +35,34 @@ def run(main: Callable[..., int | None], check: Callable[[list[str]], list[str]]
     _run(call, check)
 
 
-def run_commands(
-    commands: Mapping[str, Callable], call: Callable[[str], str] | None = None, shared: tuple[Callable, ...] = ()
-) -> None:
+def run_commands(commands: Mapping[str, Callable], through: Callable[[str], Callable] | None = None) -> None:
     """Runs the function that the line names: python -m MODULE COMMAND [ARGUMENT ...] [--option=VALUE ...].
 
     A function's docstring is what COMMAND --help says. Its parameters without an `Option` are positional.
 
     Args:
-      call: runs the named command with the flags' values and returns the text to print; by default the function itself.
-      shared: functions whose options every command takes too.
+      through: COMMAND -> a function that runs it and adds options of its own. It is called as f(COMMAND, **options)
+        with its own options and those of the command, which then has no positional arguments.
     """
     name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in commands:
-        for target in (*shared, commands[name]):
+    targets = [commands[name]] if name in commands else []
+    if targets:
+        if through:
+            targets.insert(0, through(name))
+        for target in targets:
             options.define(target)
-        sys.modules["__main__"].__doc__ = _help_of(name, commands[name])
+        positional = [] if through else _positional(commands[name])
+        sys.modules["__main__"].__doc__ = _help_of(name, commands[name], positional)
     elif not _HELP & set(sys.argv):
         print(f"error: expected one of {', '.join(commands)}, found {name or 'nothing'}", file=sys.stderr)
         sys.exit(1)
 
-    def call_named(positional):
-        function, arguments = commands[name], positional[1:]
-        _check_positional(name, function, arguments)
-        text = call(name) if call else function(*arguments, **options.values(function))
+    def call_named(arguments):
+        _check_positional(name, positional, arguments[1:])
+        chosen = {}
+        for target in targets:
+            chosen |= options.values(target)
+        text = through(name)(name, **chosen) if through else commands[name](*arguments[1:], **chosen)
         if text:
             print(text)
         return 0
@@ -107,8 +111,7 @@ def _positional(function):
     return [p for p in inspect.signature(function).parameters.values() if not options.is_option(hints.get(p.name))]
 
 
-def _check_positional(name, function, arguments):
-    parameters = _positional(function)
+def _check_positional(name, parameters, arguments):
     least = sum(p.default is p.empty for p in parameters)
     if not least <= len(arguments) <= len(parameters):
         expected = " ".join(p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in parameters)
@@ -117,6 +120,8 @@ def _check_positional(name, function, arguments):
         )
 
 
-def _help_of(name, function):
-    arguments = "".join(f" {p.name.upper()}" for p in _positional(function))
-    return f"python -m {sys.modules['__main__'].__spec__.parent or ''} {name}{arguments}\n\n{inspect.getdoc(function)}"
+def _help_of(name, function, positional):
+    spec = sys.modules["__main__"].__spec__
+    module = spec.name.removesuffix(".__main__") if spec else ""
+    arguments = "".join(f" {p.name.upper()}" for p in positional)
+    return f"python -m {module} {name}{arguments} [--option=VALUE ...]\n\n{inspect.getdoc(function)}"

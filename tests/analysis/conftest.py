@@ -1,0 +1,149 @@
+"""Models to analyse, an analysis as a function, and what the equations say of a model in NumPy."""
+
+import functools
+import json
+from typing import NamedTuple
+
+import by_hand
+import jax
+import numpy as np
+import pytest
+import reference
+from by_hand import FIRES, LENGTH, one_token_keys
+
+from memoryllm_jax import analyze
+from memoryllm_jax.analysis.corpus import ExampleOptions, TextOptions
+from memoryllm_jax.analysis.key_values import KeyValueModel
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run("values", model, **options) -> the results in its JSON; its files are in tmp_path / "out"."""
+
+    def call(command, model, **options):
+        output = tmp_path / "out"
+        analyze.run_analysis(command, model, str(output), **options)
+        return json.loads((output / f"{command}.json").read_text())["results"]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def make_model(lab):
+    """make_model("base", change) -> a model with small random weights, after `change`."""
+    return lambda architecture, change=lambda params: None: by_hand.changed(lab.workdir(architecture), change)
+
+
+@pytest.fixture(scope="session")
+def token_keys(make_model):
+    """FFN-M with two keys that fire on one token alone."""
+    return make_model("memory", lambda params: one_token_keys(params, "memory"))
+
+
+class PrefixKeys(NamedTuple):
+    """Base with two keys, 1:3 and 1:4, that fire on one frequent token alone.
+
+    triggers: labels of the prefixes that end in it.  follows: the token after the first of them, which both values say.
+    """
+
+    model: KeyValueModel
+    text: TextOptions
+    fires: int
+    triggers: np.ndarray
+    follows: int
+
+
+@pytest.fixture(scope="session")
+def prefix_keys(make_model, data_path):
+    text = TextOptions(data_path, "train", LENGTH, limit=1 << 11)
+    corpus = text.open(make_model("base"))
+    tokens = np.concatenate([corpus.prefix(label) for label in range(LENGTH - 1, corpus.positions, LENGTH)])
+    counts = np.bincount(tokens, minlength=512)
+    counts[tokens[1:][tokens[1:] == tokens[:-1]]] = 0  # doubled, it would still fire without the last
+    fires = int(counts.argmax())
+    triggers = np.flatnonzero(tokens == fires)
+    follows = int(tokens[triggers[0] + 1])
+    assert triggers[0] % LENGTH < LENGTH - 1  # so that what follows is of the same window
+
+    def change(params):
+        one_token_keys(params, "layers")
+        params["embedding"][[FIRES, fires]] = params["embedding"][[fires, FIRES]]
+        down = params["layers"]["ffn"]["down"]
+        down[0] = 0
+        down[1, 3], down[1, 4] = params["head"][follows], -params["head"][follows]
+
+    return PrefixKeys(make_model("base", change), text, fires, triggers, follows)
+
+
+class InNumpy:
+    """A trained model and what the equations say of it, and of a few windows of text."""
+
+    def __init__(self, model: KeyValueModel, data_path: str):
+        self.model, self.config = model, model.config
+        self.p = jax.tree.map(np.asarray, model.params)
+        self.text = ExampleOptions(data_path, "train", LENGTH, limit=7 * LENGTH, examples=7 * LENGTH)
+        self.windows = np.concatenate([tokens_BT for tokens_BT, *_ in self.text.open(model)])[:7]
+
+    def norm(self, x, scale):
+        return np.asarray(reference.norm(x, scale, self.config))
+
+    def says(self, x):
+        """Logits of vectors of the residual stream."""
+        return self.norm(x, self.p["final_norm"]["scale"]) @ self.p["head"].T
+
+    def says_unit(self, x):
+        """The same of vectors brought to root mean square 1."""
+        return self.says(x / np.sqrt((x * x).mean(-1, keepdims=True)))
+
+    def c(self, q, ffn):
+        return np.asarray(jax.nn.silu(q @ ffn["gate"]) * (q @ ffn["up"]))
+
+    def ffn(self, kind, layer):
+        return self.p["memory" if kind == "memory" else "layers"][layer]["ffn"]
+
+    def asked(self, kind, layer):
+        """Queries [N, D]: of FFN-M those of every token, else those of all positions of the windows."""
+        if kind == "memory":
+            return self.norm(self.p["embedding"], self.p["memory"][layer]["norm"]["scale"])
+        return self.states[0][layer]["compute"]
+
+    @functools.cached_property
+    def states(self):
+        return self.forward(self.windows)
+
+    def forward(self, tokens_BT):
+        """(queries, residual, output) of each layer, positions in a row."""
+        m, queries, residuals, outputs = self.config, [], [], []
+        x = x0 = self.p["embedding"][tokens_BT]
+        for layer in range(m.layers):
+            at, asked, y = self.p["layers"][layer], {}, 0
+            r = x + np.asarray(reference.attention(self.norm(x, at["attention_norm"]["scale"]), at["attention"], m))
+            if m.compute_dim:
+                source = r if m.compute_input == "after_attention" else x
+                asked["compute"] = self.norm(source, at["ffn_norm"]["scale"]).reshape(-1, m.dim)
+            if m.memory_dim:
+                asked["memory"] = self.norm(x0, self.p["memory"][layer]["norm"]["scale"]).reshape(-1, m.dim)
+            for kind, q in asked.items():
+                y = y + (self.c(q, self.ffn(kind, layer)) @ self.ffn(kind, layer)["down"]).reshape(x.shape)
+            x = r + y
+            queries.append(asked)
+            residuals.append(r.reshape(-1, m.dim))
+            outputs.append(x.reshape(-1, m.dim))
+        return queries, residuals, outputs
+
+
+@pytest.fixture(scope="session")
+def in_numpy(lab, data_path):
+    """in_numpy("flex-3") -> InNumpy, made once."""
+
+    def change(params):
+        """One value is made so small that the final norm's epsilon would hide what it says."""
+        for group in ("layers", "memory"):
+            if "ffn" in params.get(group, {}):
+                params[group]["ffn"]["down"][1, 5] *= 1e-4
+
+    @functools.cache
+    def make(architecture):
+        return InNumpy(by_hand.changed(lab.workdir(architecture), change, keep_weights=True), data_path)
+
+    return make

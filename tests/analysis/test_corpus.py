@@ -1,0 +1,31 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from memoryllm_jax.analysis import corpus
+
+
+@pytest.mark.parametrize("architecture", ["base", "memory", "flex-3"])
+def test_states_of_a_trained_model(in_numpy, architecture):
+    trained = in_numpy(architecture)
+    seen = [[] for _ in range(trained.config.layers)]
+    for tokens_BT, _, is_real in trained.text.open(trained.model):
+        for layer, state in enumerate(corpus.states(trained.model, tokens_BT)):
+            seen[layer].append(jax.tree.map(lambda a, is_real=is_real: np.asarray(a)[is_real], state))
+    queries, residuals, outputs = trained.states
+    for layer, parts in enumerate(seen):
+        state = jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
+        np.testing.assert_allclose(state.residual_ND, residuals[layer], rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(state.output_ND, outputs[layer], rtol=2e-4, atol=2e-4)
+        assert state.queries.keys() == queries[layer].keys()
+        for name, q in queries[layer].items():
+            np.testing.assert_allclose(state.queries[name], q, rtol=2e-4, atol=2e-4)
+    # The last state leads to the logits of the independent reference.
+    p = trained.p
+    stacked = {k: jax.tree.map(lambda *a: jnp.stack(a), *p[k]) for k in ("layers", "memory") if k in p}
+    logits = trained.says(outputs[-1]).reshape(*trained.windows.shape, -1)
+    np.testing.assert_allclose(
+        logits, reference.logits(p | stacked, trained.windows, trained.config), rtol=1e-4, atol=1e-4
+    )
