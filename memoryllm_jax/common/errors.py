@@ -12,7 +12,7 @@ class ArgumentError(UserError):
     """A bad value of one argument: of a function for those who call it, of a flag for those who type it.
 
     Args:
-      name: of the argument, without dashes: `legacy.run` adds them where it is a flag.
+      name: of the argument, without dashes: `cli.run` adds them where it is a flag.
       problem: what was expected and what was found.
     """
 
