@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import socket
 import threading
 import time
@@ -18,6 +19,22 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.shards import prepare
 from memoryllm_jax.training import batches, loop, metrics
+
+
+def test_what_is_replaced_is_there_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    storage.write_bytes(str(path), b"first")
+    with pytest.raises(RuntimeError), storage.replaced(str(path)) as part:
+        pathlib.Path(part).write_bytes(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["file"]
+    with storage.replaced(str(tmp_path / "folder")) as part:
+        os.mkdir(part)
+        pathlib.Path(part, "inside").touch()
+    assert os.listdir(tmp_path / "folder") == ["inside"]
+    with pytest.raises(UserError, match="file/below: cannot be written: Not a directory"):
+        storage.write_bytes(str(path / "below"), b"")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
 @pytest.fixture
