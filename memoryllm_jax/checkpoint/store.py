@@ -8,104 +8,124 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import sys
-import threading
-import traceback
 
 import jax
 import orbax.checkpoint as ocp
-import tensorstore
 
 from memoryllm_jax import config
 from memoryllm_jax.common import hosts, storage
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.tokenizer import Tokenizer
 
-_CHUNK_BYTES = 64 << 20  # of an array on disk: what reading it needs beside the array itself
+# Arrays are cut into chunks of this size on disk: reading one needs a chunk's memory beside the array's own.
+_CHUNK_BYTES = 64 << 20
 
 
 def describe(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> dict:
-    """What is saved beside the arrays; the data position is the step, which names the folder."""
+    """The JSON that is saved beside the arrays. The data position is not in it: it is the step, the folder's name."""
     return {"config": dataclasses.asdict(config), "data": {"digest": dataset.digest}, "tokenizer": tokenizer.to_json()}
 
 
 def folder(workdir: str) -> str:
-    """The workdir as Orbax takes it. Raises: UserError for a URL that Orbax does not write to."""
+    """The absolute path or gs:// URL of a workdir. Raises: ArgumentError for a URL that Orbax cannot write to."""
     if storage.is_url(workdir) and not workdir.startswith("gs://"):
-        raise UserError(f"--workdir={workdir}: expected a folder on a disk or gs://BUCKET/FOLDER, as Orbax needs it")
+        raise ArgumentError("workdir", f"expected a folder on a disk or gs://BUCKET/FOLDER, found {workdir}")
     return storage.absolute(workdir)
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Every error of a save, also of one in the background, is a UserError."""
+    """The checkpoints of one workdir.
+
+    Args:
+      keep: number of newest checkpoints that stay when a new one is saved.
+      keep_every: checkpoints of steps that this number divides stay too; 0 for none.
+      read_only: nothing is written or removed.
+    Raises: UserError, also for errors of a save in the background: at the next `save`, `check` or `wait`.
+    """
 
     def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0, read_only: bool = False):
         self.workdir = folder(workdir)
-        far = storage.is_url(workdir)
+        remote = storage.is_url(workdir)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             keep_period=keep_every or None,
-            cleanup_tmp_directories=not read_only and not far,
+            cleanup_tmp_directories=not read_only and not remote,
             read_only=read_only,
         )
         with storage.user_errors(self.workdir, "a folder for checkpoints"):
-            if far and not read_only and jax.process_index() == 0:
+            if remote and not read_only and jax.process_index() == 0:
                 self._remove_unfinished()
             self._manager = ocp.CheckpointManager(self.workdir, options=options)
         self._closed = False
-        threading.excepthook, sys.unraisablehook = _quiet_threads, _quiet_callbacks
 
     def _remove_unfinished(self):
-        """For Orbax's own clean-up, which on gs:// takes every folder that is no checkpoint for an unfinished one."""
+        """Removes checkpoints on gs:// that were cut off.
+
+        Orbax's own clean-up would remove every folder without commit_success.txt, also those of other programs.
+        """
         fs, root = storage.filesystem(self.workdir)
-        for path in fs.ls(root, detail=False) if fs.exists(root) else []:
+        if not fs.exists(root):
+            return
+        for path in fs.ls(root, detail=False):
             if os.path.basename(path).isdigit() and not fs.exists(f"{path}/commit_success.txt"):
                 fs.rm(path, recursive=True)
 
     def latest(self) -> int | None:
-        """Step of the newest whole checkpoint."""
+        """Step of the newest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """Steps of all whole checkpoints."""
+        """Steps of all complete checkpoints, in rising order."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state, description: dict) -> None:
-        """Begins to save in the background; returns when the state has left the devices."""
+        """Starts to save in the background; returns when the arrays are copied off the devices.
+
+        Args:
+          state: tree of arrays.
+          description: as of `describe`.
+        """
         chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state, save_args=chunks), description=ocp.args.JsonSave(description)
         )
-        self._guard(lambda: self._manager.save(step, args=args))
+        with self._saving():
+            self._manager.save(step, args=args)
 
     def check(self) -> None:
-        """Raises what a background save ran into."""
-        self._guard(self._manager.check_for_errors)
+        """Raises the error of a background save, if it had one."""
+        with self._saving():
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Until the last save is on disk. Raises what it ran into."""
-        self._guard(self._manager.wait_until_finished)
+        """Blocks until the last save is on disk. Raises its error, if it had one."""
+        with self._saving():
+            self._manager.wait_until_finished()
         self.check()
 
-    def _guard(self, action):
+    @contextlib.contextmanager
+    def _saving(self):
+        """Turns an error of Orbax into a UserError that names the newest good checkpoint, and removes the half save."""
         try:
-            action()
+            yield
         except Exception as error:
             _raise_if_lost_peer(error)
             last_good = self.last_good()
             with contextlib.suppress(Exception):
                 self.close()
-            for name in [] if storage.is_url(self.workdir) else os.listdir(self.workdir):
-                if ".orbax-checkpoint-tmp" in name:
-                    shutil.rmtree(os.path.join(self.workdir, name), ignore_errors=True)
-            reason = " ".join(str(error).split())
-            reason = "no space left on the device" if "No space left" in reason else reason[:500]
+            if not storage.is_url(self.workdir):
+                for name in os.listdir(self.workdir):
+                    if ".orbax-checkpoint-tmp" in name:
+                        shutil.rmtree(os.path.join(self.workdir, name), ignore_errors=True)
+            reason = _one_line(error)
+            if "No space left" in str(error):
+                reason = "no space left on the device"
             raise UserError(f"{self.workdir}: saving a checkpoint failed: {reason}; {last_good}") from error
 
     def last_good(self) -> str:
-        """A clause that names the newest whole checkpoint, once a save in the background has ended."""
+        """A clause for error messages that names the newest complete checkpoint. Waits for a save in the background."""
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
         try:
@@ -116,89 +136,77 @@ class Checkpoints:
         return "there is no checkpoint yet" if step is None else f"the last good checkpoint is {self.workdir}/{step}"
 
     def description(self, step: int) -> dict:
-        return self._restore(step, description=ocp.args.JsonRestore())["description"]
+        """The description that was saved with a step. Raises: UserError."""
+        with self._reading(step):
+            args = ocp.args.Composite(description=ocp.args.JsonRestore())
+            return self._manager.restore(step, args=args)["description"]
 
     def restore(self, step: int, shapes):
-        """The state of a step on the devices that `shapes` names, whatever devices it was saved from.
+        """The state of a step, on the devices that `shapes` names; it may have been saved from others.
 
-        Padding differs from mesh to mesh: it is cut off or filled with zeros.
+        Args:
+          shapes: tree of jax.ShapeDtypeStruct with shardings. Padding differs between meshes: what is saved is cut
+            or filled with zeros to these shapes.
+        Raises: UserError.
         """
-        return self._restore(step, state=ocp.args.StandardRestore(shapes, strict=False))["state"]
+        with self._reading(step):
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes, strict=False))
+            return self._manager.restore(step, args=args)["state"]
 
-    def restore_leaf(self, step: int, path, shape: jax.ShapeDtypeStruct):
-        """One parameter, by its tree path, in the dtype and on the devices that `shape` names."""
+    def restore_leaf(self, step: int, path, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        """One parameter, cut or padded to the shape and in the dtype and sharding that `shape` names.
+
+        Args:
+          path: of the parameter in the tree of parameters, as `jax.tree_util` gives it.
+        Raises: UserError.
+        """
         tree = shape
         for key in reversed(path):
             tree = {key.key: tree}
         tree = {"params": tree}
         how = ocp.checkpoint_utils.construct_restore_args(tree)
-        how = jax.tree.map(lambda leaf: dataclasses.replace(leaf, strict=False), how)  # padding is cut off
+        how = jax.tree.map(lambda leaf: dataclasses.replace(leaf, strict=False), how)  # lets the shape differ
         args = ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)
+        with self._reading(step), ocp.PyTreeCheckpointer() as reader:
+            return jax.tree.leaves(reader.restore(os.path.join(self.workdir, str(step), "state"), args=args))[0]
 
-        def read():
-            with ocp.PyTreeCheckpointer() as reader:
-                return reader.restore(os.path.join(self.workdir, str(step), "state"), args=args)
-
-        return jax.tree.leaves(self._reading(step, read))[0]
-
-    def open_leaf(self, step: int, path):
-        """One parameter as it lies in the checkpoint, padding included, of which slices can be read.
-
-        By TensorStore, in the form that Orbax writes: `save` asks for no other.
-        """
-        folder = os.path.join(self.workdir, str(step), "state")
-        base = folder if storage.is_url(folder) else f"file://{folder}"
-        name = ".".join(["params", *(key.key for key in path)])
-        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
-        # One chunk at a time is decoded, and none is kept.
-        context = tensorstore.Context({"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}})
-        return self._reading(step, lambda: tensorstore.open(spec, read=True, context=context).result())
-
-    def _restore(self, step, **items):
-        return self._reading(step, lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))
-
-    def _reading(self, step, read):
+    @contextlib.contextmanager
+    def _reading(self, step):
         try:
-            return read()
+            yield
         except Exception as error:
             _raise_if_lost_peer(error)
-            reason = " ".join(str(error).split())[:500]
-            raise UserError(f"{self.workdir}/{step}: cannot be read as a checkpoint: {reason}") from error
+            raise UserError(f"{self.workdir}/{step}: cannot be read as a checkpoint: {_one_line(error)}") from error
 
     def close(self) -> None:
-        """Waits for what is being saved. May be called twice."""
+        """Waits for a save in the background. May be called twice."""
         if not self._closed:
             self._closed = True
             self._manager.close()
 
 
+def _one_line(error):
+    return " ".join(str(error).split())[:500]
+
+
 def _raise_if_lost_peer(error):
-    """Of several processes: what JAX raised within Orbax when another one has ended."""
-    while error is not None and jax.process_count() > 1:
+    """With several processes: raises the JAX error, wrapped by Orbax, that says that another process has ended."""
+    if jax.process_count() == 1:
+        return
+    while error is not None:
         if hosts.is_lost_peer(error):
             raise error
         error = error.__cause__ or error.__context__
 
 
-# An error of Orbax's threads reaches the main thread too, which tells of it in one sentence; these keep the
-# threads from telling of it as well, and TensorStore's late callbacks from telling that nobody waits for them.
-def _quiet_threads(args, default=threading.excepthook):
-    names = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(args.exc_traceback)]
-    if not any("orbax" in name or "tensorboardX" in name for name in names):
-        default(args)
-
-
-def _quiet_callbacks(unraisable, default=sys.unraisablehook):
-    if str(unraisable.exc_value) != "Event loop is closed":
-        default(unraisable)
-
-
 def check_matches(saved: dict, current: dict, where: str) -> None:
-    """Refuses to go on from a checkpoint of another run. Raises: UserError that names each field that differs."""
-    before = config.flatten(config.from_saved(saved["config"]))
-    now = config.flatten(config.from_saved(current["config"]))
-    before |= {"tokenizer": saved["tokenizer"]["digest"], "data": saved["data"]["digest"]}
-    now |= {"tokenizer": current["tokenizer"]["digest"], "data": current["data"]["digest"]}
+    """Refuses to resume from a checkpoint of another run. Raises: UserError that names each field that differs.
+
+    Args:
+      saved, current: descriptions, as of `describe`.
+      where: the checkpoint, for the message.
+    """
+    before, now = _fields(saved), _fields(current)
     different = [
         f"{field}: {before[field]!r} in the checkpoint, {now[field]!r} in this run"
         for field in now
@@ -206,3 +214,8 @@ def check_matches(saved: dict, current: dict, where: str) -> None:
     ]
     if different:
         raise UserError(f"{where} is of another run: {'; '.join(different)}; use another workdir or the same settings")
+
+
+def _fields(description):
+    fields = config.flatten(config.from_saved(description["config"]))
+    return fields | {"tokenizer": description["tokenizer"]["digest"], "data": description["data"]["digest"]}

@@ -1,4 +1,4 @@
-"""The model card, filled from the run."""
+"""The model card of an exported model, filled from its run."""
 
 import json
 import os
@@ -25,13 +25,34 @@ writes them into a file, and `from_pretrained(DIR, trust_remote_code=True, tol="
 
 
 def text(trained: TrainedModel, dtype: str) -> str:
-    """Markdown with the metadata that model hubs read."""
-    run = config.from_saved(trained.description["config"])
-    c, counts = trained.config, flops.parameters(run)
-    tags = ["llama" if not c.memory_dim else "memoryllm", "memoryllm_jax"]
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {t}" for t in tags)]
-    widths = f"FFN width {c.compute_dim}" if not c.memory_dim else f"FFN-C width {c.compute_dim}, FFN-M {c.memory_dim}"
-    facts = {
+    """Markdown that begins with the metadata that model hubs read.
+
+    Args:
+      dtype: of the exported weights.
+    """
+    has_memory = trained.config.memory_dim > 0
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        f"- {'memoryllm' if has_memory else 'llama'}",
+        "- memoryllm_jax",
+        "---",
+        "",
+        f"# {trained.config.architecture}",
+        "",
+    ]
+    facts = _about_model(trained, dtype) | _about_training(trained) | _held_out_loss(trained)
+    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    use = _USE.format(trust=", trust_remote_code=True" if has_memory else "")
+    return "\n".join([*lines, "", use]) + (_TOL if has_memory else "")
+
+
+def _about_model(trained, dtype):
+    c, counts = trained.config, flops.parameters(trained.run)
+    widths = f"FFN-C width {c.compute_dim}, FFN-M {c.memory_dim}" if c.memory_dim else f"FFN width {c.compute_dim}"
+    return {
         "architecture": f"{c.architecture}, {c.layers} layers of width {c.dim}, {c.heads} heads "
         f"({c.key_heads} for keys and values), {widths}, {c.vocab_size:,} token ids",
         "parameters": f"{counts['total']:,}: {counts['active']:,} active, {counts['memory']:,} in the token memory, "
@@ -41,29 +62,28 @@ def text(trained: TrainedModel, dtype: str) -> str:
         "tokenizer": f"{trained.tokenizer.kind}, SHA-256 {trained.tokenizer.digest}",
         "data": f"digest {trained.description['data']['digest']}",
     }
-    if trained.step:
-        facts["training"] = (
-            f"{trained.step:,} steps, {trained.step * run.batch_size * run.seq_len:,} tokens, seed {run.seed}"
-        )
-        if run.start.workdir:
-            facts["training"] += f", from the model in {os.path.basename(run.start.workdir.rstrip('/'))}"
-        facts["optimizer"] = ", ".join(f"{k} {v}" for k, v in config.flatten(run).items() if "optimizer." in k)
-    facts |= _validation(trained)
-    lines = [*head, "---", "", f"# {c.architecture}", ""]
-    lines += [f"- {name}: {value}" for name, value in facts.items()]
-    trust = ", trust_remote_code=True" if c.memory_dim else ""
-    return "\n".join([*lines, "", _USE.format(trust=trust)]) + (_TOL if c.memory_dim else "")
 
 
-def _validation(trained):
-    """The held-out loss of this very step, from the run's records."""
+def _about_training(trained):
+    if not trained.step:  # imported
+        return {}
+    run = trained.run
+    training = f"{trained.step:,} steps, {trained.step * run.batch_size * run.seq_len:,} tokens, seed {run.seed}"
+    if run.start.workdir:
+        training += f", from the model in {os.path.basename(run.start.workdir.rstrip('/'))}"
+    optimizer = [f"{name} {value}" for name, value in config.flatten(run).items() if "optimizer." in name]
+    return {"training": training, "optimizer": ", ".join(optimizer)}
+
+
+def _held_out_loss(trained):
+    """The validation loss of this very step, if the run recorded one."""
     path = os.path.join(trained.workdir, "metrics.jsonl")
     if not storage.exists(path):
         return {}
     lines = storage.read_bytes(path, "metrics").decode().splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a run that was killed may have cut the last
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may have cut the last line
     found = [r for r in records if r.get("kind") == "validation" and r.get("step") == trained.step]
     if not found:
         return {}
-    r = found[-1]
-    return {"held-out text": f"{r['loss']:.4f} nats a token, {r['bits_per_byte']:.4f} bits per byte"}
+    loss, bits = found[-1]["loss"], found[-1]["bits_per_byte"]
+    return {"held-out text": f"{loss:.4f} nats a token, {bits:.4f} bits per byte"}

@@ -1,10 +1,10 @@
-"""config.json, both ways. What this model family cannot express is refused by name."""
+"""config.json from a ModelConfig and back. What the model family cannot express is refused by name."""
 
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import ModelConfig, resolve
 
-# Settings of Llama that change what is computed, and the only values that we compute.
-_ONLY = {
+# Settings of Llama that change what is computed, and the only values of each that we compute.
+_SUPPORTED = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -13,30 +13,25 @@ _ONLY = {
     "quantization_config": (None,),
     "add_cross_attention": (None, False),
 }
-_ROPE_SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3"}
-_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}  # that we compute in
+_ROPE_SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3"}  # theirs: ours
+_COMPUTED_IN = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}  # by the dtype of the weights
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def to_json(c: ModelConfig, context: int, dtype: str, special: dict) -> dict:
-    """config.json: an ordinary Llama's for base, else one of the modeling file. Raises: UserError.
+    """config.json: an ordinary Llama's for base, otherwise one for modeling_memoryllm.py.
 
     Args:
-      special: ids of special tokens, by their names there.
+      context: positions that a sequence may have.
+      dtype: of the weights.
+      special: ids of special tokens, by their names in config.json.
+    Raises: UserError.
     """
     if c.token_memory in ("value", "per_layer"):
         raise UserError(f"config.model.token_memory: expected ffn or none to export, found {c.token_memory}")
     if c.memory_dim == 0 and c.norm != "rmsnorm":
         raise UserError(f"config.model.norm: expected rmsnorm, as Llama has no other, found {c.norm}")
-    scaling = {"rope_type": "default"}
-    if c.rope_scaling != "none":
-        scaling = {"rope_type": c.rope_scaling, "factor": c.rope_factor}
-    if c.rope_scaling == "llama3":
-        scaling |= {
-            "low_freq_factor": c.rope_low_freq_factor,
-            "high_freq_factor": c.rope_high_freq_factor,
-            "original_max_position_embeddings": c.rope_original_context,
-        }
+    scaling = _rope_to_json(c)
     out = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -80,82 +75,125 @@ def to_json(c: ModelConfig, context: int, dtype: str, special: dict) -> dict:
     return out
 
 
-def from_json(tree: dict, where: str) -> tuple[ModelConfig, int]:
-    """(model, positions a sequence may have) of a config.json. Raises: UserError that names the setting."""
-    if not isinstance(tree, dict):
-        raise UserError(f"{where}: expected a group of settings, found {tree!r}")
+def _rope_to_json(c):
+    if c.rope_scaling == "none":
+        return {"rope_type": "default"}
+    out = {"rope_type": c.rope_scaling, "factor": c.rope_factor}
+    if c.rope_scaling == "llama3":
+        out |= {
+            "low_freq_factor": c.rope_low_freq_factor,
+            "high_freq_factor": c.rope_high_freq_factor,
+            "original_max_position_embeddings": c.rope_original_context,
+        }
+    return out
 
-    def refuse(name, expected, found):
-        raise UserError(f"{where}: {name}: expected {expected}, found {found!r}")
 
-    def number(name, kind=int, default=None):
-        value = tree.get(name)
-        value = default if value is None else value
-        if type(value) not in (kind, int):
-            refuse(name, f"a number ({kind.__name__})", value)
-        return kind(value)
+def from_json(settings: dict, where: str) -> tuple[ModelConfig, int]:
+    """(model, positions that a sequence may have) of a config.json.
 
-    if tree.get("model_type") not in ("llama", "memoryllm"):
-        refuse("model_type", "llama (or memoryllm, as export writes it)", tree.get("model_type"))
-    for name, values in _ONLY.items():
-        if tree.get(name, values[0]) not in values:
-            refuse(name, " or ".join(repr(v) for v in values), tree[name])
-    dim, heads = number("hidden_size"), number("num_attention_heads")
+    Args:
+      settings: the parsed file.
+      where: its path, for messages.
+    Raises: UserError that names the setting.
+    """
+    if not isinstance(settings, dict):
+        raise UserError(f"{where}: expected a group of settings, found {settings!r}")
+    file = _Settings(settings, where)
+    file.check_supported()
+    dim, heads = file.number("hidden_size"), file.number("num_attention_heads")
     if heads < 1:
-        refuse("num_attention_heads", "at least 1", heads)
-    if tree.get("head_dim") not in (None, dim / heads):
-        refuse("head_dim", f"hidden_size / num_attention_heads = {dim / heads:g}", tree["head_dim"])
-    kv_heads = number("num_key_value_heads", default=heads)
-    width, memory = number("intermediate_size"), number("memory_size", default=0)
-    beta = number("beta", float, 8.0)
-    dtype = tree.get("dtype") or tree.get("torch_dtype") or "float32"
-    if dtype not in _DTYPES:
-        refuse("torch_dtype", "one of " + ", ".join(_DTYPES), dtype)
+        file.refuse("num_attention_heads", "at least 1", heads)
+    if settings.get("head_dim") not in (None, dim / heads):
+        file.refuse("head_dim", f"hidden_size / num_attention_heads = {dim / heads:g}", settings["head_dim"])
+    kv_heads = file.number("num_key_value_heads", default=heads)
+    width, memory = file.number("intermediate_size"), file.number("memory_size", default=0)
+    beta = file.number("beta", float, 8.0)
+    dtype = settings.get("dtype") or settings.get("torch_dtype") or "float32"
+    if dtype not in _COMPUTED_IN:
+        file.refuse("torch_dtype", "one of " + ", ".join(_COMPUTED_IN), dtype)
     model = {
         "dim": dim,
-        "layers": number("num_hidden_layers"),
+        "layers": file.number("num_hidden_layers"),
         "heads": heads,
         "kv_heads": 0 if kv_heads == heads else kv_heads,
         "ffn_dim": width + memory,
-        "vocab_size": number("vocab_size"),
+        "vocab_size": file.number("vocab_size"),
         "beta": beta,
-        "compute_input": tree.get("compute_input", "after_attention"),
-        "norm": tree.get("norm", "rmsnorm"),
-        "norm_eps": number("rms_norm_eps", float, 1e-6),
-        "tie_embeddings": bool(tree.get("tie_word_embeddings", False)),
-        "init_std": number("initializer_range", float, 0.02) or 0.02,
-        "dtype": _DTYPES[dtype],
-        **_rope(tree, refuse),
+        "compute_input": settings.get("compute_input", "after_attention"),
+        "norm": settings.get("norm", "rmsnorm"),
+        "norm_eps": file.number("rms_norm_eps", float, 1e-6),
+        "tie_embeddings": bool(settings.get("tie_word_embeddings", False)),
+        "init_std": file.number("initializer_range", float, 0.02) or 0.02,
+        "dtype": _COMPUTED_IN[dtype],
+        **_rope_from_json(file),
     }
-    context = number("max_position_embeddings", default=2048)
+    context = file.number("max_position_embeddings", default=2048)
     config = resolve({"model": model, "seq_len": context}).model
+    # Our configs derive the widths of FFN-C and FFN-M from beta.
     if (config.compute_dim, config.memory_dim) != (width, memory):
-        refuse("memory_size", f"{config.memory_dim}, the FFN-M width of beta {beta:g}", memory)
+        file.refuse("memory_size", f"{config.memory_dim}, the FFN-M width of beta {beta:g}", memory)
     return config, context
 
 
-def _rope(tree, refuse):
-    """Fields of ours, from `rope_theta` and `rope_scaling`, or from `rope_parameters`, which holds both."""
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(tree.get(name) or {}, dict):
-            refuse(name, "a group of settings", tree[name])
-    rope = {"rope_theta": tree.get("rope_theta") or 10_000.0} | (tree.get("rope_scaling") or {})
-    rope |= tree.get("rope_parameters") or {}
+class _Settings:
+    """The settings of a config.json, and messages that name them."""
+
+    def __init__(self, tree, where):
+        self.tree, self._where = tree, where
+
+    def refuse(self, name, expected, found):
+        raise UserError(f"{self._where}: {name}: expected {expected}, found {found!r}")
+
+    def number(self, name, kind=int, default=None):
+        """A setting as `kind`; null and a missing one give the default."""
+        value = self.tree.get(name)
+        if value is None:
+            value = default
+        if type(value) not in (kind, int):  # not isinstance, as true and false are integers there
+            self.refuse(name, f"a number ({kind.__name__})", value)
+        return kind(value)
+
+    def group(self, name):
+        """A setting that holds others; {} if it is null or missing."""
+        value = self.tree.get(name) or {}
+        if not isinstance(value, dict):
+            self.refuse(name, "a group of settings", value)
+        return value
+
+    def check_supported(self):
+        kind = self.tree.get("model_type")
+        if kind not in ("llama", "memoryllm"):
+            self.refuse("model_type", "llama (or memoryllm, as export writes it)", kind)
+        for name, values in _SUPPORTED.items():
+            if self.tree.get(name, values[0]) not in values:
+                self.refuse(name, " or ".join(repr(value) for value in values), self.tree[name])
+
+
+def _rope_from_json(file):
+    """Our fields of the rotary embedding.
+
+    transformers 5 writes all settings into `rope_parameters`; before, they were `rope_theta` and `rope_scaling`.
+    """
+    rope = {"rope_theta": file.tree.get("rope_theta") or 10_000.0}
+    rope |= file.group("rope_scaling") | file.group("rope_parameters")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_SCALINGS:
-        refuse("rope_scaling", "one of " + ", ".join(_ROPE_SCALINGS), kind)
-    scaling = _ROPE_SCALINGS[kind]
+        file.refuse("rope_scaling", "one of " + ", ".join(_ROPE_SCALINGS), kind)
     if rope.get("partial_rotary_factor") not in (None, 1.0):
-        refuse("partial_rotary_factor", "1.0", rope["partial_rotary_factor"])
+        file.refuse("partial_rotary_factor", "1.0", rope["partial_rotary_factor"])
+
+    def number(name):
+        if not isinstance(rope.get(name), int | float):
+            file.refuse(f"rope_scaling.{name}", "a number", rope.get(name))
+        return float(rope[name])
+
+    scaling = _ROPE_SCALINGS[kind]
     out = {"rope_theta": float(rope["rope_theta"]), "rope_scaling": scaling}
-    ours = {"factor": "rope_factor"} if scaling != "none" else {}
+    if scaling != "none":
+        out["rope_factor"] = number("factor")
     if scaling == "llama3":
-        ours |= {"low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor"}
-        out["rope_original_context"] = int(
-            rope.get("original_max_position_embeddings") or tree.get("max_position_embeddings") or 8192
-        )
-    for theirs, field in ours.items():
-        if not isinstance(rope.get(theirs), int | float):
-            refuse(f"rope_scaling.{theirs}", "a number", rope.get(theirs))
-        out[field] = float(rope[theirs])
+        out["rope_low_freq_factor"] = number("low_freq_factor")
+        out["rope_high_freq_factor"] = number("high_freq_factor")
+        context = rope.get("original_max_position_embeddings") or file.tree.get("max_position_embeddings") or 8192
+        out["rope_original_context"] = int(context)
     return out

@@ -1,141 +1,110 @@
-"""safetensors files of a model: which tensors each holds, their headers, and tensors written one at a time."""
+"""The safetensors files of a model (file shards): which tensors each holds, reading and writing."""
 
-import dataclasses
-import json
-import math
 import os
-import struct
+import typing
 
 import ml_dtypes
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 from memoryllm_jax.common import storage
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError, UserError
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_ALIGN = 8
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+_DTYPE_OF_CODE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # codes of safetensors
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """One file. tensors: (name, dtype as safetensors names it) in the order of their bytes."""
+class Stored(typing.NamedTuple):
+    """Where a tensor lies in a model's folder, and its type there."""
 
     file: str
-    tensors: tuple[tuple[str, str], ...]
-    metadata: dict[str, str] | None
+    dtype: str
+    shape: tuple[int, ...]
 
 
-def plan(sizes: dict[str, int], dtype: str, shard_bytes: int) -> tuple[Shard, ...]:
-    """Files of at most `shard_bytes`, or of one larger tensor. sizes: elements by tensor name, in the order to keep.
-
-    As in transformers, a file takes tensors until the next one does not fit; within it they are sorted by name.
-    """
-    width = DTYPES[dtype].itemsize
-    groups: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if groups[-1] and used + size * width > shard_bytes:
-            groups.append([])
-            used = 0
-        groups[-1].append(name)
-        used += size * width
-    names = ["model.safetensors"]
-    if len(groups) > 1:
-        names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
-    return tuple(
-        Shard(file, tuple((name, dtype) for name in sorted(group)), {"format": "pt"})
-        for file, group in zip(names, groups)
-    )
+def read_headers(folder: str) -> dict[str, Stored]:
+    """The tensors of a model's folder by name. Raises: UserError."""
+    out = {}
+    for file in _files(folder):
+        path = os.path.join(folder, file)
+        try:
+            with safetensors.safe_open(path, framework="flax") as opened:
+                for name in opened.keys():
+                    header = opened.get_slice(name)
+                    out[name] = Stored(file, header.get_dtype(), tuple(header.get_shape()))
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{path}: expected a safetensors file, found a damaged one or none: {error}") from error
+    for name, (file, code, shape) in out.items():
+        if code not in _DTYPE_OF_CODE:
+            expected = ", ".join(_DTYPE_OF_CODE)
+            raise UserError(f"{folder}/{file}: tensor {name}: expected a dtype among {expected}, found {code}")
+        out[name] = Stored(file, _DTYPE_OF_CODE[code], shape)
+    return out
 
 
-def read(folder: str) -> tuple[Shard, ...]:
-    """The files of a model that somebody wrote. Raises: UserError."""
+def _files(folder):
     index = os.path.join(folder, INDEX)
     if os.path.exists(index):
         weight_map = storage.read_json(index, "an index of safetensors files").get("weight_map", {})
-        names = sorted(set(weight_map.values()))
-    else:
-        names = ["model.safetensors"] if os.path.exists(os.path.join(folder, "model.safetensors")) else []
-    if not names:
-        raise UserError(f"{folder}: expected model.safetensors or {INDEX}, found neither")
-    return tuple(Shard(name, *_header(os.path.join(folder, name))) for name in names)
+        return sorted(set(weight_map.values()))
+    if os.path.exists(os.path.join(folder, "model.safetensors")):
+        return ["model.safetensors"]
+    raise UserError(f"{folder}: expected model.safetensors or {INDEX}, found neither")
 
 
-def _header(path):
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size - 8:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", None)
-        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        end = max((entry["data_offsets"][1] for _, entry in entries), default=0)
-        if 8 + length + end != size:
-            raise ValueError(f"expected {8 + length + end} bytes, found {size}")
-        tensors = tuple((name, entry["dtype"]) for name, entry in entries)
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise UserError(f"{path}: cannot be read as a safetensors file: {error}") from error
-    for name, dtype in tensors:
-        if dtype not in DTYPES:
-            raise UserError(f"{path}: tensor {name}: expected a dtype among {', '.join(DTYPES)}, found {dtype}")
-    return tensors, metadata
+def plan(sizes: dict[str, int], file_bytes: int) -> dict[str, list[str]]:
+    """Names of the tensors in each file, by the file's name.
 
-
-class Writer:
-    """Files of their whole size from the start, into which tensors are written in any order.
+    As in transformers, a file takes tensors in their order until the next one does not fit.
 
     Args:
-      shapes: of every tensor.
+      sizes: bytes of each tensor, by name.
+      file_bytes: largest size of a file's tensors; a single tensor may be larger.
     """
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if groups[-1] and used + size > file_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {f"model-{i:05}-of-{count:05}.safetensors": group for i, group in enumerate(groups, 1)}
 
-    def __init__(self, folder: str, shards: tuple[Shard, ...], shapes: dict[str, tuple[int, ...]]):
-        self._folder, self._shards = folder, shards
-        self._places: dict[str, tuple[int, int, str]] = {}
-        self._fds = []
-        self.total_bytes = 0
-        for shard in shards:
-            header: dict = {} if shard.metadata is None else {"__metadata__": shard.metadata}
-            offset = 0
-            for name, dtype in shard.tensors:
-                end = offset + math.prod(shapes[name]) * DTYPES[dtype].itemsize
-                header[name] = {"dtype": dtype, "shape": list(shapes[name]), "data_offsets": [offset, end]}
-                offset = end
-            raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-            raw += b" " * (-len(raw) % _ALIGN)
-            fd = os.open(os.path.join(folder, shard.file), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            self._fds.append(fd)
-            os.posix_fallocate(fd, 0, 8 + len(raw) + offset)
-            os.pwrite(fd, struct.pack("<Q", len(raw)) + raw, 0)
-            for name, dtype in shard.tensors:
-                self._places[name] = fd, 8 + len(raw) + header[name]["data_offsets"][0], dtype
-            self.total_bytes += offset
 
-    def write(self, name: str, start: int, rows: np.ndarray) -> None:
-        """Rows from number `start` on, in the dtype of the layout. Raises: UserError if a value has no place in it."""
-        fd, offset, dtype = self._places[name]
-        with np.errstate(over="ignore"):  # told of below
-            values = rows.astype(DTYPES[dtype], order="C", copy=False)
-        offset += start * values.nbytes // max(len(values), 1)
-        if dtype == "F16" and not np.isfinite(values).all():
-            raise UserError(f"--dtype=float16: tensor {name}: has values beyond 65504; use bfloat16 or float32")
-        view = memoryview(values.reshape(-1).view(np.uint8))
-        done = 0
-        while done < len(view):
-            done += os.pwrite(fd, view[done:], offset + done)
+def convert(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+    """A contiguous copy of a tensor in one of DTYPES. Raises: ArgumentError if float16 cannot hold a value."""
+    with np.errstate(over="ignore"):  # reported below
+        out = np.array(tensor, DTYPES[dtype], order="C")
+    if dtype == "float16" and not np.isfinite(out).all():
+        raise ArgumentError(
+            "dtype", f"expected bfloat16 or float32, as values of tensor {name} exceed 65504, found float16"
+        )
+    return out
 
-    def finish(self) -> None:
-        """Writes the index where there are several files."""
-        self.close()
-        if len(self._shards) > 1:
-            weight_map = {name: shard.file for shard in self._shards for name, _ in shard.tensors}
-            tree = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            storage.write_json(os.path.join(self._folder, INDEX), tree)
 
-    def close(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
-        self._fds = []
+def write(path: str, tensors: dict[str, np.ndarray]) -> None:
+    """Writes contiguous tensors into one file. Raises: UserError."""
+    with open(path, "xb") as file:
+        mode = os.fstat(file.fileno()).st_mode  # read and write for those whom the umask lets
+    try:
+        safetensors.numpy.save_file(tensors, path, {"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
+    os.chmod(path, mode)  # safetensors replaces the file by one that only its owner can read
+
+
+def write_index(folder: str, files: dict[str, list[str]], total_bytes: int) -> None:
+    """Writes the index of several files, by which a reader finds a tensor's file. Raises: UserError."""
+    weight_map = {name: file for file, names in files.items() for name in names}
+    tree = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    storage.write_json(os.path.join(folder, INDEX), tree)

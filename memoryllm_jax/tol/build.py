@@ -54,7 +54,7 @@ class LiveSource:
         c = self.config = trained.config
         self.mesh, self.vocab_size = trained.mesh, c.vocab_size
         self.dim, self.layers, self.has_x0 = c.dim, c.layers, not c.tie_embeddings
-        _, decoder_digest = trained.load(lambda name: not trained.is_memory(name), keep=False)
+        decoder_digest = trained.digest(lambda name: not trained.is_memory(name))
         self._params, rows_digest = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
         digests = {"rows_digest": rows_digest, "decoder_digest": decoder_digest}
         self.identity = Identity(c.architecture, trained.step, c.dtype, **digests, tokenizer=trained.tokenizer)
