@@ -20,7 +20,7 @@ from memoryllm_jax.checkpoint import trained
 from memoryllm_jax.common import legacy, storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.evaluation import harness
-from memoryllm_jax.hf import export
+from memoryllm_jax.hf.export import export_model
 from memoryllm_jax.tol import compress, serving
 
 FLAGS = flags.FLAGS
@@ -100,7 +100,7 @@ def main():
         folder = os.path.join(FLAGS.scratch, name)
         os.makedirs(folder, exist_ok=True)
         if not os.path.exists(f"{folder}/hf"):
-            export.export(workdir, f"{folder}/hf")
+            export_model(workdir, f"{folder}/hf")
         other = theirs(f"{folder}/theirs.json", f"{folder}/hf")
         for way in ("live",) if name == "base" else ("live", "ToL"):
             tol = f"{folder}/tol.safetensors" if way == "ToL" else ""

@@ -5,34 +5,35 @@
 
 base becomes an ordinary Llama. memory and flex-B keep Llama's names and add `model.layers.N.memory.*`; a modeling file
 in the directory runs them with AutoModelForCausalLM.from_pretrained(HF_DIR, trust_remote_code=True), with live FFN-M or
-with a ToL file (tol="FILE"). --import takes Llama models (safetensors, sharded or not) and what this command wrote. The
-workdir then serves evaluate, generate, precompute and export, and training starts from it with configs/start.py.
+with a ToL file (tol="FILE"). --import takes Llama models in safetensors files, and what this command wrote. The workdir
+then works with evaluate, generate, precompute and export, and training starts from it with configs/start.py.
 """
 
-from absl import flags
+from typing import Annotated
 
-from memoryllm_jax.common import legacy
+from memoryllm_jax.common import cli, options
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.hf.export import export
-from memoryllm_jax.hf.import_ import import_
+from memoryllm_jax.common.options import Option
+from memoryllm_jax.hf.export import export_model
+from memoryllm_jax.hf.import_ import import_model
 
 
-def main():
-    f = flags.FLAGS
-    if bool(f["import"].value) == bool(f.output):
-        raise UserError("expected --output=HF_DIR to write, or --import=HF_DIR to read, and not both")
-    if f["import"].value:
-        print(import_(f["import"].value, f.workdir))
+def main(
+    workdir: Annotated[str, Option("folder with checkpoints; --import makes it")],
+    output: Annotated[str, Option("Hugging Face directory to write")] = "",
+    import_: Annotated[str, Option("Hugging Face directory to read")] = "",
+    dtype: Annotated[str, Option("float32, bfloat16 or float16; by default that of the import, else float32")] = "",
+    shard_size: Annotated[str, Option("largest size of a safetensors file")] = "5GB",
+    step: Annotated[int | None, Option("checkpoint to export; by default the newest")] = None,
+) -> None:
+    if bool(import_) == bool(output):
+        found = "both" if output else "neither"
+        raise UserError(f"expected --output=HF_DIR to write, or --import=HF_DIR to read, found {found}")
+    if import_:
+        print(import_model(import_, workdir))
     else:
-        print(export(f.workdir, f.output, f.dtype, legacy.size(f.shard_size, "shard_size"), f.step))
-    return 0
+        print(export_model(workdir, output, dtype, options.size(shard_size, "shard_size"), step))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder with checkpoints; with --import, made", required=True)
-    flags.DEFINE_string("output", "", "Hugging Face directory to write")
-    flags.DEFINE_string("import", "", "Hugging Face directory to read")
-    flags.DEFINE_string("dtype", "", "float32, bfloat16 or float16; by default that of the import, else float32")
-    flags.DEFINE_string("shard_size", "5GB", "largest size of a safetensors file")
-    flags.DEFINE_integer("step", None, "checkpoint to export; by default the newest")
-    legacy.run(main)
+    cli.run(main)

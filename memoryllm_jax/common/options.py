@@ -4,7 +4,7 @@
 
 `define(generate)` makes a flag of each parameter that has an `Option`, and `values(generate)` reads them back as
 keyword arguments. Type, default and help are those of the signature. A parameter whose type is a dataclass of options
-stands for all of its fields.
+stands for all of its fields. `import_` is the flag --import, as Python keeps the word for itself.
 """
 
 import dataclasses
@@ -58,11 +58,16 @@ class _Parameter(typing.NamedTuple):
     default: object  # _MISSING where there is none
     option: Option
 
+    @property
+    def flag(self) -> str:
+        return self.name.removesuffix("_")
+
 
 def define(target: Callable) -> None:
     """Defines the flags of a function's or dataclass's options."""
     makers = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
-    for name, kind, default, option in _parameters(target):
+    for parameter in _parameters(target):
+        _, kind, default, option = parameter
         value = None if default is _MISSING else default
         if kind is tuple:
             value = list(value or ())
@@ -71,7 +76,7 @@ def define(target: Callable) -> None:
             make = makers[kind]
         text = option.help + (f"; one of {', '.join(option.choices)}" if option.choices else "")
         # Not `required`: absl's message for a missing flag does not say what the flag is.
-        make(name, value, text)
+        make(parameter.flag, value, text)
 
 
 def values(target: Callable) -> dict[str, object]:
@@ -80,12 +85,13 @@ def values(target: Callable) -> dict[str, object]:
     for name, hint in hints(target).items():
         if dataclasses.is_dataclass(hint):
             out[name] = hint(**values(hint))
-    for name, kind, default, option in _parameters(target, nested=False):
-        value = flags.FLAGS[name].value
+    for parameter in _parameters(target, nested=False):
+        name, kind, default, option = parameter
+        value = flags.FLAGS[parameter.flag].value
         if default is _MISSING and value in (None, "", []):
-            raise ArgumentError(name, f"is missing ({option.help})")
+            raise ArgumentError(parameter.flag, f"is missing ({option.help})")
         out[name] = tuple(value) if kind is tuple and value is not None else value
-        option.check(name, out[name])
+        option.check(parameter.flag, out[name])
     return out
 
 

@@ -20,7 +20,9 @@ from memoryllm_jax.hf import card, config_json, shards, tensor_names
 FILE_BYTES = 5 * 10**9  # largest safetensors file, as in transformers before 5
 
 
-def export(workdir: str, output: str, dtype: str = "", file_bytes: int = FILE_BYTES, step: int | None = None) -> str:
+def export_model(
+    workdir: str, output: str, dtype: str = "", file_bytes: int = FILE_BYTES, step: int | None = None
+) -> str:
     """Writes a workdir's newest checkpoint, or that of `step`, as a Hugging Face directory.
 
     Files are written one after another. The host holds the tensors of one file, and beside them the largest parameter,

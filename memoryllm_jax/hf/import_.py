@@ -39,7 +39,7 @@ _KEPT = (
 )
 
 
-def import_(source: str, workdir: str) -> str:
+def import_model(source: str, workdir: str) -> str:
     """Makes a workdir with one checkpoint, of step 0, from a Hugging Face directory.
 
     Returns: one line that says what was read.
@@ -130,9 +130,7 @@ def _check_tensors(stored, tensors, folder):
         if name not in tensors:
             raise UserError(f"{folder}/{file}: tensor {name}: this model family has no place for it")
         if shape != tensors[name].shape:
-            raise UserError(
-                f"{folder}/{file}: tensor {name}: expected the shape {tensors[name].shape}, found {shape}"
-            )
+            raise UserError(f"{folder}/{file}: tensor {name}: expected the shape {tensors[name].shape}, found {shape}")
     for name in tensors:
         if name not in stored:
             raise UserError(f"{folder}: expected a tensor {name}, found none")

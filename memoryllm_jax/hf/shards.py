@@ -35,7 +35,7 @@ def read_headers(folder: str) -> dict[str, Stored]:
         path = os.path.join(folder, file)
         try:
             with safetensors.safe_open(path, framework="flax") as opened:
-                for name in opened.keys():
+                for name in opened.keys():  # noqa: SIM118, as it is no dict
                     header = opened.get_slice(name)
                     out[name] = Stored(file, header.get_dtype(), tuple(header.get_shape()))
         except (OSError, safetensors.SafetensorError) as error:

@@ -24,12 +24,17 @@ class Inner:
     rate: Annotated[float, Option("a rate", least=0)] = 0.5
     names: Annotated[tuple[str, ...], Option("some names")] = ("a",)
 
-def main(inner: Inner, path: Annotated[str, Option("a path")], step: Annotated[int | None, Option("a step")] = None):
+def main(
+    inner: Inner,
+    path: Annotated[str, Option("a path")],
+    step: Annotated[int | None, Option("a step")] = None,
+    if_: Annotated[bool, Option("a word of Python")] = False,
+):
     if path == "bad":
         raise ArgumentError("path", "expected a good one, found bad")
     if path == "worse":
         raise ArgumentError("other", "expected what no flag says")
-    print(inner, path, step)
+    print(inner, path, step, if_)
 
 if __name__ == "__main__":
     cli.run(main)
@@ -48,8 +53,8 @@ def run(tmp_path_factory):
 
 
 def test_a_signature_makes_a_command(run):
-    said = run("--path=p", "--names=b,c", "--step=3")
-    assert said.stdout == "Inner(rate=0.5, names=('b', 'c')) p 3\n" and said.returncode == 0
+    said = run("--path=p", "--names=b,c", "--step=3", "--if")
+    assert said.stdout == "Inner(rate=0.5, names=('b', 'c')) p 3 True\n" and said.returncode == 0
     helped = run("--help")
     assert helped.returncode == 0
     for text in ("Says what it was given.", "--path: a path", "--rate: a rate", "default: '0.5'"):
