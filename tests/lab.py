@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 
-from memoryllm_jax.checkpoint import trained
-from memoryllm_jax.config import MeshConfig, ModelConfig, default, resolve
+from memoryllm_jax.checkpoint import store, trained
+from memoryllm_jax.config import Config, MeshConfig, ModelConfig, default, resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.evaluation import perplexity
 from memoryllm_jax.experiments import models as models_lib
@@ -75,6 +75,17 @@ def random_params(config: ModelConfig, mesh, std: float = 0.1) -> tuple[dict, di
 
     whole = jax.tree_util.tree_map_with_path(draw, transformer.abstract_params(model, one))
     return jax.tree.map(place, whole, transformer.abstract_params(model, mesh)), whole
+
+
+def write_untrained(config: Config, workdir: str) -> str:
+    """Makes a workdir with one checkpoint, of step 0 and `random_params`, without compiling anything."""
+    prepared = Dataset(config.data.path)
+    config = loop.complete(config, prepared)
+    params, _ = random_params(config.model, sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), std=0.2)
+    with contextlib.closing(store.Checkpoints(workdir)) as checkpoints:
+        checkpoints.save(0, {"params": params}, store.describe(config, prepared, prepared.tokenizer()))
+        checkpoints.wait()
+    return workdir
 
 
 def stacked(params: dict) -> dict:

@@ -1,0 +1,49 @@
+"""transformers, where it is installed, and small models to export."""
+
+import functools
+
+import pytest
+from lab import made_once, shared_folder, write_untrained
+
+from memoryllm_jax.config import default, resolve
+
+MODELS = {
+    "memory": ("memory", {}),
+    "flex": (
+        "flex-3",
+        {
+            "model.kv_heads": 2,
+            "model.tie_embeddings": True,
+            "model.norm": "layernorm",
+            "model.compute_input": "after_attention",
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    missing = "the independent side, transformers 5 on PyTorch, is not installed: pip install 'memoryllm_jax[hf]'"
+    pytest.importorskip("torch", reason=missing)
+    return pytest.importorskip("transformers", "5.0", reason=missing)
+
+
+@pytest.fixture(scope="session")
+def untrained(data_path, tmp_path_factory):
+    """untrained(name): the workdir of one of MODELS, float32, a context of 64 tokens."""
+    folder = shared_folder(tmp_path_factory)
+
+    @functools.cache
+    def make(name):
+        architecture, overrides = MODELS[name]
+        c = default(architecture)
+        c.seq_len, c.data.path = 64, data_path
+        c.model.dim, c.model.layers, c.model.heads, c.model.dtype = 32, 2, 4, "float32"
+        c.update_from_flattened_dict(overrides)
+        path = folder / f"untrained-{name}"
+        with made_once(path) as to_make:
+            if to_make:
+                write_untrained(resolve(c), str(path))
+        return str(path)
+
+    return make

@@ -1,0 +1,146 @@
+"""What export writes: files, dtypes and what it keeps of an import; and what it refuses."""
+
+import contextlib
+import filecmp
+import json
+import os
+
+import numpy as np
+import pytest
+from lab import GOLDEN, write_untrained
+from safetensors.numpy import load_file, save_file
+
+from memoryllm_jax.checkpoint import store
+from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.hf import tensor_names
+from memoryllm_jax.hf.export import export_model
+from memoryllm_jax.hf.import_ import import_model
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """The workdir of the golden flex model, imported."""
+    workdir = str(tmp_path_factory.mktemp("imported") / "flex")
+    import_model(f"{GOLDEN}/flex", workdir)
+    return workdir
+
+
+def files_in(folder, ending=".safetensors"):
+    return sorted(name for name in os.listdir(folder) if name.endswith(ending))
+
+
+def test_one_file_has_the_bytes_that_transformers_writes(imported, tmp_path):
+    out = str(tmp_path / "out")
+    export_model(imported, out)
+    assert files_in(out) == ["model.safetensors"]
+    assert filecmp.cmp(f"{GOLDEN}/flex/model.safetensors", f"{out}/model.safetensors", shallow=False)
+
+
+def test_several_files_and_their_index(imported, tmp_path):
+    """Each file reads its parts of the stacked parameters anew, and together they have every tensor once."""
+    out = str(tmp_path / "out")
+    export_model(imported, out, file_bytes=8000)
+    files = files_in(out)
+    assert len(files) > 3
+    assert files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    golden, found = load_file(f"{GOLDEN}/flex/model.safetensors"), {}
+    index = json.load(open(f"{out}/model.safetensors.index.json"))
+    for file in files:
+        tensors = load_file(f"{out}/{file}")
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= 8000
+        assert {index["weight_map"][name] for name in tensors} == {file}
+        found |= tensors
+    assert found.keys() == golden.keys() == index["weight_map"].keys()
+    for name, tensor in golden.items():
+        np.testing.assert_array_equal(found[name], tensor)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in golden.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_dtype_rounds_each_tensor(imported, tmp_path, dtype):
+    import ml_dtypes  # teaches NumPy the name bfloat16
+    import safetensors
+
+    out = str(tmp_path / "out")
+    export_model(imported, out, dtype)
+    with safetensors.safe_open(f"{out}/model.safetensors", framework="flax") as file:
+        for name, tensor in load_file(f"{GOLDEN}/flex/model.safetensors").items():
+            expected = tensor.astype(getattr(ml_dtypes, dtype, dtype))
+            np.testing.assert_array_equal(np.asarray(file.get_tensor(name)), expected)
+    assert json.load(open(f"{out}/config.json"))["torch_dtype"] == dtype
+
+
+def test_the_digest_names_the_decoder(imported, tmp_path):
+    """It is the one that a ToL file of the model holds."""
+    out = str(tmp_path / "out")
+    export_model(imported, out)
+    with contextlib.closing(TrainedModel(imported)) as model:
+        _, digest = model.load(lambda name: not model.is_memory(name))
+    assert json.load(open(f"{out}/config.json"))["decoder_digest"] == digest
+
+
+def test_an_import_of_an_earlier_version_opens_and_exports(tmp_path):
+    """Its description holds names, dtypes and order of the imported tensors, which are not used any more."""
+    import_model(f"{GOLDEN}/base", str(tmp_path / "new"))
+    with contextlib.closing(TrainedModel(str(tmp_path / "new"))) as model:
+        params = {"params": {}}
+        for name in model.names():
+            tree = params["params"]
+            *parents, last = name.split("/")
+            for parent in parents:
+                tree = tree.setdefault(parent, {})
+            tree[last] = np.asarray(model.leaf(name, np.float32))
+        names = list(tensor_names.tensors(model.config))
+        description = model.description
+    texts = {"config.json": open(f"{GOLDEN}/base/config.json").read(), "model.safetensors.index.json": "{}"}
+    description["source"] |= {
+        "shards": [{"file": "a.safetensors", "tensors": [[n, "F32"] for n in names], "metadata": None}],
+        "dtypes": ["float32"],
+        "dtype": "float32",
+        "of_these_weights": texts,
+    }
+    with contextlib.closing(store.Checkpoints(str(tmp_path / "old"))) as checkpoints:
+        checkpoints.save(0, params, description)
+        checkpoints.wait()
+    export_model(str(tmp_path / "old"), str(tmp_path / "out"))
+    assert files_in(tmp_path / "out") == ["model.safetensors"] and files_in(tmp_path / "out", "index.json") == []
+    for name in ("model.safetensors", "config.json"):
+        assert filecmp.cmp(f"{GOLDEN}/base/{name}", tmp_path / "out" / name, shallow=False)
+
+
+def test_values_that_float16_cannot_hold_are_refused(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors = load_file(f"{GOLDEN}/base/model.safetensors")
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * 1e6}, source / "model.safetensors")
+    for name in ("config.json", "tokenizer.json"):
+        (source / name).write_bytes(open(f"{GOLDEN}/base/{name}", "rb").read())
+    import_model(str(source), str(tmp_path / "work"))
+    message = "^dtype: expected bfloat16 or float32, as values of tensor model.norm.weight exceed 65504, found float16"
+    with pytest.raises(UserError, match=message):
+        export_model(str(tmp_path / "work"), str(tmp_path / "out"), "float16")
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]  # nor a part of it
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("dtype", "int8", "^dtype: expected one of float32, bfloat16, float16, found 'int8'"),
+        ("output", "gs://b/out", "^output: expected a local folder, found the URL gs://b/out"),
+        ("output", GOLDEN, "^output: expected a folder that does not exist yet or is empty"),
+        ("step", 7, "^step: expected one of 0 in .*, found 7"),
+        ("workdir", "nowhere", "nowhere: expected a folder with checkpoints, found none"),
+    ],
+)
+def test_arguments_are_refused_by_name(imported, tmp_path, name, value, message):
+    arguments = {"workdir": imported, "output": str(tmp_path / "out"), name: value}
+    with pytest.raises(UserError, match=message):
+        export_model(**arguments)
+
+
+def test_a_base_that_is_no_llama_is_refused(make_config, tmp_path):
+    write_untrained(make_config("base", **{"model.norm": "layernorm"}), str(tmp_path / "work"))
+    with pytest.raises(UserError, match="config.model.norm: expected rmsnorm, as Llama has no other, found layernorm"):
+        export_model(str(tmp_path / "work"), str(tmp_path / "out"))
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]
