@@ -109,7 +109,7 @@ def test_what_is_wrong_behind_a_url_is_named(in_memory, monkeypatch):
 
 
 def test_urls_that_do_not_fit_are_refused(make_config, data_path, corpus):
-    with pytest.raises(UserError, match=r"--workdir=s3://b/w: expected a folder on a disk or gs://BUCKET/FOLDER"):
+    with pytest.raises(UserError, match=r"workdir: expected a folder on a disk or gs://BUCKET/FOLDER, found s3://b/w"):
         loop.train(make_config(), "s3://b/w")
     with pytest.raises(UserError, match=r"config.data.path: embedded is prepared in the workdir, .* on a disk"):
         loop.train(make_config(**{"data.path": "embedded"}), "gs://b/w")

@@ -51,6 +51,8 @@ def test_a_model_comes_back_from_its_config_json(make_config, architecture):
 
 def test_rope_before_transformers_5(make_config):
     """rope_theta and rope_scaling say what rope_parameters says since."""
-    model = make_config("base", **{"model.rope_scaling": "linear", "model.rope_factor": 2.0, "model.vocab_size": 9}).model
+    model = make_config(
+        "base", **{"model.rope_scaling": "linear", "model.rope_factor": 2.0, "model.vocab_size": 9}
+    ).model
     tree = to_json(model, 64, "float32", {})
     assert from_json(tree | {"rope_parameters": None}, "") == from_json(tree, "")

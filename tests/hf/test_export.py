@@ -141,6 +141,6 @@ def test_arguments_are_refused_by_name(imported, tmp_path, name, value, message)
 
 def test_a_base_that_is_no_llama_is_refused(make_config, tmp_path):
     write_untrained(make_config("base", **{"model.norm": "layernorm"}), str(tmp_path / "work"))
-    with pytest.raises(UserError, match="config.model.norm: expected rmsnorm, as Llama has no other, found layernorm"):
+    with pytest.raises(UserError, match=r"config.model.norm: expected rmsnorm, as Llama has no other, found layernorm"):
         export_model(str(tmp_path / "work"), str(tmp_path / "out"))
     assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]

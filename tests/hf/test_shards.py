@@ -28,5 +28,5 @@ def test_files_can_be_read_by_those_whom_the_umask_lets(tmp_path):
 
 def test_an_index_that_names_a_missing_file(tmp_path):
     shards.write_index(str(tmp_path), {"model-00001-of-00002.safetensors": ["a"]}, 4)
-    with pytest.raises(UserError, match="model-00001-of-00002.safetensors: expected a safetensors file, found a dam"):
+    with pytest.raises(UserError, match=r"model-00001-of-00002.safetensors: expected a safetensors file, found a dam"):
         shards.read_headers(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Makes the golden directories: python tests/golden_hf/make.py, with PyTorch and transformers installed.
+"""Makes the golden directories: python tests/hf/golden_hf/make.py, with PyTorch and transformers installed.
 
 Logits of base are those of transformers' Llama; memory and flex, which it does not have, are tests/reference.py's.
 """
@@ -15,8 +15,8 @@ import transformers
 from memoryllm_jax import hf
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]
-from test_hf import IDS, LLAMA3_ROPE, golden_by_the_equations, their_logits, write_tokenizer  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # tests/
+from sides import IDS, LLAMA3_ROPE, golden_by_the_equations, their_logits, write_tokenizer  # noqa: E402
 
 SHAPE = {
     "vocab_size": 64,

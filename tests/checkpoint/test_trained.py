@@ -1,0 +1,76 @@
+"""Trained models read back, and the digest that names their values."""
+
+import contextlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lab import write_untrained
+
+from memoryllm_jax.checkpoint import trained
+from memoryllm_jax.checkpoint.trained import Digest, TrainedModel
+from memoryllm_jax.common.errors import ArgumentError, UserError
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_digest_stays_the_one_in_tol_files(dtype):
+    """Made by the version that wrote the first ToL files: with more rows than one sum takes, layers and vectors."""
+    table, layers, scales = (
+        np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+        for seed, shape in enumerate([(20_000, 3), (2, 4, 5, 6), (2, 4)])
+    )
+    digest = Digest()
+    digest.add("embedding", jnp.asarray(table, dtype))
+    digest.add("layers/attention/q", [jnp.asarray(layer, dtype) for layer in layers])
+    digest.add("layers/norm/scale", [jnp.asarray(layer) for layer in scales])
+    assert digest.text() == "7d5cd505d51e4872d6e639189277f7134bb828fe5eb9f075bdf908b28a7b29da"
+
+
+def test_digests_see_values_places_and_names():
+    def of(name, value):
+        digest = Digest()
+        digest.add(name, jnp.asarray(value, jnp.float32))
+        return digest.text()
+
+    texts = {of("a", [[1, 2]]), of("a", [[2, 1]]), of("a", [[1], [2]]), of("b", [[1, 2]]), of("a", [[1, 2.1]])}
+    assert len(texts) == 5
+
+
+def test_parameters_for_serving_are_those_of_the_checkpoint(make_config, tmp_path):
+    write_untrained(make_config("flex-3"), str(tmp_path))
+    with contextlib.closing(TrainedModel(str(tmp_path))) as model:
+        params, digest = model.load(lambda name: True)
+        assert model.digest(lambda name: True) == digest != model.digest(model.is_memory)
+        assert len(params["layers"]) == len(params["memory"]) == model.config.layers
+        for name in ("layers/ffn/gate", "memory/norm/scale"):
+            stacked = model.leaf(name, jnp.float32)
+            assert stacked.shape == model.shape(name)
+            part, *path = name.split("/")
+            for layer, tree in enumerate(params[part]):
+                for key in path:
+                    tree = tree[key]
+                np.testing.assert_array_equal(tree, stacked[layer])
+        np.testing.assert_array_equal(params["embedding"], model.leaf("embedding", jnp.float32))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_memory_of_a_model(make_config, tmp_path, tied):
+    """What a ToL file replaces: FFN-M, and the input embedding unless it is the head too."""
+    write_untrained(make_config("memory", **{"model.tie_embeddings": tied}), str(tmp_path))
+    with contextlib.closing(TrainedModel(str(tmp_path))) as model:
+        names = {name for name in model.names() if model.is_memory(name)}
+    ffns = {"memory/norm/scale", *(f"memory/ffn/{part}" for part in ("gate", "up", "down"))}
+    assert names == (ffns if tied else ffns | {"embedding"})
+
+
+def test_workdirs_steps_and_dtypes_that_do_not_fit(make_config, tmp_path):
+    workdir = write_untrained(make_config("memory"), str(tmp_path / "work"))
+    with pytest.raises(UserError, match=f"^{tmp_path}/none: expected a folder with checkpoints, found none"):
+        TrainedModel(str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=f"^{tmp_path}/empty: expected a checkpoint, found none"):
+        trained.config_of(str(tmp_path / "empty"))
+    with pytest.raises(ArgumentError, match=r"^step: expected one of 0 in .*, found 3"):
+        TrainedModel(workdir, step=3)
+    with pytest.raises(ArgumentError, match=r"^dtype: expected float32 or bfloat16, found 'float16'"):
+        TrainedModel(workdir, dtype="float16")

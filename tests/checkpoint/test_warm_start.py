@@ -1,0 +1,88 @@
+"""Training that starts from a model: from the same architecture, and from base converted to memory or flex."""
+
+import contextlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from lab import GOLDEN, random_params, write_untrained
+
+from memoryllm_jax import config as config_lib
+from memoryllm_jax.checkpoint import warm_start
+from memoryllm_jax.checkpoint.trained import TrainedModel, parameter_name
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.config import resolve
+from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.hf.import_ import import_model
+from memoryllm_jax.model import sharding
+from memoryllm_jax.training import loop
+
+
+@pytest.mark.parametrize("name, tensor", [("memory", 1), ("flex-3", 3)])
+def test_converted_ffns_add_up_to_that_of_base(make_config, data_path, tmp_path, name, tensor):
+    """At one input FFN-C and FFN-M together are base's FFN; everything else is base's, on padded meshes too."""
+    dataset, workdir = Dataset(data_path), str(tmp_path / "base")
+    write_untrained(make_config("base"), workdir)
+    with contextlib.closing(TrainedModel(workdir)) as trained:
+        base = {n: np.asarray(trained.leaf(n, jnp.float32)) for n in trained.names()}
+
+    config = make_config(name, **{"start.workdir": workdir, "mesh.fsdp": 1, "mesh.tensor": tensor})
+    config = loop.complete(config, dataset)
+    mesh, m = sharding.make_mesh(config.mesh, jax.devices()[:tensor]), config.model
+    params, _ = warm_start.starting_params(config, dataset.tokenizer(), random_params(m, mesh)[0], mesh)
+    found = {parameter_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    x = np.random.default_rng(0).normal(size=(7, m.dim)).astype(np.float32)
+
+    def ffn(params, where, layer):
+        return reference.swiglu(x, {part: params[f"{where}/ffn/{part}"][layer] for part in ("gate", "up", "down")})
+
+    for layer in range(m.layers):
+        halves = [ffn(found, where, layer) for where in ("layers", "memory") if f"{where}/ffn/up" in found]
+        np.testing.assert_allclose(sum(halves), ffn(base, "layers", layer), atol=1e-5)
+    np.testing.assert_array_equal(found["memory/norm/scale"], base["layers/ffn_norm/scale"])
+    np.testing.assert_array_equal(found["embedding"][: m.vocab_size], base["embedding"])
+    np.testing.assert_array_equal(found["layers/attention/q"][:, :, : m.heads], base["layers/attention/q"])
+
+    shards = [shard for x in jax.tree.leaves(params) for shard in x.addressable_shards]
+    buffers = {(shard.device, shard.data.unsafe_buffer_pointer()) for shard in shards}
+    assert len(buffers) == len(shards)  # a step donates each
+
+
+def test_a_new_memory_keeps_its_initial_values(make_config, data_path, tmp_path):
+    dataset, workdir = Dataset(data_path), str(tmp_path / "base")
+    write_untrained(make_config("base"), workdir)
+    config = loop.complete(make_config("flex-3", **{"start.workdir": workdir, "start.memory": "new"}), dataset)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    fresh = random_params(config.model, mesh)[0]
+    params, _ = warm_start.starting_params(config, dataset.tokenizer(), fresh, mesh)
+    jax.tree.map(np.testing.assert_array_equal, params["memory"], fresh["memory"])
+    assert not np.array_equal(params["layers"]["ffn"]["up"], fresh["layers"]["ffn"]["up"])
+
+
+def test_training_goes_on_from_the_loss_of_a_model(lab, data_path, tmp_path):
+    """By configs/start.py; a model or a workdir that does not fit is refused."""
+
+    def start(architecture="memory", source="", **overrides):
+        c = config_lib.load(f"configs/start.py:{architecture}@{source or lab.workdir('memory')}")
+        c.steps, c.batch_size, c.seq_len, c.log.tensorboard = 1, 8, 32, False
+        c.data.path, c.optimizer.peak_lr, c.optimizer.final_lr = data_path, 1e-9, 0.0
+        c.update_from_flattened_dict(overrides)
+        return resolve(c)
+
+    def validation_loss(workdir):
+        return json.load(open(f"{workdir}/result.json"))["validation"]["loss"]
+
+    assert loop.train(start(), str(tmp_path / "more"), jax.devices()[:1]) == 0
+    assert validation_loss(tmp_path / "more") == pytest.approx(validation_loss(lab.workdir("memory")), abs=1e-5)
+    import_model(f"{GOLDEN}/base", str(tmp_path / "imported"))
+    for config, target, message in (
+        (start("flex-1"), "a", "config.model.beta: expected 0.0 as in .*, found 1.0"),
+        (start(**{"model.dim": 64}), "b", "config.model.dim: expected 32 as in .*, found 64"),
+        (start(source=f"{tmp_path}/imported", **{"model.vocab_size": 512}), "c", "model.vocab_size: expected 64 as in"),
+        (start(), "imported", "expected a folder of a training run, found an imported model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            loop.train(config, str(tmp_path / target), jax.devices()[:1])
