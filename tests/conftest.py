@@ -54,7 +54,7 @@ def data_path(corpus, tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config(data_path):
     """make_config("flex-3", **{"model.dim": 64}) -> Config of a model small enough for any test."""
 

@@ -1,4 +1,4 @@
-"""Text out of a decoder: batches of prompts of different length, sampled step by step."""
+"""Text sampled step by step, for batches of prompts of different lengths."""
 
 import dataclasses
 import functools
@@ -60,11 +60,11 @@ def draw(logits_BV, seed, sequence_B, position_B, sampling: Sampling, vocab_size
         least = jnp.where(inside, sorted_BV, jnp.inf).min(-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
 
-    def one(logits_V, sequence, position):
+    def draw_one(logits_V, sequence, position):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sequence), position)
         return jax.random.categorical(key, logits_V)
 
-    return jax.vmap(one)(logits_BV, sequence_B, position_B)
+    return jax.vmap(draw_one)(logits_BV, sequence_B, position_B)
 
 
 def generate(
@@ -105,9 +105,12 @@ def generate(
 
 
 class _Generation:
-    """A batch of B sequences that grow together: the prompts' and, to fill up the batch's shape, some that none reads.
+    """B sequences that grow together: one for each prompt, and unused ones that pad the batch to its compiled shape.
 
-    The tokens drawn last stay on the device, not yet fed to the decoder.
+    The tokens drawn last stay on the device until they are read; the decoder has not seen them yet.
+
+    Args:
+      draw_tokens: `draw` with all but the logits, the sequences and the positions given.
     """
 
     def __init__(self, decoder, rows, prompts, max_tokens, draw_tokens, context, stop_ids):

@@ -14,7 +14,7 @@ from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.inference.decoder import Decoder, bucket
 from memoryllm_jax.inference.rows import RowSource
 
-_POSITIONS = 8192  # of a batch shard that are scored at a time
+_POSITIONS = 8192  # scored at a time, in one batch shard
 
 
 class Scores(NamedTuple):
@@ -30,12 +30,14 @@ def score(
     sequences: Sequence[Sequence[int]],
     context: int,
     progress: Progress | None = None,
+    positions: int = _POSITIONS,
 ) -> list[Scores]:
     """Scores sequences of 2 to context + 1 token ids. Returns: their scores, in their order.
 
     Args:
       context: positions that a sequence may have; the last id is only predicted.
       progress: counts scored tokens.
+      positions: of a batch shard that are scored at a time, which decides how much memory a batch needs.
     Raises: ArgumentError for a sequence that is too short or too long.
     """
     members_of_length: dict[int, list[int]] = {}
@@ -57,7 +59,7 @@ def score(
     # To read a batch is to wait for it, so the next is dispatched first.
     unread = None
     for length, members in sorted(members_of_length.items(), reverse=True):  # what needs most memory comes first
-        batch = _batch_size(len(members), length, decoder.shards)
+        batch = _batch_size(len(members), decoder.shards, max(1, positions // length))
         for start in range(0, len(members), batch):
             chosen = members[start : start + batch]
             scores = _score_batch(decoder, rows, [sequences[number] for number in chosen], batch, length)
@@ -69,11 +71,10 @@ def score(
     return out
 
 
-def _batch_size(sequences, length, shards):
-    """Sequences of a batch: a power of two for each shard, no larger than needed, of at most _POSITIONS positions."""
+def _batch_size(sequences, shards, most):
+    """Sequences of a batch: a power of two for each shard, no larger than these sequences need, or `most` if less."""
     needed = -(-sequences // shards)
-    power = 1 << (needed - 1).bit_length()
-    return shards * min(power, max(1, _POSITIONS // length))
+    return shards * min(1 << (needed - 1).bit_length(), most)
 
 
 def _score_batch(decoder, rows, sequences, batch, length):

@@ -1,11 +1,35 @@
 """Losses and log-probabilities of chunks of logits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax import config
+from memoryllm_jax.config import MeshConfig
 from memoryllm_jax.model import loss, sharding
+
+
+def test_weights_multiply_and_padding_adds_nothing():
+    """In chunks of 16 of 50 positions; bfloat16 stays near float32."""
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    x, head = jax.random.normal(jax.random.key(0), (1, 50, 8)), jax.random.normal(jax.random.key(1), (32, 8))
+    targets = jax.random.randint(jax.random.key(2), (1, 50), 0, 32)
+    weights = jnp.asarray(np.arange(50) % 3, jnp.float32)[None]
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def sums(x, dtype):
+        return loss.cross_entropy(x.astype(dtype), head, targets, weights, loss.Options(head.shape[0], 0.1, 16, dtype))
+
+    with jax.set_mesh(mesh):
+        total, nll = sums(x, "float32")
+        rough, _ = sums(x, "bfloat16")
+    logits = x @ head.T
+    lse = jax.nn.logsumexp(logits, -1)
+    each = lse - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(nll, (each * weights).sum(), rtol=1e-6)
+    np.testing.assert_allclose(total, ((each + 0.1 * lse**2) * weights).sum(), rtol=1e-6)
+    np.testing.assert_allclose(rough, total, rtol=1e-2)
 
 
 def test_ids_that_pad_the_vocabulary_have_no_share():
@@ -14,7 +38,9 @@ def test_ids_that_pad_the_vocabulary_have_no_share():
     head[8:] *= 9
     logits = x @ head[:8].T
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    with jax.set_mesh(sharding.make_mesh(config.MeshConfig(2, 1, 1), jax.devices()[:2])):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 1, 1), jax.devices()[:2])):
         found = loss.log_probs(*map(jnp.float32, (x, head)), jnp.int32(targets), loss.Options(8, 0.0, 3, "float32"))
-    np.testing.assert_allclose(found[0], np.take_along_axis(expected, targets[..., None], -1)[..., 0], atol=1e-5)
-    np.testing.assert_array_equal(found[1], logits.argmax(-1) == targets)
+    np.testing.assert_allclose(
+        found.log_probs, np.take_along_axis(expected, targets[..., None], -1)[..., 0], atol=1e-5
+    )
+    np.testing.assert_array_equal(found.is_likeliest, logits.argmax(-1) == targets)

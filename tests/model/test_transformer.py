@@ -1,0 +1,153 @@
+"""Loss and gradients of the train step against tests/reference.py, and what must not change them."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+import reference
+from lab import random_params
+
+from memoryllm_jax.model import sharding
+from memoryllm_jax.training.batches import Batch
+from memoryllm_jax.training.step import Trainer
+
+VOCAB = 64
+WINDOWS = np.random.default_rng(0).integers(0, VOCAB, (8, 33))
+
+
+def batch_of(windows, accumulate=1, unique=True, weights=None, padding=0):
+    """The windows as the batch of one shard, its token ids distinct or, if not `unique`, one for each position."""
+    ids, index = windows[:, :-1].reshape(-1), np.arange(windows[:, :-1].size)
+    if unique:
+        ids, index = np.unique(ids, return_inverse=True)
+    weights = np.ones(index.size) if weights is None else weights
+    by_micro_batch = [x.reshape(1, accumulate, -1) for x in (index, windows[:, 1:], weights)]
+    index_SAN, targets_SAN, weights_SAN = by_micro_batch
+    ids_SU = np.pad(ids, (0, padding))[None]
+    return Batch(np.int32(ids_SU), np.int32(index_SAN), np.int32(targets_SAN), np.float32(weights_SAN))
+
+
+def gradients(config, batch):
+    """((loss with z-loss, loss), gradient without padding, parameters) of the train step on the config's mesh."""
+    mesh = config.mesh
+    mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
+    placed, whole = random_params(config.model, mesh)
+    with jax.set_mesh(mesh):
+        losses, grads = jax.jit(Trainer(config, mesh)._gradients)(placed, batch)
+    for name, stored, true in leaves(grads, whole):
+        padding = np.ones(stored.shape, bool)
+        padding[tuple(map(slice, true.shape))] = False
+        assert not stored[padding].any(), name
+    cut = jax.tree.map(lambda g, true: np.asarray(g)[tuple(map(slice, true.shape))], grads, whole)
+    return np.array(losses), cut, whole
+
+
+def leaves(a, b):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        yield jax.tree_util.keystr(path), np.asarray(x), np.asarray(y)
+
+
+def assert_close(a, b, relative):
+    for name, x, y in leaves(a, b):
+        error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-12)
+        assert error < relative, (name, error)
+
+
+@pytest.fixture
+def make(make_config):
+    return functools.partial(make_config, **{"model.vocab_size": VOCAB, "mesh.fsdp": 1, "optimizer.z_loss": 1e-2})
+
+
+@pytest.mark.parametrize(
+    "architecture, overrides",
+    [
+        # Six query heads in groups of two, stored as eight and four on the tensor axis.
+        ("base", {"model.dim": 48, "model.heads": 6, "model.kv_heads": 3, "mesh.tensor": 4}),
+        ("memory", {"model.tie_embeddings": True, "model.attention": "plain", "model.remat": "none"}),
+        ("flex-1", {"model.compute_input": "after_attention", "model.norm": "layernorm", "model.remat": "full"}),
+        ("flex-3", {"accumulate": 2}),
+        ("value-3", {"model.kv_heads": 2}),
+        ("ple-3", {}),
+        ("no-memory-3", {}),
+    ],
+)
+def test_loss_and_gradients_are_those_of_the_equations(make, architecture, overrides):
+    config = make(architecture, **overrides)
+    (total, _), grads, params = gradients(config, batch_of(WINDOWS, config.accumulate))
+    expected_total, expected = jax.jit(jax.value_and_grad(lambda p: reference.loss(p, WINDOWS, config)))(params)
+    assert total == pytest.approx(float(expected_total), rel=2e-6)
+    assert_close(grads, expected, 2e-5)
+
+
+@pytest.fixture(scope="module")
+def one_batch_many_ways(make_config):
+    """gradients(**ways) of one flex model and batch, in which the first half of the positions weighs a tenth."""
+    weights = np.ones(WINDOWS[:, 1:].size)
+    weights[: len(weights) // 2] *= np.arange(len(weights) // 2) % 10 == 0
+
+    @functools.cache
+    def run(accumulate=1, unique=True, dtype="float32", padding=0):
+        overrides = {"model.vocab_size": VOCAB, "mesh.fsdp": 1, "model.dtype": dtype, "accumulate": accumulate}
+        batch = batch_of(WINDOWS, accumulate, unique, weights, padding)
+        return gradients(make_config("flex-3", **overrides), batch)[:2]
+
+    return run
+
+
+def test_evaluating_each_distinct_token_once_changes_nothing(one_batch_many_ways):
+    """Value and gradient of FFN-M on distinct ids against FFN-M on every position, in a batch that repeats ids."""
+    losses, grads = one_batch_many_ways(accumulate=2)
+    plain_losses, plain_grads = one_batch_many_ways(accumulate=2, unique=False)
+    np.testing.assert_allclose(losses, plain_losses, rtol=1e-6)
+    assert_close(grads, plain_grads, 1e-5)
+
+
+def test_accumulation_weighs_tokens_not_micro_batches(one_batch_many_ways):
+    """One of the two micro-batches has a tenth of its weights."""
+    losses, grads = one_batch_many_ways(accumulate=2)
+    whole_losses, whole_grads = one_batch_many_ways()
+    np.testing.assert_allclose(losses, whole_losses, rtol=1e-6)
+    assert_close(grads, whole_grads, 1e-5)
+
+
+def test_padding_of_distinct_ids_changes_nothing(one_batch_many_ways):
+    assert_close(one_batch_many_ways(padding=9)[1], one_batch_many_ways()[1], 1e-6)
+
+
+def test_bfloat16_stays_near_float32(one_batch_many_ways):
+    losses, grads = one_batch_many_ways()
+    rough_losses, rough_grads = one_batch_many_ways(dtype="bfloat16")
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(rough_grads))
+    np.testing.assert_allclose(rough_losses, losses, rtol=1e-3)
+    assert_close(rough_grads, grads, 5e-2)
+    assert not np.array_equal(rough_grads["head"], grads["head"])  # it did compute in bfloat16
+
+
+def compiled(config, windows=WINDOWS):
+    """The compiled loss and gradients of a step."""
+    trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    with jax.set_mesh(trainer.mesh):
+        return jax.jit(trainer._gradients).lower(trainer.params_shape, batch_of(windows)).compile()
+
+
+def test_remat_recomputes(make):
+    """Temporary memory falls from keeping all, to matrix products, to block inputs."""
+    windows = np.random.default_rng(0).integers(0, VOCAB, (8, 129))
+    memory = []
+    for policy in ("none", "dots", "full"):
+        config = make("flex-3", **{"model.remat": policy, "model.layers": 8, "seq_len": 128})
+        memory.append(compiled(config, windows).memory_analysis().temp_size_in_bytes)
+    assert memory[0] > 1.1 * memory[1] > 1.2 * memory[2], memory
+
+
+def test_logits_never_exist_whole(make):
+    """No array of the compiled step has as many elements as the logits of all positions."""
+    V = 67
+    config = make("memory", **{"model.vocab_size": V, "model.loss_chunk": 16})
+    text = compiled(config).as_text()
+    shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"[a-z]\w*\[([\d,]+)\]", text)}
+    with_vocabulary = {s for s in shapes if V in s}
+    assert (1, 16, V) in with_vocabulary or (16, V) in with_vocabulary  # the pattern finds logits at all
+    assert max(int(np.prod(s)) for s in with_vocabulary) < WINDOWS[:, 1:].size * V / 2
