@@ -18,6 +18,8 @@ from memoryllm_jax.config import Config, MeshConfig, ModelConfig, default, resol
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.evaluation import perplexity
 from memoryllm_jax.experiments import models as models_lib
+from memoryllm_jax.inference.decoder import Decoder
+from memoryllm_jax.inference.rows import LiveRows
 from memoryllm_jax.model import sharding, transformer
 from memoryllm_jax.tol import compress, serving
 from memoryllm_jax.training import loop
@@ -86,6 +88,14 @@ def write_untrained(config: Config, workdir: str) -> str:
         checkpoints.save(0, {"params": params}, store.describe(config, prepared, prepared.tokenizer()))
         checkpoints.wait()
     return workdir
+
+
+def random_decoder(config: ModelConfig, mesh: tuple[int, int, int] = (1, 1, 1)) -> tuple[Decoder, LiveRows, dict]:
+    """(decoder, its rows, the parameters as plain arrays) of a model with random weights, whose texts vary."""
+    mesh = sharding.make_mesh(MeshConfig(*mesh), jax.devices()[: np.prod(mesh)])
+    placed, whole = random_params(config, mesh, std=0.3)
+    params = trained.for_serving(placed, config)
+    return Decoder(config, params, mesh), LiveRows(config, params, mesh), whole
 
 
 def stacked(params: dict) -> dict:

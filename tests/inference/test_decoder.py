@@ -1,16 +1,11 @@
 """Prefill and decode steps against tests/reference.py, with random weights and without any checkpoint."""
 
-import jax
 import numpy as np
 import pytest
 import reference
-from lab import random_params
+from lab import random_decoder
 
-from memoryllm_jax.checkpoint.trained import for_serving
-from memoryllm_jax.config import MeshConfig
-from memoryllm_jax.inference.decoder import Decoder, bucket
-from memoryllm_jax.inference.rows import LiveRows
-from memoryllm_jax.model import sharding
+from memoryllm_jax.inference.decoder import bucket
 
 LENGTHS, STEPS, CONTEXT = (3, 18, 11, 1), 4, 32
 
@@ -48,13 +43,11 @@ def decode(decoder, rows, sequences, lengths):
 )
 def test_prefill_and_steps_give_the_logits_of_the_equations(make_config, architecture, overrides, mesh):
     m = make_config(architecture, **{"model.vocab_size": 64, **overrides}).model
-    mesh = sharding.make_mesh(MeshConfig(*mesh), jax.devices()[: np.prod(mesh)])
-    placed, whole = random_params(m, mesh, std=0.3)
-    params = for_serving(placed, m)
+    decoder, rows, params = random_decoder(m, mesh)
     sequences = [some_ids(n + STEPS) for n in LENGTHS]
-    found_BSV = decode(Decoder(m, params, mesh), LiveRows(m, params, mesh), sequences, LENGTHS)
+    found_BSV = decode(decoder, rows, sequences, LENGTHS)
     together = np.stack([np.pad(ids, (0, max(LENGTHS) + STEPS - len(ids))) for ids in sequences])
-    expected_BTV = np.asarray(reference.logits(whole, together, m))
+    expected_BTV = np.asarray(reference.logits(params, together, m))
     for n, found, expected in zip(LENGTHS, found_BSV, expected_BTV):
         expected = expected[n - 1 : n + STEPS]
         np.testing.assert_allclose(found[:, :64], expected, atol=3e-5 * np.abs(expected).max())

@@ -2,20 +2,14 @@
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lab import random_params
+from lab import random_decoder
 
-from memoryllm_jax.checkpoint.trained import for_serving
 from memoryllm_jax.common.errors import ArgumentError
-from memoryllm_jax.config import MeshConfig
 from memoryllm_jax.inference import sampling
-from memoryllm_jax.inference.decoder import Decoder
-from memoryllm_jax.inference.rows import LiveRows
 from memoryllm_jax.inference.sampling import Sampling
-from memoryllm_jax.model import sharding
 from memoryllm_jax.model.token_memory import TokenRows
 
 GREEDY, CONTEXT, VOCAB = Sampling(temperature=0), 32, 60
@@ -34,14 +28,11 @@ class HostRows:
         return TokenRows(self.rows.x0_SUD[:, ids_U], [ffn_SUD[:, ids_U] for ffn_SUD in self.rows.ffn_LSUD])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def sources(make_config):
     """(decoder, rows on the device, the same rows on the host)"""
-    m = make_config("flex-3", **{"model.vocab_size": 64}).model
-    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    params = for_serving(random_params(m, mesh, std=0.3)[0], m)
-    live = LiveRows(m, params, mesh)
-    return Decoder(m, params, mesh), live, HostRows(live)
+    decoder, live, _ = random_decoder(make_config("flex-3", **{"model.vocab_size": 64}).model)
+    return decoder, live, HostRows(live)
 
 
 def texts(decoder, rows, prompts, tokens=12, settings=GREEDY, seed=0, stop_ids=frozenset()):

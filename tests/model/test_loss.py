@@ -40,7 +40,5 @@ def test_ids_that_pad_the_vocabulary_have_no_share():
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 1, 1), jax.devices()[:2])):
         found = loss.log_probs(*map(jnp.float32, (x, head)), jnp.int32(targets), loss.Options(8, 0.0, 3, "float32"))
-    np.testing.assert_allclose(
-        found.log_probs, np.take_along_axis(expected, targets[..., None], -1)[..., 0], atol=1e-5
-    )
+    np.testing.assert_allclose(found.log_probs, np.take_along_axis(expected, targets[..., None], -1)[..., 0], atol=1e-5)
     np.testing.assert_array_equal(found.is_likeliest, logits.argmax(-1) == targets)
