@@ -48,21 +48,21 @@ def cross_entropy(x_SND, head_VD, targets_SN, weights_SN, options: Options):
       Only the total has a gradient.
     """
     chunks = [_chunks(a, options.chunk) for a in (x_SND, targets_SN, weights_SN)]
-    return _summed(options, chunks[0], head_VD, *chunks[1:])
+    return _loss_sums(options, chunks[0], head_VD, *chunks[1:])
 
 
 def log_probs(x_SND, head_VD, targets_SN, options: Options) -> TargetScores:
     """The log-probability [S, N] of each target. Arguments as of `cross_entropy`."""
     head = _compute_head(options, x_SND, head_VD)
 
-    def of_chunk(c):
-        x_SCD, targets_SC = c
+    def score_chunk(chunk):
+        x_SCD, targets_SC = chunk
         logits = _logits(options, x_SCD, head)
         is_target = jnp.arange(head.shape[0]) == targets_SC[..., None]
         target_SC = jnp.where(is_target, logits, 0).sum(-1)
         return target_SC - jax.nn.logsumexp(logits, -1), logits.argmax(-1) == targets_SC
 
-    found = jax.lax.map(of_chunk, (_chunks(x_SND, options.chunk), _chunks(targets_SN, options.chunk)))
+    found = jax.lax.map(score_chunk, (_chunks(x_SND, options.chunk), _chunks(targets_SN, options.chunk)))
     S, N = targets_SN.shape
     return TargetScores(*(a.swapaxes(0, 1).reshape(S, -1)[:, :N] for a in found))
 
@@ -70,7 +70,8 @@ def log_probs(x_SND, head_VD, targets_SN, options: Options) -> TargetScores:
 def _chunks(a, size):
     """[S, N, ...] -> [chunks, S, size, ...], with zeros at the end, among them weights."""
     size = min(size, a.shape[1])
-    a = jnp.pad(a, [(0, 0), (0, -a.shape[1] % size)] + [(0, 0)] * (a.ndim - 2))
+    padding = -a.shape[1] % size
+    a = jnp.pad(a, [(0, 0), (0, padding)] + [(0, 0)] * (a.ndim - 2))
     return a.reshape(a.shape[0], -1, size, *a.shape[2:]).swapaxes(0, 1)
 
 
@@ -93,6 +94,7 @@ def _chunk_loss(options, x_SCD, head_VD, targets_SC, weights_SC):
     is_target = jnp.arange(head_VD.shape[0]) == targets_SC[..., None]
     nll = (lse_SC - jnp.where(is_target, logits, 0).sum(-1)) * weights_SC
     loss = nll + z_loss * jnp.square(lse_SC) * weights_SC
+    # The gradient of lse is softmax, that of a target's logit one-hot: softmax * (1 + 2 z_loss lse) - one-hot.
     factor_SC = (1 + 2 * z_loss * lse_SC) * weights_SC
     d_logits = exp * (factor_SC[..., None] / total) - jnp.where(is_target, weights_SC[..., None], 0)
     return jnp.stack([loss.sum(), nll.sum()]), d_logits
@@ -105,17 +107,18 @@ def _compute_head(options, x, head_VD):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed(options, x, head_VD, targets, weights):
+def _loss_sums(options, x, head_VD, targets, weights):
+    """As `cross_entropy`, of chunks [chunks, S, C, ...]."""
     head = _compute_head(options, x, head_VD)
     sums = jax.lax.map(lambda c: _chunk_loss(options, c[0], head, c[1], c[2])[0], (x, targets, weights))
     return tuple(sums.sum(0))
 
 
-def _summed_forward(options, x, head_VD, targets, weights):
+def _loss_sums_forward(options, x, head_VD, targets, weights):
     head = _compute_head(options, x, head_VD)
 
-    def step(d_head_SVD, c):
-        x_SCD, targets_SC, weights_SC = c
+    def step(d_head_SVD, chunk):
+        x_SCD, targets_SC, weights_SC = chunk
         # Every shard sums its own part of the head's gradient: with no shard axis, XLA would reduce after each chunk.
         sums, d_logits = _chunk_loss(options, x_SCD, head, targets_SC, weights_SC)
         d_logits = d_logits.astype(x_SCD.dtype)
@@ -130,13 +133,13 @@ def _summed_forward(options, x, head_VD, targets, weights):
     return tuple(sums.sum(0)), (dx, d_head_VD)
 
 
-def _summed_backward(options, residuals, cotangents):
+def _loss_sums_backward(options, residuals, cotangents):
     dx, d_head = residuals
     scale = cotangents[0]
     return (dx * scale).astype(dx.dtype), d_head * scale, None, None
 
 
-_summed.defvjp(_summed_forward, _summed_backward)
+_loss_sums.defvjp(_loss_sums_forward, _loss_sums_backward)
 
 
 def quality(loss: float, tokens: int, text_bytes: int) -> dict:

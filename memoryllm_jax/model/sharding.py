@@ -55,7 +55,11 @@ def padded(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[int, .
 
     Padding holds zeros and stays zero in training: zero keys meet zero values, so no gradient reaches them.
     """
-    return tuple(-(-size // _parts(axis)) * _parts(axis) for size, axis in zip(shape, axes))
+    return tuple(_round_up(size, _parts(axis)) for size, axis in zip(shape, axes))
+
+
+def _round_up(size, multiple):
+    return -(-size // multiple) * multiple
 
 
 def unpadded_embed(w: jax.Array, dim: int, axes: tuple[str | None, ...]) -> jax.Array:
@@ -88,6 +92,7 @@ def _arrange(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    # The first axis takes as many of the slices as its size allows, and the next ones the rest.
     across, left = [], slices
     for size in shape:
         across.append(math.gcd(size, left))
@@ -102,13 +107,14 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def check_heads(config: ModelConfig, mesh: Mesh) -> None:
-    """Refuses key-value heads that padding would part from their query heads. Raises: UserError that names the field.
+    """Refuses grouped heads whose groups padding would break. Raises: UserError that names the field.
 
-    Query and key-value heads are padded apart, each to a multiple of the tensor axis. A device's part of the one
-    belongs to its part of the other only if padding leaves the same number of query heads to each key-value head.
+    Query heads and key-value heads are each padded to a multiple of the tensor axis. A device holds whole groups only
+    if there are as many query heads for each key-value head as before.
     """
     tensor = mesh.shape["tensor"]
-    query_heads, key_heads = (-(-heads // tensor) * tensor for heads in (config.heads, config.key_heads))
+    query_heads = _round_up(config.heads, tensor)
+    key_heads = _round_up(config.key_heads, tensor)
     if query_heads * config.key_heads != key_heads * config.heads:
         raise UserError(
             f"config.model.kv_heads: expected a multiple of config.mesh.tensor = {tensor}, "
@@ -132,5 +138,8 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
 
 def shardings(mesh: Mesh, logical_axes):
     """A NamedSharding for each leaf of a tree of logical axes, which are PartitionSpecs as Linen gives them."""
-    is_leaf = lambda axes: isinstance(axes, P)  # noqa: E731
-    return jax.tree.map(lambda axes: NamedSharding(mesh, spec(*axes)), logical_axes, is_leaf=is_leaf)
+
+    def sharding(axes):
+        return NamedSharding(mesh, spec(*axes))
+
+    return jax.tree.map(sharding, logical_axes, is_leaf=lambda x: isinstance(x, P))
