@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common import errors
 
 _CHANCE = ", chance"
 
@@ -16,11 +16,8 @@ def new_figure(width: float = 7.0, height: float = 3.6, columns: int = 1):
       width, height: in inches.
     Raises: UserError without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("pictures need matplotlib: pip install 'memoryllm_jax[analyze]'") from error
-    figure = Figure((width, height), layout="constrained")
+    matplotlib = errors.require("matplotlib.figure", "analyze", "pictures")
+    figure = matplotlib.Figure((width, height), layout="constrained")
     axes = figure.subplots(1, columns)
     for ax in np.atleast_1d(axes):
         ax.spines[["top", "right"]].set_visible(False)

@@ -1,7 +1,7 @@
-"""What an analysis leaves in a folder: JSON and CSV for machines, and one HTML page with its pictures for people.
+"""The files that an analysis writes: JSON and CSV for machines, and one HTML page with its pictures for people.
 
-The page holds everything it shows, pictures as base64, and asks nothing of a network. A `Report` is filled in order
-and written at its end; CSV files are written as rows come and appear under their names only when they are whole.
+The page holds everything it shows, pictures as base64, and loads nothing from a network. A `Report` is filled from top
+to bottom, and then written. CSV files are written while rows come, and get their names when they are whole.
 """
 
 import base64
@@ -17,11 +17,12 @@ import pathlib
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from memoryllm_jax.common import storage
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.plots import new_figure
 
 _PAGE = """<!doctype html>
@@ -45,12 +46,16 @@ img {{ max-width: 100%; }} code, .t {{ font-family: ui-monospace, monospace; whi
 
 
 class Report:
-    """A page in the making, and the files beside it.
+    """A page that is being filled, and the files beside it.
+
+    As a context manager it removes the folder again if an error leaves it empty.
 
     Args:
-      folder: is made if it is not there.  name: of the files: NAME.html, NAME.json, NAME-PICTURE.png.
-      facts: caption of the page, such as model, checkpoint and data; the command and the day are added.
-    Raises: UserError if the folder cannot be written.
+      folder: for the files; is made if it does not exist.
+      name: of the files: NAME.html, NAME.json, NAME-PICTURE.png.
+      title: of the page.
+      facts: what the page is about, such as model, checkpoint and data; the command and the day are added.
+    Raises: UserError if the folder cannot be written to, or matplotlib is not installed.
     """
 
     def __init__(self, folder: str, name: str, title: str, facts: dict[str, str]):
@@ -58,38 +63,42 @@ class Report:
         self.facts = facts | {"command": _command(), "made": f"{datetime.date.today()}"}
         self._body: list[str] = []
         self._pictures: dict[str, bytes] = {}
-        new_figure()  # so that a missing package is told of before the work
+        new_figure()  # so that a missing matplotlib is an error before the work, not after it
         if storage.is_url(folder):
-            raise UserError(f"--output={folder}: expected a folder of this machine, found a URL")
+            raise ArgumentError("output", f"expected a folder of this machine, found the URL {folder}")
         self._was_there = os.path.isdir(folder)
         try:
             os.makedirs(folder, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise UserError(f"--output={folder}: expected a folder to write in: {error.strerror}") from error
+            raise ArgumentError("output", f"expected a folder to write in: {folder}: {error.strerror}") from error
 
     def __enter__(self):
         return self
 
-    def __exit__(self, failed, *_):
-        """What fails leaves no empty folder behind."""
-        if failed and not self._was_there:
-            with contextlib.suppress(OSError):  # it is kept if something is in it
+    def __exit__(self, error_type, *_):
+        if error_type and not self._was_there:
+            with contextlib.suppress(OSError):  # rmdir fails, as it should, if the folder is not empty
                 os.rmdir(self.folder)
 
     def heading(self, text: str) -> None:
         self._body.append(f"<h2>{html.escape(text)}</h2>")
 
     def text(self, text: str) -> None:
-        """A paragraph for each blank line."""
+        """Paragraphs, which blank lines separate in the text."""
         self._body += [f"<p>{html.escape(paragraph)}</p>" for paragraph in text.strip().split("\n\n")]
 
     def raw(self, markup: str) -> None:
-        """HTML as it is: what goes into it must be escaped already."""
+        """HTML that is added as it is: the caller escapes what it shows."""
         self._body.append(markup)
 
-    def table(self, head: list[str], rows: list, caption: str = "", csv: str = "") -> None:
-        """Cells are numbers, strings, or lists of strings, shown as tokens. With `csv`, NAME-`csv`.csv has them too."""
+    def table(self, head: Sequence[str], rows: Sequence, caption: str = "", csv: str = "") -> None:
+        """A table of rows.
+
+        Args:
+          rows: of cells: numbers, strings, or lists of strings, which are shown as tokens.
+          csv: if given, the table is also written as NAME-`csv`.csv.
+        """
         if csv:
             with self.csv(csv, head) as write:
                 write(rows)
@@ -99,7 +108,7 @@ class Report:
         self._body.append(f'<div class="scroll"><table>{note}<tr>{cells}</tr>{lines}</table></div>')
 
     def figure(self, name: str, figure, caption: str) -> None:
-        """A matplotlib figure, in the page and as NAME-`name`.png beside it."""
+        """A matplotlib figure, on the page and as NAME-`name`.png beside it."""
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
         self._pictures[name] = buffer.getvalue()
@@ -111,28 +120,27 @@ class Report:
         )
 
     @contextlib.contextmanager
-    def csv(self, name: str, head: list[str]):
-        """A function that appends rows to NAME-`name`.csv. Raises: UserError."""
-        path = self.path(f"-{name}.csv")
-        try:
-            with open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(head)
-                yield writer.writerows
-            os.replace(f"{path}.part", path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(f"{path}.part")
+    def csv(self, name: str, head: Sequence[str]) -> Iterator[Callable[[Iterable], None]]:
+        """Yields a function that appends rows to NAME-`name`.csv. Raises: UserError."""
+        with (
+            storage.replaced(self.path(f"-{name}.csv")) as part,
+            open(part, "w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(head)
+            yield writer.writerows
 
     def path(self, ending: str) -> str:
+        """FOLDER/NAME followed by `ending`."""
         return os.path.join(self.folder, self.name + ending)
 
     def write(self, results) -> str:
-        """Writes page, pictures and JSON: {"facts", "results"}. Returns: one line on it. Raises: UserError."""
-        facts = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self.facts.items())
-        page = _PAGE.format(title=html.escape(self.title), facts=facts, body="\n".join(self._body))
+        """Writes the page, the pictures and the JSON {"facts", "results"}.
+
+        Returns: one line that names the page. Raises: UserError.
+        """
+        facts = [f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self.facts.items()]
+        page = _PAGE.format(title=html.escape(self.title), facts="".join(facts), body="\n".join(self._body))
         for name, data in self._pictures.items():
             storage.write_bytes(self.path(f"-{name}.png"), data)
         record = json.dumps({"facts": self.facts, "results": plain(results)})
@@ -142,7 +150,7 @@ class Report:
 
 
 def plain(tree):
-    """The tree as JSON takes it: arrays as lists, NaN (nothing to measure) as null."""
+    """The tree with what JSON has: arrays as lists, and NaN, which stands for nothing to measure, as null."""
     if dataclasses.is_dataclass(tree):
         return plain(dataclasses.asdict(tree))
     if isinstance(tree, dict):
@@ -155,11 +163,12 @@ def plain(tree):
 
 
 def embedded_json(tree) -> str:
-    """JSON that may stand inside a <script> element."""
+    """JSON for a <script> element, which no text in it can end: a < is escaped."""
     return json.dumps(plain(tree), separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _cell(value):
+def _cell(value) -> str:
+    """<td> of a number, a string or a list of tokens; NaN is an empty cell."""
     if isinstance(value, list):
         return "<td>" + "".join(f'<span class="t">{html.escape(text)}</span>' for text in value) + "</td>"
     if isinstance(value, float | np.floating):
@@ -169,11 +178,11 @@ def _cell(value):
     return f"<td>{html.escape(str(value))}</td>"
 
 
-def _command():
-    """The line that was typed, a module of this package named as -m takes it."""
+def _command() -> str:
+    """The command line, with `-m MODULE` for modules of this package."""
     path = pathlib.Path(sys.argv[0]).resolve()
     root = pathlib.Path(__file__).resolve().parents[2]
-    called = [sys.argv[0]]
+    program = [sys.argv[0]]
     if path.is_relative_to(root / __package__.partition(".")[0]):
-        called = ["-m", ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__main__")]
-    return shlex.join(["python", *called, *sys.argv[1:]])
+        program = ["-m", ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__main__")]
+    return shlex.join(["python", *program, *sys.argv[1:]])
