@@ -1,25 +1,31 @@
-"""Looks inside trained models: their FFNs as key-value memories, and the paper's experiments on them.
+"""Looks inside trained models: their FFNs as key-value memories, and the experiments of the MemoryLLM paper.
 
     python -m memoryllm_jax.analyze COMMAND --workdir=DIR --output=DIR [options]
 
-Analyses, of one model:                                                                     it needs
-    coefficients  keys that matter for tokens, tokens that use keys; a searchable page      FFN-M
-    clusters      K-means on the tokens' coefficients, pictures, purity                     FFN-M
-    clustering    clustering coefficient and silhouette by layer                            FFN-M
-    outliers      keys above M times a token's mean |c|                                     FFN-M
-    neighbours    tokens with the most similar memory rows                                  FFN-M
-    triggers      what fires a sample of keys most                                          any FFN
-    mutate        a key's coefficient without one token of its trigger prefix               FFN-C or base's FFN
-    values        value vectors as distributions over the vocabulary                        any FFN
-    agreement     whether a value predicts what follows its key's trigger                   any FFN
-    active        share of a layer's memories that take part                                any FFN
-    compose       whether the layer's prediction is that of one memory                      any FFN
-    residual      when the residual holds the final prediction, and what changes it         any FFN
-    annotate      a sheet of triggers for people, with automatic proxies                    any FFN
+Analyses of one model, and the FFN that they look at (FFN-C stands for base's FFN too):
+    coefficients  keys that matter for tokens, tokens that use keys; a searchable page        FFN-M
+    clusters      K-means on the tokens' coefficients, pictures, purity                       FFN-M
+    clustering    clustering coefficient and silhouette by layer                              FFN-M
+    outliers      keys above M times a token's mean |c|                                       FFN-M
+    neighbours    tokens with the most similar memory rows                                    FFN-M
+    triggers      what fires a sample of keys most                                            FFN-M or FFN-C
+    mutate        a key's coefficient without one token of its trigger prefix                 FFN-C
+    values        value vectors as distributions over the vocabulary                          FFN-M or FFN-C
+    agreement     whether a value predicts what follows its key's trigger                     FFN-M or FFN-C
+    active        share of a layer's memories that take part                                  FFN-M or FFN-C
+    compose       whether the layer's prediction is that of one memory                        all of a layer
+    residual      when the residual holds the final prediction, and what changes it           all of a layer
+    annotate      a sheet of triggers for people, with automatic proxies                      FFN-M or FFN-C
 
+Experiments on one or several models (--workdir may be given several times):
+    alpha         quality with FFN outputs scaled down (Table 1, Figure 7)                    all models
+    layers        quality without one layer's FFN, and without several (Figures 4 and 12)     all models
+    compression   quality by bits, ranks and budgets of a ToL file (Tables 7, 8, Figure 13)   memory or flex
+    pruning       base pruned to the active parameters of the others (Figure 11)              base beside others
+    decode_cost   memory and time of a decode step (Table 6)                                  all models
 
 COMMAND --help gives the definition it uses, with its source, and its options. Each writes COMMAND.html, a page that
-needs no network, COMMAND.json, and CSV and PNG files beside them. Figures and tables are those of the MemoryLLM paper.
+needs no network, COMMAND.json, and CSV and PNG files beside them.
 """
 
 import contextlib
@@ -44,13 +50,19 @@ from memoryllm_jax.analysis import (
 from memoryllm_jax.analysis.key_values import KeyValueModel
 from memoryllm_jax.common import cli, report
 from memoryllm_jax.common.options import Option
+from memoryllm_jax.experiments import compression, contribution, decode_cost, pruning
+from memoryllm_jax.experiments.models import ModelsOptions, run
 
-_FUNCTIONS = (
+_ANALYSES = (
     *(coefficients.coefficients, clusters.clusters, clusters.clustering, coefficients.outliers, neighbours.neighbours),
     *(triggers.triggers, mutate.mutate, values.values, agreement.agreement, composition.active, composition.compose),
     *(residual.residual, annotate.annotate),
 )
-ANALYSES: dict[str, Callable] = {function.__name__: function for function in _FUNCTIONS}
+_EXPERIMENTS = (
+    *(contribution.alpha, contribution.layers, compression.compression, pruning.pruning, decode_cost.decode_cost),
+)
+ANALYSES: dict[str, Callable[..., dict]] = {function.__name__: function for function in _ANALYSES}
+EXPERIMENTS: dict[str, Callable[..., dict]] = {function.__name__: function for function in _EXPERIMENTS}
 Output = Annotated[str, Option("folder for the page and the files beside it")]
 
 
@@ -77,5 +89,10 @@ def analyze(
         return run_analysis(command, model, output, **options)
 
 
+def experiment(command: str, models: ModelsOptions, output: Output, **options) -> str:
+    """Runs one of EXPERIMENTS on trained models. Returns: one line on what was written. Raises: UserError."""
+    return run(EXPERIMENTS[command], models.open(), output, **options)
+
+
 if __name__ == "__main__":
-    cli.run_commands(ANALYSES, through=lambda command: analyze)
+    cli.run_commands(ANALYSES | EXPERIMENTS, through=lambda command: analyze if command in ANALYSES else experiment)
