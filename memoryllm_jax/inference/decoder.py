@@ -60,6 +60,7 @@ class Decoder:
         The compiled functions are shared, so that another factor compiles nothing.
         """
         layers = []
+        # FFN-C's weights are here, so its output matrix is scaled; the rows come from outside, so they are, each time.
         for layer, factor in zip(self._params["layers"], compute_L.astype(np.float32)):
             if "ffn" in layer:
                 layer = layer | {"ffn": layer["ffn"] | {"down": _times(layer["ffn"]["down"], factor)}}
@@ -68,7 +69,7 @@ class Decoder:
 
     def with_params(self, **params) -> "Decoder":
         """This decoder with some parameters replaced, such as layers. The compiled functions are shared."""
-        other = copy.copy(self)
+        other = copy.copy(self)  # shallow: jitted functions take the parameters as an argument
         other._params = self._params | params
         return other
 

@@ -76,11 +76,13 @@ class Engine:
     def __init__(self, trained: TrainedModel, params: dict, rows: RowSource):
         self.trained, self.rows = trained, rows
         self.config, self.tokenizer, self.context = trained.config, trained.tokenizer, trained.context
-        self.decoder = self._whole = Decoder(self.config, params, trained.mesh)
+        self._unscaled = Decoder(self.config, params, trained.mesh)  # what `contribute` starts from each time
+        self.decoder = self._unscaled
 
     def contribute(self, contribution: Contribution) -> None:
         """Applies these factors to the FFN outputs from now on. Raises: ArgumentError."""
-        self.decoder = self._whole.scaled(*contribution.factors(self.config))
+        memory_L, compute_L = contribution.factors(self.config)
+        self.decoder = self._unscaled.scaled(memory_L, compute_L)
 
     def prompt(self, text: str) -> list[int]:
         """Token ids of a prompt, with the id that begins a document put before them if the tokenizer has one."""

@@ -33,6 +33,7 @@ def _parameter(module, name, shape, axes, std):
     """A float32 parameter, stored padded to what the mesh divides. Its values do not depend on the mesh."""
 
     def init(key, stored, dtype):
+        # Drawn before padding: another shape would draw other values.
         values = nn.initializers.normal(std)(key, shape, dtype)
         return jnp.pad(values, [(0, b - a) for a, b in zip(shape, stored)])
 
@@ -64,7 +65,7 @@ class Norm(nn.Module):
     def __call__(self, x):
         init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         scale_D = self.param("scale", init, x.shape[-1:], jnp.float32)
-        y = x.astype(jnp.float32)
+        y = x.astype(jnp.float32)  # bfloat16 has 8 bits of mantissa, too few for a mean of squares
         if self.config.norm == "layernorm":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
@@ -232,10 +233,12 @@ class DecoderLayer(nn.Module):
     def __call__(self, x_BTD, ffn_SUD, index_SN, rope, past=None) -> LayerOutput:
         """Arguments as of `apply_layer`."""
         c = self.config
-        row = None if ffn_SUD is None else take_rows(ffn_SUD, index_SN).reshape(*x_BTD.shape[:2], -1)
-        value = row if c.token_memory == "value" else None
+        row_BTP = None
+        if ffn_SUD is not None:
+            row_BTP = take_rows(ffn_SUD, index_SN).reshape(*x_BTD.shape[:2], -1)
+        value_BTE = row_BTP if c.token_memory == "value" else None
         attention_input = Norm(c, name="attention_norm")(x_BTD)
-        attended, mixed, keys_values = Attention(c, name="attention")(attention_input, rope, past, value)
+        attended, mixed, keys_values = Attention(c, name="attention")(attention_input, rope, past, value_BTE)
         y = x_BTD + attended
         ffn_input = None
         if c.compute_dim:
@@ -243,9 +246,9 @@ class DecoderLayer(nn.Module):
             ffn_input = Norm(c, name="ffn_norm")(source)
             y = y + SwiGLU(c, c.compute_dim, name="ffn")(ffn_input)
         if c.token_memory == "per_layer":
-            y = y + Gate(c, name="row_gate")(Norm(c, name="row_gate_norm")(y), row)
-        elif row is not None and value is None:
-            y = y + row
+            y = y + Gate(c, name="row_gate")(Norm(c, name="row_gate_norm")(y), row_BTP)
+        elif c.token_memory == "ffn" and row_BTP is not None:
+            y = y + row_BTP
         y = constrain(y, "batch", None, None)
         return LayerOutput(y, keys_values, attention_input, mixed, attended, ffn_input)
 
@@ -336,6 +339,7 @@ def _over_layers(layer, config, in_axes):
     """The layer scanned over the depth, so that it compiles once: parameters get a leading axis L. Applies remat."""
     if config.remat != "none":
         policy = attention.keep_results if config.remat == "dots" else None
+        # Within a scan XLA cannot merge the recomputation with the forward pass, so nothing needs to prevent it.
         layer = nn.remat(layer, policy=policy, prevent_cse=False)
     return nn.scan(
         layer,
