@@ -1,9 +1,10 @@
-"""Loss against tokens of memory and flex-3, converted from a trained base and from scratch.
+"""Loss against tokens of memory and flex-3, converted from a trained base and trained from scratch.
 
     python benchmarks/conversion.py --data=DIR --workdir=DIR --output=benchmarks/results/conversion
 
-All runs are of configs/tiny.py's shape, batch and recipe, on the same held-out text. Base trains for --base_steps, the
-others for --steps. Kill it at any time and run the same line again. Writes NAME.json and NAME.png; needs matplotlib.
+All runs have the shape, batch and recipe of configs/tiny.py, and the same held-out text. Base trains for --base_steps,
+the others for --steps. Kill it at any time and run the same line again. Writes NAME.json and NAME.png; needs matplotlib
+(the extra `bench`).
 """
 
 import itertools
@@ -11,75 +12,86 @@ import json
 import os
 import subprocess
 import sys
+from typing import Annotated, NamedTuple
 
 import common
-from absl import flags
 
-from memoryllm_jax.common import legacy
+from memoryllm_jax.common import cli
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.options import Option
 
-FLAGS = flags.FLAGS
 HERE = os.path.dirname(os.path.abspath(__file__))
 WAYS = ("from scratch", "converted", "converted, FFN-M new")
+Curve = list[tuple[int, float]]  # (tokens, held-out loss)
 
 
-def run(name, config, steps, *more):
-    """Trains, or goes on; returns [(tokens, held-out loss)]."""
-    workdir = os.path.join(FLAGS.workdir, name.replace(",", "").replace(" ", "_"))
-    c = ("steps", steps), ("eval.every", FLAGS.every), ("eval.batches", 32), ("checkpoint.every", steps)
-    command = [sys.executable, "-m", "memoryllm_jax.train", f"--config={HERE}/../configs/{config}"]
-    command += [f"--workdir={workdir}", f"--config.data.path={FLAGS.data}", "--config.data.epochs=9"]
-    if subprocess.run([*command, *(f"--config.{field}={value}" for field, value in c), *more]).returncode:
-        raise UserError(f"{name}: training failed")
-    with open(os.path.join(workdir, "metrics.jsonl")) as file:
-        records = [json.loads(line) for line in file]
-    a_step = next(r["tokens"] / r["step"] for r in records if r["kind"] == "train")
-    return workdir, [(int(r["step"] * a_step), r["loss"]) for r in records if r["kind"] == "validation"]
+class Runs(NamedTuple):
+    """Training runs in folders of `workdir`, evaluated `every` steps."""
+
+    workdir: str
+    data: str
+    every: int
+
+    def folder(self, name: str) -> str:
+        return os.path.join(self.workdir, name.replace(",", "").replace(" ", "_"))
+
+    def train(self, name: str, config: str, steps: int, *more: str) -> Curve:
+        """Trains, or goes on with a run that was stopped. Raises: UserError if training fails."""
+        fields = {"steps": steps, "eval.every": self.every, "eval.batches": 32, "checkpoint.every": steps}
+        fields |= {"data.path": self.data, "data.epochs": 9}
+        command = [sys.executable, "-m", "memoryllm_jax.train", f"--config={HERE}/../configs/{config}"]
+        command += [f"--workdir={self.folder(name)}", *(f"--config.{field}={value}" for field, value in fields.items())]
+        if subprocess.run([*command, *more]).returncode:
+            raise UserError(f"{name}: training failed")
+        with open(os.path.join(self.folder(name), "metrics.jsonl")) as file:
+            records = [json.loads(line) for line in file]
+        tokens_a_step = next(r["tokens"] / r["step"] for r in records if r["kind"] == "train")
+        return [(int(r["step"] * tokens_a_step), r["loss"]) for r in records if r["kind"] == "validation"]
 
 
-def draw(results, base, path):
+def draw(curves: dict[str, Curve], architectures, base: Curve, path: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    count = len(FLAGS.architectures)
+    count = len(architectures)
     figure, axes = pyplot.subplots(1, count, figsize=(1 + 4.5 * count, 3.6), sharey=True, squeeze=False)
     figure.set_layout_engine("constrained")
-    axes = axes[0]
-    for axis, architecture in zip(axes, FLAGS.architectures):
+    for axis, architecture in zip(axes[0], architectures):
         for way in WAYS:
-            tokens, losses = zip(*results[f"{architecture}, {way}"])
+            tokens, losses = zip(*curves[f"{architecture}, {way}"])
             axis.plot([t / 1e6 for t in tokens], losses, marker=".", label=way)
         axis.axhline(base[-1][1], color="gray", linestyle="--", label=f"base after {base[-1][0] / 1e6:.1f} M tokens")
         axis.set(title=architecture, xlabel="tokens of this run, millions")
         axis.legend(fontsize=8)
-    axes[0].set_ylabel("held-out loss, nats a token")
+    axes[0][0].set_ylabel("held-out loss, nats a token")
     figure.savefig(path, dpi=110)
 
 
-def main():
-    base_dir, base = run("base", "tiny.py:base", FLAGS.base_steps)
-    results = {}
-    for architecture, way in itertools.product(FLAGS.architectures, WAYS):
+def main(
+    data: Annotated[str, Option("prepared data")],
+    workdir: Annotated[str, Option("folder for the runs")],
+    output: Annotated[str, Option("path of the results, without an ending")],
+    architectures: Annotated[tuple[str, ...], Option("what to convert base to")] = ("memory", "flex-3"),
+    base_steps: Annotated[int, Option("steps of base", least=1)] = 960,
+    steps: Annotated[int, Option("steps of each other run", least=1)] = 480,
+    every: Annotated[int, Option("steps between evaluations", least=1)] = 60,
+) -> None:
+    runs = Runs(workdir, data, every)
+    base = runs.train("base", "tiny.py:base", base_steps)
+    curves = {}
+    for architecture, way in itertools.product(architectures, WAYS):
+        start = []
+        if way != "from scratch":
+            start.append(f"--config.start.workdir={runs.folder('base')}")
+        if way == "converted, FFN-M new":
+            start.append("--config.start.memory=new")
         side = f"{architecture}, {way}"
-        if way == "from scratch":
-            results[side] = run(side, f"tiny.py:{architecture}", FLAGS.steps)[1]
-        else:
-            start = [f"--config.start.workdir={base_dir}"]
-            start += ["--config.start.memory=new"] if way.endswith("new") else []
-            results[side] = run(side, f"tiny.py:{architecture}", FLAGS.steps, *start)[1]
-    draw(results, base, f"{FLAGS.output}.png")
-    common.write(f"{FLAGS.output}.json", results, {"base": base})
-    return 0
+        curves[side] = runs.train(side, f"tiny.py:{architecture}", steps, *start)
+    draw(curves, architectures, base, f"{output}.png")
+    common.write(f"{output}.json", curves, {"base": base})
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("data", None, "prepared data", required=True)
-    flags.DEFINE_string("workdir", None, "folder for the runs", required=True)
-    flags.DEFINE_string("output", None, "path of the results, without an ending", required=True)
-    flags.DEFINE_list("architectures", ["memory", "flex-3"], "what to convert base to")
-    flags.DEFINE_integer("base_steps", 960, "steps of base")
-    flags.DEFINE_integer("steps", 480, "steps of each other run")
-    flags.DEFINE_integer("every", 60, "steps between evaluations")
-    legacy.run(main)
+    cli.run(main)

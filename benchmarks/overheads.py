@@ -1,26 +1,36 @@
-"""What a training run spends beside arithmetic: loading data, placing batches, checkpoints, compiling.
+"""What work takes beside arithmetic: loading data, placing batches, checkpoints, compiling, and analyses of a model.
 
     python benchmarks/overheads.py --data=DIR --output=benchmarks/results/NAME.json
+    python benchmarks/overheads.py --workdir=DIR --scratch=DIR --output=FILE.json \\
+        --command=outliers --command='clusters --layers=0,12,23'
 
-DIR is a folder that `prepare` wrote. Loading is that of a host with eight devices, a global batch of 16 sequences of
-2,048 tokens for each. Checkpoints are of a memory model of 8 layers of width 512: `save` returns when the state has
-left the devices, and the rest is written beside training. Dry runs of 1b compile its step with 2 and with 24 layers.
+--data is a folder that `prepare` wrote, for the overheads of training. Loading is that of a host with eight devices, a
+global batch of 16 sequences of 2,048 tokens for each. Checkpoints are of a memory model of 8 layers of width 512:
+`save` returns when the state has left the devices, and the rest is written beside training. Dry runs of 1b compile its
+step with 2 and with 24 layers.
+
+--workdir is a model's checkpoints, for the time and peak memory of commands of `analyze`, each in a process of its own;
+`open` is a process that only loads the checkpoint as they do. A command that is on record in --output is not repeated:
+after an interruption, run the same line again.
 """
 
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from typing import Annotated
 
 import common
 import jax
-from absl import flags
 
 from memoryllm_jax.checkpoint import store
-from memoryllm_jax.common import legacy
+from memoryllm_jax.common import cli
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import default, load, resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
@@ -30,8 +40,15 @@ from memoryllm_jax.training.batches import TrainBatches, place
 from memoryllm_jax.training.step import Trainer
 
 DEVICES, SEQUENCES = 8, 16  # of a host; of a device and step
-FLAGS = flags.FLAGS
 HERE = os.path.dirname(os.path.abspath(__file__))
+_OPEN = """
+import sys
+from memoryllm_jax.analysis.key_values import KeyValueModel
+KeyValueModel(sys.argv[1], with_attention=False).params
+"""
+
+
+# Training
 
 
 def loading(dataset, tokens_wanted):
@@ -41,8 +58,9 @@ def loading(dataset, tokens_wanted):
     config = loop.complete(resolve(c), dataset)
     batches = TrainBatches(config, dataset, DEVICES, list(range(DEVICES)))
     step = config.batch_size * config.seq_len
-    for _ in zip(range(3), iterator := batches.iterate(0)):
-        pass
+    iterator = batches.iterate(0)
+    for _ in range(3):  # until the reader threads are busy
+        next(iterator)
     start, count = time.perf_counter(), max(4, tokens_wanted // step)
     for _ in range(count):
         distinct = next(iterator).distinct
@@ -99,20 +117,69 @@ def stalls(dataset, path):
     }
 
 
-def main():
-    dataset = Dataset(FLAGS.data)
-    results = {"loading": loading(dataset, FLAGS.tokens)}
-    print(json.dumps(results["loading"]))
-    results["checkpoints"] = stalls(dataset, FLAGS.data)
-    print(json.dumps(results["checkpoints"]))
-    results["dry_run"] = {f"{layers} layers": planning(layers) for layers in (2, 24)}
-    print(json.dumps(results["dry_run"]))
-    common.write(FLAGS.output, results, {"vocabulary": dataset.vocab_size})
-    return 0
+def training(data: str, tokens: int, output: str) -> None:
+    dataset = Dataset(data)
+    results = {}
+
+    def keep(name, found):
+        results[name] = found
+        print(json.dumps(found), flush=True)
+
+    keep("loading", loading(dataset, tokens))
+    keep("checkpoints", stalls(dataset, data))
+    keep("dry_run", {f"{layers} layers": planning(layers) for layers in (2, 24)})
+    common.write(output, results, {"vocabulary": dataset.vocab_size})
+
+
+# Analyses
+
+
+def measure(arguments: list[str]) -> dict[str, float]:
+    """Time and peak memory of a Python process. Raises: UserError if it fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments])
+    # wait4 gives this process's own usage, where resource.getrusage would add up all children.
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise UserError(f"{shlex.join(arguments)}: ended with exit code {process.returncode}")
+    wall = time.perf_counter() - start
+    return {"wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss * 1024 / 1e6}
+
+
+def analyses(workdir: str, scratch: str, commands: tuple[str, ...], output: str) -> None:
+    results = {}
+    if os.path.exists(output):
+        with open(output) as file:
+            results = json.load(file)["results"]
+    for line in ["open", *commands]:
+        name, *options = shlex.split(line)
+        arguments = ["-c", _OPEN, workdir]
+        if name != "open":
+            arguments = ["-m", "memoryllm_jax.analyze", name, f"--workdir={workdir}", f"--output={scratch}", *options]
+        if line not in results:
+            results[line] = measure(arguments)
+            common.write(output, results, {"units": "seconds; peak resident memory in units of 10^6 bytes"})
+        print(line, json.dumps(results[line]), flush=True)
+
+
+def main(
+    data: Annotated[str, Option("prepared data, to measure the overheads of training")] = "",
+    tokens: Annotated[int, Option("tokens to load", least=1)] = 1 << 25,
+    workdir: Annotated[str, Option("a model's checkpoints, to measure analyses")] = "",
+    scratch: Annotated[str, Option("folder for the pages of analyses")] = "",
+    command: Annotated[tuple[str, ...], Option("an analysis with its options", many=True)] = (),
+    output: Annotated[str, Option("JSON file for the result")] = "",
+) -> None:
+    if bool(data) == bool(workdir):
+        raise UserError(f"expected --data=DIR or --workdir=DIR, found {'both' if data else 'neither'}")
+    if data:
+        training(data, tokens, output)
+        return
+    if not scratch:
+        raise UserError("expected --scratch=DIR too, as a folder for the pages of analyses")
+    analyses(workdir, scratch, command, output)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("data", None, "prepared data", required=True)
-    flags.DEFINE_integer("tokens", 1 << 25, "how many to load")
-    flags.DEFINE_string("output", "", "JSON file for the result")
-    legacy.run(main)
+    cli.run(main)

@@ -2,136 +2,140 @@
 
     python benchmarks/quality_by_size.py --workdir=DIR --data=DIR --output=benchmarks/results/NAME
 
-Budgets are planned on one half of the held-out text and everything is reported on the other. Rows go through the
-codecs as they do into a file and out of it. Writes NAME.json, NAME.md (the table) and NAME.png (the picture, drawn by
-matplotlib: the extra `bench`).
+`analyze compression` measures uniform bits and uniform ranks on text of the user's choice. This script adds settings
+that combine bits with ranks or with dropped layers, and reports all of them, and the budget of each one's size, on one
+half of the held-out text, while budgets are planned on the other half. Rows are encoded as in a ToL file and decoded
+again. Writes NAME.json, NAME.md (the table) and NAME.png; needs matplotlib (the extra `bench`).
 """
 
 import math
+from typing import Annotated
 
 import common
 import matplotlib
 import matplotlib.pyplot as plt
-from absl import flags
 
 from memoryllm_jax.checkpoint.trained import TrainedModel
-from memoryllm_jax.common import errors, legacy
+from memoryllm_jax.common import cli
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import statistics
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.experiments import contribution
 from memoryllm_jax.tol import budget, build, compress
 
+BITS = (32, 16, 8, 6, 5, 4, 3, 2)
 RANKS = (0.9, 0.8, 0.7, 0.6, 0.5)
+MARKS = {"bits": "o-", "rank": "s-", "bits and rank": "D", "dropped layers": "^", "budget": "k*-"}
 
 
-def uniform_settings(source, least_harmful):
-    """{name: (kind, Options)}: the paper's settings and combinations of them."""
-    out = {"32 bits": ("bits", compress.Options(bits="32"))}
-    for bits in (16, 8, 6, 5, 4, 3, 2):
-        out[f"{bits} bits"] = ("bits", compress.Options(bits=str(bits)))
+class Trial:
+    """A model's rows in one setting after another.
+
+    Attributes:
+      full: perplexity with full rows.
+      rows: of the record: {"kind", "setting", "bytes", "perplexity"}, and the "budget" that was asked for.
+    """
+
+    def __init__(self, workdir: str, data: str, tokens: int):
+        trained = TrainedModel(workdir)
+        self.source = build.LiveSource(trained)
+        counts = statistics.token_counts(Dataset(data), self.source.vocab_size)
+        self.calibration = budget.scorer(trained, data)
+        self.held_out = budget.scorer(trained, data, tokens, half=1)
+        self.planner = budget.Planner(self.source, self.calibration, counts)
+        _, self.uniform_bases = self.planner.even_bases()
+        self._vectors = budget.full_vectors(self.source, self.held_out.ids)
+        self.full = math.exp(self.held_out.nats(self._vectors))
+        self.rows: list[dict] = []
+
+    def drop_order(self) -> list[str]:
+        """Half of the layers, in the order in which dropping them, on top of those before, harms least."""
+        vectors = budget.full_vectors(self.source, self.calibration.ids)
+
+        def loss(dropped):
+            gone = {f"ffn.{layer}" for layer in dropped}
+            return self.calibration.nats({name: x for name, x in vectors.items() if name not in gone})
+
+        layers = self.source.layers
+        drops = contribution.greedy(loss, [loss([layer]) for layer in range(layers)], layers // 2)
+        return [str(drop.layer) for drop in drops]
+
+    def add_uniform(self, kind: str, name: str, setting: compress.Options) -> None:
+        self._add(kind, name, compress.uniform(self.source, setting), self.uniform_bases)
+
+    def add_budget(self, size: int) -> None:
+        """The budget of this size, unless even the coarsest one is larger."""
+        try:
+            layout = self.planner.layout(size)
+        except UserError:
+            return
+        self._add("budget", f"budget of {size:,}", layout, self.planner.bases)
+        self.rows[-1]["budget"] = size
+
+    def _add(self, kind, name, layout, bases):
+        perplexity = math.exp(self.planner.loss(layout, self.held_out, self._vectors, bases))
+        self.rows.append({"kind": kind, "setting": name, "bytes": layout.total_bytes, "perplexity": perplexity})
+        print(f"{name:<44}{layout.total_bytes:>12,}{perplexity:>10.3f}", flush=True)
+
+
+def uniform_settings(drop_order: list[str]) -> list[tuple[str, str, compress.Options]]:
+    """(kind, name, options): the paper's settings and combinations of them."""
+    settings = [("bits", f"{bits} bits", compress.Options(bits=str(bits))) for bits in BITS]
     for rank in RANKS:
-        out[f"16 bits, rank {rank:.0%}"] = ("rank", compress.Options(bits="16", rank=str(rank)))
+        settings.append(("rank", f"16 bits, rank {rank:.0%}", compress.Options(bits="16", rank=str(rank))))
     for bits in (8, 4):
         for rank in (0.75, 0.5):
-            out[f"{bits} bits, rank {rank:.0%}"] = ("bits and rank", compress.Options(bits=str(bits), rank=str(rank)))
-    for count in range(1, len(least_harmful) // 2 + 1):
-        layers = tuple(str(layer) for layer in least_harmful[:count])
+            options = compress.Options(bits=str(bits), rank=str(rank))
+            settings.append(("bits and rank", f"{bits} bits, rank {rank:.0%}", options))
+    for count in range(1, len(drop_order) // 2 + 1):
+        dropped = tuple(drop_order[:count])
         for bits in (16, 4):
-            name = f"{bits} bits, without layers {', '.join(sorted(layers))}"
-            out[name] = ("dropped layers", compress.Options(bits=str(bits), drop_layers=layers))
-    return out
+            options = compress.Options(bits=str(bits), drop_layers=dropped)
+            name = f"{bits} bits, without layers {', '.join(sorted(dropped))}"
+            settings.append(("dropped layers", name, options))
+    return settings
 
 
-def drop_order(source, scorer, vectors):
-    """Layers in the order in which dropping them, on top of those before, harms least."""
-
-    def loss(dropped):
-        gone = {f"ffn.{layer}" for layer in dropped}
-        return scorer.nats({name: x for name, x in vectors.items() if name not in gone})
-
-    singles = [loss([layer]) for layer in range(source.layers)]
-    return [layer for layer, _ in contribution.greedy(loss, singles, source.layers // 2)]
+def with_peers(rows: list[dict]) -> list[tuple[dict, dict]]:
+    """Each uniform setting with the budget of its own size."""
+    budgets = {row["budget"]: row for row in rows if row["kind"] == "budget"}
+    return [(row, budgets[row["bytes"]]) for row in rows if row["kind"] != "budget"]
 
 
-def main():
-    f = flags.FLAGS
-    trained = TrainedModel(f.workdir)
-    source = build.LiveSource(trained)
-    dataset = Dataset(f.data)
-    counts = statistics.token_counts(dataset, source.vocab_size)
-    calibration = budget.scorer(trained, f.data)
-    held_out = budget.scorer(trained, f.data, f.tokens, half=1)
-    planner = budget.Planner(source, calibration, counts)
-    vectors = budget.full_vectors(source, held_out.ids)
-    rows = []
-
-    def add(kind, name, layout, bases):
-        nats = planner.loss(layout, held_out, vectors, bases)
-        rows.append({"kind": kind, "setting": name, "bytes": layout.total_bytes, "perplexity": math.exp(nats)})
-        print(f"{name:<44}{layout.total_bytes:>12,}{math.exp(nats):>10.3f}", flush=True)
-
-    full = math.exp(held_out.nats(vectors))
-    print(f"full rows: perplexity {full:.3f} on {held_out.tokens:,} held-out tokens\n{'setting':<44}{'bytes':>12}")
-    _, uniform_bases = planner.even_bases()
-    harmless = drop_order(source, calibration, budget.full_vectors(source, calibration.ids))
-    for name, (kind, setting) in uniform_settings(source, harmless).items():
-        add(kind, name, compress.uniform(source, setting), uniform_bases)
-    for size in sorted({row["bytes"] for row in rows}):
-        try:
-            layout = planner.layout(size)
-        except errors.UserError:
-            continue
-        add("budget", f"budget of {size:,}", layout, planner.bases)
-        rows[-1]["budget"] = size
-    beaten = compare(rows)
-    table = write_table(rows, full, f.output)
-    draw(rows, full, f"{f.output}.png")
-    common.write(f"{f.output}.json", rows, {"full_perplexity": full, "tokens": held_out.tokens} | beaten)
-    print(f"\n{table}\nbudget mode against uniform settings of no smaller size: {beaten}")
-    return 0
-
-
-def compare(rows):
-    """Each uniform setting against the budget of its own size."""
-    found = {row["budget"]: row["perplexity"] for row in rows if row["kind"] == "budget"}
-    better = [row["setting"] for row in rows if row["kind"] != "budget" and found[row["bytes"]] < row["perplexity"]]
-    worse = [row["setting"] for row in rows if row["kind"] != "budget" and found[row["bytes"]] >= row["perplexity"]]
+def compare(rows: list[dict]) -> dict:
+    better, worse = [], []
+    for row, peer in with_peers(rows):
+        (better if peer["perplexity"] < row["perplexity"] else worse).append(row["setting"])
     return {"budget_better_than": len(better), "budget_not_better_than": worse}
 
 
-def write_table(rows, full, output):
-    found = {row["budget"]: row for row in rows if row["kind"] == "budget"}
+def table(rows: list[dict], full: float) -> str:
     lines = [
         "| setting | bytes | perplexity | budget of the same size | its bytes |",
         "| --- | --- | --- | --- | --- |",
         f"| full rows | | {full:.3f} | | |",
     ]
-    for row in rows:
-        if row["kind"] != "budget":
-            peer = found[row["bytes"]]
-            lines.append(
-                f"| {row['setting']} | {row['bytes']:,} | {row['perplexity']:.3f} | {peer['perplexity']:.3f} "
-                f"| {peer['bytes']:,} |"
-            )
-    with open(f"{output}.md", "w") as file:
-        file.write("\n".join(lines) + "\n")
+    for row, peer in with_peers(rows):
+        cells = row["setting"], f"{row['bytes']:,}", f"{row['perplexity']:.3f}"
+        lines.append(f"| {' | '.join(cells)} | {peer['perplexity']:.3f} | {peer['bytes']:,} |")
     return "\n".join(lines)
 
 
-def draw(rows, full, path):
+def draw(rows: list[dict], full: float, path: str) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    marks = {"bits": "o-", "rank": "s-", "bits and rank": "D", "dropped layers": "^", "budget": "k*-"}
-    for kind, mark in marks.items():
+    for kind, mark in MARKS.items():
         points = sorted((r["bytes"] / 1e6, 100 * (r["perplexity"] / full - 1)) for r in rows if r["kind"] == kind)
         if points:
-            sizes, rises = zip(*points)
-            axes.plot(sizes, rises, mark, label=kind, markersize=9 if kind == "budget" else 5, linewidth=1)
+            axes.plot(*zip(*points), mark, label=kind, markersize=9 if kind == "budget" else 5, linewidth=1)
     axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=0.1)  # linear near zero, where differences are noise of either sign
-    axes.set_xticks(ticks := _ticks([r["bytes"] / 1e6 for r in rows]), [f"{t:g}" for t in ticks])
+    ticks = _ticks([r["bytes"] / 1e6 for r in rows])
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    axes.set_yticks(rises := [-0.05, 0, 0.05, 0.1, 0.3, 1, 3, 10], [f"{rise:g}%" for rise in rises])
+    rises = [-0.05, 0, 0.05, 0.1, 0.3, 1, 3, 10]
+    axes.set_yticks(rises, [f"{rise:g}%" for rise in rises])
     axes.set_ylim(bottom=-0.07)
     axes.set_xlabel("rows and bases, MB")
     axes.set_ylabel(f"rise of perplexity over {full:.2f} of full rows")
@@ -145,10 +149,28 @@ def _ticks(sizes):
     return [t for t in steps if min(sizes) * 0.8 <= t <= max(sizes) * 1.2]
 
 
-if __name__ == "__main__":
+def main(
+    workdir: Annotated[str, Option("the model's checkpoints")],
+    data: Annotated[str, Option("prepared data")],
+    output: Annotated[str, Option("path of the results, without an ending")],
+    tokens: Annotated[int, Option("held-out tokens to report on", least=1)] = 1 << 16,
+) -> None:
     matplotlib.use("Agg")
-    flags.DEFINE_string("workdir", None, "the model's checkpoints", required=True)
-    flags.DEFINE_string("data", None, "prepared data", required=True)
-    flags.DEFINE_integer("tokens", 1 << 16, "held-out tokens to report on")
-    flags.DEFINE_string("output", None, "path of the results, without an ending", required=True)
-    legacy.run(main)
+    trial = Trial(workdir, data, tokens)
+    reported = trial.held_out.tokens
+    print(f"full rows: perplexity {trial.full:.3f} on {reported:,} held-out tokens\n{'setting':<44}{'bytes':>12}")
+    for kind, name, setting in uniform_settings(trial.drop_order()):
+        trial.add_uniform(kind, name, setting)
+    for size in sorted({row["bytes"] for row in trial.rows}):
+        trial.add_budget(size)
+    beaten = compare(trial.rows)
+    text = table(trial.rows, trial.full)
+    with open(f"{output}.md", "w") as file:
+        file.write(text + "\n")
+    draw(trial.rows, trial.full, f"{output}.png")
+    common.write(f"{output}.json", trial.rows, {"full_perplexity": trial.full, "tokens": reported} | beaten)
+    print(f"\n{text}\nbudget mode against uniform settings of no smaller size: {beaten}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

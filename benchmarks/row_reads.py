@@ -2,10 +2,11 @@
 
     python benchmarks/row_reads.py --workdir=DIR --tol=FILE --data=DIR --output=benchmarks/results/NAME.json
 
-`ours` is what `generate` waits for before a prefill, on a cache that holds none of the rows: distinct tokens are read,
-their checksums verified, and handed to the device; `ours_decoded` waits until the device has decoded them too, which
-`generate` does not. The raw ways only read bytes into memory. Every window is of other text; all
-ways read it in turn. Before a cold read the file's pages are dropped from the page cache, before a warm one read.
+`ours` is the time that `generate` waits for rows before a prefill, when its cache holds none of them: distinct tokens
+are read, their checksums verified, and handed to the device. `ours_decoded` also waits until the device has decoded
+them, which `generate` does not. The raw ways only read bytes into memory. All ways read a window of text in turn, and
+each window is other text. Before a cold read the file's pages are dropped from the page cache; before a warm one they
+are read.
 """
 
 import concurrent.futures
@@ -13,21 +14,26 @@ import mmap
 import os
 import statistics
 import time
+from collections.abc import Callable
+from typing import Annotated
 
 import common
 import jax
 import numpy as np
-from absl import flags
 
 from memoryllm_jax import config
 from memoryllm_jax.checkpoint.trained import TrainedModel
-from memoryllm_jax.common import legacy
+from memoryllm_jax.common import cli
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import dataset
 from memoryllm_jax.model.sharding import make_mesh
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.rows import CachedRows, DiskTable
 
 THREADS = 16
+WINDOW = 2048  # tokens
+RAW = ("pread_one_thread", "pread_threads", "willneed_then_pread", "memory_map")
 
 
 class Raw:
@@ -67,32 +73,17 @@ class Raw:
             out[i] = np.frombuffer(self._map, np.uint8, self.stride, start)
 
 
-def main():
-    f = flags.FLAGS
-    tol = TolFile(f.tol)
-    mesh = make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
-    trained = TrainedModel(f.workdir)
-    tol.check_model(trained.config, trained.tokenizer.digest, None)
-    stream = dataset.Dataset(f.data).validation
+def measure(ways: dict[str, Callable], tol: TolFile, stream, windows: int) -> tuple[dict, list[int]]:
+    """(seconds of each (state, way) by window, distinct rows of each window)"""
     raw = Raw(tol)
-    ways = {
-        name: getattr(raw, name) for name in ("pread_one_thread", "pread_threads", "willneed_then_pread", "memory_map")
-    }
-
-    cached = CachedRows(DiskTable(tol), mesh, tol.layout.stride)  # room for one row: nothing is cached
-
-    def ours_decoded(ids):
-        jax.block_until_ready(cached.fetch(ids))
-
-    ways |= {"ours": cached.fetch, "ours_decoded": ours_decoded}
     seconds = {(state, way): [] for state in ("cold", "warm") for way in ways}
     distinct = []
-    for window in range(f.windows + 1):  # the first compiles
-        ids = np.unique(stream.read(window * 2048, 2048)).astype(np.int32)
-        ids = ids[: len(ids) // 64 * 64]  # few shapes
-        distinct.append(len(ids))
+    for window in range(windows + 1):
+        ids = np.unique(stream.read(window * WINDOW, WINDOW)).astype(np.int32)
+        ids = ids[: len(ids) // 64 * 64]  # a multiple of 64, so that few shapes compile
+        order = sorted(ways, key=lambda _: np.random.default_rng(window).random())
         for state in ("cold", "warm"):
-            for way in sorted(ways, key=lambda _: np.random.default_rng(window).random()):
+            for way in order:
                 if state == "cold":
                     os.sync()
                     os.posix_fadvise(tol.fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -100,34 +91,53 @@ def main():
                     raw.pread_threads(ids)
                 start = time.perf_counter()
                 ways[way](ids)
-                if window:
+                if window:  # the first compiles
                     seconds[state, way].append(time.perf_counter() - start)
-    distinct = distinct[1:]
+        if window:
+            distinct.append(len(ids))
+    return seconds, distinct
+
+
+def compare(seconds: dict, distinct: list[int], stride: int) -> dict:
+    """Prints and returns speeds, and shares of the speed of the best raw way."""
+    ways = list(dict.fromkeys(way for _, way in seconds))
     results = {}
     for state in ("cold", "warm"):
-        best = min((w for w in ways if not w.startswith("ours")), key=lambda w: statistics.median(seconds[state, w]))
+        best = min(RAW, key=lambda way: statistics.median(seconds[state, way]))
         print(f"{state}: {'way':<22}{'ms':>9}{'GB/s':>8}{'of best raw':>13}")
         for way in ways:
             times = seconds[state, way]
-            share = [b / t for b, t in zip(seconds[state, best], times)]
-            rate = [n * tol.layout.stride / t / 1e9 for n, t in zip(distinct, times)]
-            results[f"{state} {way}"] = {
-                "seconds": times,
-                "gigabytes_per_second": statistics.median(rate),
-                "share_of_best_raw": {"median": statistics.median(share), "min": min(share), "max": max(share)},
-            }
-            print(
-                f"{'':<6}{way:<22}{1e3 * statistics.median(times):>9.1f}{statistics.median(rate):>8.2f}"
-                f"{statistics.median(share):>13.2f}"
-            )
-    common.write(f.output, results, {"distinct_rows": distinct, "row_bytes": tol.layout.stride, "file_bytes": tol.size})
-    return 0
+            rate = statistics.median(rows * stride / t / 1e9 for rows, t in zip(distinct, times))
+            share = common.ratio(seconds[state, best], times)
+            results[f"{state} {way}"] = {"seconds": times, "gigabytes_per_second": rate, "share_of_best_raw": share}
+            milliseconds = 1e3 * statistics.median(times)
+            print(f"{'':<6}{way:<22}{milliseconds:>9.1f}{rate:>8.2f}{share['median']:>13.2f}")
+    return results
+
+
+def main(
+    workdir: Annotated[str, Option("the model's checkpoints")],
+    tol: Annotated[str, Option("ToL file")],
+    data: Annotated[str, Option("prepared data")],
+    windows: Annotated[int, Option("windows of 2,048 tokens", least=1)] = 15,
+    output: Annotated[str, Option("JSON file for the result")] = "",
+) -> None:
+    stream, needed = dataset.Dataset(data).validation, (windows + 1) * WINDOW
+    if stream.tokens < needed:
+        raise ArgumentError("data", f"expected {needed:,} held-out tokens for all windows, found {stream.tokens:,}")
+    file = TolFile(tol)
+    mesh = make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+    trained = TrainedModel(workdir)
+    file.check_model(trained.config, trained.tokenizer.digest, None)
+    stride = file.layout.stride
+    cached = CachedRows(DiskTable(file), mesh, stride)  # room for one row: nothing is cached
+    raw = Raw(file)
+    ways = {name: getattr(raw, name) for name in RAW} | {"ours": cached.fetch}
+    ways["ours_decoded"] = lambda ids: jax.block_until_ready(cached.fetch(ids))
+    seconds, distinct = measure(ways, file, stream, windows)
+    facts = {"distinct_rows": distinct, "row_bytes": stride, "file_bytes": file.size}
+    common.write(output, compare(seconds, distinct, stride), facts)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "the model's checkpoints", required=True)
-    flags.DEFINE_string("tol", None, "ToL file", required=True)
-    flags.DEFINE_string("data", None, "prepared data", required=True)
-    flags.DEFINE_integer("windows", 15, "windows of 2,048 tokens")
-    flags.DEFINE_string("output", "", "JSON file for the result")
-    legacy.run(main)
+    cli.run(main)

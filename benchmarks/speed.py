@@ -4,9 +4,9 @@
     python benchmarks/speed.py --platform=gpu --output=benchmarks/results/NAME.json
     python benchmarks/speed.py --table=NAME.json,NAME.json
 
-DIR is a folder that `prepare` wrote; without it ids are drawn at random (synthetic.py), which the record says. The last
-line prints the Markdown tables of docs/performance.md. A side is a peer (peers.py, which tells what to install) or an
-architecture, with settings of its own after slashes: base, memory/accumulate=4, flex-3/model.remat=full.
+DIR is a folder that `prepare` wrote; without it ids are drawn at random (synthetic.py), and the record says so. The
+last line prints the Markdown tables of docs/performance.md. A side is a peer (peers.py, which says what to install) or
+an architecture, with settings of its own after slashes: base, memory/accumulate=4, flex-3/model.remat=full.
 
 All sides have one shape, one batch, AdamW and clipping. Each is a process of its own. On a CPU they live through the
 whole run and take turns, so that the ratios of one round saw the same machine; on an accelerator they run one after
@@ -16,6 +16,7 @@ is 1. Decoding and ToL build use the other benchmarks and the project's own comm
 
 import ast
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -24,14 +25,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from typing import Annotated
 
 import common
 import numpy as np
-from absl import flags
+import synthetic
 from peers import PEERS
 
-from memoryllm_jax.common import legacy
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common import cli, storage
+from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import default, resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import flops, sharding
@@ -50,7 +54,8 @@ PRESETS = {
         "loss_chunk": 512,
         "rounds": 5,
         "steps": 1,
-        "sides": [*PEERS, "base", "memory/model.unique_tokens=False", "memory", "flex-3"],
+        "sides": (*PEERS, "base", "memory/model.unique_tokens=False", "memory", "flex-3"),
+        "decode": False,
     },
     "gpu": {
         "dim": 2048,
@@ -62,49 +67,75 @@ PRESETS = {
         "loss_chunk": 4096,
         "rounds": 5,
         "steps": 4,
-        "sides": ["base", "memory", "flex-3"],
+        "sides": ("base", "memory", "flex-3"),
+        "decode": True,
     },
 }
 SHAPE = ("dim", "layers", "heads", "seq_len", "batch_size", "dtype", "loss_chunk")
-FLAGS = flags.FLAGS
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def setting(name):
-    """A flag, or what the platform's preset has for it."""
-    value = FLAGS[name].value
-    return PRESETS[FLAGS.platform][name] if value is None else value
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured; None stands for what the platform's preset says."""
+
+    platform: Annotated[str | None, Option("device to measure", choices=tuple(PRESETS))] = None
+    data: Annotated[str | None, Option("prepared data; by default ids drawn at random")] = None
+    vocab_size: Annotated[int, Option("of ids drawn at random")] = 128_256
+    sides: Annotated[tuple[str, ...] | None, Option("which to run; empty for none")] = None
+    decode: Annotated[bool | None, Option("measure decoding and the ToL build too; by default not on a CPU")] = None
+    capacity: Annotated[int, Option("positions of the key-value cache in decoding")] = 2048
+    dim: Annotated[int | None, Option("model width")] = None
+    layers: Annotated[int | None, Option("layers")] = None
+    heads: Annotated[int | None, Option("heads")] = None
+    seq_len: Annotated[int | None, Option("tokens a sequence")] = None
+    batch_size: Annotated[int | None, Option("sequences of a step")] = None
+    dtype: Annotated[str | None, Option("of the computation: float32 or bfloat16")] = None
+    loss_chunk: Annotated[int | None, Option("tokens whose logits exist at one time")] = None
+    rounds: Annotated[int | None, Option("timed rounds of each side, after a first step that is not timed")] = None
+    steps: Annotated[int | None, Option("training steps of a round, dispatched without waiting")] = None
+
+    def with_preset(self) -> "Settings":
+        missing = {name: value for name, value in PRESETS[self.platform].items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.batch_size * self.seq_len
 
 
-def config_of(side, dataset):
+# A side's process
+
+
+def config_of(side: str, dataset: Dataset, settings: Settings):
     """The config of a side like memory/accumulate=4, or of base for a peer. Raises: UserError."""
-
     name, *overrides = side.split("/")
     c = default("base" if name in PEERS else name)
     for field in ("dim", "layers", "heads", "dtype", "loss_chunk"):
-        c.model[field] = setting(field)
-    c.batch_size, c.seq_len = setting("batch_size"), setting("seq_len")
+        c.model[field] = getattr(settings, field)
+    c.batch_size, c.seq_len = settings.batch_size, settings.seq_len
     c.steps, c.optimizer.warmup_steps = 32, 1
     for override in overrides:
         field, _, value = override.partition("=")
-        with contextlib.suppress(ValueError):  # a word stays one
+        with contextlib.suppress(ValueError):  # a word is no Python literal, and stays a string
             value = ast.literal_eval(value)
         try:
             c.update_from_flattened_dict({field: value})
         except (KeyError, TypeError) as error:
-            raise UserError(f"--sides={side}: {field}: expected a field of the config and its value") from error
+            raise ArgumentError("sides", f"{side}: {field}: expected a field of the config and its value") from error
     return loop.complete(resolve(c), dataset)
 
 
-def windows_of(dataset):
+def windows_of(dataset: Dataset, settings: Settings) -> np.ndarray:
     """[B, T + 1] ids from the middle of the training text."""
-    B, T = setting("batch_size"), setting("seq_len")
-    stream = dataset.train.read(dataset.train.tokens // 2, B * T + 1)
-    return np.stack([stream[i * T : i * T + T + 1] for i in range(B)])
+    T = settings.seq_len
+    stream = dataset.train.read(dataset.train.tokens // 2, settings.tokens + 1)
+    return np.stack([stream[i * T : i * T + T + 1] for i in range(settings.batch_size)])
 
 
-def flops_of(config, rows):
-    """FLOPs of a step by metrics.py's formula: as done, with all of the attention square, with FFN-M everywhere."""
-
+def flops_of(config, rows: int) -> dict:
+    """FLOPs of a step by flops.py's formula: as done, with all of the attention square, with FFN-M everywhere."""
     m, tokens = config.model, config.batch_size * config.seq_len
     done = flops.train_flops(config, tokens, rows)
     rest_of_square = 3 * tokens * m.layers * 2 * m.dim * config.seq_len
@@ -115,14 +146,15 @@ def flops_of(config, rows):
     }
 
 
-def our_step(config, dataset):
+def our_step(config, dataset: Dataset, settings: Settings):
     """(facts, steps); steps(n) trains n times and returns the last loss."""
     import jax
 
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     state = trainer.init(jax.random.key(0))
     batches = TrainBatches(config, dataset, 1, [0])
-    host = HostBatch({0: batches._shard(windows_of(dataset), np.ones((config.batch_size, config.seq_len)))})
+    weights = np.ones((config.batch_size, config.seq_len))
+    host = HostBatch({0: batches._shard(windows_of(dataset, settings), weights)})
     size = SizeAgreement(batches.sizes(), trainer.mesh).size(host.distinct)
 
     def steps(count):
@@ -144,9 +176,10 @@ def our_step(config, dataset):
     return facts, steps
 
 
-def peer_step(name, config, dataset):
-    facts = flops_of(config, config.batch_size * config.seq_len)
-    facts["parameters"], step = PEERS[name](config.model, windows_of(dataset))
+def peer_step(name: str, config, dataset: Dataset, settings: Settings):
+    """As `our_step`, of a peer. Raises: UserError if it has other parameters than base."""
+    facts = flops_of(config, settings.tokens)
+    facts["parameters"], step = PEERS[name](config.model, windows_of(dataset, settings))
     m = config.model
     expected = 2 * m.vocab_size * m.dim + m.layers * m.dim * (4 * m.dim + 3 * m.ffn_dim + 2) + m.dim
     if facts["parameters"] != expected:
@@ -154,12 +187,15 @@ def peer_step(name, config, dataset):
     return facts, lambda count: [step() for _ in range(count)][-1]
 
 
-def worker(side, out):
-    """Tells facts, then trains whenever a line comes and tells how long it took."""
-
-    dataset = Dataset(FLAGS.data)
-    config, name = config_of(side, dataset), side.split("/")[0]
-    facts, steps = peer_step(name, config, dataset) if name in PEERS else our_step(config, dataset)
+def work(side: str, settings: Settings) -> None:
+    """Prints facts, then trains whenever a line comes, and prints how long it took."""
+    # Whatever libraries print, only this function's lines reach the pipe.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    dataset = Dataset(settings.data)
+    config, name = config_of(side, dataset, settings), side.split("/")[0]
+    make_step = (lambda *args: peer_step(name, *args)) if name in PEERS else our_step
+    facts, steps = make_step(config, dataset, settings)
     start = time.perf_counter()
     first = steps(1)
     if abs(first - math.log(dataset.vocab_size)) > 0.5:
@@ -172,10 +208,13 @@ def worker(side, out):
         device = jax.devices()[0]
     for _ in sys.stdin:
         start = time.perf_counter()
-        loss = steps(setting("steps"))
-        seconds = (time.perf_counter() - start) / setting("steps")
+        loss = steps(settings.steps)
+        seconds = (time.perf_counter() - start) / settings.steps
         told = {"seconds": seconds, "loss": loss, "peak_bytes": common.peak_memory(device)}
         print(json.dumps(told), file=out, flush=True)
+
+
+# The run
 
 
 class FailedError(Exception):
@@ -222,49 +261,52 @@ class Side:
         self._process.wait()
 
 
-def measure(sides, data):
-    """Yields {side: facts and seconds} after each round; `sides` are processes at the same time."""
+def measure(sides: tuple[str, ...], data: str, rounds: int) -> Iterator[dict]:
+    """Yields {side: facts and seconds} after each round; the sides' processes live at the same time."""
     running = {}
     for side in sides:
         running[side] = Side(side, data)
         print(f"{side}: {running[side].facts.get('error', 'ready')}", flush=True)
-    for number in range(setting("rounds")):
+    for number in range(rounds):
         for process in running.values():
             process.round()
-        print(f"round {number + 1} of {setting('rounds')}", flush=True)
+        print(f"round {number + 1} of {rounds}", flush=True)
         yield {side: process.facts for side, process in running.items()}
     for process in running.values():
         process.end()
 
 
-def base_of(side, results):
-    """The side that a side's speed is told over: base with its settings, else base, or None."""
+def base_of(side: str, results: dict) -> str | None:
+    """The side that a side's speed is compared with: base with the same settings, else base, if it was measured."""
     own = "/".join(["base", *side.split("/")[1:]])
-    return next((b for b in (own, "base") if "seconds" in results.get(b, {})), None)
+    return next((base for base in (own, "base") if "seconds" in results.get(base, {})), None)
 
 
-def compare(results):
+def compare(results: dict, tokens: int) -> dict:
     """Adds tokens/s and MFU, and to ours speed over base and peers, with the share of what FLOPs predict over base."""
-    tokens = setting("batch_size") * setting("seq_len")
     done = {side: r for side, r in results.items() if "seconds" in r}
     for side, r in done.items():
         seconds = statistics.median(r["seconds"])
         r["tokens_per_second"] = tokens / seconds
-        for name in ("flops", "flops_full_attention", "flops_every_position") if r.get("peak_flops") else ():
-            r[name.replace("flops", "mfu")] = r[name] / seconds / r["peak_flops"]
+        if r.get("peak_flops"):
+            for ending in ("", "_full_attention", "_every_position"):
+                r[f"mfu{ending}"] = r[f"flops{ending}"] / seconds / r["peak_flops"]
+        r["speed_over"] = {}
+        if side in PEERS:
+            continue
+        for peer in done:
+            if peer in PEERS:
+                r["speed_over"][peer] = common.ratio(done[peer]["seconds"], r["seconds"])
         base = base_of(side, results)
-        peers = [other for other in done if other in PEERS and side not in PEERS]
-        r["speed_over"] = {peer: common.ratio(done[peer]["seconds"], r["seconds"]) for peer in peers}
-        if base and side not in PEERS:
+        if base:
             over = common.ratio(done[base]["seconds"], r["seconds"])
             predicted = done[base]["flops"] / r["flops"]
             r["speed_over"]["base"] = over | {"predicted": predicted, "share": over["median"] / predicted}
     return results
 
 
-def serving(data, scratch):
+def serving(settings: Settings, data: str, scratch: str) -> dict:
     """Decoding at batch 1 from live rows, a ToL on device and disk, and base; and the build of the ToL file."""
-    here = os.path.dirname(os.path.abspath(__file__))
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
 
     def run(*command):
@@ -274,99 +316,159 @@ def serving(data, scratch):
             raise UserError(f"{' '.join(command[:2])}: ended with exit code {code}")
         return time.perf_counter() - start
 
-    shape = [f"--config.model.{field}={setting(field)}" for field in ("dim", "layers", "heads", "dtype")]
+    shape = [f"--config.model.{field}={getattr(settings, field)}" for field in ("dim", "layers", "heads", "dtype")]
     for side in ("base", "memory"):
-        config = f"--config={here}/../configs/1b.py:{side}"
-        run(f"{here}/untrained.py", config, *shape, f"--data={data}", f"--workdir={scratch}/{side}")
+        config = f"--config={HERE}/../configs/1b.py:{side}"
+        run(f"{HERE}/untrained.py", config, *shape, f"--data={data}", f"--workdir={scratch}/{side}")
     tol = f"{scratch}/tol.safetensors"
     seconds = run("-m", "memoryllm_jax.precompute", f"--workdir={scratch}/memory", f"--output={tol}")
     build = {"seconds": seconds, "bytes": os.path.getsize(tol)}
     run(
-        *(f"{here}/decode.py", f"--workdir={scratch}/memory", f"--base={scratch}/base", f"--tol={tol}"),
-        *(f"--data={data}", "--groups=live+device+disk/base", f"--dtype={setting('dtype')}"),
-        *(f"--capacity={FLAGS.capacity}", "--steps=64", "--rounds=5", f"--output={scratch}/decode.json"),
+        *(f"{HERE}/decode.py", f"--workdir={scratch}/memory", f"--base={scratch}/base", f"--tol={tol}"),
+        *(f"--data={data}", "--groups=live+device+disk/base", f"--dtype={settings.dtype}"),
+        *(f"--capacity={settings.capacity}", "--steps=64", "--rounds=5", f"--output={scratch}/decode.json"),
     )
     with open(f"{scratch}/decode.json") as file:
         return {"tol_build": build, "decode": json.load(file)}
 
 
-def main():
-    if FLAGS.table:
-        import tables
-
-        print("\n\n".join(tables.markdown(path) for path in FLAGS.table))
-        return 0
-    if FLAGS.platform is None:
-        raise UserError("--platform: expected cpu or gpu, or --table=FILE")
-    if FLAGS.worker:
-        # Whatever libraries print, only the worker's own lines reach the pipe.
-        out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
-        return worker(FLAGS.worker, out)
-    # Asked in a process of its own, as this one must not take the device's memory.
-    look = subprocess.run(
-        [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True
-    )
-    if look.stdout.strip() != FLAGS.platform:
-        raise UserError(f"--platform={FLAGS.platform}: expected such a device, found {look.stdout.strip() or 'none'}")
-    sides = setting("sides")
-    for side in sides:
-        if side in PEERS and FLAGS.platform != "cpu":
-            raise UserError(f"--sides={side}: peers are measured on a CPU only")
-    with tempfile.TemporaryDirectory(dir=FLAGS.scratch) as scratch:
-        path = FLAGS.data
-        if path is None:
-            import synthetic
-
-            path = os.path.join(scratch, "data")
-            synthetic.write(path, FLAGS.vocab_size, 40 * setting("batch_size") * setting("seq_len"))
-        return run(sides, path, scratch)
+def check_platform(settings: Settings) -> None:
+    """Raises: ArgumentError."""
+    # JAX is asked in a process of its own, as this one must not take the device's memory.
+    look = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    found = subprocess.run(look, capture_output=True, text=True).stdout.strip()
+    if found != settings.platform:
+        raise ArgumentError("platform", f"expected a device of {settings.platform}, found {found or 'none'}")
+    for side in settings.sides:
+        if side in PEERS and settings.platform != "cpu":
+            raise ArgumentError("sides", f"expected architectures, as peers are measured on a CPU only, found {side}")
 
 
-def run(sides, path, scratch):
-
-    dataset = Dataset(path)
-    more = {
-        "ids": f"{dataset.vocab_size} ids, tokenizer SHA-256 {dataset.tokenizer().digest[:16]}",
-        "shape": {name: setting(name) for name in SHAPE},
-        "platform": FLAGS.platform,
-    }
-    if FLAGS.data is None:
-        import synthetic
-
-        more["ids"] = f"no text: {synthetic.LAW}, {dataset.vocab_size} ids"
+def measure_all(settings: Settings, data: str, scratch: str, output: str) -> int:
+    """Exit code."""
+    dataset = Dataset(data)
+    ids = f"{dataset.vocab_size} ids, tokenizer SHA-256 {dataset.tokenizer().digest[:16]}"
+    if settings.data is None:
+        ids = f"no text: {synthetic.LAW}, {dataset.vocab_size} ids"
+    more = {"ids": ids, "shape": {name: getattr(settings, name) for name in SHAPE}, "platform": settings.platform}
     results = {}
-    for group in [sides] if FLAGS.platform == "cpu" else [[side] for side in sides]:
-        for found in measure(group, path):  # each round is written, in case there is not time for all
-            results = compare(results | found)
-            common.write(FLAGS.output, results, more)
-    if FLAGS.decode or (FLAGS.decode is None and FLAGS.platform != "cpu"):
-        more |= serving(path, scratch)
-        common.write(FLAGS.output, results, more)
+    together = settings.platform == "cpu"
+    for group in [settings.sides] if together else [(side,) for side in settings.sides]:
+        for found in measure(group, data, settings.rounds):
+            results = compare(results | found, settings.tokens)
+            common.write(output, results, more)  # after each round, in case there is no time for all of them
+    if settings.decode:
+        more |= serving(settings, data, scratch)
+        common.write(output, results, more)
     failed = [side for side, r in results.items() if "error" in r]
     for side in failed:
         print(f"error: {side}: {results[side]['error']}", file=sys.stderr)
     return 1 if failed else 0
 
 
+def main(
+    settings: Settings,
+    output: Annotated[str, Option("JSON file for the result")] = "",
+    scratch: Annotated[str | None, Option("folder for temporary files: at 1b, 27 GB")] = None,
+    table: Annotated[tuple[str, ...], Option("records to print as Markdown instead of measuring")] = (),
+    worker: Annotated[str, Option("internal: the side that this process is")] = "",
+) -> int:
+    if table:
+        print("\n\n".join(markdown(path) for path in table))
+        return 0
+    if settings.platform is None:
+        raise ArgumentError("platform", f"expected one of {', '.join(PRESETS)}, or --table=FILE, found neither")
+    settings = settings.with_preset()
+    if worker:
+        work(worker, settings)
+        return 0
+    check_platform(settings)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        data = settings.data
+        if data is None:
+            data = os.path.join(folder, "data")
+            synthetic.write(data, settings.vocab_size, 40 * settings.tokens)
+        return measure_all(settings, data, folder, output)
+
+
+# The tables of docs/performance.md
+
+
+def markdown(path: str) -> str:
+    """A heading line and the tables of one record of this script."""
+    record = storage.read_json(path, "a record of speed.py")
+    shape, results = record["shape"], record["results"]
+    tokens = shape["batch_size"] * shape["seq_len"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    parts = [
+        f"{shape['layers']} layers of width {shape['dim']}, {tokens:,} tokens a step in sequences of "
+        f"{shape['seq_len']:,}, {shape['dtype']}; {record['ids']}; {record['machine']}; Python {record['python']}, "
+        f"{versions}; commit {record['commit']}.",
+        _table(*_ours(results)),
+    ]
+    head, rows = _peers(results)
+    if rows:
+        parts.append(_table(head, rows))
+    if "decode" in record:
+        parts.append(_table(*_decoding(record["decode"])))
+        build = record["tol_build"]
+        parts.append(f"ToL build: {build['bytes'] / 1e9:.1f} GB in {build['seconds']:.0f} s.")
+    return "\n\n".join([*parts, f"    {record['command']}"])
+
+
+def _ours(results):
+    on_device = any("mfu" in r for r in results.values())
+    head = ["side", "s a step", "tokens/s", "peak GB", "over base", "FLOPs predict", "share"]
+    if on_device:
+        head += ["MFU", "all attention", "FFN-M everywhere"]
+    rows = []
+    for side, r in results.items():
+        if "error" in r:
+            rows.append([side, r["error"], *[""] * (len(head) - 2)])
+        elif "rows" in r:
+            row = [*_plain(side, r), "", "", ""]
+            if "base" in r["speed_over"]:
+                base = r["speed_over"]["base"]
+                row[-3:] = [_range(base), f"{base['predicted']:.2f}", f"{base['share']:.0%}"]
+            if on_device:
+                row += [f"{r[f'mfu{ending}']:.1%}" for ending in ("", "_full_attention", "_every_position")]
+            rows.append(row)
+    return head, rows
+
+
+def _peers(results):
+    ours = [side for side, r in results.items() if "rows" in r]
+    head = ["side", "s a step", "tokens/s", "peak GB", *(f"{side} over it" for side in ours)]
+    rows = []
+    for peer, r in results.items():
+        if "seconds" in r and "rows" not in r:
+            rows.append([*_plain(peer, r), *(_range(results[side]["speed_over"][peer]) for side in ours)])
+    return head, rows
+
+
+def _plain(side, r):
+    seconds = statistics.median(r["seconds"])
+    return [side, f"{seconds:.2f}", f"{r['tokens_per_second']:,.0f}", f"{r['peak_bytes'] / 1e9:.1f}"]
+
+
+def _decoding(record):
+    head = ["side", "ms a token", "over base", "GB touched", "bandwidth alone, ms", "times that", "held GB"]
+    rows = []
+    for side, r in record["results"].items():
+        ms, floor = statistics.median(r["ms_per_token"]), r["bandwidth_ms"]
+        row = [side.split(": ")[1], f"{ms:.2f}", _range(r.get("speed_over_base")), f"{r['bytes_touched'] / 1e9:.2f}"]
+        rows.append([*row, f"{floor:.2f}", f"{ms / floor:.2f}", f"{r['held_bytes'] / 1e9:.1f}"])
+    return head, rows
+
+
+def _range(ratio):
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
+
+
+def _table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 if __name__ == "__main__":
-    flags.DEFINE_enum("platform", None, list(PRESETS), "the device to measure, which also sets the defaults below")
-    flags.DEFINE_string("data", None, "prepared data; by default ids drawn at random")
-    flags.DEFINE_integer("vocab_size", 128_256, "of ids drawn at random")
-    flags.DEFINE_string("output", "", "JSON file for the result")
-    flags.DEFINE_list("sides", None, "which to run; empty for none")
-    flags.DEFINE_bool("decode", None, "measure decoding and the ToL build too; by default not on a CPU")
-    flags.DEFINE_integer("capacity", 2048, "positions of the key-value cache in decoding")
-    flags.DEFINE_integer("dim", None, "model width")
-    flags.DEFINE_integer("layers", None, "layers")
-    flags.DEFINE_integer("heads", None, "heads")
-    flags.DEFINE_integer("seq_len", None, "tokens a sequence")
-    flags.DEFINE_integer("batch_size", None, "sequences of a step")
-    flags.DEFINE_string("dtype", None, "of the computation: float32 or bfloat16")
-    flags.DEFINE_integer("loss_chunk", None, "tokens whose logits exist at one time")
-    flags.DEFINE_integer("rounds", None, "timed rounds of each side, after a first step that is not")
-    flags.DEFINE_integer("steps", None, "training steps of a round, dispatched without waiting")
-    flags.DEFINE_string("scratch", None, "folder for temporary files: at 1b, 27 GB")
-    flags.DEFINE_list("table", None, "records to print as Markdown instead of measuring")
-    flags.DEFINE_string("worker", None, "internal: the side this process is")
-    legacy.run(main)
+    cli.run(main)
