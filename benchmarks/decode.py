@@ -38,7 +38,8 @@ from memoryllm_jax.data import dataset
 from memoryllm_jax.inference.rows import LiveRows
 from memoryllm_jax.inference.sampling import Sampling, draw
 from memoryllm_jax.tol.format import TolFile
-from memoryllm_jax.tol.rows import CachedRows, DeviceRows, DiskTable, HostTable
+from memoryllm_jax.tol.reader import RowReader
+from memoryllm_jax.tol.rows import CachedRows, DeviceRows, HostTable
 from memoryllm_jax.tol.serving import open_engine
 
 FIRST = 1000  # held-out token that the rounds begin at
@@ -101,7 +102,7 @@ class Worker:
             return LiveRows(model.config, params, mesh)
         if side == "device":
             return DeviceRows(self.tol, mesh)
-        table = HostTable(self.tol) if side == "host" else DiskTable(self.tol)
+        table = HostTable(self.tol) if side == "host" else RowReader(self.tol)
         return CachedRows(table, mesh, self.settings.cache << 20)
 
     def serve(self) -> None:

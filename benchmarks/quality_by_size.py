@@ -22,7 +22,8 @@ from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import statistics
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.experiments import contribution
-from memoryllm_jax.tol import budget, build, compress
+from memoryllm_jax.tol import budget, compress
+from memoryllm_jax.tol.sources import LiveSource, full_vectors
 
 BITS = (32, 16, 8, 6, 5, 4, 3, 2)
 RANKS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -39,19 +40,19 @@ class Trial:
 
     def __init__(self, workdir: str, data: str, tokens: int):
         trained = TrainedModel(workdir)
-        self.source = build.LiveSource(trained)
+        self.source = LiveSource(trained)
         counts = statistics.token_counts(Dataset(data), self.source.vocab_size)
         self.calibration = budget.scorer(trained, data)
         self.held_out = budget.scorer(trained, data, tokens, half=1)
         self.planner = budget.Planner(self.source, self.calibration, counts)
         _, self.uniform_bases = self.planner.even_bases()
-        self._vectors = budget.full_vectors(self.source, self.held_out.ids)
+        self._vectors = full_vectors(self.source, self.held_out.ids)
         self.full = math.exp(self.held_out.nats(self._vectors))
         self.rows: list[dict] = []
 
     def drop_order(self) -> list[str]:
         """Half of the layers, in the order in which dropping them, on top of those before, harms least."""
-        vectors = budget.full_vectors(self.source, self.calibration.ids)
+        vectors = full_vectors(self.source, self.calibration.ids)
 
         def loss(dropped):
             gone = {f"ffn.{layer}" for layer in dropped}

@@ -29,7 +29,8 @@ from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import dataset
 from memoryllm_jax.model.sharding import make_mesh
 from memoryllm_jax.tol.format import TolFile
-from memoryllm_jax.tol.rows import CachedRows, DiskTable
+from memoryllm_jax.tol.reader import RowReader
+from memoryllm_jax.tol.rows import CachedRows
 
 THREADS = 16
 WINDOW = 2048  # tokens
@@ -130,7 +131,7 @@ def main(
     trained = TrainedModel(workdir)
     file.check_model(trained.config, trained.tokenizer.digest, None)
     stride = file.layout.stride
-    cached = CachedRows(DiskTable(file), mesh, stride)  # room for one row: nothing is cached
+    cached = CachedRows(RowReader(file), mesh, stride)  # room for one row: nothing is cached
     raw = Raw(file)
     ways = {name: getattr(raw, name) for name in RAW} | {"ours": cached.fetch}
     ways["ours_decoded"] = lambda ids: jax.block_until_ready(cached.fetch(ids))

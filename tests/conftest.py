@@ -74,8 +74,8 @@ def make_config(data_path):
 
 
 @pytest.fixture(scope="session")
-def lab(data_path, tmp_path_factory):
-    return Lab(data_path, shared_folder(tmp_path_factory))
+def lab(data_path, corpus, tmp_path_factory):
+    return Lab(data_path, corpus, shared_folder(tmp_path_factory))
 
 
 @pytest.fixture

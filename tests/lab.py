@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import socket
 
 import jax
@@ -15,16 +16,19 @@ import reference
 
 from memoryllm_jax.checkpoint import store, trained
 from memoryllm_jax.config import Config, MeshConfig, ModelConfig, default, resolve
+from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.evaluation import perplexity
 from memoryllm_jax.experiments import models as models_lib
-from memoryllm_jax.inference.decoder import Decoder
+from memoryllm_jax.inference.decoder import Decoder, bucket
 from memoryllm_jax.inference.rows import LiveRows
+from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.model import sharding, transformer
 from memoryllm_jax.tol import compress, serving
 from memoryllm_jax.training import loop
 
 CONTEXT = 32  # of the models that `lab` trains
+GREEDY = Sampling(temperature=0)
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hf", "golden_hf")
 
 
@@ -135,34 +139,101 @@ def run_experiment(experiment, models, folder, **chosen) -> tuple[dict, str]:
     return json.loads(name.with_suffix(".json").read_text())["results"], name.with_suffix(".html").read_text()
 
 
-class Lab:
-    """A trained model of each architecture, made when it is first asked for, once for all workers."""
+# {name: (architecture, what differs from a model of that architecture)}; other names are those of architectures.
+MODELS = {
+    "flex-3": ("flex-3", {"checkpoint.every": 8}),
+    "tied": ("memory", {"model.tie_embeddings": True, "model.norm": "layernorm"}),
+    "other": ("memory", {"steps": 2, "data.path": "other"}),  # of the same shapes as memory, with another tokenizer
+}
 
-    def __init__(self, data_path, folder):
-        self.data_path, self.folder = data_path, folder
+
+def some_tokens(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 512, count).tolist()
+
+
+def written(model, prompts, tokens=12, settings=GREEDY, **more) -> list[list[int]]:
+    """The new tokens of each prompt."""
+    out = [[] for _ in prompts]
+    for new in model.generate(prompts, tokens, settings, **more):
+        for sequence, token in new:
+            out[sequence].append(token)
+    return out
+
+
+def step_logits(decoder, rows, tokens, first=1) -> np.ndarray:
+    """Logits after each of tokens[first - 1:]: a prefill of `first` tokens, then decode steps. [n, V]"""
+    cache = decoder.empty_cache(decoder.shards, bucket(len(tokens), CONTEXT))
+    batch = np.repeat(np.array(tokens, np.int32)[None], decoder.shards, 0)
+    ids, index = np.unique(batch, return_inverse=True)
+    index, rows = index.reshape(batch.shape).astype(np.int32), rows.fetch(ids.astype(np.int32))
+    lengths = np.full(decoder.shards, first, np.int32)
+    logits, cache = decoder.prefill(rows, index[:, :first], lengths, np.arange(decoder.shards, dtype=np.int32), cache)
+    out = [np.asarray(logits[-1])]
+    for position in range(first, len(tokens)):
+        logits, cache = decoder.step(rows, index[:, position], np.full(decoder.shards, position, np.int32), cache)
+        out.append(np.asarray(logits[-1]))
+    return np.stack(out)
+
+
+class Lab:
+    """Trained models and their ToL files, each made when it is first asked for, once for all workers."""
+
+    def __init__(self, data_path, corpus, folder):
+        self.data_path, self.corpus, self.folder = data_path, corpus, folder
         self.workdir = functools.cache(self._workdir)
         self.tol = functools.cache(self._tol)
+        self.params = functools.cache(self._params)
 
     def _workdir(self, name):
-        c = default(name)
+        architecture, overrides = MODELS.get(name, (name, {}))
+        c = default(architecture)
         c.steps, c.batch_size, c.seq_len = 16, 8, CONTEXT
         c.model.dim, c.model.layers, c.model.heads, c.model.dtype = 32, 2, 4, "float32"
         c.model.init_std, c.model.loss_chunk = 0.1, 24
         c.data.path, c.data.epochs = self.data_path, 9
         c.optimizer.peak_lr, c.optimizer.warmup_steps = 2e-2, 2
         c.log.every, c.log.tensorboard = 100, False
+        c.update_from_flattened_dict(overrides)
+        if c.data.path == "other":
+            c.data.path = self.other_data()
         workdir = self.folder / name
         with made_once(workdir) as to_make:
             if to_make:
                 assert loop.train(resolve(c), str(workdir), jax.devices()[:1]) == 0
         return str(workdir)
 
-    def _tol(self, name):
-        path = self.folder / f"{name}.safetensors"
+    def other_data(self):
+        """Every second document of another tokenizer's training text, prepared with it."""
+        path, text = self.folder / "other_data", self.folder / "other.jsonl"
         with made_once(path) as to_make:
             if to_make:
-                compress.precompute(self.workdir(name), str(path), compress.Options())
+                lines = pathlib.Path(self.corpus).read_text().splitlines(keepends=True)
+                text.write_text("".join(lines[::2]))
+                shards.prepare(str(text), "sentencepiece:train:512", str(path), validation_fraction=0.1)
         return str(path)
+
+    def _tol(self, name, **choices):
+        """A ToL file with these `compress.Options`."""
+        chosen = "".join(f"-{option}-{value}" for option, value in choices.items())
+        path = self.folder / f"{name}{re.sub('[^-0-9a-z_.]', '_', chosen)}.safetensors"
+        with made_once(path) as to_make:
+            if to_make:
+                compress.precompute(self.workdir(name), str(path), compress.Options(**choices))
+        return str(path)
+
+    def _params(self, name):
+        """(parameters as tests/reference.py takes them, ModelConfig)."""
+        model = trained.TrainedModel(self.workdir(name))
+        params, _ = model.load(lambda _: True)
+        return stacked(params), model.config
+
+    def memory(self, name, change=lambda layer, p: p):
+        """FFN-M of the whole vocabulary from the equations, [layers, V, D]; `change` alters a layer's parameters."""
+        params, m = self.params(name)
+        layers = [jax.tree.map(lambda a, i=i: a[i], params["memory"]) for i in range(m.layers)]
+        layers = [change(i, p) for i, p in enumerate(layers)]
+        x0 = params["embedding"]
+        return np.stack([reference.swiglu(reference.norm(x0, p["norm"]["scale"], m), p["ffn"]) for p in layers])
 
     def run(self, name):
         """Its Config."""
@@ -171,6 +242,6 @@ class Lab:
     def config(self, name):
         return self.run(name).model
 
-    def model(self, name, *args, devices=1):
+    def model(self, name, *args, devices=1, **kwargs):
         mesh = sharding.make_mesh(MeshConfig(-1, 1, 1), jax.devices()[:devices])
-        return contextlib.closing(serving.open_engine(self.workdir(name), *args, mesh=mesh))
+        return contextlib.closing(serving.open_engine(self.workdir(name), *args, mesh=mesh, **kwargs))

@@ -14,8 +14,9 @@ from memoryllm_jax.evaluation.measure import Measure, change
 from memoryllm_jax.experiments.models import Models
 from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.model.token_memory import TokenRows
-from memoryllm_jax.tol import budget, build, compress
+from memoryllm_jax.tol import budget, compress
 from memoryllm_jax.tol.layout import Layout
+from memoryllm_jax.tol.sources import LiveSource
 
 BITS = ("32", "16", "8", "4", "3", "2")
 RANKS = ("0.9", "0.8", "0.7", "0.6", "0.5")
@@ -34,9 +35,7 @@ class StoredRows:
 
     on_device = True
 
-    def __init__(
-        self, source: build.LiveSource, layout: Layout, bases: dict, tier_of_token: np.ndarray, embedding=None
-    ):
+    def __init__(self, source: LiveSource, layout: Layout, bases: dict, tier_of_token: np.ndarray, embedding=None):
         self._source, self._layout, self._bases = source, layout, bases
         self._tiers, self._embedding = jax.numpy.asarray(tier_of_token), embedding
 
@@ -92,7 +91,7 @@ def compression(
         raise ArgumentError("calibration", "expected prepared data of the model's tokenizer, found nothing")
     page.facts |= {"calibration": calibration}
     with contextlib.closing(models.open(models.workdirs[0])) as model:
-        source = build.LiveSource(model.trained)
+        source = LiveSource(model.trained)
         layouts = _uniform_layouts(source, bits, ranks)  # first, as it refuses bad bits and ranks
         trial = _Trial(source, model, calibration)
         settings = _measure_settings(trial, layouts, measure)
@@ -113,7 +112,7 @@ class _Trial:
       plain_bytes: of all rows at 16 bits, which savings are relative to.
     """
 
-    def __init__(self, source: build.LiveSource, model: Engine, calibration: str):
+    def __init__(self, source: LiveSource, model: Engine, calibration: str):
         self.source, self.model, trained = source, model, model.trained
         counts = statistics.token_counts(dataset.open_for(calibration, model.tokenizer.digest), source.vocab_size)
         self.planner = budget.Planner(source, budget.scorer(trained, calibration), counts)
@@ -143,7 +142,7 @@ class _Trial:
         return Setting(kind, name, size, found)
 
 
-def _uniform_layouts(source: build.LiveSource, bits, ranks) -> list[tuple[str, str, Layout]]:
+def _uniform_layouts(source: LiveSource, bits, ranks) -> list[tuple[str, str, Layout]]:
     """(kind, name, layout) of each uniform setting. Raises: UserError."""
     chosen = [("bits", f"{b} bits", compress.Options(bits=b)) for b in bits]
     chosen += [("rank", f"16 bits, rank {r}", compress.Options(bits="16", rank=r)) for r in ranks]

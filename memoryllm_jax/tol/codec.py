@@ -1,11 +1,13 @@
-"""How one token's rows become bytes and back, in JAX: float, or integers of 2 to 8 bits, of a vector or its rotation.
+"""Encodes a token's vectors to bytes and decodes them, in JAX: floats, or integers of 2 to 8 bits.
 
-A row consists of parts: "x0", the input embedding where it is untied, and "ffn.L", FFN-M of layer L. A part's vector is
-stored as it is, or as its first coefficients in a rotated basis that all tokens share (low rank by SVD). Its elements
-fall into bands, each with its own number of bits. A layer without a part is dropped: its rows are zero.
+A row consists of parts: "x0", the input embedding where it is untied, and "ffn.L", the output of FFN-M of layer L. A
+part's vector is stored as it is, or as its first coefficients in a rotated basis that all tokens share (low rank by
+SVD). Its elements are split into consecutive bands, each with its own number of bits. A layer without a part is
+dropped: its rows are zero.
 
-Integers of b bits come in groups of 64 with one bfloat16 scale s: element = (code - 2^(b-1) + 1/2) s. Shapes: U tokens,
-D width, n elements of a band.
+Integers of b bits are in groups of 64 that share one bfloat16 scale s: element = (code - 2^(b-1) + 1/2) s.
+
+Shapes: U tokens, D width, n elements of a band, G groups of g elements.
 """
 
 import dataclasses
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 GROUP = 64  # elements that share a scale
 FLOATS = {32: jnp.float32, 16: jnp.bfloat16}
 INTEGERS = (2, 3, 4, 5, 6, 7, 8)
-# Fractions of a group's largest magnitude that the outermost code may stand for; the one with the least error is taken.
+# The outermost code stands for one of these fractions of a group's largest magnitude: the one with the least error.
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 
 
@@ -29,11 +31,12 @@ class Band:
 
     @property
     def padded(self) -> int:
-        """Elements stored: whole bytes for every bit plane, and whole groups."""
+        """Elements stored: `size`, rounded up to whole groups, and so to whole bytes of every bit plane."""
         return -(-self.size // self.group) * self.group
 
     @property
     def group(self) -> int:
+        """Elements that share a scale."""
         return GROUP if self.size >= GROUP else -(-self.size // 8) * 8
 
     @property
@@ -45,6 +48,8 @@ class Band:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
+    """One vector of a row: "x0" or "ffn.L". `rotated`: stored as coefficients in a basis."""
+
     name: str
     bands: tuple[Band, ...]
     rotated: bool = False
@@ -60,12 +65,15 @@ class Part:
 
 
 def encode(parts: tuple[Part, ...], vectors: dict, bases: dict):
-    """{part name: [U, D]} -> uint8 [U, bytes of a row]. `bases`: {part name: [rank or more, D]} of rotated parts."""
+    """Encodes vectors {part name: [U, D]} to uint8 [U, bytes of a row].
+
+    `bases`: {part name: [rank or more, D]} of rotated parts.
+    """
     return jnp.concatenate([_encode_part(part, vectors[part.name], bases) for part in parts], 1)
 
 
 def decode(parts: tuple[Part, ...], raw, bases: dict) -> dict:
-    """What `encode` made -> {part name: [U, D]}: bfloat16 or float32 as stored, float32 for integers."""
+    """Decodes what `encode` made to {part name: [U, D]}: bfloat16 or float32 as stored, float32 for integers."""
     out, offset = {}, 0
     for part in parts:
         out[part.name] = _decode_part(part, raw[:, offset : offset + part.bytes], bases)
@@ -91,15 +99,17 @@ def _decode_part(part, raw, bases):
         offset += band.bytes
     if len(pieces) > 1:
         pieces = [jnp.concatenate([p.astype(jnp.float32) for p in pieces], 1)]
-    return _product(pieces[0], bases[part.name][: part.rank]) if part.rotated else pieces[0]
+    (x,) = pieces
+    return _product(x, bases[part.name][: part.rank]) if part.rotated else x
 
 
 def _product(x, w):
+    # "highest": accelerators would otherwise round float32 products to bfloat16 or TF32.
     return jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32), precision="highest")
 
 
 def encode_band(band: Band, x_Un):
-    """[U, n] float32 -> uint8 [U, bytes]."""
+    """Encodes float32 [U, n] to uint8 [U, bytes]."""
     if band.bits in FLOATS:
         return _to_bytes(x_Un.astype(FLOATS[band.bits]))
     U = x_Un.shape[0]
@@ -115,7 +125,7 @@ def encode_band(band: Band, x_Un):
 
 
 def decode_band(band: Band, raw):
-    """uint8 [U, bytes] -> [U, n]."""
+    """Decodes uint8 [U, bytes] to [U, n]."""
     if band.bits in FLOATS:
         return _from_bytes(raw, FLOATS[band.bits])
     count = band.padded // band.group
@@ -130,23 +140,26 @@ def decode_band(band: Band, raw):
 
 
 def _quantize(groups_UGg, bits):
-    """(scales [U, G] bfloat16, codes uint8 [U, G, g]) with the clip of least squared error in each group."""
+    """(scales bfloat16 [U, G], codes uint8 [U, G, g]), clipped so that the squared error of the group is least."""
     half = 2.0 ** (bits - 1)
     top = jnp.abs(groups_UGg).max(-1)
 
     def attempt(clip):
         scale = (top * clip / half).astype(jnp.bfloat16)
+        # A group of zeros has scale 0, and is divided by 1 instead.
         s = jnp.where(scale > 0, scale, 1).astype(jnp.float32)[..., None]
         code = jnp.clip(jnp.floor(groups_UGg / s) + half, 0, 2 * half - 1)
         error = jnp.square((code - half + 0.5) * scale.astype(jnp.float32)[..., None] - groups_UGg).sum(-1)
         return error, scale, code.astype(jnp.uint8)
 
-    best = attempt(_CLIPS[0])
+    error, scale, code = attempt(_CLIPS[0])
     for clip in _CLIPS[1:]:
-        new = attempt(clip)
-        better = new[0] < best[0]
-        best = tuple(jnp.where(better[..., None] if n.ndim == 3 else better, n, b) for n, b in zip(new, best))
-    return best[1], best[2]
+        new_error, new_scale, new_code = attempt(clip)
+        better = new_error < error
+        error = jnp.where(better, new_error, error)
+        scale = jnp.where(better, new_scale, scale)
+        code = jnp.where(better[..., None], new_code, code)
+    return scale, code
 
 
 def _to_bytes(x):

@@ -2,160 +2,69 @@
 
 import dataclasses
 import math
+from typing import Annotated
 
-import jax
 import numpy as np
-from absl import flags
 
 from memoryllm_jax import config
 from memoryllm_jax.checkpoint.trained import TrainedModel
-from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.common.legacy import size
+from memoryllm_jax.common import options
+from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import statistics
 from memoryllm_jax.data.dataset import open_for
 from memoryllm_jax.model import sharding
 from memoryllm_jax.tol import budget, build
-from memoryllm_jax.tol import budget as budget_lib
+from memoryllm_jax.tol.budget import Scorer
 from memoryllm_jax.tol.codec import FLOATS, INTEGERS, Band, Part
+from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.layout import Layout, Tier
-
-flags.disclaim_key_flags()  # they are the command's: its --help lists them
+from memoryllm_jax.tol.sources import FileSource, LiveSource
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """bits, rank: "DEFAULT" or "DEFAULT,LAYER:VALUE,..."; drop_layers: layer numbers; sizes as `size` reads them."""
+    """How rows are stored: bits, rank and layers as given, or chosen by measurement for a size."""
 
-    bits: str = ""
-    rank: str = "1.0"
-    drop_layers: tuple[str, ...] = ()
-    bytes_per_token: str = ""
-    total_size: str = ""
-    data: str = ""
+    bits: Annotated[
+        str,
+        Option(
+            "bits of an element: 32, 16 or 2 to 8; for some layers otherwise as 4,0:8,23:16; by default those of the "
+            "computation (32 or 16). A stored embedding (x0) has at least 8 unless x0:BITS says so"
+        ),
+    ] = ""
+    rank: Annotated[
+        str, Option("share (0.5) or number (1024) of singular vectors kept; for some layers otherwise as 0.5,0:1.0")
+    ] = "1.0"
+    drop_layers: Annotated[tuple[str, ...], Option("layers whose rows are left out, such as 11,12")] = ()
+    bytes_per_token: Annotated[
+        str, Option("budget: choose bits, rank and layers for rows of this mean size, such as 12KiB")
+    ] = ""
+    total_size: Annotated[str, Option("budget: choose them for this size of all rows and bases, such as 1.5GB")] = ""
+    data: Annotated[
+        str, Option("prepared data: its most frequent tokens come first in the file, and a budget is measured on it")
+    ] = ""
 
-
-def define_flags() -> None:
-    flags.DEFINE_string(
-        "bits",
-        "",
-        "bits of an element: 32, 16 or 2 to 8; for some layers otherwise as 4,0:8,23:16; by default those of the "
-        "computation (32 or 16). An embedding that is stored (x0) has at least 8 unless x0:BITS says so",
-    )
-    flags.DEFINE_string("rank", "1.0", "share (0.5) or number (1024) of SVD directions kept; per layer as 0.5,0:1.0")
-    flags.DEFINE_list("drop_layers", [], "layers whose rows are left out")
-    flags.DEFINE_string(
-        "bytes_per_token", "", "budget: choose bits, rank and layers for rows of this mean size (12KiB)"
-    )
-    flags.DEFINE_string("total_size", "", "budget: likewise for this size of all rows and bases (1.5GB)")
-    flags.DEFINE_string("data", "", "prepared data: rows in order of frequency, and text to measure a budget on")
-
-
-def from_flags() -> Options:
-    values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Options)}
-    return Options(**values | {"drop_layers": tuple(values["drop_layers"])})
+    @property
+    def has_budget(self) -> bool:
+        return bool(self.bytes_per_token or self.total_size)
 
 
-def write(source, options: Options, output: str, scorer=None, label: str = "precompute") -> str:
-    """Writes the file that the options ask for. Returns: one line on it. Raises: UserError.
+def precompute(
+    workdir: str,
+    output: str,
+    choices: Options,
+    step: int | None = None,
+    dtype: str = "",
+    chunk_rows: int = build.CHUNK_ROWS,
+) -> str:
+    """Writes the ToL file of a checkpoint, on all devices of this process.
 
-    `scorer`: budget.Scorer of the model, needed for a budget.
+    Args:
+      step, dtype: as of `TrainedModel`.
+      chunk_rows: as of `build.build`.
+    Returns: one line on what was written. Raises: UserError.
     """
-    counts, successors = source.counts, source.successors
-    if options.data:
-        dataset = open_for(options.data, source.identity.tokenizer.digest)
-        counts = statistics.token_counts(dataset, source.vocab_size)
-        successors, _ = statistics.likely_successors(dataset, source.vocab_size)
-    order = np.arange(source.vocab_size) if counts is None else np.argsort(-counts, kind="stable")
-    if options.bytes_per_token or options.total_size:
-        layout, bases = _within_budget(source, options, scorer, counts)
-    else:
-        layout = uniform(source, options)
-        bases = {}
-        if layout.rotated:
-            full = build.grams(source, layout, list(layout.rotated), np.ones(source.vocab_size), "singular vectors")
-            bases = {name: build.basis_of(gram)[1][: layout.rotated[name]] for name, gram in full.items()}
-    return build.build(source, layout, output, order, counts, successors, bases, label)
-
-
-def _within_budget(source, options, scorer, counts):
-    if options.bits or options.rank != "1.0" or options.drop_layers or (options.bytes_per_token and options.total_size):
-        raise UserError("--bytes_per_token, --total_size: expected one of them, without --bits, --rank, --drop_layers")
-    if jax.process_count() > 1:
-        raise UserError("a budget is planned on one host: run without --multihost")
-    if scorer is None or counts is None:
-        raise UserError("a budget is measured on text: give --data, and --workdir for the model")
-    if options.bytes_per_token:
-        total = size(options.bytes_per_token, "bytes_per_token") * source.vocab_size
-    else:
-        total = size(options.total_size, "total_size")
-    return budget.choose(source, scorer, counts, total)
-
-
-def uniform(source, options: Options) -> Layout:
-    """One tier with the bits, ranks and dropped layers as given. Raises: UserError."""
-    names = [f"ffn.{layer}" for layer in range(source.layers)]
-    default_bits = "32" if source.identity.dtype == "float32" else "16"
-    bits = _per_layer("bits", options.bits or default_bits, source.layers)
-    ranks = _per_layer("rank", options.rank, source.layers)
-    if "x0" in ranks:
-        raise UserError("--rank: expected layers, found x0, which is stored as it is")
-    dropped = {f"ffn.{_layer('drop_layers', layer, source.layers)}" for layer in options.drop_layers}
-    parts = []
-    if source.has_x0:
-        x0_bits = _bits(bits["x0"]) if "x0" in bits else max(_bits(bits[""]), 8)
-        parts.append(Part("x0", (Band(source.dim, x0_bits),)))
-    for name in names:
-        if name not in dropped:
-            kept = _rank(ranks.get(name, ranks[""]), source.dim)
-            band = Band(kept or source.dim, _bits(bits.get(name, bits[""])))
-            parts.append(Part(name, (band,), rotated=bool(kept)))
-    if len(dropped) == source.layers:
-        raise UserError("--drop_layers: expected at least one layer to stay, found all of them")
-    return Layout(source.dim, source.layers, source.has_x0, (Tier(source.vocab_size, tuple(parts)),))
-
-
-def _per_layer(flag, text, layers) -> dict[str, str]:
-    """{"": default, "ffn.3": value of layer 3, ...}"""
-    out = {}
-    for item in text.split(","):
-        layer, _, value = item.rpartition(":")
-        name = layer if layer in ("", "x0") else f"ffn.{_layer(flag, layer, layers)}"
-        if name in out:
-            raise UserError(f"--{flag}: expected one value for {name or 'all layers'}, found another: {item}")
-        out[name] = value.strip()
-    if "" not in out:
-        raise UserError(f"--{flag}: expected a value for all layers first, as in 4,0:8, found {text!r}")
-    return out
-
-
-def _layer(flag, text, layers) -> int:
-    if not text.strip().isdecimal() or int(text) >= layers:
-        raise UserError(f"--{flag}: expected a layer from 0 to {layers - 1}, found {text!r}")
-    return int(text)
-
-
-def _bits(text) -> int:
-    known = (*FLOATS, *reversed(INTEGERS))
-    if not text.isdecimal() or int(text) not in known:
-        raise UserError(f"--bits: expected one of {', '.join(map(str, known))}, found {text!r}")
-    return int(text)
-
-
-def _rank(text, dim) -> int:
-    """Directions kept; 0 for all, which needs no rotation."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    value = value if math.isfinite(value) else 0.0
-    kept = round(value * dim) if value <= 1 else int(min(value, dim + 1))
-    if not 0 < kept <= dim or (value > 1 and value != int(value)):
-        raise UserError(f"--rank: expected a share up to 1.0 or a number of directions up to {dim}, found {text!r}")
-    return 0 if kept == dim else kept
-
-
-def precompute(workdir: str, output: str, choices: Options, step: int | None = None, dtype: str = "") -> str:
-    """Writes the file. Returns: one line on it. Raises: UserError."""
     mesh = sharding.make_mesh(config.MeshConfig(1, -1, 1))
     trained = TrainedModel(workdir, step, dtype, mesh)
     if not trained.config.memory_dim:
@@ -163,7 +72,135 @@ def precompute(workdir: str, output: str, choices: Options, step: int | None = N
             f"{workdir}: expected a memory or flex model, found {trained.config.architecture}, without FFN-M"
         )
     if trained.config.dim % mesh.size:
-        raise UserError(f"{workdir}: expected a number of devices that divides the width {trained.config.dim}")
-    budget = choices.bytes_per_token or choices.total_size
-    scorer = budget_lib.scorer(trained, choices.data) if budget and choices.data else None
-    return write(build.LiveSource(trained), choices, output, scorer)
+        expected = f"expected a number of devices that divides the width {trained.config.dim}"
+        raise UserError(f"{workdir}: {expected}, found {mesh.size}")
+    scorer = budget.scorer(trained, choices.data) if choices.has_budget and choices.data else None
+    return write(LiveSource(trained), choices, output, scorer, chunk_rows=chunk_rows)
+
+
+def compress_file(tol: TolFile, choices: Options, output: str, workdir: str = "") -> str:
+    """Writes a smaller ToL file from one of 16 or 32 bits.
+
+    Args:
+      workdir: of the model, on which a budget is measured; else "".
+    Returns: one line on what was written. Raises: UserError.
+    """
+    kept = len(tol.layout.kept_layers())
+    if not tol.layout.tiers[0].float_bits or kept < tol.layout.layers:
+        raise UserError(
+            f"{tol.path}: expected a file of 16 or 32 bits with all layers, found {tol.metadata['codec']} of "
+            f"{kept} layers; compress the file that it was made from"
+        )
+    scorer = None
+    if workdir:
+        trained = TrainedModel(workdir, int(tol.metadata["step"]), tol.metadata["dtype"])
+        tol.check_model(trained.config, trained.tokenizer.digest, None)
+        scorer = budget.scorer(trained, choices.data) if choices.data else None
+    return write(FileSource(tol), choices, output, scorer, "compress")
+
+
+def write(
+    source,
+    choices: Options,
+    output: str,
+    scorer: Scorer | None = None,
+    label: str = "precompute",
+    chunk_rows: int = build.CHUNK_ROWS,
+) -> str:
+    """Writes the file that the options ask for.
+
+    Args:
+      source: of full rows (tol/sources.py).
+      scorer: of the model, which a budget needs.
+    Returns: one line on what was written. Raises: UserError.
+    """
+    counts = source.counts
+    if choices.data:
+        dataset = open_for(choices.data, source.identity.tokenizer.digest)
+        counts = statistics.token_counts(dataset, source.vocab_size)
+    order = np.arange(source.vocab_size) if counts is None else np.argsort(-counts, kind="stable")
+    if choices.has_budget:
+        layout, bases = _within_budget(source, choices, scorer, counts)
+    else:
+        layout = uniform(source, choices)
+        found = build.singular_bases(source, list(layout.rotated), np.ones(source.vocab_size), chunk_rows)
+        bases = {name: basis.vectors[: layout.rotated[name]] for name, basis in found.items()}
+    return build.build(source, layout, output, order, counts, bases, label, chunk_rows)
+
+
+def _within_budget(source, choices, scorer, counts) -> tuple[Layout, dict]:
+    name = "bytes_per_token" if choices.bytes_per_token else "total_size"
+    if choices.bytes_per_token and choices.total_size:
+        raise ArgumentError(name, "expected no total_size too, as both are budgets")
+    for other in ("bits", "rank", "drop_layers"):
+        if getattr(choices, other) != getattr(Options(), other):
+            raise ArgumentError(name, f"expected no {other} too, as a budget chooses it")
+    if scorer is None or counts is None:
+        raise ArgumentError(name, "expected data and workdir too, as a budget is measured on text with the model")
+    total = options.size(getattr(choices, name), name)
+    if choices.bytes_per_token:
+        total *= source.vocab_size
+    return budget.choose(source, scorer, counts, total)
+
+
+def uniform(source, choices: Options) -> Layout:
+    """One tier with the bits, ranks and dropped layers as given. Raises: ArgumentError."""
+    default_bits = "32" if source.identity.dtype == "float32" else "16"
+    bits = _per_part("bits", choices.bits or default_bits, source.layers)
+    ranks = _per_part("rank", choices.rank, source.layers)
+    if "x0" in ranks:
+        raise ArgumentError("rank", "expected layers, found x0, which is always stored whole")
+    dropped = options.layers(choices.drop_layers, "drop_layers", source.layers)
+    if len(dropped) == source.layers:
+        raise ArgumentError("drop_layers", "expected at least one layer to stay, found all of them")
+    parts = []
+    if source.has_x0:
+        x0_bits = _bits(bits["x0"]) if "x0" in bits else max(_bits(bits[""]), 8)
+        parts.append(Part("x0", (Band(source.dim, x0_bits),)))
+    for layer in range(source.layers):
+        if layer in dropped:
+            continue
+        name = f"ffn.{layer}"
+        rank = _rank(ranks.get(name, ranks[""]), source.dim)
+        band = Band(rank, _bits(bits.get(name, bits[""])))
+        parts.append(Part(name, (band,), rotated=rank < source.dim))  # the full rank needs no rotation
+    return Layout(source.dim, source.layers, source.has_x0, (Tier(source.vocab_size, tuple(parts)),))
+
+
+def _per_part(name: str, text: str, layers: int) -> dict[str, str]:
+    """Parses DEFAULT,LAYER:VALUE,...: {"": default, "ffn.3": value of layer 3, ...}. Raises: ArgumentError."""
+    out = {}
+    for item in text.split(","):
+        layer, _, value = item.rpartition(":")
+        part = layer
+        if layer not in ("", "x0"):
+            (number,) = options.layers((layer,), name, layers)
+            part = f"ffn.{number}"
+        if part in out:
+            raise ArgumentError(name, f"expected one value for {part or 'all layers'}, found another: {item}")
+        out[part] = value.strip()
+    if "" not in out:
+        raise ArgumentError(name, f"expected a value for all layers first, as in 4,0:8, found {text!r}")
+    return out
+
+
+def _bits(text: str) -> int:
+    known = (*FLOATS, *reversed(INTEGERS))
+    if not text.isdecimal() or int(text) not in known:
+        raise ArgumentError("bits", f"expected one of {', '.join(map(str, known))}, found {text!r}")
+    return int(text)
+
+
+def _rank(text: str, dim: int) -> int:
+    """Singular vectors kept, of `dim`: a share of 1 or less, or a number of them."""
+    problem = f"expected a share up to 1.0 or a number of singular vectors up to {dim}, found {text!r}"
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise ArgumentError("rank", problem) from error
+    if not math.isfinite(value) or (value > 1 and value != int(value)):
+        raise ArgumentError("rank", problem)
+    rank = round(value * dim) if value <= 1 else int(value)
+    if not 0 < rank <= dim:
+        raise ArgumentError("rank", problem)
+    return rank

@@ -1,134 +1,88 @@
-"""Edits of a token memory, kept beside the ToL file in a small overlay: rows of named tokens, and suppressed keys.
-
-An overlay is a safetensors file with a list of edits. An edit either gives rows to tokens, FFN-M's of all layers, or
-takes one key of one layer out of every token's row: with SwiGLU's FFN = sum_i c_i v_i (paper, section 2.3.1), the row
-of token t loses c_i(t) v_i. Edits apply in order, each to what the ones before it left; the embedding x0 stays.
-"""
+"""Makes edits of a ToL file's rows, and files with the edits in them."""
 
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import shutil
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common import storage
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.options import Option
+from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.model.transformer import Norm, swiglu_coefficients
-from memoryllm_jax.tol import build, codec
-from memoryllm_jax.tol.build import RowDecoder
+from memoryllm_jax.tol import codec
 from memoryllm_jax.tol.format import TolFile, checksum
+from memoryllm_jax.tol.overlay import Edit, Overlay
 from memoryllm_jax.tol.reader import RowReader
-from memoryllm_jax.tol.verify import CHUNK
+from memoryllm_jax.tol.sources import FileSource, read_rows
 
 OPERATIONS = ("swap", "replace", "blend", "zero", "suppress")
+_FIELDS = {"swap": 2, "replace": 2, "blend": 3, "zero": 1}  # of a row operation
+_KEY_ROWS = 8192  # tokens whose coefficients of a key are computed at a time
+_COPY_ROWS = 512  # rows that are encoded at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Edit:
-    """One entry of an overlay.
+class Request:
+    """Edits of an overlay: some to add, or some to take back."""
 
-    Attributes:
-      text: what a person asked for.
-      ids, rows: token ids [n] and their new rows float32 [n, layers, D]; None for a suppressed key.
-      mix: what the new rows are made of: for each id, (token id, weight) pairs of rows as they were before the edit.
-      layer, coefficients, value: of a suppressed key: float32 [V] and [D]; else None.
-    """
+    overlay: Annotated[str, Option("file of edits; the first edit makes it")]
+    swap: Annotated[
+        tuple[str, ...], Option("A,B: exchange the rows of two tokens; a comma in a name is doubled", many=True)
+    ] = ()
+    replace: Annotated[tuple[str, ...], Option("A,B: give A the row of B", many=True)] = ()
+    blend: Annotated[
+        tuple[str, ...], Option("A,B,SHARE: give A (1 - SHARE) of its row and SHARE of B's", many=True)
+    ] = ()
+    zero: Annotated[tuple[str, ...], Option("A: set the row of A to zero", many=True)] = ()
+    suppress: Annotated[
+        tuple[str, ...], Option("LAYER:KEY: remove one key's value from all rows (needs --workdir)", many=True)
+    ] = ()
+    undo: Annotated[int, Option("take back this many of the last edits", least=0)] = 0
+    workdir: Annotated[str, Option("the model's checkpoints, which --suppress needs")] = ""
+    output: Annotated[str, Option("write a copy of the ToL file with the edits in it")] = ""
 
-    text: str
-    ids: np.ndarray | None = None
-    rows: np.ndarray | None = None
-    mix: list | None = None
-    layer: int | None = None
-    coefficients: np.ndarray | None = None
-    value: np.ndarray | None = None
+    def operations(self) -> list[tuple[str, str]]:
+        """(operation, spec) of the edits to add."""
+        return [(name, spec) for name in OPERATIONS for spec in getattr(self, name)]
 
 
-class Overlay:
-    """The edits of one ToL file's rows. Raises: UserError if the overlay was made for other rows."""
+class Result(NamedTuple):
+    """Texts of the edits taken back and of those that the overlay has now, and a line on the file written, or ""."""
 
-    def __init__(self, tol: TolFile, edits: list[Edit]):
-        self.tol, self.edits = tol, edits
+    undone: list[str]
+    edits: list[str]
+    written: str
 
-    @classmethod
-    def open(cls, path: str, tol: TolFile, missing_ok: bool = False) -> "Overlay":
-        if missing_ok and not os.path.exists(path):
-            return cls(tol, [])
-        try:
-            with safetensors.safe_open(path, "numpy") as file:
-                meta = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if meta.get("format") != "memoryllm_overlay":
-                raise ValueError("its metadata is not that of one")
-            if meta["rows_digest"] != tol.metadata["rows_digest"]:
-                raise UserError(
-                    f"{path}: made for other rows than those of {tol.path}: "
-                    f"{meta['rows_digest'][:12]}, found {tol.metadata['rows_digest'][:12]}"
-                )
-            edits = [_edit(entry, k, arrays, tol) for k, entry in enumerate(json.loads(meta["edits"]))]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path}: expected an overlay that `tol edit` wrote: {error}") from error
-        return cls(tol, edits)
 
-    def save(self, path: str) -> None:
-        listed = [{"text": e.text, "mix": e.mix, "layer": e.layer} for e in self.edits]
-        meta = {"format": "memoryllm_overlay", "rows_digest": self.tol.metadata["rows_digest"]}
-        meta["edits"] = json.dumps(listed)
-        tensors = {
-            f"{k}.{name}": np.ascontiguousarray(array)
-            for k, edit in enumerate(self.edits)
-            for name in ("ids", "rows", "coefficients", "value")
-            if (array := getattr(edit, name)) is not None
-        }
-        storage.write_bytes(path, safetensors.numpy.save(tensors, meta))
-
-    def arrays(self) -> list[dict]:
-        """What `apply` needs on the device."""
-        out = []
-        for edit in self.edits:
-            if edit.ids is None:
-                out.append({"coefficients": edit.coefficients, "value": edit.value})
-            else:
-                order = np.argsort(edit.ids)
-                out.append({"ids": edit.ids[order], "rows": edit.rows[order]})
-        return out
-
-    def apply(self, arrays: list[dict], ids_U, ffn: list) -> list:
-        """Rows [U, D] of every layer (None where dropped) with the edits. For use in jit."""
-        ffn = list(ffn)
-        for edit, a in zip(self.edits, arrays):
-            if edit.ids is None:
-                y = 0.0 if ffn[edit.layer] is None else ffn[edit.layer]
-                ffn[edit.layer] = y - a["coefficients"][ids_U][:, None] * a["value"]
-                continue
-            at = jnp.clip(jnp.searchsorted(a["ids"], ids_U), 0, len(edit.ids) - 1)
-            hit = (a["ids"][at] == ids_U)[:, None]
-            for layer, y in enumerate(ffn):
-                ffn[layer] = jnp.where(hit, a["rows"][at, layer], 0.0 if y is None else y)
-        return ffn
-
-    def mixed(self, values_V: np.ndarray) -> np.ndarray:
-        """A number that each token's row holds linearly -> what the rows that edits gave hold of it."""
-        for edit in self.edits:
-            if edit.ids is not None:
-                new = [sum(weight * values_V[source] for source, weight in mix) for mix in edit.mix]
-                values_V = values_V.copy()
-                values_V[edit.ids] = new
-        return values_V
+def fulfil(tol: TolFile, request: Request) -> Result:
+    """Adds edits to an overlay or takes some back, and writes the edited file where one is named. Raises: UserError."""
+    operations = request.operations()
+    if request.undo and operations:
+        raise ArgumentError("undo", f"expected no edit on the same line, found {operations[0][0]}")
+    overlay = Overlay.open(request.overlay, tol, missing_ok=bool(operations))
+    editor = Editor(tol, overlay, request.workdir)
+    for operation, spec in operations:
+        editor.add(operation, spec)
+    undone = editor.undo(request.undo) if request.undo else []
+    written = write_edited(tol, overlay, request.output) if request.output else ""
+    if operations or undone:  # saved last, so that a line that failed can be run again
+        overlay.save(request.overlay)
+    return Result(undone, [edit.text for edit in overlay.edits], written)
 
 
 class Editor:
-    """Makes edits of one ToL file.
+    """Adds edits to an overlay, and takes them back.
 
     Args:
-      workdir: of the model, which suppressing keys needs for its weights.
+      workdir: of the model, whose weights suppressing a key needs.
     """
 
     def __init__(self, tol: TolFile, overlay: Overlay, workdir: str = ""):
@@ -140,122 +94,106 @@ class Editor:
         label = f"token {text if text.startswith('#') else repr(text)}"
         return self.tokenizer.token(text, label, self.tol.vocab_size)
 
-    def rows(self, ids: list[int]) -> np.ndarray:
-        """float32 [n, layers, D] of tokens, with the overlay's edits so far."""
-        return read_rows(self.tol, np.array(ids, np.int32), self.overlay)
-
     def add(self, operation: str, spec: str) -> None:
-        """Adds an edit: swap=A,B  replace=A,B (A gets B's rows)  blend=A,B,SHARE  zero=A  suppress=LAYER:KEY."""
+        """Adds an edit.
+
+        Args:
+          operation, spec: "swap" and "A,B"; "replace" and "A,B" (A gets B's row); "blend" and "A,B,SHARE" (A gets
+            1 - SHARE of its row and SHARE of B's); "zero" and "A"; "suppress" and "LAYER:KEY". A and B are tokens.
+        Raises: UserError.
+        """
         if operation == "suppress":
-            return self._suppress(spec)
-        fields = _fields(operation, spec, {"swap": 2, "replace": 2, "blend": 3, "zero": 1}[operation])
-        share = _share(fields.pop()) if operation == "blend" else None
+            self._suppress(spec)
+        else:
+            self._give_rows(operation, spec)
+
+    def _give_rows(self, operation, spec):
+        fields = _split(operation, spec, _FIELDS[operation])
+        share = _share(fields.pop()) if operation == "blend" else 0.0
         ids = [self.token(field) for field in fields]
         if len(set(ids)) < len(ids):
-            raise UserError(f"--{operation}={spec}: expected two different tokens, found the same twice")
+            raise ArgumentError(operation, f"expected two different tokens, found the same one twice in {spec!r}")
         a, b = ids[0], ids[-1]
+        # {token: what its new row is made of}
         mix = {
             "swap": {a: [(b, 1.0)], b: [(a, 1.0)]},
             "replace": {a: [(b, 1.0)]},
-            "blend": {a: [(a, 1 - (share or 0)), (b, share)]},
+            "blend": {a: [(a, 1 - share), (b, share)]},
             "zero": {a: []},
         }[operation]
-        row_of = dict(zip(ids, self.rows(ids)))
-        nothing = np.zeros_like(row_of[a])
-        rows = np.stack([sum((weight * row_of[token] for token, weight in m), nothing) for m in mix.values()])
-        names = " ".join(f"#{i} {self.tokenizer.decode([i])!r}" for i in ids)
-        text = f"{operation} {names}" + (f" {share:g}" if operation == "blend" else "")
-        self.overlay.edits.append(Edit(text, np.array(list(mix), np.int32), rows, list(mix.values())))
+        row_of = dict(zip(ids, read_rows(self.tol, np.array(ids, np.int32), self.overlay)))
+        zeros = np.zeros_like(row_of[a])
+        rows = [sum((weight * row_of[token] for token, weight in made_of), zeros) for made_of in mix.values()]
+        text = " ".join([operation, *(f"#{i} {self.tokenizer.decode([i])!r}" for i in ids)])
+        if operation == "blend":
+            text += f" {share:g}"
+        edit = Edit(text, ids=np.array(list(mix), np.int32), rows=np.stack(rows), mix=list(mix.values()))
+        self.overlay.edits.append(edit)
 
     def _suppress(self, spec):
         layer, _, key = spec.partition(":")
         if not (layer.isdecimal() and key.isdecimal()):
-            raise UserError(f"--suppress={spec}: expected LAYER:KEY, two numbers")
+            raise ArgumentError("suppress", f"expected LAYER:KEY, two numbers, found {spec!r}")
         if not self.workdir:
-            raise UserError("--suppress: a key's coefficients come from the weights: give --workdir")
+            raise ArgumentError("suppress", "expected --workdir too, as a key's coefficients come from the weights")
         layer, key = int(layer), int(key)
         trained = TrainedModel(self.workdir, int(self.tol.metadata["step"]), self.tol.metadata["dtype"])
         c = trained.config
         self.tol.check_model(c, trained.tokenizer.digest, None)
         if layer >= c.layers or key >= c.memory_dim:
-            raise UserError(f"--suppress={spec}: expected a layer below {c.layers} and a key below {c.memory_dim}")
+            expected = f"expected a layer below {c.layers} and a key below {c.memory_dim}"
+            raise ArgumentError("suppress", f"{expected}, found {spec!r}")
         if layer not in self.tol.layout.kept_layers():
-            raise UserError(
-                f"--suppress={spec}: expected a layer that {self.tol.path} holds, found one that it dropped"
-            )
-        coefficients, value = key_of(trained, layer, key, self.tol.metadata["rows_digest"])
+            expected = f"expected a layer that {self.tol.path} holds"
+            raise ArgumentError("suppress", f"{expected}, found {layer}, which it dropped")
         text = f"suppress layer {layer} key {key}"
         if any(edit.text == text for edit in self.overlay.edits):
-            raise UserError(f"--suppress={spec}: this key is suppressed already")
+            raise ArgumentError("suppress", f"expected a key that is not suppressed yet, found {spec!r}")
+        coefficients, value = _key(trained, layer, key, self.tol.metadata["rows_digest"])
         coefficients = self.overlay.mixed(coefficients)
         self.overlay.edits.append(Edit(text, layer=layer, coefficients=coefficients, value=value))
 
     def undo(self, count: int) -> list[str]:
-        """Takes back the last edits. Returns: what they were. Raises: UserError if there are fewer."""
+        """Takes back the last edits. Returns: what they were. Raises: ArgumentError if there are fewer."""
         edits = self.overlay.edits
         if not 1 <= count <= len(edits):
-            raise UserError(f"--undo={count}: expected from 1 to {len(edits)}, the number of edits")
+            raise ArgumentError("undo", f"expected from 1 to {len(edits)}, the number of edits, found {count}")
         gone = [edit.text for edit in edits[-count:]]
         del edits[-count:]
         return gone
 
 
-def read_rows(tol: TolFile, ids: np.ndarray, overlay: Overlay | None = None) -> np.ndarray:
-    """float32 [n, layers, D] of distinct tokens, decoded, with the edits of an overlay; dropped layers are zero."""
-    reader = RowReader(tol)
-    raw, tier = reader.read(ids)
-    reader.close()
-    vectors = RowDecoder(tol)(tol.layout.view(raw), tier)
-    ffn = [vectors.get(f"ffn.{layer}") for layer in range(tol.layout.layers)]
-    if overlay is not None:
-        ffn = overlay.apply(overlay.arrays(), jnp.asarray(ids), ffn)
-    zeros = np.zeros((len(ids), tol.layout.dim), np.float32)
-    return np.stack([zeros if y is None else np.asarray(y, np.float32) for y in ffn], 1)
+def _key(trained: TrainedModel, layer: int, key: int, rows_digest: str) -> tuple[np.ndarray, np.ndarray]:
+    """(coefficient c_key(t) of every token t, float32 [V]; value v_key, float32 [D]) of FFN-M of a layer.
 
-
-def key_of(trained: TrainedModel, layer: int, key: int, rows_digest: str) -> tuple[np.ndarray, np.ndarray]:
-    """(c_key(t) of every token t [V], v_key [D]) of FFN-M of a layer, float32. Raises: UserError for other weights."""
-
+    Raises: ArgumentError if the weights are not those that the rows were made from.
+    """
     params, digest = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
     if digest != rows_digest:
-        raise UserError(
-            f"--workdir={trained.workdir}: other weights at step {trained.step} than the rows were made from"
-        )
+        expected = "expected the weights that the rows were made from"
+        raise ArgumentError("workdir", f"{expected}, found others at step {trained.step} of {trained.workdir}")
     p, c = params["memory"][layer], trained.config
 
     @jax.jit
     def coefficients(x0_UD):
-        q = Norm(c).apply({"params": p["norm"]}, x0_UD).astype(jnp.float32)
-        gate, up = (p["ffn"][name][:, key].astype(jnp.float32) for name in ("gate", "up"))
-        return swiglu_coefficients(q, gate, up)
+        q_UD = Norm(c).apply({"params": p["norm"]}, x0_UD).astype(jnp.float32)
+        gate_D = p["ffn"]["gate"][:, key].astype(jnp.float32)
+        up_D = p["ffn"]["up"][:, key].astype(jnp.float32)
+        return swiglu_coefficients(q_UD, gate_D, up_D)
 
+    table = params["embedding"]
     with jax.set_mesh(trained.mesh):
-        step, table = 8192, params["embedding"]
-        parts = [np.asarray(coefficients(table[i : i + step])) for i in range(0, len(table), step)]
+        starts = range(0, len(table), _KEY_ROWS)
+        parts = [np.asarray(coefficients(table[start : start + _KEY_ROWS])) for start in starts]
     return np.concatenate(parts), np.asarray(p["ffn"]["down"][key], np.float32)
 
 
-def _edit(entry: dict, k: int, arrays: dict, tol: TolFile) -> Edit:
-    """Edit k of a file. Raises: ValueError, KeyError or TypeError for one that is not whole."""
-    names = ("ids", "rows", "coefficients", "value")
-    edit = Edit(entry["text"], mix=entry["mix"], layer=entry["layer"], **{n: arrays.get(f"{k}.{n}") for n in names})
-    V, L, D = tol.vocab_size, tol.layout.layers, tol.layout.dim
-    if edit.layer is None:
-        whole = edit.rows.shape == (len(edit.ids), L, D) and len(edit.mix) == len(edit.ids) > 0
-        whole = whole and edit.ids.min() >= 0 and edit.ids.max() < V
-    else:
-        whole = edit.coefficients.shape == (V,) and edit.value.shape == (D,) and 0 <= edit.layer < L
-    if not whole:
-        raise ValueError(f"edit {k + 1} does not fit {tol.path}")
-    return edit
-
-
-def _fields(operation, spec, count):
+def _split(operation, spec, count) -> list[str]:
     """Comma-separated names; a doubled comma is a comma."""
-    fields = [f.replace("\0", ",") for f in spec.replace(",,", "\0").split(",")]
+    fields = [field.replace("\0", ",") for field in spec.replace(",,", "\0").split(",")]
     if len(fields) != count or not all(fields):
         expected = "a token" if count == 1 else f"{count} values with commas between them"
-        raise UserError(f"--{operation}={spec}: expected {expected}, found {sum(map(bool, fields))}")
+        raise ArgumentError(operation, f"expected {expected}, found {spec!r}")
     return fields
 
 
@@ -265,61 +203,65 @@ def _share(text) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise UserError(f"--blend: expected a share from 0 to 1, found {text!r}")
+        raise ArgumentError("blend", f"expected a share from 0 to 1, found {text!r}")
     return share
 
 
-def apply(tol: TolFile, overlay: Overlay, mesh, output: str) -> str:
-    """Writes a copy of the file with the edits in its rows; what no edit touches stays byte by byte.
+def write_edited(tol: TolFile, overlay: Overlay, output: str) -> str:
+    """Writes a copy of the file with the edits in its rows; parts that no edit changes keep their bytes.
 
     Returns: one line on it. Raises: UserError.
     """
     if os.path.exists(output) and os.path.samefile(output, tol.path):
-        raise UserError(f"--output={output}: expected another file than the one that is edited")
-    source = build.FileSource(tol, mesh, overlay)
+        raise ArgumentError("output", f"expected another file than the one that is edited, found {output}")
+    old_digest = tol.metadata["rows_digest"]
     texts = "".join(entry.text for entry in overlay.edits)
-    old, new = (tol.metadata["rows_digest"], hashlib.sha256((tol.metadata["rows_digest"] + texts).encode()).hexdigest())
-    part = f"{output}.part"
-    try:
+    new_digest = hashlib.sha256((old_digest + texts).encode()).hexdigest()
+    source = FileSource(tol, overlay)
+    with storage.replaced(output) as part:
         shutil.copyfile(tol.path, part)
         with open(part, "r+b") as file:
+            # Digests are of one length, so that the header's stays as it is.
             header = os.pread(file.fileno(), tol.tensors["rows.0"].start, 0)
-            os.pwrite(file.fileno(), header.replace(old.encode(), new.encode()), 0)
-            _write_edited(tol, overlay, source, file.fileno())
+            os.pwrite(file.fileno(), header.replace(old_digest.encode(), new_digest.encode()), 0)
+            _write_changed_rows(tol, overlay, source, file.fileno())
             os.fsync(file.fileno())
-        os.replace(part, output)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from error
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+    source.close()
     return f"{output}: {len(overlay.edits)} edits in a copy of {tol.path}"
 
 
-def _write_edited(tol, overlay, source, fd):
+def _write_changed_rows(tol, overlay, source, fd):
     """Encodes the parts that edits change, token by token, into the rows of a copy."""
-    layout, bases = tol.layout, {name: jnp.asarray(tol.basis(name)) for name in tol.layout.rotated}
-    changed: dict[int, set[str]] = {}  # token: parts
-    for entry in overlay.edits:
-        ids = np.nonzero(entry.coefficients)[0] if entry.ids is None else entry.ids
-        names = {f"ffn.{layer}" for layer in range(layout.layers)} if entry.ids is not None else {f"ffn.{entry.layer}"}
-        for token in ids.tolist():
-            changed.setdefault(token, set()).update(names)
+    layout = tol.layout
+    bases = {name: jnp.asarray(tol.basis(name)) for name in layout.rotated}
+    changed = _changed_parts(overlay, layout.layers)
     tokens = np.array(sorted(changed, key=lambda token: tol.row_of_token[token]), np.int32)
     reader = RowReader(tol)
     encoders = [jax.jit(functools.partial(codec.encode, tier.parts)) for tier in layout.tiers]
-    for start in range(0, len(tokens), CHUNK):
-        ids = tokens[start : start + CHUNK]
-        raw, tier_U = reader.read(ids)
-        vectors = source.vectors(np.pad(ids, (0, CHUNK - len(ids)), mode="edge"))
+    for chunk in vocabulary.chunks(tokens, _COPY_ROWS):
+        raw, tier_U = reader.read(chunk.real_ids)
+        vectors = source.vectors(chunk.ids)
         encoded = [np.asarray(encode(vectors, bases)) if t.parts else None for encode, t in zip(encoders, layout.tiers)]
-        for i, (token, tier) in enumerate(zip(ids.tolist(), tier_U)):
-            offset, stride = 0, layout.tiers[tier].stride
+        for i, (token, tier) in enumerate(zip(chunk.real_ids.tolist(), tier_U)):
+            offset = 0
             for part in layout.tiers[tier].parts:
                 if part.name in changed[token]:
                     raw[i, offset : offset + part.bytes] = encoded[tier][i, offset : offset + part.bytes]
                 offset += part.bytes
-            row = int(tol.row_of_token[token])
-            os.pwrite(fd, raw[i, :stride].tobytes(), int(tol.start_of_row[row]))
-            os.pwrite(fd, checksum(raw[i, :stride]).to_bytes(8, "little"), tol.tensors["checksums"].start + 8 * row)
+            row, row_bytes = int(tol.row_of_token[token]), raw[i, : layout.tiers[tier].stride]
+            os.pwrite(fd, row_bytes.tobytes(), int(tol.start_of_row[row]))
+            os.pwrite(fd, checksum(row_bytes).to_bytes(8, "little"), tol.tensors["checksums"].start + 8 * row)
     reader.close()
+
+
+def _changed_parts(overlay: Overlay, layers: int) -> dict[int, set[str]]:
+    """{token: names of the parts that some edit changes}."""
+    changed: dict[int, set[str]] = {}
+    for edit in overlay.edits:
+        if edit.gives_rows:
+            ids, names = edit.ids, {f"ffn.{layer}" for layer in range(layers)}
+        else:
+            ids, names = np.nonzero(edit.coefficients)[0], {f"ffn.{edit.layer}"}
+        for token in ids.tolist():
+            changed.setdefault(token, set()).update(names)
+    return changed

@@ -1,11 +1,11 @@
 """The ToL file: a safetensors file whose rows can be read by position. docs/tol.md is its specification."""
 
 import dataclasses
-import glob
 import json
 import os
-from collections.abc import Iterable
+from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 import xxhash
 
@@ -13,16 +13,16 @@ from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.tol.codec import FLOATS, INTEGERS
-from memoryllm_jax.tol.layout import Layout
+from memoryllm_jax.tol.layout import Layout, Tier
 
 VERSION = 1
-ALIGN = 4096  # bytes; data, and the rows of each tier, begin at a multiple
+ALIGN = 4096  # bytes: the data, and the rows of each tier, begin at a multiple
 _DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64, "F32": np.float32, "BF16": np.uint16}
 _METADATA = (
     *("architecture", "vocab_size", "codec", "dtype", "kept_layers", "dropped_layers", "step", "layout"),
     *("rows_digest", "decoder_digest", "tokenizer_kind", "tokenizer_digest", "tensor_checksums"),
 )
-_MAX_HEADER = 100_000_000  # bytes; what readers of safetensors accept
+_MAX_HEADER = 100_000_000  # bytes: readers of safetensors accept no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,22 @@ class Tensor:
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(_DTYPES[self.dtype]).itemsize
 
 
-def plan(layout: Layout, extra: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]):
-    """(header bytes, {tensor name: Tensor}, size of the file) of a file to be written.
+class FilePlan(NamedTuple):
+    """A file that is to be written: its first bytes, where its tensors go, and its size in bytes."""
 
-    `extra`: {name: (dtype, shape)} of what comes beside the rows and their checksums.
+    header: bytes
+    tensors: dict[str, Tensor]
+    size: int
+
+
+def plan(layout: Layout, extra: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> FilePlan:
+    """Lays out a file.
+
+    Args:
+      extra: {name: (dtype, shape)} of the tensors beside the rows and their checksums.
     """
-    entries, offset = [], 0
+    entries: list[tuple[str, Tensor]] = []
+    offset = 0
 
     def add(name, dtype, shape):
         nonlocal offset
@@ -54,14 +64,14 @@ def plan(layout: Layout, extra: dict[str, tuple[str, tuple[int, ...]]], metadata
     for number, tier in enumerate(layout.tiers):
         if offset % ALIGN:
             add(f"padding.{number}", "U8", (-offset % ALIGN,))
-        if tier.plain:
-            width = tier.parts[0].rank
-            add(f"rows.{number}", {16: "BF16", 32: "F32"}[tier.plain], (tier.rows, len(tier.parts), width))
+        if tier.float_bits:
+            add(f"rows.{number}", {16: "BF16", 32: "F32"}[tier.float_bits], (tier.rows, len(tier.parts), layout.dim))
         else:
             add(f"rows.{number}", "U8", (tier.rows, tier.stride))
     if offset % 8:
         add("padding", "U8", (-offset % 8,))
     add("checksums", "U64", (layout.rows,))
+    # Tensors of larger elements come first, so that each is aligned to the size of its elements.
     for name, (dtype, shape) in sorted(extra.items(), key=lambda item: -np.dtype(_DTYPES[item[1][0]]).itemsize):
         add(name, dtype, shape)
     header: dict = {"__metadata__": metadata}
@@ -71,7 +81,7 @@ def plan(layout: Layout, extra: dict[str, tuple[str, tuple[int, ...]]], metadata
     text += b" " * (-(8 + len(text)) % ALIGN)
     start = 8 + len(text)
     tensors = {name: dataclasses.replace(t, start=start + t.start) for name, t in entries}
-    return len(text).to_bytes(8, "little") + text, tensors, start + offset
+    return FilePlan(len(text).to_bytes(8, "little") + text, tensors, start + offset)
 
 
 def checksum(row: np.ndarray) -> int:
@@ -79,17 +89,30 @@ def checksum(row: np.ndarray) -> int:
     return xxhash.xxh3_64_intdigest(row)
 
 
+def text_checksum(array: np.ndarray) -> str:
+    """XXH3-64 of a tensor's bytes as metadata holds it: 16 hexadecimal digits."""
+    return f"{checksum(array.reshape(-1).view(np.uint8)):016x}"
+
+
 class TolFile:
     """A ToL file opened for reading, its header checked against its size and itself.
 
     Attributes:
-      path, fd: of the file.  size: bytes.  layout, tensors.  metadata: {name: text} as in docs/tol.md.
+      path, fd: of the file.
+      size: bytes of the file.
+      layout: Layout.
+      tensors: {name: Tensor}.
+      metadata: {name: text} as in docs/tol.md.
+      vocab_size: V, the number of rows.
       row_of_token: int32 [V].
+      tier_of_row, start_of_row, stride_of_row: int [V]: tier, first byte in the file and number of bytes of each row.
     Raises: UserError that names the file and what is wrong.
     """
 
     def __init__(self, path: str):
         self.path = path
+        self.fd: int | None = None
+        self._checksums: np.ndarray | None = None
         if path.endswith(".part"):
             raise UserError(f"{path}: expected a whole ToL file, found one that precompute has not finished")
         try:
@@ -104,105 +127,134 @@ class TolFile:
         except Exception:
             self.close()
             raise
-        strides = np.repeat([t.stride for t in self.layout.tiers], [t.rows for t in self.layout.tiers])
-        firsts = np.cumsum([0] + [t.rows for t in self.layout.tiers])[:-1]
-        self.tier_of_row = np.repeat(np.arange(len(firsts)), [t.rows for t in self.layout.tiers])
-        starts = np.array([self.tensors[f"rows.{k}"].start for k in range(len(firsts))])
-        within = np.arange(self.vocab_size) - firsts[self.tier_of_row]
-        self.start_of_row = starts[self.tier_of_row] + within * strides
-        self.stride_of_row = strides
-        self._checksums = None
+        self._locate_rows()
+
+    def _locate_rows(self):
+        tiers = self.layout.tiers
+        rows = [tier.rows for tier in tiers]
+        self.tier_of_row = np.repeat(np.arange(len(tiers)), rows)
+        self.stride_of_row = np.repeat([tier.stride for tier in tiers], rows)
+        starts = np.array([self.tensors[f"rows.{number}"].start for number in range(len(tiers))])
+        row_in_tier = np.arange(self.vocab_size) - np.array(self.layout.first_rows)[self.tier_of_row]
+        self.start_of_row = starts[self.tier_of_row] + row_in_tier * self.stride_of_row
 
     def _read_header(self):
         self.size = os.fstat(self.fd).st_size
         try:
-            length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
-            if self.size < 8 or not 0 < length <= min(_MAX_HEADER, self.size - 8):
-                raise ValueError(f"a header of {length} bytes in a file of {self.size}")
-            header = json.loads(os.pread(self.fd, length, 8))
-            self.metadata = header.pop("__metadata__")
-            kind, version = self.metadata["format"], self.metadata["version"]
-            if kind != "memoryllm_tol" or version != str(VERSION):
-                raise ValueError(f"format {kind!r} version {version!r}, where this reads version {VERSION}")
-            self.layout = Layout.from_json(json.loads(self.metadata["layout"]))
-            self.tensors = {
-                name: Tensor(t["dtype"], tuple(t["shape"]), 8 + length + t["data_offsets"][0])
-                for name, t in header.items()
-            }
-            self.vocab_size = int(self.metadata["vocab_size"])
-            self._tensor_checksums = json.loads(self.metadata["tensor_checksums"])
-            end = max(t.start + t.nbytes for t in self.tensors.values())
-            rows = [self.tensors[f"rows.{k}"] for k in range(len(self.layout.tiers))]
-            needed = {"row_of_token": 4 * self.vocab_size, "checksums": 8 * self.vocab_size}
-            needed |= {f"rows.{k}": t.rows * t.stride for k, t in enumerate(self.layout.tiers)}
-            needed |= {f"basis.{n}": r * self.layout.dim * 2 for n, r in self.layout.rotated.items()}
-            wrong = [n for n, size in needed.items() if n not in self.tensors or self.tensors[n].nbytes != size]
-            if wrong or len(rows) == 0 or self.layout.rows != self.vocab_size:
-                raise ValueError(f"a layout that does not fit its tensors {', '.join(wrong)}")
-            summed = {n for n in self.tensors if not n.startswith(("rows.", "padding")) and n != "checksums"}
-            if summed != set(self._tensor_checksums):
-                raise ValueError(f"checksums of {sorted(self._tensor_checksums)} for the tensors {sorted(summed)}")
-            self._check_parts()
+            end = self._parse_header()
+            self._check_tensors()
+            for number, tier in enumerate(self.layout.tiers):
+                self._check_parts(number, tier)
             absent = [key for key in _METADATA if key not in self.metadata]
             if absent:
                 raise ValueError(f"no metadata {', '.join(absent)}")
+        # A damaged header may be any JSON: whatever the code above stumbles over, the file is not a ToL file.
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, OSError) as error:
             found = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{self.path}: expected a ToL file, found {found}") from error
         if self.size != end:
             raise UserError(f"{self.path}: expected {end} bytes, found {self.size}; it is truncated or damaged")
 
-    def _check_parts(self):
+    def _parse_header(self) -> int:
+        """Returns where the last tensor ends."""
+        length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
+        if self.size < 8 or not 0 < length <= min(_MAX_HEADER, self.size - 8):
+            raise ValueError(f"a header of {length} bytes in a file of {self.size}")
+        header = json.loads(os.pread(self.fd, length, 8))
+        self.metadata = header.pop("__metadata__")
+        kind, version = self.metadata["format"], self.metadata["version"]
+        if kind != "memoryllm_tol" or version != str(VERSION):
+            raise ValueError(f"format {kind!r} version {version!r}, where this reads version {VERSION}")
+        self.layout = Layout.from_json(json.loads(self.metadata["layout"]))
+        self.tensors = {
+            name: Tensor(t["dtype"], tuple(t["shape"]), 8 + length + t["data_offsets"][0]) for name, t in header.items()
+        }
+        self.vocab_size = int(self.metadata["vocab_size"])
+        self._tensor_checksums = json.loads(self.metadata["tensor_checksums"])
+        return max(t.start + t.nbytes for t in self.tensors.values())
+
+    def _check_tensors(self):
+        layout = self.layout
+        needed = {"row_of_token": 4 * self.vocab_size, "checksums": 8 * self.vocab_size}
+        needed |= {f"rows.{number}": tier.rows * tier.stride for number, tier in enumerate(layout.tiers)}
+        needed |= {f"basis.{name}": 2 * rank * layout.dim for name, rank in layout.rotated.items()}
+        wrong = [n for n, size in needed.items() if n not in self.tensors or self.tensors[n].nbytes != size]
+        if wrong or not layout.tiers or layout.rows != self.vocab_size:
+            raise ValueError(f"a layout that does not fit its tensors {', '.join(wrong)}")
+        summed = {n for n in self.tensors if not n.startswith(("rows.", "padding")) and n != "checksums"}
+        if summed != set(self._tensor_checksums):
+            raise ValueError(f"checksums of {sorted(self._tensor_checksums)} for the tensors {sorted(summed)}")
+
+    def _check_parts(self, number: int, tier: Tier):
         layout = self.layout
         dropped = {f"ffn.{layer}" for layer in json.loads(self.metadata["dropped_layers"])}
-        expected = {f"ffn.{layer}" for layer in range(layout.layers)} | ({"x0"} if layout.has_x0 else set())
-        for number, tier in enumerate(layout.tiers):
-            names = [part.name for part in tier.parts]
-            missing = expected - dropped - set(names)
-            if missing:
-                raise ValueError(f"no rows of {', '.join(sorted(missing))} in tier {number}")
-            if len(set(names)) < len(names) or set(names) - expected:
-                raise ValueError(f"the parts {', '.join(names)} in tier {number}")
-            for part in tier.parts:
-                if any(band.bits not in (*FLOATS, *INTEGERS) or band.size < 1 for band in part.bands):
-                    raise ValueError(f"a band of {part.name} that there is no codec for")
-                if part.rank > layout.dim or (part.rank < layout.dim and not part.rotated):
-                    raise ValueError(f"{part.rank} elements of {part.name}, where the width is {layout.dim}")
+        expected = {f"ffn.{layer}" for layer in range(layout.layers)}
+        if layout.has_x0:
+            expected.add("x0")
+        names = [part.name for part in tier.parts]
+        missing = expected - dropped - set(names)
+        if missing:
+            raise ValueError(f"no rows of {', '.join(sorted(missing))} in tier {number}")
+        if len(set(names)) < len(names) or set(names) - expected:
+            raise ValueError(f"the parts {', '.join(names)} in tier {number}")
+        for part in tier.parts:
+            if any(band.bits not in (*FLOATS, *INTEGERS) or band.size < 1 for band in part.bands):
+                raise ValueError(f"a band of {part.name} of a size or number of bits that does not exist")
+            if part.rank > layout.dim or (part.rank < layout.dim and not part.rotated):
+                raise ValueError(f"{part.rank} elements of {part.name}, where the width is {layout.dim}")
 
     def read(self, name: str) -> np.ndarray:
         """A whole tensor; BF16 comes as uint16 bit patterns. Raises: UserError."""
         tensor = self.tensors[name]
         out = np.empty(tensor.shape, _DTYPES[tensor.dtype])
-        read_into(self.fd, memoryview(out.reshape(-1).view(np.uint8)), tensor.start, self.path, name)
+        self._read_into(memoryview(out.reshape(-1).view(np.uint8)), tensor.start, name)
         expected = self._tensor_checksums.get(name)
-        if expected is not None and expected != f"{checksum(out.reshape(-1).view(np.uint8)):016x}":
+        if expected is not None and expected != text_checksum(out):
             raise UserError(f"{self.path}: {name}: its checksum differs; the file is damaged")
         return out
 
+    def _read_into(self, view: memoryview, start: int, what: str):
+        done = 0
+        try:
+            while done < len(view):
+                count = os.preadv(self.fd, [view[done:]], start + done)
+                if count == 0:
+                    raise UserError(
+                        f"{self.path}: {what}: expected {len(view)} bytes, found {done}; the file is truncated"
+                    )
+                done += count
+        except OSError as error:
+            raise UserError(f"{self.path}: {what}: cannot be read: {error.strerror}") from error
+
     @property
     def checksums(self) -> np.ndarray:
+        """uint64 [V], of the rows in their order."""
         if self._checksums is None:
             self._checksums = self.read("checksums")
         return self._checksums
 
     def basis(self, name: str) -> np.ndarray:
-        """[rank, D] of a rotated part, bfloat16."""
-        import ml_dtypes
-
+        """bfloat16 [rank, D] of a rotated part."""
         return self.read(f"basis.{name}").view(ml_dtypes.bfloat16)
 
     def token_of_row(self) -> np.ndarray:
+        """int32 [V]."""
         return np.argsort(self.row_of_token).astype(np.int32)
 
-    def tokenizer(self):
-
+    def tokenizer(self) -> Tokenizer:
         model = Tokenizer(self.metadata["tokenizer_kind"], self.read("tokenizer").tobytes(), f"of {self.path}")
         if model.digest != self.metadata["tokenizer_digest"]:
             raise UserError(f"{self.path}: the tokenizer in the file does not match its digest; it is damaged")
         return model
 
     def check_model(self, config, tokenizer_digest: str, decoder_digest: str | None) -> None:
-        """Refuses a model that the rows were not made for. Raises: UserError that names what differs."""
+        """Refuses a model that the rows were not made for.
+
+        Args:
+          config: ModelConfig.
+          decoder_digest: of the model's weights; None where they have not been read, and are not compared.
+        Raises: UserError that names what differs.
+        """
         mine = self.metadata
         pairs = [
             ("vocabulary", mine["vocab_size"], str(config.vocab_size)),
@@ -225,60 +277,22 @@ class TolFile:
             self.fd = None
 
 
-def read_into(fd: int, view: memoryview, start: int, path: str, what: str) -> None:
-    """Fills the view from the file. Raises: UserError that names the file and what was to be read."""
-    done = 0
-    try:
-        while done < len(view):
-            count = os.preadv(fd, [view[done:]], start + done)
-            if count == 0:
-                raise UserError(f"{path}: {what}: expected {len(view)} bytes, found {done}; the file is truncated")
-            done += count
-    except OSError as error:
-        raise UserError(f"{path}: {what}: cannot be read: {error.strerror}") from error
-
-
 class TolWriter:
     """Writes a ToL file of a known layout in place, in any order, and gives it its name when it is whole.
 
-    Until then it is PATH.part, with PATH.part.HOST holding how many chunks this host has on disk, so that a writer
-    that was killed goes on. Several hosts write one file, each its own rows; the first of them begins and ends it.
+    Until then the file is PATH.part. PATH.part.progress holds how many chunks are on disk, so that a build that was
+    killed goes on.
 
     Args:
       plan_digest: of all that decides what is written and in which chunks; a writer goes on only with its own plan.
     Raises: UserError if the file does not fit the disk or cannot be written.
     """
 
-    def __init__(self, path: str, layout: Layout, extra, metadata, plan_digest: str, host: int = 0):
-        self.path, self.layout, self._plan = path, layout, plan_digest
-        self._part, self._progress, self._host = f"{path}.part", f"{path}.part.{host}", host
+    def __init__(self, path: str, layout: Layout, extra, metadata, plan_digest: str):
+        self.path, self.layout, self._plan_digest = path, layout, plan_digest
+        self._part, self._progress = f"{path}.part", f"{path}.part.progress"
         self._header, self.tensors, self.size = plan(layout, extra, metadata)
-        self._fd = None
-
-    def begin(self) -> None:
-        """Opens the file; the first host makes it, unless an earlier writer with this plan left it unfinished."""
-        try:
-            if os.path.isdir(self.path):
-                raise UserError(f"{self.path}: expected a name for a file, found a folder")
-            self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o644)
-            storage.lock_byte(self._fd, self._part, self._host)
-            if os.fstat(self._fd).st_ino != os.stat(self._part).st_ino:
-                raise UserError(f"{self.path}: another run has just finished it; run the same line again")
-            if self._host or (self.done() is not None and os.fstat(self._fd).st_size == self.size):
-                return
-            free = os.statvfs(self._part)
-            room = free.f_bavail * free.f_frsize + os.fstat(self._fd).st_blocks * 512
-            if room < self.size:
-                self._give_up()
-                raise UserError(f"{self.path}: needs {self.size:,} bytes, found room for {room:,} on its disk")
-            os.ftruncate(self._fd, 0)
-            for progress in glob.glob(f"{glob.escape(self._part)}.*"):
-                os.remove(progress)
-            os.posix_fallocate(self._fd, 0, self.size)
-            self._write(np.frombuffer(self._header, np.uint8), 0)
-        except OSError as error:
-            self._give_up()
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+        self._fd: int | None = None
 
     def is_there(self) -> bool:
         """Whether the file is there already, whole and with this header."""
@@ -287,29 +301,56 @@ class TolWriter:
         with open(self.path, "rb") as file:
             return file.read(len(self._header)) == self._header
 
+    def begin(self) -> None:
+        """Opens the partial file; makes it, unless an earlier writer with this plan left it unfinished."""
+        try:
+            if os.path.isdir(self.path):
+                raise UserError(f"{self.path}: expected a name for a file, found a folder")
+            self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o644)
+            storage.lock_byte(self._fd, self._part, 0)
+            # Another run may have renamed the partial file between opening and locking.
+            if os.fstat(self._fd).st_ino != os.stat(self._part).st_ino:
+                raise UserError(f"{self.path}: another run has just finished it; run the same line again")
+            if self.done() is None or os.fstat(self._fd).st_size != self.size:
+                self._start_anew()
+        except OSError as error:
+            self._give_up()
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def _start_anew(self):
+        free = os.statvfs(self._part)
+        room = free.f_bavail * free.f_frsize + os.fstat(self._fd).st_blocks * 512  # and what the old one occupies
+        if room < self.size:
+            self._give_up()
+            raise UserError(f"{self.path}: needs {self.size:,} bytes, found room for {room:,} on its disk")
+        os.ftruncate(self._fd, 0)
+        if os.path.exists(self._progress):
+            os.remove(self._progress)
+        os.posix_fallocate(self._fd, 0, self.size)  # so that a full disk shows now, not after hours
+        self._write(np.frombuffer(self._header, np.uint8), 0)
+
     def _give_up(self):
         if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+            self.close()
             os.remove(self._part)
 
     def done(self) -> int | None:
-        """Chunks of this plan that this host has written; None if it has not begun."""
+        """Chunks of this plan that are on disk; None if it has not begun."""
         if not os.path.exists(self._progress):
             return None
         progress = storage.read_json(self._progress, "progress")
-        return progress["chunks"] if progress["plan"] == self._plan else None
+        return progress["chunks"] if progress["plan"] == self._plan_digest else None
 
     def write(self, name: str, array: np.ndarray) -> None:
+        """Writes a whole tensor."""
         self._write(np.ascontiguousarray(array), self.tensors[name].start)
 
     def write_rows(self, tier: int, first: int, raw: np.ndarray) -> None:
-        """Consecutive encoded rows, uint8 [n, stride]; `first` counts within the tier."""
+        """Writes consecutive encoded rows, uint8 [n, stride], and their checksums; `first` counts within the tier."""
         raw = np.ascontiguousarray(raw)
         self._write(raw, self.tensors[f"rows.{tier}"].start + first * self.layout.tiers[tier].stride)
         sums = np.array([checksum(row) for row in raw], np.uint64)
-        before = sum(t.rows for t in self.layout.tiers[:tier])
-        self._write(sums, self.tensors["checksums"].start + 8 * (before + first))
+        self._write(sums, self.tensors["checksums"].start + 8 * (self.layout.first_rows[tier] + first))
 
     def _write(self, array, start):
         view, done = memoryview(array.reshape(-1).view(np.uint8)), 0
@@ -320,23 +361,21 @@ class TolWriter:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}; run the same line again") from error
 
     def record(self, chunks: int) -> None:
-        """The first `chunks` chunks of this host are written; makes sure that they are on disk."""
+        """Notes that the first `chunks` chunks are written, once they are on disk."""
         try:
             os.fdatasync(self._fd)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}; run the same line again") from error
-        storage.write_json(self._progress, {"plan": self._plan, "chunks": chunks})
+        storage.write_json(self._progress, {"plan": self._plan_digest, "chunks": chunks})
+
+    def finish(self) -> None:
+        """Gives the file its name."""
+        os.fsync(self._fd)
+        os.replace(self._part, self.path)
+        os.remove(self._progress)
+        self.close()
 
     def close(self) -> None:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
-
-    def finish(self, hosts: Iterable[int]) -> None:
-        """Gives the file its name. For the first host, when all have written."""
-        os.fsync(self._fd)
-        os.replace(self._part, self.path)
-        for host in hosts:
-            if os.path.exists(f"{self._part}.{host}"):
-                os.remove(f"{self._part}.{host}")
-        self.close()

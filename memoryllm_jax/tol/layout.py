@@ -1,15 +1,19 @@
 """What each row of a ToL file holds: tiers of rows, parts of a row."""
 
 import dataclasses
+import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from memoryllm_jax.tol import codec
 from memoryllm_jax.tol.codec import FLOATS, Band, Part
 
 
 @dataclasses.dataclass(frozen=True)
 class Tier:
-    """`rows` consecutive rows that are encoded alike."""
+    """`rows` consecutive rows that have the same parts in the same encoding."""
 
     rows: int
     parts: tuple[Part, ...]
@@ -20,16 +24,25 @@ class Tier:
         return sum(part.bytes for part in self.parts)
 
     @property
-    def plain(self) -> int:
+    def float_bits(self) -> int:
         """16 or 32 if every element is a float of that size, so that the rows are one ordinary tensor; else 0."""
         kinds = {(band.bits, band.size) for part in self.parts for band in part.bands}
-        single = len(kinds) == 1 and not any(part.rotated or len(part.bands) > 1 for part in self.parts)
-        return next(iter(kinds))[0] if single and next(iter(kinds))[0] in FLOATS else 0
+        if len(kinds) != 1 or any(part.rotated or len(part.bands) > 1 for part in self.parts):
+            return 0
+        ((bits, _),) = kinds
+        return bits if bits in FLOATS else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What every row of the file holds; rows of the first tier come first."""
+    """What every row of the file holds.
+
+    Attributes:
+      dim: width of the model.
+      layers: number of layers of the model.
+      has_x0: whether rows hold the input embedding.
+      tiers: in the order of the rows.
+    """
 
     dim: int
     layers: int
@@ -41,6 +54,11 @@ class Layout:
         return sum(tier.rows for tier in self.tiers)
 
     @property
+    def first_rows(self) -> list[int]:
+        """Number of the first row of each tier."""
+        return [0, *itertools.accumulate(tier.rows for tier in self.tiers[:-1])]
+
+    @property
     def stride(self) -> int:
         """Bytes of the longest row."""
         return max(tier.stride for tier in self.tiers)
@@ -49,8 +67,10 @@ class Layout:
     def rotated(self) -> dict[str, int]:
         """{part name: largest rank of any tier} of the parts that need a basis."""
         ranks: dict[str, int] = {}
-        for part in (p for tier in self.tiers for p in tier.parts if p.rotated):
-            ranks[part.name] = max(ranks.get(part.name, 0), part.rank)
+        for tier in self.tiers:
+            for part in tier.parts:
+                if part.rotated:
+                    ranks[part.name] = max(ranks.get(part.name, 0), part.rank)
         return ranks
 
     @property
@@ -60,19 +80,19 @@ class Layout:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all rows and bases: what a budget counts."""
+        """Bytes of all rows and of the bases, which are bfloat16: what a budget limits."""
         return self.row_bytes + sum(rank * self.dim * 2 for rank in self.rotated.values())
 
     @property
     def row_type(self) -> tuple[np.dtype, tuple[int, ...]]:
         """dtype and shape of a row in memory: [parts, D] where it is floats only, else bytes.
 
-        bfloat16 goes as its bits, which XLA moves on a CPU thirty times as fast.
+        bfloat16 is held as its bit patterns, uint16, which XLA moves on a CPU thirty times as fast.
         """
-        if len(self.tiers) == 1 and self.tiers[0].plain:
-            dtype = {16: np.uint16, 32: np.float32}[self.tiers[0].plain]
-            return np.dtype(dtype), (len(self.tiers[0].parts), self.dim)
-        return np.dtype(np.uint8), (self.stride,)
+        bits = self.tiers[0].float_bits if len(self.tiers) == 1 else 0
+        if not bits:
+            return np.dtype(np.uint8), (self.stride,)
+        return np.dtype({16: np.uint16, 32: np.float32}[bits]), (len(self.tiers[0].parts), self.dim)
 
     def view(self, raw: np.ndarray) -> np.ndarray:
         """Encoded rows uint8 [n, stride] as rows of `row_type`, without a copy."""
@@ -85,9 +105,9 @@ class Layout:
         return [layer for layer in range(self.layers) if f"ffn.{layer}" in names]
 
     def codec(self) -> str:
-        """In few words, for people."""
-        bits = sorted({b.bits for t in self.tiers for p in t.parts for b in p.bands}, reverse=True)
-        names = [{32: "float32", 16: "bfloat16"}.get(b, f"int{b}") for b in bits]
+        """The encoding in a few words, such as "bfloat16" or "int8+int4, low rank"."""
+        bits = {band.bits for tier in self.tiers for part in tier.parts for band in part.bands}
+        names = [{32: "float32", 16: "bfloat16"}.get(b, f"int{b}") for b in sorted(bits, reverse=True)]
         return "+".join(names) + (", low rank" if self.rotated else "")
 
     def to_json(self) -> dict:
@@ -100,3 +120,27 @@ class Layout:
 
         tiers = tuple(Tier(t["rows"], tuple(part(p) for p in t["parts"])) for t in tree["tiers"])
         return cls(tree["dim"], tree["layers"], tree["has_x0"], tiers)
+
+
+def decode_rows(layout: Layout, raw, tier_U, bases: dict) -> dict:
+    """Decodes rows of any tiers. For use in jit.
+
+    Args:
+      raw: what `Layout.view` makes of encoded rows, [U, ...].
+      tier_U: int32 [U], the tier of each row.
+      bases: {part name: [rank, D]} of rotated parts.
+    Returns: {part name: [U, D]}. A layer that a row's tier drops is zero; one that all tiers drop is absent.
+    """
+    if raw.ndim == 3:  # floats only
+        dtype = FLOATS[layout.tiers[0].float_bits]
+        parts = layout.tiers[0].parts
+        return {part.name: jax.lax.bitcast_convert_type(raw[:, i], dtype) for i, part in enumerate(parts)}
+    decoded = [codec.decode(tier.parts, raw[:, : tier.stride], bases) for tier in layout.tiers]
+    if len(decoded) == 1:
+        return decoded[0]
+    # Every row is decoded as if it were of each tier, and the one that it is of is selected: shapes stay static.
+    out = {}
+    for number, vectors in enumerate(decoded):
+        for name, x_UD in vectors.items():
+            out[name] = jnp.where((tier_U == number)[:, None], x_UD.astype(jnp.float32), out.get(name, 0.0))
+    return out

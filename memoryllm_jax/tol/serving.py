@@ -9,8 +9,11 @@ from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.inference.engine import Contribution, Engine
 from memoryllm_jax.inference.rows import LiveRows
-from memoryllm_jax.tol import build, edit, rows
+from memoryllm_jax.tol import rows
 from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.overlay import Overlay
+from memoryllm_jax.tol.reader import RowReader
+from memoryllm_jax.tol.sources import Repair
 
 PLACES = ("device", "host", "disk")
 CACHE_BYTES = 256 << 20
@@ -49,17 +52,19 @@ def open_engine(
     file = TolFile(tol)  # before the checkpoint is read, which takes longer
     trained = TrainedModel(workdir, step, dtype, mesh)
     file.check_model(trained.config, trained.tokenizer.digest, None)
-    edits = edit.Overlay.open(overlay, file) if overlay else None
+    edits = Overlay.open(overlay, file) if overlay else None
     params, digest = trained.load(lambda name: not trained.is_memory(name))
     file.check_model(trained.config, trained.tokenizer.digest, digest)
-    embedding, repair = params.get("embedding"), build.Repair(trained, file)
+    return Engine(trained, params, _rows(file, place, cache_bytes, trained, params.get("embedding"), edits))
+
+
+def _rows(file: TolFile, place: str, cache_bytes: int | None, trained: TrainedModel, embedding, edits):
+    """A file's rows, served from `place`."""
+    repair = Repair(trained, file)
     if place == "device":
-        found = rows.DeviceRows(file, trained.mesh, embedding, edits, repair)
-    else:
-        table = rows.HostTable(file, repair) if place == "host" else rows.DiskTable(file, repair=repair)
-        cache_bytes = CACHE_BYTES if cache_bytes is None else cache_bytes
-        found = rows.CachedRows(table, trained.mesh, cache_bytes, embedding, edits)
-    return Engine(trained, params, found)
+        return rows.DeviceRows(file, trained.mesh, embedding, edits, repair)
+    table = rows.HostTable(file, repair) if place == "host" else RowReader(file, repair=repair)
+    return rows.CachedRows(table, trained.mesh, CACHE_BYTES if cache_bytes is None else cache_bytes, embedding, edits)
 
 
 @dataclasses.dataclass(frozen=True)

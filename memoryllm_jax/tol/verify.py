@@ -1,20 +1,38 @@
-"""Whole ToL files against their checksums, against each other, and with edits applied."""
+"""Checks whole ToL files against their checksums and the weights, and compares two files."""
 
 import dataclasses
+import json
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.progress import Progress
+from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.reader import RowReader
+from memoryllm_jax.tol.sources import FileSource, LiveSource
 
-CHUNK = 512  # tokens compared at a time
+_CHUNK_ROWS = 512  # read and compared at a time
+_TINY = 1e-30  # divisions by a norm of zero give zero
 
 
-def damaged(tol: TolFile) -> list[int]:
+def check_file(tol: TolFile) -> None:
+    """Reads every row and every other tensor. Raises: UserError that names the damaged tokens or tensor."""
+    for name in json.loads(tol.metadata["tensor_checksums"]):
+        tol.read(name)
+    tol.tokenizer()
+    damaged = damaged_tokens(tol)
+    if damaged:
+        named = ", ".join(f"#{token}" for token in damaged[:5]) + (", ..." if len(damaged) > 5 else "")
+        raise UserError(f"{tol.path}: the checksums of {len(damaged)} of {tol.vocab_size} rows differ: tokens {named}")
+
+
+def damaged_tokens(tol: TolFile) -> list[int]:
     """Tokens whose rows do not match their checksums."""
     found: list[int] = []
 
@@ -23,68 +41,121 @@ def damaged(tol: TolFile) -> list[int]:
         return [np.empty(0, np.uint8)] * len(ids)
 
     reader = RowReader(tol, repair=note)
-    tokens = tol.token_of_row()
     progress = Progress("verify", tol.vocab_size, "row")
-    for start in range(0, tol.vocab_size, CHUNK):
-        reader.read(tokens[start : start + CHUNK])
-        progress.update(min(start + CHUNK, tol.vocab_size))
+    for chunk in vocabulary.chunks(tol.token_of_row(), _CHUNK_ROWS):
+        reader.read(chunk.real_ids)
+        progress.update(chunk.stop)
     progress.close()
     reader.close()
     return found
 
 
+def compare_with_weights(tol: TolFile, workdir: str) -> "Comparison":
+    """Compares a file's rows with those that the checkpoint's FFN-M gives.
+
+    Raises: UserError if the file was made from other weights.
+    """
+    trained = TrainedModel(workdir, int(tol.metadata["step"]), tol.metadata["dtype"])
+    live = LiveSource(trained)
+    tol.check_model(trained.config, trained.tokenizer.digest, live.identity.decoder_digest)
+    if live.identity.rows_digest != tol.metadata["rows_digest"]:
+        raise UserError(f"{tol.path}: made from other weights than {workdir} has, or edited")
+    return compare(live, FileSource(tol))
+
+
+def compare_files(tol: TolFile, other: TolFile, overlay_path: str = "") -> "Comparison":
+    """Compares the rows of two files, those of the second with the edits of an overlay.
+
+    Args:
+      overlay_path: of edits of `tol`, or "".
+    Raises: UserError if the two files do not fit each other.
+    """
+    overlay = Overlay.open(overlay_path, tol) if overlay_path else None
+    if other.vocab_size != tol.vocab_size or other.layout.layers != tol.layout.layers:
+        raise UserError(f"{other.path}: expected the vocabulary and layers of {tol.path}")
+    return compare(FileSource(tol), FileSource(other, overlay))
+
+
+class Change(NamedTuple):
+    """How a token's rows differ: norm of the difference over norm of the first row, and the part that differs most."""
+
+    token: int
+    share: float
+    part: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """difference, norm: {part name: [V]} L2 norms of two files' difference, and of the first."""
+    """Two sources of rows, token by token.
+
+    Attributes:
+      difference: {part name: float32 [V]}, L2 norms of the difference.
+      norm: {part name: float32 [V]}, L2 norms of the first source's rows.
+    """
 
     difference: dict[str, np.ndarray]
     norm: dict[str, np.ndarray]
 
     @property
     def by_part(self) -> dict[str, float]:
-        """Difference over norm of each part, over all tokens."""
+        """Norm of the difference over norm of the first, of each part over all tokens."""
         return {
-            k: float(np.linalg.norm(d) / max(np.linalg.norm(self.norm[k]), 1e-30)) for k, d in self.difference.items()
+            name: float(np.linalg.norm(difference_V) / max(np.linalg.norm(self.norm[name]), _TINY))
+            for name, difference_V in self.difference.items()
         }
-
-    def _all(self, arrays):
-        return np.sqrt(sum(np.square(a) for a in arrays.values()))
 
     @property
     def changed(self) -> int:
-        return int((self._all(self.difference) > 0).sum())
+        """Tokens that differ."""
+        return int((_over_parts(self.difference) > 0).sum())
 
-    def most(self, count: int) -> list[tuple[int, float, str]]:
-        """(token, difference over norm, part that differs most) of the tokens that differ most."""
-        total = self._all(self.difference)
-        share = total / np.maximum(self._all(self.norm), 1e-30)
+    def most(self, count: int) -> list[Change]:
+        """The tokens that differ most, those first; `count` of them, or fewer where fewer differ."""
+        difference_V = _over_parts(self.difference)
+        share_V = difference_V / np.maximum(_over_parts(self.norm), _TINY)
         names = list(self.difference)
-        top = [t for t in np.argsort(-share, kind="stable")[:count] if total[t] > 0]
-        worst = np.stack([self.difference[n] for n in names]).argmax(0)
-        return [(int(t), float(share[t]), names[worst[t]]) for t in top]
+        worst_V = np.stack([self.difference[name] for name in names]).argmax(0)
+        top = [token for token in np.argsort(-share_V, kind="stable")[:count] if difference_V[token] > 0]
+        return [Change(int(token), float(share_V[token]), names[worst_V[token]]) for token in top]
+
+
+def describe(result: Comparison, tol: TolFile, top: int) -> list[str]:
+    """For people: how much differs by part, and the `top` tokens that differ most."""
+    lines = [f"{result.changed:,} of {tol.vocab_size:,} tokens differ; norm of the difference over norm, by part:"]
+    lines.append("  " + "  ".join(f"{name} {error:.3g}" for name, error in result.by_part.items()))
+    tokenizer = tol.tokenizer()
+    for token, share, part in result.most(top):
+        lines.append(f"  #{token} {tokenizer.decode([token])!r}: {share:.3g}, most in {part}")
+    return lines
+
+
+def _over_parts(norms: dict[str, np.ndarray]) -> np.ndarray:
+    """Norms [V] of whole rows."""
+    return np.sqrt(sum(np.square(norm_V) for norm_V in norms.values()))
 
 
 def compare(first, second) -> Comparison:
-    """Row by row; the sources are those of tol/build.py."""
+    """Compares two sources (tol/sources.py) row by row. Raises: UserError if their rows are of different kinds."""
     if first.has_x0 != second.has_x0 or first.dim != second.dim:
-        raise UserError("the two hold rows of different kinds: other widths, or the embedding in one only")
+        raise UserError("expected rows of one width, both with or both without the embedding, found different ones")
+    names = (["x0"] if first.has_x0 else []) + [f"ffn.{layer}" for layer in range(first.layers)]
 
     @jax.jit
     def norms(a, b):
-        names = sorted(a, key=lambda n: -1 if n == "x0" else int(n[4:]))
-        f32 = lambda x: x.astype(jnp.float32)  # noqa: E731
-        return {n: (jnp.linalg.norm(f32(a[n]) - f32(b[n]), axis=1), jnp.linalg.norm(f32(a[n]), axis=1)) for n in names}
+        a, b = ({name: rows[name].astype(jnp.float32) for name in names} for rows in (a, b))
+        difference = {name: jnp.linalg.norm(a[name] - b[name], axis=1) for name in names}
+        return difference, {name: jnp.linalg.norm(a[name], axis=1) for name in names}
 
-    pieces = []
+    differences, sizes = [], []
     progress = Progress("compare", first.vocab_size, "row")
-    for start in range(0, first.vocab_size, CHUNK):
-        ids = np.minimum(np.arange(start, start + CHUNK, dtype=np.int32), first.vocab_size - 1)
-        pieces.append(jax.device_get(norms(first.vectors(ids), second.vectors(ids))))
-        progress.update(min(start + CHUNK, first.vocab_size))
+    for chunk in vocabulary.chunks(np.arange(first.vocab_size), _CHUNK_ROWS):
+        difference, size = jax.device_get(norms(first.vectors(chunk.ids), second.vectors(chunk.ids)))
+        differences.append(difference)
+        sizes.append(size)
+        progress.update(chunk.stop)
     progress.close()
 
-    def joined(k):
-        names = sorted(pieces[0], key=lambda n: -1 if n == "x0" else int(n[4:]))
-        return {n: np.concatenate([p[n][k] for p in pieces])[: first.vocab_size] for n in names}
+    def joined(pieces):
+        return {name: np.concatenate([piece[name] for piece in pieces])[: first.vocab_size] for name in names}
 
-    return Comparison(joined(0), joined(1))
+    return Comparison(joined(differences), joined(sizes))

@@ -8,7 +8,8 @@ from lab import loss_on, run_experiment
 from memoryllm_jax.evaluation.measure import Measure, TextOptions
 from memoryllm_jax.experiments import compression
 from memoryllm_jax.experiments.models import Models
-from memoryllm_jax.tol import build, compress
+from memoryllm_jax.tol import compress
+from memoryllm_jax.tol.sources import LiveSource
 
 
 def test_stored_rows_are_those_of_a_file(lab, tmp_path):
@@ -19,7 +20,7 @@ def test_stored_rows_are_those_of_a_file(lab, tmp_path):
         expected = loss_on(model, lab.data_path)
     with lab.model(name) as model:
         live = loss_on(model, lab.data_path)
-        source = build.LiveSource(model.trained)
+        source = LiveSource(model.trained)
         layout = compress.uniform(source, setting)
         model.rows = compression.StoredRows(source, layout, {}, np.zeros(source.vocab_size, np.int32))
         found = loss_on(model, lab.data_path)
@@ -34,7 +35,7 @@ def test_settings_budgets_and_singular_values(lab, tmp_path):
     sizes = {row["setting"]: row["bytes"] for row in found["settings"]}
     assert sizes["budget of the size of 2 bits"] <= sizes["2 bits"] < sizes["16 bits, rank 0.5"]
     with lab.model("memory") as model:
-        rows = build.LiveSource(model.trained).vectors(jnp.arange(512))
+        rows = LiveSource(model.trained).vectors(jnp.arange(512))
     for layer, values in enumerate(found["singular_values"]):
         expected = np.linalg.svd(np.asarray(rows[f"ffn.{layer}"]), compute_uv=False)
         np.testing.assert_allclose(values[:20], expected[:20] / expected[0], rtol=1e-3)

@@ -1,0 +1,157 @@
+"""Where full rows come from: computed from a checkpoint, or decoded from a ToL file.
+
+A source has mesh, vocab_size, dim, layers, has_x0, identity, counts (int64 [V], how often each token occurs, or None
+where that is not known), and `vectors(ids [U]) -> {part name: [U, D]}` of distinct token ids.
+"""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.config import MeshConfig, ModelConfig
+from memoryllm_jax.data.tokenizer import Tokenizer
+from memoryllm_jax.inference import vocabulary
+from memoryllm_jax.inference.rows import live_rows
+from memoryllm_jax.model import sharding
+from memoryllm_jax.tol import codec
+from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.layout import decode_rows
+from memoryllm_jax.tol.overlay import Overlay
+from memoryllm_jax.tol.reader import RowReader
+
+_CHUNK_ROWS = 1024  # of `full_vectors`
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Where the rows of a ToL file come from, as its metadata says."""
+
+    architecture: str
+    step: int
+    dtype: str  # of the computation that made the rows
+    rows_digest: str
+    decoder_digest: str
+    tokenizer: Tokenizer
+
+
+class LiveSource:
+    """Rows computed from a checkpoint by `jax.vmap` over token ids."""
+
+    counts = None  # only text says how often tokens occur
+
+    def __init__(self, trained: TrainedModel):
+        c = self.config = trained.config
+        self.mesh, self.vocab_size = trained.mesh, c.vocab_size
+        self.dim, self.layers, self.has_x0 = c.dim, c.layers, not c.tie_embeddings
+        decoder_digest = trained.digest(lambda name: not trained.is_memory(name))
+        self._params, rows_digest = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
+        self.identity = Identity(
+            c.architecture, trained.step, c.dtype, rows_digest, decoder_digest, tokenizer=trained.tokenizer
+        )
+        self._rows = _row_function(c)
+
+    def vectors(self, ids_U) -> dict:
+        with jax.set_mesh(self.mesh):
+            return self._rows(self._params, ids_U)
+
+
+def _row_function(config: ModelConfig):
+    """Jitted (params, ids [U]) -> {part name: [U, D]}: one token's row, mapped over the vocabulary."""
+
+    def row(params, token):
+        rows = live_rows(config, params, token[None])
+        parts = {} if config.tie_embeddings else {"x0": rows.x0_SUD[0, 0]}
+        for layer, y_SUD in enumerate(rows.ffn_LSUD):
+            parts[f"ffn.{layer}"] = y_SUD[0, 0]
+        return parts
+
+    return jax.jit(lambda params, ids_U: jax.vmap(lambda token: row(params, token))(ids_U))
+
+
+class FileSource:
+    """Rows of an existing ToL file, decoded on one device, with the edits of an overlay. Dropped layers are zero."""
+
+    def __init__(self, tol: TolFile, overlay: Overlay | None = None):
+        meta, layout = tol.metadata, tol.layout
+        self.mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+        self.vocab_size = tol.vocab_size
+        self.dim, self.layers, self.has_x0 = layout.dim, layout.layers, layout.has_x0
+        self.identity = Identity(
+            meta["architecture"],
+            int(meta["step"]),
+            meta["dtype"],
+            meta["rows_digest"],
+            meta["decoder_digest"],
+            tokenizer=tol.tokenizer(),
+        )
+        self.counts = tol.read("counts") if "counts" in tol.tensors else None
+        self._layout, self._overlay = layout, overlay
+        self._edits = overlay.arrays() if overlay else None
+        self._reader = RowReader(tol)
+        self._bases = {name: jnp.asarray(tol.basis(name)) for name in layout.rotated}
+        self._decode = jax.jit(lambda raw, tier_U, bases: decode_rows(layout, raw, tier_U, bases))
+
+    def vectors(self, ids_U) -> dict:
+        raw, tier_U = self._reader.read(np.asarray(ids_U))
+        vectors = self._decode(self._layout.view(raw), tier_U, self._bases)
+        zeros = jnp.zeros((len(raw), self.dim), jnp.float32)
+        vectors = {f"ffn.{layer}": zeros for layer in range(self.layers)} | vectors
+        if self._overlay is not None:
+            ffn = [vectors[f"ffn.{layer}"] for layer in range(self.layers)]
+            edited = self._overlay.apply(self._edits, jnp.asarray(ids_U), ffn)
+            vectors |= {f"ffn.{layer}": y for layer, y in enumerate(edited)}
+        return vectors
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def full_vectors(source, ids: np.ndarray) -> dict:
+    """Rows of any number of token ids on one device: {part name: float32 [n, D]}."""
+    pieces = [source.vectors(jnp.asarray(chunk.ids)) for chunk in vocabulary.chunks(ids, _CHUNK_ROWS)]
+    return {
+        name: jnp.concatenate([piece[name].astype(jnp.float32) for piece in pieces])[: len(ids)] for name in pieces[0]
+    }
+
+
+def read_rows(tol: TolFile, ids: np.ndarray, overlay: Overlay | None = None) -> np.ndarray:
+    """float32 [n, layers, D] of tokens, decoded, with the edits of an overlay; dropped layers are zero."""
+    source = FileSource(tol, overlay)
+    vectors = source.vectors(ids)
+    source.close()
+    return np.stack([np.asarray(vectors[f"ffn.{layer}"], np.float32) for layer in range(source.layers)], 1)
+
+
+class Repair:
+    """Computes damaged rows of a file again from the checkpoint, whose FFN-M weights are loaded for that alone."""
+
+    def __init__(self, trained: TrainedModel, tol: TolFile):
+        self._trained, self._tol = trained, tol
+        self._mended: dict[int, np.ndarray] = {}
+
+    def __call__(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Encoded rows of the ids. Raises: UserError if the weights are not those the file was made from."""
+        new = np.array([token for token in ids.tolist() if token not in self._mended], np.int32)
+        if len(new):
+            self._mended.update(zip(new.tolist(), self._compute(new)))
+        return [self._mended[token] for token in ids.tolist()]
+
+    def _compute(self, ids):
+        tol = self._tol
+        print(f"{tol.path}: {len(ids)} damaged rows, token {ids[0]} first: computed from the weights", file=sys.stderr)
+        trained = TrainedModel(self._trained.workdir, self._trained.step, tol.metadata["dtype"], self._trained.mesh)
+        params, digest = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
+        trained.close()
+        if digest != tol.metadata["rows_digest"]:
+            raise UserError(f"{tol.path}: token {ids[0]}: its row is damaged, and the checkpoint has other weights")
+        with jax.set_mesh(trained.mesh):
+            vectors = _row_function(trained.config)(params, jnp.asarray(ids))
+        bases = {name: jnp.asarray(tol.basis(name)) for name in tol.layout.rotated}
+        tiers = tol.tier_of_row[tol.row_of_token[ids]]
+        encoded = {k: np.asarray(codec.encode(tol.layout.tiers[k].parts, vectors, bases)) for k in np.unique(tiers)}
+        return [encoded[tier][i] for i, tier in enumerate(tiers)]

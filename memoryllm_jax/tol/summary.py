@@ -1,0 +1,82 @@
+"""What a ToL file holds, for people and for machines."""
+
+import dataclasses
+import json
+
+import numpy as np
+
+from memoryllm_jax.tol.edit import Editor
+from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.overlay import Overlay
+from memoryllm_jax.tol.sources import read_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenNorms:
+    """The row of one token.
+
+    Attributes:
+      token, text: id, and the text that it decodes to.
+      row: number of the row.
+      norms: float32 [layers], L2 norms of what each layer adds.
+    """
+
+    token: int
+    text: str
+    row: int
+    norms: np.ndarray
+
+    def line(self) -> str:
+        norms = " ".join(f"{norm:.3g}" for norm in self.norms)
+        return f"#{self.token} {self.text!r}: row {self.row}, norms by layer {norms}"
+
+
+def token_norms(tol: TolFile, names: tuple[str, ...]) -> list[TokenNorms]:
+    """The rows of tokens, named as text that is one token, or as #ID. Raises: UserError."""
+    if not names:
+        return []
+    editor = Editor(tol, Overlay(tol, []))
+    ids = [editor.token(name) for name in names]
+    rows = read_rows(tol, np.array(ids, np.int32))
+    found = []
+    for token, row_LD in zip(ids, rows):
+        text, row = editor.tokenizer.decode([token]), int(tol.row_of_token[token])
+        found.append(TokenNorms(token, text, row, np.linalg.norm(row_LD, axis=1)))
+    return found
+
+
+def lines(tol: TolFile) -> list[str]:
+    """Describes the file for people."""
+    layout, meta = tol.layout, tol.metadata
+    x0 = ", with the input embedding" if layout.has_x0 else ""
+    dropped = ", ".join(map(str, json.loads(meta["dropped_layers"]))) or "none"
+    order = "frequency" if "counts" in tol.tensors else "token id"
+    digests = {name: meta[f"{name}_digest"][:12] for name in ("rows", "decoder", "tokenizer")}
+    out = [
+        f"{tol.path}: {tol.size:,} bytes, {meta['codec']}",
+        f"made from {meta['architecture']} at step {meta['step']}, computed in {meta['dtype']}: {layout.layers} layers "
+        f"of width {layout.dim}, {tol.vocab_size:,} tokens{x0}",
+        f"dropped layers: {dropped}; rows in order of {order}",
+        f"digests: rows {digests['rows']}, decoder {digests['decoder']}, tokenizer {meta['tokenizer_kind']} "
+        f"{digests['tokenizer']}",
+        f"{layout.row_bytes / tol.vocab_size:,.0f} bytes a token on average; bases "
+        f"{layout.total_bytes - layout.row_bytes:,} bytes",
+    ]
+    for number, tier in enumerate(layout.tiers):
+        out.append(f"tier {number}: {tier.rows:,} rows of {tier.stride:,} bytes")
+        for part in tier.parts:
+            bands = " + ".join(f"{band.size} at {band.bits} bits" for band in part.bands)
+            out.append(f"  {part.name:>7}  {bands}{'  in a rotated basis' if part.rotated else ''}")
+    return out
+
+
+def record(tol: TolFile, tokens: list[TokenNorms]) -> dict:
+    """The same for machines."""
+    found = {
+        "size": tol.size,
+        "metadata": {name: text for name, text in tol.metadata.items() if name != "layout"},
+        "layout": tol.layout.to_json(),
+    }
+    if tokens:
+        found["tokens"] = {entry.token: entry.norms.tolist() for entry in tokens}
+    return found

@@ -1,0 +1,94 @@
+"""Uniform compression: how much the rows err, and options that are refused."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from lab import some_tokens, step_logits
+from tol_files import file_rows, opened, relative, rows_of
+
+from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.tol import compress
+from memoryllm_jax.tol.codec import Band
+from memoryllm_jax.tol.sources import LiveSource
+
+
+def errors_of(lab, path, name="flex-3"):
+    """{part: error over norm}, and the rows."""
+    with opened(path) as tol:
+        rows = file_rows(tol)
+    exact = {f"ffn.{layer}": y for layer, y in enumerate(lab.memory(name))}
+    return {part: relative(rows[part], y) for part, y in exact.items() if part in rows}, rows
+
+
+def test_uniform_compression_errs_as_little_as_it_should(lab):
+    for bits, low, high in (("8", 1e-4, 0.01), ("4", 0.01, 0.15), ("4,1:8", 1e-4, 0.15)):
+        found, rows = errors_of(lab, lab.tol("flex-3", bits=bits))
+        assert all(low < error < high for error in found.values()), (bits, found)
+        assert relative(rows["x0"], lab.params("flex-3")[0]["embedding"]) < 0.01  # at least 8 bits
+    assert found["ffn.1"] < 0.01 < found["ffn.0"]
+
+
+def test_low_rank_keeps_the_largest_singular_values(lab):
+    path = lab.tol("flex-3", bits="32", rank="0.5,1:1.0")
+    found, _ = errors_of(lab, path)
+    with opened(path) as tol:
+        assert tol.layout.rotated == {"ffn.0": 16}
+    values = np.linalg.svd(lab.memory("flex-3")[0].astype(np.float64), compute_uv=False)
+    tail = np.sqrt(np.square(values[16:]).sum() / np.square(values).sum())
+    assert tail > 1e-3 and found["ffn.0"] == pytest.approx(tail, rel=0.01)
+    assert found["ffn.1"] < 1e-6
+
+
+def test_dropped_layers_are_zero(lab):
+    path = lab.tol("flex-3", drop_layers=("1",))
+    found, rows = errors_of(lab, path)
+    assert set(rows) == {"x0", "ffn.0"} and max(found.values()) < 1e-6
+    with opened(path) as tol:
+        assert json.loads(tol.metadata["dropped_layers"]) == [1] and not rows_of(tol)[:, 1].any()
+    tokens = some_tokens(8)
+    with lab.model("flex-3", path, cache_bytes=1 << 10) as dropped, lab.model("flex-3") as live:
+        dropped_layer = live.decoder.scaled(np.array([1.0, 0.0]), np.ones(2))
+        expected = step_logits(dropped_layer, live.rows, tokens)
+        found = step_logits(dropped.decoder, dropped.rows, tokens)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_compressed_file_equals_precompute_with_the_same_options(lab, tmp_path):
+    choices = {"bits": "4,1:16", "drop_layers": ("0",)}
+    out = str(tmp_path / "t")
+    with opened(lab.tol("flex-3", data=lab.data_path)) as tol:  # order and counts come along
+        compress.compress_file(tol, compress.Options(**choices), out)
+    with opened(out) as tol, opened(lab.tol("flex-3", data=lab.data_path, **choices)) as direct:
+        assert tol.layout == direct.layout and tol.metadata == direct.metadata
+        assert relative(rows_of(tol), rows_of(direct)) < 1e-4
+        with pytest.raises(UserError, match="expected a file of 16 or 32 bits with all layers, found bfloat16"):
+            compress.compress_file(tol, compress.Options(), str(tmp_path / "again"))
+
+
+def test_bad_options_are_refused_and_leave_nothing(lab, tmp_path):
+    out, source = str(tmp_path / "t.safetensors"), LiveSource(TrainedModel(lab.workdir("memory")))
+    for choices, found in [
+        ({"bits": "9"}, "bits: expected one of 32, 16, 8, .*, found '9'"),
+        ({"bits": "4,7:8"}, "bits: expected layers from 0 to 1, .* found '7'"),
+        ({"bits": "0:8"}, "bits: expected a value for all layers first"),
+        ({"bits": "4,1:8,1:2"}, r"bits: expected one value for ffn\.1, found another: 1:2"),
+        ({"drop_layers": ("99",)}, "drop_layers: expected layers from 0 to 1, .* found '99'"),
+        ({"drop_layers": ("0", "1")}, "drop_layers: expected at least one layer to stay"),
+        ({"rank": "1.5"}, "rank: expected a share up to 1.0 .*found '1.5'"),
+        ({"rank": "0"}, "rank: expected a share"),
+        ({"rank": "many"}, "rank: expected a share"),
+        ({"rank": "0.5,x0:1"}, "rank: expected layers, found x0"),
+        ({"total_size": "20KB"}, "total_size: expected data and workdir too"),
+        ({"total_size": "20KB", "bits": "4", "data": lab.data_path}, "total_size: expected no bits too"),
+        ({"total_size": "20KB", "bytes_per_token": "1KB"}, "bytes_per_token: expected no total_size too"),
+        ({"data": lab.other_data()}, "made with another tokenizer"),
+    ]:
+        with pytest.raises(UserError, match=found):
+            compress.write(source, compress.Options(**choices), out)
+    assert compress.uniform(source, compress.Options(bits="4,x0:2")).tiers[0].parts[0].bands == (Band(32, 2),)
+    with pytest.raises(UserError, match="expected a memory or flex model, found base"):
+        compress.precompute(lab.workdir("base"), out, compress.Options())
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,180 @@
+"""Edits of rows: what they do to rows and logits, and files with the edits in them."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import safetensors
+from lab import step_logits, written
+from tol_files import DIM, LAYERS, VOCAB, Reader, damaged_copy, opened, relative, rows_of
+
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.tol import edit, verify
+from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.overlay import Edit, Overlay
+from memoryllm_jax.tol.sources import FileSource
+
+
+def test_overlay_is_as_specified(mixed_file, tmp_path):
+    path, tol = str(tmp_path / "overlay.safetensors"), TolFile(mixed_file[0])
+    overlay = Overlay(tol, [])
+    editor, rng = edit.Editor(tol, overlay), np.random.default_rng(2)
+    key = {"coefficients": rng.standard_normal(VOCAB, np.float32), "value": rng.standard_normal(DIM, np.float32)}
+    editor.add("swap", "#9,#4")
+    overlay.edits.append(Edit("suppress layer 2 key 3", layer=2, **key))
+    editor.add("blend", "#4,#8,0.25")
+    overlay.save(path)
+    with safetensors.safe_open(path, "numpy") as file:
+        meta, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert meta["format"] == "memoryllm_overlay" and meta["rows_digest"] == tol.metadata["rows_digest"]
+    before = Reader(mixed_file[0]).vectors()
+    after = np.stack([before[f"ffn.{layer}"] for layer in range(LAYERS)], 1)
+    swapped = after[[4, 9]]
+    for k, entry in enumerate(json.loads(meta["edits"])):
+        if entry["layer"] is None:
+            after[tensors[f"{k}.ids"]] = tensors[f"{k}.rows"]
+        else:
+            after[:, entry["layer"]] -= tensors[f"{k}.coefficients"][:, None] * tensors[f"{k}.value"]
+    swapped[:, 2] -= key["coefficients"][[9, 4], None] * key["value"]
+    theirs = rows_of(tol, Overlay.open(path, tol))
+    np.testing.assert_allclose(theirs, after, rtol=1e-5, atol=1e-5 * np.abs(after).max())
+    np.testing.assert_allclose(after[9], swapped[0], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(after[4], 0.75 * swapped[1] + 0.25 * after[8], rtol=1e-5, atol=1e-4)
+    tol.close()
+
+
+def edited(tol, workdir, *operations):
+    overlay = Overlay(tol, [])
+    editor = edit.Editor(tol, overlay, workdir)
+    for operation, spec in operations:
+        editor.add(operation, spec)
+    return overlay
+
+
+def test_swap_shows_in_rows_and_is_undone(lab, tmp_path):
+    path, overlay_path = lab.tol("flex-3"), str(tmp_path / "swap")
+    with opened(path) as tol:
+        text = next(t for t in ("a", "the", ".") if len(tol.tokenizer().encode(t)) == 1)
+        a, b = tol.tokenizer().encode(text)[0], 300
+        overlay = edited(tol, "", ("swap", f"{text},#{b}"))
+        overlay.save(overlay_path)
+        before, after = rows_of(tol), rows_of(tol, Overlay.open(overlay_path, tol))
+        permuted = np.arange(512)
+        permuted[[a, b]] = b, a
+        np.testing.assert_array_equal(after, before[permuted])
+        assert (after != before).any()
+        editor = edit.Editor(tol, overlay)
+        assert editor.undo(1)[0].startswith("swap #") and overlay.edits == []
+        with pytest.raises(UserError, match=r"undo: expected from 1 to 0, .* found 1"):
+            editor.undo(1)
+        np.testing.assert_array_equal(rows_of(tol, overlay), before)
+
+
+def test_swap_shows_in_the_logits(lab, tmp_path):
+    path, overlay_path, tokens = lab.tol("flex-3"), str(tmp_path / "swap"), [40, 17, 300, 30]
+    with opened(path) as tol:
+        edited(tol, "", ("swap", "#40,#300")).save(overlay_path)
+    with lab.model("flex-3", path, cache_bytes=1 << 10, overlay=overlay_path) as model:
+        found = step_logits(model.decoder, model.rows, tokens)
+    with lab.model("flex-3") as model:
+        expected = step_logits(model.decoder, SwappedRows(model.rows, 40, 300), tokens)
+        assert np.abs(step_logits(model.decoder, model.rows, tokens) - expected)[0].max() > 1e-3
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+class SwappedRows:
+    """Live rows in which two tokens have each other's FFN-M, and keep their embeddings."""
+
+    def __init__(self, live, a, b):
+        self.live, self.of = live, np.arange(512, dtype=np.int32)
+        self.of[[a, b]] = b, a
+
+    def fetch(self, ids):
+        return self.live.fetch(ids)._replace(ffn_LSUD=self.live.fetch(self.of[ids]).ffn_LSUD)
+
+
+def test_zero_replace_and_blend_apply_in_order(lab):
+    with opened(lab.tol("flex-3")) as tol:
+        expected = rows_of(tol).copy()
+        operations = [("zero", "#9"), ("replace", "#11,#12"), ("blend", "#13,#14,0.25"), ("swap", "#13,#9")]
+        found = rows_of(tol, edited(tol, "", *operations))
+    expected[9] = 0
+    expected[11] = expected[12]
+    expected[13] = 0.75 * expected[13] + 0.25 * expected[14]
+    expected[[9, 13]] = expected[[13, 9]]
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+
+
+def test_bad_edits_are_refused(lab):
+    with opened(lab.tol("flex-3")) as tol:
+        workdir = lab.workdir("flex-3")
+        for directory, operation, spec, message in [
+            ("", "zero", "several tokens here", "token 'several tokens here': expected one token, found [0-9]+ .*#ID"),
+            ("", "zero", "#9999999", "token #9999999: expected an id below 512"),
+            ("", "swap", "#9,#9", "swap: expected two different tokens, .* '#9,#9'"),
+            ("", "swap", "#9", "swap: expected 2 values .* found '#9'"),
+            ("", "blend", "#9,#8,2", "blend: expected a share from 0 to 1, found '2'"),
+            ("", "suppress", "1:2", "suppress: expected --workdir too"),
+            ("", "suppress", "x", "suppress: expected LAYER:KEY"),
+            (workdir, "suppress", "3:1", "suppress: expected a layer below 2 and a key below [0-9]+, found '3:1'"),
+            (workdir, "suppress", "1:999", "suppress: expected a layer below 2 and a key below [0-9]+, found '1:999'"),
+        ]:
+            with pytest.raises(UserError, match=message):
+                edited(tol, directory, (operation, spec))
+
+
+def without(keys):
+    """For `Lab.memory`: the values of (layer, key) pairs set to zero."""
+
+    def change(layer, p):
+        down = p["ffn"]["down"]
+        for at, key in keys:
+            down = down.at[key].set(0) if at == layer else down
+        return p | {"ffn": p["ffn"] | {"down": down}}
+
+    return change
+
+
+def test_suppressed_keys_are_values_set_to_zero(lab):
+    keys = [(1, 5), (0, 7)]
+    expected = lab.memory("flex-3", without(keys)).swapaxes(0, 1)
+    assert relative(lab.memory("flex-3").swapaxes(0, 1), expected) > 1e-3
+    with opened(lab.tol("flex-3")) as tol:
+        operations = [("suppress", f"{layer}:{key}") for layer, key in keys]
+        found = rows_of(tol, edited(tol, lab.workdir("flex-3"), *operations))
+        assert relative(found, expected) < 2e-6
+        with pytest.raises(UserError, match="suppress: expected a key that is not suppressed yet, found '1:5'"):
+            edited(tol, lab.workdir("flex-3"), *operations, ("suppress", "1:5"))
+
+
+def test_suppressed_key_is_also_gone_from_rows_that_were_swapped(lab):
+    expected = lab.memory("flex-3", without([(1, 5)])).swapaxes(0, 1).copy()
+    expected[[9, 300]] = expected[[300, 9]]
+    with opened(lab.tol("flex-3")) as tol:
+        for operations in ([("suppress", "1:5"), ("swap", "#9,#300")], [("swap", "#9,#300"), ("suppress", "1:5")]):
+            found = rows_of(tol, edited(tol, lab.workdir("flex-3"), *operations))
+            assert relative(found, expected) < 2e-6, operations
+
+
+def test_edited_file_differs_in_those_tokens(lab, tmp_path):
+    path = str(tmp_path / "edited.safetensors")
+    with opened(lab.tol("flex-3")) as tol:
+        overlay = edited(tol, "", ("swap", "#40,#41"), ("zero", "#500"))
+        edit.write_edited(tol, overlay, path)
+        with opened(path) as after:
+            np.testing.assert_array_equal(rows_of(after), rows_of(tol, overlay))
+            result = verify.compare(FileSource(tol), FileSource(after))
+            assert result.changed == 3 and {token for token, _, _ in result.most(10)} == {40, 41, 500}
+            assert result.by_part["x0"] == 0
+            overlay.save(str(tmp_path / "o"))
+            with pytest.raises(UserError, match="made for other rows"):
+                Overlay.open(str(tmp_path / "o"), after)
+        with pytest.raises(UserError, match="output: expected another file than the one that is edited"):
+            edit.write_edited(tol, overlay, tol.path)
+    damaged = damaged_copy(lab.tol("flex-3"), 40, tmp_path / "damaged")
+    with opened(damaged) as tol, pytest.raises(UserError, match="token 40: the checksum of its row differs"):
+        edit.write_edited(tol, Overlay.open(str(tmp_path / "o"), tol), str(tmp_path / "other"))
+    assert sorted(os.listdir(tmp_path)) == ["damaged", "edited.safetensors", "o"]
+    with lab.model("flex-3", path) as model:  # the model it was made for still takes it
+        assert len(written(model, [[40]])[0]) == 12

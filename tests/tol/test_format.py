@@ -1,0 +1,173 @@
+"""The ToL file as docs/tol.md specifies it, read back by a reader that shares no code with the package."""
+
+import copy
+import itertools
+import json
+import os
+import re
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import xxhash
+from tol_files import CHUNK, DIM, LAYERS, TYPES, VOCAB, Reader, Source, bfloat16, more, uniform
+
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.tol import build
+from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.sources import FileSource
+
+
+def test_float32_rows_are_one_exact_tensor(tokenizer, tmp_path):
+    path, source, order = str(tmp_path / "f32.safetensors"), Source(tokenizer), np.arange(VOCAB)[::-1]
+    build.build(source, uniform(32), path, order, chunk_rows=CHUNK)
+    expected = np.stack([source.table[name] for name in ("x0", *(f"ffn.{i}" for i in range(LAYERS)))], 1)[order]
+    loaded = safetensors.numpy.load_file(path)
+    np.testing.assert_array_equal(loaded["rows.0"], expected)
+    assert loaded["rows.0"].dtype == np.float32
+    with safetensors.safe_open(path, "numpy") as file:
+        np.testing.assert_array_equal(file.get_slice("rows.0")[17:19], expected[17:19])
+        assert file.metadata() == Reader(path).meta
+    for name, rows in Reader(path).vectors().items():
+        np.testing.assert_array_equal(rows, source.table[name])
+    assert bytes(loaded["tokenizer"]) == tokenizer.content
+
+
+def test_bfloat16_rows_round_as_numpy_and_hold_no_x0(tokenizer, tmp_path):
+    path, source = str(tmp_path / "bf16.safetensors"), Source(tokenizer, has_x0=False)
+    build.build(source, uniform(16, has_x0=False, layers=[0, 1, 2, 3, 5, 6]), path, np.arange(VOCAB), chunk_rows=CHUNK)
+    reader = Reader(path)
+    assert reader.header["rows.0"]["dtype"] == "BF16" and reader.header["rows.0"]["shape"] == [VOCAB, 6, DIM]
+    assert json.loads(reader.meta["dropped_layers"]) == [4]
+    assert json.loads(reader.meta["kept_layers"]) == [0, 1, 2, 3, 5, 6]
+    vectors = reader.vectors()
+    assert sorted(vectors) == [f"ffn.{layer}" for layer in range(LAYERS)] and not vectors.pop("ffn.4").any()
+    for name, rows in vectors.items():
+        np.testing.assert_array_equal(rows, source.table[name].astype(ml_dtypes.bfloat16).astype(np.float64))
+
+
+def test_mixed_file_is_laid_out_as_specified(mixed_file, tokenizer):
+    path, _ = mixed_file
+    reader, extra = Reader(path), more()
+    spans = sorted(entry["data_offsets"] for entry in reader.header.values())
+    assert spans[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+    assert reader.start + spans[-1][1] == len(reader.content)
+    assert reader.start % 4096 == reader.at("rows.0") % 4096 == reader.at("rows.1") % 4096 == 0
+    assert "padding.1" in reader.header  # 110 rows do not end where the next tier may begin
+    assert all(reader.at(name) % np.dtype(TYPES[e["dtype"]]).itemsize == 0 for name, e in reader.header.items())
+    np.testing.assert_array_equal(reader.tensor("row_of_token")[extra["order"]], np.arange(VOCAB))
+    np.testing.assert_array_equal(reader.tensor("counts"), extra["counts"])
+    for name, basis in extra["bases"].items():
+        np.testing.assert_array_equal(
+            bfloat16(reader.tensor(f"basis.{name}")), basis.astype(ml_dtypes.bfloat16).astype(np.float64)
+        )
+    assert reader.tensor("tokenizer").tobytes() == tokenizer.content
+    assert reader.meta["tokenizer_digest"] == tokenizer.digest and reader.meta["dropped_layers"] == "[4, 6]"
+    assert reader.meta["kept_layers"] == "[0, 1, 2, 3, 5, 6]"
+    assert (reader.meta["version"], reader.meta["vocab_size"], reader.meta["step"]) == ("1", str(VOCAB), "7")
+    rows = [row.tobytes() for tier in range(2) for row in reader.raw(tier)]
+    assert [xxhash.xxh3_64_intdigest(row) for row in rows] == reader.tensor("checksums").tolist()
+
+
+def test_example_in_the_specification_reads_a_file(mixed_file):
+    path, _ = mixed_file
+    with open(os.path.join(os.path.dirname(__file__), "..", "..", "docs", "tol.md"), encoding="utf-8") as file:
+        (example,) = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
+    space = {}
+    exec(example, space)  # defines the class Tol
+    tol, ours = space["Tol"](path), Reader(path).vectors()
+    for token in (0, 5, 123, VOCAB - 1):
+        row = tol.row(token)
+        for name, vectors in ours.items():
+            np.testing.assert_allclose(row.get(name, np.zeros(DIM)), vectors[token], rtol=1e-5, atol=1e-5)
+
+
+def rewritten(reader, change):
+    """The file's bytes with the header as `change(header)` leaves it."""
+    header = copy.deepcopy({"__metadata__": reader.meta} | reader.header)
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 4096)
+    return struct.pack("<Q", len(text)) + text + reader.content[reader.start :]
+
+
+def with_metadata(**values):
+    return lambda reader: rewritten(reader, lambda header: header["__metadata__"].update(values))
+
+
+def with_bytes(position, new):
+    """`position(reader)`: where `new` goes."""
+
+    def damage(reader):
+        at = position(reader)
+        return reader.content[:at] + new + reader.content[at + len(new) :]
+
+    return damage
+
+
+def one_row_twice(reader):
+    at = reader.at("row_of_token")
+    return reader.content[: at + 4] + reader.content[at : at + 4] + reader.content[at + 8 :]
+
+
+def other_part(reader):
+    """A layer's part under the name of one that the model does not have."""
+    text = reader.meta["layout"].replace('"ffn.1"', '"ffn.9"')
+    return with_metadata(layout=text)(reader)
+
+
+def longer_rows(reader):
+    tree = json.loads(reader.meta["layout"])
+    tree["tiers"][0]["rows"] += 1
+    return with_metadata(layout=json.dumps(tree))(reader)
+
+
+@pytest.mark.parametrize(
+    "damage, found",
+    [
+        (lambda reader: reader.content[:-1], "truncated"),
+        (lambda reader: reader.content[: reader.start - 9], "expected a ToL file"),
+        (lambda reader: b"", "expected a ToL file"),
+        (with_bytes(lambda reader: 0, b"\xff" * 8), "expected a ToL file"),
+        (with_bytes(lambda reader: 8, b"garbage\xff"), "expected a ToL file"),
+        (lambda reader: rewritten(reader, lambda header: header.pop("__metadata__")), "expected a ToL file"),
+        (lambda reader: rewritten(reader, lambda header: header.pop("checksums")), "checksums"),
+        (one_row_twice, "row_of_token"),
+        (with_bytes(lambda reader: reader.at("row_of_token"), b"\xff" * 4), "row_of_token"),
+        (with_metadata(version="2"), "version '2'"),
+        (with_metadata(format="memoryllm_overlay"), "memoryllm_overlay"),
+        (other_part, "ffn.1"),
+        (with_metadata(dropped_layers="[]"), "ffn.4"),
+        (longer_rows, "rows.0"),
+    ],
+)
+def test_bad_file_is_refused(mixed_file, tmp_path, damage, found):
+    path = str(tmp_path / "bad.safetensors")
+    with open(path, "wb") as file:
+        file.write(damage(Reader(mixed_file[0])))
+    with pytest.raises(UserError, match=re.escape(found)) as caught:
+        TolFile(path)
+    assert path in str(caught.value)
+
+
+def test_file_with_the_tensor_of_earlier_versions_opens(mixed_file, tmp_path):
+    """Files made with text once held each token's likely successors, which nothing reads now."""
+    reader, path = Reader(mixed_file[0]), str(tmp_path / "old.safetensors")
+    successors = np.zeros((VOCAB, 4), "<i4").tobytes()
+    sums = json.loads(reader.meta["tensor_checksums"])
+    sums["successors"] = f"{xxhash.xxh3_64_intdigest(successors):016x}"
+    end = len(reader.content) - reader.start
+
+    def add(header):
+        header["__metadata__"]["tensor_checksums"] = json.dumps(sums)
+        header["successors"] = {"dtype": "I32", "shape": [VOCAB, 4], "data_offsets": [end, end + len(successors)]}
+
+    with open(path, "wb") as file:
+        file.write(rewritten(reader, add) + successors)
+    ids = np.arange(VOCAB, dtype=np.int32)
+    found, expected = (FileSource(TolFile(p)).vectors(ids) for p in (path, mixed_file[0]))
+    for name, rows in expected.items():
+        np.testing.assert_array_equal(found[name], rows)
