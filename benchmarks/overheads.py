@@ -96,7 +96,7 @@ def stalls(dataset, path):
         for step in range(config.steps):
             batch = batches[step]
             start = time.perf_counter()
-            placed = place(batch, size, trainer.batch_sharding, config.model)
+            placed = place(batch, size, trainer.batch_sharding)
             placing.append(time.perf_counter() - start)
             state, values = trainer.train(state, placed)
             jax.block_until_ready(values)

@@ -40,7 +40,7 @@ from memoryllm_jax.config import default, resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import flops, sharding
 from memoryllm_jax.training import loop, metrics
-from memoryllm_jax.training.batches import HostBatch, SizeAgreement, TrainBatches, place
+from memoryllm_jax.training.batches import HostBatch, TrainBatches, place, smallest_size
 from memoryllm_jax.training.step import Trainer
 
 PRESETS = {
@@ -154,13 +154,13 @@ def our_step(config, dataset: Dataset, settings: Settings):
     state = trainer.init(jax.random.key(0))
     batches = TrainBatches(config, dataset, 1, [0])
     weights = np.ones((config.batch_size, config.seq_len))
-    host = HostBatch({0: batches._shard(windows_of(dataset, settings), weights)})
-    size = SizeAgreement(batches.sizes(), trainer.mesh).size(host.distinct)
+    host = HostBatch({0: batches.shard_batch(windows_of(dataset, settings), weights)})
+    size = smallest_size(batches.sizes(), host.distinct)
 
     def steps(count):
         nonlocal state
         for _ in range(count):
-            batch = place(host, size, trainer.batch_sharding, config.model)
+            batch = place(host, size, trainer.batch_sharding)
             state, values = trainer.train(state, batch)
         return float(jax.device_get(values["loss"]))
 

@@ -16,42 +16,47 @@ On several hosts add --multihost to the line on each of them.
 """
 
 import os
+from typing import Annotated
 
 from absl import flags
 from ml_collections import config_flags
 
-from memoryllm_jax.common import hosts, legacy
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common import cli, options
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.hosts import HostOptions
+from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import check_flags, resolve
-from memoryllm_jax.training import chips, plan
+from memoryllm_jax.training import chips
 from memoryllm_jax.training.loop import train
+from memoryllm_jax.training.plan import dry_run as print_plan
 
 
-def main():
-    f = flags.FLAGS
-    config = resolve(f.config)
-    if f.dry_run:
-        return plan.dry_run(config, f.chip, f.devices, f.slices, f.tokens, f.plan)
+def main(
+    hosts: HostOptions,
+    workdir: Annotated[str, Option("folder or gs:// URL for checkpoints and metrics of one run")] = "",
+    profile: Annotated[int, Option("steps to leave a profile of in WORKDIR/profile", least=0)] = 0,
+    dry_run: Annotated[bool, Option("compile the step for --devices of --chip, print the plan, train nothing")] = False,
+    devices: Annotated[int, Option("devices to plan for", least=1)] = 8,
+    chip: Annotated[str, Option("kind of device to plan for", choices=tuple(chips.CHIPS))] = "h100",
+    slices: Annotated[int, Option("TPU slices to plan for; 0: as few as hold the devices", least=0)] = 0,
+    tokens: Annotated[float, Option("tokens of the run to plan; 0: those of the config's steps", least=0)] = 0.0,
+    plan: Annotated[str, Option("JSON file for the plan")] = "",
+) -> int:
+    config = resolve(flags.FLAGS.config)
+    if dry_run:
+        return print_plan(config, chip, devices, slices, tokens, plan)
     for name in ("devices", "chip", "slices", "tokens", "plan"):
-        if f[name].present:
-            raise UserError(f"--{name}: expected --dry_run too, as it is about devices that are not here")
-    if not f.workdir:
-        raise UserError("--workdir: expected a folder for checkpoints and metrics, found none")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{chips.GPU_SHARE}")  # JAX's own is three quarters
-    hosts.join_hosts()
-    return train(config, f.workdir, profile=f.profile)
+        if options.given(name):
+            raise ArgumentError(name, "expected --dry_run too, as it is about devices that are not here")
+    if not workdir:
+        raise ArgumentError("workdir", "expected a folder for checkpoints and metrics, found none")
+    # JAX takes three quarters of a GPU's memory unless told otherwise. Plans count on this share.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{chips.GPU_SHARE}")
+    hosts.join()
+    return train(config, workdir, profile=profile)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/SIZE.py:ARCHITECTURE; override as --config.FIELD=VALUE")
-    flags.DEFINE_string("workdir", "", "folder or gs:// URL for checkpoints and metrics, of one run")
-    flags.DEFINE_integer("profile", 0, "steps to leave a trace of in WORKDIR/profile", lower_bound=0)
-    flags.DEFINE_bool("dry_run", False, "compile the step for --devices of --chip, print the plan, train nothing")
-    flags.DEFINE_integer("devices", 8, "devices to plan for", lower_bound=1)
-    flags.DEFINE_string("chip", "h100", "what to plan for: " + ", ".join(chips.CHIPS))
-    flags.DEFINE_integer("slices", 0, "TPU slices to plan for; by default as few as hold the devices", lower_bound=0)
-    flags.DEFINE_float("tokens", 0, "length of the run to plan; by default that of the config", lower_bound=0)
-    flags.DEFINE_string("plan", "", "JSON file for the plan")
-    hosts.define_multihost_flags()
     flags.mark_flag_as_required("config")
-    legacy.run(main, check=check_flags)
+    cli.run(main, check=check_flags)

@@ -26,7 +26,7 @@ from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.model import attention
 from memoryllm_jax.model.blocked_attention import SAVED
 from memoryllm_jax.model.sharding import batch_shards, constrain, padded, shardings, unpadded_embed
-from memoryllm_jax.model.token_memory import TokenRows, embed, rows_axes, take_rows
+from memoryllm_jax.model.token_memory import TokenRows, embed, take_rows
 
 
 def _parameter(module, name, shape, axes, std):
@@ -306,7 +306,7 @@ class ScannedMemoryLayer(MemoryLayer):
     """A memory layer as `nn.scan` wants it; the carry is the embeddings, which all layers read."""
 
     def __call__(self, x0_SUD):
-        return x0_SUD, constrain(super().__call__(x0_SUD).row, *rows_axes(x0_SUD))
+        return x0_SUD, constrain(super().__call__(x0_SUD).row, "shard", None, None)
 
 
 class MemoryTable(nn.Module):
@@ -332,7 +332,7 @@ class ScannedMemoryTable(MemoryTable):
 
     def __call__(self, ids_SU):
         row_SUP = super().__call__(ids_SU, lambda table, ids: embed(table, ids, self.config.dtype))
-        return ids_SU, constrain(row_SUP, *rows_axes(row_SUP))
+        return ids_SU, constrain(row_SUP, "shard", None, None)
 
 
 def _over_layers(layer, config, in_axes):
@@ -372,12 +372,12 @@ class LanguageModel(nn.Module):
         return self.hidden(self.token_rows(ids_SU), index_SN, length), self.output_embedding()
 
     def token_rows(self, ids_SU) -> TokenRows:
-        """Embeddings and token memory of the ids: [S, U] of each batch shard, or [1, V] that all shards share.
+        """Embeddings and token memory of the distinct ids [S, U] of each batch shard.
 
         A row that no position takes has no gradient, so padding is free.
         """
         x0_SUD = embed(self.embedding_VD, ids_SU, self.config.dtype)[..., : self.config.dim]
-        x0_SUD = constrain(x0_SUD, *rows_axes(x0_SUD))
+        x0_SUD = constrain(x0_SUD, "shard", None, None)
         ffn_LSUD = None
         if self.config.row_dim:
             ffn_LSUD = self.memory(x0_SUD if self.config.memory_dim else ids_SU)[1]

@@ -1,4 +1,4 @@
-"""What a run reports: FLOPs and MFU by formula, and records to JSON lines, TensorBoard and Weights & Biases.
+"""What a run writes down: speed and MFU by formula, records as JSON lines, TensorBoard and wandb, and profiles.
 
 `model_flops_per_second` and `mfu` count model/flops.py's formula for the rows of token memory that were evaluated:
 distinct ids, padding included. The `_plain` figures count a row for every position, which is the work that a step
@@ -12,11 +12,13 @@ import os
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
 from memoryllm_jax.common import storage
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import UserError, require
 from memoryllm_jax.config import Config
 from memoryllm_jax.model.flops import train_flops
 from memoryllm_jax.training.chips import PEAK_FLOPS
@@ -25,24 +27,32 @@ _SYNC_S = 60  # between copies of the records to a workdir behind a URL
 
 
 def peak_flops(config: Config) -> float | None:
-    """FLOP/s of all devices at their best, or None where this is not known, as on a CPU."""
-    kind = jax.devices()[0].device_kind
-    known = config.log.peak_flops or next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
-    return known and known * jax.device_count()
+    """Peak FLOP/s of all devices together, or None where it is not known, as on a CPU."""
+    of_one = config.log.peak_flops
+    if not of_one:
+        kind = jax.devices()[0].device_kind
+        of_one = next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+    return of_one * jax.device_count() if of_one else None
 
 
 def speed(config: Config, peak: float | None, tokens: int, rows: int, seconds: float) -> dict:
-    """tokens/s, model FLOP/s and MFU over some steps, FFN-M counted as done and as it would have been."""
+    """tokens/s, model FLOP/s and, where the peak is known, MFU over some steps.
+
+    Args:
+      peak: FLOP/s of all devices.
+      rows: rows of token memory that the steps evaluated; the `_plain` figures count one for each token instead.
+    """
     out = {"tokens_per_second": tokens / seconds}
-    for suffix, count in (("", rows), ("_plain", tokens)):
-        out[f"model_flops_per_second{suffix}"] = train_flops(config, tokens, count) / seconds
+    for suffix, counted_rows in (("", rows), ("_plain", tokens)):
+        flops = train_flops(config, tokens, counted_rows) / seconds
+        out[f"model_flops_per_second{suffix}"] = flops
         if peak:
-            out[f"mfu{suffix}"] = out[f"model_flops_per_second{suffix}"] / peak
+            out[f"mfu{suffix}"] = flops / peak
     return out
 
 
 class Trace:
-    """Leaves a profile of some steps in WORKDIR/profile, of every host its own; brings it to a workdir behind a URL.
+    """Leaves a profile of some steps in WORKDIR/profile, each host its own.
 
     Args:
       steps: how many; 0: none. The first steps of a process, which compile, are not among them.
@@ -51,40 +61,53 @@ class Trace:
 
     SKIPPED = 5
 
-    def __init__(self, workdir: str, steps: int, say):
+    def __init__(self, workdir: str, steps: int, say: Callable[[str], None]):
         self._folder, self._steps, self._say = os.path.join(workdir, "profile"), steps, say
+        # The profiler writes to a disk only.
         self._scratch = tempfile.TemporaryDirectory(prefix="memoryllm_jax-") if storage.is_url(workdir) else None
-        self._on, self._first = False, None
+        self._done = 0  # steps of this process
+        self._first: int | None = None  # the first step in the profile
+        self._on = False
 
-    def step(self, step: int, done: int) -> None:
-        """Before a step, the process's `done`-th."""
-        if self._steps and done == self.SKIPPED:
+    def before(self, step: int) -> None:
+        """To be called before each step: starts or ends the profile where it is time."""
+        if self._steps and self._done == self.SKIPPED:
             self._on, self._first = True, step
             where = self._scratch.name if self._scratch else self._folder
             jax.profiler.start_trace(where, create_perfetto_trace=True)
-        if done == self.SKIPPED + self._steps:
-            self.close()
+        if self._done == self.SKIPPED + self._steps:
+            self._stop()
+        self._done += 1
 
     def close(self) -> None:
+        """Ends the profile, if the run ends before it has all of its steps."""
+        self._stop()
         if self._steps and self._first is None:
-            self._first = -1
             self._say(f"no profile: the run ended within its first {self.SKIPPED} steps, which are left out")
-        if self._on:
-            self._on = False
-            jax.profiler.stop_trace()
-            if self._scratch:
-                for path in filter(os.path.isfile, glob.glob(f"{self._scratch.name}/**", recursive=True)):
-                    storage.upload(path, f"{self._folder}/{os.path.relpath(path, self._scratch.name)}")
-            self._say(
-                f"profile from step {self._first + 1} on in {self._folder}: open the perfetto_trace.json.gz in it "
-                "at ui.perfetto.dev, or the folder in TensorBoard with xprof"
-            )
+
+    def _stop(self) -> None:
+        if not self._on:
+            return
+        self._on = False
+        jax.profiler.stop_trace()
+        if self._scratch:
+            for path in filter(os.path.isfile, glob.glob(f"{self._scratch.name}/**", recursive=True)):
+                storage.upload(path, f"{self._folder}/{os.path.relpath(path, self._scratch.name)}")
+        self._say(
+            f"profile from step {self._first + 1} on in {self._folder}: open the perfetto_trace.json.gz in it "
+            "at ui.perfetto.dev, or the folder in TensorBoard with xprof"
+        )
 
 
-def _lines(path):
-    """[(line, record)]; a last line that is not whole is left out. Raises: UserError."""
+class _Line(NamedTuple):
+    text: str
+    record: dict
+
+
+def _lines(path: str) -> list[_Line]:
+    """The lines of a metrics.jsonl, without a last one that a killed run has not finished. Raises: UserError."""
     text = storage.read_bytes(path, "records of an earlier run").decode("utf-8", errors="replace")
-    out = []
+    lines = []
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
@@ -95,31 +118,33 @@ def _lines(path):
             raise UserError(
                 f"{path}: line {number}: expected a record of an earlier run, found {line[:40]!r}"
             ) from error
-        out.append((line, record))
-    return out
+        lines.append(_Line(line, record))
+    return lines
 
 
 def records(path: str) -> list[dict]:
-    """What a `Writer` has appended so far. Raises: UserError."""
-    return [record for _, record in _lines(path)]
+    """The records in a metrics.jsonl, as `Writer` wrote them. Raises: UserError."""
+    return [line.record for line in _lines(path)]
 
 
 def _kept_lines(path: str, start: int) -> list[str]:
-    """Records of a run that goes on from `start`: none past it, and not its evaluation, which is made again."""
+    """Lines that a run which goes on from step `start` keeps: none past it, and not its evaluation, made again."""
     if not storage.exists(path):
         return []
-    return [
-        line
-        for line, record in _lines(path)
-        if record["step"] < start or (record["step"] == start and record["kind"] == "train")
-    ]
+    kept = []
+    for text, record in _lines(path):
+        before = record["step"] < start
+        if before or (record["step"] == start and record["kind"] == "train"):
+            kept.append(text)
+    return kept
 
 
 class Writer:
     """Appends records of a run to WORKDIR/metrics.jsonl and, as configured, TensorBoard and Weights & Biases.
 
-    Behind a URL files cannot grow, so they grow on this machine and are brought there whole, once a minute and by
-    `sync`. A run that goes on drops what lies past its checkpoint, so with a `sync` before each nothing is missing.
+    Behind a URL files cannot grow, so they grow on this machine and are copied there whole, once a minute and by
+    `sync`. A run that goes on drops records past its checkpoint, so with a `sync` before each checkpoint none is
+    missing.
 
     Args:
       start: step the run goes on from; records past it, of a run that was killed, are dropped.
@@ -140,29 +165,14 @@ class Writer:
         storage.write_bytes(self._path, "".join(kept).encode())
         self._file = open(self._path, "a", encoding="utf-8")
         if config.log.tensorboard:
-            import tensorboardX
+            import tensorboardX  # slow, and not every run wants it
 
             self._tensorboard = tensorboardX.SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=start + 1)
         if config.log.wandb:
-            try:
-                import wandb
-            except ImportError as error:
-                raise UserError("config.log.wandb: needs wandb: pip install 'memoryllm_jax[wandb]'") from error
-            id_path = os.path.join(workdir, "wandb_id")
-            if not storage.exists(id_path):
-                storage.write_bytes(id_path, uuid.uuid4().hex.encode())
-            self._wandb = wandb.init(
-                project="memoryllm_jax",
-                name=os.path.basename(workdir),
-                id=storage.read_bytes(id_path, "the id of the run").decode(),
-                resume="allow",
-                dir=folder,
-                config=description["config"],
-            )
-            self._wandb.define_metric("*", step_metric="step")
+            self._wandb = _open_wandb(workdir, folder, description)
 
     def write(self, step: int, kind: str, values: dict) -> None:
-        """One record; `kind` is train or validation."""
+        """Appends one record; `kind` is train or validation. Raises: UserError."""
         if self._file is None:
             return
         try:
@@ -180,7 +190,7 @@ class Writer:
             self.sync()
 
     def sync(self) -> None:
-        """Brings the records to a workdir behind a URL. Raises: UserError, also if another run has it now."""
+        """Copies the records to a workdir behind a URL. Raises: UserError, also if another run has it now."""
         if self._claim is None:
             return
         self._claim.check()
@@ -193,13 +203,31 @@ class Writer:
 
     def close(self) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # the write that failed has been told of
+            with contextlib.suppress(OSError):  # `write` has raised it already
                 self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._claim is not None:
-            with contextlib.suppress(UserError):  # likewise
+            with contextlib.suppress(UserError):  # an earlier `sync` or `write` has raised it, or the run has ended
                 self.sync()
             self._scratch.cleanup()
+
+
+def _open_wandb(workdir: str, folder: str, description: dict):
+    """A run in Weights & Biases. Its id is kept in the workdir, so that a run that goes on is one run there too."""
+    wandb = require("wandb", "wandb", "config.log.wandb")
+    id_path = os.path.join(workdir, "wandb_id")
+    if not storage.exists(id_path):
+        storage.write_bytes(id_path, uuid.uuid4().hex.encode())
+    run = wandb.init(
+        project="memoryllm_jax",
+        name=os.path.basename(workdir),
+        id=storage.read_bytes(id_path, "the id of the run").decode(),
+        resume="allow",
+        dir=folder,
+        config=description["config"],
+    )
+    run.define_metric("*", step_metric="step")
+    return run

@@ -7,19 +7,23 @@ from memoryllm_jax.config import Config
 
 
 def schedule(config: Config) -> optax.Schedule:
-    """Learning rate by steps done: linear to peak_lr over the warm-up, then a cosine to final_lr at the last step."""
+    """The learning rate of the step that follows `steps_done` steps.
+
+    Linear to peak_lr over the warm-up, then a cosine that ends at final_lr at the last step.
+    """
     o = config.optimizer
-    last = max(config.steps, o.warmup_steps + 1)  # a run shorter than its warm-up ends inside it
+    last = max(config.steps, o.warmup_steps + 1)  # optax wants a decay; a run shorter than its warm-up ends before it
     rate = optax.warmup_cosine_decay_schedule(0.0, o.peak_lr, o.warmup_steps, last, o.final_lr)
-    return lambda steps_done: rate(steps_done + 1)  # the first step would have a rate of zero
+    return lambda steps_done: rate(steps_done + 1)  # rate(0) is zero: the first step would change nothing
 
 
-def decay_mask(params):
+def decay_mask(params) -> dict:
     """True for matrices and embeddings, False for norm scales."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
 def make(config: Config) -> optax.GradientTransformation:
+    """The optimizer of a run."""
     o = config.optimizer
     return optax.chain(
         optax.clip_by_global_norm(o.clip_norm),

@@ -20,7 +20,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from memoryllm_jax.common import progress, storage
 from memoryllm_jax.common.errors import UserError
@@ -28,7 +27,7 @@ from memoryllm_jax.config import Config
 from memoryllm_jax.data import dataset
 from memoryllm_jax.model import attention, flops, sharding
 from memoryllm_jax.model.flops import parameters, train_flops
-from memoryllm_jax.training import batches, chips, collectives
+from memoryllm_jax.training import chips, collectives
 from memoryllm_jax.training.batches import Batch
 from memoryllm_jax.training.step import Trainer
 
@@ -160,19 +159,15 @@ class _Compiled:
         shards = trainer.shards
         tokens = config.batch_size * config.seq_len // shards
         distinct = distinct_ids(config, tokens)
-        whole = batches.is_vocabulary(distinct, config.model)
-        self.rows = (distinct if whole else distinct * shards) if config.model.row_dim else 0
+        self.rows = distinct * shards if config.model.row_dim else 0
 
         def array(dtype, *shape):
             return jax.ShapeDtypeStruct((shards, *shape), dtype, sharding=trainer.batch_sharding)
 
-        if whole:
-            where = NamedSharding(mesh, jax.sharding.PartitionSpec(None, *trainer.batch_sharding.spec))
-            ids = jax.ShapeDtypeStruct((1, -(-distinct // shards) * shards), jnp.int32, sharding=where)
-        else:
-            ids = array(jnp.int32, distinct)
         micro = (config.accumulate, tokens // config.accumulate)
-        batch = Batch(ids, array(jnp.int32, *micro), array(jnp.int32, *micro), array(jnp.float32, *micro))
+        batch = Batch(
+            array(jnp.int32, distinct), array(jnp.int32, *micro), array(jnp.int32, *micro), array(jnp.float32, *micro)
+        )
         try:
             # Nothing of an emulated step is run, so LLVM need not optimise it.
             options = {"xla_backend_optimization_level": "0"} if platform == "cpu" else {}

@@ -65,7 +65,7 @@ def compiled_step(config, devices=8):
     batches = TrainBatches(config, dataset.Dataset(config.data.path), trainer.shards, range(trainer.shards))
 
     def place(size):
-        return batches_lib.place(batches[0], size, trainer.batch_sharding, config.model)
+        return batches_lib.place(batches[0], size, trainer.batch_sharding)
 
     return trainer, place, lambda size: trainer.train.lower(trainer.state_shape, place(size)).compile()
 

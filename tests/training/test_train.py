@@ -120,7 +120,7 @@ def test_parameters_moments_and_rows_lie_as_the_table_says(make_config):
             named = jax.sharding.NamedSharding(trainer.mesh, spec)
             assert leaf.sharding.is_equivalent_to(named, leaf.ndim), path
     batches = TrainBatches(config, dataset.Dataset(config.data.path), 4, range(4))
-    batch = place(batches[0], batches.sizes()[-1], trainer.batch_sharding, config.model)
+    batch = place(batches[0], batches.sizes()[-1], trainer.batch_sharding)
     assert {s.data.shape[0] for s in batch.index_SAN.addressable_shards} == {1}
     before = jax.tree.map(lambda x: x.sharding, state)
     after, _ = trainer.train(state, batch)
@@ -341,7 +341,7 @@ def test_flops_formula_against_xla(make_config):
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     batches = TrainBatches(config, dataset.Dataset(config.data.path), 1, [0])
     tokens = config.batch_size * config.seq_len
-    batch = place(batches[0], tokens, trainer.batch_sharding, config.model)
+    batch = place(batches[0], tokens, trainer.batch_sharding)
     counted = trainer.evaluate.lower(trainer.params_shape, batch).compile().cost_analysis()["flops"]
     scores = 2 * tokens * config.model.dim * config.seq_len  # the masked half, which XLA's plain attention computes
     formula = flops.train_flops(config, tokens, tokens) / 3 + scores

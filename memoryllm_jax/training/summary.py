@@ -1,0 +1,74 @@
+"""What a run says of itself at its start and at its end."""
+
+import os
+
+import jax
+
+from memoryllm_jax.checkpoint.trained import for_serving
+from memoryllm_jax.common import hosts, storage
+from memoryllm_jax.data.tokenizer import Tokenizer
+from memoryllm_jax.inference.decoder import Decoder
+from memoryllm_jax.inference.rows import LiveRows
+from memoryllm_jax.inference.sampling import Sampling, generate
+from memoryllm_jax.model import flops
+from memoryllm_jax.training.batches import TrainBatches
+from memoryllm_jax.training.recorder import quality_text
+from memoryllm_jax.training.step import Trainer
+
+
+def opening(trainer: Trainer, batches: TrainBatches, size: int, start: int) -> str:
+    """Lines on the model, the devices and the length of the run.
+
+    Args:
+      size: that distinct ids of nearly every batch are padded to.
+      start: step the run goes on from.
+    """
+    config, counts = trainer.config, flops.parameters(trainer.config)
+    mesh = ", ".join(f"{name} {parts}" for name, parts in trainer.mesh.shape.items())
+    lines = [
+        f"{config.model.architecture}: {counts['total'] / 1e6:.1f}M parameters: {counts['active'] / 1e6:.1f}M active, "
+        f"{counts['memory'] / 1e6:.1f}M in the token memory, "
+        f"{counts['embedding_and_head'] / 1e6:.1f}M in embedding and head",
+        f"{jax.device_count()} x {jax.devices()[0].device_kind} as {mesh}; attention {config.model.attention}, "
+        f"{config.model.dtype}",
+        f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens, "
+        f"{batches.epoch(config.steps):.2f} epochs; distinct ids a shard padded to {size}",
+    ]
+    if start:
+        lines.append(f"going on from step {start}")
+    return "\n".join(lines)
+
+
+def finish(trainer: Trainer, params, tokenizer: Tokenizer, validation: dict | None, workdir: str) -> None:
+    """Writes result.json, and prints the last validation and a sample."""
+    config = trainer.config
+    if hosts.is_first():
+        record = {"steps": config.steps, "architecture": config.model.architecture, "validation": validation}
+        storage.write_json(os.path.join(workdir, "result.json"), record)
+        print(f"\nvalidation: {quality_text(validation)}", flush=True)
+    if config.sample.tokens:
+        text = sample(trainer, params, tokenizer)  # on all hosts, as the parameters are spread over them
+        if hosts.is_first():
+            print(f"sample at temperature {config.sample.temperature:g}:\n{text}")
+
+
+def sample(trainer: Trainer, params, tokenizer: Tokenizer) -> str:
+    """The config's prompt and the text that the model goes on with."""
+    config = trainer.config
+    prompt = tokenizer.encode(config.sample.prompt)
+    if tokenizer.bos_id is not None:
+        prompt = [tokenizer.bos_id, *prompt]
+    prompt = (prompt or [0])[: config.seq_len - 1]
+    params = for_serving(params, config.model)
+    steps = generate(
+        Decoder(config.model, params, trainer.mesh),
+        LiveRows(config.model, params, trainer.mesh),
+        [prompt],
+        config.sample.tokens,
+        Sampling(config.sample.temperature),
+        seed=config.seed % 2**32,
+        context=config.seq_len,
+        vocab_size=tokenizer.vocab_size,
+        stop_ids=tokenizer.stop_ids,
+    )
+    return tokenizer.decode(prompt + [token for new in steps for _, token in new])

@@ -1,0 +1,38 @@
+"""The loss on the held-out split."""
+
+from collections.abc import Callable
+
+import jax
+
+from memoryllm_jax.model.loss import quality
+from memoryllm_jax.training.batches import ValidationBatches, place
+from memoryllm_jax.training.feeder import SizeAgreement
+from memoryllm_jax.training.step import Trainer
+
+
+class Validation:
+    """Evaluates parameters on the held-out split, from its start, the same batches each time.
+
+    Args:
+      stopped: asked between batches; where it says True the evaluation ends without a result.
+    """
+
+    def __init__(self, batches: ValidationBatches, trainer: Trainer, stopped: Callable[[], bool]):
+        self._batches, self._trainer, self._stopped = batches, trainer, stopped
+        self._agreement = SizeAgreement(batches.sizes(), trainer.mesh)
+
+    def __call__(self, params) -> dict | None:
+        """{"loss" in nats a token, "perplexity", "bits_per_byte", "tokens"}; None if it was stopped."""
+        nll = weight = 0.0
+        for number in range(len(self._batches)):
+            if self._stopped():
+                return None
+            batch = self._batches[number]
+            size = self._agreement.size(self._agreement.propose(batch.distinct))
+            placed = place(batch, size, self._trainer.batch_sharding)
+            batch_nll, batch_weight = jax.device_get(self._trainer.evaluate(params, placed))
+            nll += float(batch_nll)
+            weight += float(batch_weight)
+        # bytes and tokens of the whole split: their ratio holds for the batches that were evaluated too
+        held_out = self._batches.tokens
+        return quality(nll / weight, held_out.tokens - 1, held_out.bytes) | {"tokens": int(weight)}
