@@ -25,7 +25,7 @@ from memoryllm_jax.inference.rows import LiveRows
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.model import sharding, transformer
 from memoryllm_jax.tol import compress, serving
-from memoryllm_jax.training import loop
+from memoryllm_jax.training import loop, metrics
 
 CONTEXT = 32  # of the models that `lab` trains
 GREEDY = Sampling(temperature=0)
@@ -145,6 +145,11 @@ MODELS = {
     "tied": ("memory", {"model.tie_embeddings": True, "model.norm": "layernorm"}),
     "other": ("memory", {"steps": 2, "data.path": "other"}),  # of the same shapes as memory, with another tokenizer
 }
+
+
+def records(workdir, kind: str = "train") -> list[dict]:
+    """What a run has written to its metrics.jsonl; kind is train or validation."""
+    return [record for record in metrics.records(f"{workdir}/metrics.jsonl") if record["kind"] == kind]
 
 
 def some_tokens(count: int, seed: int = 0) -> list[int]:

@@ -144,20 +144,20 @@ class TrainBatches(Batches):
     def __init__(self, config: Config, dataset: Dataset, shards: int, local: list[int]):
         super().__init__(config, shards, local)
         self.tokens = dataset.train
-        self.count = (self.tokens.tokens - 1) // config.seq_len  # windows of an epoch
-        if not self.count:
+        self.windows_an_epoch = (self.tokens.tokens - 1) // config.seq_len
+        if not self.windows_an_epoch:
             raise UserError(
                 f"config.seq_len: {config.seq_len} tokens are more than {dataset.path} has to train on, "
                 f"{dataset.train.tokens}"
             )
-        epochs = config.steps * config.batch_size / self.count
+        epochs = config.steps * config.batch_size / self.windows_an_epoch
         if epochs > config.data.epochs:
-            needed = -(-config.steps * config.batch_size // self.count)
+            needed = -(-config.steps * config.batch_size // self.windows_an_epoch)
             raise UserError(
                 f"config.data.epochs: {config.steps} steps of {config.batch_size} sequences need {epochs:.2f} epochs "
-                f"of {dataset.path}, which has {self.count} sequences; set it to {needed}, or train fewer steps"
+                f"of {dataset.path}, which has {self.windows_an_epoch} sequences; set it to {needed}, or train fewer steps"
             )
-        source = grain.MapDataset.range(self.count).seed(config.seed).shuffle()
+        source = grain.MapDataset.range(self.windows_an_epoch).seed(config.seed).shuffle()
         self._order = source.repeat(config.data.epochs) if config.data.epochs > 1 else source
 
     def __len__(self):
@@ -165,7 +165,7 @@ class TrainBatches(Batches):
 
     def epoch(self, step: int) -> float:
         """Passes over the training tokens made before this step."""
-        return step * self.config.batch_size / self.count
+        return step * self.config.batch_size / self.windows_an_epoch
 
     def windows(self, step, shard):
         T, first = self.config.seq_len, step * self.config.batch_size + shard * self.sequences

@@ -6,7 +6,7 @@ from lab import read_all
 
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data.dataset import Dataset
-from memoryllm_jax.training.batches import TrainBatches, ValidationBatches
+from memoryllm_jax.training.batches import TrainBatches, ValidationBatches, smallest_size
 
 
 def global_batch(batches, step):
@@ -33,9 +33,9 @@ def test_global_batches_do_not_depend_on_hosts_and_windows_cover_the_data(make_c
             np.testing.assert_array_equal(np.concatenate([p[1] for p in parts]), targets)
     # One epoch takes every window once, shuffled; the next epoch in another order.
     T, B = config.seq_len, config.batch_size
-    steps = one.windows // B
+    steps = one.windows_an_epoch // B
     rows = np.concatenate([global_batch(one, s)[0].reshape(B, T) for s in range(steps)])
-    expected = stream[: one.windows * T].reshape(-1, T)
+    expected = stream[: one.windows_an_epoch * T].reshape(-1, T)
     assert len({r.tobytes() for r in rows} - {r.tobytes() for r in expected}) == 0
     unique = {r.tobytes() for r in expected}
     assert len({r.tobytes() for r in rows}) >= len(unique) - B and not np.array_equal(rows, expected[: len(rows)])
@@ -72,3 +72,12 @@ def test_validation_scores_every_token_once(make_config):
         for _, _, targets, weights in batches[step].values():
             scored.append(targets[weights == 1])
     np.testing.assert_array_equal(np.concatenate(scored), read_all(dataset, "validation")[1:])
+
+
+def test_sizes_end_with_all_ids_that_a_shard_can_have(make_config):
+    """By its positions, or by the vocabulary; what a batch holds beyond the first size takes a larger one."""
+    for batch_size, most in ((8, 8 * 32), (64, 512)):
+        config = make_config("memory", batch_size=batch_size, **{"model.vocab_size": 512})
+        sizes = TrainBatches(config, Dataset(config.data.path), 1, [0]).sizes()
+        assert sizes == sorted(set(sizes)) and sizes[-1] == most and len(sizes) > 1
+        assert [smallest_size(sizes, count) for count in (sizes[0], sizes[0] + 1, most)] == [*sizes[:2], most]

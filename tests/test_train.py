@@ -1,0 +1,128 @@
+"""The command itself, as one process and as several."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from lab import free_port, records, with_devices
+
+from memoryllm_jax.common import hosts
+from memoryllm_jax.config import load, resolve
+from memoryllm_jax.training import loop
+
+SMALL = {"seq_len": 32, "batch_size": 4, "log.every": 1, "eval.every": 10**6, "eval.batches": 1}
+SMALL |= {"model.dim": 16, "model.layers": 1, "model.heads": 2, "data.epochs": 90}
+
+
+class Command:
+    """`train` of a tiny model, started in the background; `log` is what it prints."""
+
+    def __init__(self, folder, name, fields, *options, devices=1):
+        arguments = [f"--config.{field}={value}" for field, value in (SMALL | fields).items()]
+        self.line = [sys.executable, "-m", "memoryllm_jax.train", "--config=configs/tiny.py:memory", *arguments]
+        self.line += [f"--workdir={folder}/w", *options]
+        self.log = folder / f"{name}.log"
+        self.env = with_devices(devices)
+        with open(self.log, "w") as file:
+            self.process = subprocess.Popen(self.line, stdout=file, stderr=file, env=self.env)
+
+    def end(self) -> int:
+        """The exit code, within a minute."""
+        return self.process.wait(60)
+
+
+def start_several(folder, count, fields):
+    """The processes of one run, one device each."""
+    options = ["--multihost", f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
+    return [Command(folder, f"process{i}", fields, *options, f"--process_id={i}") for i in range(count)]
+
+
+def wait_until(condition, *commands):
+    """Until the condition holds; all commands go on meanwhile."""
+    deadline = time.time() + 150
+    while not condition():
+        for command in commands:
+            assert command.process.poll() is None and time.time() < deadline, command.log.read_text()
+        time.sleep(0.1)
+
+
+def count_records(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def train_here(folder, fields, devices):
+    """The same run in this process."""
+    config = load("configs/tiny.py:memory")
+    config.update_from_flattened_dict(SMALL | fields)
+    return loop.train(resolve(config), str(folder), jax.devices()[:devices])
+
+
+def test_sigterm_saves_and_one_workdir_takes_one_run(data_path, tmp_path):
+    """A second run is refused; SIGTERM saves and exits with 143."""
+    command = Command(tmp_path, "first", {"steps": 3000, "data.path": data_path, "checkpoint.every": 10**6})
+    wait_until(lambda: "step 5/" in command.log.read_text(), command)
+    second = subprocess.run(command.line, capture_output=True, text=True, env=command.env, timeout=100)
+    assert second.returncode == 1 and f"in use by another run (process {command.process.pid}" in second.stderr
+    command.process.send_signal(signal.SIGTERM)
+    assert command.end() == hosts.STOPPED
+    (step,) = (int(path.name) for path in (tmp_path / "w").glob("[0-9]*"))
+    text = command.log.read_text()
+    assert f"stopped by a signal after step {step}" in text and "Traceback" not in text
+    assert records(tmp_path / "w")[-1]["step"] == step
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--chip=h100"], "error: --chip: expected --dry_run too, as it is about devices that are not here"),
+        ([], "error: --workdir: expected a folder for checkpoints and metrics, found none"),
+    ],
+)
+def test_mistakes_in_options_are_one_sentence(arguments, message):
+    command = [sys.executable, "-m", "memoryllm_jax.train", "--config=configs/tiny.py:memory", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_sigterm_to_one_saves_both(data_path, tmp_path):
+    fields = {"steps": 60, "data.path": data_path, "checkpoint.every": 1000, "sample.tokens": 3}
+    processes = start_several(tmp_path, 2, fields)
+    wait_until(lambda: count_records(tmp_path / "w") >= 20, *processes)
+    processes[1].process.send_signal(signal.SIGTERM)
+    assert [p.end() for p in processes] == [hosts.STOPPED] * 2
+    saved = max(int(path.name) for path in (tmp_path / "w").glob("[0-9]*"))
+    assert saved == records(tmp_path / "w")[-1]["step"] < 60
+
+    processes = start_several(tmp_path, 2, fields)
+    assert [p.end() for p in processes] == [0, 0]
+    assert "sample at temperature" in processes[0].log.read_text()
+    assert json.loads((tmp_path / "w" / "result.json").read_text())["steps"] == 60
+    train_here(tmp_path / "here", fields | {"sample.tokens": 0}, devices=2)
+    here, both = ([r["loss"] for r in records(folder)] for folder in (tmp_path / "here", tmp_path / "w"))
+    assert len(both) == 60
+    np.testing.assert_allclose(both[:20], here[:20], rtol=1e-5)
+    np.testing.assert_allclose(both, here, rtol=1e-3)
+
+
+def test_processes_end_when_one_is_killed_and_one_process_goes_on(data_path, tmp_path, monkeypatch):
+    """The others end within a minute, with a code that launchers start again, and say why."""
+    fields = {"steps": 4000, "data.path": data_path, "checkpoint.every": 20, "batch_size": 6}
+    processes = start_several(tmp_path, 3, fields)
+    wait_until((tmp_path / "w" / "40").exists, *processes)
+    processes[2].process.kill()
+    assert [p.end() for p in processes[:2]] == [hosts.LOST] * 2
+    for number, command in enumerate(processes[:2]):
+        text = command.log.read_text()
+        assert f"error: process {number} of 3: another process has ended" in text and "Traceback" not in text
+    saved = max(int(path.name) for path in (tmp_path / "w").glob("[0-9]*[0-9]"))
+
+    monkeypatch.setattr(hosts.StopSignal, "after_step", lambda self, done: done >= saved + 5)
+    assert train_here(tmp_path / "w", fields, devices=3) == hosts.STOPPED
+    assert [record["step"] for record in records(tmp_path / "w")] == list(range(1, saved + 6))

@@ -1,0 +1,51 @@
+"""What the train loop is fed."""
+
+import jax
+import numpy as np
+
+from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.model import sharding
+from memoryllm_jax.training import loop
+from memoryllm_jax.training.batches import TrainBatches, smallest_size
+from memoryllm_jax.training.feeder import Feeder
+from memoryllm_jax.training.step import Trainer
+
+
+def test_each_step_gets_its_batch_and_the_smallest_size_that_holds_it(make_config, monkeypatch):
+    config = make_config("memory", steps=12)
+    dataset = Dataset(config.data.path)
+    config = loop.complete(config, dataset)
+    trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:2]))
+    batches = TrainBatches(config, dataset, 2, [0, 1])
+    # Sizes so small that some batches need the second.
+    counts = [batches[step].distinct for step in range(3, 12)]
+    monkeypatch.setattr(batches, "sizes", lambda: [int(np.median(counts)), 128])
+    fed = list(Feeder(batches, trainer, start=3))
+    assert [step for step, _, _ in fed] == list(range(3, 12))
+    assert {size for _, _, size in fed} == {int(np.median(counts)), 128}
+    for step, batch, size in fed:
+        assert size == smallest_size(batches.sizes(), batches[step].distinct)
+        assert batch.ids_SU.shape == (2, size)
+        for shard, expected in batches[step].items():
+            ids = np.asarray(batch.ids_SU)[shard]
+            np.testing.assert_array_equal(ids[: len(expected.ids_U)], expected.ids_U)
+            np.testing.assert_array_equal(np.asarray(batch.index_SAN)[shard], expected.index_AN)
+            np.testing.assert_array_equal(np.asarray(batch.targets_SAN)[shard], expected.targets_AN)
+
+
+def test_a_batch_is_read_before_the_step_before_it_is_dispatched(make_config):
+    config = make_config("memory")
+    dataset = Dataset(config.data.path)
+    config = loop.complete(config, dataset)
+    trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    batches = TrainBatches(config, dataset, 1, [0])
+    read, plain = [], batches.iterate
+
+    def watched(start):
+        for step, batch in enumerate(plain(start), start):
+            read.append(step)
+            yield batch
+
+    batches.iterate = watched
+    for step, _, _ in Feeder(batches, trainer, start=1):
+        assert read == list(range(1, min(step + 2, 4)))

@@ -1,0 +1,228 @@
+"""Whole runs in this process: resuming, stopping, meshes, and what ends a run early.
+
+Runs of four steps share their compiled steps: the number of steps is a constant in them, by the learning rate.
+"""
+
+import gzip
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from lab import records
+
+from memoryllm_jax.checkpoint import store
+from memoryllm_jax.common import hosts
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.data import shards
+from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.model import sharding
+from memoryllm_jax.training import loop
+from memoryllm_jax.training.step import Trainer
+
+
+def run(config, workdir, devices=1):
+    return loop.train(config, str(workdir), jax.devices()[:devices])
+
+
+def final_state(config, workdir):
+    """The newest checkpoint's arrays, on the host."""
+    config = loop.complete(config, Dataset(config.data.path))
+    trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    checkpoints = store.Checkpoints(str(workdir), keep=10)
+    state = checkpoints.restore(checkpoints.latest(), trainer.state_shape)
+    checkpoints.close()
+    return jax.tree.map(np.asarray, state)
+
+
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in workdir.glob("[0-9]*"))
+
+
+def losses(workdir):
+    return [record["loss"] for record in records(workdir)]
+
+
+def stop_after(monkeypatch, step):
+    """As if SIGTERM came during this step."""
+    monkeypatch.setattr(hosts.StopSignal, "after_step", lambda self, done: done >= step)
+
+
+def test_resumed_is_bitwise_uninterrupted(make_config, tmp_path, monkeypatch):
+    config = make_config("flex-3", **{"checkpoint.every": 2, "accumulate": 2})
+    assert run(config, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert run(config, tmp_path / "parts") == hosts.STOPPED
+    assert saved_steps(tmp_path / "parts") == [2, 3]
+    # A run that was killed leaves records past its checkpoint; they are dropped, not doubled.
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 4, "kind": "train", "loss": 0.0}) + '\n{"step": 5, "ki')
+    assert run(config, tmp_path / "parts") == 0
+    whole, parts = (final_state(config, tmp_path / name) for name in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    assert whole["step"] == 4
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert [record["step"] for record in records(tmp_path / "parts")] == [1, 2, 3, 4]
+
+
+def test_a_run_that_is_complete_is_evaluated_once_more_and_recorded_once(make_config, tmp_path):
+    config = make_config("memory")
+    for _ in range(2):
+        assert run(config, tmp_path) == 0
+        (validation,) = records(tmp_path, "validation")
+        assert json.loads((tmp_path / "result.json").read_text())["validation"]["loss"] == validation["loss"]
+    assert len(records(tmp_path)) == 4
+
+
+def test_a_signal_during_validation_saves_first_and_the_validation_is_made_again(make_config, tmp_path, monkeypatch):
+    config = make_config("memory", **{"eval.every": 2})
+    with monkeypatch.context() as patch:
+        asked = []
+        # It is asked before the first step, and then before each batch of the first validation.
+        patch.setattr(hosts.StopSignal, "now", lambda self: asked.append(0) or len(asked) == 3)
+        assert run(config, tmp_path) == hosts.STOPPED
+    assert saved_steps(tmp_path) == [2] and not records(tmp_path, "validation")
+    assert run(config, tmp_path) == 0
+    assert [record["step"] for record in records(tmp_path, "validation")] == [2, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture, mesh", [("memory", (1, 8, 1)), ("flex-3", (2, 2, 2)), ("ple-3", (2, 2, 2))])
+def test_eight_devices_train_as_one(make_config, tmp_path, architecture, mesh):
+    names = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh))
+    run(make_config(architecture), tmp_path / "one")
+    run(make_config(architecture, **names), tmp_path / "eight", devices=8)
+    one, eight = losses(tmp_path / "one"), losses(tmp_path / "eight")
+    assert one[0] != pytest.approx(one[-1], rel=1e-2)  # it trained
+    np.testing.assert_allclose(eight, one, rtol=2e-5)
+
+
+def test_resuming_on_four_devices_what_eight_saved(make_config, tmp_path, monkeypatch):
+    config = make_config("flex-3")
+    run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        run(make_config("flex-3", **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}), tmp_path / "parts", devices=8)
+    run(config, tmp_path / "parts", devices=4)
+    whole, parts = (final_state(config, tmp_path / name)["params"] for name in ("whole", "parts"))
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole)):
+        assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b)
+
+
+def test_other_config_data_or_tokenizer_is_refused_with_the_fields(make_config, tmp_path, corpus):
+    run(make_config("memory"), tmp_path / "w")
+    with pytest.raises(UserError) as error:
+        run(make_config("flex-1", seed=3), tmp_path / "w")
+    assert "seed: 0 in the checkpoint, 3 in this run" in str(error.value)
+    assert "model.beta: 0.0 in the checkpoint, 1.0 in this run" in str(error.value)
+
+    shards.prepare(corpus, "sentencepiece:train:500", str(tmp_path / "other"), validation_fraction=0.05)
+    with pytest.raises(UserError, match=r"model.vocab_size: 512 .* 500 .*tokenizer: .*data: "):
+        run(make_config("memory", **{"data.path": str(tmp_path / "other")}), tmp_path / "w")
+    # Where and how fast may change.
+    assert run(make_config("memory", **{"model.remat": "full", "mesh.fsdp": 2}), tmp_path / "w", 2) == 0
+
+
+def test_non_finite_loss_names_step_data_and_checkpoint_and_is_not_saved(make_config, tmp_path, monkeypatch):
+    compiled = Trainer.__init__
+
+    def poisoned(self, *args):
+        compiled(self, *args)
+        step = self.train
+
+        def train_step(state, batch):
+            state, values = step(state, batch)
+            bad = jax.device_get(state["step"]) == 4
+            return state, values | {"loss": values["loss"] * (np.nan if bad else 1)}
+
+        self.train = train_step
+
+    monkeypatch.setattr(Trainer, "__init__", poisoned)
+    with pytest.raises(UserError) as error:
+        run(make_config("memory", **{"checkpoint.every": 2}), tmp_path / "w")
+    message = str(error.value)
+    assert message.startswith("step 4: the loss is nan") and "sequences 24 to 31 of the shuffled data" in message
+    assert message.endswith(f"the last good checkpoint is {tmp_path}/w/2")
+    assert saved_steps(tmp_path / "w") == [2]
+
+
+def test_checkpoints_that_are_kept(make_config, tmp_path):
+    run(
+        make_config("memory", **{"checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 2}),
+        tmp_path / "w",
+    )
+    assert saved_steps(tmp_path / "w") == [2, 4]
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run(make_config, tmp_path, monkeypatch):
+    """As on a full disk."""
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", full)
+    with pytest.raises(UserError) as error:
+        run(make_config("memory", **{"checkpoint.every": 2}), tmp_path / "w")
+    assert "saving a checkpoint failed: no space left on the device; there is no checkpoint yet" in str(error.value)
+    assert saved_steps(tmp_path / "w") == []
+
+
+def test_step_is_dispatched_before_the_last_ones_metrics_are_read(make_config, tmp_path, monkeypatch):
+    order, seen = [], []
+    compiled, get = Trainer.__init__, jax.device_get
+
+    def watched(self, *args):
+        compiled(self, *args)
+        step = self.train
+
+        def train_step(state, batch):
+            state, values = step(state, batch)
+            order.append(f"train {len(seen)}")
+            seen.append(values)
+            return state, values
+
+        self.train = train_step
+
+    def device_get(values):
+        order.extend(f"read {number}" for number, known in enumerate(seen) if known is values)
+        return get(values)
+
+    monkeypatch.setattr(Trainer, "__init__", watched)
+    monkeypatch.setattr(jax, "device_get", device_get)
+    run(make_config("memory"), tmp_path / "w")
+    assert order == ["train 0", "train 1", "read 0", "train 2", "read 1", "train 3", "read 2", "read 3"]
+
+
+def test_records_of_a_run(make_config, tmp_path):
+    """Which steps are recorded, and what rows, tokens and epochs count."""
+    config = make_config("memory", **{"log.every": 3, "log.peak_flops": 1e9})
+    run(config, tmp_path)
+    third, last = records(tmp_path)
+    assert (third["step"], last["step"]) == (3, 4)  # and the last step always
+    assert last["tokens"] == 4 * 8 * 32 and third["epoch"] == pytest.approx(last["epoch"] * 3 / 4)
+    assert 0 < last["rows"] <= 8 * 32 and last["rows"] % 8 == 0  # distinct ids, padded
+    assert 0 < last["mfu"] < last["mfu_plain"]  # as fewer rows than tokens were evaluated
+
+
+def test_vocabulary_larger_than_the_data_trains_and_samples(make_config, tmp_path, capfd):
+    config = make_config("memory", steps=1, **{"model.vocab_size": 640, "sample.tokens": 30})
+    assert run(config, tmp_path / "w") == 0
+    assert "sample at temperature" in capfd.readouterr().out
+    with pytest.raises(UserError, match=r"config.model.vocab_size: expected at least the 512 ids of .* found 500"):
+        run(make_config("memory", steps=1, **{"model.vocab_size": 500}), tmp_path / "other")
+
+
+def test_profile_leaves_a_trace_of_the_steps_asked_for(make_config, tmp_path, capfd):
+    assert loop.train(make_config("memory", steps=8), str(tmp_path / "w"), jax.devices()[:1], profile=2) == 0
+    (trace,) = (tmp_path / "w" / "profile").rglob("perfetto_trace.json.gz")
+    events = json.load(gzip.open(trace))["traceEvents"]
+    steps = {e["args"]["step_num"] for e in events if e.get("name") == "train" and "step_num" in e.get("args", {})}
+    assert steps == {"5", "6"} and "profile from step 6 on in" in capfd.readouterr().out
+
+
+def test_unwritable_workdir(make_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        run(make_config(), tmp_path / "file" / "w")

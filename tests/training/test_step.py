@@ -1,0 +1,65 @@
+"""The compiled train step on a mesh: where state and rows lie, and what does not cross devices."""
+
+import re
+
+import jax
+import pytest
+
+from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.model import sharding
+from memoryllm_jax.training import loop
+from memoryllm_jax.training.batches import TrainBatches, place
+from memoryllm_jax.training.step import Trainer
+
+
+@pytest.fixture
+def trainer_and_batch(make_config):
+    """flex-3 on data 2 x fsdp 2 x tensor 2, and a batch whose distinct ids are fewer than its positions."""
+    config = make_config("flex-3", **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    dataset = Dataset(config.data.path)
+    config = loop.complete(config, dataset)
+    trainer = Trainer(config, sharding.make_mesh(config.mesh))
+    batches = TrainBatches(config, dataset, trainer.shards, range(trainer.shards))
+    return trainer, place(batches[0], batches.sizes()[0], trainer.batch_sharding)
+
+
+def test_parameters_moments_and_batch_lie_as_the_table_says(trainer_and_batch):
+    """Placement of the state, before and after a step."""
+    trainer, batch = trainer_and_batch
+    state = trainer.init(jax.random.key(0))
+    P = jax.sharding.PartitionSpec
+    expected = {
+        ("embedding",): P("tensor", "fsdp"),
+        ("layers", "attention", "q"): P(None, "fsdp", "tensor", None),
+        ("layers", "ffn", "down"): P(None, "tensor", "fsdp"),
+        ("memory", "ffn", "gate"): P(None, "fsdp", "tensor"),
+        ("memory", "norm", "scale"): P(),
+    }
+    adam = state["opt_state"][1][0]
+    for path, spec in expected.items():
+        for tree in (state["params"], adam.mu, adam.nu):
+            leaf = tree
+            for key in path:
+                leaf = leaf[key]
+            named = jax.sharding.NamedSharding(trainer.mesh, spec)
+            assert leaf.sharding.is_equivalent_to(named, leaf.ndim), path
+    assert {s.data.shape[0] for s in batch.index_SAN.addressable_shards} == {1}
+    before = jax.tree.map(lambda x: x.sharding, state)
+    after, _ = trainer.train(state, batch)
+    jax.tree.map(lambda x, s: None if x.sharding == s else pytest.fail(f"{x.sharding} is not {s}"), after, before)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state["params"]))  # donated
+
+
+def test_rows_stay_on_their_shard(trainer_and_batch):
+    """Read off the compiled step: each device evaluates the rows of its shard only, and none cross devices."""
+    trainer, batch = trainer_and_batch
+    text = trainer.train.lower(trainer.state_shape, batch).compile().as_text()
+    collective = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
+    crossing = [line for line in text.splitlines() if collective.search(line)]
+    assert len(crossing) > 10  # the pattern finds collectives at all
+    assert re.search(r'op_name="[^"]*transpose[^"]*take_rows', text)  # the backward pass of rows is named too
+    assert not [line for line in crossing if "take_rows" in line]
+
+    rows, width = batch.ids_SU.shape[1], trainer.config.model.memory_dim // 2
+    evaluated = {int(count) for count in re.findall(rf"f32\[(?:1,)?(\d+),{width}\]", text)}
+    assert rows in evaluated and max(evaluated) == rows
