@@ -155,7 +155,8 @@ class TrainBatches(Batches):
             needed = -(-config.steps * config.batch_size // self.windows_an_epoch)
             raise UserError(
                 f"config.data.epochs: {config.steps} steps of {config.batch_size} sequences need {epochs:.2f} epochs "
-                f"of {dataset.path}, which has {self.windows_an_epoch} sequences; set it to {needed}, or train fewer steps"
+                f"of {dataset.path}, which has {self.windows_an_epoch} sequences; set it to {needed}, "
+                "or train fewer steps"
             )
         source = grain.MapDataset.range(self.windows_an_epoch).seed(config.seed).shuffle()
         self._order = source.repeat(config.data.epochs) if config.data.epochs > 1 else source
