@@ -28,70 +28,60 @@ COMMAND --help gives the definition it uses, with its source, and its options. E
 needs no network, COMMAND.json, and CSV and PNG files beside them.
 """
 
-import contextlib
-import inspect
 from collections.abc import Callable
 from typing import Annotated
-
-import jax
 
 from memoryllm_jax.analysis import (
     agreement,
     annotate,
+    clustering,
     clusters,
     coefficients,
     composition,
     mutate,
     neighbours,
     residual,
+    run,
     triggers,
     values,
 )
-from memoryllm_jax.analysis.key_values import KeyValueModel
-from memoryllm_jax.common import cli, report
+from memoryllm_jax.common import cli
 from memoryllm_jax.common.options import Option
-from memoryllm_jax.experiments import compression, contribution, decode_cost, pruning
-from memoryllm_jax.experiments.models import ModelsOptions, run
+from memoryllm_jax.experiments import compression, contribution, decode_cost, models, pruning
 
-_ANALYSES = (
-    *(coefficients.coefficients, clusters.clusters, clusters.clustering, coefficients.outliers, neighbours.neighbours),
-    *(triggers.triggers, mutate.mutate, values.values, agreement.agreement, composition.active, composition.compose),
-    *(residual.residual, annotate.annotate),
+
+def _by_name(*functions: Callable[..., dict]) -> dict[str, Callable[..., dict]]:
+    return {function.__name__: function for function in functions}
+
+
+ANALYSES = _by_name(
+    coefficients.coefficients,
+    clusters.clusters,
+    clustering.clustering,
+    coefficients.outliers,
+    neighbours.neighbours,
+    triggers.triggers,
+    mutate.mutate,
+    values.values,
+    agreement.agreement,
+    composition.active,
+    composition.compose,
+    residual.residual,
+    annotate.annotate,
 )
-_EXPERIMENTS = (
-    *(contribution.alpha, contribution.layers, compression.compression, pruning.pruning, decode_cost.decode_cost),
+EXPERIMENTS = _by_name(
+    contribution.alpha, contribution.layers, compression.compression, pruning.pruning, decode_cost.decode_cost
 )
-ANALYSES: dict[str, Callable[..., dict]] = {function.__name__: function for function in _ANALYSES}
-EXPERIMENTS: dict[str, Callable[..., dict]] = {function.__name__: function for function in _EXPERIMENTS}
 Output = Annotated[str, Option("folder for the page and the files beside it")]
 
 
-def run_analysis(command: str, model: KeyValueModel, output: str, **options) -> str:
-    """Runs one of ANALYSES on an open model. Returns: one line on what was written. Raises: UserError."""
-    analysis, title = ANALYSES[command], f"{command}: {model.config.architecture}"
-    with report.Report(output, command, title, model.trained.facts()) as page:
-        page.text(inspect.getdoc(analysis))
-        with jax.default_matmul_precision("highest"):
-            return page.write(analysis(model, page, **options))
+def analyze(command: str, model: run.ModelOptions, output: Output, **options) -> str:
+    with model.open_for(ANALYSES[command]) as opened:
+        return run.run(ANALYSES[command], opened, output, **options)
 
 
-def analyze(
-    command: str,
-    workdir: Annotated[str, Option("folder with the trained model's checkpoints")],
-    output: Output,
-    step: Annotated[int | None, Option("checkpoint to read; by default the newest")] = None,
-    dtype: Annotated[str, Option("of the computation", choices=("float32", "bfloat16"))] = "float32",
-    **options,
-) -> str:
-    """Runs one of ANALYSES on a trained model. Returns: one line on what was written. Raises: UserError."""
-    runs_text = "text" in inspect.signature(ANALYSES[command]).parameters
-    with contextlib.closing(KeyValueModel(workdir, step, dtype, with_attention=runs_text)) as model:
-        return run_analysis(command, model, output, **options)
-
-
-def experiment(command: str, models: ModelsOptions, output: Output, **options) -> str:
-    """Runs one of EXPERIMENTS on trained models. Returns: one line on what was written. Raises: UserError."""
-    return run(EXPERIMENTS[command], models.open(), output, **options)
+def experiment(command: str, model: models.ModelsOptions, output: Output, **options) -> str:
+    return models.run(EXPERIMENTS[command], model.open(), output, **options)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ Sheet = dict[tuple[int, int], list[SheetRow]]  # of each (layer, key)
 def _proxies(model, sheet: Sheet, single_tokens: bool, seed: int) -> dict[tuple[int, int], list[float]]:
     """{(layer, key): the three proxies of its triggers, and those of as many triggers of all keys of the layer}"""
     draw = np.random.default_rng(seed)
+    # On the host: many short lists of tokens would each be a small call to the device.
     table_VD = np.asarray(model.params["embedding"])
     centre_D = np.asarray(jnp.mean(model.params["embedding"], 0, dtype=jnp.float32))
 

@@ -1,10 +1,9 @@
-"""Groups of tokens by their coefficient vectors: K-means, what its clusters share, and how tightly tokens group.
+"""Clusters of tokens by their coefficient vectors, and what the tokens of a cluster share.
 
-K-means, silhouette and the projections are scikit-learn's. Vectors are brought to unit length, so that a group is a
+K-means and the projections are scikit-learn's. Vectors are brought to unit length, so that a group is a
 direction and not a size; the paper does not say whether its vectors are.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
@@ -14,7 +13,6 @@ import numpy as np
 
 from memoryllm_jax.analysis import token_classes, topk
 from memoryllm_jax.analysis.key_values import KeyValueModel
-from memoryllm_jax.analysis.neighbours import neighbours_of
 from memoryllm_jax.common import errors, options, plots
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
@@ -22,7 +20,6 @@ from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.common.report import Report
 
 _EPOCHS = 3  # passes of mini-batch K-means over the vocabulary
-_BLOCK = 4096  # rows of a graph that are squared at a time
 _PICTURES = {"tsne": "t-SNE", "pca": "PCA"}
 _EXAMPLES = 10  # tokens nearest to a cluster's centre that the page lists
 
@@ -31,8 +28,8 @@ Clusters = Annotated[int, Option("number of K-means clusters", least=2)]
 Seed = Annotated[int, Option("seed of the random draws")]
 
 
-def _sklearn(module: str):
-    """scikit-learn is imported when it is first used. Raises: UserError if it is not installed."""
+def sklearn(module: str):
+    """A module of scikit-learn, imported when it is first used. Raises: UserError if it is not installed."""
     return errors.require(f"sklearn.{module}", "analyze", "clusters")
 
 
@@ -46,16 +43,17 @@ def _unit(c_NF):
     return c_NF * jax.lax.rsqrt(jnp.square(c_NF).sum(-1, keepdims=True) + 1e-30)
 
 
-def _unit_on_host(model, layer, ids_N) -> np.ndarray:
+def unit_on_host(model: KeyValueModel, layer: int, ids_N: np.ndarray) -> np.ndarray:
+    """The same in the host's memory, computed chunk by chunk."""
     chunks = []
     for ids_C, is_real_C in model.chunks(ids_N):
         chunks.append(np.asarray(unit_coefficients(model, layer, ids_C))[is_real_C])
     return np.concatenate(chunks)
 
 
-def _check(model: KeyValueModel, clusters: int, sample: int) -> None:
-    """Raises: UserError, also without scikit-learn."""
-    _sklearn("cluster")
+def check(model: KeyValueModel, clusters: int, sample: int) -> None:
+    """Raises: UserError for numbers that do not fit the model, and without scikit-learn."""
+    sklearn("cluster")
     most = min(model.config.vocab_size - 1, model.sizes.tokens)  # the first chunk gives the first centres
     if not 2 <= clusters <= most:
         raise ArgumentError("clusters", f"expected from 2 to {most}, found {clusters}")
@@ -63,7 +61,7 @@ def _check(model: KeyValueModel, clusters: int, sample: int) -> None:
         raise ArgumentError("sample", f"expected more than the {clusters} clusters, found {sample}")
 
 
-def _layers(model: KeyValueModel, texts: tuple[str, ...]) -> list[int]:
+def chosen_layers(model: KeyValueModel, texts: tuple[str, ...]) -> list[int]:
     """The layers that an option names, by default all. Raises: ArgumentError."""
     L = model.config.layers
     return list(options.layers(texts, "layers", L)) if texts else list(range(L))
@@ -76,9 +74,11 @@ def fit(model: KeyValueModel, layer: int, count: int, seed: int, step: Callable[
       step: called after each chunk.
     Returns: (cluster of each token [V], scikit-learn's fitted MiniBatchKMeans).
     """
-    kmeans = _sklearn("cluster").MiniBatchKMeans(count, random_state=seed, n_init=3, reassignment_ratio=0.0)
+    # Without reassignment, which would move the centres of small clusters to tokens drawn at random.
+    kmeans = sklearn("cluster").MiniBatchKMeans(count, random_state=seed, n_init=3, reassignment_ratio=0.0)
     draw = np.random.default_rng(seed)
     for _ in range(_EPOCHS):
+        # In random order: neighbouring ids are alike, such as all bytes or all rare words.
         for ids_C, is_real_C in model.chunks(draw.permutation(model.every_id)):
             kmeans.partial_fit(np.asarray(unit_coefficients(model, layer, ids_C))[is_real_C])
             step()
@@ -109,8 +109,8 @@ def clusters(
     are ours.
     """
     model.require_memory("clusters")
-    _check(model, clusters, sample)
-    chosen = _layers(model, layers)
+    check(model, clusters, sample)
+    chosen = chosen_layers(model, layers)
     classes, V = token_classes.classes(model.texts), len(model.texts)
     draw = np.random.default_rng(seed)
     pictured = {chosen[0], chosen[len(chosen) // 2], chosen[-1]}
@@ -203,7 +203,7 @@ def _commonest(names_N: np.ndarray) -> _Commonest:
 
 def _picture(model, layer, sampled_N, labels_V, kinds_V, how, seed):
     """A figure of the sampled tokens in a plane, each cluster labelled with one of its tokens."""
-    x_N2 = _plane(_unit_on_host(model, layer, sampled_N), how, seed)
+    x_N2 = _plane(unit_on_host(model, layer, sampled_N), how, seed)
     kinds_N, labels_N = kinds_V[sampled_N], labels_V[sampled_N]
     figure, ax = plots.new_figure(8, 6)
     for number, name in enumerate(token_classes.KINDS):
@@ -227,10 +227,10 @@ def _picture(model, layer, sampled_N, labels_V, kinds_V, how, seed):
 
 def _plane(x_NF: np.ndarray, how: str, seed: int) -> np.ndarray:
     """Vectors in two dimensions, [N, 2]; t-SNE starts from 50 principal components."""
-    x = _sklearn("decomposition").PCA(min(50, *x_NF.shape), random_state=seed).fit_transform(x_NF)
+    x = sklearn("decomposition").PCA(min(50, *x_NF.shape), random_state=seed).fit_transform(x_NF)
     if how == "tsne":
         perplexity = min(30, max(2, len(x) // 4))
-        x = _sklearn("manifold").TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x)
+        x = sklearn("manifold").TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x)
     return x[:, :2]
 
 
@@ -245,93 +245,3 @@ def _drawable(token: int, texts: list[str]) -> str:
     if plots.drawable(texts[token]):
         return texts[token].replace("$", r"\$")  # a dollar begins mathematics in matplotlib
     return f"#{token} {token_classes.script(texts[token])}"
-
-
-def clustering(
-    model: KeyValueModel,
-    page: Report,
-    *,
-    layers: Layers = (),
-    neighbours: Annotated[int, Option("nearest neighbours that a token is joined with", least=2)] = 10,
-    clusters: Clusters = 20,
-    tokens: Annotated[int, Option("tokens of the graph, drawn at random; 0: all", least=0)] = 0,
-    sample: Annotated[int, Option("tokens, drawn at random, that the silhouette is measured on")] = 4000,
-    seed: Seed = 0,
-) -> dict:
-    """How strongly tokens group by their coefficient vectors, by layer: clustering coefficient and silhouette.
-
-    MemoryLLM, figure 6, shows a clustering coefficient without defining it. Ours is the mean local clustering
-    coefficient (Watts and Strogatz 1998) of the graph that joins two tokens if either is among the other's k nearest by
-    cosine of c: among the pairs of a token's neighbours, the share that are neighbours themselves. It is compared with
-    that of a random graph of as many edges, which is the share of all pairs that are joined. The silhouette (Rousseeuw
-    1987, scikit-learn's) is that of the K-means clusters of `clusters`, Euclidean on vectors of unit length, on a
-    sample of tokens if there are more. The graph is exact over the vocabulary; --tokens draws some to save time.
-    """
-    model.require_memory("clustering")
-    _check(model, clusters, sample)
-    chosen, V = _layers(model, layers), model.config.vocab_size
-    count = min(tokens or V, V)
-    if neighbours >= count:
-        raise ArgumentError("neighbours", f"expected from 2 to fewer than the {count} tokens, found {neighbours}")
-    draw = np.random.default_rng(seed)
-    ids_N = np.sort(draw.choice(V, count, replace=False)).astype(np.int32)
-    sampled = np.sort(draw.choice(V, min(sample, V), replace=False)).astype(np.int32)
-    progress = Progress("clustering", len(chosen), "layer")
-    rows = []
-    for layer in chosen:
-        vectors = functools.partial(unit_coefficients, model)
-        near = neighbours_of(model, vectors, [layer], ids_N, ids_N, neighbours, f"layer {layer}")
-        coefficient, chance = clustering_coefficient(np.searchsorted(ids_N, near.ids[0]))
-        labels_V, _ = fit(model, layer, clusters, seed)
-        silhouette = _silhouette(model, layer, sampled, labels_V)
-        rows.append({"layer": layer, "coefficient": coefficient, "random_graph": chance, "silhouette": silhouette})
-        progress.update(progress.done + 1)
-    progress.close()
-    lines = [list(row.values()) for row in rows]
-    with page.csv("layers", list(rows[0])) as write:
-        write(lines)
-    series = {
-        "nearest neighbours": [row["coefficient"] for row in rows],
-        "random graph of as many edges": [row["random_graph"] for row in rows],
-    }
-    page.figure(
-        "coefficient",
-        plots.by_layer(series, "clustering coefficient", layers=chosen),
-        f"Mean local clustering coefficient of the {neighbours}-nearest-neighbour graph of {count:,} tokens.",
-    )
-    page.figure(
-        "silhouette",
-        plots.by_layer({"silhouette": [row["silhouette"] for row in rows]}, "silhouette", layers=chosen),
-        f"Mean silhouette of {clusters} K-means clusters on {len(sampled):,} tokens; 1: tight and apart, 0: overlap.",
-    )
-    page.table(list(rows[0]), lines)
-    return {"layers": rows, "tokens": count, "neighbours": neighbours}
-
-
-def _silhouette(model, layer, sampled, labels_V) -> float:
-    """Mean silhouette of the sampled tokens; NaN where they are all in one cluster, or each in its own."""
-    labels = labels_V[sampled]
-    if not 1 < len(np.unique(labels)) < len(sampled):
-        return np.nan
-    return float(_sklearn("metrics").silhouette_score(_unit_on_host(model, layer, sampled), labels))
-
-
-def clustering_coefficient(near_Nk: np.ndarray) -> tuple[float, float]:
-    """Of the graph that joins each node n with the nodes near[n].
-
-    Returns: (mean local clustering coefficient, share of all pairs of nodes that are joined).
-    """
-    from scipy import sparse  # comes with scikit-learn, which is optional
-
-    N, k = near_Nk.shape
-    nodes = np.repeat(np.arange(N), k)
-    graph = sparse.csr_matrix((np.ones(N * k, np.int32), (nodes, near_Nk.reshape(-1))), (N, N))
-    graph = graph.maximum(graph.T)
-    degree_N = np.asarray(graph.sum(1)).ravel().astype(np.int64)
-    joined = []  # for each node, the pairs of its neighbours that are joined, each counted both ways
-    for start in range(0, N, _BLOCK):
-        block = graph[start : start + _BLOCK]
-        paths = block @ graph  # paths of two edges; those between joined nodes close a triangle
-        joined.append(np.asarray(paths.multiply(block).sum(1)).ravel())
-    pairs_N = np.maximum(degree_N * (degree_N - 1), 1)
-    return float(np.mean(np.concatenate(joined) / pairs_N)), float(degree_N.sum() / (N * (N - 1)))

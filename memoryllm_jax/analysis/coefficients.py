@@ -58,6 +58,7 @@ def coefficients(
     with page.csv("tokens", fields) as write_tokens, page.csv("keys", _KEY_FIELDS) as write_keys:
         for layer in range(L):
             of_tokens, triggers = _pass(model, layer, top, lambda: progress.update(progress.done + 1))
+            # A value is added with the sign of its coefficients, so that is the sign to read it with.
             signed_values_FD = model.values("memory", layer) * triggers.sign_K[:, None]
             says = values.top_tokens(model, signed_values_FD, top)
             write_tokens(_token_lines(layer, listed, of_tokens, model.texts))
@@ -66,7 +67,7 @@ def coefficients(
             for i in np.unique(of_shown[-1].keys):
                 keys[layer, int(i)] = _key_on_page(int(i), triggers, says)
     progress.close()
-    strongest = StrongestKeys(*map(np.stack, zip(*of_shown)))  # [L, Q, k]
+    strongest = StrongestKeys(*(np.stack(of_layers) for of_layers in zip(*of_shown)))  # [L, Q, k]
     near = neighbours_of(model, model.rows, range(L), shown_Q, model.every_id, min(top, V - 1), "neighbours")
     rows = _rows(model, shown_Q, top)
     concentration = {}
@@ -98,7 +99,7 @@ def _pass(model: KeyValueModel, layer: int, top: int, step: Callable[[], None]) 
         sides.add(c_CF, ids_C, is_real_C)
         chunks.append([np.asarray(x_Ck)[is_real_C] for x_Ck in strongest_keys(c_CF, norms_F, top)])
         step()
-    return StrongestKeys(*map(np.concatenate, zip(*chunks))), sides.triggers()
+    return StrongestKeys(*(np.concatenate(parts) for parts in zip(*chunks))), sides.triggers()
 
 
 def _token_lines(layer: int, ids: np.ndarray, strongest: StrongestKeys, texts: Sequence[str]) -> Iterator[list]:

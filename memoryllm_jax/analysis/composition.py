@@ -100,6 +100,7 @@ def _norms(model, ffn) -> list[jax.Array]:
 @jax.jit
 def active_count(c_NF, norms_F, mass):
     """The fewest memories whose |c_i| |v_i| make `mass` of the sum over all, [N]."""
+    # In float32, as sums of thousands of bfloat16 numbers stop growing. Twice negated, as jnp.sort sorts upwards.
     size_NF = -jnp.sort(-jnp.abs(c_NF.astype(jnp.float32)) * norms_F, axis=1)
     held_NF = jnp.cumsum(size_NF, 1)
     return (held_NF < mass * held_NF[:, -1:]).sum(1) + 1

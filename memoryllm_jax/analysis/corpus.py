@@ -30,9 +30,9 @@ Limit = Annotated[int, Option("tokens of text to read, in windows at even distan
 class TextOptions:
     """The text that a model is run over, and the seed of random draws. Raises: ArgumentError."""
 
-    data: Annotated[
-        str, Option("folder that `prepare` wrote with the model's tokenizer; FFN-M alone is mostly analysed without")
-    ] = ""
+    data: Annotated[str, Option("prepared data, made with the model's tokenizer; most analyses of FFN-M need none")] = (
+        ""
+    )
     split: Split = "train"
     length: Annotated[
         int, Option("tokens of the windows that the text is cut into; their beginnings are the prefixes", least=2)
@@ -143,6 +143,7 @@ class State(NamedTuple):
 
 def states(model: KeyValueModel, tokens_BT: np.ndarray) -> Iterator[State]:
     """Runs B sequences through the model. Yields the State of each layer in turn, N = B T."""
+    # FFN-M runs once for each distinct token, as in training.
     ids, index = np.unique(tokens_BT, return_inverse=True)
     # Padded to a power of two, so that few shapes compile.
     ids = np.pad(ids, (0, bucket(len(ids), tokens_BT.size) - len(ids))).astype(np.int32)

@@ -216,6 +216,7 @@ def coefficients(q_ND, ffn: dict, keys=None) -> jax.Array:
 @jax.jit
 def _coefficients(q_ND, gate_DF, up_DF, keys):
     if keys is not None:
+        # Columns are picked before the products, which then take K / F of the time.
         gate_DF, up_DF = gate_DF[:, keys], up_DF[:, keys]
     return transformer.swiglu_coefficients(q_ND, gate_DF, up_DF)
 
@@ -233,6 +234,8 @@ def _product(c_NF, down_FD):
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _logits(config, norm, head_VD, x_ND, unit):
     if unit:
+        # The 1e-30 keeps vectors of zeros, which say nothing, from becoming NaN.
         x_ND = x_ND * jax.lax.rsqrt(jnp.square(x_ND).mean(-1, keepdims=True) + 1e-30)
     y_ND = transformer.Norm(config).apply({"params": norm}, x_ND)
+    # float32 for a bfloat16 model too: rounded logits would tie.
     return jnp.einsum("nd,vd->nv", y_ND, head_VD, preferred_element_type=jnp.float32)

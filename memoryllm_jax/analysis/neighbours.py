@@ -89,6 +89,7 @@ def _products(x_QW, y_CW):
 
 @jax.jit
 def _merge(top, dots_QC, squares_Q, squares_C, queries_Q, ids_C, is_real_C):
+    # The 1e-30 makes the cosine with a vector of zeros 0 and not NaN.
     cosine_QC = dots_QC * jax.lax.rsqrt(squares_Q[:, None] * squares_C + 1e-30)
     is_other_QC = is_real_C & (queries_Q[:, None] != ids_C)
     return topk.merge(top, jnp.where(is_other_QC, cosine_QC, -jnp.inf), ids_C)

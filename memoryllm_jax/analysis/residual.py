@@ -81,4 +81,5 @@ def _measure(model, state: State, last_N: np.ndarray) -> np.ndarray:
     top_y_N = top_of_update(model, state)
     top_o_N = top_of(model, state.output_ND)
     is_r, is_y = top_o_N == top_r_N, top_o_N == top_y_N
+    # As numbers, so that their means are shares.
     return np.stack([top_r_N == last_N, p_N, is_r & ~is_y, is_r & is_y, is_y & ~is_r, ~(is_r | is_y)])

@@ -25,6 +25,7 @@ def empty(rows: int, k: int) -> TopK:
 def merge(top: TopK, values_RN, labels_N) -> TopK:
     """The k largest of `top` and N more values of each row. A value of -inf is left out."""
     k = top.values_Rk.shape[1]
+    # First the k largest of the N: only these, and not all N, are then put beside the ones so far.
     values, at = jax.lax.top_k(values_RN, min(k, values_RN.shape[1]))
     labels = jnp.where(jnp.isfinite(values), labels_N[at], -1)
     values = jnp.concatenate([top.values_Rk, values], 1)

@@ -171,5 +171,5 @@ def _write_triggers(model, page, corpus, triggers: Iterator[Trigger]) -> list[li
 
 def _relative(c_Kt: np.ndarray, rank: int) -> float:
     """Mean over keys of the coefficient at a rank over that of the strongest trigger."""
-    first_K = np.where(c_Kt[:, 0] == 0, np.nan, c_Kt[:, 0])
+    first_K = np.where(c_Kt[:, 0] == 0, np.nan, c_Kt[:, 0])  # a key that never fires has no share
     return float(np.nanmean(c_Kt[:, rank - 1] / first_K))

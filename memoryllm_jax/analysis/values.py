@@ -34,6 +34,7 @@ def top_tokens(model: KeyValueModel, x_ND, k: int) -> TopTokens:
 
 def _top_tokens_by_sign(model, x_ND, k: int, signs: Sequence[int]) -> dict[int, TopTokens]:
     """{sign: the likeliest tokens of sign * x}"""
+    # What is found stays on the device until the end, so that no block waits for the host to read the one before.
     ids, p = {sign: [] for sign in signs}, {sign: [] for sign in signs}
     for _, logits_NV in model.logits(x_ND, unit=True):
         for sign in signs:

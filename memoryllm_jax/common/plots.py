@@ -85,6 +85,7 @@ def by_layer(series: dict[str, Sequence[float]], ylabel: str, log: bool = False,
     if log:
         ax.set_yscale("log")
     elif not any(value < 0 for values in series.values() for value in values):
+        # The axis begins at 0, so that lengths compare as the values do.
         ax.update_datalim([(0, 0)], updatex=False)
         ax.autoscale_view()
         ax.set_ylim(bottom=0)

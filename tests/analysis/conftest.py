@@ -12,6 +12,7 @@ import reference
 from by_hand import FIRES, LENGTH, one_token_keys
 
 from memoryllm_jax import analyze
+from memoryllm_jax.analysis import run as analysis_run
 from memoryllm_jax.analysis.corpus import ExampleOptions, TextOptions
 from memoryllm_jax.analysis.key_values import KeyValueModel
 
@@ -22,7 +23,7 @@ def run(tmp_path):
 
     def call(command, model, **options):
         output = tmp_path / "out"
-        analyze.run_analysis(command, model, str(output), **options)
+        analysis_run.run(analyze.ANALYSES[command], model, str(output), **options)
         return json.loads((output / f"{command}.json").read_text())["results"]
 
     return call
@@ -73,6 +74,19 @@ def prefix_keys(make_model, data_path):
         down[1, 3], down[1, 4] = params["head"][follows], -params["head"][follows]
 
     return PrefixKeys(make_model("base", change), text, fires, triggers, follows)
+
+
+@pytest.fixture(scope="session")
+def two_kinds(make_model):
+    """(model whose tokens' embeddings lie in two directions, whether each token is of the first)."""
+    is_spaced = np.array([text.startswith("␣") for text in make_model("memory").texts])
+
+    def change(params):
+        params["embedding"][:] *= 0.1
+        params["embedding"][is_spaced, 0] += 4
+        params["embedding"][~is_spaced, 1] += 4
+
+    return make_model("memory", change), is_spaced
 
 
 class InNumpy:

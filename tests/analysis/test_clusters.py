@@ -16,19 +16,6 @@ def test_kmeans_against_numpy(in_numpy):
     assert (labels == distance.argmin(1)).mean() > 0.999 and len(labels) == 512
 
 
-@pytest.fixture(scope="module")
-def two_kinds(make_model):
-    """(model whose tokens' embeddings lie in two directions, whether each token is of the first)."""
-    is_spaced = np.array([text.startswith("␣") for text in make_model("memory").texts])
-
-    def change(params):
-        params["embedding"][:] *= 0.1
-        params["embedding"][is_spaced, 0] += 4
-        params["embedding"][~is_spaced, 1] += 4
-
-    return make_model("memory", change), is_spaced
-
-
 def test_clusters_of_tokens_of_two_kinds(two_kinds, run):
     model, is_spaced = two_kinds
     row, _ = run("clusters", model, clusters=2, picture="pca", sample=50)["layers"]
@@ -44,27 +31,12 @@ def test_clusters_of_tokens_of_two_kinds(two_kinds, run):
         assert texts[0] == model.texts[closest]
 
 
-def test_clustering_of_tokens_of_two_kinds(two_kinds, run):
-    found = run("clustering", two_kinds[0], clusters=2, tokens=60, sample=100, neighbours=5)
-    assert found["layers"][0]["silhouette"] > 0.3 and found["tokens"] == 60
-
-
-def test_clustering_coefficient():
-    cliques = np.array([[j for j in range(5 * (i // 5), 5 * (i // 5) + 5) if j != i] for i in range(10)])
-    assert clusters.clustering_coefficient(cliques) == (1, pytest.approx(4 / 9))
-    ring = np.stack([np.arange(9) - 1, np.arange(1, 10)], 1) % 9
-    assert clusters.clustering_coefficient(ring)[0] == 0
-    # A triangle 0 1 2 with 3 hanging on 2, whose three neighbours are joined in one of three pairs.
-    found, _ = clusters.clustering_coefficient(np.array([[1], [2], [0], [2]]))
-    assert found == pytest.approx((1 + 1 + 1 / 3 + 0) / 4)
-
-
 @pytest.mark.parametrize(
     "command, options, message",
     [
         ("clusters", {"layers": ("0", "2")}, "layers: expected layers from 0 to 1, such as 0,1, found '2'"),
         ("clusters", {"clusters": 101}, "clusters: expected from 2 to 100, found 101"),
-        ("clustering", {"sample": 20}, "sample: expected more than the 20 clusters, found 20"),
+        ("clusters", {"sample": 20}, "sample: expected more than the 20 clusters, found 20"),
         ("clustering", {"tokens": 9}, "neighbours: expected from 2 to fewer than the 9 tokens, found 10"),
     ],
 )
