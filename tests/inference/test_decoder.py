@@ -31,6 +31,11 @@ def decode(decoder, rows, sequences, lengths):
     return np.stack(out, 1)
 
 
+@pytest.mark.parametrize("size, most, padded", [(1, 99, 16), (16, 99, 16), (17, 99, 32), (33, 40, 40), (3, 5, 5)])
+def test_sizes_are_padded_to_few(size, most, padded):
+    assert bucket(size, most) == padded
+
+
 @pytest.mark.parametrize(
     "architecture, overrides, mesh",
     [
