@@ -66,7 +66,7 @@ def loading(dataset, tokens_wanted):
         distinct = next(iterator).distinct
     rate = count * step / (time.perf_counter() - start)
     flops = train_flops(config, SEQUENCES * config.seq_len, distinct) / (SEQUENCES * config.seq_len)
-    need = DEVICES * 0.6 * chips.PEAK_FLOPS["H100"] / flops
+    need = DEVICES * 0.6 * chips.get("h100").peak_flops / flops
     return {"tokens_per_second": rate, "needed": need, "times_needed": rate / need, "distinct": distinct}
 
 

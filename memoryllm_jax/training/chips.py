@@ -1,4 +1,4 @@
-"""Accelerators a run is planned for: their data sheets, and devices to compile for where none is at hand."""
+"""Accelerators: their data sheets, and devices to compile for where no accelerator is at hand."""
 
 import dataclasses
 import functools
@@ -8,100 +8,220 @@ import os
 import jax
 from jax.experimental import topologies
 
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError
 
-# Dense bf16 FLOP/s of one device, from the makers' data sheets (SXM modules), by a part of jax's device_kind.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "TPU v6": 918e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v4": 275e12,
-}
+_PLUGINS = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}
+GPU_SHARE = 0.92  # of a GPU's memory that `train` lets JAX have
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What XLA must know of a GPU to compile for it.
+
+    Attributes:
+      capability: of CUDA, (major, minor).
+      cores: streaming multiprocessors.
+      shared_memory: bytes of each of them.
+      cache: bytes of the L2 cache.
+    """
+
+    capability: tuple[int, int]
+    cores: int
+    shared_memory: int
+    cache: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device by its maker's data sheet; bytes/s are of one direction.
+    """One device by its maker's data sheet. Speeds are in bytes/s and of one direction.
 
-    network: a device's links to the others of its domain, all together.  between: its share of the network outside.
-    domain: devices that are joined by `network`: a TPU slice at its largest, a GPU node.
-    gpu: compute capability, multiprocessors, shared memory of one in bytes, L2 cache in bytes.
+    Attributes:
+      kinds: parts of jax's device_kind that tell it apart; the first chip of the table that has one is meant.
+      peak_flops: FLOP/s, dense, in bfloat16.
+      memory: bytes that XLA can use.
+      bandwidth: of the memory.
+      network: of a device's links to the others of its domain, all together.
+      between: of its share of the network outside its domain.
+      domain: devices that are joined by `network`: a TPU slice at its largest, a GPU node.
+      torus: dimensions of a TPU slice; 0 for a GPU.
+      gpu: None for a TPU.
     """
 
     title: str
-    peak_flops: float  # bfloat16, dense
-    memory: float  # bytes that XLA can use
+    kinds: tuple[str, ...]
+    peak_flops: float
+    memory: float
     bandwidth: float
     network: float
     between: float
     domain: int
-    platform: str = "tpu"
-    torus: int = 0  # dimensions of a TPU slice
-    gpu: tuple = ()
+    torus: int = 0
+    gpu: Gpu | None = None
+
+    @property
+    def platform(self) -> str:
+        """jax's name of it, and that of the extra with its compiler."""
+        return "cuda" if self.gpu else "tpu"
+
+    def has_compiler(self) -> bool:
+        """Whether jax's plugin for it is installed."""
+        try:
+            return importlib.util.find_spec(_PLUGINS[self.platform]) is not None
+        except ModuleNotFoundError:  # the package that would hold it is missing
+            return False
 
 
-GPU_SHARE = 0.92  # of a GPU's memory that `train` lets JAX have
-_hopper = {"platform": "cuda", "domain": 8, "gpu": ((9, 0), 132, 233472, 52428800)}
+_HOPPER = Gpu(capability=(9, 0), cores=132, shared_memory=233472, cache=52428800)
 CHIPS = {
     "a100": Chip(
-        "A100 80GB SXM", 312e12, GPU_SHARE * 80e9, 2.04e12, 300e9, 25e9, 8, "cuda", gpu=((8, 0), 108, 167936, 41943040)
+        title="A100 80GB SXM",
+        kinds=("A100",),
+        peak_flops=312e12,
+        memory=GPU_SHARE * 80e9,
+        bandwidth=2.04e12,
+        network=300e9,
+        between=25e9,
+        domain=8,
+        gpu=Gpu(capability=(8, 0), cores=108, shared_memory=167936, cache=41943040),
     ),
-    "h100": Chip("H100 80GB SXM", 989e12, GPU_SHARE * 80e9, 3.35e12, 450e9, 50e9, **_hopper),
-    "h200": Chip("H200 SXM", 989e12, GPU_SHARE * 141e9, 4.8e12, 450e9, 50e9, **_hopper),
+    "h100": Chip(
+        title="H100 80GB SXM",
+        kinds=("H100",),
+        peak_flops=989e12,
+        memory=GPU_SHARE * 80e9,
+        bandwidth=3.35e12,
+        network=450e9,
+        between=50e9,
+        domain=8,
+        gpu=_HOPPER,
+    ),
+    "h200": Chip(
+        title="H200 SXM",
+        kinds=("H200",),
+        peak_flops=989e12,
+        memory=GPU_SHARE * 141e9,
+        bandwidth=4.8e12,
+        network=450e9,
+        between=50e9,
+        domain=8,
+        gpu=_HOPPER,
+    ),
     "b200": Chip(
-        "B200", 2250e12, GPU_SHARE * 180e9, 7.7e12, 900e9, 50e9, 8, "cuda", gpu=((10, 0), 148, 233472, 132120576)
+        title="B200",
+        kinds=("B200",),
+        peak_flops=2250e12,
+        memory=GPU_SHARE * 180e9,
+        bandwidth=7.7e12,
+        network=900e9,
+        between=50e9,
+        domain=8,
+        gpu=Gpu(capability=(10, 0), cores=148, shared_memory=233472, cache=132120576),
     ),
-    "v4": Chip("TPU v4", 275e12, 31.75 * 2**30, 1.2e12, 6 * 45e9, 6.25e9, 4096, torus=3),
-    "v5e": Chip("TPU v5e", 197e12, 15.75 * 2**30, 0.82e12, 4 * 45e9, 6.25e9, 256, torus=2),
-    "v5p": Chip("TPU v5p", 459e12, 95 * 2**30, 2.77e12, 6 * 90e9, 6.25e9, 4096, torus=3),
-    "v6e": Chip("TPU v6e", 918e12, 31.25 * 2**30, 1.64e12, 4 * 90e9, 12.5e9, 256, torus=2),
+    "v4": Chip(
+        title="TPU v4",
+        kinds=("TPU v4",),
+        peak_flops=275e12,
+        memory=31.75 * 2**30,
+        bandwidth=1.2e12,
+        network=6 * 45e9,
+        between=6.25e9,
+        domain=4096,
+        torus=3,
+    ),
+    # Before v5p, whose device_kind "TPU v5" is the beginning of this one's.
+    "v5e": Chip(
+        title="TPU v5e",
+        kinds=("TPU v5 lite", "TPU v5e"),
+        peak_flops=197e12,
+        memory=15.75 * 2**30,
+        bandwidth=0.82e12,
+        network=4 * 45e9,
+        between=6.25e9,
+        domain=256,
+        torus=2,
+    ),
+    "v5p": Chip(
+        title="TPU v5p",
+        kinds=("TPU v5",),
+        peak_flops=459e12,
+        memory=95 * 2**30,
+        bandwidth=2.77e12,
+        network=6 * 90e9,
+        between=6.25e9,
+        domain=4096,
+        torus=3,
+    ),
+    "v6e": Chip(
+        title="TPU v6e",
+        kinds=("TPU v6",),
+        peak_flops=918e12,
+        memory=31.25 * 2**30,
+        bandwidth=1.64e12,
+        network=4 * 90e9,
+        between=12.5e9,
+        domain=256,
+        torus=2,
+    ),
 }
 
 
 def get(name: str) -> Chip:
-    """Raises: UserError."""
+    """Raises: ArgumentError."""
     if name not in CHIPS:
-        raise UserError(f"--chip: expected one of {', '.join(CHIPS)}, found {name!r}")
+        raise ArgumentError("chip", f"expected one of {', '.join(CHIPS)}, found {name!r}")
     return CHIPS[name]
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device by jax's name for its kind; None if it is not in the table, as a CPU."""
+    for chip in CHIPS.values():
+        if any(kind in device_kind for kind in chip.kinds):
+            return chip.peak_flops
+    return None
 
 
 def devices(name: str, count: int, slices: int = 0) -> tuple[list[jax.Device], str]:
     """Devices to compile for, and a clause that says which compiler does it.
 
-    The chip's own where its plugin is installed, which needs no such chip; else emulated CPU devices, for which
-    `emulate` has to be called before JAX is used. Raises: UserError for a number that makes no slice.
+    They are the chip's own where its plugin is installed, which needs no such chip; else emulated CPU devices, for
+    which `emulate` must be called before JAX is used.
+
+    Args:
+      slices: of TPUs; 0: as few as hold the devices.
+    Raises: ArgumentError for a number of devices that makes no slice or no nodes.
     """
     chip = get(name)
-    slices, shape = _slices(chip, count, slices, name)
-    plugin = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}[chip.platform]
-    try:
-        there = importlib.util.find_spec(plugin) is not None
-    except ModuleNotFoundError:
-        there = False
-    if not there:
-        extra = {"tpu": "tpu", "cuda": "cuda"}[chip.platform]
+    if chip.gpu:
+        _check_nodes(name, chip, count, slices)
+    else:
+        slices, slice_shape = _slices(name, chip, count, slices)
+    if not chip.has_compiler():
         return jax.devices("cpu"), (
             f"XLA for CPUs, on {count} emulated devices: memory is an estimate, kernels are not the chip's; "
-            f"pip install 'memoryllm_jax[{extra}]' lets the chip's own compiler do it, here too"
+            f"pip install 'memoryllm_jax[{chip.platform}]' lets the chip's own compiler do it, which needs no such chip"
         )
-    if chip.platform == "tpu":
+    if chip.gpu:
+        nodes, gpus_a_node = max(1, count // chip.domain), min(count, chip.domain)
+        describe = functools.partial(
+            topologies.get_topology_desc,
+            name,
+            "cuda",
+            target_config=_gpu_target(chip),
+            topology=f"1 x {nodes} x {gpus_a_node}",
+        )
+    else:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         options = {"num_slices": slices} if slices > 1 else {}
-        described = functools.partial(topologies.get_topology_desc, f"{name}:{'x'.join(map(str, shape))}", "tpu")
-    else:
-        options = {"target_config": _target(chip), "topology": " x ".join(map(str, shape))}
-        described = functools.partial(topologies.get_topology_desc, name, "cuda")
+        shape = "x".join(map(str, slice_shape))
+        describe = functools.partial(topologies.get_topology_desc, f"{name}:{shape}", "tpu", **options)
     try:
-        topology = described(**options)
-    except Exception as error:  # of the plugin, which has its own ways to refuse
+        topology = describe()
+    except Exception as error:  # each plugin raises its own kinds
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--devices={count} of {name}: {plugin} cannot compile for them: {reason}") from error
+        raise ArgumentError(
+            "devices", f"{_PLUGINS[chip.platform]} cannot compile for {count} of {name}: {reason}"
+        ) from error
     return list(topology.devices), f"XLA for {chip.title}, which needs no such chip"
 
 
@@ -111,46 +231,57 @@ def emulate(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
-def _slices(chip: Chip, count: int, slices: int, name: str) -> tuple[int, list[int]]:
-    """(slices, shape of one); for GPUs (1, [slices, nodes, GPUs a node]). As few slices as may be if `slices` is 0."""
-    if chip.platform == "cuda":
-        if slices:
-            raise UserError(f"--slices: expected a TPU, which come in slices, found {name}")
-        if count > chip.domain and count % chip.domain:
-            raise UserError(f"--devices: expected up to {chip.domain} or whole nodes of {chip.domain}, found {count}")
-        return 1, [1, max(1, count // chip.domain), min(count, chip.domain)]
+def _check_nodes(name: str, chip: Chip, count: int, slices: int) -> None:
+    if slices:
+        raise ArgumentError("slices", f"expected a TPU, which come in slices, found {name}")
+    if count > chip.domain and count % chip.domain:
+        raise ArgumentError("devices", f"expected up to {chip.domain} or whole nodes of {chip.domain}, found {count}")
+
+
+def _slices(name: str, chip: Chip, count: int, slices: int) -> tuple[int, list[int]]:
+    """(slices, shape of one), as few slices as hold the devices if `slices` is 0."""
     slices = slices or max(1, count // chip.domain)
     size = count // slices
-    if size & (size - 1) or size * slices != count or (chip.torus == 3 and size < 4):
-        smallest = 4 if chip.torus == 3 else 1
-        raise UserError(
-            f"--devices: expected a power of two from {smallest} on for a slice of {name}, or a multiple of its "
-            f"{chip.domain} devices, found {count}"
+    smallest = 4 if chip.torus == 3 else 1
+    is_power_of_two = size > 0 and size & (size - 1) == 0
+    if not is_power_of_two or size * slices != count or size < smallest:
+        raise ArgumentError(
+            "devices",
+            f"expected a power of two from {smallest} on for a slice of {name}, or a multiple of its {chip.domain} "
+            f"devices, found {count}",
         )
+    # As near to a square or a cube as powers of two come.
     shape = [1] * chip.torus
-    for _ in range(size.bit_length() - 1):
+    while size > 1:
         shape[shape.index(min(shape))] *= 2
-    return slices, sorted(shape) if chip.torus == 2 else sorted(shape, key=lambda n: (n == 1, n))
+        size //= 2
+    shape.sort()
+    if chip.torus == 3:
+        # Google writes 2x2x1: ones stand at the end.
+        shape = [n for n in shape if n > 1] + [n for n in shape if n == 1]
+    return slices, shape
 
 
-def _target(chip: Chip) -> str:
-    """What XLA wants to know of a GPU, as the text of its GpuTargetConfigProto."""
-    (major, minor), cores, shared, cache = chip.gpu
-    extension = "    feature_extension: ACCELERATED_FEATURES\n" if major >= 9 else ""
+def _gpu_target(chip: Chip) -> str:
+    """The GPU that XLA compiles for, as the text of its GpuTargetConfigProto."""
+    gpu = chip.gpu
+    major, minor = gpu.capability
+    hopper_or_later = major >= 9
+    extension = "    feature_extension: ACCELERATED_FEATURES\n" if hopper_or_later else ""
     return f"""gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
   shared_memory_per_block: 49152
-  shared_memory_per_block_optin: {shared - 1024}
-  shared_memory_per_core: {shared}
+  shared_memory_per_block_optin: {gpu.shared_memory - 1024}
+  shared_memory_per_core: {gpu.shared_memory}
   threads_per_core_limit: 2048
-  core_count: {cores}
-  fpus_per_core: {128 if major >= 9 else 64}
+  core_count: {gpu.cores}
+  fpus_per_core: {128 if hopper_or_later else 64}
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
   memory_bandwidth: {int(chip.bandwidth)}
-  l2_cache_size: {cache}
+  l2_cache_size: {gpu.cache}
   clock_rate_ghz: 1.8
   device_memory_size: {int(chip.memory / GPU_SHARE)}
   cuda_compute_capability {{

@@ -1,119 +1,166 @@
-"""Collectives of a compiled step, read from its HLO text: kind, bytes, group, and how often a step runs them."""
+"""What a training step sends between devices, by arithmetic on the shardings of its parameters.
 
-import dataclasses
+The shardings (model/sharding.py) leave the compiler little choice, so that each transfer follows from a formula:
+
+    fsdp     a layer's matrices are gathered in the computation's dtype for the forward pass and again for the
+             backward pass, and their gradients are summed and scattered in the same dtype. Decoder layers do this
+             for each micro-batch, the token memory once a step.
+    data     the scattered sums of gradients are summed over the replicas.
+    tensor   each product that a device computes a part of, attention's output and an FFN's, is summed over the parts:
+             a [tokens, dim] array forward, and another backward for what the layer reads.
+    lookups  rows of embeddings and tables go to the shard that asked for them, and their gradients come back; the
+             gradient of a table is summed over the replicas in float32.
+    head     gathered for each micro-batch; its gradient is summed in float32.
+
+Left out are scalars, such as the norm of the gradient. XLA's own choices differ in the following, all of which
+tests/training/test_collectives.py accounts for. For CPUs it sums gradients whole where a chip scatters the sums, in
+float32, and sums each product of the backward pass by itself. On meshes of several axes it may sum the head's gradient
+over all axes at once. For TPUs it gathers the head once a step.
+"""
+
 import math
-import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BITS = {"pred": 8, "bf16": 16}
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
-_COLLECTIVE = re.compile(rf"({'|'.join(KINDS)})(-start)?$")
-_MESH_GROUPS = re.compile(r"replica_groups=(?:@?\w*)?mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? ?\{([^}]*)\}")
+from memoryllm_jax.config import Config
+
+HEAD_GRADIENT = "gradient of the output head"
+_FLOAT32 = _INT32 = 4  # bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
+class Transfer(NamedTuple):
+    """A collective for one purpose, all of a step's together.
+
+    what: the array that is sent, for people.
+    kind: all-gather, all-reduce, reduce-scatter or all-to-all.
+    axes: of the mesh, along which the devices of a group lie.
+    operand_bytes: what one device puts in.
+    """
+
+    what: str
     kind: str
-    operand_bytes: int  # on one device, once
-    group: tuple[int, ...]  # of one group, the devices' places in the mesh
-    times: int  # a step
-    name: str  # the operation in the program that it comes from
+    axes: tuple[str, ...]
+    operand_bytes: float
 
-    @property
-    def sent_bytes(self) -> float:
-        """Bytes that one device sends in a step, by the usual ring algorithms."""
-        g = len(self.group)
-        factor = {"all-gather": g - 1, "all-reduce": 2 * (g - 1) / g, "collective-permute": 1}
-        return self.times * self.operand_bytes * factor.get(self.kind, (g - 1) / g)
-
-
-def collectives(text: str, devices: int) -> list[Collective]:
-    """Of the HLO text of a module compiled for `devices`. Raises: ValueError for a loop without a known trip count."""
-    bodies, entry = _computations(text)
-    times = _times(bodies, entry)
-    found = []
-    for computation, lines in bodies.items():
-        types = {name: kind for name, kind, _, _ in lines}
-        for _, _, operation, rest in lines:
-            match = _COLLECTIVE.match(operation)
-            if match and times.get(computation):
-                operands = re.findall(r"%?([\w.-]+)", re.sub(r"/\*.*?\*/", "", rest.partition(")")[0]))
-                size = sum(_bytes(types[name]) for name in operands if name in types)
-                name = re.search(r'op_name="([^"]*)"', rest)
-                group = _group(rest, devices)
-                if len(group) > 1:
-                    found.append(Collective(match[1], size, group, times[computation], name[1] if name else ""))
-    return found
+    def sent_bytes(self, group: int) -> float:
+        """Bytes that each of the group's devices sends, by the usual ring algorithms."""
+        operands_sent = {
+            "all-gather": group - 1,
+            "all-reduce": 2 * (group - 1) / group,
+            "reduce-scatter": (group - 1) / group,
+            "all-to-all": (group - 1) / group,
+        }
+        return self.operand_bytes * operands_sent[self.kind]
 
 
-def _computations(text):
-    """({name: [(instruction, type, operation, the rest of its line)]}, name of the entry)"""
-    bodies, entry, current = {}, None, None
-    for line in text.splitlines():
-        if match := _COMPUTATION.match(line):
-            current = bodies.setdefault(match[2], [])
-            entry = match[2] if match[1] else entry
-        elif current is not None and (match := _INSTRUCTION.match(line)):
-            current.append(match.groups())
-    return bodies, entry
+def transfers(config: Config, params, mesh_shape: Mapping[str, int], distinct: int) -> list[Transfer]:
+    """The transfers of one optimizer step.
+
+    Args:
+      params: abstract parameters, padded and with their shardings, as `transformer.abstract_params` gives them.
+      mesh_shape: sizes of the axes data, fsdp and tensor.
+      distinct: token ids that a batch shard looks up, padding included.
+    """
+    m = config.model
+    elements = _local_elements(params)
+    itemsize = jnp.dtype(m.dtype).itemsize
+    found = [
+        *_matrices("layers", elements["layers"] * itemsize, mesh_shape, config.accumulate),
+        *_matrices("token memory", elements["memory"] * itemsize, mesh_shape, 1),
+        *_activations(config, mesh_shape, itemsize),
+        *_rows(config, distinct, itemsize),
+        *_lookups("embeddings", distinct, distinct * m.dim * itemsize, elements["embedding"]),
+        *_head(config, mesh_shape, elements["embedding"] if m.tie_embeddings else elements["head"], itemsize),
+        Transfer("norms' gradients", "all-reduce", ("data", "fsdp"), config.accumulate * elements["norms"] * _FLOAT32),
+    ]
+    if elements["tables"]:
+        # The norm of per-layer embeddings needs its rows once more where the backward pass does not find them kept.
+        looked_up_again = m.token_memory == "per_layer" and m.remat != "none"
+        ids = m.layers * distinct
+        found += _lookups("tables", ids, ids * m.row_dim * itemsize, elements["tables"], 2 if looked_up_again else 1)
+    return [t for t in found if t.operand_bytes and math.prod(mesh_shape[axis] for axis in t.axes) > 1]
 
 
-def _times(bodies, entry):
-    """{computation: how often a step runs it}"""
-    times = {entry: 1}
-    for computation in reversed(bodies):  # callers stand after what they call
-        for name, _, operation, rest in bodies[computation] if computation in times else ():
-            if operation.endswith(("-done", "-update")):
-                continue
-            called = re.findall(r"(?:calls|to_apply|body|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)", rest)
-            trips = _trips(name, rest, bodies) if operation == "while" else 1
-            for callee in re.findall(r"[\w.-]+", " ".join(called)):
-                if callee in bodies:
-                    times[callee] = times.get(callee, 0) + trips * times[computation]
-    return times
+def _local_elements(params) -> dict[str, int]:
+    """Elements of each part of the model that one device stores; all layers together."""
+    elements = dict.fromkeys(("layers", "memory", "tables", "embedding", "head", "norms"), 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [key.key for key in path]
+        if names[-1] == "scale":
+            part = "norms"
+        elif names[-1] == "table":
+            part = "tables"
+        else:
+            part = names[0]
+        elements[part] += math.prod(leaf.sharding.shard_shape(leaf.shape))
+    return elements
 
 
-def _trips(name, rest, bodies):
-    if match := re.search(r"known_trip_count\D*(\d+)", rest):
-        return int(match[1])
-    condition = re.search(r"condition=%?([\w.-]+)", rest)[1]
-    limits = {int(m[1]) for _, kind, op, r in bodies[condition] if op == "constant" and (m := re.match(r"(\d+)\)", r))}
-    if len(limits) != 1:
-        raise ValueError(f"loop {name}: expected one constant in its condition, found {limits or 'none'}")
-    return limits.pop()
+def _matrices(what: str, stored: float, mesh_shape, passes: int) -> Iterator[Transfer]:
+    """Weights to the devices of an fsdp group, and their gradients back.
+
+    Args:
+      stored: bytes of the matrices that one device stores, in the computation's dtype.
+      passes: forward and backward passes of a step.
+    """
+    whole = stored * mesh_shape["fsdp"]
+    yield Transfer(f"weights of the {what}", "all-gather", ("fsdp",), passes * 2 * stored)
+    yield Transfer(f"gradients of the {what}", "reduce-scatter", ("fsdp",), passes * whole)
+    yield Transfer(f"gradients of the {what}", "all-reduce", ("data",), passes * stored)
 
 
-def _bytes(kind):
-    total = 0
-    for name, dims in re.findall(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]", kind):
-        bits = _BITS.get(name) or int(re.search(r"\d+", name)[0])
-        total += math.prod(int(d) for d in dims.split(",") if d) * bits // 8
-    return total
+def _activations(config: Config, mesh_shape, itemsize: int) -> Iterator[Transfer]:
+    """Sums over the parts that heads and FFN widths are split into, of all layers and micro-batches."""
+    m = config.model
+    split_products = 1  # attention's output
+    if m.compute_dim:
+        split_products += 1
+    if m.token_memory == "per_layer":
+        split_products += 1  # of the gate
+    forward = split_products
+    if m.remat == "full" and m.compute_dim and m.compute_input == "after_attention":
+        forward += 1  # the FFN reads attention's output, which is computed again
+    states = m.layers * _tokens(config, mesh_shape) * m.dim * itemsize
+    yield Transfer("activations, forward", "all-reduce", ("tensor",), forward * states)
+    yield Transfer("activations, backward", "all-reduce", ("tensor",), split_products * states)
 
 
-def _group(rest, devices):
-    """The first of the groups, in any of HLO's three notations; all devices where none is named."""
-    if match := _MESH_GROUPS.search(rest):
-        sizes = {k.strip("'\" "): int(v) for k, v in (item.split("=") for item in match[1].split(","))}
-        axes = re.findall(r"'?(\w+)'?(?::\((\d+)\)(\d+))?", match[2])
-        shape, moved, at = [], [], 0
-        for axis, size in sizes.items():
-            part = next(((int(before or 1), int(count or size)) for a, before, count in axes if a == axis), None)
-            before, count = part or (1, 1)
-            shape += [before, count, size // before // count]
-            moved += [at + 1] if part else []
-            at += 3
-        grid = np.arange(math.prod(shape)).reshape(shape)
-        groups = np.moveaxis(grid, moved, range(len(shape) - len(moved), len(shape)))
-        return tuple(groups.reshape(-1, math.prod(shape[i] for i in moved))[0].tolist())
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        dims = [int(d) for d in match[3].split(",")]
-        order = [int(d) for d in match[4].split(",")] if match[4] else range(len(dims))
-        grid = np.arange(math.prod(dims)).reshape(dims).transpose(order)
-        return tuple(grid.reshape(int(match[1]), int(match[2]))[0].tolist())
-    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", rest):
-        return tuple(int(d) for d in match[1].split(","))
-    return tuple(range(devices))
+def _rows(config: Config, distinct: int, itemsize: int) -> Iterator[Transfer]:
+    """Sums over the parts that FFN-M's width is split into."""
+    if config.model.memory_dim:
+        rows = config.model.layers * distinct * config.model.dim * itemsize
+        yield Transfer("rows of the token memory, forward", "all-reduce", ("tensor",), rows)
+        yield Transfer("rows of the token memory, backward", "all-reduce", ("tensor",), rows)
+
+
+def _lookups(what: str, ids: int, rows: float, stored: int, forward_passes: int = 1) -> Iterator[Transfer]:
+    """`token_memory.embed`: a device looks up its columns for all ids of its fsdp group, and sends them.
+
+    Args:
+      ids: that a batch shard looks up.  rows: their bytes.
+      stored: elements of the table that one device stores.
+    """
+    yield Transfer(f"ids of the {what}", "all-gather", ("fsdp",), forward_passes * ids * _INT32)
+    yield Transfer(f"rows of the {what}", "all-reduce", ("tensor",), forward_passes * rows)
+    yield Transfer(f"rows of the {what}", "all-to-all", ("fsdp",), (forward_passes + 1) * rows)
+    yield Transfer(f"gradients of the {what}", "all-reduce", ("data",), stored * _FLOAT32)
+
+
+def _head(config: Config, mesh_shape, stored: int, itemsize: int) -> Iterator[Transfer]:
+    """The output embedding, and the sums over a vocabulary that is split (model/loss.py)."""
+    tokens = _tokens(config, mesh_shape)
+    gradient = config.accumulate * stored * _FLOAT32
+    yield Transfer("output head", "all-gather", ("fsdp",), config.accumulate * stored * itemsize)
+    yield Transfer(HEAD_GRADIENT, "reduce-scatter", ("fsdp",), gradient * mesh_shape["fsdp"])
+    yield Transfer(HEAD_GRADIENT, "all-reduce", ("data",), gradient)
+    yield Transfer("states below the head, backward", "all-reduce", ("tensor",), tokens * config.model.dim * itemsize)
+    # The largest logit, the sum of the exponentials and the target's logit of each token.
+    yield Transfer("softmax over the vocabulary", "all-reduce", ("tensor",), 3 * tokens * _FLOAT32)
+
+
+def _tokens(config: Config, mesh_shape) -> int:
+    """Tokens of a batch shard in one step."""
+    return config.batch_size * config.seq_len // (mesh_shape["data"] * mesh_shape["fsdp"])

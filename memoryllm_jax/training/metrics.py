@@ -21,17 +21,14 @@ from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError, require
 from memoryllm_jax.config import Config
 from memoryllm_jax.model.flops import train_flops
-from memoryllm_jax.training.chips import PEAK_FLOPS
+from memoryllm_jax.training import chips
 
 _SYNC_S = 60  # between copies of the records to a workdir behind a URL
 
 
 def peak_flops(config: Config) -> float | None:
     """Peak FLOP/s of all devices together, or None where it is not known, as on a CPU."""
-    of_one = config.log.peak_flops
-    if not of_one:
-        kind = jax.devices()[0].device_kind
-        of_one = next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+    of_one = config.log.peak_flops or chips.peak_flops(jax.devices()[0].device_kind)
     return of_one * jax.device_count() if of_one else None
 
 

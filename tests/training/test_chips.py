@@ -2,14 +2,50 @@
 
 import pytest
 
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.training import chips
 
 
-def test_numbers_of_devices_that_make_no_slice_are_refused():
-    with pytest.raises(UserError, match=r"--chip: expected one of a100, .*, found 'tpu'"):
-        chips.get("tpu")
-    with pytest.raises(UserError, match="--devices: expected up to 8 or whole nodes of 8, found 12"):
-        chips.devices("h100", 12)
-    with pytest.raises(UserError, match="--devices: expected a power of two from 4 on for a slice of v5p"):
-        chips.devices("v5p", 24)
+@pytest.mark.parametrize(
+    "name, count, slices, message",
+    [
+        ("tpu", 8, 0, "chip: expected one of a100, .*, found 'tpu'"),
+        ("h100", 12, 0, "devices: expected up to 8 or whole nodes of 8, found 12"),
+        ("h100", 8, 2, "slices: expected a TPU, which come in slices, found h100"),
+        ("v5p", 24, 0, "devices: expected a power of two from 4 on for a slice of v5p"),
+        ("v5e", 8, 3, "devices: expected a power of two from 1 on for a slice of v5e"),
+    ],
+)
+def test_numbers_of_devices_that_do_not_exist_are_refused(name, count, slices, message):
+    with pytest.raises(ArgumentError, match=message):
+        chips.devices(name, count, slices)
+
+
+@pytest.mark.parametrize(
+    "name, count, slices, shape",
+    [
+        ("v5p", 64, 0, (1, [4, 4, 4])),
+        ("v5p", 8, 0, (1, [2, 2, 2])),
+        ("v5p", 4, 0, (1, [2, 2, 1])),
+        ("v5e", 512, 0, (2, [16, 16])),
+        ("v5e", 8, 0, (1, [2, 4])),
+        ("v5e", 64, 4, (4, [4, 4])),
+    ],
+)
+def test_slices_are_as_few_and_as_cubic_as_they_can_be(name, count, slices, shape):
+    assert chips._slices(name, chips.get(name), count, slices) == shape
+
+
+@pytest.mark.parametrize(
+    "device_kind, flops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA GB200", 2250e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+    ],
+)
+def test_peak_flops_by_jaxs_name_of_a_device(device_kind, flops):
+    assert chips.peak_flops(device_kind) == flops
