@@ -55,7 +55,7 @@ def read_prompts(prompts: tuple[str, ...], path: str) -> list[str]:
         raise UserError("expected --prompt=TEXT or --prompts=FILE, found neither")
     for number, text in enumerate(found, 1):
         if not text.strip():
-            raise UserError(f"prompt {number}: expected some text, found an empty prompt")
+            raise ArgumentError("prompt", f"expected some text, found none in prompt {number}")
     return found
 
 

@@ -6,7 +6,7 @@ import pytest
 import reference
 from lab import CONTEXT, loss_on, stacked
 
-from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.data import dataset
 from memoryllm_jax.inference.engine import Contribution
 
@@ -68,3 +68,10 @@ def test_contributions_are_those_of_the_equations_live_and_looked_up(lab, name):
 def test_contributions_that_a_model_has_not_are_refused(lab, name, contribution, message):
     with pytest.raises(ArgumentError, match=message):
         contribution.factors(lab.config(name))
+
+
+def test_stop_ids_are_those_named_and_the_end_of_a_document(lab):
+    with lab.model("base") as model:
+        assert model.stop_ids(["#7"]) == {7, model.tokenizer.eos_id}
+        with pytest.raises(UserError, match="stop=several words: expected one token"):
+            model.stop_ids(["several words"])
