@@ -81,3 +81,14 @@ def test_sizes_end_with_all_ids_that_a_shard_can_have(make_config):
         sizes = TrainBatches(config, Dataset(config.data.path), 1, [0]).sizes()
         assert sizes == sorted(set(sizes)) and sizes[-1] == most and len(sizes) > 1
         assert [smallest_size(sizes, count) for count in (sizes[0], sizes[0] + 1, most)] == [*sizes[:2], most]
+
+
+def test_without_unique_tokens_each_position_brings_its_own_id(make_config):
+    distinct, plain = (make_config("memory", **{"model.unique_tokens": unique}) for unique in (True, False))
+    dataset = Dataset(plain.data.path)
+    batches = TrainBatches(plain, dataset, 2, [0, 1])
+    np.testing.assert_array_equal(
+        global_batch(batches, 3)[0], global_batch(TrainBatches(distinct, dataset, 1, [0]), 3)[0]
+    )
+    positions = plain.batch_size // 2 * plain.seq_len
+    assert [len(shard.ids_U) for shard in batches[3].values()] == [positions] * 2 and batches.sizes() == [positions]
