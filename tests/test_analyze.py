@@ -81,24 +81,19 @@ def test_analyses_without_text_load_no_attention(lab):
         assert model.rows(0, np.arange(3)).shape == (3, 32)
 
 
-@pytest.mark.parametrize(
-    "command, definition, option",
-    [("triggers", "Geva et al. 2021, section 3.1", "--limit"), ("alpha", "MemoryLLM, Table 1", "--alphas")],
-)
-def test_help_gives_the_definition_and_the_options(command, definition, option):
-    line = [sys.executable, "-m", "memoryllm_jax.analyze", command, "--help"]
+def test_help_gives_the_definition_and_the_options():
+    line = [sys.executable, "-m", "memoryllm_jax.analyze", "alpha", "--help"]
     shown = subprocess.run(line, capture_output=True, text=True)
-    assert shown.returncode == 0 and definition in shown.stdout
-    assert option in shown.stdout and "--workdir" in shown.stdout
+    assert shown.returncode == 0 and "MemoryLLM, Table 1" in shown.stdout
+    for option in ("--alphas", "--workdir", "--max_tokens"):
+        assert option in shown.stdout
 
 
 def test_the_command_line(lab, tmp_path):
-    line = [sys.executable, "-m", "memoryllm_jax.analyze", "values"]
+    line = [sys.executable, "-m", "memoryllm_jax.analyze", "triggers", "--key=1:3", "--top=1"]
     line += [f"--workdir={lab.workdir('memory')}", f"--output={tmp_path}"]
-    done = subprocess.run([*line, "--top=1"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith(f"{tmp_path}/values.html: ")
-    refused = subprocess.run([*line, "--top=0"], capture_output=True, text=True)
-    assert (refused.returncode, refused.stderr) == (1, "error: --top: expected at least 1, found 0\n")
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith(f"{tmp_path}/triggers.html: ")
 
 
 def test_an_unknown_command(monkeypatch, capsys):

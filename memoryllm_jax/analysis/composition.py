@@ -87,7 +87,7 @@ def _active_of_text(model, page, text: ExampleOptions, ffn, mass) -> list[np.nda
     counts: list[list] = [[] for _ in norms]
     for labels, layers in example_states(model, corpus, examples, "active"):
         for layer, state in enumerate(layers):
-            c_NF = coefficients(state.queries[ffn], model.layer(ffn, layer))
+            c_NF = coefficients(state.queries[ffn], model.weights(ffn, layer))
             counts[layer].append(np.asarray(active_count(c_NF, norms[layer], mass))[: len(labels)])
     return [np.concatenate(found) for found in counts]
 
@@ -127,7 +127,7 @@ def compose(model: KeyValueModel, page: Report, *, text: ExampleOptions) -> dict
             top_N = top_of_update(model, state)
             single_N = np.zeros(len(top_N), bool)
             for kind in kinds:
-                c_NF = np.asarray(coefficients(state.queries[kind], model.layer(kind, layer)))
+                c_NF = np.asarray(coefficients(state.queries[kind], model.weights(kind, layer)))
                 single_N |= _is_of_one_memory(c_NF, tops[layer][kind], top_N)
             composed[layer].append(~single_N[:count])
             stop_word[layer].append(is_stop_word_V[top_N[:count]])

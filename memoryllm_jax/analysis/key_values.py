@@ -22,6 +22,7 @@ from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import dataset
 from memoryllm_jax.data.tokenizer import token_texts
+from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.model import transformer
 
 # The option --ffn of the analyses that look at one kind of FFN.
@@ -122,13 +123,13 @@ class KeyValueModel:
 
     # Its parameters
 
-    def layer(self, ffn: str, layer: int) -> dict[str, jax.Array]:
+    def weights(self, ffn: str, layer: int) -> dict[str, jax.Array]:
         """{"gate": [D, F], "up": [D, F], "down": [F, D]}: keys are columns of "up", values rows of "down"."""
         return self.params["memory" if ffn == "memory" else "layers"][layer]["ffn"]
 
     def values(self, ffn: str, layer: int) -> jax.Array:
         """Value vectors [F, D]."""
-        return self.layer(ffn, layer)["down"]
+        return self.weights(ffn, layer)["down"]
 
     @functools.cached_property
     def head(self) -> jax.Array:
@@ -145,7 +146,7 @@ class KeyValueModel:
 
     def token_coefficients(self, layer: int, ids_N, keys=None) -> jax.Array:
         """c [N, F] of FFN-M, or [N, K] of some keys."""
-        return coefficients(self.queries(layer, ids_N), self.layer("memory", layer), keys)
+        return coefficients(self.queries(layer, ids_N), self.weights("memory", layer), keys)
 
     def rows(self, layer: int, ids_N) -> jax.Array:
         """FFN-M_l(NM_l(E[t])) = sum_i c_i v_i of tokens, [N, D]."""
@@ -157,9 +158,8 @@ class KeyValueModel:
         All chunks have one shape, so that what runs on them compiles once.
         """
         size = min(self.sizes.tokens, len(ids_N))
-        for start in range(0, len(ids_N), size):
-            at = np.arange(start, start + size)
-            yield ids_N[np.minimum(at, len(ids_N) - 1)].astype(np.int32), at < len(ids_N)
+        for chunk in vocabulary.chunks(ids_N, size):
+            yield chunk.ids, np.arange(size) < chunk.count
 
     def chunk_count(self, ids: int) -> int:
         """How many chunks so many ids make."""
@@ -198,7 +198,7 @@ class KeyValueModel:
             if "␣" in name and name in by_text:
                 ids.append(by_text[name])
             else:
-                ids.append(self.tokenizer.token(name, f"--token={name}", self.config.vocab_size))
+                ids.append(self.tokenizer.token(name, f"token={name}", self.config.vocab_size))
         return np.array(ids, np.int32)
 
     def open_data(self, path: str) -> dataset.Dataset:

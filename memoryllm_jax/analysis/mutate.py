@@ -122,5 +122,5 @@ def _coefficients_of_batch(model, layer: int, batch: list[_Shortened], window: i
         keys_B[row] = item.trigger.key
     state = next(itertools.islice(states(model, tokens_BT), layer, None))  # layers above are not run
     # Every position is asked for every key, as one product; each prefix needs only its own key, on the diagonal.
-    c_BB = coefficients(state.queries["compute"][last_B], model.layer("compute", layer), keys_B)
+    c_BB = coefficients(state.queries["compute"][last_B], model.weights("compute", layer), keys_B)
     return np.diagonal(np.asarray(c_BB))[: len(batch)]

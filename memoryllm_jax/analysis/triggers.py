@@ -79,7 +79,7 @@ def find(
     for number, (tokens_BT, labels, is_real) in enumerate(corpus, 1):
         for layer, state in enumerate(states(model, tokens_BT)):
             if layer in keys:
-                c_NK = coefficients(state.queries[ffn], model.layer(ffn, layer), keys[layer])
+                c_NK = coefficients(state.queries[ffn], model.weights(ffn, layer), keys[layer])
                 sides[layer].add(c_NK, labels, is_real)
         progress.update(number)
     progress.close()
