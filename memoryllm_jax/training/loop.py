@@ -134,8 +134,8 @@ def complete(config: Config, dataset: Dataset) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-class _Outcome(NamedTuple):
-    """Where the steps of a run have ended: `validation` is None unless it was made after the last step."""
+class _End(NamedTuple):
+    """Where the steps of a run ended. `validation` is that after the last step, None for a run that was stopped."""
 
     done: int
     state: dict
@@ -144,7 +144,7 @@ class _Outcome(NamedTuple):
 
 
 def _train(run: Run, profile: int, stop: StopSignal, at_exit: contextlib.ExitStack) -> int:
-    """Trains a run that was opened; returns the exit code."""
+    """Trains a run that was opened, and says how it ended. Returns: the exit code."""
     feeder = Feeder(run.batches, run.trainer, run.start)
     validation = Validation(run.validation_batches, run.trainer, stop.now)
     recorder = Recorder(
@@ -164,53 +164,55 @@ def _train(run: Run, profile: int, stop: StopSignal, at_exit: contextlib.ExitSta
     return 0
 
 
-def _steps(run: Run, feeder: Feeder, recorder: Recorder, validation: Validation, stop: StopSignal) -> _Outcome:
+def _steps(run: Run, feeder: Feeder, recorder: Recorder, validation: Validation, stop: StopSignal) -> _End:
     """Trains, saves and validates from the run's start to its last step or a stop signal."""
-    config, trainer = run.config, run.trainer
-    state, done, result = run.state, run.start, None
-
-    def save() -> None:
-        with recorder.paused():
-            recorder.sync()  # before the checkpoint, so that a run that goes on from it misses no record
-            run.checkpoints.save(done, state, run.description)
-
-    def validate() -> dict | None:
-        with recorder.paused():
-            found = validation(state["params"])
-            if found is not None:
-                recorder.validated(done, found)
-            return found
-
+    config, state, done, result = run.config, run.state, run.start, None
     if done and _due(done, config.eval.every, config.steps):
         # A signal may have ended the earlier run between this checkpoint and its validation: it is made again.
-        result = validate()
+        result = _validate(validation, recorder, done, state)
     if stop.now():
-        return _Outcome(done, state, result, stopped=True)
+        return _End(done, state, None, stopped=True)
     recorder.start()
     for step, batch, size in feeder:
         with recorder.dispatching(step, size):
-            state, metrics = trainer.train(state, batch)
-        # Reading metrics waits for their step. So they are read one step late, when the devices have this step to do.
+            state, metrics = run.trainer.train(state, batch)
+        # Reading a metric waits for its step to end. The metrics of the step before are read only now, when the
+        # devices have the next step to work on, so that they never wait for the host.
         recorder.add(step, size, metrics)
         run.checkpoints.check()
         done = step + 1
         stopped = stop.after_step(done)
-        to_save = stopped or _due(done, config.checkpoint.every, config.steps)
-        to_validate = _due(done, config.eval.every, config.steps) and not stopped
-        if to_save or to_validate:
+        saving = stopped or _due(done, config.checkpoint.every, config.steps)
+        validating = not stopped and _due(done, config.eval.every, config.steps)
+        if saving or validating:
             recorder.read()  # of this step too: a state whose loss is not finite must not be saved
-        if to_save:
-            save()
-        if to_validate:
-            result = validate()
+        if saving:
+            _save(run, recorder, done, state)
+        if validating:
+            result = _validate(validation, recorder, done, state)
             stopped = result is None
-            if stopped and not to_save:
-                save()
+        if stopped and not saving:
+            _save(run, recorder, done, state)
         if stopped:
-            return _Outcome(done, state, None, stopped=True)
-    return _Outcome(done, state, result, stopped=False)
+            return _End(done, state, None, stopped=True)
+    return _End(done, state, result, stopped=False)
 
 
 def _due(done: int, every: int, last: int) -> bool:
-    """Whether what is done every `every` steps, and at the last one, is due after `done` steps."""
+    """Whether what is done every `every` steps, and after the last one, is due after `done` steps."""
     return done % every == 0 or done == last
+
+
+def _save(run: Run, recorder: Recorder, done: int, state: dict) -> None:
+    with recorder.paused():
+        recorder.sync()  # before the checkpoint, so that a run that goes on from it misses no record
+        run.checkpoints.save(done, state, run.description)
+
+
+def _validate(validation: Validation, recorder: Recorder, done: int, state: dict) -> dict | None:
+    """The result, written and printed; None if a signal stopped the validation."""
+    with recorder.paused():
+        result = validation(state["params"])
+        if result is not None:
+            recorder.validated(done, result)
+    return result
