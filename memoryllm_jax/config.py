@@ -303,7 +303,7 @@ def default(architecture: str) -> ml_collections.ConfigDict:
 def resolve(config: ml_collections.ConfigDict | dict) -> Config:
     """The frozen, validated tree. Raises: UserError that names the field."""
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-    resolved = from_saved(tree)
+    resolved = _build(Config, tree, "config")
     validate(resolved)
     return resolved
 

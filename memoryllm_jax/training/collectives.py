@@ -12,10 +12,8 @@ The shardings (model/sharding.py) leave the compiler little choice, so that each
              gradient of a table is summed over the replicas in float32.
     head     gathered for each micro-batch; its gradient is summed in float32.
 
-Left out are scalars, such as the norm of the gradient. XLA's own choices differ in the following, all of which
-tests/training/test_collectives.py accounts for. For CPUs it sums gradients whole where a chip scatters the sums, in
-float32, and sums each product of the backward pass by itself. On meshes of several axes it may sum the head's gradient
-over all axes at once. For TPUs it gathers the head once a step.
+Left out are scalars, such as the norm of the gradient. docs/plan.md says how closely the formulas agree with compiled
+steps, and where compilers choose otherwise.
 """
 
 import math

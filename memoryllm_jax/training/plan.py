@@ -121,9 +121,7 @@ def _completed(config: Config, chip: chips.Chip) -> tuple[Config, list[str]]:
         model = dataclasses.replace(model, vocab_size=vocab_size)
     elif not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=VOCABULARY)
-        assumed.append(
-            f"{VOCABULARY:,} token ids (Llama 3), unless --config.data.path or --config.model.vocab_size says"
-        )
+        assumed.append(f"{VOCABULARY:,} token ids (Llama 3), as neither data nor config.model.vocab_size is given")
     if model.unique_tokens and model.row_dim:
         assumed.append("distinct ids as in English text with the Llama 3 tokenizer")
     backend = attention.resolve_backend(model.attention, model.dtype, chip.platform)
@@ -408,7 +406,9 @@ def _work_lines(p: dict) -> list[str]:
         f"G, computed again {f['recomputed_per_token'] / 1e9:.2f} G"
     ]
     label = "traffic"
-    shown = [part for part in p["collectives"] if part["bytes"] >= 0.01 * p["collective_bytes"]]
+    # What would read as 0.00 GB is left out, as is less than a hundredth of all traffic.
+    least = max(5e6, 0.01 * p["collective_bytes"])
+    shown = [part for part in p["collectives"] if part["bytes"] >= least]
     for part in shown:
         lines.append(
             f"{label:<16} {part['what']}: {_gb(part['bytes'])} sent a device, {part['kind']} among {part['group']} "
