@@ -1,6 +1,6 @@
 """Causal self-attention by backend name, and over a key-value cache. An unavailable backend is an error.
 
-Shapes: B sequences, T positions, H heads, K head size, S positions of a cache, G query heads of a key head.
+Shapes: B sequences, T positions, H heads, K head size, C positions of a cache, G query heads of a key head.
 """
 
 import math
@@ -75,8 +75,8 @@ class Cache(NamedTuple):
     Attend and write in two jitted functions: in one, XLA copies a cache that it reads and updates.
     """
 
-    k_BHSK: jax.Array
-    v_BHSK: jax.Array
+    k_BHCK: jax.Array
+    v_BHCK: jax.Array
 
     def attend(self, q_BHK, k_BHK, v_BHK, position_B):
         """Attention of each new position over the cache's earlier positions and over itself.
@@ -87,23 +87,23 @@ class Cache(NamedTuple):
           position_B: the cache's positions below it are the earlier ones.
         Returns: as q_BHK.
         """
-        B, H, S, K = self.k_BHSK.shape
+        B, H, C, K = self.k_BHCK.shape
         q_BHGK = (q_BHK * K**-0.5).reshape(B, H, -1, K)
         k_BH1K, v_BH1K = k_BHK[:, :, None], v_BHK[:, :, None]
-        is_earlier = jnp.arange(S) < position_B[:, None, None, None]
-        s_BHGS = jnp.where(is_earlier, einsum_float32("bhgk,bhsk->bhgs", q_BHGK, self.k_BHSK), MASKED)
+        is_earlier = jnp.arange(C) < position_B[:, None, None, None]
+        s_BHGC = jnp.where(is_earlier, einsum_float32("bhgk,bhck->bhgc", q_BHGK, self.k_BHCK), MASKED)
         own_BHG1 = (q_BHGK * k_BH1K).sum(-1, keepdims=True, dtype=jnp.float32)
-        top_BHG1 = jnp.maximum(s_BHGS.max(-1, keepdims=True), own_BHG1)
-        p_BHGS, p_own_BHG1 = jnp.exp(s_BHGS - top_BHG1), jnp.exp(own_BHG1 - top_BHG1)
-        y_BHGK = einsum_float32("bhgs,bhsk->bhgk", p_BHGS.astype(self.v_BHSK.dtype), self.v_BHSK) + p_own_BHG1 * v_BH1K
-        total_BHG1 = p_BHGS.sum(-1, keepdims=True) + p_own_BHG1
+        top_BHG1 = jnp.maximum(s_BHGC.max(-1, keepdims=True), own_BHG1)
+        p_BHGC, p_own_BHG1 = jnp.exp(s_BHGC - top_BHG1), jnp.exp(own_BHG1 - top_BHG1)
+        y_BHGK = einsum_float32("bhgc,bhck->bhgk", p_BHGC.astype(self.v_BHCK.dtype), self.v_BHCK) + p_own_BHG1 * v_BH1K
+        total_BHG1 = p_BHGC.sum(-1, keepdims=True) + p_own_BHG1
         return (y_BHGK / total_BHG1).astype(q_BHK.dtype).reshape(q_BHK.shape)
 
     def write(self, new: "Cache", position_B) -> "Cache":
         """The cache with the keys and values [B, H, 1, K] of one position of each sequence put in."""
 
-        def put(cache_HSK, new_H1K, position):
-            return jax.lax.dynamic_update_slice(cache_HSK, new_H1K, (0, position, 0))
+        def put(cache_HCK, new_H1K, position):
+            return jax.lax.dynamic_update_slice(cache_HCK, new_H1K, (0, position, 0))
 
         return Cache(*(jax.vmap(put)(old, added, position_B) for old, added in zip(self, new)))
 
