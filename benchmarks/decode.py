@@ -84,7 +84,7 @@ class Worker:
         self.model = open_engine(
             settings.base if is_base else settings.workdir,
             "" if is_base else settings.tol,
-            cache_bytes=settings.cache << 20,
+            cache=settings.cache << 20,
             dtype=settings.dtype,
         )
         self.sources = {side: self._rows(side) for side in sides}

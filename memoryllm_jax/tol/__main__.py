@@ -1,11 +1,12 @@
-"""Describes, checks, compresses, edits and compares ToL files.
+"""Describes, checks, compresses, edits and compares ToL files. COMMAND --help lists the options.
 
-python -m memoryllm_jax.tol inspect  FILE [--token=TEXT ...]
-python -m memoryllm_jax.tol verify   FILE [--workdir=DIR]
-python -m memoryllm_jax.tol compress FILE --output=FILE [--bits=4] [--rank=0.5] [--drop_layers=5,6]
-python -m memoryllm_jax.tol compress FILE --output=FILE --bytes_per_token=12KiB --data=DATA --workdir=DIR
-python -m memoryllm_jax.tol edit     FILE --overlay=FILE [--swap=A,B] [--zero=A] [--list] [--undo=1] [--output=FILE]
-python -m memoryllm_jax.tol diff     FILE [FILE] [--overlay=FILE]
+    python -m memoryllm_jax.tol inspect  FILE [--token=TEXT ...]
+    python -m memoryllm_jax.tol verify   FILE [--workdir=DIR]
+    python -m memoryllm_jax.tol compress FILE --output=FILE [--bits=4] [--rank=0.5] [--drop_layers=5,6]
+    python -m memoryllm_jax.tol edit     FILE --overlay=FILE [--swap=A,B] [--zero=A] [--list] [--undo=1] [--output=FILE]
+    python -m memoryllm_jax.tol diff     FILE [FILE] [--overlay=FILE]
+
+Tokens are named as text that is one token, or as #ID.
 """
 
 from typing import Annotated
@@ -62,10 +63,7 @@ def edit_rows(
     list: Annotated[bool, Option("only list the edits, as every edit does at its end")] = False,
     json: Json = "",
 ) -> str:
-    """Edits rows. The edits are kept in a small file, the overlay, which `generate --overlay` applies.
-
-    Tokens are named as text that is one token, or as #ID.
-    """
+    """Edits rows. Edits are kept in a small file, the overlay. Tokens are named as the text of one token, or as #ID."""
     if list and (request.operations() or request.undo or request.output):
         raise ArgumentError("list", "expected no edit, undo or output on the same line")
     result = edit.fulfil(TolFile(file), request)

@@ -65,7 +65,7 @@ def precompute(
       chunk_rows: as of `build.build`.
     Returns: one line on what was written. Raises: UserError.
     """
-    mesh = sharding.make_mesh(config.MeshConfig(1, -1, 1))
+    mesh = sharding.make_mesh(config.MeshConfig(1, -1, 1))  # every device holds a part of the weights
     trained = TrainedModel(workdir, step, dtype, mesh)
     if not trained.config.memory_dim:
         raise UserError(
@@ -118,6 +118,7 @@ def write(
     if choices.data:
         dataset = open_for(choices.data, source.identity.tokenizer.digest)
         counts = statistics.token_counts(dataset, source.vocab_size)
+    # Stable: tokens that are equally frequent stay in the order of their ids, on any machine.
     order = np.arange(source.vocab_size) if counts is None else np.argsort(-counts, kind="stable")
     if choices.has_budget:
         layout, bases = _within_budget(source, choices, scorer, counts)
@@ -155,6 +156,7 @@ def uniform(source, choices: Options) -> Layout:
         raise ArgumentError("drop_layers", "expected at least one layer to stay, found all of them")
     parts = []
     if source.has_x0:
+        # The embedding enters every layer, so that its errors harm most: few bits must be asked for by name.
         x0_bits = _bits(bits["x0"]) if "x0" in bits else max(_bits(bits[""]), 8)
         parts.append(Part("x0", (Band(source.dim, x0_bits),)))
     for layer in range(source.layers):

@@ -135,7 +135,7 @@ class Editor:
         if not (layer.isdecimal() and key.isdecimal()):
             raise ArgumentError("suppress", f"expected LAYER:KEY, two numbers, found {spec!r}")
         if not self.workdir:
-            raise ArgumentError("suppress", "expected --workdir too, as a key's coefficients come from the weights")
+            raise ArgumentError("suppress", "expected a workdir too, as a key's coefficients come from the weights")
         layer, key = int(layer), int(key)
         trained = TrainedModel(self.workdir, int(self.tol.metadata["step"]), self.tol.metadata["dtype"])
         c = trained.config

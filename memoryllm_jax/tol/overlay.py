@@ -113,6 +113,7 @@ class Overlay:
                 y_UD = 0.0 if ffn[edit.layer] is None else ffn[edit.layer]
                 ffn[edit.layer] = y_UD - a["coefficients"][ids_U][:, None] * a["value"]
                 continue
+            # The edit's ids are sorted: where each id would be among them, and whether it is one of them.
             at_U = jnp.clip(jnp.searchsorted(a["ids"], ids_U), 0, len(edit.ids) - 1)
             is_edited = (a["ids"][at_U] == ids_U)[:, None]
             for layer, y_UD in enumerate(ffn):

@@ -107,11 +107,12 @@ class DeviceRows(_FileRows):
 
     def _load_tables(self, repair):
         layout = self.tol.layout
-        dtype, shape = layout.row_type
-        is_bytes = dtype == np.uint8  # tiers then have rows of different lengths
-        self._tables = [
-            self._zeros(tier.rows, *((tier.stride,) if is_bytes else shape), dtype=dtype) for tier in layout.tiers
-        ]
+        dtype, row_shape = layout.row_type
+        is_bytes = dtype == np.uint8
+        self._tables = []
+        for tier in layout.tiers:
+            shape = (tier.stride,) if is_bytes else row_shape  # tiers may have rows of different lengths
+            self._tables.append(self._zeros(tier.rows, *shape, dtype=dtype))
         # The table is donated: it is updated in place instead of copied for every piece.
         put = jax.jit(lambda table, rows, at: jax.lax.dynamic_update_slice_in_dim(table, rows, at, 0), donate_argnums=0)
 
@@ -220,7 +221,7 @@ class CachedRows(_FileRows):
 
     Args:
       table: HostTable or RowReader.
-      cache_bytes: of encoded rows; at least one row's.
+      cache: bytes of encoded rows to keep; at least one row's.
     Attributes:
       requests, hits, misses: distinct rows that were asked for, found in the cache, read from the table.
       seconds: of each fetch, but for those that compiled.
@@ -229,18 +230,16 @@ class CachedRows(_FileRows):
 
     on_device = False
 
-    def __init__(self, table, mesh, cache_bytes: int, embedding=None, overlay: Overlay | None = None):
+    def __init__(self, table, mesh, cache: int, embedding=None, overlay: Overlay | None = None):
         tol = table.tol
         super().__init__(tol, mesh, embedding, overlay)
         self.table, stride = table, tol.layout.stride
-        if cache_bytes < stride:
-            raise ArgumentError(
-                "cache", f"expected at least one row of {tol.path}, {stride:,} bytes, found {cache_bytes:,}"
-            )
+        if cache < stride:
+            raise ArgumentError("cache", f"expected at least one row of {tol.path}, {stride:,} bytes, found {cache:,}")
         free = device_memory(mesh)
-        if cache_bytes > free:
-            raise ArgumentError("cache", f"expected at most {free:,} bytes, free on the device, found {cache_bytes:,}")
-        slots = min(cache_bytes // stride, tol.vocab_size)
+        if cache > free:
+            raise ArgumentError("cache", f"expected at most {free:,} bytes, free on the device, found {cache:,}")
+        slots = min(cache // stride, tol.vocab_size)
         # {token: slot}, the token used last at the end
         self._slot_of: collections.OrderedDict[int, int] = collections.OrderedDict()
         self._free = list(range(slots))[::-1]

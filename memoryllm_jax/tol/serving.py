@@ -9,10 +9,10 @@ from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.inference.engine import Contribution, Engine
 from memoryllm_jax.inference.rows import LiveRows
-from memoryllm_jax.tol import rows
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.reader import RowReader
+from memoryllm_jax.tol.rows import CachedRows, DeviceRows, HostTable
 from memoryllm_jax.tol.sources import Repair
 
 PLACES = ("device", "host", "disk")
@@ -22,8 +22,8 @@ CACHE_BYTES = 256 << 20
 def open_engine(
     workdir: str,
     tol: str = "",
-    place: str = "",
-    cache_bytes: int | None = None,
+    rows: str = "",
+    cache: int | None = None,
     overlay: str = "",
     step: int | None = None,
     dtype: str = "",
@@ -34,8 +34,8 @@ def open_engine(
     Args:
       tol: path of a ToL file; "" computes rows from the weights. With a file, FFN-M and an untied embedding are never
         loaded.
-      place: where the file's rows are served from: device, host or (the default) disk.
-      cache_bytes: of rows cached on the device, for host and disk; by default CACHE_BYTES.
+      rows: where the file's rows are served from: device, host or (the default) disk.
+      cache: bytes of rows cached on the device, for host and disk; by default CACHE_BYTES.
       overlay: path of edits that `tol edit` wrote, or "".
       step, dtype, mesh: as of `TrainedModel`.
     Raises: UserError.
@@ -46,25 +46,25 @@ def open_engine(
         trained = TrainedModel(workdir, step, dtype, mesh)
         params, _ = trained.load(lambda name: True)
         return Engine(trained, params, LiveRows(trained.config, params, trained.mesh))
-    place = place or "disk"
+    place = rows or "disk"
     if place not in PLACES:
-        raise ArgumentError("rows", f"expected one of {', '.join(PLACES)}, found {place!r}")
+        raise ArgumentError("rows", f"expected one of {', '.join(PLACES)}, found {rows!r}")
     file = TolFile(tol)  # before the checkpoint is read, which takes longer
     trained = TrainedModel(workdir, step, dtype, mesh)
     file.check_model(trained.config, trained.tokenizer.digest, None)
     edits = Overlay.open(overlay, file) if overlay else None
     params, digest = trained.load(lambda name: not trained.is_memory(name))
     file.check_model(trained.config, trained.tokenizer.digest, digest)
-    return Engine(trained, params, _rows(file, place, cache_bytes, trained, params.get("embedding"), edits))
+    return Engine(trained, params, _open_rows(file, place, cache, trained, params.get("embedding"), edits))
 
 
-def _rows(file: TolFile, place: str, cache_bytes: int | None, trained: TrainedModel, embedding, edits):
+def _open_rows(file: TolFile, place: str, cache: int | None, trained: TrainedModel, embedding, edits):
     """A file's rows, served from `place`."""
     repair = Repair(trained, file)
     if place == "device":
-        return rows.DeviceRows(file, trained.mesh, embedding, edits, repair)
-    table = rows.HostTable(file, repair) if place == "host" else RowReader(file, repair=repair)
-    return rows.CachedRows(table, trained.mesh, CACHE_BYTES if cache_bytes is None else cache_bytes, embedding, edits)
+        return DeviceRows(file, trained.mesh, embedding, edits, repair)
+    table = HostTable(file, repair) if place == "host" else RowReader(file, repair=repair)
+    return CachedRows(table, trained.mesh, CACHE_BYTES if cache is None else cache, embedding, edits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +92,8 @@ class EngineOptions:
         if not self.tol and (self.rows or self.cache):
             name = "rows" if self.rows else "cache"
             raise ArgumentError(name, "expected a ToL file too, as it says how the rows of one are served")
-        cache_bytes = options.size(self.cache, "cache") if self.cache else None
-        engine = open_engine(self.workdir, self.tol, self.rows, cache_bytes, self.overlay, self.step, self.dtype, mesh)
+        cache = options.size(self.cache, "cache") if self.cache else None
+        engine = open_engine(self.workdir, self.tol, self.rows, cache, self.overlay, self.step, self.dtype, mesh)
         contribution = Contribution(
             self.alpha,
             self.alpha_compute,

@@ -49,7 +49,7 @@ def test_dropped_layers_are_zero(lab):
     with opened(path) as tol:
         assert json.loads(tol.metadata["dropped_layers"]) == [1] and not rows_of(tol)[:, 1].any()
     tokens = some_tokens(8)
-    with lab.model("flex-3", path, cache_bytes=1 << 10) as dropped, lab.model("flex-3") as live:
+    with lab.model("flex-3", path, cache=1 << 10) as dropped, lab.model("flex-3") as live:
         dropped_layer = live.decoder.scaled(np.array([1.0, 0.0]), np.ones(2))
         expected = step_logits(dropped_layer, live.rows, tokens)
         found = step_logits(dropped.decoder, dropped.rows, tokens)

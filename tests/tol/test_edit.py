@@ -75,7 +75,7 @@ def test_swap_shows_in_the_logits(lab, tmp_path):
     path, overlay_path, tokens = lab.tol("flex-3"), str(tmp_path / "swap"), [40, 17, 300, 30]
     with opened(path) as tol:
         edited(tol, "", ("swap", "#40,#300")).save(overlay_path)
-    with lab.model("flex-3", path, cache_bytes=1 << 10, overlay=overlay_path) as model:
+    with lab.model("flex-3", path, cache=1 << 10, overlay=overlay_path) as model:
         found = step_logits(model.decoder, model.rows, tokens)
     with lab.model("flex-3") as model:
         expected = step_logits(model.decoder, SwappedRows(model.rows, 40, 300), tokens)
@@ -115,7 +115,7 @@ def test_bad_edits_are_refused(lab):
             ("", "swap", "#9,#9", "swap: expected two different tokens, .* '#9,#9'"),
             ("", "swap", "#9", "swap: expected 2 values .* found '#9'"),
             ("", "blend", "#9,#8,2", "blend: expected a share from 0 to 1, found '2'"),
-            ("", "suppress", "1:2", "suppress: expected --workdir too"),
+            ("", "suppress", "1:2", "suppress: expected a workdir too"),
             ("", "suppress", "x", "suppress: expected LAYER:KEY"),
             (workdir, "suppress", "3:1", "suppress: expected a layer below 2 and a key below [0-9]+, found '3:1'"),
             (workdir, "suppress", "1:999", "suppress: expected a layer below 2 and a key below [0-9]+, found '1:999'"),

@@ -29,7 +29,7 @@ def test_flipped_bit_in_a_row_names_its_token(mixed_file, tmp_path):
 
 def test_disk_that_fails_names_token_and_file(lab, monkeypatch):
     path, real = lab.tol("flex-3"), os.preadv
-    with lab.model("flex-3", path, cache_bytes=1 << 10) as model:
+    with lab.model("flex-3", path, cache=1 << 10) as model:
         tol = model.rows.tol
         start = int(tol.start_of_row[tol.row_of_token[77]])
 

@@ -26,7 +26,7 @@ def test_logits_from_rows_of_a_file_are_those_of_the_equations(lab, name):
     tokens = some_tokens(24)
     expected = np.asarray(reference.logits(params, np.array([tokens]), m))[0]
     for place, bits, bound in (("disk", "", 3e-5), ("device", "", 3e-5), ("host", "16", 0.05)):
-        with lab.model(name, lab.tol(name, bits=bits), place, cache_bytes=64 << 10) as model:
+        with lab.model(name, lab.tol(name, bits=bits), place, cache=64 << 10) as model:
             found = step_logits(model.decoder, model.rows, tokens, first=20)
         assert np.abs(found - expected[19:]).max() < bound * np.abs(expected).max(), (place, bits)
 
@@ -41,13 +41,13 @@ def test_same_seed_same_text_wherever_rows_are(lab):
     plain, counted = lab.tol("flex-3"), lab.tol("flex-3", data=lab.data_path)
     row = 3 * 4 * 32  # bytes
     for path, place, cached in [(plain, "device", 1), (plain, "host", 4), (counted, "disk", 3), (plain, "disk", 1)]:
-        with lab.model("flex-3", path, place, cache_bytes=cached * row) as model:
+        with lab.model("flex-3", path, place, cache=cached * row) as model:
             assert written(model, prompts, 18, settings, seed=7) == live, (place, cached)
             stats = model.rows.stats()
             if place != "device":
                 assert stats["cache_bytes"] == cached * row and model.rows.misses > cached  # rows had to leave
                 assert stats["bytes_per_token"] == model.rows.misses * row / stats["row_requests"]
-    with lab.model("flex-3", counted, cache_bytes=512 * row) as model:  # began with all rows in the cache
+    with lab.model("flex-3", counted, cache=512 * row) as model:  # began with all rows in the cache
         assert written(model, prompts, 18, settings, seed=7) == live and model.rows.stats()["hit_rate"] == 1
 
 
@@ -85,7 +85,7 @@ def test_files_of_other_models_are_refused(lab, tmp_path):
             Overlay.open(overlay_path, tol)
     for arguments, found in [
         ({"overlay": overlay_path}, "overlay: expected a ToL file too"),
-        ({"tol": path, "place": "tape"}, "rows: expected one of device, host, disk, found 'tape'"),
+        ({"tol": path, "rows": "tape"}, "rows: expected one of device, host, disk, found 'tape'"),
     ]:
         with pytest.raises(UserError, match=found):
             serving.open_engine(lab.workdir("flex-3"), **arguments)
@@ -150,7 +150,7 @@ def test_weights_that_rows_replace_are_never_on_the_device(lab):
         assert sum((alive() - before).values()) == 3 * m.layers + 2  # FFN-M, input and output embedding
         del model
     for place in serving.PLACES:
-        with lab.model("flex-3", path, place, cache_bytes=1 << 10) as model:
+        with lab.model("flex-3", path, place, cache=1 << 10) as model:
             written(model, [[5, 6]], 3)
             assert alive() - before == {params["head"].shape: 1}, place
             del model
