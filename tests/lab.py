@@ -28,6 +28,7 @@ from memoryllm_jax.tol import compress, serving
 from memoryllm_jax.training import loop, metrics
 
 CONTEXT = 32  # of the models that `lab` trains
+TOKENS = 12 * CONTEXT  # of text that models are compared on: whole windows, so that one shape compiles
 GREEDY = Sampling(temperature=0)
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hf", "golden_hf")
 
@@ -125,7 +126,7 @@ def of_sequences(model, sequences):
     return [(x[: len(s) - 1], g[: len(s) - 1]) for x, g, s in zip(gathered, p.argmax(-1) == targets, sequences)]
 
 
-def loss_on(model, path, tokens=400) -> float:
+def loss_on(model, path, tokens=TOKENS) -> float:
     """Nats a token of the first held-out tokens."""
     windows = perplexity.Windows(CONTEXT, CONTEXT, tokens)
     text = perplexity.prepared_text(path, "validation", model.tokenizer, windows)

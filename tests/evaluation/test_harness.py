@@ -86,6 +86,8 @@ def test_harness_texts_end_at_stop_strings_and_lengths(lab, harness):
 
 
 def test_local_tasks_run_without_a_network(lab, harness, tmp_path, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
     pairs = [("She gave him a", "book"), ("Call this function with a", "string"), ("The value is", "None")]
     lines = [{"query": query, "answers_text": [answer]} for query, answer in pairs]
     (tmp_path / "lambada.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -123,7 +125,9 @@ def test_local_tasks_run_without_a_network(lab, harness, tmp_path, monkeypatch):
     samples = glob.glob(str(output.parent / "samples_piqa_local_*.jsonl"))
     assert len(samples) == 1 and len(open(samples[0]).readlines()) == 4 and len(os.listdir(output.parent)) == 3
 
-    with pytest.raises(UserError, match=r"found .lambda_local.; did you mean .*lambada_local"):
+    # The harness's own tasks take ten seconds to list.
+    monkeypatch.setattr(harness, "TaskManager", lambda **more: TaskManager(**more | {"include_defaults": False}))
+    with pytest.raises(UserError, match=r"tasks: .*found .lambda_local.; did you mean .*lambada_local"):
         harness.Tasks(["lambda_local"])
     (tmp_path / "piqa.jsonl").write_text('{"goal": "x"}\n')
     with lab.model("flex-3") as model:

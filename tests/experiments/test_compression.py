@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lab import loss_on, run_experiment
+from lab import TOKENS, loss_on, run_experiment
 
 from memoryllm_jax.evaluation.measure import Measure, TextOptions
 from memoryllm_jax.experiments import compression
@@ -28,7 +28,7 @@ def test_stored_rows_are_those_of_a_file(lab, tmp_path):
 
 
 def test_settings_budgets_and_singular_values(lab, tmp_path):
-    text = Measure(TextOptions(lab.data_path, "train", max_tokens=400))
+    text = Measure(TextOptions(lab.data_path, "train", max_tokens=TOKENS))
     choices = {"calibration": lab.data_path, "bits": ("2",), "ranks": ("0.5",)}
     models = Models([lab.workdir("memory")])
     found, page = run_experiment(compression.compression, models, tmp_path, measure=text, **choices)

@@ -4,15 +4,13 @@ import math
 
 import numpy as np
 import pytest
-from lab import loss_on, run_experiment
+from lab import TOKENS, loss_on, run_experiment
 
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.evaluation.measure import Measure, TextOptions
 from memoryllm_jax.experiments import contribution
 from memoryllm_jax.experiments.models import Models
 from memoryllm_jax.inference.engine import Contribution
-
-TOKENS = 400
 
 
 @pytest.fixture
@@ -26,7 +24,7 @@ def test_alpha_scales_each_kind_of_ffn(lab, tmp_path, measure):
     assert list(found["quality"]) == ["memory", "flex-3, FFN-M", "flex-3, FFN-C"] and page.count("<img") == 1
     with lab.model("flex-3") as model:
         model.contribute(Contribution(alpha_compute=0.5))
-        half = math.exp(loss_on(model, lab.data_path, TOKENS))
+        half = math.exp(loss_on(model, lab.data_path))
     assert found["quality"]["flex-3, FFN-C"]["0.5"]["perplexity"] == pytest.approx(half, rel=1e-5)
     full = found["quality"]["flex-3, FFN-C"]["1.0"]["perplexity"]
     assert found["changes"]["flex-3, FFN-C"]["0.5"]["perplexity"] == pytest.approx(100 * (half / full - 1), abs=2e-3)
@@ -42,7 +40,7 @@ def test_layers_are_dropped_alone_and_least_harmful_first(lab, tmp_path, measure
     assert one == [int(np.argmin(singles)), min(singles)] and page.count("<img") == 2
     with lab.model("memory") as model:
         model.contribute(Contribution(drop_layers=(0, 1)))
-        assert both[1] == pytest.approx(math.exp(loss_on(model, lab.data_path, TOKENS)), rel=1e-5)
+        assert both[1] == pytest.approx(math.exp(loss_on(model, lab.data_path)), rel=1e-5)
     with pytest.raises(ArgumentError, match="cumulative: expected at most 2 layers, as the models have, found 3"):
         contribution.layers(models, None, measure=measure, cumulative=3)
 

@@ -1,7 +1,7 @@
 """Pruned base beside models that were trained with its active parameters."""
 
 import pytest
-from lab import run_experiment
+from lab import TOKENS, run_experiment
 
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.evaluation.measure import Measure, TextOptions
@@ -11,7 +11,7 @@ from memoryllm_jax.model import flops
 
 
 def test_pruned_base_has_the_active_parameters_of_flex(lab, tmp_path):
-    chosen = {"measure": Measure(TextOptions(lab.data_path, max_tokens=400)), "calibration": lab.data_path}
+    chosen = {"measure": Measure(TextOptions(lab.data_path, max_tokens=TOKENS)), "calibration": lab.data_path}
     models = Models([lab.workdir("base"), lab.workdir("memory")])
     methods = ("magnitude",)
     found, page = run_experiment(pruning.pruning, models, tmp_path, windows=24, methods=methods, **chosen)

@@ -4,13 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 import reference
-from lab import CONTEXT, loss_on, stacked
+from lab import CONTEXT, TOKENS, loss_on, stacked
 
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.data import dataset
 from memoryllm_jax.inference.engine import Contribution
-
-TOKENS = 400
 
 
 def by_equations(model, path, memory_L, compute_L):
@@ -20,10 +18,8 @@ def by_equations(model, path, memory_L, compute_L):
         if "ffn" in params.get(group, {}):
             params[group]["ffn"]["down"] *= jnp.float32(factors)[:, None, None]
     ids = dataset.Dataset(path).validation.read(0, TOKENS + 1)
-    whole = TOKENS // CONTEXT * CONTEXT
-    pieces = [ids[:whole].reshape(-1, CONTEXT), ids[whole:-1][None]]
-    logits = [reference.logits(params, x, model.config).reshape(-1, model.config.vocab_size) for x in pieces]
-    log_probs = jax.nn.log_softmax(jnp.concatenate(logits))
+    logits = reference.logits(params, ids[:-1].reshape(-1, CONTEXT), model.config)
+    log_probs = jax.nn.log_softmax(logits.reshape(TOKENS, -1))
     return -float(log_probs[jnp.arange(TOKENS), ids[1:]].mean())
 
 
@@ -46,14 +42,14 @@ def test_contributions_are_those_of_the_equations_live_and_looked_up(lab, name):
     engines = [((), 2)] if name == "base" else [((), 2), ((lab.tol(name), "disk", 4096), 1)]
     for arguments, devices in engines:
         with lab.model(name, *arguments, devices=devices) as model:
-            before = loss_on(model, lab.data_path, TOKENS)
+            before = loss_on(model, lab.data_path)
             for contribution, memory, compute in CASES[name]:
                 model.contribute(contribution)
-                found = loss_on(model, lab.data_path, TOKENS)
+                found = loss_on(model, lab.data_path)
                 expected = by_equations(model, lab.data_path, memory, compute)
                 assert found == pytest.approx(expected, rel=2e-6) and abs(found - before) > 1e-4
             model.contribute(Contribution())
-            assert loss_on(model, lab.data_path, TOKENS) == before
+            assert loss_on(model, lab.data_path) == before
 
 
 @pytest.mark.parametrize(
