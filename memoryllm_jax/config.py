@@ -278,8 +278,8 @@ def parse_architecture(name: str) -> tuple[str, float]:
         match = re.fullmatch(rf"{label}-(\d+(?:\.\d+)?)", name)
         if match:
             beta = float(match[1])
-            # flex-0 and flex-8 are called memory and base; with no FFN-M there is no model without FFN-C.
-            if 0 < beta < 8 or (beta == 8 and token_memory != "ffn"):
+            # flex-0 and flex-8 are called memory and base.
+            if 0 < beta < 8 or (beta <= 8 and token_memory != "ffn"):
                 return token_memory, beta
     raise UserError(
         f"architecture {name!r}: expected base, memory, or flex-B with B between 0 and 8; or, to compare with, "

@@ -68,7 +68,7 @@ def make(make_config):
         ("memory", {"model.tie_embeddings": True, "model.attention": "plain", "model.remat": "none"}),
         ("flex-1", {"model.compute_input": "after_attention", "model.norm": "layernorm", "model.remat": "full"}),
         ("flex-3", {"accumulate": 2}),
-        ("value-3", {"model.kv_heads": 2}),
+        ("value-0", {"model.kv_heads": 2}),
         ("ple-3", {}),
         ("no-memory-3", {}),
     ],
