@@ -36,7 +36,7 @@ from memoryllm_jax.tol import codec
 from memoryllm_jax.tol.build import Basis, singular_bases
 from memoryllm_jax.tol.codec import GROUP, Band, Part
 from memoryllm_jax.tol.layout import Layout, Tier, decode_rows
-from memoryllm_jax.tol.sources import full_vectors
+from memoryllm_jax.tol.sources import Source, full_vectors
 
 CALIBRATION_TOKENS = 1 << 15  # of the held-out text, on which a budget is measured
 _COVERAGE = (0.75, 0.95)  # of the text, by the first tier, and by the first two
@@ -149,7 +149,6 @@ class Planner:
     """Measures a model's rows once, and then finds the layout for any size.
 
     Args:
-      source: of full rows (tol/sources.py).
       scorer: on other text than the results are reported on.
       counts: int64 [V], how often each token occurs.
     Attributes:
@@ -157,7 +156,7 @@ class Planner:
       tier_of_token: int32 [V].
     """
 
-    def __init__(self, source, scorer: Scorer, counts: np.ndarray):
+    def __init__(self, source: Source, scorer: Scorer, counts: np.ndarray):
         self._source = source
         self._layers = [f"ffn.{layer}" for layer in range(source.layers)]
         order = np.argsort(-counts, kind="stable")
@@ -204,7 +203,7 @@ def cut(bases: dict, layout: Layout) -> dict:
     return {name: bases[name][:rank] for name, rank in layout.rotated.items()}
 
 
-def choose(source, scorer: Scorer, counts: np.ndarray, total: int) -> tuple[Layout, dict]:
+def choose(source: Source, scorer: Scorer, counts: np.ndarray, total: int) -> tuple[Layout, dict]:
     """The layout and bases for at most `total` bytes of rows and bases. Raises: UserError if nothing is that small."""
     planner = Planner(source, scorer, counts)
     layout = planner.layout(total)
@@ -222,7 +221,7 @@ def choose(source, scorer: Scorer, counts: np.ndarray, total: int) -> tuple[Layo
     return layout, {name: np.asarray(basis) for name, basis in cut(planner.bases, layout).items()}
 
 
-def plain_layout(source, bits: int) -> Layout:
+def plain_layout(source: Source, bits: int) -> Layout:
     """One tier, every layer at these bits, and x0 at no fewer than 8."""
     parts = [Part("x0", (Band(source.dim, max(bits, 8)),))] if source.has_x0 else []
     parts += [Part(f"ffn.{layer}", (Band(source.dim, bits),)) for layer in range(source.layers)]

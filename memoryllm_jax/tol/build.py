@@ -22,10 +22,11 @@ from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.tol import codec
 from memoryllm_jax.tol.format import TolWriter, text_checksum
 from memoryllm_jax.tol.layout import Layout
-from memoryllm_jax.tol.sources import Identity
+from memoryllm_jax.tol.sources import Identity, Source
 
-CHUNK_ROWS = 1024  # of a device, or fewer where they would be larger than:
-_CHUNK_BYTES = 64 << 20  # of the float32 rows of a chunk on one device
+# A device makes so many rows at a time, or fewer where their float32 values would take more than so many bytes.
+CHUNK_ROWS = 1024
+_CHUNK_BYTES = 64 << 20
 _TYPES = {"int32": "I32", "int64": "I64", "uint8": "U8", "uint16": "BF16"}  # of tensors beside the rows
 
 
@@ -59,7 +60,7 @@ class _TierChunks:
             out[device, :count] = values[first : first + count]
         return jax.device_put(out.reshape(-1), self.sharding)
 
-    def parts(self, array: jax.Array, chunk: int) -> Iterator[tuple[int, np.ndarray]]:
+    def pieces(self, array: jax.Array, chunk: int) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, rows) of what each device holds of a chunk's result."""
         for shard in array.addressable_shards:
             device = (shard.index[0].start or 0) // self.size
@@ -69,7 +70,7 @@ class _TierChunks:
 
 
 def build(
-    source,
+    source: Source,
     layout: Layout,
     output: str,
     order: np.ndarray,
@@ -81,7 +82,6 @@ def build(
     """Writes the file, or goes on with one that was left unfinished.
 
     Args:
-      source: of full rows (tol/sources.py).
       order: int [V], token ids in the order of the rows.
       counts: int64 [V], how often each token occurs, if that is known.
       bases: {part name: [rank, D]} for the layout's rotated parts.
@@ -134,7 +134,7 @@ class _Chunk(NamedTuple):
     raw: jax.Array
 
 
-def _write_tiers(source, layout: Layout, writer: TolWriter, order, bases, label, chunk_rows):
+def _write_tiers(source: Source, layout: Layout, writer: TolWriter, order, bases, label, chunk_rows):
     replicated = NamedSharding(source.mesh, P())
     bases = {name: jax.device_put(basis, replicated) for name, basis in bases.items()}
     row_elements = layout.dim * (layout.layers + layout.has_x0)
@@ -150,7 +150,7 @@ def _write_tiers(source, layout: Layout, writer: TolWriter, order, bases, label,
         return _Chunk(tier, number, encoders[tier](source.vectors(ids), bases))
 
     def write(chunk: _Chunk):
-        for first, rows in tiers[chunk.tier].parts(chunk.raw, chunk.number):
+        for first, rows in tiers[chunk.tier].pieces(chunk.raw, chunk.number):
             writer.write_rows(chunk.tier, first, rows)
 
     stored = [tier for tier, spec in enumerate(layout.tiers) if spec.stride]
@@ -159,25 +159,26 @@ def _write_tiers(source, layout: Layout, writer: TolWriter, order, bases, label,
     progress = Progress(label, len(work), "chunk", initial=written)
     if written:
         progress.line(f"going on from chunk {written} of {len(work)}")
-    pending = None
-    for tier, number in work[written:]:
-        # JAX dispatches and returns: while the devices make this chunk, the host writes the one before it.
-        upcoming = make(tier, number)
-        if pending is not None:
-            write(pending)
-            written += 1
-            writer.record(written)
-            progress.update(written)
-        pending = upcoming
-    if pending is not None:
-        write(pending)
-        writer.record(len(work))
-        progress.update(len(work))
+    for chunk in _one_ahead(make(tier, number) for tier, number in work[written:]):
+        write(chunk)
+        written += 1
+        writer.record(written)
+        progress.update(written)
     progress.close()
 
 
+def _one_ahead(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
+    """Yields each chunk when the next one is dispatched: the devices make that one while the host writes this one."""
+    held = next(chunks, None)
+    for upcoming in chunks:
+        yield held
+        held = upcoming
+    if held is not None:
+        yield held
+
+
 def _plan_digest(mesh, metadata: dict, chunk_rows: int) -> str:
-    """Of all that decides the file's bytes and the chunks they are written in."""
+    """Digest of all that decides the file's bytes and the chunks that they are written in."""
     return hashlib.sha256(json.dumps([metadata, mesh.size, chunk_rows]).encode()).hexdigest()
 
 
@@ -216,7 +217,9 @@ class Basis(NamedTuple):
     vectors: np.ndarray
 
 
-def singular_bases(source, names: list[str], weights_V: np.ndarray, chunk_rows: int = CHUNK_ROWS) -> dict[str, Basis]:
+def singular_bases(
+    source: Source, names: list[str], weights_V: np.ndarray, chunk_rows: int = CHUNK_ROWS
+) -> dict[str, Basis]:
     """The singular vectors of parts' rows, {part name: Basis}.
 
     They are found as eigenvectors of a [D, D] matrix, so that memory does not grow with the vocabulary.

@@ -19,7 +19,7 @@ from memoryllm_jax.tol.budget import Scorer
 from memoryllm_jax.tol.codec import FLOATS, INTEGERS, Band, Part
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.layout import Layout, Tier
-from memoryllm_jax.tol.sources import FileSource, LiveSource
+from memoryllm_jax.tol.sources import FileSource, LiveSource, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def compress_file(tol: TolFile, choices: Options, output: str, workdir: str = ""
 
 
 def write(
-    source,
+    source: Source,
     choices: Options,
     output: str,
     scorer: Scorer | None = None,
@@ -110,7 +110,6 @@ def write(
     """Writes the file that the options ask for.
 
     Args:
-      source: of full rows (tol/sources.py).
       scorer: of the model, which a budget needs.
     Returns: one line on what was written. Raises: UserError.
     """
@@ -144,7 +143,7 @@ def _within_budget(source, choices, scorer, counts) -> tuple[Layout, dict]:
     return budget.choose(source, scorer, counts, total)
 
 
-def uniform(source, choices: Options) -> Layout:
+def uniform(source: Source, choices: Options) -> Layout:
     """One tier with the bits, ranks and dropped layers as given. Raises: ArgumentError."""
     default_bits = "32" if source.identity.dtype == "float32" else "16"
     bits = _per_part("bits", choices.bits or default_bits, source.layers)

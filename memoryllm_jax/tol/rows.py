@@ -46,7 +46,7 @@ class _FileRows:
         self._constants = {"bases": self._put({name: tol.basis(name) for name in tol.layout.rotated})}
         if not tol.layout.has_x0:
             self._constants["embedding"] = embedding
-        if overlay:
+        if overlay is not None:
             self._constants["overlay"] = self._put(overlay.arrays())
 
     def _put(self, tree):

@@ -1,15 +1,13 @@
-"""Where full rows come from: computed from a checkpoint, or decoded from a ToL file.
-
-A source has mesh, vocab_size, dim, layers, has_x0, identity, counts (int64 [V], how often each token occurs, or None
-where that is not known), and `vectors(ids [U]) -> {part name: [U, D]}` of distinct token ids.
-"""
+"""Where full rows come from: computed from a checkpoint, or decoded from a ToL file."""
 
 import dataclasses
 import sys
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
@@ -37,6 +35,29 @@ class Identity:
     rows_digest: str
     decoder_digest: str
     tokenizer: Tokenizer
+
+
+class Source(Protocol):
+    """Full rows of every token of a vocabulary.
+
+    Attributes:
+      mesh: devices that the rows are made on.
+      vocab_size, dim, layers: V, D and the model's number of layers.
+      has_x0: whether rows hold the input embedding.
+      identity: where the rows come from.
+      counts: int64 [V], how often each token occurs; None where that is not known.
+    """
+
+    mesh: Mesh
+    vocab_size: int
+    dim: int
+    layers: int
+    has_x0: bool
+    identity: Identity
+    counts: np.ndarray | None
+
+    def vectors(self, ids_U) -> dict[str, jax.Array]:
+        """{part name: [U, D]} of token ids, int32 [U]."""
 
 
 class LiveSource:
@@ -111,7 +132,7 @@ class FileSource:
         self._reader.close()
 
 
-def full_vectors(source, ids: np.ndarray) -> dict:
+def full_vectors(source: Source, ids: np.ndarray) -> dict:
     """Rows of any number of token ids on one device: {part name: float32 [n, D]}."""
     pieces = [source.vectors(jnp.asarray(chunk.ids)) for chunk in vocabulary.chunks(ids, _CHUNK_ROWS)]
     return {

@@ -15,7 +15,7 @@ from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.reader import RowReader
-from memoryllm_jax.tol.sources import FileSource, LiveSource
+from memoryllm_jax.tol.sources import FileSource, LiveSource, Source
 
 _CHUNK_ROWS = 512  # read and compared at a time
 _TINY = 1e-30  # divisions by a norm of zero give zero
@@ -134,8 +134,8 @@ def _over_parts(norms: dict[str, np.ndarray]) -> np.ndarray:
     return np.sqrt(sum(np.square(norm_V) for norm_V in norms.values()))
 
 
-def compare(first, second) -> Comparison:
-    """Compares two sources (tol/sources.py) row by row. Raises: UserError if their rows are of different kinds."""
+def compare(first: Source, second: Source) -> Comparison:
+    """Compares two sources row by row. Raises: UserError if their rows are of different kinds."""
     if first.has_x0 != second.has_x0 or first.dim != second.dim:
         raise UserError("expected rows of one width, both with or both without the embedding, found different ones")
     names = (["x0"] if first.has_x0 else []) + [f"ffn.{layer}" for layer in range(first.layers)]
