@@ -149,7 +149,6 @@ def test_overrides_and_files_that_do_not_exist_are_refused(argument, message):
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ("--config.model.dimm=3", "error: config.model.dimm: no such field; did you mean dim?"),
         ("--config.steps=many", "flag --config.steps=many"),
         ("--config.model.heads=3", "error: config.model.heads: expected a divisor of model.dim = 256, found 3"),
     ],

@@ -133,7 +133,7 @@ def distinct_ids(config: Config, tokens: int) -> int:
     if not config.model.unique_tokens:
         return tokens
     share = np.interp(math.log(tokens), [math.log(n) for n in _DISTINCT], list(_DISTINCT.values()))
-    with_margin = -(-int(1.05 * share * tokens) // 128) * 128
+    with_margin = -(-int(1.05 * share * tokens) // 128) * 128  # training pads too (Batches.sizes)
     return min(with_margin, tokens, config.model.vocab_size)
 
 
@@ -144,9 +144,10 @@ class _OutOfMemoryError(Exception):
 def _compile(config: Config, mesh: Mesh, chip: chips.Chip) -> tuple["CompiledStep", dict]:
     """The compiled step, and its memory with what `_batch_that_fits` says. Raises: UserError if it does not compile."""
     sequences = _sequences(config, mesh)
+    # A second batch size gives the bytes of a sequence: half as large, so that it compiles wherever the first does.
     other_sequences = sequences // 2 if sequences > 1 else 2
     other = dataclasses.replace(config, batch_size=config.batch_size // sequences * other_sequences)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
         first, second = (pool.submit(CompiledStep, c, mesh) for c in (config, other))
     error = first.exception()
     if isinstance(error, _OutOfMemoryError):
@@ -169,7 +170,7 @@ class CompiledStep:
 
     def __init__(self, config: Config, mesh: Mesh):
         on_cpu = mesh.devices.flat[0].platform == "cpu"
-        if on_cpu:  # the chip's kernel cannot be compiled: another that holds as little
+        if on_cpu:  # the chip's attention kernel cannot be compiled here; this one holds as little memory
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="blocked"))
         trainer = Trainer(config, mesh)
         distinct = distinct_ids(config, config.batch_size * config.seq_len // trainer.shards)
@@ -179,6 +180,7 @@ class CompiledStep:
             lowered = trainer.train.lower(trainer.state_shape, _abstract_batch(config, trainer, distinct))
             self.executable = lowered.compile(options)
         except jax.errors.JaxRuntimeError as error:
+            # A TPU's compiler refuses what does not fit, and says so in this sentence alone.
             if used := re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm", str(error)):
                 raise _OutOfMemoryError(used[0]) from error
             raise UserError(f"the step cannot be compiled: {' '.join(str(error).split())[:600]}") from error
@@ -262,9 +264,10 @@ def _flops_a_token(config: Config, rows: int) -> dict[str, float]:
 
 
 def _recomputed(config: Config, tokens: int, rows: int) -> float:
-    """FLOPs that the backward pass computes again: all of the blocks' forward pass under `full`, else none."""
+    """FLOPs that the backward pass computes again: all of the layers' forward pass under `full`, else none."""
     if config.model.remat != "full":
         return 0.0
+    # A forward pass is a third of a step; the head's is not computed again.
     head = 2 * tokens * config.model.dim * config.model.vocab_size
     return flops.train_flops(config, tokens, rows) / 3 - head
 
