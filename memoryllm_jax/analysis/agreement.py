@@ -72,10 +72,10 @@ def next_tokens(model: KeyValueModel, page: Report, corpus: Corpus | None, data:
     if corpus is not None:
         return lambda label: corpus.next(label) if label >= 0 else -1
     dataset = model.open_data(data)
-    successors, counts = statistics.likely_successors(dataset, model.config.vocab_size)
-    pairs = f"{counts.sum():,} pairs of the training text, at even distances"
+    successors = statistics.likely_successors(dataset, model.config.vocab_size)
+    pairs = f"{successors.pairs:,} pairs of the training text, at even distances"
     page.facts["next tokens"] = f"{data}, the most frequent successor in {pairs}"
-    return lambda label: int(successors[label, 0]) if label >= 0 and counts[label] else -1
+    return lambda label: int(successors.ids[label]) if label >= 0 else -1
 
 
 class _Pairs(NamedTuple):
