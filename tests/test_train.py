@@ -113,9 +113,9 @@ def test_two_processes_train_as_one_and_sigterm_to_one_saves_both(data_path, tmp
 
 def test_processes_end_when_one_is_killed_and_one_process_goes_on(data_path, tmp_path, monkeypatch):
     """The others end within a minute, with a code that launchers start again, and say why."""
-    fields = {"steps": 4000, "data.path": data_path, "checkpoint.every": 20, "batch_size": 6}
+    fields = {"steps": 4000, "data.path": data_path, "checkpoint.every": 10, "batch_size": 6}
     processes = start_several(tmp_path, 3, fields)
-    wait_until((tmp_path / "w" / "40").exists, *processes)
+    wait_until((tmp_path / "w" / "20").exists, *processes)
     processes[2].process.kill()
     assert [p.end() for p in processes[:2]] == [hosts.LOST] * 2
     for number, command in enumerate(processes[:2]):

@@ -108,11 +108,3 @@ def abandon(error: Exception) -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def define_multihost_flags() -> None:  # temporary: while precompute uses it
-    options.define(HostOptions)
-
-
-def join_hosts() -> None:  # temporary: while precompute uses it
-    HostOptions(**options.values(HostOptions)).join()
