@@ -10,6 +10,7 @@ import os
 import shutil
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from memoryllm_jax import config
@@ -160,13 +161,23 @@ class Checkpoints:
           path: of the parameter in the tree of parameters, as `jax.tree_util` gives it.
         Raises: UserError.
         """
-        tree = shape
-        for key in reversed(path):
-            tree = {key.key: tree}
-        tree = {"params": tree}
-        how = ocp.checkpoint_utils.construct_restore_args(tree)
-        how = jax.tree.map(lambda leaf: dataclasses.replace(leaf, strict=False), how)  # lets the shape differ
-        args = ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)
+        how = ocp.checkpoint_utils.construct_restore_args(shape)
+        return self._restore_one(step, path, dataclasses.replace(how, strict=False))  # lets the shape differ
+
+    def restore_on_host(self, step: int, path) -> np.ndarray:
+        """One parameter in host memory, as it was saved: with the padding of the mesh it was trained on.
+
+        Args:
+          path: as of `restore_leaf`.
+        Raises: UserError.
+        """
+        return self._restore_one(step, path, ocp.RestoreArgs(restore_type=np.ndarray))
+
+    def _restore_one(self, step, path, how):
+        for key in reversed(("params", *(key.key for key in path))):
+            how = {key: how}
+        item = jax.tree.map(lambda _: 0, how)  # only names the leaf: the checkpoint holds more of them
+        args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
         with self._reading(step), ocp.PyTreeCheckpointer() as reader:
             return jax.tree.leaves(reader.restore(os.path.join(self.workdir, str(step), "state"), args=args))[0]
 

@@ -116,6 +116,13 @@ class TrainedModel:
         wanted = jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
         return self._checkpoints.restore_leaf(self.step, path, wanted)
 
+    def leaf_on_host(self, name: str) -> np.ndarray:
+        """One parameter as `leaf` gives it, float32, without a copy on a device. Raises: UserError."""
+        path, like = self._leaves[name]
+        saved = self._checkpoints.restore_on_host(self.step, path)
+        without_padding = saved[tuple(slice(size) for size in like.shape)]
+        return without_padding.astype(np.float32, copy=False)
+
     def _leaf_for_serving(self, name):
         return _for_serving(name, self.leaf(name, _serving_dtype(name, self.config)), self.config)
 

@@ -7,9 +7,6 @@ import os
 import shutil
 from importlib import resources
 
-import jax.numpy as jnp
-import numpy as np
-
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import ArgumentError
@@ -25,9 +22,9 @@ def export_model(
 ) -> str:
     """Writes a workdir's newest checkpoint, or that of `step`, as a Hugging Face directory.
 
-    Files are written one after another. The host holds the tensors of one file, and beside them the largest parameter,
-    stacked over the layers, in float32. An imported model keeps its dtype, its special token ids and the files that
-    import_ lists.
+    Files are written one after another. The host holds the tensors of one file, and beside them one parameter at a
+    time, stacked over the layers, in float32; before that, two copies of the largest parameter of the decoder. An
+    imported model keeps its dtype, its special token ids and the files that import_ lists.
 
     Args:
       output: local folder, missing or empty.
@@ -61,17 +58,18 @@ def _write(trained, folder, dtype, file_bytes):
     sizes = {name: math.prod(t.shape) * shards.DTYPES[dtype].itemsize for name, t in tensors.items()}
     files = shards.plan(sizes, file_bytes)
 
-    # First what may refuse the model: the weights take longest.
+    # First what may refuse the model, as the weights take longest.
     settings = _settings(trained, dtype, source)
     _write_tokenizer(trained, folder, source)
-    _write_weights(trained, folder, files, tensors, dtype)
-    if len(files) > 1:
-        shards.write_index(folder, files, sum(sizes.values()))
     if trained.config.memory_dim:
+        # Before the weights: the allocator may keep the memory of their last file.
         settings["decoder_digest"] = trained.digest(lambda name: not trained.is_memory(name))
         code = resources.files("memoryllm_jax.hf").joinpath("modeling_memoryllm.py").read_bytes()
         storage.write_bytes(os.path.join(folder, "modeling_memoryllm.py"), code)
     storage.write_json(os.path.join(folder, "config.json"), settings)
+    _write_weights(trained, folder, files, tensors, dtype)
+    if len(files) > 1:
+        shards.write_index(folder, files, sum(sizes.values()))
     storage.write_bytes(os.path.join(folder, "README.md"), card.text(trained, dtype).encode())
     if dtype == stored:
         about_weights = source.get("of_these_weights", {})
@@ -105,7 +103,7 @@ def _write_weights(trained, folder, files, tensors, dtype):
         for file, names in files.items():
             content = {}
             for leaf, members in _by_leaf(tensors[name] for name in names).items():
-                stacked = np.asarray(trained.leaf(leaf, jnp.float32))
+                stacked = trained.leaf_on_host(leaf)
                 for tensor in members:
                     value = stacked if tensor.layer is None else stacked[tensor.layer]
                     content[tensor.name] = shards.convert(tensor.name, tensor.from_ours(value), dtype)
