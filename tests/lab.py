@@ -84,11 +84,16 @@ def random_params(config: ModelConfig, mesh, std: float = 0.1) -> tuple[dict, di
     return jax.tree.map(place, whole, transformer.abstract_params(model, mesh)), whole
 
 
-def write_untrained(config: Config, workdir: str) -> str:
-    """Makes a workdir with one checkpoint, of step 0 and `random_params`, without compiling anything."""
+def write_untrained(config: Config, workdir: str, tensor: int = 1) -> str:
+    """Makes a workdir with one checkpoint, of step 0 and `random_params`, without compiling anything.
+
+    Args:
+      tensor: devices of the tensor axis, for which the parameters are padded.
+    """
     prepared = Dataset(config.data.path)
     config = loop.complete(config, prepared)
-    params, _ = random_params(config.model, sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), std=0.2)
+    mesh = sharding.make_mesh(MeshConfig(1, 1, tensor), jax.devices()[:tensor])
+    params, _ = random_params(config.model, mesh, std=0.2)
     with contextlib.closing(store.Checkpoints(workdir)) as checkpoints:
         checkpoints.save(0, {"params": params}, store.describe(config, prepared, prepared.tokenizer()))
         checkpoints.wait()

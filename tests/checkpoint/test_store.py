@@ -44,6 +44,9 @@ def test_one_leaf_is_cut_or_padded_to_the_shape_asked_for(checkpoints):
         expected = np.pad(np.arange(6.0).reshape(2, 3), [(0, 0), (0, 1)])[: shape[0], : shape[1]]
         assert found.dtype == jnp.bfloat16
         np.testing.assert_array_equal(found, expected)
+    on_host = checkpoints.restore_on_host(1, path)
+    assert isinstance(on_host, np.ndarray)
+    np.testing.assert_array_equal(on_host, leaf, strict=True)
 
 
 def test_a_failing_save_in_the_background_is_one_sentence(checkpoints, capfd):

@@ -45,12 +45,30 @@ def test_parameters_for_serving_are_those_of_the_checkpoint(make_config, tmp_pat
         for name in ("layers/ffn/gate", "memory/norm/scale"):
             stacked = model.leaf(name, jnp.float32)
             assert stacked.shape == model.shape(name)
+            np.testing.assert_array_equal(model.leaf_on_host(name), stacked, strict=True)
             part, *path = name.split("/")
             for layer, tree in enumerate(params[part]):
                 for key in path:
                     tree = tree[key]
                 np.testing.assert_array_equal(tree, stacked[layer])
         np.testing.assert_array_equal(params["embedding"], model.leaf("embedding", jnp.float32))
+
+
+def test_padding_of_the_mesh_that_saved_is_cut_off(make_config, tmp_path):
+    """Four heads and 517 ids on three devices were saved as six and 519."""
+    config = make_config("flex-3", **{"model.vocab_size": 517})
+    for name, tensor in (("whole", 1), ("padded", 3)):
+        write_untrained(config, str(tmp_path / name), tensor)
+    with (
+        contextlib.closing(TrainedModel(str(tmp_path / "whole"))) as whole,
+        contextlib.closing(TrainedModel(str(tmp_path / "padded"))) as padded,
+    ):
+        assert padded.digest(lambda name: True) == whole.digest(lambda name: True)
+        for name in ("embedding", "layers/attention/q", "layers/ffn/down"):
+            expected = whole.leaf_on_host(name)
+            assert expected.shape == whole.shape(name)
+            np.testing.assert_array_equal(padded.leaf_on_host(name), expected)
+            np.testing.assert_array_equal(padded.leaf(name, jnp.float32), expected)
 
 
 @pytest.mark.parametrize("tied", [False, True])
