@@ -44,7 +44,7 @@ def compare(config: str, names: list[str], folder: str) -> str:
     runs = {name: run for name, run in found.items() if run}
     if not runs:
         raise UserError(f"{folder}: expected runs of {', '.join(names)}, found none")
-    recipe = _common_recipe(runs)
+    recipe = common_recipe(runs)
     facts = {"config": config, "recipe": ", ".join(f"{name} {recipe[name]}" for name in _SHOWN)}
     facts["data"] = ", ".join(dict.fromkeys(run["data"] for run in runs.values()))
     missing = [name for name in names if name not in runs or not runs[name]["finished"]]
@@ -102,7 +102,7 @@ def _curve(config: Config, path: str) -> list[dict]:
     return curve
 
 
-def _common_recipe(runs: dict[str, dict]) -> dict:
+def common_recipe(runs: dict[str, dict]) -> dict:
     """The recipe that all runs share. Raises: UserError that names a field in which they differ."""
     (first, run), *others = runs.items()
     for name, other in others:

@@ -5,13 +5,14 @@ import glob
 import json
 import os
 import socket
+import types
 
 import numpy as np
 import pytest
 from lab import CONTEXT, of_sequences
 
 from memoryllm_jax.common import report
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.evaluation.page import of_tasks
 from memoryllm_jax.inference.sampling import Sampling
 
@@ -86,8 +87,6 @@ def test_harness_texts_end_at_stop_strings_and_lengths(lab, harness):
 
 
 def test_local_tasks_run_without_a_network(lab, harness, tmp_path, monkeypatch):
-    from lm_eval.tasks import TaskManager
-
     pairs = [("She gave him a", "book"), ("Call this function with a", "string"), ("The value is", "None")]
     lines = [{"query": query, "answers_text": [answer]} for query, answer in pairs]
     (tmp_path / "lambada.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -125,13 +124,19 @@ def test_local_tasks_run_without_a_network(lab, harness, tmp_path, monkeypatch):
     samples = glob.glob(str(output.parent / "samples_piqa_local_*.jsonl"))
     assert len(samples) == 1 and len(open(samples[0]).readlines()) == 4 and len(os.listdir(output.parent)) == 3
 
-    # The harness's own tasks take ten seconds to list.
+
+def test_bad_tasks_and_data_are_refused_before_the_model_is_used(harness, tmp_path, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    model = types.SimpleNamespace(tokenizer=None, context=CONTEXT)
+    # Without the harness's own tasks, which take ten seconds to list.
     monkeypatch.setattr(harness, "TaskManager", lambda **more: TaskManager(**more | {"include_defaults": False}))
-    with pytest.raises(UserError, match=r"tasks: .*found .lambda_local.; did you mean .*lambada_local"):
+    with pytest.raises(ArgumentError, match=r"tasks: .*found .lambda_local.; did you mean .*lambada_local"):
         harness.Tasks(["lambda_local"])
+    with pytest.raises(ArgumentError, match="task_path: expected a folder with task files, found none at nowhere"):
+        harness.Tasks(["lambada_local"], path="nowhere")
+    with pytest.raises(ArgumentError, match="task_data: expected the folder that holds"):
+        harness.Tasks(["lambada_local"]).run(model, {})
     (tmp_path / "piqa.jsonl").write_text('{"goal": "x"}\n')
-    with lab.model("flex-3") as model:
-        with pytest.raises(UserError, match=r"piqa.jsonl: line 1: expected an example of piqa.jsonl, found .*sol1"):
-            harness.Tasks(["piqa_local"], data=str(tmp_path)).run(model, {})
-        with pytest.raises(UserError, match="task_data: expected the folder that holds"):
-            harness.Tasks(["lambada_local"]).run(model, {})
+    with pytest.raises(UserError, match=r"piqa.jsonl: line 1: expected an example of piqa.jsonl, found .*sol1"):
+        harness.Tasks(["piqa_local"], data=str(tmp_path)).run(model, {})
