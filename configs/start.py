@@ -11,13 +11,13 @@ import dataclasses
 
 from memoryllm_jax import config
 from memoryllm_jax.checkpoint import trained
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError
 
 
 def get_config(start=""):
     architecture, _, workdir = start.partition("@")
     if not workdir:
-        raise UserError(f"--config=configs/start.py:{start}: expected ARCHITECTURE@WORKDIR after the colon")
+        raise ArgumentError("config", f"expected ARCHITECTURE@WORKDIR after the colon, found {start or 'nothing'}")
     c = config.default(architecture)
     asked = {name: c.model[name] for name in ("beta", "token_memory", "compute_input")}
     trained_model = trained.config_of(workdir).model

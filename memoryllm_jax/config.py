@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ml_collections
 
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError, UserError
 
 ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn", "splash")
 # What a layer reads by token id, and the name of the architectures that do: flex-B, value-B, ...
@@ -413,7 +413,7 @@ def locate(path: str) -> str:
     """`FILE.py:ARCHITECTURE` with the place where FILE is found.
 
     `configs/NAME.py` is looked for in the current folder, and then among the files that travel with the package.
-    Raises: UserError that names both places.
+    Raises: ArgumentError that names both places.
     """
     name, colon, architecture = path.partition(":")
     if Path(name).is_file():
@@ -422,9 +422,10 @@ def locate(path: str) -> str:
     if Path(name).parent == Path("configs") and installed.is_file():
         return f"{installed}{colon}{architecture}"
     known = ", ".join(f"configs/{file.name}" for file in sorted(_installed().glob("*.py")))
-    raise UserError(
-        f"--config={path}: expected FILE.py:ARCHITECTURE, found no file {name} in {Path.cwd()}; "
-        f"{_installed()} has {known}"
+    raise ArgumentError(
+        "config",
+        f"expected FILE.py:ARCHITECTURE, found no file {name} in {Path.cwd()}; the package's own, in "
+        f"{_installed().parent}, are {known}",
     )
 
 
@@ -437,7 +438,8 @@ def load(path: str) -> ml_collections.ConfigDict:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"--config={path}: cannot be loaded: {type(error).__name__}: {error}") from error
+        problem = f"expected a file whose get_config() returns a config, found {path}: {type(error).__name__}: {error}"
+        raise ArgumentError("config", problem) from error
 
 
 def check_flags(argv: list[str]) -> list[str]:
