@@ -137,7 +137,7 @@ def test_unknown_fields_and_wrong_types_are_refused_by_name():
         ("--config.model.dimm=3", "config.model.dimm: no such field; did you mean dim?"),
         ("--config.steps.more=1", "config.steps.more: no such field; there are none below it"),
         ("--config=configs/tiny.py:flex-9", "architecture 'flex-9': expected base, memory, or flex-B"),
-        ("--config=configs/tyni.py", "config: expected FILE.py:ARCHITECTURE, found no file configs/tyni.py in "),
+        ("--config=configs/tyni.py", "config: expected FILE.py:ARCHITECTURE, found no file configs/tyni.py"),
     ],
 )
 def test_overrides_and_files_that_do_not_exist_are_refused(argument, message):
@@ -150,7 +150,7 @@ def test_overrides_and_files_that_do_not_exist_are_refused(argument, message):
     "argument, message",
     [
         ("--config.steps=many", "flag --config.steps=many"),
-        ("--config=configs/tyni.py", "error: --config: expected FILE.py:ARCHITECTURE, found no file configs/tyni.py in "),
+        ("--config=configs/tyni.py", "error: --config: expected FILE.py:ARCHITECTURE, found no file configs/tyni.py"),
         ("--config.model.heads=3", "error: config.model.heads: expected a divisor of model.dim = 256, found 3"),
     ],
 )
