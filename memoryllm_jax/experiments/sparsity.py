@@ -71,7 +71,8 @@ def prune(config: ModelConfig, params: dict, mesh, windows_NT: np.ndarray, metho
         for layer in params["layers"]:
             grams = None
             for x_BTD in inputs:
-                new = _grams(config, layer, x_BTD)
+                # One batch at a time: on several CPU devices, the all-reduces of two running programs can deadlock.
+                new = jax.block_until_ready(_grams(config, layer, x_BTD))
                 grams = new if grams is None else jax.tree.map(jnp.add, grams, new)
             layers.append(_prune_layer(layer, grams, method, pattern))
             inputs = [_forward(config, layers[-1], x_BTD) for x_BTD in inputs]
@@ -80,8 +81,8 @@ def prune(config: ModelConfig, params: dict, mesh, windows_NT: np.ndarray, metho
 
 def nonzeros(params: dict) -> int:
     """Weights of the layers' matrices that are not zero."""
-    counts = [jnp.count_nonzero(layer[module][name]) for layer in params["layers"] for module, name, _ in _MATRICES]
-    return sum(map(int, counts))
+    matrices = [layer[module][name] for layer in params["layers"] for module, name, _ in _MATRICES]
+    return sum(int(jnp.count_nonzero(w)) for w in matrices)
 
 
 def _apply_layer(config, layer, x_BTD):
