@@ -142,7 +142,7 @@ def outliers(
     model: KeyValueModel,
     page: Report,
     *,
-    ratio: Annotated[tuple[str, ...], Option("M, one or several")] = ("5", "10", "20"),
+    ratio: Annotated[tuple[str, ...], Option("factors M of the mean |c|, one or several")] = ("5", "10", "20"),
     top: Annotated[int, Option("keys of each layer to list, those that are outliers for most tokens", least=1)] = 10,
 ) -> dict:
     """Keys above M times the mean |c| of their token and layer.
