@@ -31,9 +31,9 @@ class Command:
         with open(self.log, "w") as file:
             self.process = subprocess.Popen(self.line, stdout=file, stderr=file, env=self.env)
 
-    def end(self) -> int:
-        """The exit code, within a minute."""
-        return self.process.wait(60)
+    def end(self, seconds: float = 60) -> int:
+        """The exit code."""
+        return self.process.wait(seconds)
 
 
 def start_several(folder, count, fields):
@@ -92,23 +92,23 @@ def test_mistakes_in_options_are_one_sentence(arguments, message):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_sigterm_to_one_saves_both(data_path, tmp_path):
-    fields = {"steps": 60, "data.path": data_path, "checkpoint.every": 1000, "sample.tokens": 3}
+    fields = {"steps": 120, "data.path": data_path, "checkpoint.every": 1000, "sample.tokens": 3}
     processes = start_several(tmp_path, 2, fields)
-    wait_until(lambda: count_records(tmp_path / "w") >= 20, *processes)
+    wait_until(lambda: count_records(tmp_path / "w") >= 10, *processes)
     processes[1].process.send_signal(signal.SIGTERM)
     assert [p.end() for p in processes] == [hosts.STOPPED] * 2
     saved = max(int(path.name) for path in (tmp_path / "w").glob("[0-9]*"))
-    assert saved == records(tmp_path / "w")[-1]["step"] < 60
+    assert saved == records(tmp_path / "w")[-1]["step"] < 120
 
     processes = start_several(tmp_path, 2, fields)
-    assert [p.end() for p in processes] == [0, 0]
+    assert [p.end(seconds=200) for p in processes] == [0, 0]
     assert "sample at temperature" in processes[0].log.read_text()
-    assert json.loads((tmp_path / "w" / "result.json").read_text())["steps"] == 60
+    assert json.loads((tmp_path / "w" / "result.json").read_text())["steps"] == 120
     train_here(tmp_path / "here", fields | {"sample.tokens": 0}, devices=2)
     here, both = ([r["loss"] for r in records(folder)] for folder in (tmp_path / "here", tmp_path / "w"))
-    assert len(both) == 60
+    assert len(both) == 120
     np.testing.assert_allclose(both[:20], here[:20], rtol=1e-5)
-    np.testing.assert_allclose(both, here, rtol=1e-3)
+    np.testing.assert_allclose(both, here, rtol=1e-2)  # rounding grows from step to step
 
 
 def test_processes_end_when_one_is_killed_and_one_process_goes_on(data_path, tmp_path, monkeypatch):
