@@ -199,7 +199,7 @@ class TolFile:
             raise ValueError(f"the parts {', '.join(names)} in tier {number}")
         for part in tier.parts:
             if any(band.bits not in (*FLOATS, *INTEGERS) or band.size < 1 for band in part.bands):
-                raise ValueError(f"a band of {part.name} of a size or number of bits that does not exist")
+                raise ValueError(f"a band of {part.name} that is empty or has an unknown number of bits")
             if part.rank > layout.dim or (part.rank < layout.dim and not part.rotated):
                 raise ValueError(f"{part.rank} elements of {part.name}, where the width is {layout.dim}")
 
