@@ -75,7 +75,7 @@ def perplexity(model: Engine, text: Text, windows: Windows, save_tokens: str = "
     # By the position of the predicted token in its window: the sum of nats, and the number of tokens.
     nats_T, predicted_T = np.zeros(windows.context), np.zeros(windows.context, np.int64)
     saved = []
-    step = max(1, _CHUNK // windows.context)
+    step = max(1, _CHUNK // windows.context)  # windows whose ids are in memory at a time
     for first in range(0, len(spans), step):
         chosen = spans[first : first + step]
         pieces = text.read_each([start for start, _, _ in chosen], windows.context + 1)

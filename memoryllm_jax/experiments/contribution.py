@@ -119,7 +119,7 @@ def _draw_alpha(changes, metric):
     axis.invert_xaxis()
     axis.set(xlabel="alpha", ylabel=f"change of {metric}, %")
     if metric == PERPLEXITY:
-        axis.set_yscale("symlog", linthresh=1)
+        axis.set_yscale("symlog", linthresh=1)  # changes may be negative, and reach thousands of percent
     plots.legend(axis)
     return figure
 
@@ -235,6 +235,7 @@ def greedy(cost_without: Callable[[list[int]], float], singles: list[float], cou
     left = list(range(len(singles)))
     while len(drops) < count:
         gone = [drop.layer for drop in drops]
+        # All candidates are measured again in each step: what a layer costs depends on those that are gone already.
         costs = {layer: cost_without([*gone, layer]) if gone else singles[layer] for layer in left}
         best = min(costs, key=costs.get)
         drops.append(Drop(best, costs[best]))

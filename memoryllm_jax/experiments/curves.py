@@ -76,6 +76,7 @@ def run_of(workdir: str) -> dict | None:
     curve = _curve(config, path)
     if not curve:
         return None
+    # Fields that say where and how fast a run was computed may differ, and those that make the architecture.
     free = (*RESUMABLE_FIELDS, "model.beta", "model.token_memory", "model.compute_input")
     recipe = {name: value for name, value in flatten(config).items() if name not in free}
     return {
@@ -88,6 +89,8 @@ def run_of(workdir: str) -> dict | None:
 
 
 def _curve(config: Config, path: str) -> list[dict]:
+    """The points of `run_of`, from the lines of metrics.jsonl."""
+    # A record of training has no duration, but the tokens since the one before, and their speed without other work.
     curve, tokens, seconds, flops = [], 0, 0.0, 0.0
     for record in metrics.records(path):
         if record["kind"] == "train":
@@ -137,7 +140,8 @@ def draw(runs: dict[str, dict], folder: str, facts: dict[str, str]) -> str:
             "embedding and output head are not among them, as in the paper."
         )
         caption = "Held-out loss in nats a token; speed without compiling, evaluating and saving"
-        page.table(_HEAD, [_row(name, run) for name, run in runs.items()], caption, csv="runs")
+        rows = [_row(name, run) for name, run in runs.items()]
+        page.table(list(rows[0]), [list(row.values()) for row in rows], caption, csv="runs")
         _write_curves(page, runs)
         for axis in _AXES:
             caption = f"Held-out loss against {axis.label} (the paper's Figure 10 is against tokens)"
@@ -146,32 +150,19 @@ def draw(runs: dict[str, dict], folder: str, facts: dict[str, str]) -> str:
         return page.write(runs)
 
 
-_HEAD = [
-    "architecture",
-    "total, M",
-    "active, M",
-    "steps",
-    "loss",
-    "perplexity",
-    "bits per byte",
-    "tokens/s",
-    "MFLOP a token",
-]
-
-
 def _row(name, run):
     end, counts = run["curve"][-1], run["parameters"]
-    return [
-        name,
-        counts["total"] / 1e6,
-        counts["active"] / 1e6,
-        end["step"],
-        end["loss"],
-        end["perplexity"],
-        end["bits_per_byte"],
-        end["tokens"] / end["seconds"],
-        end["flops"] / end["tokens"] / 1e6,
-    ]
+    return {
+        "architecture": name,
+        "total, M": counts["total"] / 1e6,
+        "active, M": counts["active"] / 1e6,
+        "steps": end["step"],
+        "loss": end["loss"],
+        "perplexity": end["perplexity"],
+        "bits per byte": end["bits_per_byte"],
+        "tokens/s": end["tokens"] / end["seconds"],
+        "MFLOP a token": end["flops"] / end["tokens"] / 1e6,
+    }
 
 
 def _write_curves(page, runs):
@@ -183,7 +174,7 @@ def _write_curves(page, runs):
 def _draw_curves(runs, against: _Axis):
     figure, axis = plots.new_figure()
     for number, (name, run) in enumerate(runs.items()):
-        points = [point for point in run["curve"] if point["tokens"]]
+        points = [point for point in run["curve"] if point["tokens"]]  # an evaluation before training has none
         x = [point[against.field] / against.unit for point in points]
         axis.plot(x, [point["loss"] for point in points], **plots.style_of(number), label=name)
     axis.set(xlabel=against.label, ylabel="held-out loss, nats a token")

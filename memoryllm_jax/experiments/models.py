@@ -41,7 +41,7 @@ class Models:
         self.facts: dict[str, str] = {}
         self.labels: list[str] = []
         self.configs: list[config.ModelConfig] = []
-        for workdir in workdirs:
+        for workdir in workdirs:  # only their configs are read, so that experiments can refuse before they load weights
             with contextlib.closing(TrainedModel(workdir, dtype=dtype)) as trained:
                 label = trained.config.architecture
                 if label in self.labels:

@@ -47,35 +47,35 @@ def test_text_files_are_what_prepare_would_make_of_them(lab, tmp_path):
         assert found["bytes"] == sum(len(text.encode()) for text in texts)
 
 
-def test_windows_with_a_stride_predict_each_token_once_from_at_least_the_rest(lab, tmp_path):
+def test_windows_with_a_stride_predict_each_token_once_from_at_least_the_rest(lab):
     stride, tokens = 12, 90
-    windows = Windows(CONTEXT, stride, max_tokens=tokens)
     with lab.model("flex-3") as model:
         ids = dataset.Dataset(lab.data_path).validation.read(0, tokens + 1)
         first_window = [max(0, -(-(target - CONTEXT) // stride)) for target in range(tokens + 1)]
         starts = [stride * k for k in range(max(first_window) + 1)]
-        batch = np.stack(
-            [np.pad(part, (0, CONTEXT + 1 - len(part))) for part in (ids[s:][: CONTEXT + 1] for s in starts)]
-        )
+        pieces = [ids[start : start + CONTEXT + 1] for start in starts]
+        batch = np.stack([np.pad(piece, (0, CONTEXT + 1 - len(piece))) for piece in pieces])
         p = log_softmax(model, batch[:, :-1])
-        nll = [-p[k, target - starts[k] - 1, ids[target]] for target, k in enumerate(first_window) if target]
-        found = quality(model, lab.data_path, windows)
-        assert found["loss"] == pytest.approx(np.mean(nll), rel=1e-5)
-        assert (found["tokens"], found["windows"], len(nll)) == (tokens, len(starts), tokens)
+        nats = [-p[k, target - starts[k] - 1, ids[target]] for target, k in enumerate(first_window) if target]
+        found = quality(model, lab.data_path, Windows(CONTEXT, stride, max_tokens=tokens))
+    assert found["loss"] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert (found["tokens"], found["windows"], len(nats)) == (tokens, len(starts), tokens)
 
-        path = str(tmp_path / "ids.npy")
-        found = quality(model, lab.data_path, Windows(CONTEXT, CONTEXT, tokens, whole=True), save_tokens=path)
-        trained = np.load(path)
-        assert (
-            trained.shape == (2, CONTEXT + 1) and trained.dtype == np.int32 and found["tokens"] == trained[:, 1:].size
-        )
-        np.testing.assert_array_equal(trained.ravel()[: CONTEXT + 1], ids[: CONTEXT + 1])
-        p = np.take_along_axis(log_softmax(model, trained[:, :-1]), trained[:, 1:, None], -1)
-        assert found["loss"] == pytest.approx(-p.mean(), rel=1e-5)
-        parts = [list(part.values()) for part in found["by_context"]]
-        bounds = [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32)]
-        for (start, last, nats, count), bound in zip(parts, bounds, strict=True):
-            assert (start, last) == bound and count == 2 * (last - start + 1)
-            assert nats == pytest.approx(-p[:, start - 1 : last].mean(), rel=1e-5)
-        with pytest.raises(UserError, match="expected at least 33 tokens, found 9000"):
-            Windows(CONTEXT, CONTEXT, 31, whole=True).cut(9000, "DATA")
+
+def test_scored_ids_are_saved_in_whole_windows(lab, tmp_path):
+    path = str(tmp_path / "ids.npy")
+    with lab.model("flex-3") as model:
+        found = quality(model, lab.data_path, Windows(CONTEXT, CONTEXT, 90, whole=True), save_tokens=path)
+        saved = np.load(path)
+        p = np.take_along_axis(log_softmax(model, saved[:, :-1]), saved[:, 1:, None], -1)
+    ids = dataset.Dataset(lab.data_path).validation.read(0, CONTEXT + 1)
+    assert saved.shape == (2, CONTEXT + 1) and saved.dtype == np.int32 and found["tokens"] == 2 * CONTEXT
+    np.testing.assert_array_equal(saved[0], ids)
+    assert found["loss"] == pytest.approx(-p.mean(), rel=1e-5)
+    parts = [tuple(part.values()) for part in found["by_context"]]
+    bounds = [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32)]
+    for (start, last, nats, count), bound in zip(parts, bounds, strict=True):
+        assert (start, last) == bound and count == 2 * (last - start + 1)
+        assert nats == pytest.approx(-p[:, start - 1 : last].mean(), rel=1e-5)
+    with pytest.raises(UserError, match="expected at least 33 tokens, found 9000"):
+        Windows(CONTEXT, CONTEXT, 31, whole=True).cut(9000, "DATA")
