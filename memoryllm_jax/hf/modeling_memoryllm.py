@@ -30,11 +30,15 @@ from transformers.models.llama.modeling_llama import (
 
 
 class MemoryLLMConfig(LlamaConfig):
-    """Llama's settings, where `intermediate_size` is FFN-C's width (0: none), and these.
+    """Llama's settings, where `intermediate_size` is FFN-C's width (0: there is no FFN-C), and these.
 
-    memory_size: FFN-M's width.  beta: FFN-C has beta of the FFN's 8 h^2 parameters.  compute_input: what FFN-C reads,
-    `block_input` (X_l) or `after_attention`.  norm: `rmsnorm` or `layernorm`.  decoder_digest: names the weights that
-    a ToL file's rows work with.  tol: path of a ToL file, or None.
+    Attributes:
+      memory_size: FFN-M's width.
+      beta: FFN-C has beta h^2 of the FFNs' 8 h^2 parameters, where h is the model's width.
+      compute_input: what FFN-C reads: `block_input` (X_l) or `after_attention`.
+      norm: `rmsnorm` or `layernorm`.
+      decoder_digest: names the weights that a ToL file's rows belong to.
+      tol: path of a ToL file, or None.
     """
 
     model_type = "memoryllm"
@@ -137,7 +141,15 @@ class MemoryLLMForCausalLM(LlamaForCausalLM):
 
 
 class Tol:
-    """Rows of a ToL file, version 1 (docs/tol.md of memoryllm_jax); (ids [B, T], like) -> x0 or None, rows."""
+    """Rows of a ToL file, version 1 (docs/tol.md of memoryllm_jax).
+
+    Args:
+      path: of the file.
+      config: MemoryLLMConfig of the model that reads it.
+    Attributes:
+      has_x0: whether rows hold X_0 too, as they do where the embedding is untied.
+    Raises: ValueError for a damaged file or one of another model.
+    """
 
     def __init__(self, path, config):
         import xxhash
@@ -149,88 +161,106 @@ class Tol:
         meta = self._header.pop("__metadata__")
         layout = json.loads(meta["layout"])
         self.has_x0, self._dim, self._layers = layout["has_x0"], layout["dim"], layout["layers"]
+        self._tiers = layout["tiers"]
+        self._check_model(meta, config)
+        self._check_tensors(json.loads(meta["tensor_checksums"]))
+        self._row_of_token = np.frombuffer(self._read("row_of_token"), "<i4")
+        self._checksums = np.frombuffer(self._read("checksums"), "<u8")
+        self._first_rows = np.cumsum([0] + [tier["rows"] for tier in self._tiers])
+        names = {part["name"] for tier in self._tiers for part in tier["parts"] if part["rotated"]}
+        self._bases = {name: _bfloat16(self._read(f"basis.{name}")).reshape(-1, self._dim) for name in names}
+
+    def _check_model(self, meta, config):
         end = self._data + max(entry["data_offsets"][1] for entry in self._header.values())
-        expected = {
+        expected_and_found = {
             "format": ("memoryllm_tol", meta["format"]),
             "version": ("1", meta["version"]),
-            "bytes": (end, os.path.getsize(path)),
+            "bytes": (end, os.path.getsize(self._path)),
             "vocabulary": (config.vocab_size, int(meta["vocab_size"])),
             "width": (config.hidden_size, self._dim),
             "layers": (config.num_hidden_layers, self._layers),
             "decoder_digest": (config.decoder_digest, meta["decoder_digest"]),
         }
-        for name, (wanted, found) in expected.items():
-            if wanted != found:
-                raise ValueError(f"{path}: {name}: expected {wanted}, found {found}")
-        sums = json.loads(meta["tensor_checksums"])
-        for name in [name for name in self._header if name in sums]:
-            if self._checksum(self._read(name)) != int(sums[name], 16):
-                raise ValueError(f"{path}: tensor {name} is damaged")
-        self._row_of_token = np.frombuffer(self._read("row_of_token"), "<i4")
-        self._checksums = np.frombuffer(self._read("checksums"), "<u8")
-        self._tiers = layout["tiers"]
-        self._first = np.cumsum([0] + [tier["rows"] for tier in self._tiers])
-        names = {part["name"] for tier in self._tiers for part in tier["parts"] if part["rotated"]}
-        self._bases = {name: _bfloat16(self._read(f"basis.{name}")).reshape(-1, self._dim) for name in names}
+        for name, (expected, found) in expected_and_found.items():
+            if expected != found:
+                raise ValueError(f"{self._path}: {name}: expected {expected}, found {found}")
+
+    def _check_tensors(self, sums):
+        """The small tensors; rows are checked when they are read."""
+        for name in self._header:
+            if name in sums and self._checksum(self._read(name)) != int(sums[name], 16):
+                raise ValueError(f"{self._path}: tensor {name} is damaged")
 
     def __call__(self, ids, like):
-        """x0 [B, T, D] (None: the embedding is tied) and FFN-M [B, T, L, D], in dtype and on device of `like`."""
+        """Looks token ids up.
+
+        Args:
+          ids: [B, T].
+          like: a tensor whose dtype and device the result has.
+        Returns: (X_0 [B, T, D], or None where the embedding is tied; FFN-M [B, T, L, D]).
+        """
         unique, index = np.unique(ids.cpu().numpy(), return_inverse=True)
         vectors = np.zeros((len(unique), self.has_x0 + self._layers, self._dim), np.float32)
         rows = self._row_of_token[unique]
-        tiers = np.searchsorted(self._first, rows, "right") - 1
-        for k in np.unique(tiers):
-            members = np.flatnonzero(tiers == k)
-            raw = np.stack([self._raw(k, rows[m], unique[m]) for m in members])
-            for name, x in self._decode(k, raw).items():
-                vectors[members, 0 if name == "x0" else self.has_x0 + int(name.removeprefix("ffn."))] = x
+        tiers = np.searchsorted(self._first_rows, rows, "right") - 1
+        for tier in np.unique(tiers):
+            members = np.flatnonzero(tiers == tier)
+            raw = np.stack([self._read_row(tier, rows[m], unique[m]) for m in members])
+            # A layer that was dropped has no part, and stays zero.
+            for name, part in self._decode(tier, raw).items():
+                place = 0 if name == "x0" else self.has_x0 + int(name.removeprefix("ffn."))
+                vectors[members, place] = part
         found = torch.from_numpy(vectors).to(like.device, like.dtype)[torch.from_numpy(index).to(like.device)]
         found = found.reshape(*ids.shape, -1, self._dim)
         return (found[:, :, 0] if self.has_x0 else None), found[:, :, self.has_x0 :]
 
     def _read(self, name, start=0, size=None):
+        """Bytes of a tensor, all of them or `size` from `start` on."""
         first, end = self._header[name]["data_offsets"]
         return os.pread(self._file.fileno(), end - first if size is None else size, self._data + first + start)
 
-    def _raw(self, k, row, token):
-        first, end = self._header[f"rows.{k}"]["data_offsets"]
-        size = (end - first) // self._tiers[k]["rows"]
-        raw = self._read(f"rows.{k}", int(row - self._first[k]) * size, size)
+    def _read_row(self, tier, row, token):
+        first, end = self._header[f"rows.{tier}"]["data_offsets"]
+        size = (end - first) // self._tiers[tier]["rows"]
+        raw = self._read(f"rows.{tier}", int(row - self._first_rows[tier]) * size, size)
         if self._checksum(raw) != int(self._checksums[row]):
             raise ValueError(f"{self._path}: the row of token {token} is damaged")
         return np.frombuffer(raw, np.uint8)
 
-    def _decode(self, k, raw):
-        """uint8 [n, bytes] -> {part name: float32 [n, D]}."""
+    def _decode(self, tier, raw):
+        """Rows of a tier, uint8 [n, bytes] -> {part name: float32 [n, D]}."""
         out = {}
-        for part in self._tiers[k]["parts"]:
-            pieces = []
+        for part in self._tiers[tier]["parts"]:
+            bands = []
             for band in part["bands"]:
                 values, raw = _decode_band(raw, band["size"], band["bits"])
-                pieces.append(values)
-            x = np.concatenate(pieces, 1)
+                bands.append(values)
+            x = np.concatenate(bands, 1)
             out[part["name"]] = x @ self._bases[part["name"]][: x.shape[1]] if part["rotated"] else x
         return out
 
 
 def _bfloat16(raw):
+    """bfloat16, which NumPy lacks, as float32: its bits are the upper half."""
     return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
 
 
 def _decode_band(raw, size, bits):
-    """uint8 [n, bytes] that begin with a band -> (float32 [n, size], the bytes after it)."""
+    """Rows that begin with a band, uint8 [n, bytes] -> (float32 [n, size], the bytes after it)."""
     n = len(raw)
     if bits >= 16:
         end = size * bits // 8
         content = np.ascontiguousarray(raw[:, :end])
         values = _bfloat16(content) if bits == 16 else content.view("<f4")
         return values.reshape(n, size), raw[:, end:]
+    # Groups of 64 elements with one scale each; a shorter band is one group, filled up to whole bytes.
     group = 64 if size >= 64 else -(-size // 8) * 8
     groups = -(-size // group)
     first, end = 2 * groups, 2 * groups + groups * group * bits // 8
     scales = _bfloat16(np.ascontiguousarray(raw[:, :first])).reshape(n, groups, 1)
     codes = raw[:, first:end]
     if bits < 8:
+        # Bit i of all codes is plane i.
         planes = np.unpackbits(codes.reshape(n, bits, -1), axis=2, bitorder="little")
         codes = sum(planes[:, i].astype(int) << i for i in range(bits))
     values = (codes.reshape(n, groups, group).astype("<f4") - 2 ** (bits - 1) + 0.5) * scales

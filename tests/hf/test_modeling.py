@@ -1,6 +1,8 @@
 """Exported models in transformers compute what ours do, with live FFN-M and with rows of a ToL file."""
 
 import functools
+import json
+import struct
 
 import numpy as np
 import pytest
@@ -68,6 +70,19 @@ def test_a_tol_file_of_other_weights_is_refused(exported, lab):
     _, _, load = exported("memory")
     with pytest.raises(ValueError, match="decoder_digest: expected"):
         load(lab.tol("memory"))
+
+
+def test_a_damaged_row_is_refused(exported, tmp_path):
+    workdir, _, load = exported("memory")
+    tol = tmp_path / "tol"
+    compress.precompute(workdir, str(tol), compress.Options())
+    raw = bytearray(tol.read_bytes())
+    (length,) = struct.unpack_from("<Q", raw)
+    start, end = json.loads(raw[8 : 8 + length])["rows.0"]["data_offsets"]
+    raw[8 + length + start : 8 + length + end] = bytes(end - start)
+    tol.write_bytes(raw)
+    with pytest.raises(ValueError, match="the row of token .* is damaged"):
+        their_logits(load(str(tol)), IDS)
 
 
 def test_the_exported_tokenizer_gives_our_ids(transformers, exported):
