@@ -211,7 +211,9 @@ def _for_serving(name, leaf, config):
     dtype = _serving_dtype(name, config)
     where = leaf.sharding
     if not name.startswith(("layers/", "memory/")):
-        return jax.jit(lambda x: x.astype(dtype), out_shardings=where)(leaf) if leaf.dtype != dtype else leaf
+        if leaf.dtype == dtype:
+            return leaf
+        return jax.jit(lambda x: x.astype(dtype), out_shardings=where)(leaf)
     layer = NamedSharding(where.mesh, P(*where.spec[1:]))
     return jax.jit(lambda x: [x[i].astype(dtype) for i in range(x.shape[0])], out_shardings=layer)(leaf)
 

@@ -81,7 +81,7 @@ def test_a_damaged_row_is_refused(exported, tmp_path):
     start, end = json.loads(raw[8 : 8 + length])["rows.0"]["data_offsets"]
     raw[8 + length + start : 8 + length + end] = bytes(end - start)
     tol.write_bytes(raw)
-    with pytest.raises(ValueError, match="the row of token .* is damaged"):
+    with pytest.raises(ValueError, match=r"the row of token .* is damaged"):
         their_logits(load(str(tol)), IDS)
 
 
