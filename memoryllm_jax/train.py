@@ -40,7 +40,7 @@ def main(
     chip: Annotated[str, Option("kind of device to plan for", choices=tuple(chips.CHIPS))] = "h100",
     slices: Annotated[int, Option("TPU slices to plan for; 0: as few as hold the devices", least=0)] = 0,
     tokens: Annotated[float, Option("tokens of the run to plan; 0: those of the config's steps", least=0)] = 0.0,
-    plan: Annotated[str, Option("JSON file for the plan")] = "",
+    plan: Annotated[str, Option("JSON file to write the plan to")] = "",
 ) -> int:
     config = resolve(flags.FLAGS.config)
     if dry_run:

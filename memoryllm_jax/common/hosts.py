@@ -29,8 +29,12 @@ class HostOptions:
         bool, Option("join the other processes of the run; SLURM, TPU pods and Kubernetes say where they are")
     ] = False
     coordinator: Annotated[str | None, Option("HOST:PORT of process 0, for --multihost without a scheduler")] = None
-    num_processes: Annotated[int | None, Option("number of processes, likewise", least=1)] = None
-    process_id: Annotated[int | None, Option("number of this process, from 0 on, likewise", least=0)] = None
+    num_processes: Annotated[
+        int | None, Option("number of processes, for --multihost without a scheduler", least=1)
+    ] = None
+    process_id: Annotated[
+        int | None, Option("number of this process, from 0 on, for --multihost without a scheduler", least=0)
+    ] = None
 
     def __post_init__(self):
         options.check(self)
