@@ -34,7 +34,7 @@ def main(
     engine: EngineOptions,
     text: WindowedText,
     tasks: LoggedTasks,
-    output: Annotated[str, Option("JSON file for the result; of tasks, in the harness's format")] = "",
+    output: Annotated[str, Option("JSON file for the result; for tasks in the harness's format")] = "",
     page: Annotated[str, Option("folder for evaluate.html, evaluate.json, and CSV and PNG files")] = "",
 ) -> None:
     if bool(text.data) == bool(tasks.tasks):

@@ -21,7 +21,7 @@ class TextOptions:
     """The text that a model's loss is measured on; empty `data` is none. Raises: ArgumentError."""
 
     data: Annotated[str, Option("prepared data (folder or URL) or text files (globs, comma-separated)")] = ""
-    split: Annotated[str, Option("of prepared data", choices=("train", "validation"))] = "validation"
+    split: Annotated[str, Option("part of the prepared data", choices=("train", "validation"))] = "validation"
     text_key: Annotated[str, Option("JSON field or parquet column that holds the text")] = "text"
     max_tokens: Annotated[int, Option("predict at most this many tokens, from the start; 0: all", least=0)] = 0
 
@@ -64,11 +64,11 @@ class TaskOptions:
     """The tasks that a model is scored on, and how; empty `tasks` are none. Raises: ArgumentError."""
 
     tasks: Annotated[
-        tuple[str, ...], Option("the harness's tasks, groups or tags, or tasks of --task_path; may have * in them")
+        tuple[str, ...], Option("names of the harness's tasks, groups or tags, or of tasks in --task_path; may have *")
     ] = ()
     num_fewshot: Annotated[int | None, Option("examples in a prompt; by default as the task says", least=0)] = None
     limit: Annotated[
-        float, Option("documents of each task, or a share of them below 1, for trials; 0: all", least=0)
+        float, Option("documents of each task, or if below 1 a share of them, for trials; 0: all", least=0)
     ] = 0.0
     task_path: Annotated[str, Option("folder with task files (.yaml) of your own")] = ""
     task_data: Annotated[str, Option("folder with lambada.jsonl and piqa.jsonl, for lambada_local and piqa_local")] = ""

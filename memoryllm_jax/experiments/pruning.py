@@ -36,15 +36,15 @@ def pruning(
     *,
     measure: Measure,
     calibration: Annotated[str, Option("prepared data of the model's tokenizer to calibrate pruning on")] = "",
-    windows: Annotated[int, Option("of the model's context, of the calibration text", least=0)] = 128,
-    methods: Annotated[tuple[str, ...], Option(f"of pruning: {', '.join(METHODS)}")] = METHODS,
+    windows: Annotated[int, Option("windows of calibration text, each as long as the model's context", least=0)] = 128,
+    methods: Annotated[tuple[str, ...], Option(f"methods to compare: {', '.join(METHODS)}")] = METHODS,
 ) -> dict:
     """Base pruned by magnitude, Wanda and SparseGPT against memory and flex (MemoryLLM, Figure 11).
 
-    One model must be base. Its matrices of attention and FFN get zeros, the same share in each: so many that the
-    weights left are the active parameters of memory and of flex-1, 2, 3 of its shape; and two of every four (2:4),
-    which at the usual shape leaves flex-2's count. Methods are calibrated on the first --windows windows of the
-    training split of --calibration. All other models are points on the same axes.
+    One model must be base. All of its matrices of attention and FFN get the same share of zeros. The shares leave as
+    many weights as memory and flex-1, 2, 3 of base's shape have active parameters. A last pattern sets two of every
+    four weights to zero (2:4), which at the usual shape leaves flex-2's count. Methods are calibrated on the first
+    --windows windows of the training split of --calibration. All other models are points on the same axes.
     """
     for method in methods:
         if method not in METHODS:
