@@ -3,10 +3,12 @@
     python -m memoryllm_jax.export --workdir=DIR --output=HF_DIR [--dtype=bfloat16]
     python -m memoryllm_jax.export --import=HF_DIR --workdir=DIR
 
-base becomes an ordinary Llama. memory and flex-B keep Llama's names and add `model.layers.N.memory.*`; a modeling file
-in the directory runs them with AutoModelForCausalLM.from_pretrained(HF_DIR, trust_remote_code=True), with live FFN-M or
-with a ToL file (tol="FILE"). --import takes Llama models in safetensors files, and what this command wrote. The workdir
-then works with evaluate, generate, precompute and export, and training starts from it with configs/start.py.
+A base model becomes an ordinary Llama. memory and flex-B keep Llama's tensor names and add `model.layers.N.memory.*`.
+The directory then holds a modeling file, so that transformers loads it with
+AutoModelForCausalLM.from_pretrained(HF_DIR, trust_remote_code=True), and with tol="FILE" from a ToL file.
+
+--import reads Llama models in safetensors files, and directories that this command wrote. evaluate, generate,
+precompute and export then take the workdir, and training can start from it with configs/start.py.
 """
 
 from typing import Annotated
@@ -19,10 +21,10 @@ from memoryllm_jax.hf.import_ import import_model
 
 
 def main(
-    workdir: Annotated[str, Option("folder with checkpoints; --import makes it")],
+    workdir: Annotated[str, Option("folder with checkpoints; --import writes it")],
     output: Annotated[str, Option("Hugging Face directory to write")] = "",
     import_: Annotated[str, Option("Hugging Face directory to read")] = "",
-    dtype: Annotated[str, Option("float32, bfloat16 or float16; by default that of the import, else float32")] = "",
+    dtype: Annotated[str, Option("float32, bfloat16 or float16; by default the imported model's, else float32")] = "",
     shard_size: Annotated[str, Option("largest size of a safetensors file")] = "5GB",
     step: Annotated[int | None, Option("checkpoint to export; by default the newest")] = None,
 ) -> None:

@@ -1,7 +1,7 @@
-"""Checkpoints: parameters, optimizer, data position, config and tokenizer together, in numbered folders of the workdir.
+"""Checkpoints in numbered folders of the workdir: the training state, with config, tokenizer and data digest as JSON.
 
-Orbax saves in the background and gives a checkpoint its name only when it is whole; on gs://, where nothing can be
-renamed, it writes a file commit_success.txt last.
+Orbax saves in the background. It gives a checkpoint its final name only when it is complete; on gs://, where nothing
+can be renamed, it writes a file commit_success.txt last.
 """
 
 import contextlib
@@ -20,12 +20,15 @@ from memoryllm_jax.config import Config
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.tokenizer import Tokenizer
 
-# Arrays are cut into chunks of this size on disk: reading one needs a chunk's memory beside the array's own.
+# Arrays are stored in chunks of this size: reading an array takes the memory of one chunk besides the array's own.
 _CHUNK_BYTES = 64 << 20
 
 
 def describe(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> dict:
-    """The JSON that is saved beside the arrays. The data position is not in it: it is the step, the folder's name."""
+    """The JSON that is saved beside the arrays: config, digest of the data and tokenizer.
+
+    The position in the data is not in it, as it follows from the step, which is the folder's name.
+    """
     return {"config": dataclasses.asdict(config), "data": {"digest": dataset.digest}, "tokenizer": tokenizer.to_json()}
 
 
@@ -40,10 +43,11 @@ class Checkpoints:
     """The checkpoints of one workdir.
 
     Args:
-      keep: number of newest checkpoints that stay when a new one is saved.
-      keep_every: checkpoints of steps that this number divides stay too; 0 for none.
-      read_only: nothing is written or removed.
-    Raises: UserError, also for errors of a save in the background: at the next `save`, `check` or `wait`.
+      workdir: local folder or gs:// URL.
+      keep: number of newest checkpoints that are kept when a new one is saved.
+      keep_every: checkpoints whose step this number divides are kept too; 0 keeps no others.
+      read_only: if true, nothing is written or removed.
+    Raises: UserError. An error of a save in the background is raised by the next `save`, `check` or `wait`.
     """
 
     def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0, read_only: bool = False):
@@ -62,9 +66,9 @@ class Checkpoints:
         self._closed = False
 
     def _remove_unfinished(self):
-        """Removes checkpoints on gs:// that were cut off.
+        """Removes checkpoints on gs:// whose save was interrupted.
 
-        Orbax's own clean-up would remove every folder without commit_success.txt, also those of other programs.
+        Orbax's own clean-up would remove every folder without commit_success.txt, including those of other programs.
         """
         fs, root = storage.filesystem(self.workdir)
         if not fs.exists(root):
@@ -74,19 +78,21 @@ class Checkpoints:
                 fs.rm(path, recursive=True)
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint, None if there is none."""
+        """Step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """Steps of all complete checkpoints, in rising order."""
+        """Steps of all complete checkpoints, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state, description: dict) -> None:
-        """Starts to save in the background; returns when the arrays are copied off the devices.
+        """Starts a save in the background, and returns when the arrays have been copied off the devices.
 
         Args:
-          state: tree of arrays.
-          description: as of `describe`.
+          step: number of the checkpoint.
+          state: tree of arrays, with the parameters under "params".
+          description: JSON to save beside them (`describe`).
+        Raises: UserError, also for an error of the last save.
         """
         chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state)
         args = ocp.args.Composite(
@@ -96,19 +102,22 @@ class Checkpoints:
             self._manager.save(step, args=args)
 
     def check(self) -> None:
-        """Raises the error of a background save, if it had one."""
+        """Raises: UserError if a save in the background has failed."""
         with self._saving():
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk. Raises its error, if it had one."""
+        """Blocks until the last save is on disk. Raises: UserError if it failed."""
         with self._saving():
             self._manager.wait_until_finished()
         self.check()
 
     @contextlib.contextmanager
     def _saving(self):
-        """Turns an error of Orbax into a UserError that names the newest good checkpoint, and removes the half save."""
+        """Turns an error of a save into a UserError that names the newest complete checkpoint.
+
+        Closes the checkpoints and removes what the failed save has written.
+        """
         try:
             yield
         except Exception as error:
@@ -126,28 +135,31 @@ class Checkpoints:
             raise UserError(f"{self.workdir}: saving a checkpoint failed: {reason}; {last_good}") from error
 
     def last_good(self) -> str:
-        """A clause for error messages that names the newest complete checkpoint. Waits for a save in the background."""
+        """A clause for error messages that names the newest complete checkpoint. First waits for a running save."""
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
         try:
-            self._manager.reload()
-        except Exception as error:  # a storage service that cannot be reached
+            self._manager.reload()  # its list of steps may hold one whose save has failed
+        except Exception as error:  # a storage service cannot be reached
             return f"{self.workdir} cannot be read: {storage.reason(error)}"
         step = self._manager.latest_step()
-        return "there is no checkpoint yet" if step is None else f"the last good checkpoint is {self.workdir}/{step}"
+        if step is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.workdir}/{step}"
 
     def description(self, step: int) -> dict:
-        """The description that was saved with a step. Raises: UserError."""
+        """The description that was saved with the checkpoint of a step. Raises: UserError."""
         with self._reading(step):
             args = ocp.args.Composite(description=ocp.args.JsonRestore())
             return self._manager.restore(step, args=args)["description"]
 
     def restore(self, step: int, shapes):
-        """The state of a step, on the devices that `shapes` names; it may have been saved from others.
+        """The state of a step, which may have been saved from another mesh.
 
         Args:
-          shapes: tree of jax.ShapeDtypeStruct with shardings. Padding differs between meshes: what is saved is cut
-            or filled with zeros to these shapes.
+          step: number of the checkpoint.
+          shapes: tree of jax.ShapeDtypeStruct with shardings, as the result shall have them. Padding differs between
+            meshes, so the saved arrays are cut or filled with zeros to these shapes.
         Raises: UserError.
         """
         with self._reading(step):
@@ -155,34 +167,41 @@ class Checkpoints:
             return self._manager.restore(step, args=args)["state"]
 
     def restore_leaf(self, step: int, path, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        """One parameter, cut or padded to the shape and in the dtype and sharding that `shape` names.
+        """Reads one parameter onto the devices.
 
         Args:
-          path: of the parameter in the tree of parameters, as `jax.tree_util` gives it.
+          step: number of the checkpoint.
+          path: path of the parameter in the tree of parameters, as `jax.tree_util` gives it.
+          shape: shape, dtype and sharding of the result, which is cut or filled with zeros to this shape.
         Raises: UserError.
         """
         how = ocp.checkpoint_utils.construct_restore_args(shape)
-        return self._restore_one(step, path, dataclasses.replace(how, strict=False))  # lets the shape differ
+        # strict=False lets Orbax cut and fill arrays of another shape.
+        return self._restore_one(step, path, dataclasses.replace(how, strict=False))
 
     def restore_on_host(self, step: int, path) -> np.ndarray:
-        """One parameter in host memory, as it was saved: with the padding of the mesh it was trained on.
+        """Reads one parameter into host memory as it was saved, with the padding of the mesh it was trained on.
 
         Args:
-          path: as of `restore_leaf`.
+          step: number of the checkpoint.
+          path: path of the parameter, as in `restore_leaf`.
         Raises: UserError.
         """
         return self._restore_one(step, path, ocp.RestoreArgs(restore_type=np.ndarray))
 
-    def _restore_one(self, step, path, how):
+    def _restore_one(self, step, path, restore_args):
+        # Orbax takes trees like the saved one: here, nested dicts that lead to this one leaf.
+        tree = restore_args
         for key in reversed(("params", *(key.key for key in path))):
-            how = {key: how}
-        item = jax.tree.map(lambda _: 0, how)  # only names the leaf: the checkpoint holds more of them
-        args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+            tree = {key: tree}
+        item = jax.tree.map(lambda _: 0, tree)  # only the leaf's place counts, not its value
+        args = ocp.args.PyTreeRestore(item=item, restore_args=tree, partial_restore=True)
         with self._reading(step), ocp.PyTreeCheckpointer() as reader:
             return jax.tree.leaves(reader.restore(os.path.join(self.workdir, str(step), "state"), args=args))[0]
 
     @contextlib.contextmanager
     def _reading(self, step):
+        """Turns an error of reading a checkpoint into a UserError that names it."""
         try:
             yield
         except Exception as error:
@@ -190,7 +209,7 @@ class Checkpoints:
             raise UserError(f"{self.workdir}/{step}: cannot be read as a checkpoint: {_one_line(error)}") from error
 
     def close(self) -> None:
-        """Waits for a save in the background. May be called twice."""
+        """Waits for a save in the background, and closes. May be called twice."""
         if not self._closed:
             self._closed = True
             self._manager.close()
@@ -201,7 +220,10 @@ def _one_line(error):
 
 
 def _raise_if_lost_peer(error):
-    """With several processes: raises the JAX error, wrapped by Orbax, that says that another process has ended."""
+    """Among several processes, raises the JAX error, wrapped by Orbax, which says that another process has ended.
+
+    It must not become a UserError: the launcher restarts a run that lost a peer, but not one with a user's mistake.
+    """
     if jax.process_count() == 1:
         return
     while error is not None:
@@ -211,11 +233,13 @@ def _raise_if_lost_peer(error):
 
 
 def check_matches(saved: dict, current: dict, where: str) -> None:
-    """Refuses to resume from a checkpoint of another run. Raises: UserError that names each field that differs.
+    """Checks that a run may resume from a checkpoint: all fields but config.RESUMABLE_FIELDS must be the same.
 
     Args:
-      saved, current: descriptions, as of `describe`.
-      where: the checkpoint, for the message.
+      saved: description in the checkpoint.
+      current: description of this run (`describe`).
+      where: path of the checkpoint, for the error message.
+    Raises: UserError that names each field that differs.
     """
     before, now = _fields(saved), _fields(current)
     different = [
@@ -228,5 +252,6 @@ def check_matches(saved: dict, current: dict, where: str) -> None:
 
 
 def _fields(description):
+    """{name: value} of the config's fields, and the digests of tokenizer and data."""
     fields = config.flatten(config.from_saved(description["config"]))
     return fields | {"tokenizer": description["tokenizer"]["digest"], "data": description["data"]["digest"]}

@@ -1,8 +1,8 @@
-"""A trained model read back for use: its config, its tokenizer, and its parameters leaf by leaf.
+"""A trained model read back from its checkpoint: config, tokenizer and parameters.
 
-Leaves come one at a time, so that the host never holds more than one beside those that are kept. Stacked layers are
-split into one array a layer: a decode step then reads each at the memory's bandwidth, where a scan over stacked layers
-would copy every slice first.
+Parameters are read one at a time, so that at most one is in memory besides those that are kept. For inference, stacked
+layers are split into one array per layer: a decode step then reads each array at the memory's bandwidth, whereas a scan
+over stacked layers would first copy every slice.
 """
 
 import dataclasses
@@ -26,21 +26,25 @@ from memoryllm_jax.config import Config, ModelConfig
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.model import attention, sharding, transformer
 
-_ROWS_DIGESTED = 16384  # rows of a matrix in one sum of a digest; ToL files hold digests, so it cannot change
+_ROWS_DIGESTED = 16384  # rows of a matrix per sum of a digest; ToL files hold digests, so it must not change
 
 
 class TrainedModel:
-    """The newest checkpoint of a workdir, or that of `step`.
+    """The model in a checkpoint of a workdir.
 
     Args:
-      dtype: float32 or bfloat16, of the computation; "" takes the one that the model was trained with.
-      mesh: devices the parameters are spread over; by default the first device alone.
+      workdir: folder or gs:// URL of the checkpoints.
+      step: the checkpoint's step; None is the newest.
+      dtype: dtype of the computation, float32 or bfloat16; "" is that of the training.
+      mesh: devices over which the parameters are sharded; None is the first device alone.
     Attributes:
-      workdir, step: where the checkpoint is.
-      run: Config it was trained with.
-      config: ModelConfig for this machine.
-      context: positions that a sequence may have.
-      tokenizer, mesh.
+      workdir: absolute path or URL of the checkpoints.
+      step: the checkpoint's step.
+      run: Config that the model was trained with.
+      config: ModelConfig for this machine: with `dtype`, and the attention backend that suits it.
+      context: largest number of positions in a sequence.
+      tokenizer: Tokenizer of the training data.
+      mesh: mesh of the parameters.
       description: the JSON beside the arrays (`store.describe`).
     Raises: UserError.
     """
@@ -63,7 +67,8 @@ class TrainedModel:
     def facts(self) -> dict[str, str]:
         """The caption of a page about this model: {name: text}."""
         c = self.config
-        widths = {"FFN-M": c.memory_dim, "FFN" if c.architecture == "base" else "FFN-C": c.compute_dim}
+        compute_name = "FFN" if c.architecture == "base" else "FFN-C"
+        widths = {"FFN-M": c.memory_dim, compute_name: c.compute_dim}
         ffns = ", ".join(f"{name} {width}" for name, width in widths.items() if width)
         tables = "tied embeddings" if c.tie_embeddings else "untied embeddings"
         return {
@@ -73,15 +78,17 @@ class TrainedModel:
         }
 
     def is_memory(self, name: str) -> bool:
-        """Whether a parameter is needed for token memory rows alone: FFN-M, and the input embedding if untied."""
+        """Whether only the token memory's rows need a parameter: those of FFN-M, and the input embedding if untied."""
         return name.startswith("memory/") or (name == "embedding" and not self.config.tie_embeddings)
 
     def load(self, wanted: Callable[[str], bool]) -> tuple[dict, str]:
-        """The parameters whose names are wanted, in the layout of `for_serving`, and their digest.
+        """Reads the parameters whose names are wanted.
 
+        Returns: (the parameters in the layout of `for_serving`, the text of their Digest).
         Raises: UserError.
         """
-        params, digest = {}, Digest()
+        params = {}
+        digest = Digest()
         for name in filter(wanted, self._leaves):
             value = self._leaf_for_serving(name)
             digest.add(name, value)
@@ -101,14 +108,16 @@ class TrainedModel:
         return list(self._leaves)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one parameter; one of the layers' is stacked over them."""
+        """Shape of one parameter without padding; the layers' parameters are stacked over the layers."""
         return self._leaves[name].like.shape
 
     def leaf(self, name: str, dtype, like: jax.ShapeDtypeStruct | None = None) -> jax.Array:
-        """One parameter; one of the layers' is stacked over them.
+        """Reads one parameter; the layers' parameters are stacked over the layers.
 
         Args:
-          like: shape and sharding of the result; by default those of the model on `mesh`.
+          name: the parameter's name, such as layers/ffn/gate.
+          dtype: dtype of the result.
+          like: shape and sharding of the result; None: those of the model on `mesh`.
         Raises: UserError.
         """
         path, default = self._leaves[name]
@@ -117,7 +126,10 @@ class TrainedModel:
         return self._checkpoints.restore_leaf(self.step, path, wanted)
 
     def leaf_on_host(self, name: str) -> np.ndarray:
-        """One parameter as `leaf` gives it, float32, without a copy on a device. Raises: UserError."""
+        """Reads one parameter as float32 into host memory, without padding and without a copy on a device.
+
+        Raises: UserError.
+        """
         path, like = self._leaves[name]
         saved = self._checkpoints.restore_on_host(self.step, path)
         without_padding = saved[tuple(slice(size) for size in like.shape)]
@@ -131,12 +143,14 @@ class TrainedModel:
 
 
 class _Leaf(typing.NamedTuple):
+    """A parameter of the model: where it lies in the tree, and its shape, dtype and sharding on the mesh."""
+
     path: tuple  # in the tree of parameters, as jax.tree_util gives it
     like: jax.ShapeDtypeStruct
 
 
 def config_of(workdir: str, step: int | None = None) -> Config:
-    """The config that a workdir's newest checkpoint, or that of `step`, was trained with. Raises: UserError."""
+    """The config that a checkpoint of a workdir was trained with; step None is the newest. Raises: UserError."""
     checkpoints, step = _open(workdir, step)
     try:
         return config.from_saved(checkpoints.description(step)["config"])
@@ -145,41 +159,53 @@ def config_of(workdir: str, step: int | None = None) -> Config:
 
 
 def _open(workdir, step):
-    """(checkpoints of a workdir, `step` or the newest of their steps). Raises: UserError."""
+    """(the checkpoints of a workdir, `step` or else their newest step). Raises: UserError."""
     workdir = store.folder(workdir)
     if not storage.exists(workdir):
         raise UserError(f"{workdir}: expected a folder with checkpoints, found none")
     checkpoints = store.Checkpoints(workdir, read_only=True)
+    try:
+        return checkpoints, _choose_step(checkpoints, step)
+    except UserError:
+        checkpoints.close()
+        raise
+
+
+def _choose_step(checkpoints, step):
     steps = checkpoints.steps()
     if not steps:
-        raise UserError(f"{workdir}: expected a checkpoint, found none")
+        raise UserError(f"{checkpoints.workdir}: expected a checkpoint, found none")
     if step is None:
-        return checkpoints, steps[-1]
+        return steps[-1]
     if step not in steps:
-        raise ArgumentError("step", f"expected one of {', '.join(map(str, steps))} in {workdir}, found {step}")
-    return checkpoints, step
+        expected = f"expected one of {', '.join(map(str, steps))} in {checkpoints.workdir}"
+        raise ArgumentError("step", f"{expected}, found {step}")
+    return step
 
 
 class Digest:
-    """A name for the values of some parameters, taken as bfloat16 so that it does not depend on the dtype in use.
+    """A digest of the names, shapes and values of parameters. Any difference changes it.
 
-    Each matrix has two 32-bit sums per _ROWS_DIGESTED rows; the digest is the SHA-256 of all shapes and sums.
+    Values are rounded to bfloat16 first, so that the digest does not depend on the dtype of the computation. Each
+    matrix has two 32-bit hashes per _ROWS_DIGESTED rows; the digest is the SHA-256 of all names, shapes and hashes.
     """
 
     def __init__(self):
         self._sums: dict[str, list] = {}
 
     def add(self, name: str, value: jax.Array | list[jax.Array]) -> None:
-        """Adds one parameter, or the list of its layers. The order of calls is part of the digest."""
+        """Adds one parameter, or a list of its layers. The order of the calls changes the digest."""
         layers = value if isinstance(value, list) else [value]
         self._sums[name] = [[list(layer.shape), *_sums(layer)] for layer in layers]
 
     def text(self) -> str:
+        """The SHA-256 in hexadecimal."""
         return hashlib.sha256(json.dumps(self._sums).encode()).hexdigest()
 
 
 def _sums(x):
-    # Elements are numbered row by row; the numbers wrap at 2^32, as the sums do.
+    """Two hashes, of different seeds, for each _ROWS_DIGESTED rows of a matrix; a vector is hashed as a whole."""
+    # Elements are numbered row by row; the numbers wrap at 2^32, as the hashes do.
     strides = tuple(int(np.prod(x.shape[axis + 1 :])) % 2**32 for axis in range(x.ndim))
     rows = _ROWS_DIGESTED if x.ndim > 1 else len(x)
     sums = []
@@ -190,10 +216,13 @@ def _sums(x):
 
 
 def for_serving(params, config: ModelConfig) -> dict:
-    """A training state's parameters in the layout for inference, on the devices they are on.
+    """Converts a training state's parameters to the layout for inference, on the same devices.
 
-    Returns: {"layers": [tree of layer 0, ...], "memory": likewise, "head", ...}; matrices in the config's dtype, scales
-      of norms in float32.
+    Args:
+      params: tree of parameters, those of the layers stacked over the layers.
+      config: the model.
+    Returns: {"layers": [tree of layer 0, ...], "memory": [tree of layer 0, ...], "head": array, ...}; matrices in the
+      config's dtype, norm scales in float32.
     """
     out = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -207,31 +236,37 @@ def _serving_dtype(name, config):
 
 
 def _for_serving(name, leaf, config):
-    """The leaf in the dtype for inference; stacked layers as a list of one array a layer."""
+    """The leaf in the dtype for inference; stacked layers become a list of one array per layer."""
     dtype = _serving_dtype(name, config)
     where = leaf.sharding
     if not name.startswith(("layers/", "memory/")):
         if leaf.dtype == dtype:
             return leaf
         return jax.jit(lambda x: x.astype(dtype), out_shardings=where)(leaf)
-    layer = NamedSharding(where.mesh, P(*where.spec[1:]))
+    layer = NamedSharding(where.mesh, P(*where.spec[1:]))  # without the axis of the layers
     return jax.jit(lambda x: [x[i].astype(dtype) for i in range(x.shape[0])], out_shardings=layer)(leaf)
 
 
 def for_this_machine(config: ModelConfig, dtype: str) -> ModelConfig:
-    """The config with the attention backend that suits this machine and dtype. Raises: UserError."""
+    """The config with another compute dtype, and the attention backend that suits it on this machine.
+
+    Raises: UserError.
+    """
     if dtype not in ("float32", "bfloat16"):
         raise ArgumentError("dtype", f"expected float32 or bfloat16, found {dtype!r}")
     return dataclasses.replace(config, dtype=dtype, attention=attention.resolve_backend("auto", dtype))
 
 
 def parameter_name(path) -> str:
-    """The name of a parameter, such as layers/ffn/gate, from its path in the tree."""
+    """The name of a parameter, such as layers/ffn/gate, from its path in the tree of parameters."""
     return "/".join(key.key for key in path)
 
 
 def _put(tree: dict, path: list[str], value) -> None:
-    """Sets tree[path[0]][path[1]]...; a list of layers under "layers" or "memory" goes into one tree a layer."""
+    """Sets tree[path[0]][path[1]]... to the value.
+
+    Under "layers" and "memory" the value is a list of one array per layer; each goes into the tree of its layer.
+    """
     if path[0] in ("layers", "memory") and len(path) > 1:
         layers = tree.setdefault(path[0], [{} for _ in value])
         for layer, part in zip(layers, value):
@@ -244,12 +279,12 @@ def _put(tree: dict, path: list[str], value) -> None:
 
 @functools.partial(jax.jit, static_argnames="strides")
 def _fingerprint(x, origin, strides):
-    """A 32-bit hash of x as bfloat16 and of the elements' places; `origin` seeds it.
+    """A 32-bit hash of x as bfloat16, which depends on where each value stands; `origin` is its seed.
 
-    Each element's bits and place are mixed (MurmurHash3's finalizer) and summed modulo 2^32: integers add in any order,
-    so the hash is the same on any mesh.
+    The bits and the place of each element are mixed by MurmurHash3's finalizer, and the results are summed modulo 2^32.
+    The order of such a sum does not matter, so the hash is the same on any mesh.
     """
-    place = jnp.full(x.shape, origin, jnp.uint32)
+    place = jnp.full(x.shape, origin, jnp.uint32)  # number of each element, counted from `origin`
     for axis, stride in enumerate(strides):
         place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)

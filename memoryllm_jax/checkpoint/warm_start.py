@@ -1,12 +1,15 @@
-"""Parameters to start training from: a trained or imported model's, or base's converted to memory or flex-B.
+"""Initial parameters from another model: a trained or imported one, or base converted to memory or flex-B.
 
 A converted model keeps base's embedding, attention, norms and head. Base's FFN_l has W keys (columns of its gate and up
-matrices) with their values (rows of down). FFN-C_l and its norm N2_l take the W_C keys with the largest
-|gate| |up| |down|. FFN-M_l takes the other W_M keys, and its norm NM_l the scale of base's N2_l. In the first step
-FFN-M_l thus reads X_0 where base's FFN_l read A_l, the residual stream after attention: it lacks what the layers before
-l have added. Training makes up for that. With `start.memory=new` FFN-M is initialised as for training from scratch, and
-FFN-C is as above.
+matrices), each with a value (a row of its down matrix). FFN-C_l gets the W_C keys with the largest |gate| |up| |down|,
+and FFN-M_l the other W_M. Their norms, N2_l of FFN-C and NM_l of FFN-M, both get the scale of base's N2_l.
+
+At first, FFN-M_l reads X_0 where base's FFN_l read the residual stream after attention, so it misses what the earlier
+layers have added. Training makes up for that. With `start.memory=new`, FFN-M is initialised as for training from
+scratch instead, and FFN-C is as above.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +19,22 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data.tokenizer import Tokenizer
 
-# Fields in which a model may differ from the one it starts from; the second group only where that one is base.
+# Fields of ModelConfig in which a model may differ from the one that it starts from
 _MAY_DIFFER = ("attention", "remat", "loss_chunk", "unique_tokens", "dtype", "init_std")
-_MAY_DIFFER_FROM_BASE = ("beta", "compute_input")
+_MAY_DIFFER_FROM_BASE = ("beta", "compute_input")  # only where base is converted
 _PARTS = ("gate", "up", "down")
 
 
 def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
-    """The parameters of the model that `config.start` names, converted to the model of `config` where it is base.
+    """Reads the parameters of the model that `config.start` names; those of base are converted to memory or flex-B.
 
     Args:
-      tokenizer: of the data to train on.
-      params: freshly initialised parameters on the mesh, whose shapes and shardings the result has.
-    Returns: (params, the part of the description's `source` that stays true of a model trained from it).
-    Raises: UserError that names what does not fit.
+      config: the run, whose `start` names a workdir.
+      tokenizer: Tokenizer of the data to train on.
+      params: freshly initialised parameters on the mesh, float32. The result has their shapes and shardings.
+      mesh: devices of the run.
+    Returns: (the parameters, the entries of the description's `source` that also hold for a model trained from it).
+    Raises: UserError that names a field or a tokenizer which does not fit.
     """
     start = config.start
     trained = TrainedModel(start.workdir, None if start.step < 0 else start.step, "float32", mesh)
@@ -43,26 +48,29 @@ def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
         else:
             leaves = {name: trained.leaf(name, jnp.float32, leaf) for name, leaf in leaves.items()}
         source = trained.description.get("source", {})
-        stays = {key: source[key] for key in ("special", "files") if key in source}
-        return jax.tree.unflatten(tree, leaves.values()), stays
+        kept = {key: source[key] for key in ("special", "files") if key in source}
+        return jax.tree.unflatten(tree, leaves.values()), kept
     finally:
         trained.close()
 
 
 def _check(config, tokenizer, trained, converts):
+    """Raises: UserError if the model or the tokenizer of `config` does not fit the trained model's."""
     where = f"config.start.workdir={config.start.workdir}"
-    theirs, ours = trained.config, config.model
-    may_differ = _MAY_DIFFER + (_MAY_DIFFER_FROM_BASE if converts else ())
-    for field in type(ours).__dataclass_fields__:
-        expected, found = getattr(theirs, field), getattr(ours, field)
-        if field not in may_differ and found != expected:
-            raise UserError(f"config.model.{field}: expected {expected!r} as in {where}, found {found!r}")
+    may_differ = set(_MAY_DIFFER)
+    if converts:
+        may_differ.update(_MAY_DIFFER_FROM_BASE)
+    for field in dataclasses.fields(config.model):
+        expected = getattr(trained.config, field.name)
+        found = getattr(config.model, field.name)
+        if field.name not in may_differ and found != expected:
+            raise UserError(f"config.model.{field.name}: expected {expected!r} as in {where}, found {found!r}")
     if trained.tokenizer.digest != tokenizer.digest:
         raise UserError(f"{config.data.path}: expected data of the tokenizer in {where}, found another tokenizer's")
 
 
 def _convert(trained, config, leaves):
-    """Replaces the leaves of a memory or flex model by values of base."""
+    """Replaces the parameters of a memory or flex model with base's. With start.memory=new, FFN-M's are kept."""
     m = config.model
     for name in leaves:
         if not name.startswith(("layers/ffn", "memory/")):
@@ -79,27 +87,42 @@ def _convert(trained, config, leaves):
 
 
 def _fill_ffn(leaves, target, norm, ffn, keys_LF, scale):
-    """Gives FFN-C or FFN-M some keys of base's FFN, in base's order, and its norm base's scale."""
-    keys_LF = jnp.sort(keys_LF, axis=1)
+    """Gives FFN-C or FFN-M its keys of base's FFN, and its norm the scale of base's.
+
+    Args:
+      leaves: {name: parameter} to change.
+      target: name of the FFN, before /gate, /up and /down.
+      norm: name of its norm's scale.
+      ffn: base's matrices by part, stacked over the layers.
+      keys_LF: indices of the F keys to take in each layer.
+      scale: base's norm scale [L, D].
+    """
+    keys_LF = jnp.sort(keys_LF, axis=1)  # base's order
     for part in _PARTS:
         name = f"{target}/{part}"
-        leaves[name] = _take(ffn[part], keys_LF, -2 if part == "down" else -1, leaves[name])
-    # A copy, as FFN-C's and FFN-M's norms get the same values: a step donates its state, which must not hold a buffer
-    # twice.
+        leaves[name] = _take_keys(ffn[part], keys_LF, part, leaves[name])
+    # Both norms get the same values, but not the same buffer: a training step donates its state, and a buffer can be
+    # donated only once.
     leaves[norm] = jax.device_put(jnp.copy(scale), leaves[norm].sharding)
 
 
 def _keys_by_size(ffn):
     """Indices [L, W] of each layer's keys, largest |gate| |up| |down| first."""
-    gate, up, down = (jnp.square(ffn[part]).sum(-1 if part == "down" else -2) for part in _PARTS)
+    # Squared norms, which have the same order. Keys are columns of gate and up, and rows of down.
+    gate = jnp.square(ffn["gate"]).sum(-2)
+    up = jnp.square(ffn["up"]).sum(-2)
+    down = jnp.square(ffn["down"]).sum(-1)
     return jnp.argsort(-(gate * up * down), axis=-1)
 
 
-def _take(matrices, keys_LF, axis, like):
-    """The keys' columns (axis -1) or rows (axis -2) of each layer's matrix, padded and placed as `like`."""
+def _take_keys(matrices, keys_LF, part, like):
+    """The keys' columns of gate or up, or their rows of down, in each layer; padded and sharded as `like`."""
 
     def take(matrices, keys_LF):
-        taken = jnp.take_along_axis(matrices, jnp.expand_dims(keys_LF, -3 - axis), axis)
+        if part == "down":
+            taken = jnp.take_along_axis(matrices, keys_LF[:, :, None], axis=-2)
+        else:
+            taken = jnp.take_along_axis(matrices, keys_LF[:, None, :], axis=-1)
         # The width is padded so that the mesh's axes divide it.
         return jnp.pad(taken, [(0, b - a) for a, b in zip(taken.shape, like.shape)])
 

@@ -1,1 +1,1 @@
-"""Models in Hugging Face's layout: names of tensors, config.json, safetensors files and tokenizers, both ways."""
+"""Export to Hugging Face directories and import from them: config.json, tensor names, safetensors files, model card."""

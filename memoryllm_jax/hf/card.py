@@ -1,4 +1,4 @@
-"""The model card of an exported model, filled from its run."""
+"""The model card (README.md) of an exported model, filled in from its checkpoint and its training run."""
 
 import json
 import os
@@ -19,16 +19,18 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 """
 _TOL = """
-Every FFN-M reads the token's embedding alone, so its outputs can be looked up: `python -m memoryllm_jax.precompute`
-writes them into a file, and `from_pretrained(DIR, trust_remote_code=True, tol="FILE")` then loads no FFN-M weights.
+Each FFN-M reads only the token's embedding, so its outputs can be looked up by token id:
+`python -m memoryllm_jax.precompute` writes them into FILE, and
+`from_pretrained(DIR, trust_remote_code=True, tol="FILE")` then loads no FFN-M weights.
 """
 
 
 def text(trained: TrainedModel, dtype: str) -> str:
-    """Markdown that begins with the metadata that model hubs read.
+    """The model card as Markdown, with the metadata that model hubs read in its front matter.
 
     Args:
-      dtype: of the exported weights.
+      trained: the exported model.
+      dtype: name of the exported weights' dtype.
     """
     has_memory = trained.config.memory_dim > 0
     lines = [
@@ -50,8 +52,12 @@ def text(trained: TrainedModel, dtype: str) -> str:
 
 
 def _about_model(trained, dtype):
-    c, counts = trained.config, flops.parameters(trained.run)
-    widths = f"FFN-C width {c.compute_dim}, FFN-M {c.memory_dim}" if c.memory_dim else f"FFN width {c.compute_dim}"
+    c = trained.config
+    counts = flops.parameters(trained.run)
+    if c.memory_dim:
+        widths = f"FFN-C width {c.compute_dim}, FFN-M width {c.memory_dim}"
+    else:
+        widths = f"FFN width {c.compute_dim}"
     return {
         "architecture": f"{c.architecture}, {c.layers} layers of width {c.dim}, {c.heads} heads "
         f"({c.key_heads} for keys and values), {widths}, {c.vocab_size:,} token ids",
@@ -65,7 +71,7 @@ def _about_model(trained, dtype):
 
 
 def _about_training(trained):
-    if not trained.step:  # imported
+    if trained.step == 0:  # an imported model, whose training is unknown
         return {}
     run = trained.run
     training = f"{trained.step:,} steps, {trained.step * run.batch_size * run.seq_len:,} tokens, seed {run.seed}"
@@ -76,12 +82,14 @@ def _about_training(trained):
 
 
 def _held_out_loss(trained):
-    """The validation loss of this very step, if the run recorded one."""
+    """The validation loss of the checkpoint's step; {} if the run recorded none at that step."""
     path = os.path.join(trained.workdir, "metrics.jsonl")
     if not storage.exists(path):
         return {}
     lines = storage.read_bytes(path, "metrics").decode().splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may have cut the last line
+    complete = [line for line in lines if line.endswith("\n")]  # a killed run may have cut off the last line
+    records = [json.loads(line) for line in complete]
+    # A run validates a step again when it resumes from it: the last record counts.
     found = [r for r in records if r.get("kind") == "validation" and r.get("step") == trained.step]
     if not found:
         return {}

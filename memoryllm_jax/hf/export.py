@@ -20,18 +20,21 @@ FILE_BYTES = 5 * 10**9  # largest safetensors file, as in transformers before 5
 def export_model(
     workdir: str, output: str, dtype: str = "", file_bytes: int = FILE_BYTES, step: int | None = None
 ) -> str:
-    """Writes a workdir's newest checkpoint, or that of `step`, as a Hugging Face directory.
+    """Writes a checkpoint as a Hugging Face directory.
 
-    Files are written one after another. The host holds the tensors of one file, and beside them one parameter at a
-    time, stacked over the layers, in float32; before that, two copies of the largest parameter of the decoder. An
-    imported model keeps its dtype, its special token ids and the files that import_ lists.
+    Safetensors files are written one after another: the host holds the tensors of one file and, beside them, one
+    parameter in float32, stacked over the layers. Before that, the digest of a memory or flex model needs two copies of
+    the decoder's largest parameter. An imported model keeps its dtype, its special token ids and the files that
+    `import_model` kept.
 
     Args:
-      output: local folder, missing or empty.
-      dtype: float32, bfloat16 or float16; "" takes that of the import, else float32.
+      workdir: folder of the checkpoints.
+      output: local folder to write, which is missing or empty.
+      dtype: float32, bfloat16 or float16; "" is the dtype of an imported model, and float32 for any other.
       file_bytes: largest size of a safetensors file.
+      step: the checkpoint's step; None is the newest.
     Returns: one line that says what was written.
-    Raises: UserError.
+    Raises: UserError, among them ArgumentError for the argument that it names.
     """
     if dtype not in ("", *shards.DTYPES):
         raise ArgumentError("dtype", f"expected one of {', '.join(shards.DTYPES)}, found {dtype!r}")
@@ -42,7 +45,7 @@ def export_model(
     trained = TrainedModel(workdir, step, "float32")
     try:
         with storage.replaced(output.rstrip("/")) as part:
-            shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+            shutil.rmtree(part, ignore_errors=True)  # left by an export that was killed
             os.makedirs(part)
             text = _write(trained, part, dtype, file_bytes)
     finally:
@@ -51,18 +54,19 @@ def export_model(
 
 
 def _write(trained, folder, dtype, file_bytes):
-    source = trained.description.get("source", {})  # what import_ kept of a Hugging Face directory
-    stored = _dtype_of(source)
-    dtype = dtype or stored
+    """Writes all files of the directory. Returns: a clause with architecture, parameters, dtype and number of files."""
+    source = trained.description.get("source", {})  # what import_model kept of a Hugging Face directory
+    imported_dtype = _dtype_of(source)
+    dtype = dtype or imported_dtype
     tensors = tensor_names.tensors(trained.config)
     sizes = {name: math.prod(t.shape) * shards.DTYPES[dtype].itemsize for name, t in tensors.items()}
     files = shards.plan(sizes, file_bytes)
 
-    # First what may refuse the model, as the weights take longest.
+    # The weights take longest, so the steps that may refuse the model come first.
     settings = _settings(trained, dtype, source)
     _write_tokenizer(trained, folder, source)
     if trained.config.memory_dim:
-        # Before the weights: the allocator may keep the memory of their last file.
+        # The digest comes before the weights, as the allocator may not yet have returned their last file's memory.
         settings["decoder_digest"] = trained.digest(lambda name: not trained.is_memory(name))
         code = resources.files("memoryllm_jax.hf").joinpath("modeling_memoryllm.py").read_bytes()
         storage.write_bytes(os.path.join(folder, "modeling_memoryllm.py"), code)
@@ -71,9 +75,10 @@ def _write(trained, folder, dtype, file_bytes):
     if len(files) > 1:
         shards.write_index(folder, files, sum(sizes.values()))
     storage.write_bytes(os.path.join(folder, "README.md"), card.text(trained, dtype).encode())
-    if dtype == stored:
+    if dtype == imported_dtype:
+        # The weights are those of the import, so its config.json and model card still describe them.
         about_weights = source.get("of_these_weights", {})
-        # Imports of earlier versions hold the index of the files that were imported.
+        # Imports made by earlier versions also hold the index of the original files, which export names differently.
         _write_texts(folder, {name: text for name, text in about_weights.items() if name != shards.INDEX})
 
     parameters = sum(math.prod(t.shape) for t in tensors.values())
@@ -88,15 +93,24 @@ def _dtype_of(source):
 
 
 def _settings(trained, dtype, source):
-    special = {"bos_token_id": trained.tokenizer.bos_id, "eos_token_id": trained.tokenizer.eos_id}
-    return config_json.to_json(trained.config, trained.context, dtype, source.get("special", special))
+    """The settings for config.json. Special token ids are those of the import, else the tokenizer's."""
+    special = source.get("special", _special_ids(trained.tokenizer))
+    return config_json.to_json(trained.config, trained.context, dtype, special)
+
+
+def _special_ids(tokenizer):
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
 def _write_weights(trained, folder, files, tensors, dtype):
     """Writes the safetensors files.
 
-    A parameter of the layers is stacked over them, and a file has the tensors of some layers. So each file reads all
-    parameters that it has a part of, one at a time, and copies its tensors out of them.
+    A parameter holds all layers, stacked, while a file holds the tensors of some layers. So for each file, the
+    parameters with a part in it are read again, one at a time, and the file's tensors are copied out of them.
+
+    Args:
+      files: {file name: names of its tensors}.
+      tensors: {name: Tensor} of the whole model.
     """
     done = 0
     with contextlib.closing(Progress("export", len(tensors), "tensor")) as progress:
@@ -106,15 +120,17 @@ def _write_weights(trained, folder, files, tensors, dtype):
                 stacked = trained.leaf_on_host(leaf)
                 for tensor in members:
                     value = stacked if tensor.layer is None else stacked[tensor.layer]
+                    # A copy, so that no view keeps the stacked parameter in memory.
                     content[tensor.name] = shards.convert(tensor.name, tensor.from_ours(value), dtype)
                 del stacked, value  # frees the parameter before the next one is read
                 done += len(members)
                 progress.update(done)
             shards.write(os.path.join(folder, file), content)
-            del content  # likewise
+            del content  # frees the file's tensors before those of the next file are read
 
 
 def _by_leaf(tensors):
+    """{name of our parameter: its Tensors among these}."""
     out: dict[str, list[tensor_names.Tensor]] = {}
     for tensor in tensors:
         out.setdefault(tensor.leaf, []).append(tensor)
@@ -122,9 +138,10 @@ def _by_leaf(tensors):
 
 
 def _write_tokenizer(trained, folder, source):
+    """Writes the tokenizer's files and generation_config.json; files kept from an import replace ours."""
     content, settings = tokenizer_conversion.to_json(trained.tokenizer, trained.context)
     storage.write_bytes(os.path.join(folder, "tokenizer.json"), content)
-    ids = {"bos_token_id": trained.tokenizer.bos_id, "eos_token_id": trained.tokenizer.eos_id}
+    ids = _special_ids(trained.tokenizer)
     ours = {
         "tokenizer_config.json": settings,
         "generation_config.json": {name: i for name, i in ids.items() if i is not None},
@@ -135,5 +152,5 @@ def _write_tokenizer(trained, folder, source):
 
 def _write_texts(folder, texts):
     for name, text in texts.items():
-        # import_ keeps bytes that are not UTF-8, such as those of an old licence, as surrogates.
+        # import_model keeps bytes that are not UTF-8, as in an old licence, as surrogates: this turns them back.
         storage.write_bytes(os.path.join(folder, name), text.encode(errors="surrogateescape"))

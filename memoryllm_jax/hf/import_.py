@@ -19,10 +19,10 @@ from memoryllm_jax.data.tokenizer import load
 from memoryllm_jax.hf import config_json, shards, tensor_names
 from memoryllm_jax.model import flops, sharding, transformer
 
-IMPORTED = "imported"  # in place of a data digest: none of our prepared data was trained on
+IMPORTED = "imported"  # stands for path and digest of the training data, which are unknown
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Kept as they are for export, also in a model that is trained from the import.
+# Files that export writes again unchanged, also for a model that was trained from the import.
 _KEPT = (
     "generation_config.json",
     "tokenizer_config.json",
@@ -42,13 +42,15 @@ _KEPT = (
 def import_model(source: str, workdir: str) -> str:
     """Makes a workdir with one checkpoint, of step 0, from a Hugging Face directory.
 
+    Args:
+      source: a directory with config.json, safetensors files and a tokenizer.
+      workdir: folder or gs:// URL to write, which has no checkpoints yet.
     Returns: one line that says what was read.
-    Raises: UserError that names what the model family cannot express.
+    Raises: UserError that names a missing or damaged file, or a setting or tensor that our models cannot express.
     """
     if not os.path.isdir(source):
         raise UserError(f"{source}: expected a Hugging Face directory, found none")
-    if storage.exists(workdir) and store.Checkpoints(workdir, read_only=True).steps():
-        raise ArgumentError("workdir", f"expected a folder without checkpoints, found some in {workdir}")
+    _check_has_no_checkpoints(workdir)
     path = os.path.join(source, "config.json")
     settings = storage.read_json(path, "a model's settings")
     model, context = config_json.from_json(settings, path)
@@ -69,31 +71,36 @@ def import_model(source: str, workdir: str) -> str:
         "source": _source(source, settings, model, stored),
     }
     params = _read_params(source, stored, tensors, model)
-    saver = store.Checkpoints(workdir)
-    try:
-        saver.save(0, {"params": params}, description)
-        saver.wait()
-    finally:
-        saver.close()
+    with contextlib.closing(store.Checkpoints(workdir)) as checkpoints:
+        checkpoints.save(0, {"params": params}, description)
+        checkpoints.wait()
     size = f"{flops.parameters(run)['total'] / 1e6:,.1f}M parameters"
     return f"{workdir}: {model.architecture}, {size}, a context of {context} tokens, computes in {model.dtype}"
 
 
+def _check_has_no_checkpoints(workdir):
+    if not storage.exists(workdir):
+        return
+    with contextlib.closing(store.Checkpoints(workdir, read_only=True)) as checkpoints:
+        if checkpoints.steps():
+            raise ArgumentError("workdir", f"expected a folder without checkpoints, found some in {workdir}")
+
+
 def _source(folder, settings, model, stored):
-    """What export needs to write the model as it was imported."""
-    # config.json of a model with FFN-M names its weights by a digest, which export computes anew.
+    """The part of the checkpoint's description from which export writes the model as it was imported."""
+    # Not config.json of a model with FFN-M: it holds a digest of the weights, which export computes anew.
     of_these_weights = ("README.md",) if model.memory_dim else ("config.json", "README.md")
     return {
         "dtypes": sorted({tensor.dtype for tensor in stored.values()}),
         "special": {name: settings[name] for name in config_json.SPECIAL if name in settings},
         "files": _texts(folder, _KEPT),
-        # Dropped when a model is trained from the import.
+        # They describe the imported weights, so a model that is trained from the import drops them.
         "of_these_weights": _texts(folder, of_these_weights),
     }
 
 
 def _texts(folder, names):
-    """{name: text} of the files that exist. Bytes that are not UTF-8 become surrogates, which export turns back."""
+    """{name: text} of those files that exist. Bytes that are not UTF-8 become surrogates, which export turns back."""
     out = {}
     for name in names:
         path = os.path.join(folder, name)
@@ -103,23 +110,25 @@ def _texts(folder, names):
 
 
 def _without_copies(stored, model, folder):
-    """The tensors without rotary buffers, which are computed, and without the head of a tied embedding.
+    """The stored tensors without those that follow from others: rotary buffers, and the head of a tied embedding.
 
-    Raises: UserError if such a head is not the embedding.
+    Raises: UserError if the head of a tied embedding is not the embedding.
     """
     out = {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")}
-    if model.tie_embeddings and _HEAD in out:
-        if _EMBEDDING in out and not np.array_equal(_read(folder, out, _EMBEDDING), _read(folder, out, _HEAD)):
-            raise UserError(
-                f"{folder}: tensor {_HEAD}: expected the input embedding, as tie_word_embeddings says, "
-                "found other values"
-            )
-        del out[_HEAD]
+    if not model.tie_embeddings or _HEAD not in out:
+        return out
+    # A missing embedding is reported by _check_tensors.
+    if _EMBEDDING in out and not np.array_equal(_read(folder, out, _EMBEDDING), _read(folder, out, _HEAD)):
+        raise UserError(
+            f"{folder}: tensor {_HEAD}: expected the input embedding, as tie_word_embeddings says, found other values"
+        )
+    del out[_HEAD]
     return out
 
 
 def _read(folder, stored, name):
-    # The NumPy framework of older versions of safetensors does not know bfloat16.
+    """The values of one tensor in its stored dtype."""
+    # Not the NumPy framework, which lacks bfloat16 in older versions of safetensors.
     with safetensors.safe_open(os.path.join(folder, stored[name].file), framework="flax") as file:
         return np.asarray(file.get_tensor(name))
 
@@ -137,7 +146,7 @@ def _check_tensors(stored, tensors, folder):
 
 
 def _read_params(folder, stored, tensors, model):
-    """Our tree of parameters, float32, those of the layers stacked over them."""
+    """Our tree of parameters in float32; those of the layers are stacked over the layers."""
     mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
     shapes = transformer.abstract_params(transformer.LanguageModel(model), mesh)
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
@@ -152,23 +161,24 @@ def _read_params(folder, stored, tensors, model):
 
 
 def _tokenizer(folder, settings):
-    """The tokenizer of tokenizer.json, or else of tokenizer.model: SentencePiece's or Llama 3's. Raises: UserError."""
+    """The tokenizer in tokenizer.json, else in tokenizer.model (SentencePiece's or Llama 3's). Raises: UserError."""
     path = os.path.join(folder, "tokenizer.json")
     if os.path.exists(path):
         tokenizer = load(f"hf:{path}")
-        # tokenizer.json knows which id begins a text, but not which ids end one.
+        # tokenizer.json says which id begins a text, but not which ids end one.
         tokenizer.name_special(tokenizer.put_before, _end_ids(folder, settings, tokenizer.eos_id))
         return tokenizer
     path = os.path.join(folder, "tokenizer.model")
     if not os.path.exists(path):
         raise UserError(f"{folder}: expected tokenizer.json or tokenizer.model, found neither")
-    # Llama 3's file begins with its first token, "!", in base64.
+    # Llama 3's file is text that begins with its first token, "!" in base64, and its rank.
     is_llama3 = storage.read_bytes(path, "a tokenizer").startswith(b"IQ== 0")
-    return load(f"{'llama3' if is_llama3 else 'sentencepiece'}:{path}")
+    kind = "llama3" if is_llama3 else "sentencepiece"
+    return load(f"{kind}:{path}")
 
 
 def _end_ids(folder, settings, default):
-    """Ids that end a text by generation_config.json, else by config.json, else the default."""
+    """Ids that end a text: those in generation_config.json, else those in config.json, else the default."""
     path = os.path.join(folder, "generation_config.json")
     if os.path.exists(path):
         settings = settings | storage.read_json(path, "settings of generation")

@@ -1,4 +1,4 @@
-"""The safetensors files of a model (file shards): which tensors each holds, reading and writing."""
+"""The safetensors files of a model (file shards): which tensors each holds, and how they are read and written."""
 
 import os
 import typing
@@ -17,19 +17,22 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-_DTYPE_OF_CODE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # codes of safetensors
+_DTYPE_OF_CODE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # codes in the files' headers
 
 
 class Stored(typing.NamedTuple):
-    """Where a tensor lies in a model's folder, and its type there."""
+    """A tensor in the safetensors files of a folder."""
 
-    file: str
-    dtype: str
+    file: str  # name in the folder
+    dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
 
 
 def read_headers(folder: str) -> dict[str, Stored]:
-    """The tensors of a model's folder by name. Raises: UserError."""
+    """{name: Stored} of all tensors in a model's folder, read from the files' headers alone.
+
+    Raises: UserError for a missing or damaged file, or a tensor of another dtype than DTYPES.
+    """
     out = {}
     for file in _files(folder):
         path = os.path.join(folder, file)
@@ -37,18 +40,18 @@ def read_headers(folder: str) -> dict[str, Stored]:
             with safetensors.safe_open(path, framework="flax") as opened:
                 for name in opened.keys():  # noqa: SIM118, as it is no dict
                     header = opened.get_slice(name)
-                    out[name] = Stored(file, header.get_dtype(), tuple(header.get_shape()))
+                    code = header.get_dtype()
+                    if code not in _DTYPE_OF_CODE:
+                        expected = ", ".join(_DTYPE_OF_CODE)
+                        raise UserError(f"{path}: tensor {name}: expected a dtype among {expected}, found {code}")
+                    out[name] = Stored(file, _DTYPE_OF_CODE[code], tuple(header.get_shape()))
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{path}: expected a safetensors file, found a damaged one or none: {error}") from error
-    for name, (file, code, shape) in out.items():
-        if code not in _DTYPE_OF_CODE:
-            expected = ", ".join(_DTYPE_OF_CODE)
-            raise UserError(f"{folder}/{file}: tensor {name}: expected a dtype among {expected}, found {code}")
-        out[name] = Stored(file, _DTYPE_OF_CODE[code], shape)
     return out
 
 
 def _files(folder):
+    """Names of a model's safetensors files: those in the index, else the single file. Raises: UserError."""
     index = os.path.join(folder, INDEX)
     if os.path.exists(index):
         weight_map = storage.read_json(index, "an index of safetensors files").get("weight_map", {})
@@ -59,13 +62,12 @@ def _files(folder):
 
 
 def plan(sizes: dict[str, int], file_bytes: int) -> dict[str, list[str]]:
-    """Names of the tensors in each file, by the file's name.
-
-    As in transformers, a file takes tensors in their order until the next one does not fit.
+    """Assigns tensors to files. As in transformers, a file takes tensors in order until the next one does not fit.
 
     Args:
       sizes: bytes of each tensor, by name.
-      file_bytes: largest size of a file's tensors; a single tensor may be larger.
+      file_bytes: largest sum of the sizes in a file; a tensor that is larger has a file of its own.
+    Returns: {file name: names of its tensors}.
     """
     groups: list[list[str]] = [[]]
     used = 0
@@ -82,8 +84,15 @@ def plan(sizes: dict[str, int], file_bytes: int) -> dict[str, list[str]]:
 
 
 def convert(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
-    """A contiguous copy of a tensor in one of DTYPES. Raises: ArgumentError if float16 cannot hold a value."""
-    with np.errstate(over="ignore"):  # reported below
+    """A contiguous copy of a tensor in another dtype.
+
+    Args:
+      name: the tensor's name, for the error message.
+      tensor: its values.
+      dtype: a key of DTYPES.
+    Raises: ArgumentError if float16 cannot hold a value.
+    """
+    with np.errstate(over="ignore"):  # no warning: an overflow is an error below
         out = np.array(tensor, DTYPES[dtype], order="C")
     if dtype == "float16" and not np.isfinite(out).all():
         raise ArgumentError(
@@ -95,16 +104,23 @@ def convert(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
 def write(path: str, tensors: dict[str, np.ndarray]) -> None:
     """Writes contiguous tensors into one file. Raises: UserError."""
     with open(path, "xb") as file:
-        mode = os.fstat(file.fileno()).st_mode  # read and write for those whom the umask lets
+        mode = os.fstat(file.fileno()).st_mode  # the mode that the umask gives a new file
     try:
         safetensors.numpy.save_file(tensors, path, {"format": "pt"})
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: cannot be written: {error}") from error
-    os.chmod(path, mode)  # safetensors replaces the file by one that only its owner can read
+    os.chmod(path, mode)  # safetensors replaces the file with one that only its owner can read
 
 
 def write_index(folder: str, files: dict[str, list[str]], total_bytes: int) -> None:
-    """Writes the index of several files, by which a reader finds a tensor's file. Raises: UserError."""
+    """Writes the index in which a reader of several files looks up the file of each tensor.
+
+    Args:
+      folder: the files' folder.
+      files: {file name: names of its tensors}, as `plan` returns it.
+      total_bytes: size of all tensors together.
+    Raises: UserError.
+    """
     weight_map = {name: file for file, names in files.items() for name in names}
     tree = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     storage.write_json(os.path.join(folder, INDEX), tree)

@@ -1,8 +1,8 @@
-"""Which of our parameters each tensor of the Hugging Face layout is.
+"""The tensors of the Hugging Face layout, and the parameter of ours that each belongs to.
 
-The names are Llama's; FFN-M adds `model.layers.N.memory.{norm,gate_proj,up_proj,down_proj}.weight`, and `mlp.*` is
-base's FFN or FFN-C. Their matrices are [outputs, inputs], ours [inputs, outputs]. Heads, and the two halves that the
-rotary embedding turns, have the same order in both.
+The names are Llama's: `mlp.*` is base's FFN or FFN-C, and FFN-M adds
+`model.layers.N.memory.{norm,gate_proj,up_proj,down_proj}.weight`. Hugging Face's matrices are [outputs, inputs], ours
+[inputs, outputs]. Heads, and the two halves of a head that the rotary embedding rotates, have the same order in both.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ class Tensor:
     """One tensor of the Hugging Face layout.
 
     Attributes:
-      name: in the files.
-      leaf: name of our parameter that holds it.
-      layer: its index in a parameter that is stacked over the layers, else None.
-      shape: in the files.
+      name: its name in the files.
+      leaf: name of our parameter that holds it, such as layers/ffn/gate.
+      layer: its layer where that parameter is stacked over the layers, else None.
+      shape: its shape in the files.
     """
 
     name: str
@@ -30,23 +30,27 @@ class Tensor:
 
     @property
     def _transposed(self):
-        # Embedding and head are [vocabulary, width] on both sides.
+        # Embedding and head, which belong to no layer, are [vocabulary, width] in both layouts.
         return len(self.shape) == 2 and self.layer is not None
 
     def from_ours(self, value: np.ndarray) -> np.ndarray:
-        """The tensor, from our parameter of this layer."""
-        return value.reshape(self.shape[1], self.shape[0]).T if self._transposed else value
+        """The tensor, from the values of our parameter in this layer."""
+        if not self._transposed:
+            return value
+        return value.reshape(self.shape[1], self.shape[0]).T  # heads and their width become one axis
 
     def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Our parameter of this layer, which has this shape, from the tensor."""
-        return (tensor.T if self._transposed else tensor).reshape(shape)
+        """Our parameter in this layer, of the given shape, from the tensor."""
+        matrix = tensor.T if self._transposed else tensor
+        return matrix.reshape(shape)
 
 
 def tensors(c: ModelConfig) -> dict[str, Tensor]:
-    """All tensors of a model by name, in the order of Llama's state dict."""
+    """{name: Tensor} of a model, in the order of Llama's state dict."""
     out = [Tensor("model.embed_tokens.weight", "embedding", None, (c.vocab_size, c.dim))]
     for layer in range(c.layers):
-        out += [Tensor(f"model.layers.{layer}.{name}.weight", leaf, layer, shape) for name, leaf, shape in _layer(c)]
+        for name, leaf, shape in _layer(c):
+            out.append(Tensor(f"model.layers.{layer}.{name}.weight", leaf, layer, shape))
     out.append(Tensor("model.norm.weight", "final_norm/scale", None, (c.dim,)))
     if not c.tie_embeddings:
         out.append(Tensor("lm_head.weight", "head", None, (c.vocab_size, c.dim)))
@@ -55,7 +59,8 @@ def tensors(c: ModelConfig) -> dict[str, Tensor]:
 
 def _layer(c):
     """[(name, leaf, shape)] of one layer's tensors."""
-    query, keys = c.heads * c.head_dim, c.key_heads * c.head_dim
+    query = c.heads * c.head_dim
+    keys = c.key_heads * c.head_dim
     out = [
         ("self_attn.q_proj", "layers/attention/q", (query, c.dim)),
         ("self_attn.k_proj", "layers/attention/k", (keys, c.dim)),
