@@ -9,23 +9,30 @@ import numpy as np
 
 from memoryllm_jax.analysis.key_values import KeyValueModel, Sizes
 
-LENGTH = 16  # of windows
-# Sizes that divide nothing, so that every loop has several rounds and an incomplete last one.
+LENGTH = 16  # tokens of a window
+# None of these sizes divides what it cuts, so that every loop has several rounds and an incomplete last one.
 SMALL = Sizes(tokens=100, neighbours=300, positions=3 * LENGTH, removals=20 * LENGTH, logits=512 * 7)
-FIRES, HEARD, DENIED, SPOKEN, TWIN = 60, 61, 62, 63, 64  # token ids
+
+# Ids of the tokens that the weights below are set for.
+FIRES = 60  # the one token that keys fire on
+HEARD = 61  # what a value says
+DENIED = 62  # what minus a value says
+SPOKEN = 63  # what another value says
+TWIN = 64  # twice the embedding of the token TWIN + 1
 
 
 @functools.cache
 def opened(workdir: str) -> KeyValueModel:
-    """A checkpoint takes a second to read, so the tests of a session share it."""
+    """The model of a checkpoint, opened once, because a checkpoint takes a second to read."""
     return KeyValueModel(workdir, sizes=SMALL)
 
 
 def changed(workdir: str, change, keep_weights: bool = False) -> KeyValueModel:
-    """The model with small random weights, or its own, after `change`.
+    """A copy of the model in which `change` has set weights.
 
     Args:
-      change: is given the parameters as NumPy arrays, those of layers stacked, and changes them in place.
+      change: a function that gets the parameters as NumPy arrays, those of layers stacked, and changes them in place.
+      keep_weights: it gets the model's own weights; by default it gets small random weights.
     """
     model = copy.copy(opened(workdir))
     draw = np.random.default_rng(0)
@@ -37,21 +44,23 @@ def changed(workdir: str, change, keep_weights: bool = False) -> KeyValueModel:
     if not keep_weights:
         params = jax.tree.map(lambda x: (0.3 * draw.standard_normal(x.shape)).astype(np.float32), params)
     change(params)
-    model.__dict__.pop("head", None)  # which is cached
+    # `head` and `params` are cached properties: what the shared model has cached is replaced in the copy.
+    model.__dict__.pop("head", None)
     for group in ("layers", "memory"):
         if group in params:
             stacked = params[group]
             params[group] = [jax.tree.map(lambda x, n=n: x[n], stacked) for n in range(model.config.layers)]
-    model.__dict__["params"] = jax.tree.map(jnp.asarray, params)  # which is cached too
+    model.__dict__["params"] = jax.tree.map(jnp.asarray, params)
     return model
 
 
 def unit(x):
+    """Vectors of unit length."""
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def quiet(params):
-    """Attention and FFNs that add nothing, norms of one, an output embedding of unit rows."""
+    """Sets attention and FFNs to zero, the scales of norms to one, and rows of the output embedding to unit length."""
     for group in ("layers", "memory"):
         for path, x in jax.tree_util.tree_leaves_with_path(params.get(group, {})):
             x[:] = 1 if path[-1].key == "scale" else 0
@@ -60,15 +69,22 @@ def quiet(params):
 
 
 def one_token_keys(params, group):
-    """In layer 1, key 3 fires on FIRES alone and its value says HEARD; key 4 likewise, but with c < 0 and -DENIED."""
+    """Sets two keys of layer 1 to fire on the token FIRES alone.
+
+    Key 3 fires with c > 0, and its value says HEARD. Key 4 fires with c < 0, and minus its value says DENIED.
+    """
     quiet(params)
+    # FIRES is the only token whose embedding has a first coordinate, and keys 3 and 4 read nothing else.
     params["embedding"][:, 0] = 0
     params["embedding"][FIRES] = 4 * np.eye(32)[0]
     params["embedding"][TWIN] = 2 * params["embedding"][TWIN + 1]
     ffn, head = params[group]["ffn"], params["head"]
     ffn["gate"][:, 0, 3:5] = 1
-    ffn["up"][:, 0, 3], ffn["up"][:, 0, 4] = 1, -0.5
-    ffn["down"][:, 3], ffn["down"][:, 4] = head[HEARD], -head[DENIED]
-    ffn["up"][0] = 0
-    ffn["gate"][:, 1:, 5:], ffn["up"][:, 1:, 5:] = 0.1, np.random.default_rng(1).normal(size=ffn["up"][:, 1:, 5:].shape)
+    ffn["up"][1, 0, 3] = 1  # in layer 0 the two keys never fire
+    ffn["up"][1, 0, 4] = -0.5
+    ffn["down"][:, 3] = head[HEARD]
+    ffn["down"][:, 4] = -head[DENIED]
+    # The keys from 5 on read the other coordinates and add little, so that tokens other than FIRES have rows too.
+    ffn["gate"][:, 1:, 5:] = 0.1
+    ffn["up"][:, 1:, 5:] = np.random.default_rng(1).normal(size=ffn["up"][:, 1:, 5:].shape)
     ffn["down"][:, 5:] = 1e-3 * np.random.default_rng(2).normal(size=ffn["down"][:, 5:].shape)

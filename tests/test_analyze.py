@@ -1,4 +1,4 @@
-"""The command: every analysis leaves whole files, and what it refuses."""
+"""The command `analyze`: every analysis writes complete files; what it refuses."""
 
 import contextlib
 import inspect
@@ -21,6 +21,7 @@ from memoryllm_jax.data.dataset import Dataset
 
 
 def run(command, model, output, **options):
+    """Runs an analysis. Returns: the line that it prints."""
     return analysis_run.run(analyze.ANALYSES[command], model, output, **options)
 
 
@@ -28,7 +29,7 @@ FEW = {"keys": 3, "top": 3, "clusters": 5, "picture": "pca"}
 
 
 @pytest.mark.parametrize("command", analyze.ANALYSES)
-def test_an_analysis_leaves_whole_files(lab, data_path, tmp_path, command):
+def test_an_analysis_writes_complete_files(lab, data_path, tmp_path, command):
     workdir = lab.workdir("flex-3")
     parameters = inspect.signature(analyze.ANALYSES[command]).parameters
     options = {name: value for name, value in (FEW | {"data": data_path}).items() if name in parameters}
@@ -41,9 +42,6 @@ def test_an_analysis_leaves_whole_files(lab, data_path, tmp_path, command):
     assert page.count("<img") >= 1 and "http" not in page.replace(data_path, "")
     assert "flex-3, 2 layers of width 32" in page and f"{workdir}, step 16" in page
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
-    if command == "annotate":
-        sheet = (tmp_path / "annotate-sheet.csv").read_text().splitlines()
-        assert sheet[0].endswith("prefix,pattern,kind") and len(sheet) == 1 + 2 * 3 * 3
 
 
 def test_pages_of_tokens_show_the_most_frequent(lab, data_path, tmp_path):
@@ -55,9 +53,11 @@ def test_pages_of_tokens_show_the_most_frequent(lab, data_path, tmp_path):
     assert list(dict.fromkeys(shown)) == np.argsort(-counts, kind="stable")[:50].tolist()
 
 
-def test_proxies_differ_from_those_by_chance(lab, data_path, tmp_path):
+def test_a_sheet_has_a_line_for_each_trigger_and_proxies_beside_chance(lab, data_path, tmp_path):
     text = TextOptions(data_path, length=LENGTH, limit=200)
-    run("annotate", opened(lab.workdir("flex-3")), str(tmp_path), text=text, keys=3)
+    run("annotate", opened(lab.workdir("flex-3")), str(tmp_path), text=text, keys=3, top=4)
+    sheet = (tmp_path / "annotate-sheet.csv").read_text().splitlines()
+    assert sheet[0].endswith("prefix,pattern,kind") and len(sheet) == 1 + 2 * 3 * 4  # layers, keys, triggers
     proxies = np.genfromtxt(tmp_path / "annotate-proxies.csv", delimiter=",", names=True)
     assert (proxies["embedding_similarity"] != proxies["embedding_similarity_at_random"]).any()
 
@@ -69,7 +69,7 @@ def test_base_has_no_ffn_m(lab, tmp_path, command):
     assert not (tmp_path / "out").exists()
 
 
-def test_ratios_of_outliers(lab, tmp_path):
+def test_ratios_of_outliers_that_are_no_numbers_are_refused(lab, tmp_path):
     message = "ratio: expected numbers above zero such as 5,10,20, found '5,nan'"
     with pytest.raises(UserError, match=re.escape(message)):
         run("outliers", opened(lab.workdir("memory")), str(tmp_path), ratio=("5", "nan"))
@@ -96,7 +96,7 @@ def test_the_command_line(lab, tmp_path):
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith(f"{tmp_path}/triggers.html: ")
 
 
-def test_an_unknown_command(monkeypatch, capsys):
+def test_an_unknown_command_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["analyze", "trigers"])
     with pytest.raises(SystemExit, match="1"):
         runpy.run_path(analyze.__file__, run_name="__main__")

@@ -1,6 +1,7 @@
 """Whether a value predicts what follows its key's triggers (Geva et al. 2021, arXiv 2012.14913, section 4)."""
 
-from collections.abc import Callable
+import collections
+from collections.abc import Callable, Iterator
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ def agreement(
     keys: Keys = 0,
     top: Top = 50,
     predictive: Annotated[
-        int, Option("values to look at one by one, those of the largest maximum probability", least=1)
+        int, Option("values to look at one by one: those with the largest maximum probability", least=1)
     ] = 100,
 ) -> dict:
     """How often a value's top token is the next token of its key's top trigger, by layer, and that token's rank.
@@ -38,28 +39,32 @@ def agreement(
     the training text, by up to 4 million pairs at even distances. Keys whose trigger does not occur there are left out.
     """
     ffn = model.ffn(ffn)
-    chosen = sample_keys(model, ffn, keys, (), text.seed)
+    chosen = sample_keys(model, ffn, keys, (), text.seed)  # (): this analysis has no option that names keys
     corpus = open_corpus(model, ffn, text, page)
     following = next_tokens(model, page, corpus, text.data)
     found = find(model, ffn, chosen, top, corpus)
     progress = Progress("values", len(found), "layer")
-    draw, layers, peaked = np.random.default_rng(text.seed), [], []
+    draw = np.random.default_rng(text.seed)
+    layers: list[dict] = []
+    peaked: list[_Peaked] = []
     with page.csv("keys", ["layer", "key", "sign", "top_token", "max_p", "next_token", "rank"]) as write:
         for layer, triggers in found.items():
             pairs = _pairs(model, ffn, layer, chosen[layer], triggers, following, draw)
             write(_csv_lines(layer, pairs))
             layers.append({"layer": layer, "keys": len(pairs.keys_K)} | _measures(pairs))
+            # Each layer may hold all of the most predictive values, so it hands in as many as are shown.
             peaked += _most_peaked(layer, pairs, predictive)
             progress.update(progress.done + 1)
     progress.close()
-    peaked.sort(key=lambda value: -value.p)  # is stable, so that lower layers come first
-    shown = [_matches(value, model.texts, following) for value in peaked[:predictive]]
-    matched = sum(row[4] > 0 for row in shown)
+    peaked.sort(key=lambda value: -value.p)  # the sort is stable: of equal ones, lower layers come first
+    shown = [_match(value, model.texts, following) for value in peaked[:predictive]]
+    matched = len([line for line in shown if line.matched])
+    shown_of_layer = collections.Counter(line.layer for line in shown)
     _draw(model, page, ffn, layers)
     page.heading(f"The {len(shown)} most predictive values")
     page.text(f"{matched} of {len(shown)} have their top token after at least one of the key's top {top} triggers.")
     page.table(["layer", "key", "max p", "top token", "triggers it follows", "of"], shown)
-    by_layer = {row["layer"]: sum(line[0] == row["layer"] for line in shown) for row in layers}
+    by_layer = {row["layer"]: shown_of_layer[row["layer"]] for row in layers}
     return {
         "ffn": ffn,
         "layers": layers,
@@ -68,7 +73,14 @@ def agreement(
 
 
 def next_tokens(model: KeyValueModel, page: Report, corpus: Corpus | None, data: str) -> Callable[[int], int]:
-    """A function: label of a trigger -> the token that follows it, -1 where there is none."""
+    """Returns a function from a trigger's label to the id of the token that follows the trigger, or -1 if none does.
+
+    Args:
+      page: its facts say where next tokens come from, if that is not the corpus.
+      corpus: the text of the triggers; None for FFN-M, whose triggers are token ids.
+      data: prepared data, in which the successors of token ids are counted.
+    Raises: UserError if `data` is needed and cannot be opened.
+    """
     if corpus is not None:
         return lambda label: corpus.next(label) if label >= 0 else -1
     dataset = model.open_data(data)
@@ -79,10 +91,15 @@ def next_tokens(model: KeyValueModel, page: Report, corpus: Corpus | None, data:
 
 
 class _Pairs(NamedTuple):
-    """Those K keys of a layer whose top trigger has a next token, with their values' predictions.
+    """The K keys of a layer whose top trigger has a next token, with what their values predict.
 
-    labels_Kt: of the triggers.  top_K, p_K: a value's top token and its probability.  next_K: the next token of the top
-    trigger.  other_K: that of another key.  rank_K, other_rank_K: their ranks under the value.
+    keys_K: numbers of the keys.
+    sign_K: 1 or -1, the sign of a key's strongest coefficient, with which its value is read.
+    labels_Kt: labels of the key's triggers, strongest first.
+    top_K, p_K: the value's top token and its probability.
+    next_K: the token that follows the key's top trigger.
+    other_K: the token that follows another key's top trigger, to measure chance.
+    rank_K, other_rank_K: the ranks of next_K and other_K under the value; 1 is the likeliest token.
     """
 
     keys_K: np.ndarray
@@ -97,13 +114,15 @@ class _Pairs(NamedTuple):
 
 
 def _pairs(model, ffn, layer, keys_K, triggers: topk.Triggers, following, draw) -> _Pairs:
+    """Pairs each key's value with the token that follows the key's top trigger, and with that of another key."""
     next_K = np.array([following(label) for label in triggers.labels_Kt[:, 0]])
     there = np.flatnonzero(next_K >= 0)
     other_K = np.zeros_like(next_K)
     other_K[there] = others(draw, next_K[there])
-    # The values of all keys, also of those that are then left out: one shape for all layers, which compiles once.
+    # Keys without a next token are dropped only at the end: until then all layers have one shape, which compiles once.
     v_KD = model.values(ffn, layer)[keys_K] * triggers.sign_K[:, None]
     says = values.top_tokens(model, v_KD, 1)
+    # Where there is no next token, token 0 takes its place; its ranks are dropped below.
     rank_K, other_rank_K = values.ranks(model, v_KD, np.maximum(next_K, 0), other_K)
     top_K, p_K = says.ids_Nk[:, 0], says.p_Nk[:, 0]
     all_keys = _Pairs(keys_K, triggers.sign_K, triggers.labels_Kt, top_K, p_K, next_K, other_K, rank_K, other_rank_K)
@@ -111,21 +130,30 @@ def _pairs(model, ffn, layer, keys_K, triggers: topk.Triggers, following, draw) 
 
 
 def others(draw: np.random.Generator, x_K: np.ndarray) -> np.ndarray:
-    """Each element replaced by another one, drawn at random; each is used once."""
+    """Replaces each element by another one, drawn at random. Each element is used once.
+
+    Args:
+      x_K: any values; a single one has no other and stays.
+    """
+    # One cycle through all places in random order: a plain permutation would leave some elements where they are.
     order = draw.permutation(len(x_K))
     out_K = np.empty_like(x_K)
     out_K[order] = x_K[np.roll(order, 1)]
     return out_K
 
 
-def _csv_lines(layer: int, pairs: _Pairs):
+def _csv_lines(layer: int, pairs: _Pairs) -> Iterator[list]:
+    """Lines of the CSV file, one for each key."""
     probabilities = [f"{p:.4g}" for p in pairs.p_K]
     columns = pairs.keys_K, pairs.sign_K, pairs.top_K, probabilities, pairs.next_K, pairs.rank_K
     return ([layer, *line] for line in zip(*columns))
 
 
 def _measures(pairs: _Pairs) -> dict[str, float]:
-    """NaN where there is nothing to measure: chance takes two keys."""
+    """A layer's agreement and median rank, each beside its value by chance.
+
+    NaN stands for what cannot be measured: all of them without keys, and chance with a single key.
+    """
     out = dict.fromkeys(("agreement", "chance", "median_rank", "chance_rank"), np.nan)
     if len(pairs.keys_K):
         out["agreement"] = float((pairs.top_K == pairs.next_K).mean())
@@ -147,7 +175,7 @@ class _Peaked(NamedTuple):
 
 
 def _most_peaked(layer: int, pairs: _Pairs, count: int) -> list[_Peaked]:
-    """The values of a layer with the largest maximum probabilities."""
+    """The `count` values of a layer with the largest maximum probabilities, largest first."""
     strongest = np.argsort(-pairs.p_K, kind="stable")[:count]
     return [
         _Peaked(float(pairs.p_K[k]), layer, int(pairs.keys_K[k]), int(pairs.top_K[k]), pairs.labels_Kt[k].tolist())
@@ -155,14 +183,29 @@ def _most_peaked(layer: int, pairs: _Pairs, count: int) -> list[_Peaked]:
     ]
 
 
-def _matches(value: _Peaked, texts, following) -> list:
-    """A line of the page: how many of the key's triggers the value's top token follows, of those with a next token."""
+class _Match(NamedTuple):
+    """A line of the page's table of predictive values.
+
+    matched: triggers of the key that the value's top token follows.  of: triggers that have a next token.
+    """
+
+    layer: int
+    key: int
+    p: float
+    top_token: str
+    matched: int
+    of: int
+
+
+def _match(value: _Peaked, texts, following) -> _Match:
+    """Counts the triggers of a value's key that its top token follows."""
     nexts = [following(label) for label in value.labels]
-    matched = sum(token == value.token for token in nexts)
-    return [value.layer, value.key, value.p, texts[value.token], matched, sum(token >= 0 for token in nexts)]
+    known = [token for token in nexts if token >= 0]
+    return _Match(value.layer, value.key, value.p, texts[value.token], known.count(value.token), len(known))
 
 
 def _draw(model, page, ffn, layers):
+    """Figures of agreement and of ranks by layer."""
     at = [row["layer"] for row in layers]
     series = {
         "value and its own trigger": [100 * row["agreement"] for row in layers],

@@ -1,4 +1,4 @@
-"""Sheets for people who look for the pattern in a key's triggers, and automatic proxies of what they would find."""
+"""A sheet on which people note what a key's triggers share, and automatic proxies of their judgement."""
 
 import html
 import itertools
@@ -46,6 +46,7 @@ def annotate(
     found = find(model, ffn, chosen, top, corpus)
     sheet: Sheet = {}
     for trigger in each_trigger(chosen, found):
+        # The text of a prefix is read here, once, and kept: every later step asks for it.
         row = SheetRow(trigger.rank, trigger.c, tokens_of(corpus, trigger.label))
         sheet.setdefault((trigger.layer, trigger.key), []).append(row)
     proxies = _proxies(model, sheet, single_tokens=corpus is None, seed=text.seed)
@@ -56,37 +57,44 @@ def annotate(
     with page.csv("sheet", ["layer", "key", "rank", "coefficient", "prefix", "pattern", "kind"]) as write:
         for (layer, i), rows in sheet.items():
             for rank, c, ids in rows:
-                write([[layer, i, rank, f"{c:.6g}", " ".join(model.texts[t] for t in ids), "", ""]])
+                prefix = " ".join(model.texts[t] for t in ids)
+                write([[layer, i, rank, f"{c:.6g}", prefix, "", ""]])  # people fill in pattern and kind
     layers = sorted(found)
     means = {name: [_mean(proxies, layer, number) for layer in layers] for number, name in enumerate(names)}
     _draw(model, page, ffn, layers, kinds, means)
     page.heading("The sheet")
     page.text(
-        "Write what at least three triggers share, and whether it is shallow or semantic; the button copies all as CSV."
+        "Write what at least three triggers share, and choose whether it is shallow or semantic. The button copies all "
+        "entries as CSV."
     )
     page.raw(_sheet_markup(model.texts, sheet))
     return {"ffn": ffn, "layers": layers, "proxies": means, "keys": len(sheet)}
 
 
 class SheetRow(NamedTuple):
-    """A trigger of a key, with its coefficient c and its tokens."""
+    """A trigger of a key: its rank (1 is the strongest), its coefficient c and its token ids."""
 
     rank: int
     c: float
     ids: list[int]
 
 
-Sheet = dict[tuple[int, int], list[SheetRow]]  # of each (layer, key)
+Sheet = dict[tuple[int, int], list[SheetRow]]  # {(layer, key): the key's triggers}
 
 
 def _proxies(model, sheet: Sheet, single_tokens: bool, seed: int) -> dict[tuple[int, int], list[float]]:
-    """{(layer, key): the three proxies of its triggers, and those of as many triggers of all keys of the layer}"""
+    """{(layer, key): the three proxies of its triggers, then those of as many triggers of any key of the layer}
+
+    Args:
+      single_tokens: triggers are tokens, as those of FFN-M, and not prefixes.
+    """
     draw = np.random.default_rng(seed)
-    # On the host: many short lists of tokens would each be a small call to the device.
+    # Means are taken on the host, because thousands of short lists of tokens would each be a small call to the device.
     table_VD = np.asarray(model.params["embedding"])
     centre_D = np.asarray(jnp.mean(model.params["embedding"], 0, dtype=jnp.float32))
 
     def embed(ids):
+        # Without the common part of all embeddings, which would make any two triggers look alike.
         return table_VD[ids].astype(np.float32).mean(0) - centre_D
 
     pools: dict[int, list] = {}
@@ -96,13 +104,19 @@ def _proxies(model, sheet: Sheet, single_tokens: bool, seed: int) -> dict[tuple[
     proxies = {}
     for (layer, i), rows in sheet.items():
         own, pool = [row.ids for row in rows], pools[layer]
+        # Without replacement, because a trigger that is drawn twice would be wholly like itself.
         drawn = [pool[k] for k in draw.choice(len(pool), min(len(own), len(pool)), replace=False)]
         proxies[layer, i] = [*measures(own, embed, texts), *measures(drawn, embed, texts)]
     return proxies
 
 
 class Proxies(NamedTuple):
-    """Of some triggers; the last two are NaN for fewer than two triggers."""
+    """The proxies that `annotate` defines, of one set of triggers.
+
+    shared: share of triggers in the commonest class: the last token, or for single tokens the kind of text.
+    overlap: mean Jaccard index of 1- and 2-grams over pairs of triggers; NaN for fewer than two triggers.
+    similarity: mean cosine of mean embeddings over pairs of triggers; NaN for fewer than two triggers.
+    """
 
     shared: float
     overlap: float
@@ -110,14 +124,15 @@ class Proxies(NamedTuple):
 
 
 def measures(triggers: list[list[int]], embed: Callable[[list[int]], np.ndarray], texts: list[str] | None) -> Proxies:
-    """The proxies of some triggers, each a list of token ids.
+    """Measures the proxies of one set of triggers, each a list of token ids.
 
     Args:
-      embed: token ids -> their mean embedding [D], less that of the vocabulary.
-      texts: of every token id, where triggers are single tokens; None where they are prefixes.
+      embed: a function from token ids to their mean embedding [D], less the mean embedding of the vocabulary.
+      texts: the text of every token id, if triggers are single tokens; None if they are prefixes.
     """
     if texts:
         ends = [token_classes.kind(ids[0], texts[ids[0]]) for ids in triggers]
+        # In lower case, so that "The" and "the" count as alike.
         grams = [_grams(texts[ids[0]].lower()) for ids in triggers]
     else:
         ends = [ids[-1] for ids in triggers]
@@ -128,22 +143,24 @@ def measures(triggers: list[list[int]], embed: Callable[[list[int]], np.ndarray]
     overlap = np.mean([len(a & b) / len(a | b) for a, b in itertools.combinations(grams, 2)])
     x_ND = np.stack([embed(ids[-_LAST:]) for ids in triggers])
     x_ND /= np.linalg.norm(x_ND, axis=1, keepdims=True)
-    pairs = np.triu_indices(len(x_ND), 1)
+    pairs = np.triu_indices(len(x_ND), 1)  # each pair once, and no trigger with itself
     return Proxies(shared, float(overlap), float((x_ND @ x_ND.T)[pairs].mean()))
 
 
 def _grams(items) -> set:
-    """1- and 2-grams of tokens or characters."""
+    """The set of 1- and 2-grams of a sequence of tokens or characters."""
     items = list(items)
     return set(items) | set(itertools.pairwise(items))
 
 
 def _mean(proxies, layer, number) -> float:
-    """Mean of one proxy over the keys of a layer; NaN where no key of it fires."""
-    return float(np.mean([values[number] for (at, _), values in proxies.items() if at == layer] or [np.nan]))
+    """Mean of one proxy over the keys of a layer; NaN if none of them fires."""
+    of_layer = [values[number] for (at, _), values in proxies.items() if at == layer]
+    return float(np.mean(of_layer)) if of_layer else np.nan
 
 
 def _draw(model, page, ffn, layers, kinds, means):
+    """One figure for each proxy, by layer, beside its value by chance."""
     for kind in kinds:
         title = kind.replace("_", " ").replace("ngram", "n-gram")
         series = {"a key's triggers": means[kind], "triggers of all keys mixed": means[f"{kind}_at_random"]}

@@ -24,7 +24,7 @@ from memoryllm_jax.common.options import Option
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.common.report import Report
 
-_BLOCK = 4096  # rows of a graph that are squared at a time
+_BLOCK = 4096  # rows of the graph's square that are computed at a time
 
 
 def clustering(
@@ -32,7 +32,7 @@ def clustering(
     page: Report,
     *,
     layers: Layers = (),
-    neighbours: Annotated[int, Option("nearest neighbours that a token is joined with", least=2)] = 10,
+    neighbours: Annotated[int, Option("nearest neighbours that each token is joined with", least=2)] = 10,
     clusters: Clusters = 20,
     tokens: Annotated[int, Option("tokens of the graph, drawn at random; 0: all", least=0)] = 0,
     sample: Annotated[int, Option("tokens, drawn at random, that the silhouette is measured on")] = 4000,
@@ -49,7 +49,8 @@ def clustering(
     """
     model.require_memory("clustering")
     check(model, clusters, sample)
-    chosen, V = chosen_layers(model, layers), model.config.vocab_size
+    chosen = chosen_layers(model, layers)
+    V = model.config.vocab_size
     count = min(tokens or V, V)
     if neighbours >= count:
         raise ArgumentError("neighbours", f"expected from 2 to fewer than the {count} tokens, found {neighbours}")
@@ -61,6 +62,7 @@ def clustering(
     for layer in chosen:
         vectors = functools.partial(unit_coefficients, model)
         near = neighbours_of(model, vectors, [layer], ids_N, ids_N, neighbours, f"layer {layer}")
+        # Nodes are numbered by their place in ids_N, which is sorted.
         coefficient, chance = clustering_coefficient(np.searchsorted(ids_N, near.ids[0]))
         labels_V, _ = fit(model, layer, clusters, seed)
         silhouette = _silhouette(model, layer, sampled, labels_V)
@@ -89,16 +91,19 @@ def clustering(
 
 
 def _silhouette(model, layer, sampled, labels_V) -> float:
-    """Mean silhouette of the sampled tokens; NaN where they are all in one cluster, or each in its own."""
+    """Mean silhouette of the sampled tokens; NaN if they are all in one cluster, or each is in its own."""
     labels = labels_V[sampled]
+    # scikit-learn raises an error for such a sample, as the silhouette is undefined.
     if not 1 < len(np.unique(labels)) < len(sampled):
         return np.nan
     return float(sklearn("metrics").silhouette_score(unit_on_host(model, layer, sampled), labels))
 
 
 def clustering_coefficient(near_Nk: np.ndarray) -> tuple[float, float]:
-    """Of the graph that joins each node n with the nodes near[n].
+    """The clustering coefficient of a graph, and what it is in a random graph of as many edges.
 
+    Args:
+      near_Nk: node n is joined with the nodes near_Nk[n]; an edge has no direction.
     Returns: (mean local clustering coefficient, share of all pairs of nodes that are joined).
     """
     from scipy import sparse  # comes with scikit-learn, which is optional
@@ -106,12 +111,14 @@ def clustering_coefficient(near_Nk: np.ndarray) -> tuple[float, float]:
     N, k = near_Nk.shape
     nodes = np.repeat(np.arange(N), k)
     graph = sparse.csr_matrix((np.ones(N * k, np.int32), (nodes, near_Nk.reshape(-1))), (N, N))
-    graph = graph.maximum(graph.T)
+    graph = graph.maximum(graph.T)  # two nodes are joined if either is near the other
+    # int64, because the square below overflows int32 for a node that is near more than 46,340 others.
     degree_N = np.asarray(graph.sum(1)).ravel().astype(np.int64)
     joined = []  # for each node, the pairs of its neighbours that are joined, each counted both ways
+    # In blocks, because the square of the whole graph has far more entries than the graph.
     for start in range(0, N, _BLOCK):
         block = graph[start : start + _BLOCK]
         paths = block @ graph  # paths of two edges; those between joined nodes close a triangle
         joined.append(np.asarray(paths.multiply(block).sum(1)).ravel())
-    pairs_N = np.maximum(degree_N * (degree_N - 1), 1)
+    pairs_N = np.maximum(degree_N * (degree_N - 1), 1)  # at least 1: a node with one neighbour has coefficient 0
     return float(np.mean(np.concatenate(joined) / pairs_N)), float(degree_N.sum() / (N * (N - 1)))

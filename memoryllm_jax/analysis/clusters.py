@@ -1,7 +1,7 @@
 """Clusters of tokens by their coefficient vectors, and what the tokens of a cluster share.
 
-K-means and the projections are scikit-learn's. Vectors are brought to unit length, so that a group is a
-direction and not a size; the paper does not say whether its vectors are.
+K-means and the projections are scikit-learn's. Vectors are brought to unit length, so that clusters differ in direction
+and not in size. The paper does not say whether it does the same.
 """
 
 from collections.abc import Callable
@@ -29,22 +29,23 @@ Seed = Annotated[int, Option("seed of the random draws")]
 
 
 def sklearn(module: str):
-    """A module of scikit-learn, imported when it is first used. Raises: UserError if it is not installed."""
+    """Imports a module of scikit-learn, which is optional. Raises: UserError if it is not installed."""
     return errors.require(f"sklearn.{module}", "analyze", "clusters")
 
 
 def unit_coefficients(model: KeyValueModel, layer: int, ids_N) -> jax.Array:
-    """c / |c| of FFN-M, float32 [N, F]."""
+    """FFN-M's coefficient vectors of tokens, brought to unit length: c / |c|, float32 [N, F]."""
     return _unit(model.token_coefficients(layer, ids_N).astype(jnp.float32))
 
 
 @jax.jit
 def _unit(c_NF):
+    # The 1e-30 keeps a vector of zeros from becoming NaN.
     return c_NF * jax.lax.rsqrt(jnp.square(c_NF).sum(-1, keepdims=True) + 1e-30)
 
 
 def unit_on_host(model: KeyValueModel, layer: int, ids_N: np.ndarray) -> np.ndarray:
-    """The same in the host's memory, computed chunk by chunk."""
+    """`unit_coefficients` as an array in the host's memory, computed chunk by chunk."""
     chunks = []
     for ids_C, is_real_C in model.chunks(ids_N):
         chunks.append(np.asarray(unit_coefficients(model, layer, ids_C))[is_real_C])
@@ -52,9 +53,13 @@ def unit_on_host(model: KeyValueModel, layer: int, ids_N: np.ndarray) -> np.ndar
 
 
 def check(model: KeyValueModel, clusters: int, sample: int) -> None:
-    """Raises: UserError for numbers that do not fit the model, and without scikit-learn."""
+    """Checks the options that `clusters` and `clustering` share, before the work begins.
+
+    Raises: UserError if a number does not fit the model, or scikit-learn is not installed.
+    """
     sklearn("cluster")
-    most = min(model.config.vocab_size - 1, model.sizes.tokens)  # the first chunk gives the first centres
+    # K-means draws its first centres from the first chunk, which must have enough tokens.
+    most = min(model.config.vocab_size - 1, model.sizes.tokens)
     if not 2 <= clusters <= most:
         raise ArgumentError("clusters", f"expected from 2 to {most}, found {clusters}")
     if sample <= clusters:
@@ -62,9 +67,11 @@ def check(model: KeyValueModel, clusters: int, sample: int) -> None:
 
 
 def chosen_layers(model: KeyValueModel, texts: tuple[str, ...]) -> list[int]:
-    """The layers that an option names, by default all. Raises: ArgumentError."""
+    """The layers that the option names; all if it is empty. Raises: ArgumentError."""
     L = model.config.layers
-    return list(options.layers(texts, "layers", L)) if texts else list(range(L))
+    if not texts:
+        return list(range(L))
+    return list(options.layers(texts, "layers", L))
 
 
 def fit(model: KeyValueModel, layer: int, count: int, seed: int, step: Callable[[], None] = lambda: None):
@@ -74,15 +81,16 @@ def fit(model: KeyValueModel, layer: int, count: int, seed: int, step: Callable[
       step: called after each chunk.
     Returns: (cluster of each token [V], scikit-learn's fitted MiniBatchKMeans).
     """
-    # Without reassignment, which would move the centres of small clusters to tokens drawn at random.
+    # reassignment_ratio=0: scikit-learn would otherwise move the centres of small clusters to tokens drawn at random.
     kmeans = sklearn("cluster").MiniBatchKMeans(count, random_state=seed, n_init=3, reassignment_ratio=0.0)
     draw = np.random.default_rng(seed)
     for _ in range(_EPOCHS):
-        # In random order: neighbouring ids are alike, such as all bytes or all rare words.
+        # Ids that are close are alike, such as all bytes or all rare words, so chunks are drawn in random order.
         for ids_C, is_real_C in model.chunks(draw.permutation(model.every_id)):
             kmeans.partial_fit(np.asarray(unit_coefficients(model, layer, ids_C))[is_real_C])
             step()
     labels = []
+    # A pass of its own, because centres moved until the end of the last one.
     for ids_C, is_real_C in model.chunks(model.every_id):
         labels.append(kmeans.predict(np.asarray(unit_coefficients(model, layer, ids_C)))[is_real_C])
         step()
@@ -111,11 +119,14 @@ def clusters(
     model.require_memory("clusters")
     check(model, clusters, sample)
     chosen = chosen_layers(model, layers)
-    classes, V = token_classes.classes(model.texts), len(model.texts)
+    classes = token_classes.classes(model.texts)
+    V = len(model.texts)
     draw = np.random.default_rng(seed)
     pictured = {chosen[0], chosen[len(chosen) // 2], chosen[-1]}
+    # Drawn once, so that the pictures of all layers show the same tokens.
     sampled_N = np.sort(draw.choice(V, min(sample, V), replace=False)).astype(np.int32)
-    progress = Progress("clusters", len(chosen) * (_EPOCHS + 2) * model.chunk_count(V), "chunk")
+    passes = _EPOCHS + 2  # one more each to label the tokens and to find those nearest to the centres
+    progress = Progress("clusters", len(chosen) * passes * model.chunk_count(V), "chunk")
     rows, examples, pictures = [], [], {}
     with page.csv("tokens", ["layer", "token", "text", "cluster"]) as write:
         for layer in chosen:
@@ -147,7 +158,7 @@ def clusters(
 
 
 def _purities(labels_V, shuffled_V, classes) -> dict[str, float]:
-    """Sizes of a layer's clusters, and their purity by each classification beside that by chance."""
+    """A layer's number of clusters, its largest one, and its purity in each classification, beside that by chance."""
     out = {"clusters": len(np.unique(labels_V)), "largest": int(np.bincount(labels_V).max())}
     for name, classes_V in classes.items():
         out[name] = token_classes.purity(labels_V, classes_V)
@@ -158,10 +169,13 @@ def _purities(labels_V, shuffled_V, classes) -> dict[str, float]:
 def nearest_to_centres(
     model: KeyValueModel, layer: int, labels_V: np.ndarray, kmeans, step: Callable[[], None] = lambda: None
 ) -> np.ndarray:
-    """[clusters, 10]: the tokens of each cluster that are nearest to its centre; -1 where it has fewer.
+    """Finds the tokens of each cluster that are nearest to its centre.
 
     Args:
+      labels_V: the cluster of each token, as `fit` returns it.
+      kmeans: the fitted MiniBatchKMeans.
       step: called after each chunk.
+    Returns: token ids [clusters, 10], nearest first, and -1 where a cluster has fewer tokens.
     """
     centres_KF = jnp.asarray(kmeans.cluster_centers_, jnp.float32)
     top = topk.empty(len(centres_KF), _EXAMPLES)
@@ -175,12 +189,20 @@ def nearest_to_centres(
 
 @jax.jit
 def _nearness(x_CF, centres_KF):
-    """Falls with the distance |x - centre|; |x|^2 is left out, as it is the same for all tokens."""
+    """|x|^2 - |x - centre|^2, [K, C], which falls with the distance. |x| is 1 for all tokens, so the order is right."""
     return 2 * centres_KF @ x_CF.T - jnp.square(centres_KF).sum(-1, keepdims=True)
 
 
 def cluster_lines(labels_V: np.ndarray, nearest_Kk: np.ndarray, kinds_V: np.ndarray, texts: list[str]) -> list[list]:
-    """[cluster, tokens, commonest kind, its share in percent, nearest tokens] of each cluster, largest first."""
+    """Lines of the page's table of clusters, largest cluster first; empty clusters are left out.
+
+    Args:
+      labels_V: the cluster of each token.
+      nearest_Kk: as `nearest_to_centres` returns them.
+      kinds_V: the class of each token.
+      texts: the text of every token id.
+    Returns: [cluster, tokens, commonest class, its share in percent, texts of the nearest tokens] of each cluster.
+    """
     lines = []
     sizes_K = np.bincount(labels_V, minlength=len(nearest_Kk))
     for k in np.argsort(-sizes_K, kind="stable"):
@@ -192,6 +214,8 @@ def cluster_lines(labels_V: np.ndarray, nearest_Kk: np.ndarray, kinds_V: np.ndar
 
 
 class _Commonest(NamedTuple):
+    """The most frequent of some names, and how often it occurs."""
+
     name: str
     count: int
 
@@ -202,7 +226,7 @@ def _commonest(names_N: np.ndarray) -> _Commonest:
 
 
 def _picture(model, layer, sampled_N, labels_V, kinds_V, how, seed):
-    """A figure of the sampled tokens in a plane, each cluster labelled with one of its tokens."""
+    """Draws the sampled tokens in a plane, and labels each cluster with one of its tokens."""
     x_N2 = _plane(unit_on_host(model, layer, sampled_N), how, seed)
     kinds_N, labels_N = kinds_V[sampled_N], labels_V[sampled_N]
     figure, ax = plots.new_figure(8, 6)
@@ -216,6 +240,7 @@ def _picture(model, layer, sampled_N, labels_V, kinds_V, how, seed):
         n = _middle(x_N2, np.flatnonzero(labels_N == k), kinds_N)
         text = _drawable(sampled_N[n], model.texts)
         ax.annotate(text, (x_N2[n, 0], x_N2[n, 1]), fontsize=9, weight="bold", bbox=box)
+    # The axes of t-SNE have no unit, so neither a grid nor ticks mean anything.
     ax.grid(False)
     ax.set_xticks([])
     ax.set_yticks([])
@@ -226,16 +251,23 @@ def _picture(model, layer, sampled_N, labels_V, kinds_V, how, seed):
 
 
 def _plane(x_NF: np.ndarray, how: str, seed: int) -> np.ndarray:
-    """Vectors in two dimensions, [N, 2]; t-SNE starts from 50 principal components."""
+    """Projects vectors to two dimensions, [N, 2]."""
+    # t-SNE gets the first 50 principal components: distances between all F coefficients would take much longer.
     x = sklearn("decomposition").PCA(min(50, *x_NF.shape), random_state=seed).fit_transform(x_NF)
     if how == "tsne":
+        # 30 is scikit-learn's default; the perplexity must be smaller than the number of tokens.
         perplexity = min(30, max(2, len(x) // 4))
         x = sklearn("manifold").TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x)
     return x[:, :2]
 
 
 def _middle(x_N2, own: np.ndarray, kinds_N) -> int:
-    """The token, among those numbered `own`, that is nearest to the median of those of the commonest kind."""
+    """Picks the token that labels a cluster: of its commonest kind, nearest to the median of that kind.
+
+    Args:
+      own: places of the cluster's tokens in x_N2.
+    Returns: a place in x_N2.
+    """
     own = own[kinds_N[own] == _commonest(kinds_N[own]).name]
     return own[np.square(x_N2[own] - np.median(x_N2[own], 0)).sum(1).argmin()]
 

@@ -18,10 +18,10 @@ from memoryllm_jax.common.options import Option
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.common.report import Report
 
-_KEY_FIELDS = [
-    *("layer", "key", "sign", "tokens", "coefficients", "texts"),
-    *("value_tokens", "value_probabilities", "value_texts"),
-]
+_TOKEN_FIELDS = ["layer", "token", "text", "keys", "coefficients", "shares"]
+_USED_BY = ["tokens", "coefficients", "texts"]
+_VALUE_SAYS = ["value_tokens", "value_probabilities", "value_texts"]
+_KEY_FIELDS = ["layer", "key", "sign", *_USED_BY, *_VALUE_SAYS]
 
 
 def coefficients(
@@ -31,9 +31,9 @@ def coefficients(
     token: Annotated[
         tuple[str, ...], Option("token to show, as text that is one token, as ␣the or as #ID", many=True)
     ] = (),
-    tokens: Annotated[int, Option("tokens to show where none are named; 0: all", least=0)] = 500,
-    top: Annotated[int, Option("keys of a token, tokens of a key and tokens of a value to give", least=1)] = 5,
-    data: Annotated[str, Option("prepared data, whose most frequent tokens are shown where none are named")] = "",
+    tokens: Annotated[int, Option("how many tokens to show if none are named; 0: all", least=0)] = 500,
+    top: Annotated[int, Option("how many keys of a token, tokens of a key and tokens of a value to list", least=1)] = 5,
+    data: Annotated[str, Option("prepared data, whose most frequent tokens are shown if none are named")] = "",
 ) -> dict:
     """Coefficients c of FFN-M: the keys that matter most for a token, the tokens that use a key most, what values say.
 
@@ -51,19 +51,21 @@ def coefficients(
         raise ArgumentError("top", f"expected from 1 to the {model.config.memory_dim} keys, found {top}")
     L, V = model.config.layers, model.config.vocab_size
     shown_Q = chosen_tokens(model, page, token, tokens, data)
-    listed = np.unique(shown_Q) if token else model.every_id  # in the CSV file
+    # The CSV file has every token unless some are named: --tokens and --data only keep the page small.
+    listed = np.unique(shown_Q) if token else model.every_id
     progress = Progress("coefficients", L * model.chunk_count(V), "chunk")
-    of_shown, keys = [], {}
-    fields = ["layer", "token", "text", "keys", "coefficients", "shares"]
-    with page.csv("tokens", fields) as write_tokens, page.csv("keys", _KEY_FIELDS) as write_keys:
+    of_shown: list[StrongestKeys] = []
+    keys: dict[tuple[int, int], token_page.Key] = {}
+    with page.csv("tokens", _TOKEN_FIELDS) as write_tokens, page.csv("keys", _KEY_FIELDS) as write_keys:
         for layer in range(L):
-            of_tokens, triggers = _pass(model, layer, top, lambda: progress.update(progress.done + 1))
-            # A value is added with the sign of its coefficients, so that is the sign to read it with.
+            of_tokens, triggers = _pass_over_vocabulary(model, layer, top, lambda: progress.update(progress.done + 1))
+            # The model adds c v, so a key whose strongest coefficient is negative adds -v.
             signed_values_FD = model.values("memory", layer) * triggers.sign_K[:, None]
             says = values.top_tokens(model, signed_values_FD, top)
             write_tokens(_token_lines(layer, listed, of_tokens, model.texts))
             write_keys(_key_lines(layer, triggers, says, model.texts))
             of_shown.append(StrongestKeys(*(x_Vk[shown_Q] for x_Vk in of_tokens)))
+            # The page holds only keys that a shown token leads to; the CSV file holds all of them.
             for i in np.unique(of_shown[-1].keys):
                 keys[layer, int(i)] = _key_on_page(int(i), triggers, says)
     progress.close()
@@ -76,7 +78,7 @@ def coefficients(
     page.figure(
         "concentration",
         plots.by_layer(concentration, "share of sum |c| |v|, %"),
-        f"Share of a row that its strongest keys of {model.config.memory_dim} make; mean of {len(shown_Q):,} tokens.",
+        f"Share of a row that its strongest keys make, of {model.config.memory_dim}; mean of {len(shown_Q):,} tokens.",
     )
     page.heading("Search")
     page.raw(token_page.markup(token_page.content(shown_Q, strongest, keys, near, rows, model.texts)))
@@ -89,8 +91,10 @@ def coefficients(
     }
 
 
-def _pass(model: KeyValueModel, layer: int, top: int, step: Callable[[], None]) -> tuple[StrongestKeys, topk.Triggers]:
-    """One pass over the vocabulary: the strongest keys of every token [V, k], and the triggers of every key."""
+def _pass_over_vocabulary(
+    model: KeyValueModel, layer: int, top: int, step: Callable[[], None]
+) -> tuple[StrongestKeys, topk.Triggers]:
+    """Finds the strongest keys of every token [V, k] and the triggers of every key in one pass."""
     norms_F = jnp.linalg.norm(model.values("memory", layer), axis=1)
     sides = topk.TwoSidedTopK(len(norms_F), top)
     chunks = []
@@ -103,14 +107,14 @@ def _pass(model: KeyValueModel, layer: int, top: int, step: Callable[[], None]) 
 
 
 def _token_lines(layer: int, ids: np.ndarray, strongest: StrongestKeys, texts: Sequence[str]) -> Iterator[list]:
-    """Lines of the CSV file of tokens; the keys of a token are apart by spaces."""
+    """Lines of the CSV file of tokens; spaces separate the keys of a token."""
     for t in ids.tolist():
         columns = [" ".join(f"{x:.5g}" for x in x_Vk[t].tolist()) for x_Vk in strongest]
         yield [layer, t, texts[t], *columns]
 
 
 def _key_lines(layer: int, triggers: topk.Triggers, says: values.TopTokens, texts: Sequence[str]) -> Iterator[list]:
-    """Lines of the CSV file of keys; the tokens of a key are apart by spaces."""
+    """Lines of the CSV file of keys; spaces separate the tokens of a key."""
     for i in range(len(triggers.sign_K)):
         key = _key_on_page(i, triggers, says)
         uses = _joined(key.triggers, key.coefficients, texts)
@@ -118,17 +122,24 @@ def _key_lines(layer: int, triggers: topk.Triggers, says: values.TopTokens, text
 
 
 def _joined(ids, numbers, texts) -> tuple[str, str, str]:
+    """Three cells of a CSV file: token ids, their numbers and their texts."""
     return " ".join(map(str, ids)), " ".join(f"{x:.4g}" for x in numbers), " ".join(texts[i] for i in ids)
 
 
 def _key_on_page(i: int, triggers: topk.Triggers, says: values.TopTokens) -> token_page.Key:
-    fires_t = triggers.labels_Kt[i] >= 0
+    """What the page and the CSV file show of a layer's key number i."""
+    fires_t = triggers.labels_Kt[i] >= 0  # a key may have fewer triggers than the array has places
     return token_page.Key(
-        triggers.sign_K[i], triggers.labels_Kt[i, fires_t], triggers.c_Kt[i, fires_t], says.ids_Nk[i], says.p_Nk[i]
+        sign=triggers.sign_K[i],
+        triggers=triggers.labels_Kt[i, fires_t],
+        coefficients=triggers.c_Kt[i, fires_t],
+        tokens=says.ids_Nk[i],
+        probabilities=says.p_Nk[i],
     )
 
 
 def _rows(model: KeyValueModel, shown_Q: np.ndarray, top: int) -> token_page.Rows:
+    """The norms and top tokens of the shown tokens' memory rows, in each layer."""
     norms, tokens = [], []
     for layer in range(model.config.layers):
         chunks = [model.rows(layer, ids_C)[: is_real_C.sum()] for ids_C, is_real_C in model.chunks(shown_Q)]
@@ -142,8 +153,8 @@ def outliers(
     model: KeyValueModel,
     page: Report,
     *,
-    ratio: Annotated[tuple[str, ...], Option("factors M of the mean |c|, one or several")] = ("5", "10", "20"),
-    top: Annotated[int, Option("keys of each layer to list, those that are outliers for most tokens", least=1)] = 10,
+    ratio: Annotated[tuple[str, ...], Option("factors M of the mean |c|, such as 5,10,20")] = ("5", "10", "20"),
+    top: Annotated[int, Option("keys of each layer to list: those that are outliers for most tokens", least=1)] = 10,
 ) -> dict:
     """Keys above M times the mean |c| of their token and layer.
 
@@ -159,7 +170,7 @@ def outliers(
     rows, most_often, by_token = [], [], []
     for layer in range(L):
         counts_VM, hits_F = _outliers_of_layer(model, layer, ratios, lambda: progress.update(progress.done + 1))
-        by_token.append(counts_VM[:, 0])
+        by_token.append(counts_VM[:, 0])  # of the first M alone: V x L numbers for each M would be large files
         for m, count_V in zip(ratios, counts_VM.T):
             row = {"layer": layer, "M": m, "mean": float(count_V.mean()), "largest": int(count_V.max())}
             rows.append(row | {"tokens_without": float((count_V == 0).mean())})
@@ -183,11 +194,12 @@ def outliers(
 
 
 def _ratios(texts: Sequence[str]) -> list[float]:
-    """Different numbers, in the given order. Raises: ArgumentError."""
+    """The option's numbers in their order, each once. Raises: ArgumentError."""
     try:
         ratios = list(dict.fromkeys(float(text) for text in texts))
     except ValueError:
-        ratios = []
+        ratios = []  # is refused below, with the same message
+    # NaN and infinity are numbers to `float`, but no |c| is above them.
     if not ratios or not all(0 < m < math.inf for m in ratios):
         raise ArgumentError("ratio", f"expected numbers above zero such as 5,10,20, found {','.join(texts)!r}")
     return ratios
@@ -196,7 +208,10 @@ def _ratios(texts: Sequence[str]) -> list[float]:
 def _outliers_of_layer(
     model: KeyValueModel, layer: int, ratios: list[float], step: Callable[[], None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One pass over the vocabulary: (outlier keys of each token [V, M], tokens of each key by the first M [F])."""
+    """Counts outliers in one pass over the vocabulary.
+
+    Returns: (for each M, outlier keys of each token [V, M]; for the first M, tokens of each outlier key [F]).
+    """
     counts, hits_F = [], 0
     for ids_C, is_real_C in model.chunks(model.every_id):
         c_CF = model.token_coefficients(layer, ids_C)
@@ -209,7 +224,14 @@ def _outliers_of_layer(
 
 @jax.jit
 def outlier_counts(c_CF, is_real_C, ratios_M):
-    """(outlier keys of each token [C, M], tokens for which each key is one by the first M [F])."""
+    """Counts the outliers among the coefficients of a chunk of tokens.
+
+    Args:
+      c_CF: coefficients of the tokens.
+      is_real_C: False for tokens that only fill up the chunk, which the second result leaves out.
+      ratios_M: float32, factors of the token's mean |c|.
+    Returns: (outlier keys of each token by each M [C, M], tokens for which each key is an outlier by the first M [F]).
+    """
     size_CF = jnp.abs(c_CF)
     mean_C1 = size_CF.mean(1, keepdims=True)
     counts_CM = jnp.stack([(size_CF > m * mean_C1).sum(1) for m in ratios_M], 1)

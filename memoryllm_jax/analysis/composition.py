@@ -1,4 +1,4 @@
-"""How many of a layer's memories take part in its output, and whether its prediction is that of one of them.
+"""How many of a layer's memories take part in its output, and whether one memory alone makes its prediction.
 
 Geva et al. 2021, "Transformer Feed-Forward Layers Are Key-Value Memories", arXiv 2012.14913, section 5.1.
 """
@@ -44,8 +44,7 @@ def active(
     if not 0 < mass < 1:
         raise ArgumentError("mass", f"expected a share between 0 and 1, found {mass}")
     L, F = model.config.layers, model.width(ffn)
-    over_tokens = ffn == "memory"
-    counts = _active_of_tokens(model, page, mass) if over_tokens else _active_of_text(model, page, text, ffn, mass)
+    counts = _active_of_tokens(model, page, mass) if ffn == "memory" else _active_of_text(model, page, text, ffn, mass)
     shares = [100 * count / F for count in counts]
     series = {
         "mean": [float(share.mean()) for share in shares],
@@ -55,7 +54,8 @@ def active(
     page.figure(
         "share",
         plots.by_layer(series, "active memories, %"),
-        f"Fewest of {model.label(ffn)}'s {F} memories with {mass:.0%} of all |c| |v|; {len(shares[0]):,} queries.",
+        f"The fewest of {model.label(ffn)}'s {F} memories that hold {mass:.0%} of the sum of |c| |v|; "
+        f"{len(shares[0]):,} queries.",
     )
     rows = list(zip(range(L), *series.values()))
     with page.csv("layers", ["layer", *series]) as write:
@@ -65,7 +65,7 @@ def active(
 
 
 def _active_of_tokens(model, page, mass) -> list[np.ndarray]:
-    """Active memories of FFN-M for every token [V], of each layer."""
+    """For each layer, the number of FFN-M's active memories for every token, [V]."""
     page.facts["data"] = f"the whole vocabulary, {model.config.vocab_size:,} tokens"
     progress = Progress("active", model.config.layers * model.chunk_count(model.config.vocab_size), "chunk")
     counts = []
@@ -81,28 +81,38 @@ def _active_of_tokens(model, page, mass) -> list[np.ndarray]:
 
 
 def _active_of_text(model, page, text: ExampleOptions, ffn, mass) -> list[np.ndarray]:
-    """Active memories for every example, of each layer."""
+    """For each layer, the number of active memories for every example, [N]."""
     corpus, examples = text.draw(model, page)
     norms = _norms(model, ffn)
     counts: list[list] = [[] for _ in norms]
     for labels, layers in example_states(model, corpus, examples, "active"):
         for layer, state in enumerate(layers):
             c_NF = coefficients(state.queries[ffn], model.weights(ffn, layer))
-            counts[layer].append(np.asarray(active_count(c_NF, norms[layer], mass))[: len(labels)])
+            count_N = np.asarray(active_count(c_NF, norms[layer], mass))
+            counts[layer].append(count_N[: len(labels)])  # without the positions that fill up the batch
     return [np.concatenate(found) for found in counts]
 
 
 def _norms(model, ffn) -> list[jax.Array]:
-    """|v_i| [F] of each layer."""
+    """For each layer, the norms |v_i| of its values, [F]."""
     return [jnp.linalg.norm(model.values(ffn, layer), axis=1) for layer in range(model.config.layers)]
 
 
 @jax.jit
 def active_count(c_NF, norms_F, mass):
-    """The fewest memories whose |c_i| |v_i| make `mass` of the sum over all, [N]."""
-    # In float32, as sums of thousands of bfloat16 numbers stop growing. Twice negated, as jnp.sort sorts upwards.
+    """Counts the fewest memories that hold a share of the sum of |c_i| |v_i|.
+
+    Args:
+      c_NF: coefficients.
+      norms_F: |v_i|.
+      mass: the share, between 0 and 1.
+    Returns: int32 [N].
+    """
+    # In float32, because a running sum of thousands of bfloat16 numbers stops growing.
+    # Negated twice, because jnp.sort sorts in rising order.
     size_NF = -jnp.sort(-jnp.abs(c_NF.astype(jnp.float32)) * norms_F, axis=1)
     held_NF = jnp.cumsum(size_NF, 1)
+    # The total is the last running sum: a sum in another order rounds differently, and might never be reached.
     return (held_NF < mass * held_NF[:, -1:]).sum(1) + 1
 
 
@@ -116,12 +126,15 @@ def compose(model: KeyValueModel, page: Report, *, text: ExampleOptions) -> dict
     (scikit-learn's English list), and how many prefixes have fewer than 5 tokens; both also over all examples.
     """
     corpus, examples = text.draw(model, page)
-    L, kinds = model.config.layers, [ffn for ffn in ("memory", "compute") if model.width(ffn)]
+    L = model.config.layers
+    kinds = [ffn for ffn in ("memory", "compute") if model.width(ffn)]
     is_stop_word_V = stop_words(model.texts)
     tops = _tops_of_values(model, kinds)
-    composed, stop_word, short = [[] for _ in range(L)], [[] for _ in range(L)], []
+    composed: list[list] = [[] for _ in range(L)]
+    stop_word: list[list] = [[] for _ in range(L)]
+    short = []
     for labels, layers in example_states(model, corpus, examples, "compose"):
-        count = len(labels)
+        count = len(labels)  # the positions after these fill up the batch
         short.append(labels % corpus.length + 1 < _SHORT)
         for layer, state in enumerate(layers):
             top_N = top_of_update(model, state)
@@ -141,7 +154,8 @@ def compose(model: KeyValueModel, page: Report, *, text: ExampleOptions) -> dict
 
 
 def _tops_of_values(model, kinds) -> list[dict[str, np.ndarray]]:
-    """{FFN: `values.both_tops`} of each layer."""
+    """For each layer, {FFN: top tokens of its values and of their negatives, as `values.both_tops` returns them}."""
+    # Found once, because they are the same for every batch of text.
     progress = Progress("values", model.config.layers, "layer")
     tops = []
     for layer in range(model.config.layers):
@@ -152,31 +166,42 @@ def _tops_of_values(model, kinds) -> list[dict[str, np.ndarray]]:
 
 
 def _is_of_one_memory(c_NF, tops_2F, top_N) -> np.ndarray:
-    """Whether one memory's own top token is the layer's, [N]."""
+    """Whether the top token of any single memory is the layer's, [N].
+
+    Args:
+      c_NF: coefficients. A memory adds c_i v_i, whose top token is that of v_i or of -v_i by the sign of c_i.
+      tops_2F: top tokens of v_i and of -v_i.
+      top_N: the layer's top tokens.
+    """
     of_value_NF = (tops_2F[0] == top_N[:, None]) & (c_NF > 0)
     of_negated_NF = (tops_2F[1] == top_N[:, None]) & (c_NF < 0)
     return (of_value_NF | of_negated_NF).any(1)
 
 
 def _shares(is_composed, is_stop_word, is_short) -> dict[str, float]:
-    """In percent; NaN where there are no examples."""
+    """A layer's shares of examples, in percent; NaN if there are no examples to take a share of."""
+
+    def percent(is_true):
+        return 100 * float(is_true.mean()) if len(is_true) else np.nan
+
     is_rest = ~is_composed
     return {
-        "composed": 100 * float(is_composed.mean()),
-        "stop words of the rest": 100 * float(is_stop_word[is_rest].mean()) if is_rest.any() else np.nan,
-        "short prefixes of the rest": 100 * float(is_short[is_rest].mean()) if is_rest.any() else np.nan,
-        "stop words of all": 100 * float(is_stop_word.mean()),
-        "short prefixes of all": 100 * float(is_short.mean()),
+        "composed": percent(is_composed),
+        "stop words of the rest": percent(is_stop_word[is_rest]),
+        "short prefixes of the rest": percent(is_short[is_rest]),
+        "stop words of all": percent(is_stop_word),
+        "short prefixes of all": percent(is_short),
     }
 
 
 def _show(page, rows, examples):
+    """Writes the figures, the CSV file and the table of `compose`."""
     names = list(rows[0])[1:]  # without the layer
     series = {name: [row[name] for row in rows] for name in names}
     page.figure(
         "composed",
         plots.by_layer({"composed": series.pop("composed")}, "examples, %"),
-        f"Share of {examples:,} examples in which the layer's top token is that of none of its memories.",
+        f"Share of {examples:,} examples in which no single memory of the layer has the layer's top token.",
     )
     page.figure(
         "rest",

@@ -44,20 +44,23 @@ class TextOptions:
         options.check(self)
 
     def open(self, model: KeyValueModel) -> "Corpus":
-        """Raises: UserError."""
+        """Opens the text. Raises: UserError if it does not fit the model."""
         return Corpus(model, self)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleOptions(TextOptions):
-    """The text that prefixes are drawn from at random, and how many. Raises: ArgumentError."""
+    """The text that prefixes are drawn from at random, and how many are drawn. Raises: ArgumentError."""
 
     split: Split = "validation"
     limit: Limit = 1 << 16
     examples: Annotated[int, Option("prefixes to draw at random from the text", least=1)] = 4000
 
     def draw(self, model: KeyValueModel, page: Report) -> tuple["Corpus", np.ndarray]:
-        """The text, and the labels of the drawn prefixes; the page's facts say so. Raises: UserError."""
+        """Opens the text and draws prefixes, which the page's facts name.
+
+        Returns: (the text, labels of the prefixes in rising order). Raises: UserError.
+        """
         corpus = self.open(model)
         labels = corpus.examples(self.examples, self.seed)
         page.facts |= corpus.facts() | {"examples": f"{len(labels):,} prefixes drawn at random, seed {self.seed}"}
@@ -67,10 +70,12 @@ class ExampleOptions(TextOptions):
 class Corpus:
     """Windows of a split of prepared data.
 
+    Iterating over it yields batches of windows.
+
     Attributes:
       length: tokens of a window.
       positions: tokens of all windows.
-    Raises: UserError.
+    Raises: UserError if the windows are longer than the model's context, or the text is shorter than one window.
     """
 
     def __init__(self, model: KeyValueModel, text: TextOptions):
@@ -79,11 +84,12 @@ class Corpus:
             raise ArgumentError("length", f"expected from 2 to the model's {context} positions, found {text.length}")
         self.path, self.split, self.length = text.data, text.split, text.length
         self._stream = getattr(model.open_data(text.data), text.split)
-        windows = (self._stream.tokens - 1) // text.length  # the last token has none that follows it
+        windows = (self._stream.tokens - 1) // text.length  # `next` needs a token after the last window
         if not windows:
             found = f"{self._stream.tokens} in {text.data}"
             raise ArgumentError("data", f"expected more than {text.length} {text.split} tokens, found {found}")
         count = min(windows, -(-text.limit // text.length)) if text.limit else windows
+        # At even distances: the first windows alone would come from few documents.
         self._starts = np.linspace(0, windows - 1, count).astype(np.int64) * text.length
         self.positions = count * text.length
         if self.positions >= 1 << 31:  # labels are int32
@@ -92,13 +98,14 @@ class Corpus:
 
     @property
     def batches(self) -> int:
+        """How many batches an iteration yields."""
         return -(-len(self._starts) // self._windows_at_a_time)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yields (tokens [B, T], labels [B T], is_real [B T]).
 
-        Labels are of the prefixes that end at each position. The last batch is filled up with windows that are not
-        real.
+        A label is that of the prefix which ends at the position. The last batch repeats the last window, marked as not
+        real, so that all batches have one shape.
         """
         for first in range(0, len(self._starts), self._windows_at_a_time):
             at = np.arange(first, first + self._windows_at_a_time)
@@ -108,22 +115,22 @@ class Corpus:
             yield tokens_BT, labels.astype(np.int32), np.repeat(at < len(self._starts), self.length)
 
     def prefix(self, label: int) -> np.ndarray:
-        """Token ids of a prefix."""
+        """The token ids of the prefix with a label."""
         window, last = divmod(int(label), self.length)
         return self._stream.read(self._starts[window], last + 1)
 
     def next(self, label: int) -> int:
-        """The token that follows a prefix in the text."""
+        """The id of the token that follows a prefix in the text."""
         window, last = divmod(int(label), self.length)
         return int(self._stream.read(self._starts[window] + last + 1, 1)[0])
 
     def examples(self, count: int, seed: int) -> np.ndarray:
-        """Labels of different prefixes drawn at random, in rising order."""
+        """Labels of `count` different prefixes, drawn at random, in rising order; of all if there are fewer."""
         drawn = np.random.default_rng(seed).choice(self.positions, min(count, self.positions), replace=False)
         return np.sort(drawn)
 
     def facts(self) -> dict[str, str]:
-        """For the caption of a page."""
+        """What the facts of a page say of the text."""
         read = f"{self.positions:,} of {self._stream.tokens:,} tokens"
         return {"data": f"{self.path}, {self.split}, {read} in windows of {self.length}"}
 
@@ -131,9 +138,9 @@ class Corpus:
 class State(NamedTuple):
     """What a layer computes at N positions.
 
-    residual_ND: r = X_l + Attn_l, which the FFNs' outputs are added to.
-    output_ND: X_{l+1}.
-    queries: {"compute": [N, D], "memory": [N, D]} of the FFNs that the model has.
+    residual_ND: r = X_l + Attn_l, the residual that the FFNs' outputs are added to.
+    output_ND: X_{l+1}, the layer's output.
+    queries: {"compute": [N, D], "memory": [N, D]}, the inputs of those FFNs that the model has.
     """
 
     residual_ND: jax.Array
@@ -145,22 +152,31 @@ def states(model: KeyValueModel, tokens_BT: np.ndarray) -> Iterator[State]:
     """Runs B sequences through the model. Yields the State of each layer in turn, N = B T."""
     # FFN-M runs once for each distinct token, as in training.
     ids, index = np.unique(tokens_BT, return_inverse=True)
-    # Padded to a power of two, so that few shapes compile.
+    # The number of distinct tokens differs by batch. Padded to a power of two, it makes few shapes to compile.
     ids = np.pad(ids, (0, bucket(len(ids), tokens_BT.size) - len(ids))).astype(np.int32)
     index_1N = index.reshape(1, -1).astype(np.int32)
     config, params = model.config, model.params
-    x0_1UD = params["embedding"][ids][None, :, : config.dim]
+    x0_1UD = params["embedding"][ids][None, :, : config.dim]  # the table's width may be padded
     x_BTD = x0_1UD[0, index_1N[0]].reshape(*tokens_BT.shape, -1)
     for layer in range(config.layers):
         memory = params["memory"][layer] if config.memory_dim else None
         with jax.set_mesh(model.mesh):
             state, x_BTD = _layer(config, params["layers"][layer], memory, x_BTD, x0_1UD, index_1N)
+        # Layer by layer, so that only one State exists at a time, and a caller who stops here runs no layers above.
         yield state
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _layer(config, layer, memory, x_BTD, x0_1UD, index_1N):
-    """(State of a layer, the residual stream after it [B, T, D])."""
+    """Runs one layer.
+
+    Args:
+      layer, memory: parameters of the decoder layer and of its FFN-M; the latter is None for base.
+      x_BTD: the residual stream before the layer.
+      x0_1UD: embeddings of the U distinct tokens, as one batch shard.
+      index_1N: for each position, which of the distinct tokens it has.
+    Returns: (State of the layer, the residual stream after it [B, T, D]).
+    """
 
     def by_position(x_BTD):
         return x_BTD.reshape(-1, config.dim)
@@ -180,18 +196,19 @@ def _layer(config, layer, memory, x_BTD, x0_1UD, index_1N):
 def example_states(
     model: KeyValueModel, corpus: Corpus, examples: np.ndarray, label: str
 ) -> Iterator[tuple[np.ndarray, list[State]]]:
-    """Runs the text through the model and picks the drawn prefixes.
+    """Runs the text through the model and picks the positions where the drawn prefixes end.
 
     Args:
       examples: labels of the prefixes.
-      label: of the progress that is shown.
-    Yields: (labels of a batch's examples [N], State of each layer at these positions and at some more, which fill up).
+      label: name of the progress that is shown.
+    Yields: (labels of a batch's N examples, State of each layer). The first N positions of a State are the examples;
+      those after them repeat the last one.
     """
     progress = Progress(label, corpus.batches, "batch")
     for number, (tokens_BT, labels, is_real) in enumerate(corpus, 1):
         at = np.flatnonzero(is_real & np.isin(labels, examples))
         if len(at):
-            # Padded to a power of two, so that few shapes compile.
+            # The number of examples differs by batch. Padded to a power of two, it makes few shapes to compile.
             filled = np.pad(at, (0, bucket(len(at), len(labels)) - len(at)), "edge")
             picked = [_positions(state, filled) for state in states(model, tokens_BT)]
             yield labels[at], picked
@@ -200,4 +217,5 @@ def example_states(
 
 
 def _positions(state: State, at: np.ndarray) -> State:
+    """The State at some of its positions."""
     return jax.tree.map(lambda x: x[at], state)

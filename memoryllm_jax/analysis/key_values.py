@@ -34,13 +34,13 @@ FFN = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much is computed at a time. It bounds the memory that an analysis takes."""
+    """How much is computed at a time, which bounds the memory that an analysis takes."""
 
     tokens: int = 2048  # token ids whose coefficients [C, F] exist at a time
     neighbours: int = 4096  # token ids whose neighbours are found in one pass over the vocabulary
     positions: int = 2048  # positions of text that run through the layers at a time
-    removals: int = 4096  # likewise, of prefixes from which a token was removed
-    logits: int = 1 << 25  # elements of [N, V]
+    removals: int = 4096  # the same in `mutate`: positions of prefixes from which a token was removed
+    logits: int = 1 << 25  # elements of the logits [N, V] that exist at a time
 
 
 class KeyValueModel:
@@ -48,17 +48,17 @@ class KeyValueModel:
 
     Args:
       workdir: folder with the checkpoints.
-      step: of the checkpoint; by default the newest.
-      dtype: of the computation: float32 or bfloat16.
-      with_attention: load the weights of attention too, which running text through the model needs.
+      step: step of the checkpoint; by default the newest.
+      dtype: dtype of the computation: float32 or bfloat16.
+      with_attention: load the weights of attention too, which are needed to run text through the model.
       sizes: how much is computed at a time.
     Attributes:
       trained: the TrainedModel.
       config: its ModelConfig.
       tokenizer: its Tokenizer.
-      texts: the text of every token id, as people read it.
-      every_id: int32 [V]: all token ids.
-    Raises: UserError if the model has no FFNs of these kinds, or there is no such checkpoint.
+      texts: the text of every token id, as pages show it.
+      every_id: all token ids, int32 [V].
+    Raises: UserError if there is no such checkpoint, or the model's token memory is not made by an FFN.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class KeyValueModel:
         self.trained = TrainedModel(workdir, step, dtype)
         self.config, self.tokenizer, self.mesh = self.trained.config, self.trained.tokenizer, self.trained.mesh
         if self.config.token_memory in ("value", "per_layer"):
+            # Their rows are parameters of their own, and not sums of coefficients times values.
             raise UserError(f"{workdir}: expected base, memory or flex, found {self.config.architecture}")
         self.sizes = sizes
         self.texts = token_texts(self.tokenizer, range(self.config.vocab_size))
@@ -80,16 +81,23 @@ class KeyValueModel:
 
     @functools.cached_property
     def params(self) -> dict:
-        """Parameters as `TrainedModel.load` lays them out; read when first used, so after the options are checked."""
+        """The parameters, in the layout of `TrainedModel.load`.
+
+        They are read at their first use, which takes a while, so that a refused option is an error at once.
+        """
         return self.trained.load(lambda name: self._with_attention or "/attention/" not in name)[0]
 
     def close(self) -> None:
+        """Closes the checkpoint."""
         self.trained.close()
 
     # What the model has
 
     def ffn(self, name: str) -> str:
-        """The FFN to look at: `name`, or where that is "" the first one that the model has. Raises: ArgumentError."""
+        """The FFN to look at: `name`, or the first one that the model has if `name` is "".
+
+        Raises: ArgumentError if the model has no such FFN.
+        """
         found = [ffn for ffn in ("memory", "compute") if self.width(ffn)]
         if not name:
             return found[0]
@@ -100,7 +108,7 @@ class KeyValueModel:
         return name
 
     def label(self, ffn: str) -> str:
-        """The FFN's name in pictures and texts."""
+        """The FFN's name in the text of pages."""
         if ffn == "memory":
             return "FFN-M"
         return "FFN-C" if self.config.memory_dim else "the FFN"
@@ -110,73 +118,77 @@ class KeyValueModel:
         return self.config.memory_dim if ffn == "memory" else self.config.compute_dim
 
     def require_memory(self, command: str) -> None:
-        """Raises: UserError for base, which has no FFN whose output a token id alone decides."""
+        """Refuses base, which has no FFN whose output depends on the token id alone. Raises: UserError."""
         if not self.config.memory_dim:
             raise UserError(
-                f"{command}: expected a memory or flex model, found {self.config.architecture}, without FFN-M"
+                f"{command}: expected a memory or flex model, found {self.config.architecture}, which has no FFN-M"
             )
 
     def require_compute(self, command: str) -> None:
-        """Raises: UserError for memory, whose keys read single tokens and not prefixes."""
+        """Refuses memory, whose keys read single tokens and not prefixes. Raises: UserError."""
         if not self.config.compute_dim:
             raise UserError(f"{command}: expected a base or flex model, found memory, whose keys read single tokens")
 
     # Its parameters
 
     def weights(self, ffn: str, layer: int) -> dict[str, jax.Array]:
-        """{"gate": [D, F], "up": [D, F], "down": [F, D]}: keys are columns of "up", values rows of "down"."""
+        """{"gate": [D, F], "up": [D, F], "down": [F, D]}: keys are columns of "up", values are rows of "down"."""
         return self.params["memory" if ffn == "memory" else "layers"][layer]["ffn"]
 
     def values(self, ffn: str, layer: int) -> jax.Array:
-        """Value vectors [F, D]."""
+        """The value vectors of a layer, [F, D]."""
         return self.weights(ffn, layer)["down"]
 
     @functools.cached_property
     def head(self) -> jax.Array:
         """The output embedding [V, D]."""
         table = self.params["embedding" if self.config.tie_embeddings else "head"]
+        # Parameters are stored padded to what the mesh divides.
         return table[: self.config.vocab_size, : self.config.dim]
 
     # FFN-M of tokens
 
     def queries(self, layer: int, ids_N) -> jax.Array:
-        """NM_l(E[t]) of tokens, [N, D]."""
+        """The queries NM_l(E[t]) of tokens to FFN-M, [N, D]."""
         with jax.set_mesh(self.mesh):
             return _queries(self.config, self.params["embedding"], self.params["memory"][layer]["norm"], ids_N)
 
     def token_coefficients(self, layer: int, ids_N, keys=None) -> jax.Array:
-        """c [N, F] of FFN-M, or [N, K] of some keys."""
+        """FFN-M's coefficients c of tokens, [N, F], or [N, K] for the numbers `keys` of some keys."""
         return coefficients(self.queries(layer, ids_N), self.weights("memory", layer), keys)
 
     def rows(self, layer: int, ids_N) -> jax.Array:
-        """FFN-M_l(NM_l(E[t])) = sum_i c_i v_i of tokens, [N, D]."""
+        """The memory rows FFN-M_l(NM_l(E[t])) = sum_i c_i v_i of tokens, [N, D]."""
         return _product(self.token_coefficients(layer, ids_N), self.values("memory", layer))
 
     def chunks(self, ids_N: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (int32 ids [C], bool is_real [C]); the last chunk is filled up with ids that are not real.
+        """Yields token ids in chunks: (int32 ids [C], bool is_real [C]).
 
-        All chunks have one shape, so that what runs on them compiles once.
+        The last chunk is filled up with ids that are not real. So all chunks have one shape, and what runs on them
+        compiles once.
         """
         size = min(self.sizes.tokens, len(ids_N))
         for chunk in vocabulary.chunks(ids_N, size):
             yield chunk.ids, np.arange(size) < chunk.count
 
     def chunk_count(self, ids: int) -> int:
-        """How many chunks so many ids make."""
+        """How many chunks `chunks` makes of a number of ids."""
         return -(-ids // min(self.sizes.tokens, ids))
 
     # What vectors say
 
     def logits(self, x_ND, unit: bool) -> Iterator[tuple[slice, jax.Array]]:
-        """What the output head makes of vectors of the residual stream, after the final norm.
+        """The logits that the final norm and the output head make of vectors of the residual stream, block by block.
 
         Args:
+          x_ND: the vectors.
           unit: bring each vector to root mean square 1 first, so that the norm's epsilon does not shrink small vectors.
-        Yields: (slice n of N, float32 logits [n, V]).
+        Yields: (which of the N vectors, as a slice; their logits, float32 [n, V]).
         """
         size = max(1, min(len(x_ND), self.sizes.logits // self.config.vocab_size))
         for start in range(0, len(x_ND), size):
-            at = np.minimum(np.arange(start, start + size), len(x_ND) - 1)  # one shape, so that it compiles once
+            # The last block repeats the last vector: all blocks have one shape, which compiles once.
+            at = np.minimum(np.arange(start, start + size), len(x_ND) - 1)
             with jax.set_mesh(self.mesh):
                 logits_NV = _logits(self.config, self.params["final_norm"], self.head, x_ND[at], unit)
             count = min(size, len(x_ND) - start)
@@ -185,11 +197,12 @@ class KeyValueModel:
     # What options name
 
     def tokens(self, names: Sequence[str]) -> np.ndarray:
-        """int32 ids of tokens that are named by text that is one token, as pages show it (␣the), or as #ID.
+        """The ids, int32, of tokens that are named by their text as pages show it (␣the) or as #ID.
 
-        Raises: UserError.
+        Raises: UserError if a text is not one token, or the vocabulary has no such id.
         """
         by_text: dict[str, int] = {}
+        # A name without ␣ is plain text, which the tokenizer knows.
         if any("␣" in name for name in names):
             for token, text in enumerate(self.texts):
                 by_text.setdefault(text, token)  # the first of several tokens that look alike
@@ -202,14 +215,19 @@ class KeyValueModel:
         return np.array(ids, np.int32)
 
     def open_data(self, path: str) -> dataset.Dataset:
-        """Prepared data. Raises: UserError if none is named, or it was made with another tokenizer."""
+        """Opens prepared data. Raises: UserError if `path` is empty, or the data was made with another tokenizer."""
         if not path:
             raise ArgumentError("data", "expected a folder that `prepare` wrote, as this analysis needs text")
         return dataset.open_for(path, self.tokenizer.digest)
 
 
 def coefficients(q_ND, ffn: dict, keys=None) -> jax.Array:
-    """c [N, F] of queries, or [N, K] of some keys of the FFN {"gate": [D, F], "up": [D, F]}."""
+    """The coefficients c of queries, [N, F], or [N, K] for the numbers `keys` of some keys.
+
+    Args:
+      q_ND: queries.
+      ffn: weights of a layer, {"gate": [D, F], "up": [D, F], ...}.
+    """
     return _coefficients(q_ND, ffn["gate"], ffn["up"], keys)
 
 

@@ -40,7 +40,8 @@ def mutate(
         for trigger, length, change in changes:
             write([[trigger.layer, trigger.key, trigger.rank, length, *(f"{x:.5f}" for x in change)]])
     layers = sorted({change.trigger.layer for change in changes})
-    by_layer = [np.array([c.change for c in changes if c.trigger.layer == layer]) for layer in layers]
+    by_layer = [_changes_of_layer(changes, layer) for layer in layers]
+    # The median too, because single triggers with a small coefficient have large relative changes.
     mean, median = {}, {}
     for number, name in enumerate(REMOVED):
         mean[name] = [100 * float(of_layer[:, number].mean()) for of_layer in by_layer]
@@ -59,9 +60,9 @@ def mutate(
 
 
 class Change(NamedTuple):
-    """What removing a token does to the coefficient of one trigger.
+    """How the coefficient of one trigger changes when a token is removed.
 
-    length: tokens of the prefix.  change: (c' - c) / c for each of REMOVED.
+    length: tokens of the whole prefix.  change: (c' - c) / c for each of REMOVED.
     """
 
     trigger: Trigger
@@ -69,23 +70,36 @@ class Change(NamedTuple):
     change: np.ndarray
 
 
+def _changes_of_layer(changes: list[Change], layer: int) -> np.ndarray:
+    """The relative changes [N, 3] of a layer's triggers, in the order of REMOVED."""
+    return np.array([change.change for change in changes if change.trigger.layer == layer])
+
+
 class _Shortened(NamedTuple):
+    """A trigger prefix without one of its tokens."""
+
     trigger: Trigger
-    length: int  # of the whole prefix
-    tokens: np.ndarray  # without one
+    length: int  # tokens of the whole prefix
+    tokens: np.ndarray  # ids of the tokens that are left
 
 
 def removals(model: KeyValueModel, corpus: Corpus, triggers: list[Trigger], seed: int) -> list[Change]:
-    """The changes of those triggers that have more than one token."""
-    draw, work = np.random.default_rng(seed), []
+    """Measures what removing a token does to each trigger that has more than one token.
+
+    Args:
+      seed: seed of the draw of the random tokens.
+    """
+    draw = np.random.default_rng(seed)
+    work: list[_Shortened] = []
     for trigger in triggers:
         prefix = corpus.prefix(trigger.label)
         length = len(prefix)
         if length > 1:
-            places = (0, length - 1, int(draw.integers(length)))  # as in REMOVED
+            places = (0, length - 1, int(draw.integers(length)))  # in the order of REMOVED
             work += [_Shortened(trigger, length, np.delete(prefix, place)) for place in places]
     c = _coefficients_of_last(model, corpus.length, work)
     changes = []
+    # Every trigger has as many shortened prefixes, one after the other, as there are REMOVED.
     for first in range(0, len(work), len(REMOVED)):
         trigger, length, _ = work[first]
         changed = c[first : first + len(REMOVED)]
@@ -94,9 +108,10 @@ def removals(model: KeyValueModel, corpus: Corpus, triggers: list[Trigger], seed
 
 
 def _coefficients_of_last(model, window: int, work: list[_Shortened]) -> np.ndarray:
-    """The coefficient of each one's key at the last of its tokens."""
+    """For each shortened prefix, the coefficient of its trigger's key at its last token, [N]."""
     c = np.empty(len(work))
-    # A batch has prefixes of one layer, so that the layers above are not run, and of like length, to be padded little.
+    # A batch has prefixes of one layer, so that the layers above need not run, and of similar lengths, so that padding
+    # is short.
     order = sorted(range(len(work)), key=lambda k: (work[k].trigger.layer, work[k].length))
     size = max(1, model.sizes.removals // window)
     progress = Progress("mutate", len(work), "prefix")
@@ -112,15 +127,18 @@ def _coefficients_of_last(model, window: int, work: list[_Shortened]) -> np.ndar
 
 
 def _coefficients_of_batch(model, layer: int, batch: list[_Shortened], window: int, size: int) -> np.ndarray:
-    # Filled up to `size` sequences of a power of two of tokens, so that few shapes compile.
+    """The coefficient of each prefix's key at its last token, for prefixes of one layer."""
+    # The batch is filled up to `size` sequences, and to a power of two of tokens, so that few shapes compile.
     T = bucket(max(len(item.tokens) for item in batch), window)
     tokens_BT = np.zeros((size, T), np.int32)
-    last_B, keys_B = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    for row, item in enumerate(batch):
-        tokens_BT[row, : len(item.tokens)] = item.tokens
-        last_B[row] = row * T + len(item.tokens) - 1
-        keys_B[row] = item.trigger.key
-    state = next(itertools.islice(states(model, tokens_BT), layer, None))  # layers above are not run
-    # Every position is asked for every key, as one product; each prefix needs only its own key, on the diagonal.
+    last_B = np.zeros(size, np.int32)  # positions are numbered through the batch, as in State
+    keys_B = np.zeros(size, np.int32)
+    for number, item in enumerate(batch):
+        # Padding lies after the prefix, where causal attention does not let the prefix see it.
+        tokens_BT[number, : len(item.tokens)] = item.tokens
+        last_B[number] = number * T + len(item.tokens) - 1
+        keys_B[number] = item.trigger.key
+    state = next(itertools.islice(states(model, tokens_BT), layer, None))  # runs no layers above this one
+    # One product of all positions and all keys; the key of each prefix itself is on the diagonal.
     c_BB = coefficients(state.queries["compute"][last_B], model.weights("compute", layer), keys_B)
     return np.diagonal(np.asarray(c_BB))[: len(batch)]

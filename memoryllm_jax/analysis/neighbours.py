@@ -1,4 +1,4 @@
-"""The tokens that are most alike, by their memory rows or any other vectors; every pair is compared."""
+"""The most similar tokens, by their memory rows or any other vectors. Every pair of tokens is compared."""
 
 from collections.abc import Callable, Sequence
 from typing import Annotated, NamedTuple
@@ -16,13 +16,13 @@ from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.common.report import Report
 
 _LISTED = 300  # tokens in the page's table
-_SHOWN = 6  # neighbours of each
+_SHOWN = 6  # neighbours of each that the table shows
 
 
 class Neighbours(NamedTuple):
-    """The k other tokens that are most similar to each of Q tokens, most similar first, by layer.
+    """The k other tokens that are most similar to each of Q tokens, most similar first.
 
-    cosines, ids: [layers + 1, Q, k]; the last is of all layers together.
+    cosines, ids: [layers + 1, Q, k], by each layer, and in the last place by all layers together.
     """
 
     cosines: np.ndarray
@@ -38,13 +38,16 @@ def neighbours_of(
     k: int,
     label: str,
 ) -> Neighbours:
-    """The most similar of the tokens ids_N to each token queries_Q, by the cosine of their vectors.
+    """Finds the tokens among ids_N that are most similar to each token of queries_Q, by the cosine of their vectors.
 
     Args:
-      vectors: (layer, ids [n]) -> [n, W]. All layers together are these vectors side by side.
-      label: of the progress that is shown.
+      vectors: a function (layer, ids [n]) -> [n, W]. All layers together mean these vectors side by side.
+      layers: layers to compare tokens in.
+      k: neighbours of each token, at most one less than the tokens ids_N.
+      label: name of the progress that is shown.
     """
     size = model.sizes.neighbours
+    # Each block makes its own pass over ids_N: only the queries of one block are kept on the device.
     blocks = [queries_Q[start : start + size] for start in range(0, len(queries_Q), size)]
     progress = Progress(label, len(blocks) * model.chunk_count(len(ids_N)) * len(layers), "chunk")
     found = []
@@ -57,38 +60,44 @@ def neighbours_of(
 
 
 def _neighbours_of_block(model, vectors, layers, block_Q, ids_N, k, progress) -> list[topk.TopK]:
-    """One pass over ids_N. Returns: neighbours by each layer, and by all of them together."""
+    """Makes one pass over ids_N. Returns: neighbours by each layer, then by all layers together."""
     queries_QW = [_vectors_of(model, vectors, layer, block_Q) for layer in layers]
     squares_Q = [jnp.square(x_QW).sum(-1) for x_QW in queries_QW]
     all_squares_Q = sum(squares_Q)
     by_layer = [topk.empty(len(block_Q), k) for _ in layers]
     together = topk.empty(len(block_Q), k)
     for ids_C, is_real_C in model.chunks(ids_N):
-        # Dot products and squares of vectors side by side are sums of those of the layers.
+        # Vectors side by side need not be built: their dot products and squares are sums of those of the layers.
         all_dots_QC, all_squares_C = 0.0, 0.0
         for number, layer in enumerate(layers):
             dots_QC, squares_C = _products(queries_QW[number], vectors(layer, ids_C))
-            all_dots_QC, all_squares_C = all_dots_QC + dots_QC, all_squares_C + squares_C
-            pairs = dots_QC, squares_Q[number], squares_C
-            by_layer[number] = _merge(by_layer[number], *pairs, block_Q, ids_C, is_real_C)
+            all_dots_QC = all_dots_QC + dots_QC
+            all_squares_C = all_squares_C + squares_C
+            products = dots_QC, squares_Q[number], squares_C
+            by_layer[number] = _merge(by_layer[number], *products, block_Q, ids_C, is_real_C)
             progress.update(progress.done + 1)
         if len(layers) > 1:
-            pairs = all_dots_QC, all_squares_Q, all_squares_C
-            together = _merge(together, *pairs, block_Q, ids_C, is_real_C)
-    return [*by_layer, together if len(layers) > 1 else by_layer[0]]
+            products = all_dots_QC, all_squares_Q, all_squares_C
+            together = _merge(together, *products, block_Q, ids_C, is_real_C)
+    if len(layers) == 1:
+        together = by_layer[0]
+    return [*by_layer, together]
 
 
 def _vectors_of(model, vectors, layer, ids_N):
+    """The vectors of tokens in one layer, [N, W], computed in chunks of one shape."""
     return jnp.concatenate([vectors(layer, ids_C)[: is_real_C.sum()] for ids_C, is_real_C in model.chunks(ids_N)])
 
 
 @jax.jit
 def _products(x_QW, y_CW):
+    """Dot products [Q, C] of all pairs, and the squared lengths [C] of y."""
     return x_QW @ y_CW.T, jnp.square(y_CW).sum(-1)
 
 
 @jax.jit
 def _merge(top, dots_QC, squares_Q, squares_C, queries_Q, ids_C, is_real_C):
+    """The nearest of those found before and of a chunk of tokens. A token is not its own neighbour."""
     # The 1e-30 makes the cosine with a vector of zeros 0 and not NaN.
     cosine_QC = dots_QC * jax.lax.rsqrt(squares_Q[:, None] * squares_C + 1e-30)
     is_other_QC = is_real_C & (queries_Q[:, None] != ids_C)
@@ -102,9 +111,9 @@ def neighbours(
     token: Annotated[
         tuple[str, ...], Option("token to show, as text that is one token, as ␣the or as #ID", many=True)
     ] = (),
-    tokens: Annotated[int, Option("tokens to show where none are named; 0: all", least=0)] = 500,
+    tokens: Annotated[int, Option("how many tokens to show if none are named; 0: all", least=0)] = 500,
     top: Annotated[int, Option("neighbours of each token", least=1)] = 10,
-    data: Annotated[str, Option("prepared data, whose most frequent tokens are shown where none are named")] = "",
+    data: Annotated[str, Option("prepared data, whose most frequent tokens are shown if none are named")] = "",
 ) -> dict:
     """The tokens with the most similar memory rows, by layer and over all layers.
 
@@ -131,11 +140,12 @@ def neighbours(
 
 
 def _shared(a_Qk, b_Qk) -> float:
-    """Share of a token's neighbours a that are among its neighbours b; mean over tokens."""
-    return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(a_Qk, b_Qk)]))
+    """The share of a token's neighbours a_k that are also among its neighbours b_k; mean over tokens."""
+    return float(np.mean([len(np.intersect1d(a_k, b_k)) / len(a_k) for a_k, b_k in zip(a_Qk, b_Qk)]))
 
 
 def _write_tokens(model, page, chosen_Q, near):
+    """Writes all neighbours as CSV."""
     L, texts = model.config.layers, model.texts
     with page.csv("tokens", ["layer", "token", "text", "rank", "neighbour", "neighbour_text", "cosine"]) as write:
         for layer in range(L + 1):
@@ -146,13 +156,14 @@ def _write_tokens(model, page, chosen_Q, near):
 
 
 def _draw(page, near, shared):
+    """Figures of shared neighbours and of cosines by layer."""
     layers, tokens, top = len(shared), near.ids.shape[1], near.ids.shape[2]
     series = {f"shares of the {top} neighbours over all layers": [100 * share for share in shared]}
     page.figure(
         "by_layer",
         plots.by_layer(series, "shared neighbours, %"),
-        f"How many of a token's {top} nearest in one layer are also its nearest over all layers; mean of {tokens:,} "
-        "tokens.",
+        f"Share of a token's {top} nearest in one layer that are among its {top} nearest over all layers; mean of "
+        f"{tokens:,} tokens.",
     )
     nearest = [float(cosine_Qk[:, 0].mean()) for cosine_Qk in near.cosines]
     series = {"layer by layer": nearest[:layers], "all layers together": [nearest[layers]] * layers}
@@ -164,7 +175,9 @@ def _draw(page, near, shared):
 
 
 def _nearest_table(model, page, chosen_Q, near):
+    """The page's table of the nearest neighbours."""
     L, texts = model.config.layers, model.texts
+    # A dict, in which layers that coincide in a small model stand once.
     shown = {L: "all layers", 0: "layer 0", L // 2: f"layer {L // 2}", L - 1: f"layer {L - 1}"}
     rows = []
     for q, t in enumerate(chosen_Q[:_LISTED]):

@@ -1,9 +1,9 @@
 """How early the residual stream holds the final prediction, and what a layer changes of it.
 
 Geva et al. 2021, "Transformer Feed-Forward Layers Are Key-Value Memories", arXiv 2012.14913, section 5.2. r_l is the
-residual that the outputs of a layer's FFNs are added to, X_l + Attn_l; y_l what they add (in flex, FFN-C and FFN-M
-together); o_l = r_l + y_l; o_L the last. top(x) is the likeliest token that the output head, after the final norm,
-makes of x.
+residual that the outputs of a layer's FFNs are added to, X_l + Attn_l; y_l is what they add (in flex, FFN-C and FFN-M
+together); o_l = r_l + y_l; o_L is that of the last layer. top(x) is the likeliest token that the final norm and the
+output head make of x.
 """
 
 import jax
@@ -20,18 +20,18 @@ _CASES = ("residual", "agreement", "FFN", "composition")
 
 
 def top_of(model: KeyValueModel, x_ND) -> np.ndarray:
-    """top(x), [N]."""
+    """top(x) of vectors of the residual stream, [N]."""
     return np.concatenate([np.asarray(logits_NV.argmax(-1)) for _, logits_NV in model.logits(x_ND, unit=False)])
 
 
 def top_of_update(model: KeyValueModel, state: State) -> np.ndarray:
-    """top(y_l) of the update y_l, brought to root mean square 1 before the norm, [N]."""
+    """top(y_l) of the updates y_l, brought to root mean square 1 before the norm, [N]."""
     update_ND = state.output_ND - state.residual_ND
     return np.concatenate([np.asarray(logits_NV.argmax(-1)) for _, logits_NV in model.logits(update_ND, unit=True)])
 
 
 def _top_and_probability(model, x_ND, tokens_N) -> tuple[np.ndarray, np.ndarray]:
-    """top(x), and the probability of the given tokens, [N] each."""
+    """(top(x) [N], the probability of tokens_N under x [N])."""
     tops, p = [], []
     for part, logits_NV in model.logits(x_ND, unit=False):
         tops.append(np.asarray(logits_NV.argmax(-1)))
@@ -56,15 +56,17 @@ def residual(model: KeyValueModel, page: Report, *, text: ExampleOptions) -> dic
     for labels, layers in example_states(model, corpus, examples, "residual"):
         last_N = top_of(model, layers[-1].output_ND)
         for layer, state in enumerate(layers):
+            # The positions after the examples fill up the batch.
             measured[layer].append(_measure(model, state, last_N)[:, : len(labels)])
     means_LM = 100 * np.array([np.concatenate(parts, 1).mean(1) for parts in measured])
-    names = ["settled", "probability", *_CASES]
+    names = ["settled", "probability", *_CASES]  # in the order of `_measure`
     percent = {name: means_LM[:, number].tolist() for number, name in enumerate(names)}
     series = {"top(r) is the final token": percent["settled"], "mean probability of that token": percent["probability"]}
     page.figure(
         "settled",
         plots.by_layer(series, "share or probability, %"),
-        f"How far the residual before each layer's memories holds the final prediction; {len(examples):,} examples.",
+        f"How often, and how surely, the residual before a layer's FFNs holds the final prediction; {len(examples):,} "
+        "examples.",
     )
     cases = {name: percent[name] for name in _CASES}
     page.figure("wins", plots.stacked_by_layer(cases, "examples, %"), "Where the layer's top prediction comes from.")
@@ -76,10 +78,16 @@ def residual(model: KeyValueModel, page: Report, *, text: ExampleOptions) -> dic
 
 
 def _measure(model, state: State, last_N: np.ndarray) -> np.ndarray:
-    """[6, N]: whether top(r_l) is the final token `last_N`, its probability under r_l, and each of _CASES."""
+    """What is measured of each example, [6, N].
+
+    The rows are: 1 if top(r_l) is the final token last_N, else 0; the probability of last_N under r_l; and for each of
+    _CASES, 1 if the example belongs to it.
+    """
     top_r_N, p_N = _top_and_probability(model, state.residual_ND, last_N)
     top_y_N = top_of_update(model, state)
     top_o_N = top_of(model, state.output_ND)
-    is_r, is_y = top_o_N == top_r_N, top_o_N == top_y_N
-    # As numbers, so that their means are shares.
-    return np.stack([top_r_N == last_N, p_N, is_r & ~is_y, is_r & is_y, is_y & ~is_r, ~(is_r | is_y)])
+    is_r_N = top_o_N == top_r_N
+    is_y_N = top_o_N == top_y_N
+    cases = [is_r_N & ~is_y_N, is_r_N & is_y_N, is_y_N & ~is_r_N, ~(is_r_N | is_y_N)]  # in the order of _CASES
+    # Stacked with probabilities, truth values become 0 and 1, whose means are shares.
+    return np.stack([top_r_N == last_N, p_N, *cases])

@@ -1,4 +1,4 @@
-"""Classes that tokens belong to by their text alone; clusters are compared with them."""
+"""Classes of tokens by their text alone, with which clusters of coefficient vectors are compared."""
 
 import unicodedata
 
@@ -8,11 +8,16 @@ KINDS = ("special", "space", "punctuation", "digits", "capitalised", "lower case
 
 
 def kind(token: int, text: str) -> str:
-    """One of KINDS, of a token id and its text as `tokenizer.token_texts` shows it: #ID for a token without text."""
+    """The kind of a token, one of KINDS.
+
+    Args:
+      token: its id.
+      text: its text as `tokenizer.token_texts` shows it, which is #ID for a token without text.
+    """
     if text == f"#{token}":
         return "special"
     text = _without_space(text)
-    letters = [c for c in text if c.isalpha()]
+    letters = [c for c in text if c.isalpha()]  # in any script
     if not text:
         return "space"
     if any(c.isdigit() for c in text) and not letters:
@@ -25,22 +30,27 @@ def kind(token: int, text: str) -> str:
 
 
 def script(text: str) -> str:
-    """Unicode's script of the first letter, a stand-in for the language; NONE without letters."""
+    """The script of a text's first letter, such as LATIN, as a stand-in for the language; NONE without letters."""
     for c in _without_space(text):
         if c.isalpha():
-            return unicodedata.name(c, "NONE").split()[0]  # such as LATIN SMALL LETTER A
+            # Python has no table of scripts, but names of letters begin with theirs: LATIN SMALL LETTER A.
+            return unicodedata.name(c, "NONE").split()[0]
     return "NONE"
 
 
 def _without_space(text: str) -> str:
-    """Without the signs that stand for white space in the texts of tokens."""
+    """The text without the signs that stand for white space in the texts of tokens."""
     for shown in ("␣", "\\n", "\\t"):
         text = text.replace(shown, "")
     return text
 
 
 def classes(texts: list[str]) -> dict[str, np.ndarray]:
-    """{name of a classification: the class of each token [V]}, of the texts of every token id."""
+    """{name of a classification: the class of each token [V]}
+
+    Args:
+      texts: the text of every token id.
+    """
     return {
         "kind": np.array([kind(token, text) for token, text in enumerate(texts)]),
         "leading space": np.array(["space" if text.startswith("␣") else "none" for text in texts]),
@@ -49,7 +59,12 @@ def classes(texts: list[str]) -> dict[str, np.ndarray]:
 
 
 def purity(labels: np.ndarray, classes: np.ndarray) -> float:
-    """Share of tokens that belong to the commonest class of their cluster (Manning et al. 2008, section 16.3)."""
+    """Share of tokens that belong to the commonest class of their cluster (Manning et al. 2008, section 16.3).
+
+    Args:
+      labels: cluster of each token [V].
+      classes: class of each token [V].
+    """
     in_commonest = 0
     for label in np.unique(labels):
         in_commonest += np.unique(classes[labels == label], return_counts=True)[1].max()

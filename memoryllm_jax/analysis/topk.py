@@ -1,4 +1,7 @@
-"""Streaming top-k per row, in memory proportional to k."""
+"""Streaming top-k per row, in memory proportional to k.
+
+"Row" means a row of a matrix here, not of the token memory.
+"""
 
 from typing import NamedTuple
 
@@ -8,9 +11,10 @@ import numpy as np
 
 
 class TopK(NamedTuple):
-    """The k largest values of each of R rows so far, in falling order.
+    """The k largest values that each of R rows has had so far, in falling order.
 
-    values_Rk: -inf where fewer than k have come.  labels_Rk: what the values belong to, -1 where there is none.
+    values_Rk: the values; -inf where a row has had fewer than k.
+    labels_Rk: int32, what each value belongs to, such as a token id; -1 where there is no value.
     """
 
     values_Rk: jax.Array
@@ -18,14 +22,20 @@ class TopK(NamedTuple):
 
 
 def empty(rows: int, k: int) -> TopK:
+    """A TopK that has had no values."""
     return TopK(jnp.full((rows, k), -jnp.inf), jnp.full((rows, k), -1, jnp.int32))
 
 
 @jax.jit
 def merge(top: TopK, values_RN, labels_N) -> TopK:
-    """The k largest of `top` and N more values of each row. A value of -inf is left out."""
+    """The k largest of `top` and of N more values in each row. A value of -inf does not count.
+
+    Args:
+      values_RN: the values.
+      labels_N: int32, what the values belong to, the same for all rows.
+    """
     k = top.values_Rk.shape[1]
-    # First the k largest of the N: only these, and not all N, are then put beside the ones so far.
+    # The k largest of the N are found first, so that only 2k values, and not N + k, are copied side by side.
     values, at = jax.lax.top_k(values_RN, min(k, values_RN.shape[1]))
     labels = jnp.where(jnp.isfinite(values), labels_N[at], -1)
     values = jnp.concatenate([top.values_Rk, values], 1)
@@ -35,11 +45,11 @@ def merge(top: TopK, values_RN, labels_N) -> TopK:
 
 
 class Triggers(NamedTuple):
-    """The t strongest triggers of each of K keys, strongest first, on the side of the key's strongest.
+    """The t strongest triggers of each of K keys, strongest first, of those with the sign of the strongest one.
 
-    sign_K: 1 or -1, the sign of a key's coefficients c.
-    labels_Kt: of the triggers, -1 where a key has fewer.
-    c_Kt: coefficients, 0 where a key has fewer triggers.
+    sign_K: 1 or -1, the sign of a key's triggers.
+    labels_Kt: labels of the triggers; -1 where a key has fewer.
+    c_Kt: their coefficients; 0 where a key has fewer.
     """
 
     sign_K: np.ndarray
@@ -51,8 +61,12 @@ class TwoSidedTopK:
     """Finds the triggers of K keys in one pass over queries.
 
     Coefficients of SwiGLU are positive or negative, and flipping both a key and its value leaves the model unchanged,
-    so the sign of a key alone means nothing. The t largest and the t smallest coefficients are kept until the end of
-    the pass, when it is known on which side the strongest one is.
+    so the sign of a key alone means nothing. Only at the end of the pass is it known whether a key's strongest
+    coefficient is positive or negative; until then, the t largest and the t smallest are both kept.
+
+    Args:
+      keys: K.
+      top: t.
     """
 
     def __init__(self, keys: int, top: int):
@@ -60,13 +74,18 @@ class TwoSidedTopK:
         self._smallest = empty(keys, top)  # of negated coefficients
 
     def add(self, c_NK, labels_N, is_real_N) -> None:
-        """Takes the coefficients of N more queries; those that are not real only fill up a chunk."""
+        """Adds the coefficients of N more queries.
+
+        Args:
+          labels_N: int32, the queries' labels.
+          is_real_N: False for queries that only fill up a chunk, which do not count.
+        """
         c_KN = c_NK.T
         self._largest = merge(self._largest, jnp.where(is_real_N, c_KN, -jnp.inf), labels_N)
         self._smallest = merge(self._smallest, jnp.where(is_real_N, -c_KN, -jnp.inf), labels_N)
 
     def triggers(self) -> Triggers:
-        """The triggers among the queries taken so far."""
+        """The triggers among the queries that were added so far."""
         largest, smallest = jax.device_get(self._largest), jax.device_get(self._smallest)
         is_positive_K1 = (largest.values_Rk[:, 0] >= smallest.values_Rk[:, 0])[:, None]
         sign_K1 = np.where(is_positive_K1, 1, -1)

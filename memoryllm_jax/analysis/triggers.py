@@ -1,4 +1,4 @@
-"""What fires a key: its trigger prefixes (Geva et al. 2021, arXiv 2012.14913, section 3.1)."""
+"""The trigger prefixes of keys: what fires them most (Geva et al. 2021, arXiv 2012.14913, section 3.1)."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.common.report import Report
 
 _SHOWN = 12  # tokens of a prefix that the page shows
-_LISTED = 5  # triggers of a key that it shows
+_LISTED = 5  # triggers of each key that the page shows
 
 # Options that several analyses of keys have.
 Keys = Annotated[int, Option("keys of each layer, drawn at random; 0: all", least=0)]
@@ -28,16 +28,20 @@ Top = Annotated[int, Option("triggers of a key to keep, the strongest", least=1)
 
 
 def sample_keys(model: KeyValueModel, ffn: str, count: int, key: Sequence[str], seed: int) -> dict[int, np.ndarray]:
-    """{layer: numbers of keys in rising order}: those that are named as LAYER:KEY; without, `count` keys of each layer.
+    """The keys to look at: those that are named, or keys of each layer that are drawn at random if none are.
 
     Args:
-      count: drawn at random; 0: all keys.
-    Raises: ArgumentError.
+      count: how many keys of each layer to draw; 0: all.
+      key: names of keys, LAYER:KEY.
+      seed: seed of the draw.
+    Returns: {layer: numbers of keys in rising order}.
+    Raises: ArgumentError if the model has no such key.
     """
     L, F = model.config.layers, model.width(ffn)
     if not key:
+        count = min(count, F) if count else F
         draw = np.random.default_rng(seed)
-        return {layer: np.sort(draw.choice(F, min(count or F, F), replace=False)) for layer in range(L)}
+        return {layer: np.sort(draw.choice(F, count, replace=False)) for layer in range(L)}
     named: dict[int, list[int]] = {}
     for name in key:
         match = re.fullmatch(r"(\d+):(\d+)", name)
@@ -48,9 +52,9 @@ def sample_keys(model: KeyValueModel, ffn: str, count: int, key: Sequence[str], 
 
 
 def open_corpus(model: KeyValueModel, ffn: str, text: TextOptions, page: Report) -> Corpus | None:
-    """The text whose prefixes trigger keys of FFN-C and base's FFN; None for FFN-M, which reads single tokens.
+    """Opens the text whose prefixes trigger the keys of FFN-C or base's FFN; None for FFN-M, which reads single tokens.
 
-    The page's facts say which. Raises: UserError.
+    The page's facts name the text, or the vocabulary. Raises: UserError.
     """
     if ffn == "memory":
         page.facts["data"] = f"the whole vocabulary, {model.config.vocab_size:,} tokens"
@@ -63,9 +67,13 @@ def open_corpus(model: KeyValueModel, ffn: str, text: TextOptions, page: Report)
 def find(
     model: KeyValueModel, ffn: str, keys: dict[int, np.ndarray], top: int, corpus: Corpus | None
 ) -> dict[int, topk.Triggers]:
-    """{layer: the triggers of its keys}, in one pass over the corpus, or without one over the vocabulary.
+    """Finds the triggers of keys in one pass over the corpus, or for FFN-M over the vocabulary.
 
-    Labels of triggers are those of the corpus; without one, token ids.
+    Args:
+      keys: {layer: numbers of keys}.
+      top: triggers of a key to keep.
+      corpus: as `open_corpus` returns it.
+    Returns: {layer: the triggers of its keys}, with the corpus's labels, or token ids as labels for FFN-M.
     """
     found = {}
     if corpus is None:
@@ -74,6 +82,7 @@ def find(
             found[layer] = key_triggers(model, layer, keys[layer], top, lambda: progress.update(progress.done + 1))
         progress.close()
         return found
+    # Layers take turns within a batch, so that the text runs through the model once.
     sides = {layer: topk.TwoSidedTopK(len(keys[layer]), top) for layer in keys}
     progress = Progress("triggers", corpus.batches, "batch")
     for number, (tokens_BT, labels, is_real) in enumerate(corpus, 1):
@@ -89,7 +98,8 @@ def find(
 class Trigger(NamedTuple):
     """One trigger of a key.
 
-    sign: of the key's coefficients.  rank: 1 for the strongest.  label: as `find` labels it.  c: coefficient.
+    sign: sign of the key's strongest coefficient.  rank: 1 for the strongest trigger.  label: as in `find`'s result.
+    c: the trigger's coefficient.
     """
 
     layer: int
@@ -101,16 +111,16 @@ class Trigger(NamedTuple):
 
 
 def each_trigger(keys: dict[int, np.ndarray], found: dict[int, topk.Triggers]) -> Iterator[Trigger]:
-    """Yields the triggers of all keys, layer by layer."""
+    """Yields the triggers of all keys, layer by layer and key by key, strongest first."""
     for layer, (sign_K, labels_Kt, c_Kt) in found.items():
         for key, sign, labels_t, c_t in zip(keys[layer], sign_K, labels_Kt, c_Kt):
             for rank, (label, c) in enumerate(zip(labels_t, c_t), 1):
-                if label >= 0:
+                if label >= 0:  # -1 fills up the list of a key that has few triggers
                     yield Trigger(layer, int(key), int(sign), rank, int(label), float(c))
 
 
 def tokens_of(corpus: Corpus | None, label: int) -> list[int]:
-    """The tokens of a trigger: a prefix of the corpus, or without one a single token."""
+    """The token ids of a trigger: those of the prefix, or for FFN-M, without a corpus, the single token."""
     return [label] if corpus is None else corpus.prefix(label).tolist()
 
 
@@ -138,13 +148,14 @@ def triggers(
     found = find(model, ffn, chosen, top, corpus)
     shown = _write_triggers(model, page, corpus, each_trigger(chosen, found))
     selectivity = {}
+    # Without rank 1, whose share of itself is always 1.
     for rank in sorted({min(5, top), min(10, top), top} - {1}):
         selectivity[f"trigger {rank}"] = [_relative(triggers.c_Kt, rank) for triggers in found.values()]
     if selectivity:
         page.figure(
             "selectivity",
-            plots.by_layer(selectivity, "coefficient over the first's", layers=list(found)),
-            f"How far the coefficient has fallen at a later trigger; mean of the sampled keys of {model.label(ffn)}.",
+            plots.by_layer(selectivity, "share of the first's coefficient", layers=list(found)),
+            f"Coefficient of a later trigger over that of the first; mean of the sampled keys of {model.label(ffn)}.",
         )
     page.heading("Strongest triggers")
     what = "token" if corpus is None else "the prefix's end"
@@ -157,7 +168,7 @@ def triggers(
 
 
 def _write_triggers(model, page, corpus, triggers: Iterator[Trigger]) -> list[list]:
-    """Writes all triggers as CSV. Returns: lines of the page's table, with the strongest of each key."""
+    """Writes all triggers as CSV. Returns: lines of the page's table, with the strongest triggers of each key."""
     shown = []
     with page.csv("triggers", ["layer", "key", "sign", "rank", "coefficient", "prefix", "next"]) as write:
         for layer, key, sign, rank, label, c in triggers:
@@ -170,6 +181,6 @@ def _write_triggers(model, page, corpus, triggers: Iterator[Trigger]) -> list[li
 
 
 def _relative(c_Kt: np.ndarray, rank: int) -> float:
-    """Mean over keys of the coefficient at a rank over that of the strongest trigger."""
+    """The coefficient of the trigger at a rank divided by that of the strongest; mean over keys."""
     first_K = np.where(c_Kt[:, 0] == 0, np.nan, c_Kt[:, 0])  # a key that never fires has no share
     return float(np.nanmean(c_Kt[:, rank - 1] / first_K))

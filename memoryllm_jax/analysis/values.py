@@ -14,7 +14,7 @@ from memoryllm_jax.common.options import Option
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.common.report import Report
 
-_PEAKED = 5  # values of each layer and sign that the page shows
+_PEAKED = 5  # values that the page shows of each layer and sign
 
 
 class TopTokens(NamedTuple):
@@ -28,17 +28,18 @@ class TopTokens(NamedTuple):
 
 
 def top_tokens(model: KeyValueModel, x_ND, k: int) -> TopTokens:
-    """The likeliest tokens of softmax(E Norm_f(x)): what the model's final norm and output head make of each vector."""
+    """The k likeliest tokens of each vector x by softmax(E Norm_f(x)), with the model's final norm and output head."""
     return _top_tokens_by_sign(model, x_ND, k, (1,))[1]
 
 
 def _top_tokens_by_sign(model, x_ND, k: int, signs: Sequence[int]) -> dict[int, TopTokens]:
-    """{sign: the likeliest tokens of sign * x}"""
-    # What is found stays on the device until the end, so that no block waits for the host to read the one before.
-    ids, p = {sign: [] for sign in signs}, {sign: [] for sign in signs}
+    """{sign: the k likeliest tokens of sign * x}"""
+    # Results stay on the device until the end, so that no block waits for the host to read those of the one before.
+    ids: dict[int, list] = {sign: [] for sign in signs}
+    p: dict[int, list] = {sign: [] for sign in signs}
     for _, logits_NV in model.logits(x_ND, unit=True):
         for sign in signs:
-            signed_NV = sign * logits_NV  # norms have no bias, so the logits of -x are minus those of x
+            signed_NV = sign * logits_NV  # norms and head have no bias, so the logits of -x are minus those of x
             top_Nk, at_Nk = jax.lax.top_k(signed_NV, k)
             ids[sign].append(at_Nk)
             p[sign].append(jnp.exp(top_Nk - jax.nn.logsumexp(signed_NV, axis=-1, keepdims=True)))
@@ -46,7 +47,7 @@ def _top_tokens_by_sign(model, x_ND, k: int, signs: Sequence[int]) -> dict[int, 
 
 
 def both_tops(model: KeyValueModel, ffn: str, layer: int) -> np.ndarray:
-    """[2, F]: the top token of each value v, and of -v, which a memory with a negative coefficient adds."""
+    """The top token of each value v, and of -v, which a memory with a negative coefficient adds: token ids [2, F]."""
     tops = []
     for _, logits_NV in model.logits(model.values(ffn, layer), unit=True):
         tops.append(np.stack([logits_NV.argmax(-1), logits_NV.argmin(-1)]))  # the logits of -v are minus those of v
@@ -54,7 +55,13 @@ def both_tops(model: KeyValueModel, ffn: str, layer: int) -> np.ndarray:
 
 
 def ranks(model: KeyValueModel, x_ND, *targets_N: np.ndarray) -> list[np.ndarray]:
-    """For each array of target tokens, their ranks [N] in the vectors' distributions; 1 is the likeliest token."""
+    """Ranks of target tokens in the distributions of vectors; 1 is the likeliest token.
+
+    Args:
+      x_ND: the vectors.
+      targets_N: arrays of token ids, one for each vector.
+    Returns: the ranks [N] for each of the arrays.
+    """
     out: list[list] = [[] for _ in targets_N]
     for part, logits_NV in model.logits(x_ND, unit=True):
         for found, target_N in zip(out, targets_N):
@@ -68,7 +75,7 @@ def values(
     page: Report,
     *,
     ffn: FFN = "",
-    top: Annotated[int, Option("tokens to give for each value", least=1)] = 5,
+    top: Annotated[int, Option("tokens to list for each value", least=1)] = 5,
 ) -> dict:
     """Each value vector as a distribution over the output vocabulary: its top tokens and its maximum probability.
 
@@ -83,7 +90,8 @@ def values(
         raise ArgumentError("top", f"expected from 1 to the {model.config.vocab_size} tokens, found {top}")
     L = model.config.layers
     progress = Progress("values", L, "layer")
-    most_LF, peaked = np.empty((L, model.width(ffn))), []
+    most_LF = np.empty((L, model.width(ffn)))  # the larger maximum probability of v and -v
+    peaked = []
     with page.csv("values", ["layer", "key", "sign", "tokens", "texts", "probabilities"]) as write:
         for layer in range(L):
             by_sign = _top_tokens_by_sign(model, model.values(ffn, layer), top, (1, -1))
@@ -99,12 +107,13 @@ def values(
         "median of keys": np.quantile(most_LF, 0.5, 1),
         "top 10% of keys": np.quantile(most_LF, 0.9, 1),
         "largest": most_LF.max(1),
+        # The maximum cannot be lower than in a uniform distribution.
         "uniform": np.full(L, 1 / model.config.vocab_size),
     }
     page.figure(
         "max_p",
         plots.by_layer(by_layer, "maximum probability", log=True),
-        f"Probability of the top token of {model.label(ffn)}'s values; the larger one of v and -v.",
+        f"Probability of the top token of {model.label(ffn)}'s values: the larger one of v's and -v's.",
     )
     page.heading("The most peaked values of each layer")
     page.table(["layer", "key", "sign", "max p", "top tokens"], peaked)
@@ -112,7 +121,7 @@ def values(
 
 
 def _value_lines(layer: int, sign: str, found: TopTokens, texts):
-    """Lines of the CSV file; the tokens of a value are apart by spaces."""
+    """Lines of the CSV file, one for each value of a layer; spaces separate the tokens of a value."""
     for i, (ids, p) in enumerate(zip(found.ids_Nk, found.p_Nk)):
         tokens = " ".join(map(str, ids))
         names = " ".join(texts[t] for t in ids)

@@ -1,4 +1,4 @@
-"""Passes over the whole vocabulary, a chunk of token ids at a time: exact, and no larger for a larger vocabulary."""
+"""Passes over the whole vocabulary in chunks of token ids, in memory that does not grow with the vocabulary."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,13 +15,14 @@ from memoryllm_jax.data import statistics
 
 
 def chosen_tokens(model: KeyValueModel, page: Report, token: Sequence[str], count: int, path: str) -> np.ndarray:
-    """int32 ids of the tokens that a page shows; the page's facts say which these are.
+    """Chooses the tokens that a page shows. The page's facts say which these are.
 
     Args:
-      token: names of tokens, which take the place of the following.
+      token: names of tokens. If there are any, `count` and `path` are not used.
       count: how many tokens; 0: all.
-      path: prepared data, of which the most frequent tokens are taken; "": ids at even distances.
-    Raises: UserError.
+      path: prepared data, whose most frequent tokens are chosen; "": ids at even distances are chosen.
+    Returns: int32 ids.
+    Raises: UserError if a name is no token, or `path` is no prepared data of this tokenizer.
     """
     size = model.config.vocab_size
     if token:
@@ -33,7 +34,9 @@ def chosen_tokens(model: KeyValueModel, page: Report, token: Sequence[str], coun
         ids = np.argsort(-occurrences_V, kind="stable")[:count].astype(np.int32)
         fact = f"the {count:,} most frequent of {path}"
     else:
-        ids, fact = np.linspace(0, size - 1, count).astype(np.int32), f"{count:,}, at even distances of id"
+        # Even distances: many tokenizers give low ids to frequent tokens, so the first ids would be of one sort.
+        ids = np.linspace(0, size - 1, count).astype(np.int32)
+        fact = f"{count:,}, whose ids are at even distances"
     page.facts["tokens"] = fact
     return ids
 
@@ -41,10 +44,13 @@ def chosen_tokens(model: KeyValueModel, page: Report, token: Sequence[str], coun
 def key_triggers(
     model: KeyValueModel, layer: int, keys: np.ndarray, top: int, step: Callable[[], None] = lambda: None
 ) -> topk.Triggers:
-    """The tokens on which each key of FFN-M fires most, over the whole vocabulary; labels are token ids.
+    """Finds the tokens of the whole vocabulary on which keys of FFN-M fire most.
 
     Args:
+      keys: numbers of the keys.
+      top: tokens to find for each key.
       step: called after each chunk.
+    Returns: the triggers, whose labels are token ids.
     """
     sides = topk.TwoSidedTopK(len(keys), top)
     for ids_C, is_real_C in model.chunks(model.every_id):
@@ -54,9 +60,9 @@ def key_triggers(
 
 
 class StrongestKeys(NamedTuple):
-    """The k keys that add most to each of some tokens' rows, strongest first; arrays [..., k].
+    """The k keys that add most to the memory row of each token, strongest first; arrays [..., k].
 
-    keys: numbers of the keys.  c: coefficients.  share: |c_i| |v_i| over its sum over all keys of the layer.
+    keys: numbers of the keys.  c: their coefficients.  share: |c_i| |v_i| over its sum over all keys of the layer.
     """
 
     keys: np.ndarray
@@ -66,12 +72,14 @@ class StrongestKeys(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=2)
 def strongest_keys(c_CF, norms_F, k: int) -> StrongestKeys:
-    """The keys of the largest |c_i| |v_i| for each token.
+    """The k keys with the largest |c_i| |v_i| for each token.
 
     Args:
+      c_CF: coefficients of tokens.
       norms_F: |v_i|.
     """
     size_CF = jnp.abs(c_CF) * norms_F
     top_Ck, keys_Ck = jax.lax.top_k(size_CF, k)
+    # The 1e-30 makes the shares of a token whose coefficients are all 0 zero and not NaN.
     total_C1 = jnp.maximum(size_CF.sum(-1, keepdims=True), 1e-30)
     return StrongestKeys(keys_Ck, jnp.take_along_axis(c_CF, keys_Ck, 1), top_Ck / total_C1)

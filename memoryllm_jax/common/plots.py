@@ -1,4 +1,4 @@
-"""Figures in one style. matplotlib is optional, and imported when the first figure is made."""
+"""Figures in one style. matplotlib is optional, so it is imported when the first figure is made."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,14 @@ _CHANCE = ", chance"
 
 
 def new_figure(width: float = 7.0, height: float = 3.6, columns: int = 1):
-    """A figure and its axes: a list of them if there are several columns.
+    """Makes a figure. Returns: (figure, its axes), with an array of axes if there are several columns.
 
     Args:
-      width, height: in inches.
-    Raises: UserError without matplotlib.
+      width, height: size in inches.
+      columns: axes side by side.
+    Raises: UserError if matplotlib is not installed.
     """
+    # Not pyplot, which keeps every figure in memory and may look for a display.
     matplotlib = errors.require("matplotlib.figure", "analyze", "pictures")
     figure = matplotlib.Figure((width, height), layout="constrained")
     axes = figure.subplots(1, columns)
@@ -27,17 +29,17 @@ def new_figure(width: float = 7.0, height: float = 3.6, columns: int = 1):
 
 
 def legend(ax, **options) -> None:
-    """A legend outside the axes, on the right, where it covers no data."""
+    """Adds a legend outside the axes, on the right, where it covers no data."""
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), **options)
 
 
 def style_of(number: int) -> dict:
-    """Colour, marker and line style of the number-th series, which differ in black and white too."""
+    """Colour, marker and line style of the series with a number, so that series differ in black and white too."""
     return {
         "color": f"C{number % 10}",
         "marker": "osv^Dx*+"[number % 8],
         "markersize": 4,
-        "linestyle": ("-", "--")[number // 8 % 2],
+        "linestyle": ("-", "--")[number // 8 % 2],  # the second eight have the same markers on dashed lines
     }
 
 
@@ -49,9 +51,10 @@ def shade(share: float):
 
 
 def log_scale(ax) -> None:
-    """A logarithmic y axis with plain numbers at its ticks, even if it spans less than a decade."""
+    """Makes the y axis logarithmic, with plain numbers at its ticks."""
     from matplotlib import ticker
 
+    # matplotlib's own ticks are powers of ten, of which an axis that spans less than a decade may have none.
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8), numticks=14))
     ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
@@ -59,7 +62,7 @@ def log_scale(ax) -> None:
 
 
 def drawable(text: str) -> bool:
-    """Whether matplotlib's font has all characters of the text; it draws boxes for those that it lacks."""
+    """Whether matplotlib's font has all characters of a text. It draws boxes in place of those that it lacks."""
     from matplotlib import font_manager
 
     glyphs = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
@@ -67,11 +70,12 @@ def drawable(text: str) -> bool:
 
 
 def by_layer(series: dict[str, Sequence[float]], ylabel: str, log: bool = False, layers: Sequence[int] | None = None):
-    """A figure with one line for each series over the layers. Shares are best given in percent.
+    """Draws one line for each series over the layers. Returns: the figure.
 
     Args:
-      series: values by name. "NAME, chance" is drawn as NAME is, but dotted.
-      log: logarithmic y axis.
+      series: values by name, shares in percent. "NAME, chance" is drawn as NAME is, but dotted.
+      ylabel: label of the y axis.
+      log: whether the y axis is logarithmic.
       layers: numbers of the layers; by default from 0.
     """
     figure, ax = new_figure()
@@ -85,7 +89,7 @@ def by_layer(series: dict[str, Sequence[float]], ylabel: str, log: bool = False,
     if log:
         ax.set_yscale("log")
     elif not any(value < 0 for values in series.values() for value in values):
-        # The axis begins at 0, so that lengths compare as the values do.
+        # The axis begins at 0, because heights of lines would otherwise exaggerate small differences.
         ax.update_datalim([(0, 0)], updatex=False)
         ax.autoscale_view()
         ax.set_ylim(bottom=0)
@@ -95,7 +99,7 @@ def by_layer(series: dict[str, Sequence[float]], ylabel: str, log: bool = False,
 
 
 def stacked_by_layer(series: dict[str, Sequence[float]], ylabel: str):
-    """A figure with one bar for each layer, in which the values of the series are stacked."""
+    """Draws one bar for each layer, in which the values of the series are stacked. Returns: the figure."""
     figure, ax = new_figure()
     bottom = 0.0
     for name, values in series.items():
@@ -107,6 +111,7 @@ def stacked_by_layer(series: dict[str, Sequence[float]], ylabel: str):
 
 
 def _label(ax, ylabel) -> None:
+    """Labels the axes of a figure over layers."""
     from matplotlib.ticker import MaxNLocator
 
     ax.set_xlabel("layer")

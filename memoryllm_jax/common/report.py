@@ -1,7 +1,7 @@
 """The files that an analysis writes: JSON and CSV for machines, and one HTML page with its pictures for people.
 
 The page holds everything it shows, pictures as base64, and loads nothing from a network. A `Report` is filled from top
-to bottom, and then written. CSV files are written while rows come, and get their names when they are whole.
+to bottom, and then written. CSV files are written row by row, and get their names when they are complete.
 """
 
 import base64
@@ -48,13 +48,13 @@ img {{ max-width: 100%; }} code, .t {{ font-family: ui-monospace, monospace; whi
 class Report:
     """A page that is being filled, and the files beside it.
 
-    As a context manager it removes the folder again if an error leaves it empty.
+    Used as a context manager, it removes the folder that it made if an error leaves the folder empty.
 
     Args:
-      folder: for the files; is made if it does not exist.
-      name: of the files: NAME.html, NAME.json, NAME-PICTURE.png.
-      title: of the page.
-      facts: what the page is about, such as model, checkpoint and data; the command and the day are added.
+      folder: folder for the files, which is made if it does not exist.
+      name: begins the names of the files: NAME.html, NAME.json, NAME-PICTURE.png.
+      title: title of the page.
+      facts: what the page is about, such as model, checkpoint and data. The command line and the date are added.
     Raises: UserError if the folder cannot be written to, or matplotlib is not installed.
     """
 
@@ -63,13 +63,14 @@ class Report:
         self.facts = facts | {"command": _command(), "made": f"{datetime.date.today()}"}
         self._body: list[str] = []
         self._pictures: dict[str, bytes] = {}
-        new_figure()  # so that a missing matplotlib is an error before the work, not after it
+        # What the page needs at the end is tried here: an analysis can take hours, and its results would be lost.
+        new_figure()
         if storage.is_url(folder):
             raise ArgumentError("output", f"expected a folder of this machine, found the URL {folder}")
         self._was_there = os.path.isdir(folder)
         try:
             os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            tempfile.TemporaryFile(dir=folder).close()  # os.access misjudges network folders
         except OSError as error:
             raise ArgumentError("output", f"expected a folder to write in: {folder}: {error.strerror}") from error
 
@@ -82,21 +83,24 @@ class Report:
                 os.rmdir(self.folder)
 
     def heading(self, text: str) -> None:
+        """Adds a heading to the page."""
         self._body.append(f"<h2>{html.escape(text)}</h2>")
 
     def text(self, text: str) -> None:
-        """Paragraphs, which blank lines separate in the text."""
+        """Adds paragraphs, which are separated by blank lines in the text."""
         self._body += [f"<p>{html.escape(paragraph)}</p>" for paragraph in text.strip().split("\n\n")]
 
     def raw(self, markup: str) -> None:
-        """HTML that is added as it is: the caller escapes what it shows."""
+        """Adds HTML without escaping it: the caller has escaped all text in it."""
         self._body.append(markup)
 
     def table(self, head: Sequence[str], rows: Sequence, caption: str = "", csv: str = "") -> None:
-        """A table of rows.
+        """Adds a table.
 
         Args:
-          rows: of cells: numbers, strings, or lists of strings, which are shown as tokens.
+          head: names of the columns.
+          rows: lists of cells: numbers, strings, or lists of strings, which are shown as tokens.
+          caption: text above the table.
           csv: if given, the table is also written as NAME-`csv`.csv.
         """
         if csv:
@@ -108,7 +112,7 @@ class Report:
         self._body.append(f'<div class="scroll"><table>{note}<tr>{cells}</tr>{lines}</table></div>')
 
     def figure(self, name: str, figure, caption: str) -> None:
-        """A matplotlib figure, on the page and as NAME-`name`.png beside it."""
+        """Adds a matplotlib figure to the page, which is also written as NAME-`name`.png."""
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
         self._pictures[name] = buffer.getvalue()
@@ -121,7 +125,12 @@ class Report:
 
     @contextlib.contextmanager
     def csv(self, name: str, head: Sequence[str]) -> Iterator[Callable[[Iterable], None]]:
-        """Yields a function that appends rows to NAME-`name`.csv. Raises: UserError."""
+        """Opens NAME-`name`.csv as a context manager, which gives a function that appends rows to it.
+
+        Args:
+          head: names of the columns.
+        Raises: UserError if the file cannot be written.
+        """
         with (
             storage.replaced(self.path(f"-{name}.csv")) as part,
             open(part, "w", newline="", encoding="utf-8") as file,
@@ -131,13 +140,13 @@ class Report:
             yield writer.writerows
 
     def path(self, ending: str) -> str:
-        """FOLDER/NAME followed by `ending`."""
+        """The path FOLDER/NAME followed by `ending`."""
         return os.path.join(self.folder, self.name + ending)
 
     def write(self, results) -> str:
         """Writes the page, the pictures and the JSON {"facts", "results"}.
 
-        Returns: one line that names the page. Raises: UserError.
+        Returns: one line that names the page. Raises: UserError if a file cannot be written.
         """
         facts = [f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self.facts.items()]
         page = _PAGE.format(title=html.escape(self.title), facts="".join(facts), body="\n".join(self._body))
@@ -145,12 +154,16 @@ class Report:
             storage.write_bytes(self.path(f"-{name}.png"), data)
         record = json.dumps({"facts": self.facts, "results": plain(results)})
         storage.write_bytes(self.path(".json"), record.encode())
+        # The page is written last, so that where there is a page, the other files are complete.
         storage.write_bytes(self.path(".html"), page.encode())
         return f"{self.path('.html')}: {len(page.encode()):,} bytes, with {self.name}.json beside it"
 
 
 def plain(tree):
-    """The tree with what JSON has: arrays as lists, and NaN, which stands for nothing to measure, as null."""
+    """Converts a tree to what JSON can hold: arrays to lists, and NaN and infinity to null.
+
+    Results use NaN for what could not be measured.
+    """
     if dataclasses.is_dataclass(tree):
         return plain(dataclasses.asdict(tree))
     if isinstance(tree, dict):
@@ -163,12 +176,12 @@ def plain(tree):
 
 
 def embedded_json(tree) -> str:
-    """JSON for a <script> element, which no text in it can end: a < is escaped."""
+    """JSON for a <script> element. Every < is escaped, so that no text in it can end the element."""
     return json.dumps(plain(tree), separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _cell(value) -> str:
-    """<td> of a number, a string or a list of tokens; NaN is an empty cell."""
+    """The <td> element of a number, a string or a list of tokens; NaN and infinity make an empty cell."""
     if isinstance(value, list):
         return "<td>" + "".join(f'<span class="t">{html.escape(text)}</span>' for text in value) + "</td>"
     if isinstance(value, float | np.floating):
@@ -179,7 +192,8 @@ def _cell(value) -> str:
 
 
 def _command() -> str:
-    """The command line, with `-m MODULE` for modules of this package."""
+    """The command line that runs this process, with `-m MODULE` for a module of this package."""
+    # Python replaces `-m MODULE` by the module's path in sys.argv; this converts it back.
     path = pathlib.Path(sys.argv[0]).resolve()
     root = pathlib.Path(__file__).resolve().parents[2]
     program = [sys.argv[0]]

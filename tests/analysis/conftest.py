@@ -1,4 +1,4 @@
-"""Models to analyse, an analysis as a function, and what the equations say of a model in NumPy."""
+"""Models to analyse, a function that runs an analysis, and the model's equations in NumPy to compare with."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ from memoryllm_jax.analysis.key_values import KeyValueModel
 
 @pytest.fixture
 def run(tmp_path):
-    """run("values", model, **options) -> the results in its JSON; its files are in tmp_path / "out"."""
+    """run("values", model, **options) returns the results in the analysis's JSON. Its files are in tmp_path / "out"."""
 
     def call(command, model, **options):
         output = tmp_path / "out"
@@ -31,20 +31,22 @@ def run(tmp_path):
 
 @pytest.fixture(scope="session")
 def make_model(lab):
-    """make_model("base", change) -> a model with small random weights, after `change`."""
+    """make_model("base", change) returns a model with small random weights, some of which `change` has set."""
     return lambda architecture, change=lambda params: None: by_hand.changed(lab.workdir(architecture), change)
 
 
 @pytest.fixture(scope="session")
 def token_keys(make_model):
-    """FFN-M with two keys that fire on one token alone."""
+    """A memory model with two keys, 1:3 and 1:4, that fire on one token alone."""
     return make_model("memory", lambda params: one_token_keys(params, "memory"))
 
 
 class PrefixKeys(NamedTuple):
-    """Base with two keys, 1:3 and 1:4, that fire on one frequent token alone.
+    """A base model with two keys, 1:3 and 1:4, that fire on one frequent token of the text alone.
 
-    triggers: labels of the prefixes that end in it.  follows: the token after the first of them, which both values say.
+    fires: the token.
+    triggers: labels of the prefixes that end in it.
+    follows: the token after the first of these prefixes, which the values of both keys say.
     """
 
     model: KeyValueModel
@@ -60,25 +62,31 @@ def prefix_keys(make_model, data_path):
     corpus = text.open(make_model("base"))
     tokens = np.concatenate([corpus.prefix(label) for label in range(LENGTH - 1, corpus.positions, LENGTH)])
     counts = np.bincount(tokens, minlength=512)
-    counts[tokens[1:][tokens[1:] == tokens[:-1]]] = 0  # doubled, it would still fire without the last
+    # Tokens that occur twice in a row are not chosen: without the last token, the key would still fire.
+    counts[tokens[1:][tokens[1:] == tokens[:-1]]] = 0
     fires = int(counts.argmax())
     triggers = np.flatnonzero(tokens == fires)
     follows = int(tokens[triggers[0] + 1])
-    assert triggers[0] % LENGTH < LENGTH - 1  # so that what follows is of the same window
+    assert triggers[0] % LENGTH < LENGTH - 1  # so that tokens[triggers[0] + 1] is of the same window
 
     def change(params):
         one_token_keys(params, "layers")
+        # `fires` takes the place of FIRES.
         params["embedding"][[FIRES, fires]] = params["embedding"][[fires, FIRES]]
         down = params["layers"]["ffn"]["down"]
         down[0] = 0
-        down[1, 3], down[1, 4] = params["head"][follows], -params["head"][follows]
+        down[1, 3] = params["head"][follows]
+        down[1, 4] = -params["head"][follows]  # key 4 has c < 0, so its value is read with a minus
 
     return PrefixKeys(make_model("base", change), text, fires, triggers, follows)
 
 
 @pytest.fixture(scope="session")
 def two_kinds(make_model):
-    """(model whose tokens' embeddings lie in two directions, whether each token is of the first)."""
+    """(a model whose tokens' embeddings point in two directions, whether each token's is the first)
+
+    Tokens whose text begins with a space have the first direction.
+    """
     is_spaced = np.array([text.startswith("␣") for text in make_model("memory").texts])
 
     def change(params):
@@ -90,7 +98,7 @@ def two_kinds(make_model):
 
 
 class InNumpy:
-    """A trained model and what the equations say of it, and of a few windows of text."""
+    """A trained model, with its equations in NumPy, evaluated on all tokens or on a few windows of text."""
 
     def __init__(self, model: KeyValueModel, data_path: str):
         self.model, self.config = model, model.config
@@ -102,21 +110,22 @@ class InNumpy:
         return np.asarray(reference.norm(x, scale, self.config))
 
     def says(self, x):
-        """Logits of vectors of the residual stream."""
+        """The logits of vectors of the residual stream."""
         return self.norm(x, self.p["final_norm"]["scale"]) @ self.p["head"].T
 
     def says_unit(self, x):
-        """The same of vectors brought to root mean square 1."""
+        """The logits of vectors that are first brought to root mean square 1."""
         return self.says(x / np.sqrt((x * x).mean(-1, keepdims=True)))
 
     def c(self, q, ffn):
+        """The coefficients of queries."""
         return np.asarray(jax.nn.silu(q @ ffn["gate"]) * (q @ ffn["up"]))
 
     def ffn(self, kind, layer):
         return self.p["memory" if kind == "memory" else "layers"][layer]["ffn"]
 
     def asked(self, kind, layer):
-        """Queries [N, D]: of FFN-M those of every token, else those of all positions of the windows."""
+        """Queries [N, D]: those of every token to FFN-M, or those of all positions of the windows to FFN-C."""
         if kind == "memory":
             return self.norm(self.p["embedding"], self.p["memory"][layer]["norm"]["scale"])
         return self.states[0][layer]["compute"]
@@ -126,8 +135,9 @@ class InNumpy:
         return self.forward(self.windows)
 
     def forward(self, tokens_BT):
-        """(queries, residual, output) of each layer, positions in a row."""
-        m, queries, residuals, outputs = self.config, [], [], []
+        """(queries, residuals, outputs), each with an entry for each layer; all positions are in one axis."""
+        m = self.config
+        queries, residuals, outputs = [], [], []
         x = x0 = self.p["embedding"][tokens_BT]
         for layer in range(m.layers):
             at, asked, y = self.p["layers"][layer], {}, 0
@@ -148,10 +158,10 @@ class InNumpy:
 
 @pytest.fixture(scope="session")
 def in_numpy(lab, data_path):
-    """in_numpy("flex-3") -> InNumpy, made once."""
+    """in_numpy("flex-3") returns an InNumpy, which is made once."""
 
     def change(params):
-        """One value is made so small that the final norm's epsilon would hide what it says."""
+        """Makes one value so small that the final norm's epsilon would hide what it says."""
         for group in ("layers", "memory"):
             if "ffn" in params.get(group, {}):
                 params[group]["ffn"]["down"][1, 5] *= 1e-4

@@ -8,7 +8,7 @@ from memoryllm_jax.analysis import agreement
 from memoryllm_jax.data.dataset import Dataset
 
 
-def test_values_that_say_what_follows_their_keys_triggers(prefix_keys, run, tmp_path):
+def test_values_that_say_what_follows_their_keys_triggers_agree(prefix_keys, run, tmp_path):
     follows = prefix_keys.follows
     found = run("agreement", prefix_keys.model, text=prefix_keys.text, predictive=3, top=20)
     with open(tmp_path / "out/agreement-keys.csv", newline="") as file:
@@ -23,12 +23,13 @@ def test_values_that_say_what_follows_their_keys_triggers(prefix_keys, run, tmp_
 
 
 @pytest.mark.parametrize("size", [1, 2, 9])
-def test_chance_is_with_other_keys(size):
+def test_chance_takes_the_next_token_of_another_key(size):
     other = agreement.others(np.random.default_rng(0), np.arange(size))
-    assert sorted(other) == list(range(size)) and (size == 1 or (other != np.arange(size)).all())
+    assert sorted(other) == list(range(size))
+    assert size == 1 or (other != np.arange(size)).all()
 
 
-def test_what_follows_a_token_in_the_training_text(token_keys, data_path):
+def test_the_next_token_of_an_ffn_m_trigger_is_its_most_frequent_successor(token_keys, data_path):
     train = Dataset(data_path).train
     tokens = train.read(0, train.tokens)
     following = agreement.next_tokens(token_keys, types.SimpleNamespace(facts={}), None, data_path)

@@ -5,6 +5,7 @@ from memoryllm_jax.analysis import annotate
 
 
 def embed(ids):
+    """A mean embedding in two dimensions; 6 is the sum of the first trigger below."""
     return np.array([1.0, sum(ids) - 6])
 
 

@@ -8,7 +8,7 @@ from memoryllm_jax.analysis import clusters, token_classes
 from memoryllm_jax.common.errors import UserError
 
 
-def test_kmeans_against_numpy(in_numpy):
+def test_each_token_is_in_the_cluster_of_the_nearest_centre(in_numpy):
     trained = in_numpy("flex-3")
     labels, kmeans = clusters.fit(trained.model, 1, 6, 0)
     c = trained.c(trained.asked("memory", 1), trained.ffn("memory", 1))
@@ -16,10 +16,13 @@ def test_kmeans_against_numpy(in_numpy):
     assert (labels == distance.argmin(1)).mean() > 0.999 and len(labels) == 512
 
 
-def test_clusters_of_tokens_of_two_kinds(two_kinds, run):
-    model, is_spaced = two_kinds
-    row, _ = run("clusters", model, clusters=2, picture="pca", sample=50)["layers"]
+def test_clusters_of_tokens_of_two_kinds_are_pure(two_kinds, run):
+    row, _ = run("clusters", two_kinds[0], clusters=2, picture="pca", sample=50)["layers"]
     assert row["leading space"] == 1 and row["leading space, chance"] < 0.95
+
+
+def test_the_page_lists_clusters_with_the_tokens_nearest_to_their_centres(two_kinds):
+    model, is_spaced = two_kinds
     labels, kmeans = clusters.fit(model, 0, 2, 0)
     nearest = clusters.nearest_to_centres(model, 0, labels, kmeans)
     classes = token_classes.classes(model.texts)["leading space"]

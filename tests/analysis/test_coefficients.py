@@ -8,7 +8,8 @@ from by_hand import DENIED, FIRES, HEARD
 
 
 def test_a_key_that_fires_on_one_token(token_keys, run, tmp_path):
-    c = 32**0.5 / (1 + np.exp(-(32**0.5))) * 32**0.5  # q = sqrt(D) e_0, up to the norm's epsilon
+    # The query of FIRES is q = sqrt(D) e_0, up to the norm's epsilon, so that c = (q k) SiLU(q k_gate) of key 3 is:
+    c = 32**0.5 / (1 + np.exp(-(32**0.5))) * 32**0.5
     found = run("coefficients", token_keys, token=(f"#{FIRES}",), top=2)
     assert found["keys"][1] == [[3, 4]]
     np.testing.assert_allclose(found["coefficients"][1], [[c, -c / 2]], rtol=1e-4)
@@ -34,7 +35,7 @@ def test_outliers_of_a_key_that_fires_on_one_token(token_keys, run):
     assert found["keys"][10][:3] == [1, 3, 1]
 
 
-def test_outliers_against_numpy(in_numpy, run, tmp_path):
+def test_outliers_are_counted_as_in_numpy(in_numpy, run, tmp_path):
     trained = in_numpy("flex-3")
     found = run("outliers", trained.model, ratio=("6", "3"))["layers"]
     size = np.abs(trained.c(trained.asked("memory", 1), trained.ffn("memory", 1)))

@@ -11,7 +11,7 @@ def test_active_memories_hold_the_mass():
     c_NF[0, 5:15], c_NF[1, 7] = -3, 1
     norms = np.ones(88, np.float32)
     assert composition.active_count(c_NF, norms, 0.85).tolist() == [9, 1]
-    norms[5] = 1000  # one memory adds nearly all
+    norms[5] = 1000  # now one memory of the first query adds nearly all
     assert composition.active_count(c_NF, norms, 0.85).tolist() == [1, 1]
 
 
@@ -32,7 +32,7 @@ def test_active_memories_of_a_trained_model(in_numpy, run, architecture, kind):
     assert shares["mean"][1] == pytest.approx(100 * fewest.mean() / size.shape[1], rel=1e-3)
 
 
-def test_predictions_of_single_memories(in_numpy, run):
+def test_a_prediction_that_no_memory_has_is_composed(in_numpy, run):
     trained = in_numpy("flex-3")
     rows = run("compose", trained.model, text=trained.text)["percent_by_layer"]
     queries, residuals, outputs = trained.states

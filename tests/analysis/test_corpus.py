@@ -8,7 +8,7 @@ from memoryllm_jax.analysis import corpus
 
 
 @pytest.mark.parametrize("architecture", ["base", "memory", "flex-3"])
-def test_states_of_a_trained_model(in_numpy, architecture):
+def test_states_are_those_of_the_equations(in_numpy, architecture):
     trained = in_numpy(architecture)
     seen = [[] for _ in range(trained.config.layers)]
     for tokens_BT, _, is_real in trained.text.open(trained.model):
@@ -22,7 +22,7 @@ def test_states_of_a_trained_model(in_numpy, architecture):
         assert state.queries.keys() == queries[layer].keys()
         for name, q in queries[layer].items():
             np.testing.assert_allclose(state.queries[name], q, rtol=2e-4, atol=2e-4)
-    # The last state leads to the logits of the independent reference.
+    # The equations in NumPy themselves give the logits of the independent reference.
     p = trained.p
     stacked = {k: jax.tree.map(lambda *a: jnp.stack(a), *p[k]) for k in ("layers", "memory") if k in p}
     logits = trained.says(outputs[-1]).reshape(*trained.windows.shape, -1)

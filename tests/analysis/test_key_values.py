@@ -19,7 +19,7 @@ def test_tokens_are_named_as_pages_show_them_or_by_id(model):
 @pytest.mark.parametrize(
     "name, message", [("#512", "token=#512: expected an id below 512"), ("two words", "token=two words: expected one")]
 )
-def test_names_that_are_no_token(model, name, message):
+def test_names_that_are_no_token_are_refused(model, name, message):
     with pytest.raises(UserError, match=message):
         model.tokens([name])
 
@@ -27,7 +27,7 @@ def test_names_that_are_no_token(model, name, message):
 def test_logits_come_in_blocks_of_one_shape(model):
     x_ND = jnp.asarray(np.random.default_rng(0).normal(size=(10, 32)), jnp.float32)
     parts, blocks = zip(*model.logits(x_ND, unit=True))
-    assert [part.stop - part.start for part in parts] == [7, 3]  # 512 * 7 elements at a time
+    assert [part.stop - part.start for part in parts] == [7, 3]  # SMALL has 512 * 7 elements at a time
     (whole,) = [block for _, block in model.logits(x_ND[:7] * 1e-3, unit=True)]
     np.testing.assert_allclose(blocks[0], whole, rtol=1e-3, atol=1e-5)  # the size of vectors does not matter
 

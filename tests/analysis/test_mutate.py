@@ -10,6 +10,7 @@ def test_a_key_that_fires_on_the_last_token_alone(prefix_keys, run, tmp_path):
     changes = np.genfromtxt(tmp_path / "out/mutate-prefixes.csv", delimiter=",", names=True)
     assert np.abs(changes["first"]).max() < 1e-5 and np.abs(changes["last"] + 1).max() < 1e-5
     assert mean["random"] == [pytest.approx(100 * changes["random"].mean(), abs=0.01)]
+    # A random token is the last one in some prefixes, where the key stops firing, and another one in the rest.
     fired = np.abs(changes["random"]) < 1e-5
     assert (fired | (np.abs(changes["random"] + 1) < 1e-5)).all() and 0 < fired.sum() < len(fired)
 

@@ -3,7 +3,7 @@ import pytest
 from by_hand import TWIN, unit
 
 
-def test_a_token_that_is_another_one_scaled(token_keys, run):
+def test_the_nearest_token_is_another_one_scaled(token_keys, run):
     near = run("neighbours", token_keys, token=(f"#{TWIN}", "#9", "#8", "#7"), top=2)
     assert near["neighbours"][-1][0][0] == TWIN + 1 and near["cosine"][-1][0][0] == pytest.approx(1, abs=1e-5)
 

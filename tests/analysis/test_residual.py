@@ -7,7 +7,10 @@ from memoryllm_jax.analysis.corpus import ExampleOptions
 
 
 def overriding(params):
-    """Layer 0 says SPOKEN whatever it reads; layer 1 adds HEARD and DENIED, whose sum says TWIN; all say TWIN + 1."""
+    """Layer 0 adds SPOKEN for every token. Layer 1 adds HEARD and DENIED, whose sum says TWIN. All three say TWIN + 1.
+
+    So in layer 0 the FFN decides, and in layer 1 the prediction is neither the residual's nor the FFN's: composition.
+    """
     by_hand.quiet(params)
     params["embedding"][:, 1] = 1
     head, ffn = params["head"], params["memory"]["ffn"]
@@ -36,7 +39,7 @@ def test_a_layer_that_overrides_the_residual(make_model, run, data_path):
     assert rows[1]["short prefixes of the rest"] is None
 
 
-def test_a_trained_model_against_numpy(in_numpy, run):
+def test_shares_of_a_trained_model_are_those_of_numpy(in_numpy, run):
     trained = in_numpy("flex-3")
     percent = run("residual", trained.model, text=trained.text)["percent"]
     _, residuals, outputs = trained.states

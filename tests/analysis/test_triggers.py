@@ -25,7 +25,7 @@ def test_prefixes_on_which_a_key_fires(prefix_keys, run, tmp_path):
 
 
 @pytest.mark.parametrize("architecture, kind", [("memory", "memory"), ("flex-3", "compute")])
-def test_the_strongest_of_all_queries(in_numpy, run, architecture, kind):
+def test_triggers_are_the_strongest_of_all_queries(in_numpy, run, architecture, kind):
     trained = in_numpy(architecture)
     result = run("triggers", trained.model, text=trained.text, ffn=kind, keys=4, top=6)
     found = result["keys"]["1"]

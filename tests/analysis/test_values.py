@@ -25,6 +25,6 @@ def test_distributions_of_both_signs(in_numpy, run, tmp_path, architecture, kind
     assert max(row[3] for row in found["peaked"] if row[0] == 1) == pytest.approx(most.max(), rel=1e-3)
 
 
-def test_more_tokens_than_there_are(token_keys, run):
+def test_more_tokens_than_there_are_is_refused(token_keys, run):
     with pytest.raises(ArgumentError, match=re.escape("top: expected from 1 to the 512 tokens, found 513")):
         run("values", token_keys, top=513)
