@@ -1,4 +1,4 @@
-"""Both sides of tests/hf: logits and texts of ours and of transformers."""
+"""Logits and texts of our models, of transformers' and of tests/reference.py, which tests/hf compares."""
 
 import contextlib
 import json
@@ -25,26 +25,32 @@ LLAMA3_ROPE = {
 
 
 def our_logits(engine, ids):
-    """[B, T, V] of our decoder: the token after every prefix, as it is generated from."""
+    """Logits [B, T, V] of our decoder at every position of the ids [B, T].
+
+    Prefill gives the logits after a prompt's last token alone, so every prefix is a prompt of its own.
+    """
     B, T = ids.shape
-    prefixes, lengths = np.repeat(ids, T, 0), np.tile(np.arange(1, T + 1), B)
+    prefixes = np.repeat(ids, T, 0)
+    lengths = np.tile(np.arange(1, T + 1), B)
     unique, index = np.unique(prefixes, return_inverse=True)
+    rows = engine.rows.fetch(unique)
     cache = engine.decoder.empty_cache(B * T, T)
-    rows, index = engine.rows.fetch(unique), index.reshape(B * T, T)
-    logits, _ = engine.decoder.prefill(rows, index, lengths, np.arange(B * T), cache)
+    logits, _ = engine.decoder.prefill(rows, index.reshape(B * T, T), lengths, np.arange(B * T), cache)
     return np.asarray(logits).reshape(B, T, -1)
 
 
 def our_text(engine, prompt, tokens):
-    """Ids of a greedy continuation."""
+    """Token ids of our greedy continuation of a prompt."""
     return [token for new in engine.generate([prompt], tokens, Sampling(0)) for _, token in new]
 
 
 def opened(workdir, tol=""):
+    """Our engine in float32, with live FFN-M or a ToL file, closed at the end of the `with` block."""
     return contextlib.closing(serving.open_engine(workdir, tol, dtype="float32"))
 
 
 def their_logits(model, ids):
+    """Logits [B, T, V] of a model in transformers at every position of the ids [B, T]."""
     import torch
 
     with torch.no_grad():
@@ -52,6 +58,7 @@ def their_logits(model, ids):
 
 
 def their_text(model, prompt, tokens):
+    """Token ids of transformers' greedy continuation of a prompt."""
     import torch
 
     ids = torch.tensor([prompt])
@@ -60,14 +67,18 @@ def their_text(model, prompt, tokens):
 
 
 def golden_by_the_equations(name, ids):
-    """[B, T, V] of a golden directory, from its files by tests/reference.py alone."""
+    """Logits [B, T, V] of the model in a golden directory, computed by tests/reference.py from its files."""
     m, _ = from_json(json.load(open(f"{GOLDEN}/{name}/config.json")), name)
     params = reference.from_llama(load_file(f"{GOLDEN}/{name}/model.safetensors"), m)
     return np.asarray(reference.logits(params, ids, m))
 
 
 def write_tokenizer(folder, specials=("<s>", "</s>"), put_before=None):
-    """A tokenizer.json of 64 ids."""
+    """Writes a tokenizer.json of 64 ids: 62 characters and two special tokens.
+
+    Args:
+      put_before: the special token that it puts before each text.
+    """
     tokenizers = pytest.importorskip("tokenizers")
     vocab = {chr(32 + i): i for i in range(62)}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))

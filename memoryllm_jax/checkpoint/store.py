@@ -158,8 +158,8 @@ class Checkpoints:
 
         Args:
           step: number of the checkpoint.
-          shapes: tree of jax.ShapeDtypeStruct with shardings, as the result shall have them. Padding differs between
-            meshes, so the saved arrays are cut or filled with zeros to these shapes.
+          shapes: tree of jax.ShapeDtypeStruct with shardings, which the result has. Padding differs between meshes, so
+            the saved arrays are cut or filled with zeros to these shapes.
         Raises: UserError.
         """
         with self._reading(step):
@@ -241,7 +241,8 @@ def check_matches(saved: dict, current: dict, where: str) -> None:
       where: path of the checkpoint, for the error message.
     Raises: UserError that names each field that differs.
     """
-    before, now = _fields(saved), _fields(current)
+    before = _fields(saved)
+    now = _fields(current)
     different = [
         f"{field}: {before[field]!r} in the checkpoint, {now[field]!r} in this run"
         for field in now

@@ -78,7 +78,7 @@ class TrainedModel:
         }
 
     def is_memory(self, name: str) -> bool:
-        """Whether only the token memory's rows need a parameter: those of FFN-M, and the input embedding if untied."""
+        """Whether a ToL file replaces a parameter: those of FFN-M, and the input embedding unless it is tied."""
         return name.startswith("memory/") or (name == "embedding" and not self.config.tie_embeddings)
 
     def load(self, wanted: Callable[[str], bool]) -> tuple[dict, str]:
@@ -139,6 +139,7 @@ class TrainedModel:
         return _for_serving(name, self.leaf(name, _serving_dtype(name, self.config)), self.config)
 
     def close(self) -> None:
+        """Closes the checkpoints: no parameter can be read any more."""
         self._checkpoints.close()
 
 
@@ -172,6 +173,7 @@ def _open(workdir, step):
 
 
 def _choose_step(checkpoints, step):
+    """`step`, or the newest if it is None. Raises: UserError if there is none."""
     steps = checkpoints.steps()
     if not steps:
         raise UserError(f"{checkpoints.workdir}: expected a checkpoint, found none")
@@ -184,7 +186,7 @@ def _choose_step(checkpoints, step):
 
 
 class Digest:
-    """A digest of the names, shapes and values of parameters. Any difference changes it.
+    """A digest of the names, shapes and values of parameters, by which a ToL file names the decoder that it fits.
 
     Values are rounded to bfloat16 first, so that the digest does not depend on the dtype of the computation. Each
     matrix has two 32-bit hashes per _ROWS_DIGESTED rows; the digest is the SHA-256 of all names, shapes and hashes.

@@ -32,7 +32,7 @@ def to_json(c: ModelConfig, context: int, dtype: str, special: dict) -> dict:
       context: largest number of positions in a sequence.
       dtype: name of the weights' dtype.
       special: ids of the special tokens, by their names in config.json (SPECIAL).
-    Raises: UserError that names a field of the model which neither can express.
+    Raises: UserError that names a field of the model which config.json cannot express.
     """
     if c.token_memory in ("value", "per_layer"):
         raise UserError(f"config.model.token_memory: expected ffn or none to export, found {c.token_memory}")
@@ -190,7 +190,7 @@ def _rope_from_json(file):
     `rope_scaling`.
     """
     rope = {"rope_theta": file.tree.get("rope_theta") or 10_000.0}
-    rope |= file.group("rope_scaling") | file.group("rope_parameters")  # of a setting in both, the newer counts
+    rope |= file.group("rope_scaling") | file.group("rope_parameters")  # the newer wins
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_SCALINGS:
         file.refuse("rope_scaling", "one of " + ", ".join(_ROPE_SCALINGS), kind)
@@ -198,6 +198,7 @@ def _rope_from_json(file):
         file.refuse("partial_rotary_factor", "1.0", rope["partial_rotary_factor"])
 
     def number(name):
+        """A setting as float; refuses any other type."""
         if not isinstance(rope.get(name), int | float):
             where = name if name == "rope_theta" else f"rope_scaling.{name}"
             file.refuse(where, "a number", rope.get(name))
@@ -210,6 +211,7 @@ def _rope_from_json(file):
     if scaling == "llama3":
         out["rope_low_freq_factor"] = number("low_freq_factor")
         out["rope_high_freq_factor"] = number("high_freq_factor")
-        context = rope.get("original_max_position_embeddings") or file.tree.get("max_position_embeddings") or 8192
-        out["rope_original_context"] = int(context)
+        if not rope.get("original_max_position_embeddings"):
+            rope["original_max_position_embeddings"] = file.tree.get("max_position_embeddings") or 8192
+        out["rope_original_context"] = int(number("original_max_position_embeddings"))
     return out

@@ -34,7 +34,7 @@ def export_model(
       file_bytes: largest size of a safetensors file.
       step: the checkpoint's step; None is the newest.
     Returns: one line that says what was written.
-    Raises: UserError, among them ArgumentError for the argument that it names.
+    Raises: ArgumentError that names a bad argument; UserError for a model that cannot be exported.
     """
     if dtype not in ("", *shards.DTYPES):
         raise ArgumentError("dtype", f"expected one of {', '.join(shards.DTYPES)}, found {dtype!r}")

@@ -1,4 +1,4 @@
-"""Checkpoints of a folder: what stays, what a failing save leaves, and which are refused."""
+"""Checkpoints: which are kept, how they are read back, failing saves, and which are refused."""
 
 import contextlib
 import copy
@@ -23,13 +23,18 @@ def checkpoints(tmp_path):
         yield opened
 
 
-def test_newest_and_every_third_stay_and_come_back(checkpoints):
+def test_the_newest_and_every_third_checkpoint_are_kept(checkpoints):
     assert checkpoints.latest() is None
     for step in range(1, 8):
         checkpoints.save(step, STATE, {"of": step})
     checkpoints.wait()
     assert checkpoints.steps() == [3, 6, 7] and checkpoints.latest() == 7
     assert checkpoints.description(3) == {"of": 3}
+
+
+def test_a_state_is_restored_as_it_was_saved(checkpoints):
+    checkpoints.save(7, STATE, {})
+    checkpoints.wait()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE)
     jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(7, shapes), STATE)
 
@@ -44,13 +49,19 @@ def test_one_leaf_is_cut_or_padded_to_the_shape_asked_for(checkpoints):
         expected = np.pad(np.arange(6.0).reshape(2, 3), [(0, 0), (0, 1)])[: shape[0], : shape[1]]
         assert found.dtype == jnp.bfloat16
         np.testing.assert_array_equal(found, expected)
+
+
+def test_one_leaf_is_read_into_host_memory(checkpoints):
+    checkpoints.save(1, STATE, {})
+    checkpoints.wait()
+    (path, leaf), _ = jax.tree_util.tree_leaves_with_path(STATE["params"])
     on_host = checkpoints.restore_on_host(1, path)
     assert isinstance(on_host, np.ndarray)
     np.testing.assert_array_equal(on_host, leaf, strict=True)
 
 
 def test_a_failing_save_in_the_background_is_one_sentence(checkpoints, capfd):
-    """A file that may not grow is as a full disk. The saving thread prints nothing, and no half checkpoint stays."""
+    """A limit on file sizes acts as a full disk. The saving thread prints nothing; no unfinished checkpoint stays."""
     checkpoints.save(1, STATE, {})
     checkpoints.wait()
     workdir = checkpoints.workdir
@@ -69,7 +80,7 @@ def test_a_failing_save_in_the_background_is_one_sentence(checkpoints, capfd):
     assert os.listdir(workdir) == ["1"]
 
 
-def test_what_is_damaged_is_named(checkpoints, tmp_path):
+def test_a_damaged_checkpoint_is_named(checkpoints, tmp_path):
     checkpoints.save(1, STATE, {})
     checkpoints.wait()
     (tmp_path / "w/1/description/metadata").write_text("{")
@@ -87,7 +98,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_its_fields(make_config, dat
     config, dataset = make_config("memory"), Dataset(data_path)
     saved = store.describe(config, dataset, dataset.tokenizer())
     current = copy.deepcopy(saved)
-    current["config"]["mesh"]["fsdp"] = 2  # where and how fast may change
+    current["config"]["mesh"]["fsdp"] = 2  # one of config.RESUMABLE_FIELDS
     store.check_matches(saved, current, "w/1")
     current["config"]["seed"], current["data"]["digest"] = 3, "other"
     with pytest.raises(UserError) as error:

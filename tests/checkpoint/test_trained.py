@@ -1,4 +1,4 @@
-"""Trained models read back, and the digest that names their values."""
+"""Trained models read back from checkpoints, and digests of their parameters."""
 
 import contextlib
 
@@ -14,7 +14,10 @@ from memoryllm_jax.common.errors import ArgumentError, UserError
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_digest_stays_the_one_in_tol_files(dtype):
-    """Made by the version that wrote the first ToL files: with more rows than one sum takes, layers and vectors."""
+    """The expected digest was computed by the version that wrote the first ToL files.
+
+    It covers a matrix with more rows than one hash takes, a list of layers, and vectors.
+    """
     table, layers, scales = (
         np.random.default_rng(seed).normal(size=shape).astype(np.float32)
         for seed, shape in enumerate([(20_000, 3), (2, 4, 5, 6), (2, 4)])
@@ -26,7 +29,7 @@ def test_the_digest_stays_the_one_in_tol_files(dtype):
     assert digest.text() == "7d5cd505d51e4872d6e639189277f7134bb828fe5eb9f075bdf908b28a7b29da"
 
 
-def test_digests_see_values_places_and_names():
+def test_a_digest_depends_on_values_places_shapes_and_names():
     def of(name, value):
         digest = Digest()
         digest.add(name, jnp.asarray(value, jnp.float32))
@@ -55,7 +58,7 @@ def test_parameters_for_serving_are_those_of_the_checkpoint(make_config, tmp_pat
 
 
 def test_padding_of_the_mesh_that_saved_is_cut_off(make_config, tmp_path):
-    """Four heads and 517 ids on three devices were saved as six and 519."""
+    """For three devices, the four heads were padded to six, and the 517 ids to 519."""
     config = make_config("flex-3", **{"model.vocab_size": 517})
     for name, tensor in (("whole", 1), ("padded", 3)):
         write_untrained(config, str(tmp_path / name), tensor)
@@ -72,8 +75,7 @@ def test_padding_of_the_mesh_that_saved_is_cut_off(make_config, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_memory_of_a_model(make_config, tmp_path, tied):
-    """What a ToL file replaces: FFN-M, and the input embedding unless it is the head too."""
+def test_a_tol_file_replaces_ffn_m_and_an_untied_embedding(make_config, tmp_path, tied):
     write_untrained(make_config("memory", **{"model.tie_embeddings": tied}), str(tmp_path))
     with contextlib.closing(TrainedModel(str(tmp_path))) as model:
         names = {name for name in model.names() if model.is_memory(name)}
@@ -81,13 +83,16 @@ def test_the_memory_of_a_model(make_config, tmp_path, tied):
     assert names == (ffns if tied else ffns | {"embedding"})
 
 
-def test_workdirs_steps_and_dtypes_that_do_not_fit(make_config, tmp_path):
-    workdir = write_untrained(make_config("memory"), str(tmp_path / "work"))
+def test_folders_without_checkpoints_are_refused(tmp_path):
     with pytest.raises(UserError, match=f"^{tmp_path}/none: expected a folder with checkpoints, found none"):
         TrainedModel(str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=f"^{tmp_path}/empty: expected a checkpoint, found none"):
         trained.config_of(str(tmp_path / "empty"))
+
+
+def test_a_missing_step_and_another_dtype_are_refused(make_config, tmp_path):
+    workdir = write_untrained(make_config("memory"), str(tmp_path / "work"))
     with pytest.raises(ArgumentError, match=r"^step: expected one of 0 in .*, found 3"):
         TrainedModel(workdir, step=3)
     with pytest.raises(ArgumentError, match=r"^dtype: expected float32 or bfloat16, found 'float16'"):

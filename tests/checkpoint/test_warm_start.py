@@ -23,15 +23,16 @@ from memoryllm_jax.training import loop
 
 @pytest.mark.parametrize("name, tensor", [("memory", 1), ("flex-3", 3)])
 def test_converted_ffns_add_up_to_that_of_base(make_config, data_path, tmp_path, name, tensor):
-    """At one input FFN-C and FFN-M together are base's FFN; everything else is base's, on padded meshes too."""
-    dataset, workdir = Dataset(data_path), str(tmp_path / "base")
-    write_untrained(make_config("base"), workdir)
+    """For the same input. All other parameters are base's; and so on a mesh that pads heads and widths."""
+    dataset = Dataset(data_path)
+    workdir = write_untrained(make_config("base"), str(tmp_path / "base"))
     with contextlib.closing(TrainedModel(workdir)) as trained:
         base = {n: np.asarray(trained.leaf(n, jnp.float32)) for n in trained.names()}
 
     config = make_config(name, **{"start.workdir": workdir, "mesh.fsdp": 1, "mesh.tensor": tensor})
     config = loop.complete(config, dataset)
-    mesh, m = sharding.make_mesh(config.mesh, jax.devices()[:tensor]), config.model
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:tensor])
+    m = config.model
     params, _ = warm_start.starting_params(config, dataset.tokenizer(), random_params(m, mesh)[0], mesh)
     found = {parameter_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
     x = np.random.default_rng(0).normal(size=(7, m.dim)).astype(np.float32)
@@ -48,12 +49,12 @@ def test_converted_ffns_add_up_to_that_of_base(make_config, data_path, tmp_path,
 
     shards = [shard for x in jax.tree.leaves(params) for shard in x.addressable_shards]
     buffers = {(shard.device, shard.data.unsafe_buffer_pointer()) for shard in shards}
-    assert len(buffers) == len(shards)  # a step donates each
+    assert len(buffers) == len(shards)  # a training step donates every buffer, so none may occur twice
 
 
 def test_a_new_memory_keeps_its_initial_values(make_config, data_path, tmp_path):
-    dataset, workdir = Dataset(data_path), str(tmp_path / "base")
-    write_untrained(make_config("base"), workdir)
+    dataset = Dataset(data_path)
+    workdir = write_untrained(make_config("base"), str(tmp_path / "base"))
     config = loop.complete(make_config("flex-3", **{"start.workdir": workdir, "start.memory": "new"}), dataset)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     fresh = random_params(config.model, mesh)[0]
@@ -62,21 +63,29 @@ def test_a_new_memory_keeps_its_initial_values(make_config, data_path, tmp_path)
     assert not np.array_equal(params["layers"]["ffn"]["up"], fresh["layers"]["ffn"]["up"])
 
 
-def test_training_goes_on_from_the_loss_of_a_model(lab, data_path, tmp_path):
-    """By configs/start.py; a model or a workdir that does not fit is refused."""
+@pytest.fixture
+def start(lab, data_path):
+    """start(architecture, source): a run of one step that starts from a workdir, by default lab's memory model."""
 
-    def start(architecture="memory", source="", **overrides):
+    def make(architecture="memory", source="", **overrides):
         c = config_lib.load(f"configs/start.py:{architecture}@{source or lab.workdir('memory')}")
         c.steps, c.batch_size, c.seq_len, c.log.tensorboard = 1, 8, 32, False
         c.data.path, c.optimizer.peak_lr, c.optimizer.final_lr = data_path, 1e-9, 0.0
         c.update_from_flattened_dict(overrides)
         return resolve(c)
 
+    return make
+
+
+def test_training_starts_at_the_loss_of_the_other_model(lab, start, tmp_path):
     def validation_loss(workdir):
         return json.load(open(f"{workdir}/result.json"))["validation"]["loss"]
 
     assert loop.train(start(), str(tmp_path / "more"), jax.devices()[:1]) == 0
     assert validation_loss(tmp_path / "more") == pytest.approx(validation_loss(lab.workdir("memory")), abs=1e-5)
+
+
+def test_models_and_workdirs_that_do_not_fit_are_refused(start, tmp_path):
     import_model(f"{GOLDEN}/base", str(tmp_path / "imported"))
     for config, target, message in (
         (start("flex-1"), "a", "config.model.beta: expected 0.0 as in .*, found 1.0"),

@@ -1,4 +1,4 @@
-"""transformers, where it is installed, and small models to export."""
+"""Fixtures: transformers, for tests that are skipped without it, and small models to export."""
 
 import functools
 
@@ -23,14 +23,14 @@ MODELS = {
 
 @pytest.fixture(scope="session")
 def transformers():
-    missing = "the independent side, transformers 5 on PyTorch, is not installed: pip install 'memoryllm_jax[hf]'"
+    missing = "transformers 5 on PyTorch, to compare with, is not installed: pip install 'memoryllm_jax[hf]'"
     pytest.importorskip("torch", reason=missing)
     return pytest.importorskip("transformers", "5.0", reason=missing)
 
 
 @pytest.fixture(scope="session")
 def untrained(data_path, tmp_path_factory):
-    """untrained(name): the workdir of one of MODELS, float32, a context of 64 tokens."""
+    """untrained(name): a workdir with random weights of one of MODELS, in float32, for a context of 64 tokens."""
     folder = shared_folder(tmp_path_factory)
 
     @functools.cache

@@ -25,7 +25,7 @@ def test_the_card_has_sizes_recipe_and_held_out_loss(lab):
         assert line in body
 
 
-def test_a_card_of_untrained_weights_tells_nothing_about_training(untrained):
+def test_the_card_of_an_untrained_model_has_no_recipe_and_no_loss(untrained):
     with contextlib.closing(TrainedModel(untrained("flex"))) as model:
         text = card.text(model, "float32")
     assert "training:" not in text and "held-out" not in text and "(2 for keys and values)" in text

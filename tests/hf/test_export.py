@@ -1,4 +1,4 @@
-"""What export writes: files, dtypes and what it keeps of an import; and what it refuses."""
+"""Export: the files and dtypes that it writes, and the models and arguments that it refuses."""
 
 import contextlib
 import filecmp
@@ -37,14 +37,15 @@ def test_one_file_has_the_bytes_that_transformers_writes(imported, tmp_path):
     assert filecmp.cmp(f"{GOLDEN}/flex/model.safetensors", f"{out}/model.safetensors", shallow=False)
 
 
-def test_several_files_and_their_index(imported, tmp_path):
-    """Each file reads its parts of the stacked parameters anew, and together they have every tensor once."""
+def test_several_files_together_hold_every_tensor_once(imported, tmp_path):
+    """A stacked parameter is spread over files, and the index names the file of each tensor."""
     out = str(tmp_path / "out")
     export_model(imported, out, file_bytes=8000)
     files = files_in(out)
     assert len(files) > 3
     assert files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-    golden, found = load_file(f"{GOLDEN}/flex/model.safetensors"), {}
+    golden = load_file(f"{GOLDEN}/flex/model.safetensors")
+    found = {}
     index = json.load(open(f"{out}/model.safetensors.index.json"))
     for file in files:
         tensors = load_file(f"{out}/{file}")
@@ -71,8 +72,8 @@ def test_another_dtype_rounds_each_tensor(imported, tmp_path, dtype):
     assert json.load(open(f"{out}/config.json"))["torch_dtype"] == dtype
 
 
-def test_the_digest_names_the_decoder(imported, tmp_path):
-    """It is the one that a ToL file of the model holds."""
+def test_config_json_holds_the_digest_of_the_decoder(imported, tmp_path):
+    """A ToL file of the model holds the same digest."""
     out = str(tmp_path / "out")
     export_model(imported, out)
     with contextlib.closing(TrainedModel(imported)) as model:
@@ -81,12 +82,12 @@ def test_the_digest_names_the_decoder(imported, tmp_path):
 
 
 def test_an_import_of_an_earlier_version_opens_and_exports(tmp_path):
-    """Its description holds names, dtypes and order of the imported tensors, which are not used any more."""
+    """Its description also holds names, dtypes and order of the imported tensors, which export ignores."""
     import_model(f"{GOLDEN}/base", str(tmp_path / "new"))
     with contextlib.closing(TrainedModel(str(tmp_path / "new"))) as model:
-        params = {"params": {}}
+        params = {}
         for name in model.names():
-            tree = params["params"]
+            tree = params
             *parents, last = name.split("/")
             for parent in parents:
                 tree = tree.setdefault(parent, {})
@@ -101,7 +102,7 @@ def test_an_import_of_an_earlier_version_opens_and_exports(tmp_path):
         "of_these_weights": texts,
     }
     with contextlib.closing(store.Checkpoints(str(tmp_path / "old"))) as checkpoints:
-        checkpoints.save(0, params, description)
+        checkpoints.save(0, {"params": params}, description)
         checkpoints.wait()
     export_model(str(tmp_path / "old"), str(tmp_path / "out"))
     assert files_in(tmp_path / "out") == ["model.safetensors"] and files_in(tmp_path / "out", "index.json") == []
@@ -120,7 +121,7 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path):
     message = "^dtype: expected bfloat16 or float32, as values of tensor model.norm.weight exceed 65504, found float16"
     with pytest.raises(UserError, match=message):
         export_model(str(tmp_path / "work"), str(tmp_path / "out"), "float16")
-    assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]  # nor a part of it
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]  # neither out nor out.part
 
 
 @pytest.mark.parametrize(

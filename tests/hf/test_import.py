@@ -1,4 +1,4 @@
-"""Hugging Face directories read into workdirs: against transformers, against golden logits, and bit by bit."""
+"""Import: logits against transformers and golden ones, tensors bit by bit, kept files, and damaged directories."""
 
 import filecmp
 import json
@@ -33,8 +33,8 @@ from memoryllm_jax.training import loop
 
 
 @pytest.mark.parametrize("name", ["base", "memory", "flex"])
-def test_golden_logits_and_text(name, tmp_path):
-    """Small models, and what transformers' Llama and, for the other two, tests/reference.py made of them."""
+def test_imported_models_give_golden_logits_and_text(name, tmp_path):
+    """Golden logits of base are those of transformers' Llama, the others are tests/reference.py's."""
     import_model(f"{GOLDEN}/{name}", str(tmp_path / "work"))
     golden = np.load(f"{GOLDEN}/{name}/logits.npy")
     np.testing.assert_allclose(golden_by_the_equations(name, IDS), golden, atol=1e-5)
@@ -45,7 +45,7 @@ def test_golden_logits_and_text(name, tmp_path):
 
 
 def stored_bits(folder):
-    """{tensor: (dtype, shape, bytes)} of all safetensors files of a folder."""
+    """{tensor name: (dtype, shape, bytes)} of all safetensors files in a folder."""
     out = {}
     for file in sorted(os.listdir(folder)):
         if file.endswith(".safetensors"):
@@ -75,7 +75,8 @@ def test_a_llama_of_transformers_goes_in_and_out_bit_by_bit(transformers, tmp_pa
     llama.save_pretrained(source, max_shard_size="20KB")
     write_tokenizer(source)
     import_model(source, path)
-    exact = transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)  # its rope has not been rounded
+    # Read again, as `llama` holds rotary frequencies that are rounded to its dtype.
+    exact = transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
     with opened(path) as engine:
         np.testing.assert_allclose(our_logits(engine, IDS), their_logits(exact, IDS), atol=1e-4)
 
@@ -87,7 +88,7 @@ def test_a_llama_of_transformers_goes_in_and_out_bit_by_bit(transformers, tmp_pa
 
 
 def copy_of_base(folder, change=lambda folder: None):
-    """The golden base's files in a new folder, changed."""
+    """A new folder with the golden base's files, to which `change` is applied."""
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         shutil.copy(f"{GOLDEN}/base/{name}", folder)
@@ -96,6 +97,8 @@ def copy_of_base(folder, change=lambda folder: None):
 
 
 def changed_tensors(change):
+    """A change of a folder that applies `change` to the dict of its tensors."""
+
     def apply(folder):
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
@@ -137,15 +140,15 @@ def whole_numbers(tensors):
         (lambda folder: os.remove(folder / "model.safetensors"), "expected model.safetensors or"),
     ],
 )
-def test_damaged_directories_are_named_and_leave_nothing(tmp_path, change, message):
+def test_damaged_directories_are_refused_by_name_and_leave_no_workdir(tmp_path, change, message):
     source = copy_of_base(tmp_path / "source", change)
     with pytest.raises(UserError, match=message):
         import_model(source, str(tmp_path / "work"))
     assert not os.path.exists(tmp_path / "work")
 
 
-def test_rotary_buffers_and_mixed_dtypes_are_taken(tmp_path):
-    """Buffers are left out. Tensors of several dtypes go out in the one that holds all of them exactly."""
+def test_rotary_buffers_are_dropped_and_mixed_dtypes_become_float32(tmp_path):
+    """float32 holds the values of every dtype exactly."""
 
     def change(tensors):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
@@ -153,14 +156,16 @@ def test_rotary_buffers_and_mixed_dtypes_are_taken(tmp_path):
 
     import_model(copy_of_base(tmp_path / "source", changed_tensors(change)), str(tmp_path / "work"))
     export_model(str(tmp_path / "work"), str(tmp_path / "out"))
-    found, golden = load_file(tmp_path / "out/model.safetensors"), load_file(f"{GOLDEN}/base/model.safetensors")
+    found = load_file(tmp_path / "out/model.safetensors")
+    golden = load_file(f"{GOLDEN}/base/model.safetensors")
     golden["model.norm.weight"] = golden["model.norm.weight"].astype(np.float16).astype(np.float32)
     assert found.keys() == golden.keys()
     for name, tensor in golden.items():
         np.testing.assert_array_equal(found[name], tensor, strict=True)
 
 
-BROUGHT = {
+# Files of an import that a model trained from it keeps
+KEPT_FILES = {
     "tokenizer_config.json": json.dumps({"eos_token": {"content": "<b>"}, "bos_token": "<a>"}).encode(),
     "generation_config.json": b'{"eos_token_id": [63, 5], "temperature": 0.6}',
     "special_tokens_map.json": b'{"eos_token": "<b>"}',
@@ -171,40 +176,53 @@ BROUGHT = {
 
 @pytest.fixture(scope="module")
 def with_files(tmp_path_factory):
-    """(a Hugging Face directory with BROUGHT and special tokens of its own, its workdir)."""
-    folder = tmp_path_factory.mktemp("brought")
+    """(a Hugging Face directory with KEPT_FILES, a model card and its own special tokens; its workdir)."""
+    folder = tmp_path_factory.mktemp("with_files")
 
-    def bring(source):
+    def add_files(source):
         write_tokenizer(source, ("<a>", "<b>"), put_before="<a>")
-        for name, content in (BROUGHT | {"README.md": b"# A model"}).items():
+        for name, content in (KEPT_FILES | {"README.md": b"# A model"}).items():
             (source / name).write_bytes(content)
 
-    source = copy_of_base(folder / "source", bring)
+    source = copy_of_base(folder / "source", add_files)
     import_model(source, str(folder / "work"))
     return source, str(folder / "work")
 
 
-def test_export_gives_every_file_of_an_import_back(with_files, tmp_path):
+@pytest.fixture(scope="module")
+def prepared(with_files, tmp_path_factory):
+    """Data that is prepared with the tokenizer of `with_files`."""
+    source, _ = with_files
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "text.txt").write_text("SOME WORDS, " * 300)
+    prepare(f"{folder}/text.txt", f"hf:{source}/tokenizer.json", str(folder / "data"))
+    return str(folder / "data")
+
+
+def test_export_writes_every_file_of_an_import_unchanged(with_files, tmp_path):
     source, work = with_files
     export_model(work, str(tmp_path / "same"))
-    assert filecmp.cmpfiles(source, tmp_path / "same", os.listdir(source), shallow=False)[1:] == ([], [])
+    _, different, missing = filecmp.cmpfiles(source, tmp_path / "same", os.listdir(source), shallow=False)
+    assert (different, missing) == ([], [])
 
 
-def test_what_an_import_brings_survives_training(with_files, tmp_path):
-    """prepare finds its special tokens; a model that is trained from it, and resumed, keeps all but the weights'."""
-    source, work = with_files
-    (tmp_path / "text.txt").write_text("SOME WORDS, " * 300)
-    prepare(f"{tmp_path}/text.txt", f"hf:{source}/tokenizer.json", str(tmp_path / "data"))
-    stream = dataset.Dataset(str(tmp_path / "data"))
-    assert (stream.tokenizer().bos_id, stream.tokenizer().eos_id) == (62, 63) and stream.train.read(0, 1) == [62]
+def test_prepare_finds_the_special_tokens_of_an_import(prepared):
+    data = dataset.Dataset(prepared)
+    assert (data.tokenizer().bos_id, data.tokenizer().eos_id) == (62, 63)
+    assert data.train.read(0, 1) == [62]
+
+
+def test_a_model_trained_from_an_import_and_resumed_keeps_its_files(with_files, prepared, tmp_path):
+    """Only config.json and the model card are new, as they describe the weights."""
+    _, work = with_files
     c = config_lib.load(f"configs/start.py:memory@{work}")
     c.steps, c.batch_size, c.seq_len, c.checkpoint.every, c.log.tensorboard = 2, 2, 32, 1, False
-    c.data.path, c.eval.batches, c.sample.tokens = str(tmp_path / "data"), 1, 0
+    c.data.path, c.eval.batches, c.sample.tokens = prepared, 1, 0
     run = str(tmp_path / "run")
     for out in ("started", "resumed"):
         assert loop.train(resolve(c), run, jax.devices()[:1]) == 0
         export_model(run, str(tmp_path / out))
         shutil.rmtree(f"{run}/2")  # so that the second goes on from step 1
-        for name, content in BROUGHT.items():
+        for name, content in KEPT_FILES.items():
             assert (tmp_path / out / name).read_bytes() == content
         assert json.load(open(tmp_path / out / "config.json"))["model_type"] == "memoryllm"

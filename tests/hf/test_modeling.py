@@ -1,4 +1,4 @@
-"""Exported models in transformers compute what ours do, with live FFN-M and with rows of a ToL file."""
+"""Exported models in transformers give our logits and texts, with live FFN-M and with a ToL file."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ from memoryllm_jax.tol import compress
 
 @pytest.fixture(scope="module")
 def exported(transformers, untrained, tmp_path_factory):
-    """exported(name): (workdir, folder, load: a ToL file -> the folder's model in transformers)."""
+    """exported(name): (workdir, exported folder, load); load(tol) opens the folder in transformers."""
 
     @functools.cache
     def make(name):
@@ -57,7 +57,7 @@ def test_live_ffns_and_a_tol_file_give_our_logits_and_text(exported, name, tmp_p
 
 @pytest.mark.parametrize("name", ["memory", "flex"])
 def test_compressed_rows_give_our_text(exported, name, tmp_path):
-    """Quantised rows of half rank, with a dropped layer; in memory they hold X0 too, as its embedding is untied."""
+    """Quantised rows of half rank, with a dropped layer. Rows of memory, whose embedding is untied, hold X_0 too."""
     workdir, _, load = exported(name)
     tol = str(tmp_path / "tol")
     compress.precompute(workdir, tol, compress.Options(bits="5", rank="0.5", drop_layers=("1",)))

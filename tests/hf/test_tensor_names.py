@@ -1,4 +1,4 @@
-"""The table of tensors against the model's parameters."""
+"""The tensors of the Hugging Face layout against the model's parameters."""
 
 import jax
 import numpy as np

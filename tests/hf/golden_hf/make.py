@@ -1,6 +1,6 @@
 """Makes the golden directories: python tests/hf/golden_hf/make.py, with PyTorch and transformers installed.
 
-Logits of base are those of transformers' Llama; memory and flex, which it does not have, are tests/reference.py's.
+Logits of base are computed by transformers' Llama, those of memory and flex by tests/reference.py.
 """
 
 import os
@@ -31,7 +31,7 @@ SHAPE = {
 
 
 def keep(name, logits_of):
-    """Logits of IDS and greedy text after the first of them."""
+    """Saves the logits of IDS and the greedy continuation of their first sequence; removes files that no test reads."""
     text = IDS[:1]
     for _ in range(8):
         text = np.append(text, logits_of(text)[:, -1:].argmax(-1), 1)
