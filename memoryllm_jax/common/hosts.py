@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -14,11 +14,12 @@ from memoryllm_jax.common import options
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 
-# Exit codes. Code 0: the run is complete. Code 1: another start would meet the same error, so launchers give up.
-STOPPED = 143  # 128 + SIGTERM: stopped by a signal, a checkpoint is saved; launchers start the run again
-LOST = 134  # 128 + SIGABRT, JAX's own code when a peer is lost: the error is in another process; launchers start again
+# Exit codes. 0: the run is complete. 1: another start would meet the same error, so launchers give up.
+STOPPED = 143  # 128 + SIGTERM: stopped by a signal, and a checkpoint is saved; launchers start the run again
+LOST = 134  # 128 + SIGABRT, with which JAX itself ends when it loses another process; launchers start the run again
 
-LOST_AFTER_S = 30  # seconds without a heartbeat after which JAX takes a process for dead and ends the others
+# JAX takes a process for dead after this many seconds without its heartbeat, and ends the others.
+LOST_AFTER_S = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class HostOptions:
         options.check(self)
 
     def join(self) -> None:
-        """Connects to the other processes of a run of several, before JAX is used. Raises: UserError."""
+        """With `multihost`, connects to the other processes. Call it before JAX is used. Raises: ArgumentError."""
         if not self.multihost:
             return
         try:
@@ -52,7 +53,11 @@ class HostOptions:
 
 
 class StopSignal:
-    """Notices SIGTERM and SIGINT. On several hosts JAX notices SIGTERM to any of them, for all at the same step."""
+    """Notices signals that ask the run to stop.
+
+    A single process handles SIGTERM and SIGINT itself. With several processes JAX handles SIGTERM: if one of them gets
+    it, all stop after the same step.
+    """
 
     def __init__(self):
         self._seen = False
@@ -64,7 +69,7 @@ class StopSignal:
 
     def _note(self, number, frame):
         if self._seen and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C: do not wait for the checkpoint
+            raise KeyboardInterrupt  # the user pressed Ctrl-C twice and does not want to wait for a checkpoint
         self._seen = True
 
     def after_step(self, step: int) -> bool:
@@ -74,11 +79,11 @@ class StopSignal:
         return self._seen
 
     def now(self) -> bool:
-        """Whether to stop between steps. Never on several hosts, which agree on a stop after a step only."""
+        """Whether to stop now, between steps. False with several processes, which agree only after a step."""
         return self._seen
 
     def restore(self) -> None:
-        """Sets the signal handlers that were there before."""
+        """Restores the signal handlers from before."""
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
@@ -89,17 +94,20 @@ def is_first() -> bool:
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether another process is gone: JAX says so by any of its runtime errors but a lack of memory."""
+    """Whether the error means that another process of the run has ended."""
+    # JAX has no error of its own for this: each collective fails with another message.
     return isinstance(error, jax.errors.JaxRuntimeError) and not is_out_of_memory(error)
 
 
 def is_out_of_memory(error: Exception) -> bool:
+    """Whether the error means that a device has too little memory."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-def abandon(error: Exception) -> None:
-    """Ends one process of several without cleanup: closing files could block on peers that are gone."""
-    reason, lost = _one_line(error)[:600], is_lost_peer(error)
+def abandon(error: Exception) -> NoReturn:
+    """Prints the error and ends this process of several without cleanup: closing files could block on dead peers."""
+    reason = _one_line(error)[:600]
+    lost = is_lost_peer(error)
     if lost:
         reason = f"another process has ended, or cannot be reached: {reason}"
     elif not isinstance(error, UserError | OSError):

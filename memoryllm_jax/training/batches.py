@@ -1,11 +1,12 @@
-"""Batches out of prepared data: globally shuffled, and a function of the step's number.
+"""Batches from prepared data: shuffled globally, and a function of the step's number.
 
-The training text is one stream of tokens cut into windows of seq_len. Grain shuffles the windows anew each epoch
-and gives random access to the result, so the batch of any step is a function of (data, seed, step): resuming needs
-one integer, and any number of hosts reads the same global batches, each host its own batch shards only.
+The training text is one stream of tokens cut into windows of seq_len. Grain shuffles the windows anew each epoch and
+gives random access to the shuffled order, so the batch of any step is a function of (data, seed, step). A run therefore
+resumes from the number of its step alone, and any number of hosts makes the same global batches; each host reads only
+its own batch shards.
 
-A batch comes with the distinct token ids of each batch shard, for which the token memory is evaluated once. They are
-padded to one of a few sizes, each of which compiles a step of its own.
+Each batch shard comes with its distinct token ids, as the token memory is evaluated once for each of them. Their number
+is padded to one of a few sizes, because every size compiles a train step of its own.
 """
 
 import abc
@@ -28,12 +29,12 @@ _GROWTH = 1.25  # from one size to the next
 
 
 class Batch(NamedTuple):
-    """One optimizer step's positions on the devices: S batch shards, A micro-batches, N positions in each.
+    """The batch of one optimizer step on the devices: S batch shards of A micro-batches of N positions.
 
-    ids_SU: distinct token ids of a shard's positions, of all its micro-batches, padded to U; int32.
-    index_SAN: each position's place among the ids of its shard; int32.
-    targets_SAN: the next token; int32.
-    weights_SAN: of each target in the loss, 0 where there is no target; float32.
+    ids_SU: the distinct token ids of each shard, in all of its micro-batches, padded to U; int32.
+    index_SAN: where each position's token id stands in its shard's ids; int32.
+    targets_SAN: the token after each position; int32.
+    weights_SAN: weight of each target in the loss, 0 where there is no target; float32.
     """
 
     ids_SU: jax.Array
@@ -43,7 +44,7 @@ class Batch(NamedTuple):
 
 
 class ShardBatch(NamedTuple):
-    """One batch shard of a `Batch` on its host, its ids not padded yet."""
+    """One batch shard of a `Batch` on its host, before its ids are padded. Fields as in `Batch`."""
 
     ids_U: np.ndarray
     index_AN: np.ndarray
@@ -61,7 +62,7 @@ class HostBatch(dict[int, ShardBatch]):
 
 
 def _distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """np.unique(ids, return_inverse=True), by marks on the vocabulary: several times as fast as a sort."""
+    """np.unique(ids, return_inverse=True), several times as fast: marks ids in an array instead of sorting them."""
     seen = np.zeros(ids.max() + 1, bool)
     seen[ids] = True
     distinct = np.flatnonzero(seen)
@@ -71,16 +72,16 @@ def _distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Batches(abc.ABC):
-    """Batches by number, as a Grain source: training steps, or the held-out split from its start to its end.
+    """A sequence of batches, which Grain can read from: `batches[number]` is a `HostBatch`.
 
     Args:
-      shards: number of batch shards.
+      shards: number of batch shards, of all hosts.
       local: numbers of this host's batch shards.
     """
 
     def __init__(self, config: Config, shards: int, local: list[int]):
         self.config, self.shards, self.local = config, shards, local
-        self.sequences = config.batch_size // shards  # in a batch shard
+        self.sequences = config.batch_size // shards  # sequences of a batch shard
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -90,10 +91,16 @@ class Batches(abc.ABC):
 
     @abc.abstractmethod
     def windows(self, step: int, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """(token ids [sequences, T+1], weights of the targets [sequences, T]) of one batch shard."""
+        """(token ids [sequences, T+1], weights of the targets [sequences, T]) of one batch shard.
+
+        Raises: UserError.
+        """
 
     def shard_batch(self, windows: np.ndarray, weights: np.ndarray) -> ShardBatch:
-        """The sequences of one batch shard as positions with distinct ids."""
+        """Splits the sequences of one batch shard into inputs and targets, and finds the distinct ids.
+
+        Arguments as `windows` returns them.
+        """
         inputs = np.ascontiguousarray(windows[:, :-1]).reshape(-1)
         if self.config.model.unique_tokens:
             ids, index = _distinct(inputs)
@@ -108,38 +115,40 @@ class Batches(abc.ABC):
         )
 
     def sizes(self) -> list[int]:
-        """Sizes that distinct ids are padded to, rising: one that fits nearly every batch, and larger ones.
+        """Numbers of ids that distinct ids are padded to, in rising order.
 
-        The last size is the most distinct ids that a batch shard can have. The sizes are planned from batches spread
-        over the data, so they are the same on every host and after a restart.
+        The first size holds nearly every batch, the last one the most distinct ids that a batch shard can have. The
+        sizes are planned from batches spread over all steps, so they are the same on every host and after a restart.
         """
         positions = self.sequences * self.config.seq_len
         if not self.config.model.unique_tokens:
             return [positions]
         most = min(positions, self.config.model.vocab_size)
-        quantum = 128 if most >= 4096 else 8
+        multiple = 128 if most >= 4096 else 8  # 128 suits the tiles of matrix units; few ids would be mostly padding
         counts = self._sampled_counts()
         size = np.mean(counts) + 3 * np.std(counts)
         sizes = []
         while not sizes or sizes[-1] < most:
-            sizes.append(min(most, -(-int(size) // quantum) * quantum))
+            rounded_up = -(-int(size) // multiple) * multiple
+            sizes.append(min(most, rounded_up))
             size = max(size, sizes[-1]) * _GROWTH
         return sizes
 
     def _sampled_counts(self) -> list[int]:
-        """Numbers of distinct ids in some batch shards of steps from the first to the last."""
+        """The number of distinct ids in each of some batch shards, spread over all steps."""
         steps = np.unique(np.linspace(0, len(self) - 1, _SAMPLES).astype(int))
         shards_a_step = max(1, _SAMPLES // len(steps))
+        stride = -(-self.shards // shards_a_step)
         counts = []
         for step in steps:
-            for shard in range(0, self.shards, -(-self.shards // shards_a_step)):
+            for shard in range(0, self.shards, stride):
                 ids, _ = self.windows(int(step), shard)
                 counts.append(len(np.unique(ids[:, :-1])))
         return counts
 
 
 class TrainBatches(Batches):
-    """Windows of seq_len + 1 tokens, shuffled anew each epoch. The last token of one is the first of the next."""
+    """Windows of seq_len + 1 tokens, shuffled anew each epoch. Neighbours share a token: last target, first input."""
 
     def __init__(self, config: Config, dataset: Dataset, shards: int, local: list[int]):
         super().__init__(config, shards, local)
@@ -147,8 +156,8 @@ class TrainBatches(Batches):
         self.windows_an_epoch = (self.tokens.tokens - 1) // config.seq_len
         if not self.windows_an_epoch:
             raise UserError(
-                f"config.seq_len: {config.seq_len} tokens are more than {dataset.path} has to train on, "
-                f"{dataset.train.tokens}"
+                f"config.seq_len: expected less than the {dataset.train.tokens} training tokens of {dataset.path}, "
+                f"found {config.seq_len}"
             )
         epochs = config.steps * config.batch_size / self.windows_an_epoch
         if epochs > config.data.epochs:
@@ -165,23 +174,24 @@ class TrainBatches(Batches):
         return self.config.steps
 
     def epoch(self, step: int) -> float:
-        """Passes over the training tokens made before this step."""
+        """Number of passes over the training tokens that are made before this step."""
         return step * self.config.batch_size / self.windows_an_epoch
 
     def windows(self, step, shard):
-        T, first = self.config.seq_len, step * self.config.batch_size + shard * self.sequences
+        T = self.config.seq_len
+        first = step * self.config.batch_size + shard * self.sequences  # in the shuffled order
         starts = [int(self._order[i]) * T for i in range(first, first + self.sequences)]
         return np.stack(self.tokens.read_each(starts, T + 1)), np.ones((self.sequences, T), np.float32)
 
     def iterate(self, start: int) -> Iterator[HostBatch]:
-        """The batches of steps start, start + 1, ..., read ahead by threads."""
+        """Yields the batches of steps start, start + 1, ..., which threads read ahead."""
         d = self.config.data
         options = grain.ReadOptions(num_threads=d.threads, prefetch_buffer_size=d.prefetch)
         return iter(grain.MapDataset.source(self)[start:].to_iter_dataset(options))
 
 
 class ValidationBatches(Batches):
-    """Held-out windows in order: every token but the first is a target once. Positions past the end have weight 0."""
+    """Held-out windows in order. Every token but the first is a target once; positions past the end have weight 0."""
 
     def __init__(self, config: Config, dataset: Dataset, shards: int, local: list[int]):
         super().__init__(config, shards, local)
@@ -195,7 +205,8 @@ class ValidationBatches(Batches):
 
     def windows(self, step, shard):
         T, count = self.config.seq_len, self.sequences
-        ids, weights = np.zeros((count, T + 1), np.int64), np.zeros((count, T), np.float32)
+        ids = np.zeros((count, T + 1), np.int64)
+        weights = np.zeros((count, T), np.float32)
         first = (step * self.config.batch_size + shard * count) * T
         starts = [start for start in range(first, first + count * T, T) if start < self.tokens.tokens - 1]
         for sequence, window in enumerate(self.tokens.read_each(starts, T + 1)):
@@ -211,15 +222,17 @@ def local_shards(sharding: NamedSharding, shards: int) -> list[int]:
 
 
 def smallest_size(sizes: list[int], distinct: int) -> int:
-    """The smallest of the rising sizes that holds so many distinct ids."""
+    """The smallest of `sizes`, in rising order, that holds `distinct` ids."""
     return sizes[bisect.bisect_left(sizes, distinct)]
 
 
 def place(batch: HostBatch, size: int, sharding: NamedSharding) -> Batch:
-    """The batch as global arrays on the devices, the distinct ids of each shard padded to `size`.
+    """Places a batch on the devices as global arrays.
 
     Args:
-      sharding: of the leading axis, one entry a batch shard.
+      batch: this host's batch shards; the other hosts place theirs.
+      size: number of ids that each shard's distinct ids are padded to.
+      sharding: of the leading axis, which has one entry for each batch shard.
     """
     shards = batch_shards(sharding.mesh)
     padded = {
@@ -227,10 +240,20 @@ def place(batch: HostBatch, size: int, sharding: NamedSharding) -> Batch:
         for number, shard in batch.items()
     }
 
-    def placed(field: int) -> jax.Array:
-        shape = (shards, *next(iter(padded.values()))[field].shape)
-        return jax.make_array_from_callback(
-            shape, sharding, lambda index: padded[index[0].indices(shards)[0]][field][None]
-        )
+    def placed(field: str) -> jax.Array:
+        """One field of all shards, with the shards on a new leading axis."""
+        parts = {number: getattr(shard, field) for number, shard in padded.items()}
+        any_part = next(iter(parts.values()))
 
-    return Batch(*map(placed, range(len(Batch._fields))))
+        def part_at(index) -> np.ndarray:
+            number = index[0].indices(shards)[0]
+            return parts[number][None]
+
+        return jax.make_array_from_callback((shards, *any_part.shape), sharding, part_at)
+
+    return Batch(
+        ids_SU=placed("ids_U"),
+        index_SAN=placed("index_AN"),
+        targets_SAN=placed("targets_AN"),
+        weights_SAN=placed("weights_AN"),
+    )

@@ -1,4 +1,4 @@
-"""Accelerators: their data sheets, and devices to compile for where no accelerator is at hand."""
+"""Accelerators: their data sheets, and stand-ins for them that a step can be compiled for."""
 
 import dataclasses
 import functools
@@ -10,18 +10,18 @@ from jax.experimental import topologies
 
 from memoryllm_jax.common.errors import ArgumentError
 
-_PLUGINS = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}
-GPU_SHARE = 0.92  # of a GPU's memory that `train` lets JAX have
+_PLUGINS = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}  # modules that hold each platform's compiler
+GPU_SHARE = 0.92  # share of a GPU's memory that `train` lets JAX use
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What XLA must know of a GPU to compile for it.
+    """What XLA must know about a GPU to compile for it.
 
     Attributes:
-      capability: of CUDA, (major, minor).
-      cores: streaming multiprocessors.
-      shared_memory: bytes of each of them.
+      capability: CUDA compute capability, (major, minor).
+      cores: number of streaming multiprocessors.
+      shared_memory: bytes of shared memory of one multiprocessor.
       cache: bytes of the L2 cache.
     """
 
@@ -33,17 +33,17 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device by its maker's data sheet. Speeds are in bytes/s and of one direction.
+    """One device by its maker's data sheet. Speeds are in bytes/s; those of networks are of one direction.
 
     Attributes:
-      kinds: parts of jax's device_kind that tell it apart; the first chip of the table that has one is meant.
-      peak_flops: FLOP/s, dense, in bfloat16.
+      kinds: texts, one of which JAX's device_kind contains.
+      peak_flops: FLOP/s of dense bfloat16 products.
       memory: bytes that XLA can use.
-      bandwidth: of the memory.
-      network: of a device's links to the others of its domain, all together.
-      between: of its share of the network outside its domain.
-      domain: devices that are joined by `network`: a TPU slice at its largest, a GPU node.
-      torus: dimensions of a TPU slice; 0 for a GPU.
+      bandwidth: speed of the memory.
+      network: speed of all of a device's links to the other devices of its domain, taken together.
+      between: speed of a device's share of the network between domains.
+      domain: number of devices that `network` joins: those of the largest TPU slice, or of a GPU node.
+      torus: number of dimensions of a TPU slice; 0 for a GPU.
       gpu: None for a TPU.
     """
 
@@ -60,14 +60,14 @@ class Chip:
 
     @property
     def platform(self) -> str:
-        """jax's name of it, and that of the extra with its compiler."""
+        """JAX's name of the platform, which is also the name of the extra that installs its compiler."""
         return "cuda" if self.gpu else "tpu"
 
     def has_compiler(self) -> bool:
-        """Whether jax's plugin for it is installed."""
+        """Whether the JAX plugin with the chip's compiler is installed."""
         try:
             return importlib.util.find_spec(_PLUGINS[self.platform]) is not None
-        except ModuleNotFoundError:  # the package that would hold it is missing
+        except ModuleNotFoundError:  # `jax_plugins`, the package around the plugin, is missing
             return False
 
 
@@ -128,7 +128,7 @@ CHIPS = {
         domain=4096,
         torus=3,
     ),
-    # Before v5p, whose device_kind "TPU v5" is the beginning of this one's.
+    # v5e stands before v5p: `peak_flops` takes the first match, and "TPU v5 lite" contains v5p's "TPU v5".
     "v5e": Chip(
         title="TPU v5e",
         kinds=("TPU v5 lite", "TPU v5e"),
@@ -166,14 +166,14 @@ CHIPS = {
 
 
 def get(name: str) -> Chip:
-    """Raises: ArgumentError."""
+    """The chip of this name. Raises: ArgumentError."""
     if name not in CHIPS:
         raise ArgumentError("chip", f"expected one of {', '.join(CHIPS)}, found {name!r}")
     return CHIPS[name]
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device by jax's name for its kind; None if it is not in the table, as a CPU."""
+    """Dense bfloat16 FLOP/s of one device, by JAX's device_kind; None if no chip of the table has it, as for a CPU."""
     for chip in CHIPS.values():
         if any(kind in device_kind for kind in chip.kinds):
             return chip.peak_flops
@@ -181,14 +181,17 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def devices(name: str, count: int, slices: int = 0) -> tuple[list[jax.Device], str]:
-    """Devices to compile for, and a clause that says which compiler does it.
+    """Devices to compile for, which need not exist here.
 
-    They are the chip's own where its plugin is installed, which needs no such chip; else emulated CPU devices, for
-    which `emulate` must be called before JAX is used.
+    If the plugin of the chip's platform is installed, they are devices of that chip. Otherwise they are CPU devices,
+    and `emulate` must be called before JAX is used.
 
     Args:
-      slices: of TPUs; 0: as few as hold the devices.
-    Raises: ArgumentError for a number of devices that makes no slice or no nodes.
+      name: of the chip.
+      count: number of devices.
+      slices: number of TPU slices; 0: as few as hold the devices.
+    Returns: (devices, a clause that says which compiler compiles for them).
+    Raises: ArgumentError for a number of devices that makes no whole slices or nodes.
     """
     chip = get(name)
     if chip.gpu:
@@ -198,7 +201,7 @@ def devices(name: str, count: int, slices: int = 0) -> tuple[list[jax.Device], s
     if not chip.has_compiler():
         return jax.devices("cpu"), (
             f"XLA for CPUs, on {count} emulated devices: memory is an estimate, kernels are not the chip's; "
-            f"pip install 'memoryllm_jax[{chip.platform}]' lets the chip's own compiler do it, which needs no such chip"
+            f"pip install 'memoryllm_jax[{chip.platform}]' installs the chip's own compiler, which needs no such chip"
         )
     if chip.gpu:
         nodes, gpus_a_node = max(1, count // chip.domain), min(count, chip.domain)
@@ -210,14 +213,14 @@ def devices(name: str, count: int, slices: int = 0) -> tuple[list[jax.Device], s
             topology=f"1 x {nodes} x {gpus_a_node}",
         )
     else:
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no query of Google's metadata server: this is no TPU VM
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another process may use libtpu too
         options = {"num_slices": slices} if slices > 1 else {}
         shape = "x".join(map(str, slice_shape))
         describe = functools.partial(topologies.get_topology_desc, f"{name}:{shape}", "tpu", **options)
     try:
         topology = describe()
-    except Exception as error:  # each plugin raises its own kinds
+    except Exception as error:  # each plugin raises other types
         reason = " ".join(str(error).split())[:300]
         raise ArgumentError(
             "devices", f"{_PLUGINS[chip.platform]} cannot compile for {count} of {name}: {reason}"
@@ -226,44 +229,50 @@ def devices(name: str, count: int, slices: int = 0) -> tuple[list[jax.Device], s
 
 
 def emulate(count: int) -> None:
-    """Gives JAX this many CPU devices and nothing else; to be called before JAX is used."""
+    """Makes JAX see this many CPU devices and nothing else. Call it before JAX is used."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
 
 
 def _check_nodes(name: str, chip: Chip, count: int, slices: int) -> None:
+    """Raises: ArgumentError if GPUs do not make whole nodes, or slices of GPUs are asked for."""
     if slices:
-        raise ArgumentError("slices", f"expected a TPU, which come in slices, found {name}")
+        raise ArgumentError("slices", f"expected 0, as only TPUs have slices, found {slices} of {name}")
     if count > chip.domain and count % chip.domain:
-        raise ArgumentError("devices", f"expected up to {chip.domain} or whole nodes of {chip.domain}, found {count}")
+        raise ArgumentError(
+            "devices", f"expected at most {chip.domain} GPUs, or a multiple of {chip.domain}, found {count}"
+        )
 
 
 def _slices(name: str, chip: Chip, count: int, slices: int) -> tuple[int, list[int]]:
-    """(slices, shape of one), as few slices as hold the devices if `slices` is 0."""
+    """(number of slices, shape of one slice). If `slices` is 0, the slices are as few as hold the devices.
+
+    Raises: ArgumentError.
+    """
     slices = slices or max(1, count // chip.domain)
     size = count // slices
     smallest = 4 if chip.torus == 3 else 1
     is_power_of_two = size > 0 and size & (size - 1) == 0
-    if not is_power_of_two or size * slices != count or size < smallest:
+    if not is_power_of_two or size * slices != count or not smallest <= size <= chip.domain:
         raise ArgumentError(
             "devices",
-            f"expected a power of two from {smallest} on for a slice of {name}, or a multiple of its {chip.domain} "
-            f"devices, found {count}",
+            f"expected whole slices of {name}, each a power of two from {smallest} to {chip.domain} devices, "
+            f"found {count} devices with slices={slices}",
         )
-    # As near to a square or a cube as powers of two come.
+    # As close to a square or a cube as powers of two come.
     shape = [1] * chip.torus
     while size > 1:
         shape[shape.index(min(shape))] *= 2
         size //= 2
     shape.sort()
     if chip.torus == 3:
-        # Google writes 2x2x1: ones stand at the end.
+        # Google's names of topologies have ones at the end: 2x2x1.
         shape = [n for n in shape if n > 1] + [n for n in shape if n == 1]
     return slices, shape
 
 
 def _gpu_target(chip: Chip) -> str:
-    """The GPU that XLA compiles for, as the text of its GpuTargetConfigProto."""
+    """The GPU that XLA compiles for, as a GpuTargetConfigProto in text format."""
     gpu = chip.gpu
     major, minor = gpu.capability
     hopper_or_later = major >= 9

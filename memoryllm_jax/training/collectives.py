@@ -1,18 +1,18 @@
 """What a training step sends between devices, by arithmetic on the shardings of its parameters.
 
-The shardings (model/sharding.py) leave the compiler little choice, so that each transfer follows from a formula:
+The shardings (model/sharding.py) leave the compiler little choice, so each transfer follows a formula:
 
-    fsdp     a layer's matrices are gathered in the computation's dtype for the forward pass and again for the
-             backward pass, and their gradients are summed and scattered in the same dtype. Decoder layers do this
-             for each micro-batch, the token memory once a step.
+    fsdp     the matrices of a layer are gathered in the dtype of the computation, once for the forward pass and once
+             for the backward pass; their gradients are summed and scattered in the same dtype. Decoder layers do this
+             for each micro-batch, the token memory once per step.
     data     the scattered sums of gradients are summed over the replicas.
-    tensor   each product that a device computes a part of, attention's output and an FFN's, is summed over the parts:
-             a [tokens, dim] array forward, and another backward for what the layer reads.
-    lookups  rows of embeddings and tables go to the shard that asked for them, and their gradients come back; the
-             gradient of a table is summed over the replicas in float32.
-    head     gathered for each micro-batch; its gradient is summed in float32.
+    tensor   each device computes a part of attention's output and of an FFN's, and the parts are summed: a
+             [tokens, dim] array in the forward pass, and in the backward pass one for the gradient of the input.
+    lookups  rows of embeddings and tables are sent to the batch shard that looks them up, and their gradients are sent
+             back; the gradient of a table is summed over the replicas in float32.
+    head     it is gathered for each micro-batch; its gradient is summed in float32.
 
-Left out are scalars, such as the norm of the gradient. docs/plan.md says how closely the formulas agree with compiled
+Scalars, such as the norm of the gradient, are left out. docs/plan.md says how closely the formulas agree with compiled
 steps, and where compilers choose otherwise.
 """
 
@@ -30,12 +30,12 @@ _FLOAT32 = _INT32 = 4  # bytes
 
 
 class Transfer(NamedTuple):
-    """A collective for one purpose, all of a step's together.
+    """All collectives of a step that send one array for one purpose.
 
-    what: the array that is sent, for people.
+    what: name of the array, to print.
     kind: all-gather, all-reduce, reduce-scatter or all-to-all.
-    axes: of the mesh, along which the devices of a group lie.
-    operand_bytes: what one device puts in.
+    axes: mesh axes that a group of devices spans.
+    operand_bytes: bytes that one device contributes.
     """
 
     what: str
@@ -44,7 +44,7 @@ class Transfer(NamedTuple):
     operand_bytes: float
 
     def sent_bytes(self, group: int) -> float:
-        """Bytes that each of the group's devices sends, by the usual ring algorithms."""
+        """Bytes that each device of a group of this size sends, by ring algorithms."""
         operands_sent = {
             "all-gather": group - 1,
             "all-reduce": 2 * (group - 1) / group,
@@ -55,12 +55,12 @@ class Transfer(NamedTuple):
 
 
 def transfers(config: Config, params, mesh_shape: Mapping[str, int], distinct: int) -> list[Transfer]:
-    """The transfers of one optimizer step.
+    """The transfers of one optimizer step, without those of groups of one device.
 
     Args:
-      params: abstract parameters, padded and with their shardings, as `transformer.abstract_params` gives them.
+      params: abstract parameters with their shardings, as `transformer.abstract_params` returns them.
       mesh_shape: sizes of the axes data, fsdp and tensor.
-      distinct: token ids that a batch shard looks up, padding included.
+      distinct: number of token ids that a batch shard looks up, padding included.
     """
     m = config.model
     elements = _local_elements(params)
@@ -75,7 +75,7 @@ def transfers(config: Config, params, mesh_shape: Mapping[str, int], distinct: i
         Transfer("norms' gradients", "all-reduce", ("data", "fsdp"), config.accumulate * elements["norms"] * _FLOAT32),
     ]
     if elements["tables"]:
-        # The norm of per-layer embeddings needs its rows once more where the backward pass does not find them kept.
+        # The backward pass of the norm of per-layer embeddings looks its rows up again, unless they are kept.
         looked_up_again = m.token_memory == "per_layer" and m.remat != "none"
         ids = m.layers * distinct
         found += _lookups("tables", ids, ids * m.row_dim * itemsize, elements["tables"], 2 if looked_up_again else 1)
@@ -83,7 +83,7 @@ def transfers(config: Config, params, mesh_shape: Mapping[str, int], distinct: i
 
 
 def _local_elements(params) -> dict[str, int]:
-    """Elements of each part of the model that one device stores; all layers together."""
+    """Number of elements that one device stores of each part of the model, all layers together."""
     elements = dict.fromkeys(("layers", "memory", "tables", "embedding", "head", "norms"), 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = [key.key for key in path]
@@ -98,11 +98,12 @@ def _local_elements(params) -> dict[str, int]:
 
 
 def _matrices(what: str, stored: float, mesh_shape, passes: int) -> Iterator[Transfer]:
-    """Weights to the devices of an fsdp group, and their gradients back.
+    """Gathering matrices within an fsdp group, and summing their gradients.
 
     Args:
-      stored: bytes of the matrices that one device stores, in the computation's dtype.
-      passes: forward and backward passes of a step.
+      what: name of the matrices.
+      stored: bytes of the matrices that one device stores, in the dtype of the computation.
+      passes: number of forward and backward passes of a step.
     """
     whole = stored * mesh_shape["fsdp"]
     yield Transfer(f"weights of the {what}", "all-gather", ("fsdp",), passes * 2 * stored)
@@ -111,23 +112,23 @@ def _matrices(what: str, stored: float, mesh_shape, passes: int) -> Iterator[Tra
 
 
 def _activations(config: Config, mesh_shape, itemsize: int) -> Iterator[Transfer]:
-    """Sums over the parts that heads and FFN widths are split into, of all layers and micro-batches."""
+    """Sums over the parts that heads and FFN widths are split into, for all layers and micro-batches."""
     m = config.model
     split_products = 1  # attention's output
     if m.compute_dim:
         split_products += 1
     if m.token_memory == "per_layer":
-        split_products += 1  # of the gate
+        split_products += 1  # output of the gate
     forward = split_products
     if m.remat == "full" and m.compute_dim and m.compute_input == "after_attention":
-        forward += 1  # the FFN reads attention's output, which is computed again
+        forward += 1  # to recompute the FFN's input, the backward pass sums attention's output again
     states = m.layers * _tokens(config, mesh_shape) * m.dim * itemsize
     yield Transfer("activations, forward", "all-reduce", ("tensor",), forward * states)
     yield Transfer("activations, backward", "all-reduce", ("tensor",), split_products * states)
 
 
 def _rows(config: Config, distinct: int, itemsize: int) -> Iterator[Transfer]:
-    """Sums over the parts that FFN-M's width is split into."""
+    """Sums over the parts that FFN-M's width is split into, for the rows of the token memory."""
     if config.model.memory_dim:
         rows = config.model.layers * distinct * config.model.dim * itemsize
         yield Transfer("rows of the token memory, forward", "all-reduce", ("tensor",), rows)
@@ -135,11 +136,14 @@ def _rows(config: Config, distinct: int, itemsize: int) -> Iterator[Transfer]:
 
 
 def _lookups(what: str, ids: int, rows: float, stored: int, forward_passes: int = 1) -> Iterator[Transfer]:
-    """`token_memory.embed`: a device looks up its columns for all ids of its fsdp group, and sends them.
+    """Lookups by `token_memory.embed`: a device looks up its columns for all ids of its fsdp group, and sends them.
 
     Args:
-      ids: that a batch shard looks up.  rows: their bytes.
-      stored: elements of the table that one device stores.
+      what: name of the table.
+      ids: number of ids that a batch shard looks up.
+      rows: bytes of their rows.
+      stored: number of elements of the table that one device stores.
+      forward_passes: how often the rows are looked up in a step.
     """
     yield Transfer(f"ids of the {what}", "all-gather", ("fsdp",), forward_passes * ids * _INT32)
     yield Transfer(f"rows of the {what}", "all-reduce", ("tensor",), forward_passes * rows)
@@ -148,7 +152,11 @@ def _lookups(what: str, ids: int, rows: float, stored: int, forward_passes: int 
 
 
 def _head(config: Config, mesh_shape, stored: int, itemsize: int) -> Iterator[Transfer]:
-    """The output embedding, and the sums over a vocabulary that is split (model/loss.py)."""
+    """Gathering the output embedding, its gradient, and the sums over a split vocabulary (model/loss.py).
+
+    Args:
+      stored: number of elements of the output embedding that one device stores.
+    """
     tokens = _tokens(config, mesh_shape)
     gradient = config.accumulate * stored * _FLOAT32
     yield Transfer("output head", "all-gather", ("fsdp",), config.accumulate * stored * itemsize)

@@ -1,4 +1,4 @@
-"""The batches of a run on its devices, read ahead, and the size of each agreed on by all hosts."""
+"""Feeds the train loop: batches are read ahead, padded to a size that all hosts agree on, and placed on the devices."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,18 +13,18 @@ from memoryllm_jax.training.step import Trainer
 
 
 class Feed(NamedTuple):
-    """A step's number, its batch on the devices, and the size U that its distinct ids are padded to."""
+    """What one step is trained on."""
 
-    step: int
+    step: int  # from 0 on
     batch: Batch
-    size: int
+    size: int  # U, the number of ids that each batch shard's distinct ids are padded to
 
 
 class Feeder:
-    """Yields the batches of steps `start` to the last, ready on the devices.
+    """Yields a `Feed` for each step from `start` to the last.
 
-    Threads read batches ahead. The size of a batch is proposed to the other hosts one step early, so that their answer
-    is there when the batch is placed.
+    Threads read batches ahead. Hosts start to agree on the size of a batch one step before they place it, so that
+    placing it does not wait for the agreement.
     """
 
     def __init__(self, batches: TrainBatches, trainer: Trainer, start: int):
@@ -34,45 +34,49 @@ class Feeder:
         self._agreement = SizeAgreement(self.sizes, trainer.mesh)
         self._batches = batches.iterate(start)
         if start < self._stop:
-            # The first batch is read here, so that the clock of the first step does not count it.
+            # The first batch is read here, before the clock of the first step starts.
             self._read()
 
     def _read(self) -> None:
+        """Reads the next batch, and starts the agreement on its size."""
         self._upcoming: HostBatch = next(self._batches)
         self._proposal = self._agreement.propose(self._upcoming.distinct)
 
     def __iter__(self) -> Iterator[Feed]:
         for step in range(self._start, self._stop):
-            batch, size = self._upcoming, self._agreement.size(self._proposal)
+            batch = self._upcoming
+            size = self._agreement.size(self._proposal)
             if step + 1 < self._stop:
-                # Before this step is dispatched: on the devices, the hosts' reduction then runs ahead of the step.
+                # Devices run what they are given in order. Read before this step is dispatched, the next batch has its
+                # agreement computed before this step, not after it.
                 self._read()
             yield Feed(step, place(batch, size, self._sharding), size)
 
 
 class SizeAgreement:
-    """Has all hosts pad a step's distinct ids to one size, without waiting for each other.
+    """Lets all hosts choose the same size for a batch, as they must compile and run the same step.
 
     A host proposes its number of distinct ids; a small reduction on the devices finds the largest of all hosts.
 
     Args:
-      sizes: rising; the last one holds every batch.
+      sizes: in rising order; the last one holds every batch.
+      mesh: over the devices of all hosts.
     """
 
     def __init__(self, sizes: list[int], mesh: Mesh):
-        self._sizes, self._several = sizes, jax.process_count() > 1
-        self._sharding = NamedSharding(mesh, P(mesh.axis_names))
-        self._largest = jax.jit(lambda counts: counts.max(), out_shardings=NamedSharding(mesh, P()))
+        self._sizes = sizes
         self._devices = mesh.size
+        self._one_a_device = NamedSharding(mesh, P(mesh.axis_names))
+        self._largest = jax.jit(lambda counts: counts.max(), out_shardings=NamedSharding(mesh, P()))
 
     def propose(self, distinct: int) -> jax.Array | int:
-        """Dispatches the reduction over the hosts and returns what `size` takes."""
-        if not self._several:
+        """Starts the reduction over hosts, without waiting for it. Returns: the argument of `size`."""
+        if jax.process_count() == 1:
             return distinct
         count = np.full(1, distinct, np.int32)
-        counts = jax.make_array_from_callback((self._devices,), self._sharding, lambda _: count)
+        counts = jax.make_array_from_callback((self._devices,), self._one_a_device, lambda _: count)
         return self._largest(counts)
 
     def size(self, proposal: jax.Array | int) -> int:
-        """The size that holds the ids of all hosts. Waits for the reduction."""
+        """The smallest size that holds every host's distinct ids. Waits for the reduction."""
         return smallest_size(self._sizes, int(jax.device_get(proposal)))

@@ -1,4 +1,4 @@
-"""One training run, from its newest checkpoint or the start, to its end."""
+"""One training run: opens data, devices and checkpoints, trains, saves and validates, and reports at the end."""
 
 import contextlib
 import dataclasses
@@ -28,14 +28,14 @@ from memoryllm_jax.training.validation import Validation
 
 
 def train(config: Config, workdir: str, devices: list[jax.Device] | None = None, profile: int = 0) -> int:
-    """Trains from the newest checkpoint in the workdir, or from the start, to the end or a stop signal.
+    """Trains until the last step or a stop signal, from the newest checkpoint in the workdir if there is one.
 
     Args:
       workdir: folder or gs:// URL for checkpoints and metrics. Only one run at a time may use it.
-      devices: by default all.
-      profile: steps to leave a trace of in the workdir.
+      devices: devices to train on; None: all.
+      profile: number of steps to profile; the trace goes to WORKDIR/profile. 0: none.
     Returns: the exit code: 0, or hosts.STOPPED after a signal.
-    Raises: UserError. As one process of several it ends the process instead.
+    Raises: UserError, if this is the only process of the run. With several processes an error ends this process.
     """
     workdir = store.folder(workdir)
     with contextlib.ExitStack() as at_exit:
@@ -49,8 +49,8 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
         except Exception as error:
             if hosts.is_out_of_memory(error):
                 error = UserError(
-                    f"out of memory: {' '.join(str(error).split())[:300]}; a larger config.accumulate or "
-                    "config.model.remat=full needs less, more devices too; --dry_run tells how much"
+                    f"out of memory: {' '.join(str(error).split())[:300]}; to need less, use a larger "
+                    "config.accumulate, config.model.remat=full or more devices; --dry_run estimates the memory"
                 )
             if jax.process_count() == 1:
                 raise error
@@ -58,22 +58,22 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
 
 
 class Run(NamedTuple):
-    """A run at the step that it goes on from."""
+    """An opened run, ready to train from step `start`."""
 
     workdir: str
-    config: Config  # completed by data and machine
+    config: Config  # as `complete` returns it
     tokenizer: Tokenizer
     trainer: Trainer
     batches: TrainBatches
     validation_batches: ValidationBatches
     checkpoints: Checkpoints
     description: dict  # saved with each checkpoint
-    start: int
-    state: dict  # of the trainer, after `start` steps
+    start: int  # steps done before this process
+    state: dict  # the trainer's state after `start` steps
 
 
 def open_run(config: Config, workdir: str, devices: list[jax.Device] | None, at_exit: contextlib.ExitStack) -> Run:
-    """Opens data, devices, checkpoints and state. Raises: UserError."""
+    """Opens data, devices and checkpoints, and initialises or restores the state. Raises: UserError."""
     dataset = open_dataset(config, workdir)
     config = complete(config, dataset)
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -88,41 +88,62 @@ def open_run(config: Config, workdir: str, devices: list[jax.Device] | None, at_
     description = store.describe(config, dataset, tokenizer)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
     at_exit.callback(checkpoints.close)
-    start = checkpoints.latest()
-    if start == 0:
+    newest = checkpoints.latest()
+    if newest == 0:
+        # A run saves its first checkpoint after a step; an import is saved as step 0.
         raise UserError(
             f"{workdir}: expected a folder of a training run, found an imported model: "
             f"start from it in another one, with --config=configs/start.py:ARCHITECTURE@{workdir}"
         )
-    if start is None:
-        start, state = 0, trainer.init(jax.random.key(config.seed))
+    if newest is None:
+        state = trainer.init(jax.random.key(config.seed))
         if config.start.workdir:
             state["params"], description["source"] = starting_params(config, tokenizer, state["params"], mesh)
     else:
-        saved = checkpoints.description(start)
-        store.check_matches(saved, description, f"{workdir}/{start}")
-        description["source"] = saved.get("source", {})
-        state = checkpoints.restore(start, trainer.state_shape)
-    return Run(workdir, config, tokenizer, trainer, batches, validation_batches, checkpoints, description, start, state)
+        saved = checkpoints.description(newest)
+        store.check_matches(saved, description, f"{workdir}/{newest}")
+        description["source"] = saved.get("source", {})  # the model that the run started from
+        state = checkpoints.restore(newest, trainer.state_shape)
+    return Run(
+        workdir=workdir,
+        config=config,
+        tokenizer=tokenizer,
+        trainer=trainer,
+        batches=batches,
+        validation_batches=validation_batches,
+        checkpoints=checkpoints,
+        description=description,
+        start=newest or 0,
+        state=state,
+    )
 
 
 def open_dataset(config: Config, workdir: str) -> Dataset:
-    """The prepared data of the config; the embedded corpus is prepared in the workdir first. Raises: UserError."""
+    """Opens the prepared data that the config names. The embedded corpus is prepared in the workdir first.
+
+    Raises: UserError.
+    """
     path = config.data.path
     if path == "embedded":
         if storage.is_url(workdir):
-            raise UserError("config.data.path: embedded is prepared in the workdir, which must then be on a disk")
+            raise UserError(
+                f"config.data.path: embedded is prepared in the workdir: expected a workdir on a disk, found {workdir}"
+            )
         path = os.path.join(workdir, "data")
         if hosts.is_first() and not os.path.exists(os.path.join(path, "dataset.json")):
             print("preparing the embedded corpus: Python's documentation topics and standard library", flush=True)
             shards.prepare("embedded", "sentencepiece:train:4096", path, validation_fraction=0.02)
-        while not os.path.exists(os.path.join(path, "dataset.json")):  # a barrier of JAX would time out sooner
+        # The other hosts wait for the file, as a barrier of JAX could time out while the first host prepares the data.
+        while not os.path.exists(os.path.join(path, "dataset.json")):
             time.sleep(1)
     return Dataset(path)
 
 
 def complete(config: Config, dataset: Dataset) -> Config:
-    """The config with what data and machine decide filled in. Raises: UserError."""
+    """Fills in what the data decides, model.vocab_size, and what the machine decides, model.attention.
+
+    Raises: UserError.
+    """
     vocab_size = config.model.vocab_size or dataset.vocab_size
     if vocab_size < dataset.vocab_size:
         raise UserError(
@@ -135,29 +156,35 @@ def complete(config: Config, dataset: Dataset) -> Config:
 
 
 class _End(NamedTuple):
-    """Where the steps of a run ended. `validation` is that after the last step, None for a run that was stopped."""
+    """The end of a run's steps: after the last one, or after a stop signal."""
 
     done: int
     state: dict
-    validation: dict | None
+    validation: dict | None  # the result after the last step; None if the run was stopped
     stopped: bool
 
 
 def _train(run: Run, profile: int, stop: StopSignal, at_exit: contextlib.ExitStack) -> int:
-    """Trains a run that was opened, and says how it ended. Returns: the exit code."""
+    """Trains an opened run, and reports how it ended. Returns: the exit code."""
     feeder = Feeder(run.batches, run.trainer, run.start)
     validation = Validation(run.validation_batches, run.trainer, stop.now)
     recorder = Recorder(
-        run.config, run.workdir, run.start, run.batches, run.checkpoints, run.description, profile_steps=profile
+        run.config,
+        run.workdir,
+        start=run.start,
+        batches=run.batches,
+        checkpoints=run.checkpoints,
+        description=run.description,
+        profile_steps=profile,
     )
     at_exit.callback(recorder.close)
     recorder.line(summary.opening(run.trainer, run.batches, feeder.sizes[0], run.start))
     end = _steps(run, feeder, recorder, validation, stop)
     recorder.sync()
-    run.checkpoints.wait()
+    run.checkpoints.wait()  # the last one may still be on its way to disk
     if end.stopped:
-        saved = f"{run.workdir}/{end.done}"
-        recorder.line(f"stopped by a signal after step {end.done}; saved {saved}; run the same line to go on")
+        saved = f"saved {run.workdir}/{end.done}" if end.done else "nothing to save yet"
+        recorder.line(f"stopped by a signal after step {end.done}; {saved}; run the same line to go on")
         return STOPPED
     recorder.end_progress()
     summary.finish(run.trainer, end.state["params"], run.tokenizer, end.validation, run.workdir)
@@ -165,10 +192,12 @@ def _train(run: Run, profile: int, stop: StopSignal, at_exit: contextlib.ExitSta
 
 
 def _steps(run: Run, feeder: Feeder, recorder: Recorder, validation: Validation, stop: StopSignal) -> _End:
-    """Trains, saves and validates from the run's start to its last step or a stop signal."""
-    config, state, done, result = run.config, run.state, run.start, None
+    """Trains, saves and validates from step `run.start` until the last step or a stop signal."""
+    config = run.config
+    done, state = run.start, run.state
+    result = None
     if done and _due(done, config.eval.every, config.steps):
-        # A signal may have ended the earlier run between this checkpoint and its validation: it is made again.
+        # A signal may have stopped the earlier run between this checkpoint and its validation, so it is repeated.
         result = _validate(validation, recorder, done, state)
     if stop.now():
         return _End(done, state, None, stopped=True)
@@ -176,8 +205,8 @@ def _steps(run: Run, feeder: Feeder, recorder: Recorder, validation: Validation,
     for step, batch, size in feeder:
         with recorder.dispatching(step, size):
             state, metrics = run.trainer.train(state, batch)
-        # Reading a metric waits for its step to end. The metrics of the step before are read only now, when the
-        # devices have the next step to work on, so that they never wait for the host.
+        # Reading a metric waits for its step to end. `add` therefore reads the metrics of the step before: the devices
+        # already have this step to work on, and never wait for the host.
         recorder.add(step, size, metrics)
         run.checkpoints.check()
         done = step + 1
@@ -185,32 +214,34 @@ def _steps(run: Run, feeder: Feeder, recorder: Recorder, validation: Validation,
         saving = stopped or _due(done, config.checkpoint.every, config.steps)
         validating = not stopped and _due(done, config.eval.every, config.steps)
         if saving or validating:
-            recorder.read()  # of this step too: a state whose loss is not finite must not be saved
+            recorder.read()  # this step's metrics too: a state whose loss is not finite must not be saved
         if saving:
             _save(run, recorder, done, state)
         if validating:
             result = _validate(validation, recorder, done, state)
-            stopped = result is None
-        if stopped and not saving:
-            _save(run, recorder, done, state)
+            if result is None:  # a signal stopped the validation
+                stopped = True
+                if not saving:
+                    _save(run, recorder, done, state)
         if stopped:
             return _End(done, state, None, stopped=True)
     return _End(done, state, result, stopped=False)
 
 
 def _due(done: int, every: int, last: int) -> bool:
-    """Whether what is done every `every` steps, and after the last one, is due after `done` steps."""
+    """Whether something is due after `done` steps that is done every `every` steps and after the last one."""
     return done % every == 0 or done == last
 
 
 def _save(run: Run, recorder: Recorder, done: int, state: dict) -> None:
     with recorder.paused():
-        recorder.sync()  # before the checkpoint, so that a run that goes on from it misses no record
+        # Records first: a run that goes on from this checkpoint would not make the missing ones again.
+        recorder.sync()
         run.checkpoints.save(done, state, run.description)
 
 
 def _validate(validation: Validation, recorder: Recorder, done: int, state: dict) -> dict | None:
-    """The result, written and printed; None if a signal stopped the validation."""
+    """Validates, records and prints the result. Returns: the result; None if a signal stopped the validation."""
     with recorder.paused():
         result = validation(state["params"])
         if result is not None:

@@ -1,8 +1,8 @@
-"""What a run writes down: speed and MFU by formula, records as JSON lines, TensorBoard and wandb, and profiles.
+"""Speed and MFU, and the writers of a run's records: metrics.jsonl, TensorBoard, Weights & Biases, and profiles.
 
-`model_flops_per_second` and `mfu` count model/flops.py's formula for the rows of token memory that were evaluated:
-distinct ids, padding included. The `_plain` figures count a row for every position, which is the work that a step
-without unique tokens would do for the same result.
+`model_flops_per_second` and `mfu` use the formula of model/flops.py for the rows of token memory that were evaluated:
+one for each distinct id, padding included. The `_plain` figures count a row for every position, which is the work of a
+step without unique tokens.
 """
 
 import contextlib
@@ -23,21 +23,23 @@ from memoryllm_jax.config import Config
 from memoryllm_jax.model.flops import train_flops
 from memoryllm_jax.training import chips
 
-_SYNC_S = 60  # between copies of the records to a workdir behind a URL
+_SYNC_S = 60  # seconds between copies of the records to a workdir behind a URL
 
 
 def peak_flops(config: Config) -> float | None:
-    """Peak FLOP/s of all devices together, or None where it is not known, as on a CPU."""
+    """Peak FLOP/s of all devices together; None if it is not known, as on a CPU."""
     of_one = config.log.peak_flops or chips.peak_flops(jax.devices()[0].device_kind)
     return of_one * jax.device_count() if of_one else None
 
 
 def speed(config: Config, peak: float | None, tokens: int, rows: int, seconds: float) -> dict:
-    """tokens/s, model FLOP/s and, where the peak is known, MFU over some steps.
+    """The speed of some steps: tokens/s, model FLOP/s and, if the peak is known, MFU.
 
     Args:
-      peak: FLOP/s of all devices.
-      rows: rows of token memory that the steps evaluated; the `_plain` figures count one for each token instead.
+      peak: peak FLOP/s of all devices, or None.
+      tokens: tokens of the steps.
+      rows: rows of token memory that the steps evaluated. The `_plain` figures count one for each token instead.
+      seconds: time of the steps.
     """
     out = {"tokens_per_second": tokens / seconds}
     for suffix, counted_rows in (("", rows), ("_plain", tokens)):
@@ -49,25 +51,26 @@ def speed(config: Config, peak: float | None, tokens: int, rows: int, seconds: f
 
 
 class Trace:
-    """Leaves a profile of some steps in WORKDIR/profile, each host its own.
+    """Writes a profile of some steps to WORKDIR/profile. Every host writes its own.
 
     Args:
-      steps: how many; 0: none. The first steps of a process, which compile, are not among them.
+      steps: number of steps in the profile; 0: no profile.
       say: prints a line.
     """
 
-    SKIPPED = 5
+    SKIPPED = 5  # first steps of a process that the profile leaves out, as they compile
 
     def __init__(self, workdir: str, steps: int, say: Callable[[str], None]):
-        self._folder, self._steps, self._say = os.path.join(workdir, "profile"), steps, say
-        # The profiler writes to a disk only.
+        self._folder = os.path.join(workdir, "profile")
+        self._steps, self._say = steps, say
+        # The profiler can write only to a disk; `_stop` uploads the files.
         self._scratch = tempfile.TemporaryDirectory(prefix="memoryllm_jax-") if storage.is_url(workdir) else None
         self._done = 0  # steps of this process
-        self._first: int | None = None  # the first step in the profile
+        self._first: int | None = None  # number of the first step in the profile
         self._on = False
 
     def before(self, step: int) -> None:
-        """To be called before each step: starts or ends the profile where it is time."""
+        """Call before each step: starts or ends the profile when it is due."""
         if self._steps and self._done == self.SKIPPED:
             self._on, self._first = True, step
             where = self._scratch.name if self._scratch else self._folder
@@ -77,10 +80,10 @@ class Trace:
         self._done += 1
 
     def close(self) -> None:
-        """Ends the profile, if the run ends before it has all of its steps."""
+        """Ends a profile that is still on, because the run ended before all of its steps."""
         self._stop()
         if self._steps and self._first is None:
-            self._say(f"no profile: the run ended within its first {self.SKIPPED} steps, which are left out")
+            self._say(f"no profile: it leaves out the first {self.SKIPPED} steps, and the run ended within them")
 
     def _stop(self) -> None:
         if not self._on:
@@ -88,8 +91,9 @@ class Trace:
         self._on = False
         jax.profiler.stop_trace()
         if self._scratch:
-            for path in filter(os.path.isfile, glob.glob(f"{self._scratch.name}/**", recursive=True)):
-                storage.upload(path, f"{self._folder}/{os.path.relpath(path, self._scratch.name)}")
+            for path in glob.glob(f"{self._scratch.name}/**", recursive=True):
+                if os.path.isfile(path):
+                    storage.upload(path, f"{self._folder}/{os.path.relpath(path, self._scratch.name)}")
         self._say(
             f"profile from step {self._first + 1} on in {self._folder}: open the perfetto_trace.json.gz in it "
             "at ui.perfetto.dev, or the folder in TensorBoard with xprof"
@@ -97,12 +101,14 @@ class Trace:
 
 
 class _Line(NamedTuple):
+    """A line of metrics.jsonl, as it is written and as it is read."""
+
     text: str
     record: dict
 
 
 def _lines(path: str) -> list[_Line]:
-    """The lines of a metrics.jsonl, without a last one that a killed run has not finished. Raises: UserError."""
+    """The complete lines of a metrics.jsonl: a killed run may have left half a line at the end. Raises: UserError."""
     text = storage.read_bytes(path, "records of an earlier run").decode("utf-8", errors="replace")
     lines = []
     for number, line in enumerate(text.splitlines(keepends=True), 1):
@@ -110,7 +116,7 @@ def _lines(path: str) -> list[_Line]:
             break
         try:
             record = json.loads(line)
-            record["step"], record["kind"]
+            record["step"], record["kind"]  # every record has both
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: line {number}: expected a record of an earlier run, found {line[:40]!r}"
@@ -120,12 +126,15 @@ def _lines(path: str) -> list[_Line]:
 
 
 def records(path: str) -> list[dict]:
-    """The records in a metrics.jsonl, as `Writer` wrote them. Raises: UserError."""
+    """The records of a metrics.jsonl, in the order of the file. Raises: UserError."""
     return [line.record for line in _lines(path)]
 
 
 def _kept_lines(path: str, start: int) -> list[str]:
-    """Lines that a run which goes on from step `start` keeps: none past it, and not its evaluation, made again."""
+    """The lines that a run keeps when it resumes from step `start`.
+
+    Records past `start` are made again, and so is the validation at `start`.
+    """
     if not storage.exists(path):
         return []
     kept = []
@@ -137,24 +146,27 @@ def _kept_lines(path: str, start: int) -> list[str]:
 
 
 class Writer:
-    """Appends records of a run to WORKDIR/metrics.jsonl and, as configured, TensorBoard and Weights & Biases.
+    """Appends the records of a run to WORKDIR/metrics.jsonl and, if configured, to TensorBoard and Weights & Biases.
 
-    Behind a URL files cannot grow, so they grow on this machine and are copied there whole, once a minute and by
-    `sync`. A run that goes on drops records past its checkpoint, so with a `sync` before each checkpoint none is
-    missing.
+    Object storage cannot append to a file. If the workdir is behind a URL, the files grow on this machine and are
+    copied there whole, once a minute and by `sync`. The caller calls `sync` before it saves a checkpoint: a run that
+    resumes from it then finds all records up to it.
 
     Args:
-      start: step the run goes on from; records past it, of a run that was killed, are dropped.
-      enabled: False on every host but the first.
+      description: of the run, for Weights & Biases.
+      start: step that the run resumes from, 0 for a new one. Records past it, of a killed run, are dropped.
+      enabled: False on every host but the first: nothing is written.
+    Raises: UserError.
     """
 
     def __init__(self, config: Config, description: dict, workdir: str, start: int, enabled: bool):
         self._file = self._tensorboard = self._wandb = self._claim = None
         if not enabled:
             return
-        self._workdir, folder = workdir, workdir
+        self._workdir = folder = workdir
         if storage.is_url(workdir):
-            self._claim, self._synced = storage.Claim(workdir), time.monotonic()
+            self._claim = storage.Claim(workdir)
+            self._synced = time.monotonic()
             self._scratch = tempfile.TemporaryDirectory(prefix="memoryllm_jax-")
             folder = self._scratch.name
         kept = _kept_lines(os.path.join(workdir, "metrics.jsonl"), start)
@@ -162,14 +174,21 @@ class Writer:
         storage.write_bytes(self._path, "".join(kept).encode())
         self._file = open(self._path, "a", encoding="utf-8")
         if config.log.tensorboard:
-            import tensorboardX  # slow, and not every run wants it
+            import tensorboardX  # here, as it is slow to import and optional
 
             self._tensorboard = tensorboardX.SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=start + 1)
         if config.log.wandb:
             self._wandb = _open_wandb(workdir, folder, description)
 
     def write(self, step: int, kind: str, values: dict) -> None:
-        """Appends one record; `kind` is train or validation. Raises: UserError."""
+        """Appends one record.
+
+        Args:
+          step: steps done.
+          kind: train or validation.
+          values: numbers by name.
+        Raises: UserError.
+        """
         if self._file is None:
             return
         try:
@@ -187,7 +206,7 @@ class Writer:
             self.sync()
 
     def sync(self) -> None:
-        """Copies the records to a workdir behind a URL. Raises: UserError, also if another run has it now."""
+        """Copies the records to a workdir behind a URL. Raises: UserError, also if another run now uses it."""
         if self._claim is None:
             return
         self._claim.check()
@@ -199,21 +218,22 @@ class Writer:
         self._synced = time.monotonic()
 
     def close(self) -> None:
+        """Closes all files, and copies them to a workdir behind a URL. Raises nothing: it may run after an error."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # `write` has raised it already
+            with contextlib.suppress(OSError):  # `write` has raised the same error before
                 self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._claim is not None:
-            with contextlib.suppress(UserError):  # an earlier `sync` or `write` has raised it, or the run has ended
+            with contextlib.suppress(UserError):
                 self.sync()
             self._scratch.cleanup()
 
 
 def _open_wandb(workdir: str, folder: str, description: dict):
-    """A run in Weights & Biases. Its id is kept in the workdir, so that a run that goes on is one run there too."""
+    """Opens a run in Weights & Biases. Its id is kept in the workdir, so that a resumed run continues the same one."""
     wandb = require("wandb", "wandb", "config.log.wandb")
     id_path = os.path.join(workdir, "wandb_id")
     if not storage.exists(id_path):

@@ -1,12 +1,12 @@
-"""A run planned before it is paid for: `train --dry_run` compiles the real step for devices that are not here.
+"""Plans a run before it is paid for: `train --dry_run` compiles the real step for devices that need not exist here.
 
     python -m memoryllm_jax.train --config=configs/1b.py:flex-3 --dry_run --devices=256 --chip=v5p
 
-Memory is read off the compiled step. Traffic follows from the shardings (collectives.py). Time is a roofline from data
+Memory is read from the compiled step. Traffic follows from the shardings (collectives.py). Time is a roofline from data
 sheets, not a measurement:
 
-    compute   = FLOPs of a step (model/flops.py, and what rematerialisation computes again) / (peak FLOP/s * EFFICIENCY)
-    network   = sum over transfers of bytes a device sends / bytes/s of the links that the group spans
+    compute   = (FLOPs of a step by model/flops.py + recomputed FLOPs) / (peak FLOP/s * EFFICIENCY)
+    network   = sum over transfers of (bytes that a device sends / bytes/s of the links that the group spans)
     optimizer = bytes of parameters, moments and gradients read and written / memory bandwidth
     step      = max(compute, network) + optimizer
 """
@@ -32,9 +32,10 @@ from memoryllm_jax.training import chips, collectives
 from memoryllm_jax.training.batches import Batch
 from memoryllm_jax.training.step import Trainer
 
-EFFICIENCY = 0.5  # of peak FLOP/s in compute: what well-tuned trainers publish near 1B parameters
-VOCABULARY = 128_256  # Llama 3's, where neither config nor data say
-# Share of distinct ids among so many tokens of English with the Llama 3 tokenizer; below 8,192 by other text's slope.
+EFFICIENCY = 0.5  # share of peak FLOP/s that well-tuned trainers publish near 1B parameters
+VOCABULARY = 128_256  # token ids of Llama 3, assumed if neither config nor data give their number
+# {tokens: share of distinct ids among them}, for English text with the Llama 3 tokenizer. Measured from 8,192 tokens
+# on; below, extrapolated with the slope of other text.
 _DISTINCT = {
     1024: 0.49,
     2048: 0.41,
@@ -46,16 +47,21 @@ _DISTINCT = {
     131072: 0.12,
     1048576: 0.04,
 }
-# The optimizer reads and writes the parameters and two moments, and reads the gradient: so many times their bytes.
+# The optimizer reads and writes the parameters and two moments, and reads the gradients: 7 times the parameters' bytes.
 _UPDATES = 7
 
 
 def dry_run(config: Config, chip: str, count: int, slices: int, tokens: float, output: str) -> int:
-    """Prints the plan and, with `output`, writes it as JSON. Returns 0 if the run fits, else 1. Raises: UserError.
+    """Prints the plan and, with `output`, writes it as JSON.
 
     Args:
-      count: devices of `chip`.  slices: of TPUs; 0: as few as hold the devices.
-      tokens: of the whole run; 0: those of the config's steps.
+      chip: name of the device, as in chips.CHIPS.
+      count: number of devices.
+      slices: number of TPU slices; 0: as few as hold the devices.
+      tokens: tokens of the whole run; 0: those of the config's steps.
+      output: JSON file to write, "" for none.
+    Returns: the exit code: 0 if the run fits the devices' memory, else 1.
+    Raises: UserError.
     """
     chips.emulate(count)
     devices, compiler = chips.devices(chip, count, slices)
@@ -67,8 +73,12 @@ def dry_run(config: Config, chip: str, count: int, slices: int, tokens: float, o
 
 
 def plan(config: Config, name: str, devices: list[jax.Device], tokens: float = 0, slices: int = 0) -> dict:
-    """Everything the plan says, for machines. Sizes in bytes, times in seconds. Arguments as of `dry_run`.
+    """The plan as JSON values: sizes in bytes, times in seconds.
 
+    Args:
+      name: name of the chip.
+      devices: devices to compile for, as `chips.devices` returns them.
+      tokens, slices: as in `dry_run`.
     Raises: UserError.
     """
     chip = chips.get(name)
@@ -114,7 +124,7 @@ def plan(config: Config, name: str, devices: list[jax.Device], tokens: float = 0
 
 
 def _completed(config: Config, chip: chips.Chip) -> tuple[Config, list[str]]:
-    """The config with what data and machine would decide filled in, and what was assumed instead of them."""
+    """(the config with vocab_size and attention filled in as `loop.complete` would, what was assumed for it)."""
     model, assumed = config.model, []
     if config.data.path != "embedded":
         vocab_size = model.vocab_size or dataset.Dataset(config.data.path).vocab_size
@@ -129,25 +139,29 @@ def _completed(config: Config, chip: chips.Chip) -> tuple[Config, list[str]]:
 
 
 def distinct_ids(config: Config, tokens: int) -> int:
-    """Distinct ids that a batch shard of so many tokens is padded to, by what was measured on English text."""
+    """The size that a batch shard's distinct ids are padded to, estimated from measured English text.
+
+    Args:
+      tokens: number of tokens of the batch shard.
+    """
     if not config.model.unique_tokens:
         return tokens
     share = np.interp(math.log(tokens), [math.log(n) for n in _DISTINCT], list(_DISTINCT.values()))
-    with_margin = -(-int(1.05 * share * tokens) // 128) * 128  # training pads too (Batches.sizes)
+    with_margin = -(-int(1.05 * share * tokens) // 128) * 128  # padded as in training (Batches.sizes)
     return min(with_margin, tokens, config.model.vocab_size)
 
 
 class _OutOfMemoryError(Exception):
-    """A TPU's compiler found that the step does not fit. Other compilers do not look."""
+    """The TPU compiler refuses a step that does not fit the memory. Other compilers do not check it."""
 
 
 def _compile(config: Config, mesh: Mesh, chip: chips.Chip) -> tuple["CompiledStep", dict]:
-    """The compiled step, and its memory with what `_batch_that_fits` says. Raises: UserError if it does not compile."""
+    """(the compiled step, its memory together with `_batch_that_fits`). Raises: UserError if it does not compile."""
     sequences = _sequences(config, mesh)
-    # A second batch size gives the bytes of a sequence: half as large, so that it compiles wherever the first does.
+    # A second batch size tells the bytes of one sequence. It is half as large where it can be, so that it fits too.
     other_sequences = sequences // 2 if sequences > 1 else 2
     other = dataclasses.replace(config, batch_size=config.batch_size // sequences * other_sequences)
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # threads, as XLA releases Python's lock while it compiles
         first, second = (pool.submit(CompiledStep, c, mesh) for c in (config, other))
     error = first.exception()
     if isinstance(error, _OutOfMemoryError):
@@ -162,25 +176,27 @@ class CompiledStep:
     """The train step of a config, compiled for a mesh.
 
     Attributes:
-      rows: of the token memory that a step evaluates, all batch shards together.
-      sequences: that a device holds at a time.
-      memory: bytes a device, by part.
+      executable: the jax.stages.Compiled step.
+      rows: rows of the token memory that a step evaluates, of all batch shards.
+      sequences: sequences of a micro-batch on one device.
+      memory: bytes on one device, by part.
       transfers: what the step sends.
+    Raises: _OutOfMemoryError, from the TPU compiler, and UserError.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
         on_cpu = mesh.devices.flat[0].platform == "cpu"
-        if on_cpu:  # the chip's attention kernel cannot be compiled here; this one holds as little memory
+        if on_cpu:  # cannot compile the chip's attention kernel; `blocked` needs as little memory
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="blocked"))
         trainer = Trainer(config, mesh)
         distinct = distinct_ids(config, config.batch_size * config.seq_len // trainer.shards)
         try:
-            # Nothing of an emulated step is run, so LLVM need not optimise it.
+            # An emulated step is never run, so LLVM need not optimise it.
             options = {"xla_backend_optimization_level": "0"} if on_cpu else {}
             lowered = trainer.train.lower(trainer.state_shape, _abstract_batch(config, trainer, distinct))
             self.executable = lowered.compile(options)
         except jax.errors.JaxRuntimeError as error:
-            # A TPU's compiler refuses what does not fit, and says so in this sentence alone.
+            # The TPU compiler's error for a step that does not fit is known only by this sentence.
             if used := re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm", str(error)):
                 raise _OutOfMemoryError(used[0]) from error
             raise UserError(f"the step cannot be compiled: {' '.join(str(error).split())[:600]}") from error
@@ -191,7 +207,7 @@ class CompiledStep:
 
 
 def _abstract_batch(config: Config, trainer: Trainer, distinct: int) -> Batch:
-    """A batch's shapes and shardings."""
+    """The shapes, dtypes and shardings of a batch with `distinct` ids for each batch shard."""
     tokens = config.batch_size * config.seq_len // trainer.shards
     positions = trainer.shards, config.accumulate, tokens // config.accumulate
     array = functools.partial(jax.ShapeDtypeStruct, sharding=trainer.batch_sharding)
@@ -204,20 +220,21 @@ def _abstract_batch(config: Config, trainer: Trainer, distinct: int) -> Batch:
 
 
 def _memory(executable, trainer: Trainer) -> dict[str, int]:
-    """Bytes of one device by part, of the compiled step."""
+    """Bytes on one device by part: parameters, optimizer, gradients, activations (the rest), and the total."""
     state_shardings = executable.output_shardings[0]
 
     def stored(part: str) -> int:
-        placed = zip(jax.tree.leaves(trainer.state_shape[part]), jax.tree.leaves(state_shardings[part]))
-        return sum(math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize for x, where in placed)
+        leaves = jax.tree.leaves(trainer.state_shape[part])
+        shardings = jax.tree.leaves(state_shardings[part])
+        return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in zip(leaves, shardings, strict=True))
 
     parameters, moments = stored("params"), stored("opt_state")
-    gradients = parameters  # of the same shapes and shardings
+    gradients = parameters  # they have the same shapes and shardings
     stats = executable.memory_analysis()
     total = (
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes  # donated arguments that outputs take the place of
+        - stats.alias_size_in_bytes  # outputs that are stored in donated arguments
         + stats.temp_size_in_bytes
         + stats.generated_code_size_in_bytes
     )
@@ -231,17 +248,19 @@ def _memory(executable, trainer: Trainer) -> dict[str, int]:
 
 
 def _sequences(config: Config, mesh: Mesh) -> int:
-    """Sequences that a device holds at a time."""
+    """Sequences of a micro-batch on one device."""
     return config.batch_size // config.accumulate // sharding.batch_shards(mesh)
 
 
 def _batch_that_fits(one: CompiledStep, two: CompiledStep | None, chip: chips.Chip) -> dict:
-    """Bytes a sequence and the largest micro-batch of a device, from a line through two compiled batch sizes.
+    """The largest micro-batch that fits a device, from a line through two compiled batch sizes.
 
     Args:
-      two: None if it has more sequences and its chip's compiler found no room for it.
+      two: the step with another batch size; None if it is larger and the compiler found that it does not fit.
+    Returns: "fixed" bytes, "each_sequence" bytes, and "largest_sequences_a_device".
     """
     if two is None:
+        # `one` has a single sequence, and two do not fit.
         activations = one.memory["activations"]
         return {
             "fixed": one.memory["total"] - activations,
@@ -255,6 +274,10 @@ def _batch_that_fits(one: CompiledStep, two: CompiledStep | None, chip: chips.Ch
 
 
 def _flops_a_token(config: Config, rows: int) -> dict[str, float]:
+    """FLOPs per token of a step that evaluates `rows` rows of token memory.
+
+    "per_token_plain" is for a row at every position; "recomputed_per_token" comes on top.
+    """
     tokens = config.batch_size * config.seq_len
     return {
         "per_token": flops.train_flops(config, tokens, rows) / tokens,
@@ -264,42 +287,43 @@ def _flops_a_token(config: Config, rows: int) -> dict[str, float]:
 
 
 def _recomputed(config: Config, tokens: int, rows: int) -> float:
-    """FLOPs that the backward pass computes again: all of the layers' forward pass under `full`, else none."""
+    """FLOPs that the backward pass recomputes: the layers' whole forward pass with remat `full`, else none."""
     if config.model.remat != "full":
         return 0.0
-    # A forward pass is a third of a step; the head's is not computed again.
+    # A forward pass is a third of a step. The head's is not recomputed.
     head = 2 * tokens * config.model.dim * config.model.vocab_size
     return flops.train_flops(config, tokens, rows) / 3 - head
 
 
 def _traffic(transfers: list[collectives.Transfer], mesh: Mesh, chip: chips.Chip, domain: int) -> list[dict]:
-    """Each transfer's bytes that a device sends and its seconds, the largest first.
+    """Each transfer's bytes that one device sends, and their seconds, the largest first.
 
     Args:
-      domain: devices that `chip.network` joins, in the mesh's order.
+      domain: number of devices that `chip.network` joins, which follow each other in the mesh.
     """
     places = np.arange(mesh.size).reshape(mesh.devices.shape)
     found = []
     for transfer in transfers:
+        # All groups of a transfer are alike, so look at the one with the first device.
         along = tuple(slice(None) if axis in transfer.axes else 0 for axis in mesh.axis_names)
         group = places[along].ravel()
-        inside = len(set(group // domain)) == 1
+        is_inside_domain = len(set(group // domain)) == 1
         sent = transfer.sent_bytes(len(group))
         found.append(
             {
                 "what": transfer.what,
                 "kind": transfer.kind,
                 "group": len(group),
-                "over": "links" if inside else "network",
+                "over": "links" if is_inside_domain else "network",
                 "bytes": sent,
-                "seconds": sent / (chip.network if inside else chip.between),
+                "seconds": sent / (chip.network if is_inside_domain else chip.between),
             }
         )
     return sorted(found, key=lambda part: -part["bytes"])
 
 
 def _times(devices: int, chip: chips.Chip, tokens: int, flops_a_token, traffic, memory) -> dict[str, float]:
-    """Seconds of a step by the roofline."""
+    """Seconds of a step by the roofline, in all and by part."""
     computed = (flops_a_token["per_token"] + flops_a_token["recomputed_per_token"]) * tokens
     compute = computed / (devices * chip.peak_flops * EFFICIENCY)
     network = sum(part["seconds"] for part in traffic)
@@ -313,7 +337,7 @@ def _times(devices: int, chip: chips.Chip, tokens: int, flops_a_token, traffic, 
 
 
 def _advice(config: Config, mesh: Mesh, memory: dict, chip: chips.Chip) -> list[str]:
-    """What to change where the step does not fit; empty where it does."""
+    """What to change if the step does not fit; empty if it fits."""
     if memory["total"] <= chip.memory:
         return []
     parts = -(-_sequences(config, mesh) // max(memory["largest_sequences_a_device"], 1))
@@ -325,10 +349,10 @@ def _advice(config: Config, mesh: Mesh, memory: dict, chip: chips.Chip) -> list[
 
 
 def _changes(config: Config, mesh: Mesh, chip: chips.Chip, least: int) -> list[str]:
-    """Settings that need less memory, compiled to make sure.
+    """Settings that need less memory. Each number of micro-batches is compiled to make sure that it fits.
 
     Args:
-      least: micro-batches to try first in place of each one.
+      least: the smallest number of parts to split each micro-batch into.
     """
     sequences, out = _sequences(config, mesh), []
     for parts in range(least, sequences + 1):
@@ -345,7 +369,7 @@ def _changes(config: Config, mesh: Mesh, chip: chips.Chip, least: int) -> list[s
     if config.model.remat != "full":
         m = config.model
         kept = m.layers * config.seq_len * m.dim * jnp.dtype(m.dtype).itemsize
-        out.append(f"--config.model.remat=full: recomputes the layers, for activations of {_gb(kept)} a sequence")
+        out.append(f"--config.model.remat=full: recomputes the layers, and keeps {_gb(kept)} of activations a sequence")
     return out
 
 
@@ -358,7 +382,11 @@ def _ms(seconds: float) -> str:
 
 
 def text(p: dict) -> str:
-    """The plan for people."""
+    """The plan as text to print.
+
+    Args:
+      p: as `plan` returns it.
+    """
     shape = ", ".join(f"{name} {size}" for name, size in p["mesh"].items())
     lines = [
         f"{p['architecture']} on {p['devices']} x {p['chip']} ({shape}), attention {p['attention']}",
@@ -406,13 +434,14 @@ def _work_lines(p: dict) -> list[str]:
     f = p["flops"]
     lines = [
         f"FLOPs a token    {f['per_token'] / 1e9:.2f} G, with FFN-M at every position {f['per_token_plain'] / 1e9:.2f} "
-        f"G, computed again {f['recomputed_per_token'] / 1e9:.2f} G"
+        f"G, recomputed {f['recomputed_per_token'] / 1e9:.2f} G"
     ]
     label = "traffic"
-    # What would read as 0.00 GB is left out, as is less than a hundredth of all traffic.
+    # Leaves out transfers that would print as 0.00 GB, and those below a hundredth of all traffic.
     least = max(5e6, 0.01 * p["collective_bytes"])
-    shown = [part for part in p["collectives"] if part["bytes"] >= least]
-    for part in shown:
+    for part in p["collectives"]:
+        if part["bytes"] < least:
+            continue
         lines.append(
             f"{label:<16} {part['what']}: {_gb(part['bytes'])} sent a device, {part['kind']} among {part['group']} "
             f"over the {part['over']}, {1e3 * part['seconds']:.1f} ms"
@@ -429,6 +458,6 @@ def _time_lines(p: dict) -> list[str]:
         f"optimizer {_ms(s['optimizer'])} ms; {p['tokens_per_second']:,.0f} tokens/s, MFU {100 * p['mfu']:.0f}%",
         f"the run          {p['run_tokens'] / 1e9:,.1f} G tokens: {hours:,.0f} device hours, "
         f"{progress.duration(hours / p['devices'] * 3600)}",
-        f"roofline, not a measurement: compute at {100 * EFFICIENCY:.0f}% of peak FLOP/s, collectives by ring and "
-        "hidden behind it, speeds of the data sheets (memoryllm_jax/training/chips.py)",
+        f"roofline, not a measurement: compute at {100 * EFFICIENCY:.0f}% of peak FLOP/s, ring collectives that "
+        "overlap with compute, speeds of data sheets (memoryllm_jax/training/chips.py)",
     ]

@@ -1,4 +1,4 @@
-"""What is made of a run's metrics: checks, records, lines for people, and speed without compilation and saving."""
+"""Checks, records and prints a run's metrics, and measures its speed."""
 
 import contextlib
 import math
@@ -19,20 +19,23 @@ from memoryllm_jax.training.batches import TrainBatches
 
 
 class Clock:
-    """Seconds of training between laps, without what is paused: compilation, evaluation and saving."""
+    """Measures seconds of training: pauses for compilation, validation and saving are left out."""
 
     def __init__(self):
-        self._start, self._paused = time.monotonic(), 0.0
+        self._start = time.monotonic()
+        self._paused = 0.0
 
     def lap(self) -> float:
-        """Seconds since the last lap, which is where the next one begins."""
+        """Ends a lap and begins the next. Returns: seconds of the lap without its pauses, more than 0."""
         now = time.monotonic()
         seconds = now - self._start - self._paused
-        self._start, self._paused = now, 0.0
-        return max(seconds, 1e-9)
+        self._start = now
+        self._paused = 0.0
+        return max(seconds, 1e-9)  # speeds divide by it
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        """A context whose time is not counted."""
         start = time.monotonic()
         yield
         self._paused += time.monotonic() - start
@@ -49,14 +52,15 @@ class _Unread(NamedTuple):
 class Recorder:
     """Reads the metrics of each step one step late, checks them, and writes and prints them.
 
-    It prints and writes on the first host only, but for a profile, of which each host leaves its own.
+    Only the first host prints and writes records. Every host writes its own profile.
 
     Args:
-      start: step the run goes on from.
-      batches: of the training: they know the epoch.
-      checkpoints: to name the last good one where a loss is not finite.
+      workdir: absolute path or URL.
+      start: steps done before this process.
+      batches: training batches, which know epochs and bytes per token.
+      checkpoints: the error for a loss that is not finite names the newest good one.
       description: of the run, for Weights & Biases.
-      profile_steps: steps to leave a profile of in the workdir; 0: none.
+      profile_steps: number of steps to profile; 0: none.
     """
 
     def __init__(
@@ -77,17 +81,17 @@ class Recorder:
         self._peak_flops = metrics.peak_flops(config)
         self._tokens_a_step = config.batch_size * config.seq_len
         self._bytes_a_token = batches.tokens.bytes / batches.tokens.tokens
-        self._compiled: set[int] = set()  # sizes whose step is compiled
+        self._compiled: set[int] = set()  # sizes of distinct ids whose step is compiled
         self._unread: _Unread | None = None
-        self._steps = self._rows = 0  # since the last record
+        self._steps = self._rows = 0  # steps, and rows of token memory that they evaluated, since the last record
 
     def start(self) -> None:
-        """Starts the clock: the first step comes next."""
+        """Starts the clock. Call right before the first step."""
         self._clock.lap()
 
     @contextlib.contextmanager
     def dispatching(self, step: int, size: int) -> Iterator[None]:
-        """Around the dispatch of a step, which compiles it when its size is new."""
+        """A context for the dispatch of a step. The first step of each size compiles, which the clock leaves out."""
         self._trace.before(step)
         compiling = size not in self._compiled
         self._compiled.add(size)
@@ -96,22 +100,32 @@ class Recorder:
             yield
 
     def paused(self) -> contextlib.AbstractContextManager:
-        """Around work that speed does not count."""
+        """A context for work whose time does not count in the measured speed."""
         return self._clock.paused()
 
     def add(self, step: int, size: int, values: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step that was dispatched, and reads those of the step before. Raises: UserError."""
+        """Keeps the metrics of a dispatched step, and reads those of the step before.
+
+        Args:
+          step: number of the step, from 0 on.
+          size: number of ids that each batch shard's distinct ids were padded to.
+          values: scalars on the devices.
+        Raises: UserError if the loss of the step before is not finite.
+        """
         self.read()
         self._unread = _Unread(step, size, values)
 
     def read(self) -> None:
-        """Reads the metrics of the last step, which waits for it. Raises: UserError for a loss that is not finite."""
+        """Reads the metrics that `add` kept, if any, and records them when due. Waits for their step to end.
+
+        Raises: UserError if the loss or the gradient's norm is not finite.
+        """
         if self._unread is None:
             return
         step, size, on_devices = self._unread
         self._unread = None
         values = {name: float(value) for name, value in jax.device_get(on_devices).items()}
-        rows = size * self._batches.shards  # of token memory that the step evaluated
+        rows = size * self._batches.shards  # rows of token memory that the step evaluated
         self._steps += 1
         self._rows += rows
         loss = values.pop("loss")
@@ -146,12 +160,12 @@ class Recorder:
         self._progress.line(f"{_train_text(done, self._config.steps, record)}  ETA {self._progress.eta()}")
 
     def validated(self, step: int, result: dict) -> None:
-        """Writes and prints a validation after `step` steps."""
+        """Records and prints the result of a validation after `step` steps."""
         self._writer.write(step, "validation", result)
         self._progress.line(f"step {step}: validation {quality_text(result)}, {result['tokens']:,} tokens")
 
     def sync(self) -> None:
-        """Brings the records to where checkpoints are. Raises: UserError."""
+        """Copies the records to a workdir behind a URL; does nothing on a disk. Raises: UserError."""
         self._writer.sync()
 
     def line(self, text: str) -> None:
@@ -159,18 +173,18 @@ class Recorder:
         self._progress.line(text)
 
     def end_progress(self) -> None:
-        """Ends the progress bar: what is printed next is the result."""
+        """Ends the progress bar, so that the result can be printed below it."""
         self._progress.close()
 
     def close(self) -> None:
-        """Closes the files, also after an error. Metrics that are not read yet are left."""
+        """Closes the files, also after an error. Metrics that are not read yet are dropped."""
         self._trace.close()
         self._progress.close()
         self._writer.close()
 
 
 def quality_text(result: dict) -> str:
-    """Loss, perplexity and bits per byte, for people."""
+    """Loss, perplexity and bits per byte as a clause to print."""
     return (
         f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}, "
         f"{result['bits_per_byte']:.4f} bits per byte"
@@ -178,6 +192,7 @@ def quality_text(result: dict) -> str:
 
 
 def _train_text(done: int, steps: int, record: dict) -> str:
+    """A training record as a line to print."""
     text = (
         f"step {done}/{steps}  loss {record['loss']:.4f}  bits/byte {record['bits_per_byte']:.3f}  "
         f"lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.2f}  "

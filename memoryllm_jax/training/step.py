@@ -1,4 +1,4 @@
-"""The jitted train and eval steps, and the state they work on, pinned to a mesh."""
+"""The compiled train and eval steps, and the state that they work on, placed on a mesh."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from memoryllm_jax.training.batches import Batch
 
 
 class Micro(NamedTuple):
-    """A micro-batch, [S, N] each, or with a leading axis A all of a batch; fields as of `Batch`."""
+    """A micro-batch: arrays [S, N] with the meaning that they have in `Batch`; [A, S, N] for all of a batch's."""
 
     index_SN: jax.Array
     targets_SN: jax.Array
@@ -24,22 +24,23 @@ class Micro(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Means over the positions of an optimizer step, in nats: with z-loss, which is trained on, and without."""
+    """Means over the positions of an optimizer step, in nats."""
 
-    total: jax.Array
-    nll: jax.Array
+    total: jax.Array  # what is minimised: nll + z-loss
+    nll: jax.Array  # cross entropy
 
 
 class Trainer:
     """A model, its optimizer and their compiled steps for one config on one mesh.
 
     Attributes:
-      params_shape, state_shape: abstract trees with shapes, dtypes and shardings.
+      params_shape, state_shape: trees of jax.ShapeDtypeStruct with shardings.
       shards: number of batch shards.
-      batch_sharding: of a batch's leading axis.
-      init(key) -> state: {"params", "opt_state", "step"}, made in place on its devices.
-      train(state, batch) -> (state, metrics): one optimizer step; the old state is donated.
-      evaluate(params, batch) -> (nll in nats, weight): sums over the batch's positions.
+      batch_sharding: sharding of a batch's arrays, whose leading axis is the batch shard.
+      init(key) -> state: {"params", "opt_state", "step"}; each device makes its own part.
+      train(state, batch) -> (state, metrics): one optimizer step; the old state is donated. The metrics are the
+        scalars loss and z_loss in nats, grad_norm and learning_rate.
+      evaluate(params, batch) -> (nll in nats, weight): sums over the batch's positions, without z-loss.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -59,14 +60,14 @@ class Trainer:
         self.evaluate = _InMesh(jax.jit(self._evaluate, out_shardings=replicated), mesh)
 
     def _abstract_state(self):
-        """The state's shapes and dtypes; moments are sharded as their parameters, everything else is replicated."""
+        """The state's shapes, dtypes and shardings. Moments are sharded as their parameters, counts are replicated."""
         with jax.set_mesh(self.mesh):
             shapes = jax.eval_shape(lambda: self._init(jax.random.key(0)))
         params = jax.tree.map(lambda x: x.sharding, transformer.abstract_params(self.model, self.mesh))
         replicated = NamedSharding(self.mesh, P())
         opt_state = optax.tree_utils.tree_map_params(
             self.optimizer,
-            lambda _, of_parameter: of_parameter,
+            lambda _, sharding_of_parameter: sharding_of_parameter,
             shapes["opt_state"],
             params,
             transform_non_params=lambda _: replicated,
@@ -79,10 +80,11 @@ class Trainer:
         return {"params": params, "opt_state": self.optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
     def _token_rows(self, params, ids_SU):
+        """The `transformer.TokenRows` of the ids: embeddings and token memory."""
         return self.model.apply({"params": params}, ids_SU, method="token_rows")
 
     def _sums(self, params, rows, micro: Micro):
-        """(total, nll): sums over one micro-batch, as of `loss.cross_entropy`."""
+        """(total, nll): weighted sums over one micro-batch, in nats; see `loss.cross_entropy`."""
         c = self.config
         hidden = self.model.apply({"params": params}, rows, micro.index_SN, c.seq_len, method="hidden")
         head_VD = self.model.apply({"params": params}, method="output_embedding")
@@ -91,10 +93,10 @@ class Trainer:
         return loss.cross_entropy(x_SND, head_VD, micro.targets_SN, micro.weights_SN, options)
 
     def _gradients(self, params, batch: Batch):
-        """(Losses, gradient of the total by the parameters), over all positions of all micro-batches."""
+        """(Losses, gradient of the total loss by the parameters), over all positions of all micro-batches."""
         weight = batch.weights_SAN.sum()
-        # The token memory runs once per optimizer step: every micro-batch reads the same rows, their gradients by the
-        # rows are summed, and the sum goes back through the token memory once.
+        # The token memory is evaluated once per optimizer step. All micro-batches read the same rows; the gradients by
+        # these rows are summed over micro-batches, and the sum is propagated through the token memory once.
         rows, rows_vjp = jax.vjp(lambda p: self._token_rows(p, batch.ids_SU), params)
 
         def mean_losses(params, rows, micro):
@@ -110,7 +112,8 @@ class Trainer:
             def add(sums, micro):
                 return jax.tree.map(jnp.add, sums, value_and_grad(params, rows, micro)), None
 
-            # Gradients by params and rows have their shapes. Rows may be bfloat16, their sum is float32.
+            # Zeros of the structure that value_and_grad returns: ((total, nll), gradients by (params, rows)). Rows may
+            # be bfloat16; their gradients are summed in float32.
             zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), ((weight, weight), (params, rows)))
             (losses, (grads, d_rows)), _ = jax.lax.scan(add, zeros, micro_batches)
             d_rows = jax.tree.map(lambda d, row: d.astype(row.dtype), d_rows, rows)
@@ -136,7 +139,7 @@ class Trainer:
 
 
 class _InMesh:
-    """A jitted function that is called, and lowered, within a mesh."""
+    """A jitted function that is called and lowered in a mesh, which `sharding.constrain` asks for."""
 
     def __init__(self, function, mesh: Mesh):
         self._function, self._mesh = function, mesh
@@ -151,5 +154,9 @@ class _InMesh:
 
 
 def _micro_batches(batch: Batch) -> Micro:
-    """The positions of a batch with the micro-batches on the leading axis: [A, S, N] each."""
-    return Micro(*(x.swapaxes(0, 1) for x in (batch.index_SAN, batch.targets_SAN, batch.weights_SAN)))
+    """The positions of a batch, with the micro-batches on the leading axis: [A, S, N]."""
+    return Micro(
+        index_SN=batch.index_SAN.swapaxes(0, 1),
+        targets_SN=batch.targets_SAN.swapaxes(0, 1),
+        weights_SN=batch.weights_SAN.swapaxes(0, 1),
+    )

@@ -1,4 +1,4 @@
-"""What a run says of itself at its start and at its end."""
+"""What a run prints at its start, and what it prints and writes at its end."""
 
 import os
 
@@ -17,11 +17,11 @@ from memoryllm_jax.training.step import Trainer
 
 
 def opening(trainer: Trainer, batches: TrainBatches, size: int, start: int) -> str:
-    """Lines on the model, the devices and the length of the run.
+    """The lines that a run prints first: model, devices and length of the run.
 
     Args:
-      size: that distinct ids of nearly every batch are padded to.
-      start: step the run goes on from.
+      size: number of ids that nearly every batch shard's distinct ids are padded to.
+      start: step that the run resumes from, 0 for a new one.
     """
     config, counts = trainer.config, flops.parameters(trainer.config)
     mesh = ", ".join(f"{name} {parts}" for name, parts in trainer.mesh.shape.items())
@@ -40,25 +40,25 @@ def opening(trainer: Trainer, batches: TrainBatches, size: int, start: int) -> s
 
 
 def finish(trainer: Trainer, params, tokenizer: Tokenizer, validation: dict | None, workdir: str) -> None:
-    """Writes result.json, and prints the last validation and a sample."""
+    """Writes result.json, and prints the last validation and, if config.sample asks for it, sampled text."""
     config = trainer.config
     if hosts.is_first():
         record = {"steps": config.steps, "architecture": config.model.architecture, "validation": validation}
         storage.write_json(os.path.join(workdir, "result.json"), record)
         print(f"\nvalidation: {quality_text(validation)}", flush=True)
     if config.sample.tokens:
-        text = sample(trainer, params, tokenizer)  # on all hosts, as the parameters are spread over them
+        text = sample(trainer, params, tokenizer)  # on every host, as the parameters are spread over them
         if hosts.is_first():
             print(f"sample at temperature {config.sample.temperature:g}:\n{text}")
 
 
 def sample(trainer: Trainer, params, tokenizer: Tokenizer) -> str:
-    """The config's prompt and the text that the model goes on with."""
+    """The prompt of config.sample, continued by the model."""
     config = trainer.config
     prompt = tokenizer.encode(config.sample.prompt)
     if tokenizer.bos_id is not None:
         prompt = [tokenizer.bos_id, *prompt]
-    prompt = (prompt or [0])[: config.seq_len - 1]
+    prompt = (prompt or [0])[: config.seq_len - 1]  # a decoder needs a token to start from, and room for the next
     params = for_serving(params, config.model)
     steps = generate(
         Decoder(config.model, params, trainer.mesh),

@@ -11,10 +11,10 @@ from memoryllm_jax.training.step import Trainer
 
 
 class Validation:
-    """Evaluates parameters on the held-out split, from its start, the same batches each time.
+    """Evaluates parameters on the same batches of the held-out split each time.
 
     Args:
-      stopped: asked between batches; where it says True the evaluation ends without a result.
+      stopped: called before each batch; if it returns True, the evaluation ends without a result.
     """
 
     def __init__(self, batches: ValidationBatches, trainer: Trainer, stopped: Callable[[], bool]):
@@ -22,7 +22,7 @@ class Validation:
         self._agreement = SizeAgreement(batches.sizes(), trainer.mesh)
 
     def __call__(self, params) -> dict | None:
-        """{"loss" in nats a token, "perplexity", "bits_per_byte", "tokens"}; None if it was stopped."""
+        """Returns: {"loss" in nats per token, "perplexity", "bits_per_byte", "tokens"}; None if it was stopped."""
         nll = weight = 0.0
         for number in range(len(self._batches)):
             if self._stopped():
@@ -33,6 +33,6 @@ class Validation:
             batch_nll, batch_weight = jax.device_get(self._trainer.evaluate(params, placed))
             nll += float(batch_nll)
             weight += float(batch_weight)
-        # bytes and tokens of the whole split: their ratio holds for the batches that were evaluated too
+        # Bytes per token are those of the whole split, also where config.eval.batches evaluates only a part of it.
         held_out = self._batches.tokens
         return quality(nll / weight, held_out.tokens - 1, held_out.bytes) | {"tokens": int(weight)}

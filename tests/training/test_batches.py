@@ -1,4 +1,4 @@
-"""Batches are a function of (data, seed, step), on any number of hosts."""
+"""Batches depend on (data, seed, step) only, whatever the number of hosts."""
 
 import numpy as np
 import pytest
@@ -10,56 +10,73 @@ from memoryllm_jax.training.batches import TrainBatches, ValidationBatches, smal
 
 
 def global_batch(batches, step):
-    """(inputs [B, T], targets [B, T]) of all shards, whatever ids and index they are stored as."""
-    shards = batches[step]
-    inputs = [ids[index].reshape(-1) for ids, index, *_ in shards.values()]
-    return np.concatenate(inputs), np.concatenate([t.reshape(-1) for _, _, t, _ in shards.values()])
+    """(inputs, targets), [B * T] each, of all batch shards that `batches` makes."""
+    shards = batches[step].values()
+    inputs = [shard.ids_U[shard.index_AN].reshape(-1) for shard in shards]
+    targets = [shard.targets_AN.reshape(-1) for shard in shards]
+    return np.concatenate(inputs), np.concatenate(targets)
 
 
-def test_global_batches_do_not_depend_on_hosts_and_windows_cover_the_data(make_config):
+def test_global_batches_do_not_depend_on_hosts_or_shards(make_config):
     config = make_config("memory", steps=200, **{"data.epochs": 2})
     dataset = Dataset(config.data.path)
     one = TrainBatches(config, dataset, 1, [0])
-    stream = read_all(dataset)
     for step in (0, 7, 199):
         inputs, targets = global_batch(one, step)
         for shards, hosts in ((2, 1), (4, 2), (8, 4)):
             share = shards // hosts
-            parts = [
-                global_batch(TrainBatches(config, dataset, shards, range(h * share, (h + 1) * share)), step)
-                for h in range(hosts)
-            ]
-            np.testing.assert_array_equal(np.concatenate([p[0] for p in parts]), inputs)
-            np.testing.assert_array_equal(np.concatenate([p[1] for p in parts]), targets)
-    # One epoch takes every window once, shuffled; the next epoch in another order.
+            parts = []
+            for host in range(hosts):
+                local = range(host * share, (host + 1) * share)
+                parts.append(global_batch(TrainBatches(config, dataset, shards, local), step))
+            np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), inputs)
+            np.testing.assert_array_equal(np.concatenate([part[1] for part in parts]), targets)
+
+
+def test_an_epoch_takes_every_window_once_in_shuffled_order(make_config):
+    config = make_config("memory", steps=200, **{"data.epochs": 2})
+    dataset = Dataset(config.data.path)
+    batches = TrainBatches(config, dataset, 1, [0])
     T, B = config.seq_len, config.batch_size
-    steps = one.windows_an_epoch // B
-    rows = np.concatenate([global_batch(one, s)[0].reshape(B, T) for s in range(steps)])
-    expected = stream[: one.windows_an_epoch * T].reshape(-1, T)
-    assert len({r.tobytes() for r in rows} - {r.tobytes() for r in expected}) == 0
-    unique = {r.tobytes() for r in expected}
-    assert len({r.tobytes() for r in rows}) >= len(unique) - B and not np.array_equal(rows, expected[: len(rows)])
+    steps = batches.windows_an_epoch // B
+    found = np.concatenate([global_batch(batches, step)[0].reshape(B, T) for step in range(steps)])
+    windows = read_all(dataset)[: batches.windows_an_epoch * T].reshape(-1, T)
+    assert not np.array_equal(found, windows[: len(found)])
+    distinct_found, distinct_windows = ({window.tobytes() for window in all_} for all_ in (found, windows))
+    assert distinct_found <= distinct_windows
+    assert len(distinct_found) >= len(distinct_windows) - B  # windows left for the epoch's last, shared batch
 
 
-def test_reading_goes_on_from_any_step_and_errors_reach_the_reader(make_config, copied):
-    config = make_config("memory", steps=50, **{"data.path": str(copied)})
-    dataset = Dataset(str(copied))
-    batches = TrainBatches(config, dataset, 2, [0, 1])
+def test_reading_starts_at_any_step(make_config):
+    config = make_config("memory", steps=50)
+    batches = TrainBatches(config, Dataset(config.data.path), 2, [0, 1])
     reader = batches.iterate(30)
     for step in range(30, 50):
-        for (ids, index, *_), (ids2, index2, *_) in zip(next(reader).values(), batches[step].values()):
-            np.testing.assert_array_equal(ids[index], ids2[index2])
+        for read, expected in zip(next(reader).values(), batches[step].values()):
+            np.testing.assert_array_equal(read.ids_U[read.index_AN], expected.ids_U[expected.index_AN])
     with pytest.raises(StopIteration):
         next(reader)
+
+
+def test_errors_of_the_threads_reach_the_reader(make_config, copied):
+    config = make_config("memory", **{"data.path": str(copied)})
     shard = next(copied.glob("train-*.bin"))
     shard.write_bytes(b"\xff" * shard.stat().st_size)
     with pytest.raises(UserError, match="expected an id below 512, found 65535"):
         next(TrainBatches(config, Dataset(str(copied)), 2, [0, 1]).iterate(0))
 
 
-def test_end_of_data_is_refused_before_training(make_config):
+def test_more_steps_than_the_data_has_are_refused_before_training(make_config):
     config = make_config("memory", steps=100_000)
     with pytest.raises(UserError, match=r"config.data.epochs: 100000 steps of 8 sequences need .* set it to \d+"):
+        TrainBatches(config, Dataset(config.data.path), 1, [0])
+
+
+def test_sequences_longer_than_the_data_are_refused(make_config):
+    config = make_config("memory", seq_len=10_000_000)
+    with pytest.raises(
+        UserError, match=r"config.seq_len: expected less than the \d+ training tokens of .*, found 1000"
+    ):
         TrainBatches(config, Dataset(config.data.path), 1, [0])
 
 
@@ -69,13 +86,13 @@ def test_validation_scores_every_token_once(make_config):
     batches = ValidationBatches(config, dataset, 2, [0, 1])
     scored = []
     for step in range(len(batches)):
-        for _, _, targets, weights in batches[step].values():
-            scored.append(targets[weights == 1])
+        for shard in batches[step].values():
+            scored.append(shard.targets_AN[shard.weights_AN == 1])
     np.testing.assert_array_equal(np.concatenate(scored), read_all(dataset, "validation")[1:])
 
 
 def test_sizes_end_with_all_ids_that_a_shard_can_have(make_config):
-    """By its positions, or by the vocabulary; what a batch holds beyond the first size takes a larger one."""
+    """All ids are as many as the shard has positions, or as the vocabulary has ids."""
     for batch_size, most in ((8, 8 * 32), (64, 512)):
         config = make_config("memory", batch_size=batch_size, **{"model.vocab_size": 512})
         sizes = TrainBatches(config, Dataset(config.data.path), 1, [0]).sizes()

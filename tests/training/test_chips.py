@@ -1,4 +1,4 @@
-"""Accelerators by their data sheets."""
+"""The table of accelerators: numbers of devices, shapes of slices, and peak FLOP/s."""
 
 import pytest
 
@@ -10,10 +10,11 @@ from memoryllm_jax.training import chips
     "name, count, slices, message",
     [
         ("tpu", 8, 0, "chip: expected one of a100, .*, found 'tpu'"),
-        ("h100", 12, 0, "devices: expected up to 8 or whole nodes of 8, found 12"),
-        ("h100", 8, 2, "slices: expected a TPU, which come in slices, found h100"),
-        ("v5p", 24, 0, "devices: expected a power of two from 4 on for a slice of v5p"),
-        ("v5e", 8, 3, "devices: expected a power of two from 1 on for a slice of v5e"),
+        ("h100", 12, 0, "devices: expected at most 8 GPUs, or a multiple of 8, found 12"),
+        ("h100", 8, 2, "slices: expected 0, as only TPUs have slices, found 2 of h100"),
+        ("v5p", 24, 0, "devices: expected whole slices of v5p, each a power of two from 4 to 4096 devices, found 24"),
+        ("v5e", 8, 3, "devices: expected whole slices of v5e, .*, found 8 devices with slices=3"),
+        ("v5e", 512, 1, "devices: expected whole slices of v5e, .* to 256 devices, found 512 devices with slices=1"),
     ],
 )
 def test_numbers_of_devices_that_do_not_exist_are_refused(name, count, slices, message):

@@ -1,4 +1,4 @@
-"""What a step sends by arithmetic, held against compiled text: XLA for CPUs here, for TPUs and GPUs where installed."""
+"""The formulas of traffic against compiled steps: of XLA for CPUs, and of the TPU and GPU compilers where installed."""
 
 import collections
 import math
@@ -24,20 +24,20 @@ def small(architecture: str, **overrides) -> Config:
 
 
 def expected_bytes(config: Config, transfers: list[collectives.Transfer], shape: dict[str, int], platform: str) -> dict:
-    """The formulas' operand bytes by kind and size of the group, with the compilers' habits put in."""
+    """The formulas' operand bytes by kind and size of the group, with what each compiler does otherwise."""
     expected = collections.Counter()
     for t in transfers:
         kind = t.kind.replace("reduce-scatter", "all-reduce")
         group = math.prod(shape[axis] for axis in t.axes)
         size = t.operand_bytes
         if platform == "cpu" and t.what == "activations, backward":
-            size *= 5 / 2  # of attention q, k and v by themselves, and of the FFN gate and up
+            size *= 5 / 2  # sums q, k, v, gate and up apart, where the formula has attention's and the FFN's inputs
         if platform == "cpu" and t.what == "rows of the token memory, backward":
-            size *= 2  # gate and up
+            size *= 2  # sums gate and up apart
         if platform != "cuda" and t.what == "output head":
-            size /= config.accumulate  # gathered once a step
+            size /= config.accumulate  # gathers the head once a step
         if platform != "cuda" and t.what == collectives.HEAD_GRADIENT and shape["data"] > 1:
-            # Summed over data and fsdp at once.
+            # Sums over data and fsdp in one all-reduce.
             if t.kind == "all-reduce":
                 continue
             group = shape["data"] * shape["fsdp"]
@@ -46,6 +46,7 @@ def expected_bytes(config: Config, transfers: list[collectives.Transfer], shape:
 
 
 def check(config: Config, devices, platform: str) -> None:
+    """Compares formulas and compiled step by kind of collective and size of the group."""
     mesh = sharding.make_mesh(config.mesh, devices)
     compiled = plan.CompiledStep(config, mesh)
     # The size of a group tells its axes: 2 is data or tensor, 4 is fsdp, 8 is data and fsdp.
@@ -65,7 +66,7 @@ def check(config: Config, devices, platform: str) -> None:
     ],
 )
 def test_formulas_are_what_xla_for_cpus_compiles(architecture, overrides):
-    # In float32, as XLA for CPUs sums bfloat16 in it too.
+    # In float32, because XLA for CPUs sums bfloat16 in float32 too.
     config = small(architecture, **overrides, **{"model.dtype": "float32"})
     check(config, jax.devices(), "cpu")
 

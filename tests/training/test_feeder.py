@@ -1,4 +1,4 @@
-"""What the train loop is fed."""
+"""What the feeder yields to the train loop, and when it reads ahead."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ def test_each_step_gets_its_batch_and_the_smallest_size_that_holds_it(make_confi
     config = loop.complete(config, dataset)
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:2]))
     batches = TrainBatches(config, dataset, 2, [0, 1])
-    # Sizes so small that some batches need the second.
+    # The first size is so small that some batches need the second.
     counts = [batches[step].distinct for step in range(3, 12)]
     monkeypatch.setattr(batches, "sizes", lambda: [int(np.median(counts)), 128])
     fed = list(Feeder(batches, trainer, start=3))
@@ -33,7 +33,7 @@ def test_each_step_gets_its_batch_and_the_smallest_size_that_holds_it(make_confi
             np.testing.assert_array_equal(np.asarray(batch.targets_SAN)[shard], expected.targets_AN)
 
 
-def test_a_batch_is_read_before_the_step_before_it_is_dispatched(make_config):
+def test_the_next_batch_is_read_before_a_step_is_dispatched(make_config):
     config = make_config("memory")
     dataset = Dataset(config.data.path)
     config = loop.complete(config, dataset)

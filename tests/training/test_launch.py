@@ -1,4 +1,4 @@
-"""The launchers: SLURM on a real cluster of one node, manifests against their schemas, the rest by what it runs."""
+"""The launchers: SLURM on a real cluster of one node, manifests against their schemas, tpu_vm.sh with a fake gcloud."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_slurm_restarts_what_can_go_on(data_path, tmp_path):
+def test_slurm_restarts_runs_unless_the_error_is_the_users(data_path, tmp_path):
     if not (shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin") and os.geteuid() == 0):
         pytest.skip("needs Debian's packages slurm-wlm and munge, and root")
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -34,7 +34,7 @@ def test_slurm_restarts_what_can_go_on(data_path, tmp_path):
 class Gpu:
     id: int
     process_index: int
-    slice_index: int  # JAX's number of a node
+    slice_index: int  # number of its node, as JAX calls it
     platform: str = "gpu"
     device_kind: str = "GPU"
 
@@ -49,10 +49,13 @@ class Gpu:
     ],
 )
 def test_nodes_lie_along_the_first_axes(sizes, nodes):
-    """Two nodes of four GPUs, one process a GPU, which jax.make_mesh refuses."""
+    """Two nodes of four GPUs with one process a GPU, which jax.make_mesh would refuse."""
     gpus = [Gpu(i, i, i // 4) for i in range(8)]
     mesh = sharding.make_mesh(MeshConfig(*sizes), gpus)
     assert [[[gpu.slice_index for gpu in row] for row in plane] for plane in mesh.devices.tolist()] == nodes
+
+
+JOBSETS = pytest.mark.parametrize("name", ["jobset-tpu.yaml", "jobset-gpu.yaml"])
 
 
 def jobset(name: str) -> dict:
@@ -60,8 +63,16 @@ def jobset(name: str) -> dict:
     return yaml.safe_load((ROOT / "launch" / name).read_text())
 
 
+def job_of(tree: dict) -> tuple[dict, dict, dict]:
+    """(replicated job, its Job's spec, its container)"""
+    (replicated,) = tree["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    return replicated, job, container
+
+
 def check(model, tree) -> None:
-    """Raises where a manifest has a field that the API does not have, or a value of another type."""
+    """Raises if a manifest has a field that the API does not have, or a value of another type."""
 
     def same(given, kept, where):
         if isinstance(given, dict):
@@ -75,45 +86,52 @@ def check(model, tree) -> None:
     same(tree, model.from_dict(tree).to_dict(), "JobSet")
 
 
-@pytest.mark.parametrize("name", ["jobset-tpu.yaml", "jobset-gpu.yaml"])
-def test_jobset_is_one_and_restarts_what_can_go_on(name):
+@JOBSETS
+def test_jobset_has_only_fields_of_the_api(name):
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs the package kubeflow_trainer_api")
     tree = jobset(name)
     check(models.JobsetV1alpha2JobSet, tree)
+    # `check` finds misspelt fields.
     for old, new in (("backoffLimit", "backofLimit"), ("maxRestarts", "maxRestart"), ("nodeSelector", "nodeSelectors")):
         text = json.dumps(tree)
         if old in text:
             with pytest.raises(AssertionError, match=f"no such field: {{'{new}'}}"):
                 check(models.JobsetV1alpha2JobSet, json.loads(text.replace(old, new)))
 
-    spec = tree["spec"]
-    assert [(r["action"], r["onJobFailureReasons"]) for r in spec["failurePolicy"]["rules"]] == [
-        ("FailJobSet", ["PodFailurePolicy"])
-    ]
-    (replicated,) = spec["replicatedJobs"]
-    job = replicated["template"]["spec"]
+
+@JOBSETS
+def test_jobset_restarts_unless_the_error_is_the_users(name):
+    tree = jobset(name)
+    (rule,) = tree["spec"]["failurePolicy"]["rules"]
+    assert rule["action"] == "FailJobSet" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    _, job, container = job_of(tree)
     evicted, user_error = job["podFailurePolicy"]["rules"]
     assert evicted["action"] == "Count" and user_error["action"] == "FailJob"
-    assert user_error["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [1]}
-    pod = job["template"]["spec"]
-    (container,) = pod["containers"]
-    assert container["name"] == "train" and pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
+    assert user_error["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [1]}
+    assert job["template"]["spec"]["restartPolicy"] == "Never" and job["backoffLimit"] == 0
+
+
+@JOBSETS
+def test_numbers_of_pods_devices_and_the_mesh_agree(name):
+    tree = jobset(name)
+    replicated, job, container = job_of(tree)
     assert job["parallelism"] == job["completions"]
-    flags = dict(re.match("--([^=]*)=?(.*)", a).groups() for a in container["command"][3:] + container["args"])
+    arguments = container["command"][3:] + container["args"]
+    flags = dict(re.match("--([^=]*)=?(.*)", argument).groups() for argument in arguments)
     assert "multihost" in flags
     if "gpu" in name:
-        pods = job["parallelism"] * replicated["replicas"]
-        first = f"{tree['metadata']['name']}-{replicated['name']}-0-0.{tree['metadata']['name']}"
-        assert flags["num_processes"] == str(pods) and flags["coordinator"].startswith(first + ":")
-        assert flags["process_id"] == "$(JOB_COMPLETION_INDEX)" and replicated["replicas"] == 1
-        assert flags["config.mesh.data"] == str(pods)
+        assert replicated["replicas"] == 1
+        first_pod = f"{tree['metadata']['name']}-{replicated['name']}-0-0.{tree['metadata']['name']}"
+        assert flags["coordinator"].startswith(first_pod + ":") and flags["process_id"] == "$(JOB_COMPLETION_INDEX)"
+        assert flags["num_processes"] == flags["config.mesh.data"] == str(job["parallelism"])
     else:
-        chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
+        topology = job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+        chips = math.prod(int(size) for size in topology.split("x"))
         assert chips == job["parallelism"] * container["resources"]["limits"]["google.com/tpu"]
         assert flags["config.mesh.data"] == str(replicated["replicas"])
 
 
-def test_skypilot_reads_its_task(tmp_path, monkeypatch):
+def test_skypilot_accepts_its_task(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     sky = pytest.importorskip("sky", reason="needs the package skypilot, too large to be a test's requirement")
     task = sky.Task.from_yaml(str(ROOT / "launch/skypilot.yaml"))
@@ -126,7 +144,7 @@ def test_skypilot_reads_its_task(tmp_path, monkeypatch):
 
 
 GCLOUD = """#!/bin/bash
-# Writes down what it is asked, and answers with the next state of a request, or the next exit code of a training.
+# Logs its arguments, and answers with the next state of a request, or the next exit code of a training.
 echo "$*" >> "$FAKE/calls"
 next() { head -n 1 "$FAKE/$1"; sed -i 1d "$FAKE/$1"; }
 case "$*" in
@@ -153,7 +171,7 @@ esac
     ],
 )
 def test_tpu_vm_goes_on_after_preemption(tmp_path, states, codes, code, calls):
-    """The commands alone, by a gcloud that does nothing: what they do on the cloud is not tested."""
+    """Tests the commands alone, with a gcloud that does nothing; what they do on the cloud is not tested."""
     for name, text in (("gcloud", GCLOUD), ("states", states), ("codes", codes)):
         (tmp_path / name).write_text(text if name == "gcloud" else text.replace(" ", "\n") + "\n")
     (tmp_path / "gcloud").chmod(0o755)

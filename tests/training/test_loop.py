@@ -45,7 +45,7 @@ def losses(workdir):
 
 
 def stop_after(monkeypatch, step):
-    """As if SIGTERM came during this step."""
+    """Acts as if SIGTERM came during this step."""
     monkeypatch.setattr(hosts.StopSignal, "after_step", lambda self, done: done >= step)
 
 
@@ -80,12 +80,19 @@ def test_a_signal_during_validation_saves_first_and_the_validation_is_made_again
     config = make_config("memory", **{"eval.every": 2})
     with monkeypatch.context() as patch:
         asked = []
-        # It is asked before the first step, and then before each batch of the first validation.
+        # `now` is called before the first step, and then before each batch of the first validation.
         patch.setattr(hosts.StopSignal, "now", lambda self: asked.append(0) or len(asked) == 3)
         assert run(config, tmp_path) == hosts.STOPPED
     assert saved_steps(tmp_path) == [2] and not records(tmp_path, "validation")
     assert run(config, tmp_path) == 0
     assert [record["step"] for record in records(tmp_path, "validation")] == [2, 4]
+
+
+def test_a_signal_before_the_first_step_saves_nothing_and_says_so(make_config, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(hosts.StopSignal, "now", lambda self: True)
+    assert run(make_config("memory"), tmp_path) == hosts.STOPPED
+    assert saved_steps(tmp_path) == []
+    assert "stopped by a signal after step 0; nothing to save yet; run the same line to go on" in capfd.readouterr().out
 
 
 @pytest.mark.slow
@@ -121,7 +128,7 @@ def test_other_config_data_or_tokenizer_is_refused_with_the_fields(make_config, 
     shards.prepare(corpus, "sentencepiece:train:500", str(tmp_path / "other"), validation_fraction=0.05)
     with pytest.raises(UserError, match=r"model.vocab_size: 512 .* 500 .*tokenizer: .*data: "):
         run(make_config("memory", **{"data.path": str(tmp_path / "other")}), tmp_path / "w")
-    # Where and how fast may change.
+    # Fields that decide where and how fast a run trains may change.
     assert run(make_config("memory", **{"model.remat": "full", "mesh.fsdp": 2}), tmp_path / "w", 2) == 0
 
 
@@ -157,7 +164,7 @@ def test_checkpoints_that_are_kept(make_config, tmp_path):
 
 
 def test_a_save_that_fails_in_the_background_ends_the_run(make_config, tmp_path, monkeypatch):
-    """As on a full disk."""
+    """The error of a full disk."""
 
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -169,7 +176,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run(make_config, tmp_path,
     assert saved_steps(tmp_path / "w") == []
 
 
-def test_step_is_dispatched_before_the_last_ones_metrics_are_read(make_config, tmp_path, monkeypatch):
+def test_a_step_is_dispatched_before_the_metrics_of_the_step_before_are_read(make_config, tmp_path, monkeypatch):
     order, seen = [], []
     compiled, get = Trainer.__init__, jax.device_get
 
@@ -200,10 +207,10 @@ def test_records_of_a_run(make_config, tmp_path):
     config = make_config("memory", **{"log.every": 3, "log.peak_flops": 1e9})
     run(config, tmp_path)
     third, last = records(tmp_path)
-    assert (third["step"], last["step"]) == (3, 4)  # and the last step always
+    assert (third["step"], last["step"]) == (3, 4)  # the last step is always recorded
     assert last["tokens"] == 4 * 8 * 32 and third["epoch"] == pytest.approx(last["epoch"] * 3 / 4)
     assert 0 < last["rows"] <= 8 * 32 and last["rows"] % 8 == 0  # distinct ids, padded
-    assert 0 < last["mfu"] < last["mfu_plain"]  # as fewer rows than tokens were evaluated
+    assert 0 < last["mfu"] < last["mfu_plain"]  # fewer rows than tokens were evaluated
 
 
 def test_vocabulary_larger_than_the_data_trains_and_samples(make_config, tmp_path, capfd):

@@ -15,7 +15,7 @@ def test_learning_rate_and_decay_follow_the_recipe(make_config):
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=10))
     rate = optimizer.schedule(config)
     assert [float(rate(s)) for s in (0, 9, 99)] == pytest.approx([1e-4, 1e-3, 1e-4])
-    assert float(rate(54)) == pytest.approx((1e-3 + 1e-4) / 2)  # half way down the cosine
+    assert float(rate(54)) == pytest.approx((1e-3 + 1e-4) / 2)  # halfway down the cosine
     params = {
         "layers": {"norm": {"scale": jnp.ones(3)}, "ffn": {"up": jnp.ones((3, 3))}},
         "embedding": jnp.ones((2, 3)),

@@ -1,4 +1,4 @@
-"""A run planned for devices that are not here: what it holds and sends, and what to change where it does not fit."""
+"""Plans: memory and traffic of a step, and what to change if it does not fit."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ def test_plan_places_state_and_activations_on_8_and_64_devices(tmp_path):
     config.update_from_flattened_dict(small | {"batch_size": 8})
     plans = {8: plan.plan(resolve(config), "h100", jax.devices())}
 
-    # As a command, as more devices than these tests have need a process of their own.
+    # In a process of its own, as the tests' process has eight devices.
     command = [sys.executable, "-m", "memoryllm_jax.train", "--config=configs/tiny.py:flex-3", "--dry_run"]
     command += [f"--config.{name}={value}" for name, value in small.items()]
     command += ["--config.batch_size=64", "--devices=64", "--chip=h100", f"--plan={tmp_path}/64.json"]
@@ -42,10 +42,10 @@ def test_plan_places_state_and_activations_on_8_and_64_devices(tmp_path):
         matrices = L * (4 * D * D + 3 * D * (C + M)) + 2 * V * D
         norms = L * 3 * D + D
         held = 4 * (matrices // (n // 4) // 2 + norms)
-        assert p["memory"]["parameters"] == held  # by what the executable gives back
-        assert p["memory"]["optimizer"] == 2 * held + 8  # moments, and two counts
+        assert p["memory"]["parameters"] == held  # by the shardings of the executable's outputs
+        assert p["memory"]["optimizer"] == 2 * held + 8  # two moments, and two counts of 4 bytes
         assert p["parameters"]["total"] == matrices + norms
-    # Two sequences a shard everywhere: activations do not grow, and traffic only by (g - 1) / g.
+    # Both have two sequences a shard: activations do not grow, and traffic grows only by (g - 1) / g.
     few, many = plans.values()
     assert many["memory"]["activations"] < 1.2 * few["memory"]["activations"]
     assert few["collective_bytes"] < many["collective_bytes"] < 1.9 * few["collective_bytes"]

@@ -15,4 +15,4 @@ def test_clock_leaves_out_what_is_paused(monkeypatch):
     now[0] += 4
     assert clock.lap() == 7
     now[0] += 2
-    assert clock.lap() == 2  # neither the lap nor the pause before counts
+    assert clock.lap() == 2  # the lap and the pause before do not count

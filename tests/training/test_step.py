@@ -1,4 +1,4 @@
-"""The compiled train step on a mesh: where state and rows lie, and what does not cross devices."""
+"""The compiled train step on a mesh: where the state is placed, and that token memory stays on its shard."""
 
 import math
 import re
@@ -24,8 +24,7 @@ def trainer_and_batch(make_config):
     return trainer, place(batches[0], batches.sizes()[-1], trainer.batch_sharding)
 
 
-def test_parameters_moments_and_batch_lie_as_the_table_says(trainer_and_batch):
-    """Placement of the state, before and after a step."""
+def test_state_and_batch_are_sharded_as_the_table_says_before_and_after_a_step(trainer_and_batch):
     trainer, batch = trainer_and_batch
     state = trainer.init(jax.random.key(0))
     P = jax.sharding.PartitionSpec
@@ -52,7 +51,7 @@ def test_parameters_moments_and_batch_lie_as_the_table_says(trainer_and_batch):
 
 
 def test_rows_stay_on_their_shard(trainer_and_batch):
-    """Read off the compiled step: each device evaluates the rows of its shard only, and none cross devices."""
+    """Read from the compiled step: each device evaluates only the rows of its shard, and no row is sent."""
     trainer, batch = trainer_and_batch
     text = trainer.train.lower(trainer.state_shape, batch).compile().as_text()
     collective = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
