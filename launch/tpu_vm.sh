@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs: requests the slices, installs this checkout on every host and trains. After a preemption it
-# does all of this again, until training ends.
+# Trains on Cloud TPU VMs: requests the slices, installs this checkout on every host, and trains. Repeats this after
+# each preemption until training ends.
 #
 #     ssh-add ~/.ssh/google_compute_engine
 #     ZONE=us-east5-a ACCELERATOR=v5p-128 launch/tpu_vm.sh NAME --config=configs/1b.py:flex-3 \
 #         --workdir=gs://BUCKET/runs/1b-flex-3 --config.data.path=gs://BUCKET/c4
 #
-# The arguments after NAME are those of memoryllm_jax.train. SLICES=2 requests two slices, RUNTIME=... another image, and
-# CREATE_FLAGS= TPUs that are not spot. Run it on a machine that stays up; it can be killed and run again.
+# The arguments after NAME are those of memoryllm_jax.train. SLICES=2 requests two slices, RUNTIME=IMAGE uses another
+# image, and an empty CREATE_FLAGS= requests TPUs that are not spot. Run this script on a machine that stays up. It can
+# be killed and run again.
 set -euo pipefail
 
 name=${1:?expected a name for the TPUs}
@@ -17,14 +18,14 @@ accelerator=${ACCELERATOR:?expected a type, for example v5p-128}
 slices=${SLICES:-1}
 runtime=${RUNTIME:-v2-alpha-tpuv5}
 read -ra create_flags <<< "${CREATE_FLAGS---spot}"
-poll=${POLL:-60}              # seconds between looks at the state of the request
+poll=${POLL:-60}              # seconds between queries of the request's state
 crash_loop=${CRASH_LOOP:-600} # seconds; a run that crashes sooner after its start is not restarted
 
 resource() { # VERB ARGUMENT...
     gcloud compute tpus queued-resources "$@" --zone="$zone"
 }
 
-state() { # NONE only if there is no such request; other errors are taken to be temporary
+state() { # prints NONE if there is no such request, UNKNOWN for other errors, which may pass
     local answer
     if answer=$(resource describe "$name" --format='value(state.state)' 2>&1); then
         echo "${answer##*$'\n'}"
@@ -43,12 +44,12 @@ create() {
         "${create_flags[@]}"
 }
 
-on_all_hosts() { # COMMAND. --batch-size=all, as gcloud would let host 65 wait until host 1 has ended
+on_all_hosts() { # COMMAND. Without --batch-size=all gcloud runs it on 64 hosts at a time.
     resource ssh "$name" --node=all --worker=all --batch-size=all --command="$1"
 }
 
 install() {
-    # The images have Python 3.10, which is too old; uv brings 3.12.
+    # Python 3.10 of the images is too old; uv installs 3.12.
     git -C "$(dirname "$0")/.." archive --format=tar.gz --output="$archive" HEAD &&
         resource scp "$archive" "$name:memoryllm.tar.gz" --node=all --worker=all --batch-size=all &&
         on_all_hosts "mkdir -p memoryllm && tar -xzf memoryllm.tar.gz -C memoryllm && cd memoryllm &&
@@ -56,7 +57,7 @@ install() {
             python3 -m uv pip install -q --python=.venv -e '.[prepare,gcs,tpu]'"
 }
 
-train() { # flock waits for a process of an earlier start that has not ended yet
+train() { # ARGUMENT... flock waits until the process of an earlier start has ended.
     arguments=$(printf '%q ' "$@")
     on_all_hosts "cd memoryllm && flock run.lock .venv/bin/python -m memoryllm_jax.train $arguments--multihost"
 }
@@ -72,8 +73,9 @@ while true; do
             { install && train "$@"; } || code=$?
             if ((code == 0)); then break; fi
             echo "ended with code $code"
-            sleep "$poll" # until a preemption shows in the state
-            # 1 is an error that a restart would not mend, 143 a checkpoint after SIGTERM, 255 a lost connection.
+            sleep "$poll" # a preemption shows in the state only after a while
+            # 1: an error that a restart would meet again, unless a preemption caused it. 143: SIGTERM, after a
+            # checkpoint. 255: lost connection. Others: a crash.
             case $code in
                 143 | 255) ;;
                 1) if [ "$(state)" = ACTIVE ]; then exit 1; fi ;;

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Runs launch/slurm.sbatch on a real SLURM cluster of one node, which it sets up in a folder and takes down again.
+# Tests launch/slurm.sbatch on a real SLURM cluster of one node, which this script sets up and takes down again.
 #
 #     apt-get install slurm-wlm munge
 #     tests/training/slurm.sh DATA FOLDER
 #
-# As root. DATA is prepared text, FOLDER is new. Trains on the CPU with two tasks of the `python` on PATH.
+# Run it as root. DATA is prepared text; FOLDER does not exist yet. Trains on the CPU with two tasks of PATH's `python`.
 set -euo pipefail
 
 data=$1 folder=$2
 cd "$(dirname "$0")/../.."
 mkdir -p "$folder"/{state,spool}
 export PATH=$PATH:/usr/sbin SLURM_CONF=$folder/slurm.conf JAX_PLATFORMS=cpu XLA_FLAGS='' CRASH_LOOP=0
-# Most of a start is compilation, and all compile the same.
+# Most of a start is compilation, and all starts compile the same steps.
 export JAX_COMPILATION_CACHE_DIR=$folder/cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
 stop_cluster() {
     squeue --noheader --format=%i | xargs --no-run-if-empty scancel || true
-    for ((i = 0; i < 400; i++)); do # the end of a job is told to slurmctld, which must still be there
+    for ((i = 0; i < 400; i++)); do # slurmctld must still run to learn that the jobs have ended
         if [ -z "$(squeue --noheader)" ]; then break; fi
         sleep 0.1
     done
@@ -28,8 +28,8 @@ trap stop_cluster EXIT
 start_cluster() {
     head -c 128 /dev/urandom > "$folder/munge.key"
     chmod 600 "$folder/munge.key"
-    port=$((20000 + RANDOM % 10000)) # JAX takes a port that follows from the job's number
-    printf 'Name=gpu File=/dev/%s\n' null zero full random > "$folder/gres.conf" # devices that the tasks can ask for
+    port=$((20000 + RANDOM % 10000)) # JAX derives its port from the job's number
+    printf 'Name=gpu File=/dev/%s\n' null zero full random > "$folder/gres.conf" # stand-ins for GPUs
     cat > "$SLURM_CONF" <<EOF
 ClusterName=test
 SlurmctldHost=localhost
@@ -55,7 +55,7 @@ PartitionName=main Nodes=ALL Default=YES
 EOF
     munged --foreground --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
         --pid-file="$folder/munge.pid" --log-file="$folder/munge.log" --seed-file="$folder/munge.seed" \
-        > "$folder/munged" 2>&1 & # --force, as FOLDER may be for its owner alone
+        > "$folder/munged" 2>&1 & # --force: FOLDER may be readable by its owner only
     wait_for test -S "$folder/munge.socket"
     slurmctld -D -i > "$folder/slurmctld" 2>&1 &
     slurmd -D -N localhost > "$folder/slurmd" 2>&1 &
@@ -64,12 +64,12 @@ EOF
 
 node_is_idle() { [ "$(sinfo --noheader --format=%T)" = idle ]; }
 
-wait_for() { # COMMAND...: until it succeeds
+wait_for() { # COMMAND...: waits until it succeeds
     for ((i = 0; i < 2400; i++)); do
         if "$@" 2> /dev/null; then return; fi
         sleep 0.1
     done
-    fail "waited in vain for: $*"
+    fail "did not succeed within four minutes: $*"
 }
 
 fail() {
@@ -97,26 +97,26 @@ expect() { "$@" || fail "expected: $*; found $(field JobState) $(field ExitCode)
 echo "starting a cluster in $folder"
 start_cluster
 
-echo "SIGTERM to the tasks: a checkpoint, and a start that goes on from it"
+echo "SIGTERM to the tasks: saves a checkpoint; the job is restarted from it"
 submit train --config.steps=300
 wait_for logged "step 5/"
 scancel --signal=TERM "$job"
 wait_for logged "stopped by a signal after step"
 wait_for logged "going on from step"
 
-echo "the loss of a task: another start"
+echo "a task is killed: the job is restarted"
 steps=$(grep -c ^step "$folder/train.log")
 wait_for logged "step $((steps + 5))/"
 kill -KILL "$(scontrol listpids "$job" | awk '$5 == 1 { print $1 }')"
 killed=$job
 
-echo "a wrong config: no other start"
+echo "a wrong config: the job is not restarted"
 submit wrong --config.model.dim=7
 wait_for has JobState FAILED
 expect has ExitCode 1:0
 expect has Restarts 0
 
-echo "scancel: a checkpoint, and no other start"
+echo "scancel: saves a checkpoint; the job is not restarted"
 submit cancelled --config.steps=300
 wait_for logged "step 5/"
 scancel "$job"
@@ -124,7 +124,7 @@ wait_for logged "stopped by a signal after step"
 wait_for has JobState CANCELLED
 expect has Restarts 0
 
-echo "the job that lost a task goes on to its end"
+echo "the job whose task was killed finishes"
 job=$killed name=train
 wait_for has JobState COMPLETED
 expect has Restarts 2

@@ -37,7 +37,8 @@ def final_state(config, workdir):
 
 
 def saved_steps(workdir):
-    return sorted(int(path.name) for path in workdir.glob("[0-9]*"))
+    """Steps of complete checkpoints: a folder that is still being written is not named by its step alone."""
+    return sorted(int(path.name) for path in workdir.iterdir() if path.name.isdigit())
 
 
 def losses(workdir):
