@@ -31,12 +31,15 @@ def agreement(
 ) -> dict:
     """How often a value's top token is the next token of its key's top trigger, by layer, and that token's rank.
 
-    Geva et al. 2021, section 4 and figure 4: agreement is argmax p_i = w_i, with p_i the value's distribution (as in
-    `values`, v_i with the sign of its strongest coefficient) and w_i the token that follows the top-1 trigger in the
-    text; figure 5: the rank of w_i under p_i. Then, of the values with the largest max p, how many have their top token
-    after at least one of the key's top-t triggers. Chance is measured by pairing values with other keys' triggers. The
-    triggers of FFN-M are tokens, exact over the vocabulary, and w_i is the token that most often follows the trigger in
-    the training text, by up to 4 million pairs at even distances. Keys whose trigger does not occur there are left out.
+    Geva et al. 2021, section 4 and figure 4: value i agrees if argmax p_i = w_i. Here p_i is its distribution (as in
+    `values`, of v_i with the sign of the key's strongest coefficient), and w_i is the token that follows the key's
+    top-1 trigger in the text. Figure 5: the rank of w_i under p_i. Then, of the values with the largest max p_i: how
+    many have their top token after at least one of their key's top-t triggers. Chance is measured by pairing values
+    with other keys' triggers.
+
+    The triggers of FFN-M are tokens, exact over the vocabulary, and w_i is the token that most often follows the
+    trigger in the training text, counted in up to 4 million pairs at even distances. Keys whose trigger has no
+    successor there are left out.
     """
     ffn = model.ffn(ffn)
     chosen = sample_keys(model, ffn, keys, (), text.seed)  # (): this analysis has no option that names keys
@@ -52,7 +55,7 @@ def agreement(
             pairs = _pairs(model, ffn, layer, chosen[layer], triggers, following, draw)
             write(_csv_lines(layer, pairs))
             layers.append({"layer": layer, "keys": len(pairs.keys_K)} | _measures(pairs))
-            # Each layer may hold all of the most predictive values, so it hands in as many as are shown.
+            # All of the most predictive values may be of one layer, so each layer offers as many as are shown.
             peaked += _most_peaked(layer, pairs, predictive)
             progress.update(progress.done + 1)
     progress.close()
@@ -135,7 +138,7 @@ def others(draw: np.random.Generator, x_K: np.ndarray) -> np.ndarray:
     Args:
       x_K: any values; a single one has no other and stays.
     """
-    # One cycle through all places in random order: a plain permutation would leave some elements where they are.
+    # Each place in a random order gives to the next: a plain permutation would leave some elements where they are.
     order = draw.permutation(len(x_K))
     out_K = np.empty_like(x_K)
     out_K[order] = x_K[np.roll(order, 1)]

@@ -33,12 +33,19 @@ def annotate(
 
     Geva et al. 2021, section 3.1: people name patterns that at least three of a key's 25 triggers share, and call each
     shallow (such as the same last word) or semantic. The sheet as CSV has a line for each trigger, with columns for the
-    pattern and its kind; the page has a box for each key, beside the last 16 tokens of its triggers. The proxies do not
-    replace such judgements. Each is compared with its value for as many triggers drawn from all keys of the layer.
-    Shared last token: share of the triggers that end with the commonest last token; for FFN-M, whose triggers are
-    tokens, the share of the commonest class by text, such as digits. N-gram overlap: mean over pairs of triggers of the
-    Jaccard index of 1- and 2-grams of the last 8 tokens; for FFN-M, of the characters. Embedding similarity: mean over
-    pairs of the cosine of the mean input embeddings of the last 8 tokens, less the mean embedding of the vocabulary.
+    pattern and its kind. The page has a box for each key, beside the last 16 tokens of its triggers.
+
+    The proxies do not replace such judgements. Each is compared with its value for as many triggers drawn from all keys
+    of the layer.
+
+    Shared last token: the share of the triggers that end with the commonest last token; for FFN-M, whose triggers are
+    tokens, the share of the commonest class by text, such as digits.
+
+    N-gram overlap: the mean, over pairs of triggers, of the Jaccard index of the 1- and 2-grams of their last 8 tokens;
+    for FFN-M, of their characters.
+
+    Embedding similarity: the mean, over pairs of triggers, of the cosine of their mean input embeddings, each over the
+    last 8 tokens and less the mean embedding of the vocabulary.
     """
     ffn = model.ffn(ffn)
     chosen = sample_keys(model, ffn, keys, key, text.seed)
@@ -46,7 +53,7 @@ def annotate(
     found = find(model, ffn, chosen, top, corpus)
     sheet: Sheet = {}
     for trigger in each_trigger(chosen, found):
-        # The text of a prefix is read here, once, and kept: every later step asks for it.
+        # The tokens of a prefix are read from the data once, and kept for the steps below.
         row = SheetRow(trigger.rank, trigger.c, tokens_of(corpus, trigger.label))
         sheet.setdefault((trigger.layer, trigger.key), []).append(row)
     proxies = _proxies(model, sheet, single_tokens=corpus is None, seed=text.seed)

@@ -42,10 +42,12 @@ def clustering(
 
     MemoryLLM, figure 6, shows a clustering coefficient without defining it. Ours is the mean local clustering
     coefficient (Watts and Strogatz 1998) of the graph that joins two tokens if either is among the other's k nearest by
-    cosine of c: among the pairs of a token's neighbours, the share that are neighbours themselves. It is compared with
-    that of a random graph of as many edges, which is the share of all pairs that are joined. The silhouette (Rousseeuw
-    1987, scikit-learn's) is that of the K-means clusters of `clusters`, Euclidean on vectors of unit length, on a
-    sample of tokens if there are more. The graph is exact over the vocabulary; --tokens draws some to save time.
+    cosine of c: of the pairs of a token's neighbours, the share that are joined themselves. It is compared with that of
+    a random graph of as many edges, which is the share of all pairs that are joined. The graph is exact over the
+    vocabulary; --tokens draws some to save time.
+
+    The silhouette (Rousseeuw 1987, scikit-learn's) is that of the K-means clusters of `clusters`, Euclidean on vectors
+    of unit length, on a sample of tokens if there are more.
     """
     model.require_memory("clustering")
     check(model, clusters, sample)

@@ -42,9 +42,11 @@ def coefficients(
     The keys that matter most for a token have the largest |c_i| |v_i|, the size of what they add; `share` is that size
     over its sum over all keys. The tokens that use a key most have the largest coefficients on the side of its largest
     |c_i|; `sign` is that side, and the value's top tokens are those of sign * v_i (see `values`). All are exact over
-    the whole vocabulary. The page shows the tokens that --token names; without --token the --tokens most frequent ones
-    of --data; without --data ids at even distances. It also shows the norm of each token's row, and the top tokens that
-    the output head makes of it.
+    the whole vocabulary.
+
+    The page shows the tokens that --token names; without --token, as many as --tokens says: the most frequent ones of
+    --data, or without --data those whose ids are at even distances. It also shows the norm of each token's row, and the
+    top tokens that the output head makes of it.
     """
     model.require_memory("coefficients")
     if top > model.config.memory_dim:
@@ -160,8 +162,8 @@ def outliers(
 
     MemoryLLM, figure 6, counts the outlier keys of a token without defining them; the rule |x| > M mean |x| is one that
     its authors use elsewhere. The mean is over the keys of one token in one layer, and every token of the vocabulary
-    counts once. By the first M, a CSV file gives how many each token has in each layer, and a table the keys that are
-    outliers for most tokens.
+    counts once. For the first M, a CSV file gives the number of outliers of each token in each layer, and a table lists
+    the keys that are outliers for most tokens.
     """
     model.require_memory("outliers")
     ratios = _ratios(ratio)
@@ -170,7 +172,7 @@ def outliers(
     rows, most_often, by_token = [], [], []
     for layer in range(L):
         counts_VM, hits_F = _outliers_of_layer(model, layer, ratios, lambda: progress.update(progress.done + 1))
-        by_token.append(counts_VM[:, 0])  # of the first M alone: V x L numbers for each M would be large files
+        by_token.append(counts_VM[:, 0])  # for the first M alone, as the file has V x L numbers for each
         for m, count_V in zip(ratios, counts_VM.T):
             row = {"layer": layer, "M": m, "mean": float(count_V.mean()), "largest": int(count_V.max())}
             rows.append(row | {"tokens_without": float((count_V == 0).mean())})

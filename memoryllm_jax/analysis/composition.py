@@ -35,10 +35,11 @@ def active(
     Geva et al. 2021, section 5.1 and figure 7, count coefficients above zero, as ReLU makes the others zero. SwiGLU
     makes none zero, and its coefficients have two signs, so that threshold does not carry over. Here memory i adds
     c_i v_i, of size |c_i| |v_i|, and the active memories are the fewest that hold `mass` (90%) of the sum of these
-    sizes. Scaling a key up and its value down leaves the model unchanged. It leaves this measure unchanged too, but
-    would change how many |c_i| are above a threshold.
-    If all memories added the same, 90% would be active. FFN-C and base's FFN are measured over prefixes drawn at random
-    from the text; FFN-M over every token of the vocabulary, each counted once.
+    sizes. If all sizes were the same, 90% of the memories would be active. Scaling a key up and its value down leaves
+    the model unchanged. It leaves this measure unchanged too, but would change how many |c_i| are above a threshold.
+
+    FFN-C and base's FFN are measured over prefixes drawn at random from the text; FFN-M over every token of the
+    vocabulary, each counted once.
     """
     ffn = model.ffn(ffn)
     if not 0 < mass < 1:
@@ -119,11 +120,13 @@ def active_count(c_NF, norms_F, mass):
 def compose(model: KeyValueModel, page: Report, *, text: ExampleOptions) -> dict:
     """How often a layer's top prediction differs from that of every single one of its memories.
 
-    Geva et al. 2021, section 5.1 and figure 8: top(y_l) against top(v_i) of all memories i, where y_l is what the
-    layer's memories add and top(x) the likeliest token that the output head makes of x. Here memory i adds c_i v_i and
-    c_i may be negative, so it is top(v_i) or top(-v_i) by the sign of c_i; in flex, the memories are those of FFN-C and
-    FFN-M together. Among the rest, where some memory has the layer's prediction: how many predictions are stop words
-    (scikit-learn's English list), and how many prefixes have fewer than 5 tokens; both also over all examples.
+    Geva et al. 2021, section 5.1 and figure 8: a prediction is composed if top(y_l) differs from top(v_i) of all
+    memories i, where y_l is the sum that the layer's memories add and top(x) is the likeliest token that the output
+    head makes of x. Here memory i adds c_i v_i and c_i may be negative, so top(v_i) or top(-v_i) counts, by the sign of
+    c_i. In flex, the memories are those of FFN-C and FFN-M together.
+
+    Among the rest, where some memory has the layer's prediction: how many predictions are stop words (scikit-learn's
+    English list), and how many prefixes have fewer than 5 tokens. Both are also given over all examples.
     """
     corpus, examples = text.draw(model, page)
     L = model.config.layers

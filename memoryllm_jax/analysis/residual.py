@@ -43,12 +43,14 @@ def _top_and_probability(model, x_ND, tokens_N) -> tuple[np.ndarray, np.ndarray]
 def residual(model: KeyValueModel, page: Report, *, text: ExampleOptions) -> dict:
     """How early the residual holds the final prediction, and what each layer's update does to the top prediction.
 
+    Here r_l = X_l + Attn_l is the residual that the outputs of a layer's FFNs are added to, y_l is what they add, o_l
+    is the sum of both, and o_L is that of the last layer. top(x) is the likeliest token that the output head makes of
+    x. The final norm is applied to all, and y_l is brought to root mean square 1 before it. The attention of the same
+    layer is part of r_l, in memory and flex as in base.
+
     Geva et al. 2021, section 5.2. Figure 9: how often top(r_l) = top(o_L). Figure 10: the probability of the token
-    top(o_L) under r_l. Figure 11, by top(o_l): residual, if it is top(r_l) and not top(y_l); agreement, if it is both;
-    FFN, if it is top(y_l) alone; composition, if it is neither. Here r_l = X_l + Attn_l is the residual that the
-    outputs of a layer's FFNs are added to, y_l what they add, o_l their sum and o_L that of the last layer; top(x) is
-    the likeliest token that the output head makes of x. The final norm is applied to all, and y_l brought to root mean
-    square 1 before it. The attention of the same layer is part of r_l, in memory and flex as in base.
+    top(o_L) under r_l. Figure 11: where top(o_l) comes from. It is residual, if it equals top(r_l) and not top(y_l);
+    agreement, if it equals both; FFN, if it equals top(y_l) alone; composition, if it equals neither.
     """
     corpus, examples = text.draw(model, page)
     L = model.config.layers

@@ -21,9 +21,7 @@ _LISTED = 5  # triggers of each key that the page shows
 
 # Options that several analyses of keys have.
 Keys = Annotated[int, Option("keys of each layer, drawn at random; 0: all", least=0)]
-Key = Annotated[
-    tuple[str, ...], Option("LAYER:KEY, a key to look at in place of drawn ones; may be given several times", many=True)
-]
+Key = Annotated[tuple[str, ...], Option("LAYER:KEY, a key to look at in place of drawn ones", many=True)]
 Top = Annotated[int, Option("triggers of a key to keep, the strongest", least=1)]
 
 
@@ -138,9 +136,9 @@ def triggers(
 
     Geva et al. 2021, section 3.1: the coefficient of key i for a prefix is that of the prefix's last position. There it
     is ReLU(x k_i). Here it is SwiGLU's c_i = (q k_i) SiLU(q W_gate)_i, which has a sign. Flipping both a key and its
-    value leaves the model unchanged, so a key's triggers are those on the side of its strongest one. All positions of
-    the text end a prefix, which is the beginning of a window. FFN-M reads one token, so its triggers are tokens, and
-    exact over the whole vocabulary.
+    value leaves the model unchanged, so a key's triggers are those on the side of its strongest one. Every position of
+    the text ends one prefix, which begins where its window begins. FFN-M reads one token, so its triggers are tokens,
+    and exact over the whole vocabulary.
     """
     ffn = model.ffn(ffn)
     chosen = sample_keys(model, ffn, keys, key, text.seed)

@@ -107,6 +107,7 @@ class InNumpy:
         self.windows = np.concatenate([tokens_BT for tokens_BT, *_ in self.text.open(model)])[:7]
 
     def norm(self, x, scale):
+        """The model's norm, by the independent reference."""
         return np.asarray(reference.norm(x, scale, self.config))
 
     def says(self, x):
@@ -122,6 +123,7 @@ class InNumpy:
         return np.asarray(jax.nn.silu(q @ ffn["gate"]) * (q @ ffn["up"]))
 
     def ffn(self, kind, layer):
+        """The weights of FFN-M ("memory"), or of FFN-C and base's FFN ("compute")."""
         return self.p["memory" if kind == "memory" else "layers"][layer]["ffn"]
 
     def asked(self, kind, layer):
@@ -132,6 +134,7 @@ class InNumpy:
 
     @functools.cached_property
     def states(self):
+        """What `forward` returns for the windows of text."""
         return self.forward(self.windows)
 
     def forward(self, tokens_BT):
@@ -140,7 +143,9 @@ class InNumpy:
         queries, residuals, outputs = [], [], []
         x = x0 = self.p["embedding"][tokens_BT]
         for layer in range(m.layers):
-            at, asked, y = self.p["layers"][layer], {}, 0
+            at = self.p["layers"][layer]
+            asked = {}  # the queries of the layer's FFNs
+            y = 0  # what the FFNs add
             r = x + np.asarray(reference.attention(self.norm(x, at["attention_norm"]["scale"]), at["attention"], m))
             if m.compute_dim:
                 source = r if m.compute_input == "after_attention" else x
