@@ -49,9 +49,11 @@ def coefficients(
     top tokens that the output head makes of it.
     """
     model.require_memory("coefficients")
-    if top > model.config.memory_dim:
-        raise ArgumentError("top", f"expected from 1 to the {model.config.memory_dim} keys, found {top}")
-    L, V = model.config.layers, model.config.vocab_size
+    L, V, F = model.config.layers, model.config.vocab_size, model.config.memory_dim
+    if top > min(F, V):
+        raise ArgumentError(
+            "top", f"expected at most {min(F, V)}, as the model has {F} keys a layer and {V} tokens, found {top}"
+        )
     shown_Q = chosen_tokens(model, page, token, tokens, data)
     # The CSV file has every token unless some are named: --tokens and --data only keep the page small.
     listed = np.unique(shown_Q) if token else model.every_id
@@ -80,7 +82,7 @@ def coefficients(
     page.figure(
         "concentration",
         plots.by_layer(concentration, "share of sum |c| |v|, %"),
-        f"Share of a row that its strongest keys make, of {model.config.memory_dim}; mean of {len(shown_Q):,} tokens.",
+        f"Share of a row that its strongest keys make, of {F}; mean of {len(shown_Q):,} tokens.",
     )
     page.heading("Search")
     page.raw(token_page.markup(token_page.content(shown_Q, strongest, keys, near, rows, model.texts)))

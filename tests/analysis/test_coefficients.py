@@ -1,10 +1,14 @@
+import copy
 import csv
+import dataclasses
 import json
 import re
 
 import numpy as np
 import pytest
 from by_hand import DENIED, FIRES, HEARD
+
+from memoryllm_jax.common.errors import ArgumentError
 
 
 def test_a_key_that_fires_on_one_token(token_keys, run, tmp_path):
@@ -27,6 +31,14 @@ def test_a_key_that_fires_on_one_token(token_keys, run, tmp_path):
     assert shown["keys"]["1:4"][0] == -1 and shown["keys"]["1:4"][3][0] == DENIED
     head = np.asarray(token_keys.head)
     assert token["norm"][1] == pytest.approx(np.linalg.norm(c * head[HEARD] + c / 2 * head[DENIED]), rel=1e-2)
+
+
+@pytest.mark.parametrize("vocab_size, most", [(512, 88), (50, 50)])
+def test_more_to_list_than_there_are_keys_or_tokens_is_refused(token_keys, run, vocab_size, most):
+    model = copy.copy(token_keys)
+    model.config = dataclasses.replace(model.config, vocab_size=vocab_size)
+    with pytest.raises(ArgumentError, match=f"top: expected at most {most}, .*, found 89"):
+        run("coefficients", model, top=89)
 
 
 def test_outliers_of_a_key_that_fires_on_one_token(token_keys, run):
