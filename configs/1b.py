@@ -1,11 +1,11 @@
-"""1b: 1208M parameters beside embedding and head, 403M of them active in memory, on 150 B tokens of C4.
+"""1b: 1208M parameters without embedding and head, 403M of them active in memory, on 150 B tokens of C4.
 
     python -m memoryllm_jax.prepare --input='c4/en/c4-train.*.json.gz' --validation_input='c4/en/c4-validation.*' \\
         --tokenizer=llama3:tokenizer.model --output=DATA
     python -m memoryllm_jax.train --config=configs/1b.py:flex-3 --workdir=DIR --config.data.path=DATA
 
-The recipe is the paper's Table 3. The paper gives no batch size, initialisation, clipping, RoPE base or tying; as in
-Llama they are 512 sequences (1.05 M tokens), normal 0.02, 1.0, 10,000 and untied.
+The recipe is the paper's Table 3. What the paper leaves open is set as in Llama: batches of 512 sequences (1.05 M
+tokens), normal initialisation with standard deviation 0.02, clipping at norm 1.0, RoPE base 10,000, untied embeddings.
 
 Cost by FLOP count, at 40% MFU on H100 and 64k tokens a device (computed, not measured):
 base 993, memory 567, flex-3 726 GPU hours.

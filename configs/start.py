@@ -1,10 +1,11 @@
-"""Training that starts from a trained or imported model: the same architecture goes on, base becomes memory or flex-B.
+"""Training that starts from a trained or imported model; base may become memory or flex-B.
 
     python -m memoryllm_jax.train --config=configs/start.py:memory@WORKDIR --workdir=DIR --config.data.path=DATA
 
-The name before @ is the architecture, WORKDIR after it the model's workdir (`export --import` makes one of a Hugging
-Face directory). The newest checkpoint there gives the sizes and the parameters; the optimizer starts anew. The data
-must be prepared with the model's tokenizer. docs/huggingface.md explains how base is converted, and what to expect.
+The name before @ is the architecture to train: that of the model, or memory or flex-B if the model is base. WORKDIR is
+the model's workdir (`export --import` creates one from a Hugging Face directory). Sizes and parameters come from its
+newest checkpoint; the optimizer starts anew. The data must be prepared with the model's tokenizer. docs/huggingface.md
+explains how base is converted, and what to expect.
 """
 
 import dataclasses
@@ -23,8 +24,8 @@ def get_config(start=""):
     trained_model = trained.config_of(workdir).model
     c.model.update(dataclasses.asdict(trained_model))
     if (asked["beta"], asked["token_memory"]) != (trained_model.beta, trained_model.token_memory):
-        c.model.update(asked)  # a conversion: the sizes are the trained model's, the architecture is not
-    c.model.attention = "auto"  # the model may have been trained on other accelerators
+        c.model.update(asked)  # a conversion: it keeps the sizes of the trained model, but not its architecture
+    c.model.attention = "auto"  # the trained model's backend may not exist on this accelerator
     c.start.workdir = workdir
     c.steps = 10_000
     c.optimizer.warmup_steps = 500

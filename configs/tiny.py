@@ -1,12 +1,12 @@
-"""Tiny: 5M parameters on the text that Python carries, in a few minutes on two CPU cores.
+"""Tiny: 5M parameters, trained on texts that come with Python in a few minutes on two CPU cores.
 
     python -m memoryllm_jax.train --config=configs/tiny.py:memory --workdir=runs/tiny
 
-The first run makes its data in the workdir: Python's documentation topics and standard library (9 MB), tokenized by
-SentencePiece with 4,096 ids. Give --config.data.path=DIR to train on what `prepare` wrote. The learning rates suit this
-size and are not the paper's.
+The first run prepares its data in the workdir: Python's documentation topics and standard library (9 MB), tokenized by
+SentencePiece with 4,096 ids. Give --config.data.path=DIR to train on data that `prepare` wrote. The learning rates suit
+this size and are not the paper's.
 
-Cost: 1.0M tokens, four to six minutes. Expect about 1.75 bits per byte of held-out text, and a sample that looks like
+Cost: 1.0M tokens, four to six minutes. Expect about 1.75 bits per byte on held-out text, and a sample that looks like
 Python.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m memoryllm_jax` lists the commands, each with the first line of what its module says of itself."""
+"""`python -m memoryllm_jax` lists the commands, each with the first line of its docstring."""
 
 import ast
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code."""
+    """Prints the list of commands. Returns: the exit code."""
     unknown = [argument for argument in arguments if argument not in ("--help", "-h")]
     if unknown:
         print(
@@ -23,8 +23,9 @@ def main(arguments: list[str]) -> int:
 
 
 def command_summaries(package: Path) -> dict[str, str]:
-    """{command: first line of its docstring}, read without importing it, as that would import JAX."""
+    """{command: first line of its docstring}. The files are parsed, not imported: an import would load JAX."""
     files = {path.stem: path for path in package.glob("*.py")}
+    # A folder with a __main__.py, such as tol, is a command too.
     files |= {path.parent.name: path for path in package.glob("*/__main__.py")}
     for not_a_command in ("__init__", "__main__", "config"):
         del files[not_a_command]

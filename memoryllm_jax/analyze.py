@@ -2,19 +2,19 @@
 
     python -m memoryllm_jax.analyze COMMAND --workdir=DIR --output=DIR [options]
 
-Analyses of one model, and the FFN that they look at (FFN-C stands for base's FFN too):
-    coefficients  keys that matter for tokens, tokens that use keys; a searchable page        FFN-M
+Analyses of one model, with the FFN that each looks at (for base, FFN-C means its only FFN):
+    coefficients  the strongest keys of tokens and tokens of keys; a searchable page           FFN-M
     clusters      K-means on the tokens' coefficients, pictures, purity                       FFN-M
     clustering    clustering coefficient and silhouette by layer                              FFN-M
     outliers      keys above M times a token's mean |c|                                       FFN-M
-    neighbours    tokens with the most similar memory rows                                    FFN-M
-    triggers      what fires a sample of keys most                                            FFN-M or FFN-C
+    neighbours    the tokens whose memory rows are most similar                               FFN-M
+    triggers      the prefixes that activate a sample of keys most                            FFN-M or FFN-C
     mutate        a key's coefficient without one token of its trigger prefix                 FFN-C
     values        value vectors as distributions over the vocabulary                          FFN-M or FFN-C
     agreement     whether a value predicts what follows its key's trigger                     FFN-M or FFN-C
-    active        share of a layer's memories that take part                                  FFN-M or FFN-C
-    compose       whether the layer's prediction is that of one memory                        all of a layer
-    residual      when the residual holds the final prediction, and what changes it           all of a layer
+    active        share of a layer's key-value memories that are active                       FFN-M or FFN-C
+    compose       how often no single memory has the layer's top prediction                   all of a layer
+    residual      from which layer on the residual holds the final prediction                 all of a layer
     annotate      a sheet of triggers for people, with automatic proxies                      FFN-M or FFN-C
 
 Experiments on one or several models (--workdir may be given several times):
@@ -24,8 +24,8 @@ Experiments on one or several models (--workdir may be given several times):
     pruning       base pruned to the active parameters of the others (Figure 11)              base beside others
     decode_cost   memory and time of a decode step (Table 6)                                  all models
 
-COMMAND --help gives the definition it uses, with its source, and its options. Each writes COMMAND.html, a page that
-needs no network, COMMAND.json, and CSV and PNG files beside them.
+COMMAND --help gives the definition that it uses, with its source, and its options. Each command writes COMMAND.html (a
+page that needs no network), COMMAND.json, and CSV and PNG files beside them.
 """
 
 from collections.abc import Callable
@@ -75,6 +75,8 @@ EXPERIMENTS = _by_name(
 Output = Annotated[str, Option("folder for the page and the files beside it")]
 
 
+# `cli.run_commands` calls one of these two with the options in its signature and those of the chosen command. Both
+# return the line to print.
 def analyze(command: str, model: run.ModelOptions, output: Output, **options) -> str:
     with model.open_for(ANALYSES[command]) as opened:
         return run.run(ANALYSES[command], opened, output, **options)

@@ -1,14 +1,16 @@
-"""Trains architectures alike, and draws how they compare (the paper's Table 2, Figures 9 and 10).
+"""Trains several architectures with one recipe and compares them (the paper's Table 2, Figures 9 and 10).
 
     python -m memoryllm_jax.compare --config=configs/tiny.py --workdir=DIR [--config.steps=2000 ...]
-    python -m memoryllm_jax.compare --config=configs/1b.py --workdir=DIR --only=flex-3      (a job of its own)
-    python -m memoryllm_jax.compare --config=configs/1b.py --workdir=DIR --report           (draws what is there)
+    python -m memoryllm_jax.compare --config=configs/1b.py --workdir=DIR --only=flex-3      (trains one of them)
+    python -m memoryllm_jax.compare --config=configs/1b.py --workdir=DIR --report           (only draws)
 
-All architectures share seed, data, steps and recipe: `train` runs for each in a process of its own, with all
+All architectures share seed, data, steps and recipe. `train` runs once for each, in a process of its own, with all
 --config.FIELD options and the workdir DIR/ARCHITECTURE. Kill it at any time and run the same line again. On several
-hosts, run `train` itself with these workdirs, and then --report. The report is DIR/comparison.html, with .json and
-.csv beside it. Beside the paper's architectures there are baselines with flex-B's active parameters. In the place of
-FFN-M, no-memory-B has nothing, value-B has value embeddings, and ple-B has per-layer embeddings as in Gemma 3n.
+hosts, run `train` itself with these workdirs, and then this command with --report. The report is DIR/comparison.html,
+with .json and .csv beside it.
+
+--architectures also takes baselines that have as many active parameters as flex-B and replace FFN-M: no-memory-B by
+nothing, value-B by value embeddings, and ple-B by per-layer embeddings as in Gemma 3n.
 """
 
 import os
@@ -26,16 +28,20 @@ from memoryllm_jax.experiments import curves
 
 
 def main(
-    workdir: Annotated[str, Option("folder for all runs, each in one of its own, and for the report")],
-    architectures: Annotated[tuple[str, ...], Option("to train and compare, in this order")] = curves.ARCHITECTURES,
-    only: Annotated[str, Option("train this architecture alone, and draw nothing")] = "",
-    report: Annotated[bool, Option("train nothing, and draw the runs that exist")] = False,
+    workdir: Annotated[str, Option("folder for the report, and for a folder of each run")],
+    architectures: Annotated[
+        tuple[str, ...], Option("architectures to train and compare, in this order")
+    ] = curves.ARCHITECTURES,
+    only: Annotated[str, Option("train only this architecture, and draw nothing")] = "",
+    report: Annotated[bool, Option("train nothing; draw the runs that exist")] = False,
 ) -> int:
     if only and report:
-        raise UserError("--only, --report: expected one of them, as the one trains and the other draws")
+        raise UserError("expected --only, which only trains, or --report, which only draws, found both")
     path = flags.FLAGS["config"].config_filename
     if ":" in path:
-        raise ArgumentError("config", f"expected a file without an architecture (--architectures has them): {path}")
+        raise ArgumentError(
+            "config", f"expected a file without an architecture, as --architectures names them, found {path}"
+        )
     names = [only] if only else list(architectures)
     for name in names:
         config.parse_architecture(name)
@@ -48,7 +54,7 @@ def main(
 
 
 def _train(path: str, names: list[str], workdir: str) -> int:
-    """The exit code of the first run that fails, or 0."""
+    """Trains one architecture after the other. Returns: the exit code of the first run that fails, or 0."""
     changed = config_flags.get_override_values(flags.FLAGS["config"])
     overrides = [f"--config.{field}={value}" for field, value in changed.items()]
     for name in names:

@@ -17,12 +17,11 @@ import ml_collections
 from memoryllm_jax.common.errors import ArgumentError, UserError
 
 ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn", "splash")
-# What a layer reads by token id, and the name of the architectures that do: flex-B, value-B, ...
+# {what each layer looks up by token id: the name of the architectures that do, as in flex-B or value-B}
 TOKEN_MEMORIES = {"ffn": "flex", "value": "value", "per_layer": "ple", "none": "no-memory"}
 
-# FFN-M widths of the paper's Table 5 that `ModelConfig` cannot compute, as the paper rounded them by hand:
-# (base width, beta) -> FFN-M width.
-# Table 5 prints beta 1 and 3 of the 1B model the wrong way round; Table 6 and section 4.2 confirm this order.
+# {(base width, beta): FFN-M width} from the paper's Table 5, where its rounding follows no rule that could be computed.
+# Table 5 swaps beta 1 and 3 of the 1B model; Table 6 and section 4.2 confirm the order here.
 _PAPER_MEMORY_WIDTHS = {
     (4272, 1): 3738,
     (4272, 2): 3200,
@@ -35,13 +34,14 @@ _PAPER_MEMORY_WIDTHS = {
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a field says of itself beside its type and default.
+    """Which values of a field are valid, and whether the field may change on resume.
 
     Attributes:
-      least, most, above, below: bounds of a number; `above` and `below` are not themselves taken.
-      choices: the only texts taken, if there are such.
-      resumable: whether a run that goes on from a checkpoint may change the field. These fields decide where and how
-        fast a run trains, not what it trains.
+      least, most: bounds of a number, inclusive.
+      above, below: bounds of a number, exclusive.
+      choices: the valid texts; empty: any text is valid.
+      resumable: whether the field may change when a run resumes from a checkpoint. Such fields decide where and how
+        fast a run trains, but not what it trains.
     """
 
     least: float | None = None
@@ -52,6 +52,7 @@ class Rule:
     resumable: bool = False
 
     def takes(self, value) -> bool:
+        """Whether the value is valid."""
         if self.choices and value not in self.choices:
             return False
         return (
@@ -62,7 +63,7 @@ class Rule:
         )
 
     def expected(self) -> str:
-        """The values taken, as an error names them."""
+        """The valid values in words, for an error message."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
         bounds = {
@@ -75,43 +76,50 @@ class Rule:
 
 
 def field(default, **rule):
-    """A field with the `Rule` of these keywords."""
+    """A dataclass field whose metadata hold a `Rule` with these keywords."""
     return dataclasses.field(default=default, metadata={"rule": Rule(**rule)})
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
+    """The architecture and its sizes, and how the model is computed."""
+
     dim: int = field(256, least=1)  # h, the width of the residual stream
     layers: int = field(4, least=1)
     heads: int = field(8, least=1)
     kv_heads: int = field(0, least=0)  # key-value heads, each for heads / kv_heads query heads; 0: as many as heads
-    ffn_dim: int = field(688, least=1)  # base width W; FFN-C and FFN-M share it. Follows dim (8/3 h, a multiple of 8)
-    vocab_size: int = field(0, least=0)  # token ids; 0: that of the prepared data
+    ffn_dim: int = field(688, least=1)  # base width W, the widths of FFN-C and FFN-M together; by default 8/3 of dim
+    vocab_size: int = field(0, least=0)  # number of token ids; 0: that of the prepared data
     beta: float = field(0.0, least=0, most=8)  # FFN-C holds beta of the FFN's 8 h^2 parameters: 0 is memory, 8 is base
-    # What a layer reads of the token's id: ffn (FFN-M) or, to compare with, a table's embedding: value (added to the
-    # values of attention), per_layer (gated by the residual stream, as in Gemma 3n); none: FFN-C alone
+    # What each layer looks up by token id. ffn: the output of FFN-M. The others are baselines. value: an embedding that
+    # is added to the values of attention; per_layer: an embedding that the residual stream gates, as in Gemma 3n;
+    # none: nothing, so that FFN-C is alone
     token_memory: str = field("ffn", choices=tuple(TOKEN_MEMORIES))
-    table_dim: int = 32  # width P of per_layer's embeddings; follows dim (an eighth)
+    table_dim: int = 32  # width P of per_layer's embeddings; by default an eighth of dim
     # FFN-C reads X_l (block_input) or X_l + Attn (after_attention)
     compute_input: str = field("block_input", choices=("block_input", "after_attention"))
     norm: str = field("rmsnorm", choices=("rmsnorm", "layernorm"))  # both with a scale only: the model has no biases
     norm_eps: float = field(1e-5, above=0)
     rope_theta: float = field(10_000.0, above=0)  # not given in the paper; Llama 2's value, for 2,048 tokens
-    # linear scales all frequencies by rope_factor, llama3 the low ones
+    # linear divides all frequencies by rope_factor, llama3 only the low ones
     rope_scaling: str = field("none", choices=("none", "linear", "llama3"))
     rope_factor: float = field(1.0, above=0)
-    rope_low_freq_factor: float = field(1.0, above=0)  # llama3: fewer turns in the original context are scaled fully
-    rope_high_freq_factor: float = 4.0  # llama3: more turns than this in the original context are not scaled
+    # llama3: frequencies with fewer turns than low_freq_factor in the original context are divided by rope_factor,
+    # those with more turns than high_freq_factor stay as they are, and those between are interpolated
+    rope_low_freq_factor: float = field(1.0, above=0)
+    rope_high_freq_factor: float = 4.0
     rope_original_context: int = field(8192, above=0)  # tokens
     tie_embeddings: bool = False  # one table for input and output
     init_std: float = field(0.02, above=0)  # not given in the paper; output projections: init_std / sqrt(2 layers)
     dtype: str = field("bfloat16", choices=("bfloat16", "float32"))  # of the computation; parameters are float32
     # auto: splash on TPU, cudnn on NVIDIA in bfloat16, else blocked
     attention: str = field("auto", choices=ATTENTION_BACKENDS, resumable=True)
-    # What the backward pass recomputes: none, dots (all but matrix products and attention), full
+    # What the backward pass recomputes: none, dots (all but matrix products and attention) or full (everything)
     remat: str = field("dots", choices=("none", "dots", "full"), resumable=True)
-    loss_chunk: int = field(4096, least=1, resumable=True)  # tokens a batch shard whose logits exist at one time
-    # Compute each distinct token of a batch once; False: compute every position, to compare with
+    loss_chunk: int = field(
+        4096, least=1, resumable=True
+    )  # tokens of a batch shard whose logits exist at the same time
+    # Compute the token memory once for each distinct token of a batch; False: at every position, for comparison
     unique_tokens: bool = field(True, resumable=True)
 
     @property
@@ -120,6 +128,7 @@ class ModelConfig:
 
     @property
     def key_heads(self) -> int:
+        """Number of key-value heads."""
         return self.kv_heads or self.heads
 
     @property
@@ -129,16 +138,17 @@ class ModelConfig:
 
     @property
     def compute_dim(self) -> int:
-        """FFN-C width. The architectures to compare with have flex-B's, so that active parameters are as many."""
+        """FFN-C width. The baselines have that of flex-B, so that they have equally many active parameters."""
         width = self.ffn_dim - self._flex_memory_dim
         if self.token_memory == "per_layer":
-            # The gates are active too: two matrices of width P hold as much as an FFN, of three, of width 2 P / 3.
+            # The gate's two matrices, h x P, are active parameters too: as many as an FFN (three matrices) of width
+            # 2 P / 3 has. FFN-C gives up that width, rounded to a multiple of 8.
             width -= 8 * round(self.table_dim / 12)
         return width
 
     @property
     def _flex_memory_dim(self) -> int:
-        """FFN-M width of flex-B: (8 - B) / 8 of the base width, or what the paper's Table 5 has for its sizes."""
+        """FFN-M width of flex-B: (8 - B) / 8 of the base width, or the paper's width for a size of its Table 5."""
         if self.beta == 0:
             return self.ffn_dim
         if self.beta == 8:
@@ -148,7 +158,7 @@ class ModelConfig:
 
     @property
     def row_dim(self) -> int:
-        """Width of what a layer reads of a token; 0: nothing."""
+        """Width of the vector that a layer looks up for a token; 0: it looks up nothing."""
         if self.token_memory == "value":
             return self.key_heads * self.head_dim
         if self.token_memory == "per_layer":
@@ -167,79 +177,101 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StartConfig:
-    workdir: str = ""  # trained or imported model to start from, converted if that is base and this is not; "": none
-    step: int = field(-1, least=-1)  # its checkpoint; -1: the newest
-    # FFN-M of a converted model: copy (base's FFN) or new (initialised)
+    """The model whose parameters a run starts from."""
+
+    # Workdir of a trained or imported model; "": start from random parameters. base is converted to memory or flex-B
+    workdir: str = ""
+    step: int = field(-1, least=-1)  # step of the checkpoint; -1: the newest
+    # FFN-M of a converted model: copy (a copy of base's FFN) or new (random)
     memory: str = field("copy", choices=("copy", "new"))
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    # A folder that `prepare` wrote, or its URL; embedded: Python's own texts, in the workdir
+    """The training text and how it is read."""
+
+    # A folder that `prepare` wrote, or its URL; embedded: Python's own texts, which are prepared in the workdir
     path: str = field("embedded", resumable=True)
-    # Passes over the training tokens that may be made; a run that needs more is refused
+    # Passes over the training tokens at most; a run that needs more is refused
     epochs: int = field(1, least=1, resumable=True)
-    verify: bool = field(True, resumable=True)  # check every shard's checksum before training, each host its share
-    threads: int = field(4, least=1, resumable=True)  # reader threads a host
+    # Check the checksums of all file shards before training; each host checks its share
+    verify: bool = field(True, resumable=True)
+    threads: int = field(4, least=1, resumable=True)  # reader threads of each host
     prefetch: int = field(4, least=1, resumable=True)  # batches read ahead
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+    """AdamW with a warm-up and a cosine schedule; the defaults are the paper's Table 3."""
+
     peak_lr: float = field(1e-4, above=0)
     final_lr: float = field(1e-5, least=0)
     warmup_steps: int = field(5000, least=0)
     b1: float = field(0.9, least=0, below=1)
     b2: float = field(0.95, least=0, below=1)
     eps: float = field(1e-8, above=0)
-    weight_decay: float = field(0.1, least=0)  # on matrices; norms have none
-    clip_norm: float = field(1.0, above=0)  # global norm of the gradient; not given in the paper
-    z_loss: float = field(1e-6, least=0)  # weight of the squared log-partition
+    weight_decay: float = field(0.1, least=0)  # of matrices; norm scales have none
+    clip_norm: float = field(1.0, above=0)  # largest global norm of the gradient; not given in the paper
+    z_loss: float = field(1e-6, least=0)  # weight of the squared log-partition function
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Parts along each axis; -1: all remaining devices, on one axis."""
+    """Devices along each axis of the mesh. One axis may be -1: all remaining devices."""
 
-    data: int = field(1, resumable=True)  # replicas of the model
+    data: int = field(1, resumable=True)  # replicas of the model, each on a part of the batch
     fsdp: int = field(-1, resumable=True)  # parts that parameters and batch are split into
     tensor: int = field(1, resumable=True)  # parts that heads, FFN widths and vocabulary are split into
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = field(1000, least=1, resumable=True)  # steps; the last step is always saved
-    keep: int = field(3, least=1, resumable=True)  # newest checkpoints kept
-    keep_every: int = field(0, least=0, resumable=True)  # steps; checkpoints at multiples are kept for good; 0: none
+    """When checkpoints are saved, and which are kept."""
+
+    every: int = field(1000, least=1, resumable=True)  # steps between checkpoints; the last step is always saved
+    keep: int = field(3, least=1, resumable=True)  # number of newest checkpoints that are kept
+    keep_every: int = field(
+        0, least=0, resumable=True
+    )  # checkpoints at multiples of this step are never removed; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    every: int = field(1000, least=1, resumable=True)  # steps; the last step is always evaluated
-    batches: int = field(0, least=0, resumable=True)  # held-out batches; 0: all of the held-out split
+    """When a run is evaluated on held-out text, and on how much of it."""
+
+    every: int = field(1000, least=1, resumable=True)  # steps between evaluations; the last step is always evaluated
+    batches: int = field(0, least=0, resumable=True)  # held-out batches; 0: all of the validation split
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
+    """Where metrics are written, and how often."""
+
     every: int = field(10, least=1, resumable=True)  # steps between lines of metrics
     tensorboard: bool = field(True, resumable=True)
     wandb: bool = field(False, resumable=True)
-    peak_flops: float = field(0.0, least=0, resumable=True)  # FLOP/s of one device, for MFU; 0: by the device's name
+    peak_flops: float = field(
+        0.0, least=0, resumable=True
+    )  # FLOP/s of one device, for MFU; 0: look up the device's name
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    tokens: int = field(0, least=0, resumable=True)  # length of the text sampled at the end; 0: none
+    """A text that is sampled at the end of the run."""
+
+    tokens: int = field(0, least=0, resumable=True)  # length of the text; 0: sample none
     prompt: str = field("", resumable=True)
     temperature: float = field(0.8, least=0, resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """Everything that a training run depends on."""
+
     seed: int = field(0, least=0)
     steps: int = field(100_000, least=1)  # optimizer steps
-    batch_size: int = field(512, least=1)  # sequences, global, per optimizer step
-    accumulate: int = field(1, least=1, resumable=True)  # micro-batches that one optimizer step's batch is split into
+    batch_size: int = field(512, least=1)  # sequences of one optimizer step, over all devices
+    accumulate: int = field(1, least=1, resumable=True)  # micro-batches that the batch of a step is split into
     seq_len: int = field(2048, least=2)  # tokens
     model: ModelConfig = ModelConfig()
     start: StartConfig = StartConfig()
@@ -253,10 +285,10 @@ class Config:
 
 
 def _rules(group: type, prefix: str = "") -> Iterator[tuple[str, Rule]]:
-    """("model.dim", its Rule), ... of all fields."""
+    """Yields ("model.dim", its Rule) for every field."""
     for f in dataclasses.fields(group):
         if dataclasses.is_dataclass(f.type):
-            yield from _rules(f.type, f"{f.name}.")
+            yield from _rules(f.type, f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, f.metadata.get("rule", Rule())
 
@@ -266,9 +298,12 @@ RESUMABLE_FIELDS = frozenset(name for name, rule in RULES.items() if rule.resuma
 
 
 def parse_architecture(name: str) -> tuple[str, float]:
-    """(token_memory, beta) of `base`, `memory`, `flex-B`, or `value-B`, `ple-B`, `no-memory-B`. Raises: UserError.
+    """The fields (token_memory, beta) of an architecture, by its name.
 
-    The last three have flex-B's attention and FFN-C, and in place of FFN-M what TOKEN_MEMORIES says.
+    Args:
+      name: base, memory or flex-B, or one of the baselines value-B, ple-B and no-memory-B. The baselines have flex-B's
+        attention and FFN-C, and replace FFN-M as `ModelConfig.token_memory` says.
+    Raises: UserError.
     """
     if name == "base":
         return "ffn", 8.0
@@ -278,30 +313,34 @@ def parse_architecture(name: str) -> tuple[str, float]:
         match = re.fullmatch(rf"{label}-(\d+(?:\.\d+)?)", name)
         if match:
             beta = float(match[1])
-            # flex-0 and flex-8 are called memory and base.
+            # flex-0 and flex-8 have names of their own: memory and base.
             if 0 < beta < 8 or (beta <= 8 and token_memory != "ffn"):
                 return token_memory, beta
     raise UserError(
-        f"architecture {name!r}: expected base, memory, or flex-B with B between 0 and 8; or, to compare with, "
-        "value-B, ple-B or no-memory-B"
+        f"architecture {name!r}: expected base, memory or flex-B with B between 0 and 8, or one of the baselines "
+        "value-B, ple-B and no-memory-B"
     )
 
 
 def default(architecture: str) -> ml_collections.ConfigDict:
-    """A config with every field at its default, for config files to change. Raises: UserError."""
+    """The config of an architecture with every other field at its default. Config files start from it.
+
+    Raises: UserError for an unknown architecture.
+    """
     config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
     m = config.model
     m.token_memory, m.beta = parse_architecture(architecture)
     has_memory = m.token_memory == "ffn" and m.beta < 8
     m.compute_input = "block_input" if has_memory else "after_attention"
-    # References, so that an overridden dim changes them too.
+    # Lazy references, so that --config.model.dim=64 changes these two as well. ffn_dim is 8/3 of dim, rounded up to a
+    # multiple of 8, which gives an FFN 8 dim^2 parameters.
     m.ffn_dim = (m.get_ref("dim") * 8 + 23) // 24 * 8
     m.table_dim = (m.get_ref("dim") + 7) // 8
     return config
 
 
 def resolve(config: ml_collections.ConfigDict | dict) -> Config:
-    """The frozen, validated tree. Raises: UserError that names the field."""
+    """Turns a config file's tree into the frozen, validated `Config`. Raises: UserError that names the field."""
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     resolved = _build(Config, tree, "config")
     validate(resolved)
@@ -309,15 +348,15 @@ def resolve(config: ml_collections.ConfigDict | dict) -> Config:
 
 
 def from_saved(tree: dict) -> Config:
-    """The tree that a checkpoint holds; fields that it does not have get their defaults.
+    """The `Config` saved in a checkpoint. Fields that did not exist when it was saved get their defaults.
 
-    Raises: UserError that names a field that is unknown or of another type.
+    Raises: UserError that names a field that is unknown or has a value of the wrong type.
     """
     return _build(Config, tree, "config")
 
 
 def flatten(config: Config) -> dict[str, object]:
-    """{"model.dim": 256, ...}"""
+    """All fields by their dotted names: {"model.dim": 256, ...}."""
     out = {}
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, dict):
@@ -327,7 +366,8 @@ def flatten(config: Config) -> dict[str, object]:
     return out
 
 
-def _build(group, tree, path):
+def _build(group: type, tree, path: str):
+    """An instance of the dataclass `group` from a tree of its fields; `path` is its dotted name, for error messages."""
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a group of fields, found {tree!r}")
     types = {f.name: f.type for f in dataclasses.fields(group)}
@@ -340,16 +380,19 @@ def _build(group, tree, path):
             values[name] = _build(kind, value, f"{path}.{name}")
         elif kind is float and type(value) is int:
             values[name] = float(value)
-        elif type(value) is kind and not (kind is float and not math.isfinite(value)):
+        elif type(value) is kind and (kind is not float or math.isfinite(value)):
             values[name] = value
         else:
             raise UserError(f"{path}.{name}: expected {kind.__name__}, found {value!r}")
     return group(**values)
 
 
-def _did_you_mean(name, names):
+def _did_you_mean(name, names) -> str:
+    """The end of an error message about an unknown name: a similar name, or all of them."""
     close = difflib.get_close_matches(name, names, 1)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names) or 'none below it'}"
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; there are {', '.join(names) or 'none below it'}"
 
 
 def validate(config: Config) -> None:
@@ -370,7 +413,7 @@ def validate(config: Config) -> None:
 def _check_attention(m: ModelConfig, need) -> None:
     need(m.dim % m.heads == 0, "model.heads", f"a divisor of model.dim = {m.dim}")
     need(m.heads % m.key_heads == 0, "model.kv_heads", f"a divisor of model.heads = {m.heads}, or 0")
-    # RoPE turns pairs of a head's components.
+    # RoPE rotates a head's components in pairs.
     need(m.head_dim % 2 == 0, "model.heads", f"an even head size (model.dim / heads = {m.dim} / {m.heads})")
     need(
         m.rope_low_freq_factor < m.rope_high_freq_factor,
@@ -382,7 +425,7 @@ def _check_attention(m: ModelConfig, need) -> None:
 def _check_ffn(m: ModelConfig, need) -> None:
     if m.token_memory == "per_layer":
         need(m.table_dim >= 1, "model.table_dim", "at least 1")
-        need(m.compute_dim > 0, "model.beta", f"an FFN-C with room for gates of table_dim = {m.table_dim}")
+        need(m.compute_dim > 0, "model.beta", f"an FFN-C wider than the gates of table_dim = {m.table_dim}")
     if m.beta == 8:
         need(m.compute_input == "after_attention", "model.compute_input", "after_attention, as beta 8 is base")
     if 0 < m.beta < 8:
@@ -403,16 +446,16 @@ def _check_run(config: Config, need) -> None:
 
 
 def _installed() -> Path:
-    """The folder of the config files that travel with the package: inside it where installed, beside it in a clone."""
+    """The folder of the package's own config files: inside the package if it is installed, beside it in a clone."""
     package = Path(__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def locate(path: str) -> str:
-    """`FILE.py:ARCHITECTURE` with the place where FILE is found.
+    """Replaces FILE in `FILE.py:ARCHITECTURE` by the path where it is found.
 
-    `configs/NAME.py` is looked for in the current folder, and then among the files that travel with the package.
+    `configs/NAME.py` is looked for in the current folder, and then among the package's own config files.
     Raises: ArgumentError that names both places.
     """
     name, colon, architecture = path.partition(":")
@@ -424,8 +467,8 @@ def locate(path: str) -> str:
     known = ", ".join(f"configs/{file.name}" for file in sorted(_installed().glob("*.py")))
     raise ArgumentError(
         "config",
-        f"expected FILE.py:ARCHITECTURE, found no file {name} in {Path.cwd()}; the package's own, in "
-        f"{_installed().parent}, are {known}",
+        f"expected FILE.py:ARCHITECTURE, found no file {name} in {Path.cwd()}; the package's own files, "
+        f"in {_installed().parent}, are {known}",
     )
 
 
@@ -443,10 +486,13 @@ def load(path: str) -> ml_collections.ConfigDict:
 
 
 def check_flags(argv: list[str]) -> list[str]:
-    """The arguments with the place where each config file is found.
+    """Locates the config file in the arguments and checks that overridden fields exist.
 
-    Refuses missing files and overrides of unknown fields here, as the messages of config_flags do not name them.
-    Raises: UserError that names the field.
+    Missing files and unknown fields are refused here, as the messages of config_flags do not name them.
+    Args:
+      argv: the command line, with --config=FILE.py:ARCHITECTURE and --config.FIELD=VALUE among others.
+    Returns: the arguments, with the path where the config file was found.
+    Raises: UserError that names the file or field.
     """
     argv = list(argv)
     config = None
@@ -456,14 +502,14 @@ def check_flags(argv: list[str]) -> list[str]:
         elif re.fullmatch("--?config", argument) and at + 1 < len(argv):
             argv[at + 1], config = locate(argv[at + 1]), load(argv[at + 1])
     for argument in argv:
-        match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+        match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)  # --noconfig.FIELD sets a boolean field to false
         if match and config is not None:
             _check_field(config, match[1])
     return argv
 
 
 def _check_field(config: ml_collections.ConfigDict, path: str) -> None:
-    """Raises: UserError if the config has no field `model.dim`."""
+    """Raises: UserError if the config has no field with the dotted name `path`."""
     node, seen = config, "config"
     for name in path.split("."):
         names = list(node.keys()) if isinstance(node, ml_collections.ConfigDict) else []

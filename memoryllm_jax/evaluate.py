@@ -6,11 +6,11 @@
     python -m memoryllm_jax.evaluate --workdir=DIR --tasks=lambada_local,piqa_local --task_data=FOLDER
 
 --output is for machines; --page=FOLDER gets evaluate.html for people, with evaluate.json, CSV and PNG files beside it.
-All devices of this machine share the work. --data is prepared data (folder or URL), or text files (.json, .jsonl, .txt,
-each also .gz or .zst, or .parquet). Text files become one stream of tokens as `prepare` makes it: document after
-document, each between bos and eos. The stream is cut into windows of the model's context, as in training, and every
-token but the first is predicted once, from the tokens before it in its window. With --stride=S below the context T,
-windows start every S tokens, and all windows but the first score their last S tokens only, so that each token is
+The work is spread over all devices of this machine. --data is prepared data (folder or URL), or text files (.json,
+.jsonl, .txt, each also .gz or .zst, or .parquet). Text files become one stream of tokens, as in `prepare`: all
+documents in order, each between bos and eos. The stream is cut into windows of the model's context, as in training, and
+every token but the first is predicted once, from the tokens before it in its window. With --stride=S below the context
+T, windows start every S tokens, and all windows but the first score their last S tokens only, so that each token is
 predicted from at least T-S tokens.
 """
 
@@ -25,7 +25,7 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.evaluation import record
 from memoryllm_jax.evaluation.record import LoggedTasks, WindowedText
-from memoryllm_jax.inference.engine import Contribution
+from memoryllm_jax.inference.engine import Contribution, Engine
 from memoryllm_jax.model import sharding
 from memoryllm_jax.tol.serving import EngineOptions
 
@@ -44,7 +44,7 @@ def main(
     if text.data:
         text.check_data()
     opened_tasks = tasks.open() if tasks.tasks else None
-    # The harness starts processes for some metrics: a fork would copy JAX's locks, but not the threads that hold them.
+    # The harness starts processes for some metrics. A fork would copy JAX's locks but not the threads that hold them.
     multiprocessing.set_start_method("forkserver")
     mesh = sharding.make_mesh(config.MeshConfig(data=-1, fsdp=1, tensor=1))
     with contextlib.closing(engine.open(mesh)) as model, contextlib.ExitStack() as stack:
@@ -60,8 +60,8 @@ def main(
             record.on_tasks(model, about, opened_tasks, tasks, output, opened_page)
 
 
-def _about(engine: EngineOptions, model) -> dict:
-    """The model, as the JSON file describes it."""
+def _about(engine: EngineOptions, model: Engine) -> dict:
+    """Describes the model for the JSON file."""
     trained = model.trained
     about = {"path": trained.workdir, "step": trained.step, "architecture": trained.config.architecture}
     about["dtype"] = trained.config.dtype
@@ -70,8 +70,8 @@ def _about(engine: EngineOptions, model) -> dict:
     return about | _contribution(engine)
 
 
-def _facts(engine: EngineOptions, model) -> dict[str, str]:
-    """The model, as the page's caption describes it."""
+def _facts(engine: EngineOptions, model: Engine) -> dict[str, str]:
+    """Describes the model for the caption of the page."""
     facts = model.trained.facts()
     if engine.tol:
         facts["rows"] = f"{engine.tol}, on {engine.rows or 'disk'}"
@@ -81,9 +81,13 @@ def _facts(engine: EngineOptions, model) -> dict[str, str]:
 
 
 def _contribution(engine: EngineOptions) -> dict:
-    """The FFN factors that differ from those of the whole model."""
-    names = {field.name: field.default for field in dataclasses.fields(Contribution)}
-    return {name: getattr(engine, name) for name, whole in names.items() if getattr(engine, name) != whole}
+    """The options of `Contribution` that differ from their defaults: how much the FFNs contribute."""
+    changed = {}
+    for field in dataclasses.fields(Contribution):
+        value = getattr(engine, field.name)
+        if value != field.default:
+            changed[field.name] = value
+    return changed
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Generates text from a trained model, its token memory computed live or looked up in a ToL file.
+"""Generates text from a trained model, with its token memory computed live or looked up in a ToL file.
 
     python -m memoryllm_jax.generate --workdir=DIR --prompt="Once upon a time"
     python -m memoryllm_jax.generate --workdir=DIR --tol=tol.safetensors --rows=disk --prompt="..." --stats
 
-With --tol the FFN-M weights, and the input embedding where it is untied, are never loaded; rows come from the
-device, the host's memory or the disk. Give --prompt more than once, or --prompts=FILE with one a line, for a batch.
+With --tol the FFN-M weights are never loaded, nor is an untied input embedding; --rows says whether the rows stay on
+disk or are kept in device or host memory. For a batch, give --prompt several times, or --prompts=FILE with one prompt
+a line.
 """
 
 import contextlib
@@ -24,10 +25,10 @@ def main(
     sampling: Sampling,
     prompt: Annotated[tuple[str, ...], Option("text to go on from; more than one makes a batch", many=True)] = (),
     prompts: Annotated[str, Option("text file with one prompt a line")] = "",
-    max_tokens: Annotated[int, Option("new tokens a prompt, fewer where the context ends", least=1)] = 128,
-    seed: Annotated[int, Option("of the draws")] = 0,
+    max_tokens: Annotated[int, Option("new tokens for each prompt; fewer if the context is full", least=1)] = 128,
+    seed: Annotated[int, Option("random seed of the sampling")] = 0,
     stop: Annotated[
-        tuple[str, ...], Option("token that ends a text, as text or #ID; the end of a document always does", many=True)
+        tuple[str, ...], Option("token that ends a text, as text or #ID; eos always ends it", many=True)
     ] = (),
     stats: Annotated[bool, Option("print speed, cache hits and fetch times to stderr")] = False,
     output: Annotated[str, Option("JSON file for texts and statistics")] = "",
@@ -37,13 +38,14 @@ def main(
         results, measured = print_texts(opened, texts, max_tokens, sampling, seed, stop)
     if stats:
         for name, value in measured.items():
-            print(f"{name:>24}: {value:,.3f}" if isinstance(value, float) else f"{name:>24}: {value}", file=sys.stderr)
+            shown = f"{value:,.3f}" if isinstance(value, float) else f"{value}"
+            print(f"{name:>24}: {shown}", file=sys.stderr)
     if output:
         storage.write_json(output, {"results": results, "stats": measured})
 
 
 def read_prompts(prompts: tuple[str, ...], path: str) -> list[str]:
-    """The prompts given, and then the lines of a file. Raises: UserError."""
+    """The given prompts, followed by the lines of the file `path` unless that is empty. Raises: UserError."""
     found = list(prompts)
     if path:
         try:

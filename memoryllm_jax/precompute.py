@@ -1,11 +1,11 @@
-"""Precomputes the token memory of a trained model: every token's rows of all layers in one ToL file.
+"""Precomputes the token memory of a trained model: one ToL file with the rows of every token.
 
     python -m memoryllm_jax.precompute --workdir=DIR --output=tol.safetensors
     python -m memoryllm_jax.precompute --workdir=DIR --output=tol.safetensors --bits=4 --data=DATA
     python -m memoryllm_jax.precompute --workdir=DIR --output=tol.safetensors --bytes_per_token=12KiB --data=DATA
 
-Runs on all devices of this machine. Stop it at any time and run the same line again: it goes on where it was. The file
-gets its name only when it is whole.
+Runs on all devices of this machine. Stop it at any time and run the same line again: it continues where it stopped. The
+file gets its name only when it is complete.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ def main(
     output: Annotated[str, Option("file to write, NAME.safetensors")],
     choices: compress.Options,
     step: Annotated[int | None, Option("checkpoint to read; by default the newest")] = None,
-    dtype: Annotated[str, Option("float32 or bfloat16, of the computation; by default that of the training")] = "",
+    dtype: Annotated[str, Option("float32 or bfloat16, for the computation; by default that of the training")] = "",
 ) -> None:
     return_freed_memory()
     print(compress.precompute(workdir, output, choices, step, dtype))
 
 
 def return_freed_memory() -> None:
-    """Makes glibc return freed arrays of a few megabytes to the system: at 1b they add up to a gigabyte."""
+    """Makes glibc return freed arrays of some megabytes to the system. At 1b it would keep about a gigabyte of them."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 

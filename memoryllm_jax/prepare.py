@@ -3,13 +3,13 @@
     python -m memoryllm_jax.prepare --input='c4/*.json.gz' --tokenizer=llama3:tokenizer.model --output=DIR
 
 Reads .json, .jsonl and .txt (each also .gz or .zst) and .parquet, from any path that fsspec reads. A document is one
-line, one row, or one .txt file. Each is written as bos, its tokens, eos, where the tokenizer has bos and eos. Kill it
-at any time and run the same line again: files that are done stay done. Each process takes whole files, so a corpus in
-many files is prepared by many processes.
+line, one row, or one .txt file. Each is written as bos, its tokens, eos, as far as the tokenizer has bos and eos. Kill
+it at any time and run the same line again: it skips the files that are done. A process works on whole files, so only a
+corpus of several files uses several processes.
 
 Writes DIR/dataset.json, DIR/tokenizer.model, and DIR/{train,validation}-NNNNN.bin: little-endian token ids, one
-file shard for each input file. A document is held out for validation by the hash of its text, so that copies of it
-never end up on both sides; --validation_input names files that are held out whole instead.
+file shard for each input file. The hash of its text decides whether a document is held out for validation, so that
+copies of it never end up in both splits. With --validation_input, whole files are held out instead.
 """
 
 from typing import Annotated

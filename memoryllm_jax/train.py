@@ -4,13 +4,14 @@
 
 The name after the colon is the architecture: base, memory, or flex-B (flex-1, flex-2, flex-3). Any field of
 memoryllm_jax/config.py can be overridden as --config.FIELD=VALUE. Kill the run at any time and run the same line
-again: it goes on from its newest checkpoint. On SIGTERM or Ctrl-C it saves one first and exits with code 143.
+again: it goes on from its newest checkpoint. On SIGTERM or Ctrl-C it saves a checkpoint and exits with code 143.
 
     python -m memoryllm_jax.train --config=configs/1b.py:flex-3 --dry_run --devices=256 --chip=v5p
 
-compiles the step for devices that are not here and prints what the run needs of memory, network and time.
+compiles the step for devices that this machine lacks, and prints how much memory, network traffic and time the run
+needs.
 
-Writes into the workdir: numbered checkpoint folders, metrics.jsonl, TensorBoard events, and at the end result.json.
+The workdir gets numbered checkpoint folders, metrics.jsonl, TensorBoard events, and at the end result.json.
 The workdir may be gs://BUCKET/FOLDER, and config.data.path any URL that fsspec reads.
 On several hosts add --multihost to the line on each of them.
 """
@@ -34,12 +35,14 @@ from memoryllm_jax.training.plan import dry_run as print_plan
 def main(
     hosts: HostOptions,
     workdir: Annotated[str, Option("folder or gs:// URL for checkpoints and metrics of one run")] = "",
-    profile: Annotated[int, Option("steps to leave a profile of in WORKDIR/profile", least=0)] = 0,
+    profile: Annotated[int, Option("number of steps to profile, into WORKDIR/profile", least=0)] = 0,
     dry_run: Annotated[bool, Option("compile the step for --devices of --chip, print the plan, train nothing")] = False,
     devices: Annotated[int, Option("devices to plan for", least=1)] = 8,
     chip: Annotated[str, Option("kind of device to plan for", choices=tuple(chips.CHIPS))] = "h100",
-    slices: Annotated[int, Option("TPU slices to plan for; 0: as few as hold the devices", least=0)] = 0,
-    tokens: Annotated[float, Option("tokens of the run to plan; 0: those of the config's steps", least=0)] = 0.0,
+    slices: Annotated[int, Option("TPU slices to plan for; 0: as few as can hold the devices", least=0)] = 0,
+    tokens: Annotated[
+        float, Option("training tokens to plan for; 0: as many as the config's steps take", least=0)
+    ] = 0.0,
     plan: Annotated[str, Option("JSON file to write the plan to")] = "",
 ) -> int:
     config = resolve(flags.FLAGS.config)
@@ -47,10 +50,10 @@ def main(
         return print_plan(config, chip, devices, slices, tokens, plan)
     for name in ("devices", "chip", "slices", "tokens", "plan"):
         if options.given(name):
-            raise ArgumentError(name, "expected --dry_run too, as it is about devices that are not here")
+            raise ArgumentError(name, "expected only with --dry_run, found without it")
     if not workdir:
         raise ArgumentError("workdir", "expected a folder for checkpoints and metrics, found none")
-    # JAX takes three quarters of a GPU's memory unless told otherwise. Plans count on this share.
+    # By default JAX reserves 75% of a GPU's memory. --dry_run assumes GPU_SHARE, so a run must take the same.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{chips.GPU_SHARE}")
     hosts.join()
     return train(config, workdir, profile=profile)

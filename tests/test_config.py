@@ -65,13 +65,13 @@ def test_counted_parameters_are_those_of_the_model(variant):
     counted = flops.parameters(config)
     assert counted["total"] == sum(sizes.values())
     assert counted["memory"] == sum(size for name, size in sizes.items() if name.startswith("['memory']"))
-    if variant.endswith("-3"):  # those to compare with are as large as flex-3, up to rounded widths
+    if variant.endswith("-3"):  # the baselines are as large as flex-3, up to rounded widths
         flex = flops.parameters(resolve(load("1b", "flex-3")))
         assert counted["active"] == pytest.approx(flex["active"], rel=1e-3)
 
 
 def test_every_config_file_builds_every_variant():
-    names = sorted(set(glob.glob("configs/*.py")) - {"configs/start.py"})  # which wants a model to start from
+    names = sorted(set(glob.glob("configs/*.py")) - {"configs/start.py"})  # start.py needs a trained model
     assert len(names) >= 4
     for name in names:
         for variant in (*VARIANTS, "flex-1.5"):
@@ -127,7 +127,7 @@ def test_unknown_fields_and_wrong_types_are_refused_by_name():
         with pytest.raises(UserError) as error:
             resolve({**tree, **change})
         assert str(error.value) == message
-    with pytest.raises(UserError, match="architecture 'flex-8': expected base, memory, or flex-B"):
+    with pytest.raises(UserError, match="architecture 'flex-8': expected base, memory or flex-B"):
         default("flex-8")
 
 
@@ -136,7 +136,7 @@ def test_unknown_fields_and_wrong_types_are_refused_by_name():
     [
         ("--config.model.dimm=3", "config.model.dimm: no such field; did you mean dim?"),
         ("--config.steps.more=1", "config.steps.more: no such field; there are none below it"),
-        ("--config=configs/tiny.py:flex-9", "architecture 'flex-9': expected base, memory, or flex-B"),
+        ("--config=configs/tiny.py:flex-9", "architecture 'flex-9': expected base, memory or flex-B"),
         ("--config=configs/tyni.py", "config: expected FILE.py:ARCHITECTURE, found no file configs/tyni.py"),
     ],
 )
@@ -175,7 +175,7 @@ def test_a_config_file_is_found_in_any_folder(tmp_path, monkeypatch):
     ]
     with pytest.raises(UserError) as error:
         config_lib.locate("configs/other.py:memory")
-    assert str(tmp_path) in str(error.value) and f"in {ROOT}, are configs/1b.py" in str(error.value)
+    assert str(tmp_path) in str(error.value) and f"files, in {ROOT}, are configs/1b.py" in str(error.value)
 
     Path("configs").mkdir()
     shutil.copy(ROOT / "configs/1b.py", "configs/tiny.py")

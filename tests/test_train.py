@@ -80,7 +80,7 @@ def test_sigterm_saves_and_one_workdir_takes_one_run(data_path, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--chip=h100"], "error: --chip: expected --dry_run too, as it is about devices that are not here"),
+        (["--chip=h100"], "error: --chip: expected only with --dry_run, found without it"),
         ([], "error: --workdir: expected a folder for checkpoints and metrics, found none"),
     ],
 )

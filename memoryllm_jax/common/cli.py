@@ -1,7 +1,7 @@
 """Command lines: flags in, one call, exit code out.
 
-`run(main)` makes a command of one function, `run_commands` of several. Their options are those of the functions'
-signatures (common/options.py).
+`run(main)` turns one function into a command, `run_commands` several functions into a command with subcommands. The
+flags follow from the functions' signatures (common/options.py).
 """
 
 import inspect
@@ -22,8 +22,8 @@ def run(main: Callable[..., int | None], check: Callable[[list[str]], list[str]]
     """Runs `main(**options)` as an absl command; a `UserError` becomes one line on stderr and exit code 1.
 
     Args:
-      check: is given the arguments before absl parses them, and returns them as absl is to parse them. Raises
-        `UserError` for those that absl would refuse in words that do not help.
+      check: takes the arguments and returns the ones for absl to parse. It raises `UserError` where absl's own message
+        would not help.
     """
     options.define(main)
 
@@ -36,13 +36,14 @@ def run(main: Callable[..., int | None], check: Callable[[list[str]], list[str]]
 
 
 def run_commands(commands: Mapping[str, Callable], through: Callable[[str], Callable] | None = None) -> None:
-    """Runs the function that the line names: python -m MODULE COMMAND [ARGUMENT ...] [--option=VALUE ...].
+    """Runs the function that the command line names: python -m MODULE COMMAND [ARGUMENT ...] [--option=VALUE ...].
 
-    A function's docstring is what COMMAND --help says. Its parameters without an `Option` are positional.
+    COMMAND --help prints the function's docstring. Parameters without an `Option` are positional arguments.
 
     Args:
-      through: COMMAND -> a function that runs it and adds options of its own. It is called as f(COMMAND, **options)
-        with its own options and those of the command, which then has no positional arguments.
+      commands: {COMMAND: its function}. A text that it returns is printed.
+      through: maps COMMAND to a function that runs it and has further options of its own. It is called as
+        f(COMMAND, **options) with its options and those of the command; then there are no positional arguments.
     """
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     targets = [commands[name]] if name in commands else []
@@ -53,7 +54,7 @@ def run_commands(commands: Mapping[str, Callable], through: Callable[[str], Call
             options.define(target)
         positional = [] if through else _positional(commands[name])
         sys.modules["__main__"].__doc__ = _help_of(name, commands[name], positional)
-    elif not _HELP & set(sys.argv):
+    elif not _HELP & set(sys.argv):  # without a command, --help prints the docstring of the module
         print(f"error: expected one of {', '.join(commands)}, found {name or 'nothing'}", file=sys.stderr)
         sys.exit(1)
 
@@ -62,7 +63,9 @@ def run_commands(commands: Mapping[str, Callable], through: Callable[[str], Call
         chosen = {}
         for target in targets:
             chosen |= options.values(target)
-        text = through(name)(name, **chosen) if through else commands[name](*arguments[1:], **chosen)
+        to_call = targets[0]
+        given = [name] if through else arguments[1:]
+        text = to_call(*given, **chosen)
         if text:
             print(text)
         return 0
@@ -71,15 +74,16 @@ def run_commands(commands: Mapping[str, Callable], through: Callable[[str], Call
 
 
 def print_error(error: Exception) -> None:
-    """One line on stderr; an argument that is a flag gets its dashes."""
+    """Prints the error as one line on stderr, with dashes before the name of an argument that is a flag."""
     is_flag = isinstance(error, ArgumentError) and error.name in flags.FLAGS
-    print(f"error: {'--' if is_flag else ''}{error}", file=sys.stderr, flush=True)
+    dashes = "--" if is_flag else ""
+    print(f"error: {dashes}{error}", file=sys.stderr, flush=True)
 
 
 def _run(call, check=None):
     def main(argv):
         if not any(argument.startswith(("--verbosity", "-v")) for argument in sys.argv):
-            logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and every error that it also raises
+            logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and also the errors that it raises
         try:
             return call(argv[1:])
         except (UserError, OSError) as error:
@@ -102,7 +106,7 @@ def _run(call, check=None):
         app.run(main, flags_parser=parse_flags)
     except SystemExit:
         if _HELP & set(sys.argv):
-            sys.exit(0)  # absl's is 1
+            sys.exit(0)  # absl exits with 1 after --help
         raise
 
 
@@ -112,9 +116,9 @@ def _positional(function):
 
 
 def _check_positional(name, parameters, arguments):
-    least = sum(p.default is p.empty for p in parameters)
-    if not least <= len(arguments) <= len(parameters):
-        expected = " ".join(p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in parameters)
+    required = [p for p in parameters if p.default is p.empty]
+    if not len(required) <= len(arguments) <= len(parameters):
+        expected = " ".join(p.name.upper() if p in required else f"[{p.name.upper()}]" for p in parameters)
         raise UserError(
             f"{name}: expected {expected or 'no argument but options'}, found {' '.join(arguments) or 'none'}"
         )

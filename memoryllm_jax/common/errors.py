@@ -1,18 +1,18 @@
-"""Errors that people cause and can mend, and imports that need an optional extra."""
+"""Errors that users can fix, and imports that need an optional extra."""
 
 import importlib
 import types
 
 
 class UserError(Exception):
-    """Bad input. Its text is one sentence for the person who gave it."""
+    """Bad input or a problem of the environment. Its text is one sentence for the user; no traceback is shown."""
 
 
 class ArgumentError(UserError):
-    """A bad value of one argument: of a function for those who call it, of a flag for those who type it.
+    """A bad value of one argument of a function or command.
 
     Args:
-      name: of the argument, without dashes: `cli.run` adds them where it is a flag.
+      name: the argument's name without dashes; `cli.run` adds them if it is a flag.
       problem: what was expected and what was found.
     """
 
@@ -22,15 +22,17 @@ class ArgumentError(UserError):
 
 
 def require(module: str, extra: str, what: str) -> types.ModuleType:
-    """The module, of a package that only an optional extra installs.
+    """Imports a module of a package that only an optional extra installs.
 
     Args:
-      what: the thing that needs it, as the message begins: "pictures".
+      module: its full name, such as "pyarrow.parquet".
+      extra: the extra of memoryllm_jax that installs the package.
+      what: what needs the module, as the message begins: "pictures".
     Raises: UserError that names package and extra.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        # The package may be there, and one that it needs be missing: `error` says which.
+        # The message includes `error`, as the package may be installed and one of its dependencies missing.
         raise UserError(f"{what}: needs {package}: pip install 'memoryllm_jax[{extra}]' ({error})") from error

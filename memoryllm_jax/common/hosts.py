@@ -24,7 +24,7 @@ LOST_AFTER_S = 30
 
 @dataclasses.dataclass(frozen=True)
 class HostOptions:
-    """How this process finds the others of its run."""
+    """How this process finds the other processes of its run."""
 
     multihost: Annotated[
         bool, Option("join the other processes of the run; SLURM, TPU pods and Kubernetes say where they are")
@@ -73,7 +73,7 @@ class StopSignal:
         self._seen = True
 
     def after_step(self, step: int) -> bool:
-        """Whether to stop after `step`: the same answer on all hosts."""
+        """Whether to stop after `step`. All processes get the same answer."""
         if self._several:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._seen

@@ -1,10 +1,10 @@
 """Options of commands, stated once: as annotated parameters of a function or fields of a dataclass.
 
-    def generate(prompt: Annotated[str, Option("text to go on from")], seed: Annotated[int, Option("of draws")] = 0):
+    def generate(prompt: Annotated[str, Option("text to continue")], seed: Annotated[int, Option("random seed")] = 0):
 
-`define(generate)` makes a flag of each parameter that has an `Option`, and `values(generate)` reads them back as
-keyword arguments. Type, default and help are those of the signature. A parameter whose type is a dataclass of options
-stands for all of its fields. `import_` is the flag --import, as Python keeps the word for itself.
+`define(generate)` defines a flag for each parameter that has an `Option`, and `values(generate)` reads the flags back
+as keyword arguments. Type, default and help come from the signature. A parameter whose type is a dataclass of options
+stands for all of its fields. The parameter `import_` is the flag --import, which is a reserved word in Python.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ flags.disclaim_key_flags()  # flags that are defined here belong to the command:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What the value of a parameter means, and which values are taken.
+    """What the value of a parameter means, and which values are valid.
 
     Attributes:
-      help: for --help.
-      least: the smallest number taken, if there is one.
-      choices: the only texts taken, if there are such.
-      many: the flag may be given several times; a tuple is otherwise written as A,B,C.
+      help: text for --help.
+      least: the smallest valid number; None: any number is valid.
+      choices: the valid texts; empty: any text is valid.
+      many: for tuples, whether the flag is given once for each element; otherwise it is written as A,B,C.
     """
 
     help: str
@@ -42,12 +42,12 @@ class Option:
     many: bool = False
 
     def check(self, name: str, value) -> None:
-        """Raises: ArgumentError."""
+        """Raises: ArgumentError if the value is not valid."""
         if value is None:
             return
         if self.choices and value not in self.choices:
             raise ArgumentError(name, f"expected one of {', '.join(self.choices)}, found {value!r}")
-        # Written so that NaN is refused too.
+        # Not `value < self.least`, which is false for NaN.
         if self.least is not None and not value >= self.least:
             raise ArgumentError(name, f"expected at least {self.least:g}, found {value}")
 
@@ -74,13 +74,16 @@ def define(target: Callable) -> None:
             make = flags.DEFINE_multi_string if option.many else flags.DEFINE_list
         else:
             make = makers[kind]
-        text = option.help + (f"; one of {', '.join(option.choices)}" if option.choices else "")
-        # Not `required`: absl's message for a missing flag does not say what the flag is.
+        text = f"{option.help}; one of {', '.join(option.choices)}" if option.choices else option.help
+        # `values` reports a missing flag: absl's message for `required` flags does not say what the flag is.
         make(parameter.flag, value, text)
 
 
 def values(target: Callable) -> dict[str, object]:
-    """Keyword arguments for `target` from the flags that `define` made. Raises: ArgumentError for a refused value."""
+    """Keyword arguments for `target`, from the flags that `define` defined.
+
+    Raises: ArgumentError for a value that is missing or not valid.
+    """
     out = {}
     for name, hint in hints(target).items():
         if dataclasses.is_dataclass(hint):
@@ -96,13 +99,13 @@ def values(target: Callable) -> dict[str, object]:
 
 
 def check(options) -> None:
-    """Checks the fields of a dataclass of options: for its __post_init__. Raises: ArgumentError."""
+    """Checks the fields of a dataclass of options; call it in __post_init__. Raises: ArgumentError."""
     for name, _, _, option in _parameters(type(options), nested=False):
         option.check(name, getattr(options, name))
 
 
 def given(name: str) -> bool:
-    """Whether the command line names the flag."""
+    """Whether the flag was given on the command line."""
     return flags.FLAGS[name].present > 0
 
 
@@ -115,7 +118,10 @@ def size(text: str, name: str) -> int:
 
 
 def layers(texts: Iterable[str], name: str, count: int) -> tuple[int, ...]:
-    """Distinct numbers of layers of a model that has `count`, in rising order. Raises: ArgumentError."""
+    """Parses layer numbers of a model that has `count` layers.
+
+    Returns: the numbers without duplicates, in rising order. Raises: ArgumentError.
+    """
     for text in texts:
         if not text.strip().isdecimal() or int(text) >= count:
             raise ArgumentError(name, f"expected layers from 0 to {count - 1}, such as 0,{count - 1}, found {text!r}")
@@ -134,10 +140,15 @@ def is_option(hint) -> bool:
 
 
 def _option(hint) -> Option | None:
-    return next((extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Option)), None)
+    """The Option of Annotated[type, Option(...)]."""
+    for extra in getattr(hint, "__metadata__", ()):
+        if isinstance(extra, Option):
+            return extra
+    return None
 
 
 def _parameters(target, nested: bool = True) -> Iterator[_Parameter]:
+    """The parameters that have an `Option`, with `nested` also those inside dataclasses of options."""
     parameters = inspect.signature(target).parameters
     for name, hint in hints(target).items():
         if dataclasses.is_dataclass(hint):
@@ -150,7 +161,7 @@ def _parameters(target, nested: bool = True) -> Iterator[_Parameter]:
 
 
 def _plain(hint) -> type:
-    """int of `int | None`, tuple of `tuple[str, ...]`."""
+    """The class that makes a value: int for `int | None`, tuple for `tuple[str, ...]`."""
     if isinstance(hint, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+        (hint,) = set(typing.get_args(hint)) - {types.NoneType}
     return typing.get_origin(hint) or hint

@@ -6,7 +6,7 @@ import numpy as np
 
 from memoryllm_jax.common import errors
 
-_CHANCE = ", chance"
+_CHANCE = ", chance"  # ends the names of series that show what chance alone would give
 
 
 def new_figure(width: float = 7.0, height: float = 3.6, columns: int = 1):

@@ -11,11 +11,13 @@ class Progress:
     """Progress with ETA: a bar on a terminal, a plain line every `every_s` seconds in a log.
 
     Args:
-      total: amount of work, in `unit`s.
-      initial: amount that was done before this process started; the ETA leaves it out.
+      label: what is being done; each line begins with it.
+      total: amount of work, in units of `unit`.
+      unit: name of the unit; "B" is shown as kB, MB and so on.
+      initial: amount that was done before this process started. The ETA is computed without it.
       every_s: seconds between lines in a log.
-      enabled: False on every host but the first, so that a run prints once.
-      stream: where plain lines go, by default stdout.
+      enabled: False in every process but the first, so that a run prints once.
+      stream: where plain lines are written, by default stdout.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class Progress:
             )
 
     def update(self, done: int, note: str = "") -> None:
-        """Sets the amount done so far, and a note to show beside it."""
+        """Sets the amount done so far and the note that is shown with it."""
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done - self.done)
@@ -54,7 +56,7 @@ class Progress:
         return duration((time.monotonic() - self._start) / done_here * (self.total - self.done))
 
     def line(self, text: str) -> None:
-        """Prints a line without breaking the bar. In a log, the next progress line waits for `every_s` from now."""
+        """Prints a line above the bar. In a log, the next progress line comes `every_s` seconds later."""
         self._last_line = time.monotonic()
         if not self.enabled:
             return
@@ -64,13 +66,14 @@ class Progress:
             print(text, flush=True, file=self.stream)
 
     def close(self) -> None:
+        """Ends the bar; lines can still be printed."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
 def duration(seconds: float) -> str:
-    """1h05m, or 5m07s below an hour."""
+    """The duration as text: 1h05m, or 5m07s if it is less than an hour."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

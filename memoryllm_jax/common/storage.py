@@ -1,4 +1,4 @@
-"""Files on local paths and on URLs that fsspec knows: whole-file writes, checksums, and who owns a folder.
+"""Files on local paths and on URLs that fsspec knows: atomic writes, checksums, and locks on folders.
 
 gcsfs and s3fs retry transient errors (five times); what still fails becomes a UserError that names the URL.
 """
@@ -30,11 +30,11 @@ def absolute(path: str) -> str:
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """(the file system of a path or URL, the path as that file system takes it). Raises: UserError."""
+    """(the file system of a path or URL, the path in the form that this file system expects). Raises: UserError."""
     try:
         # TensorStore and other hosts write to the same folders, so a cached listing would be out of date.
         return fsspec.core.url_to_fs(path, use_listings_cache=False)
-    except Exception as error:  # fsspec raises what the package behind the URL raises, or ImportError without it
+    except Exception as error:  # each package behind a kind of URL has its own errors; ImportError if it is missing
         raise UserError(f"{path}: {reason(error)}") from error
 
 
@@ -43,7 +43,7 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """Why a file system, or the storage behind a URL, refused: a clause for an error message."""
+    """Why a file system, or the storage behind a URL, refused: the last part of an error message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, FileNotFoundError):  # fsspec's file systems raise it without strerror
@@ -58,20 +58,21 @@ def reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def user_errors(path: str, expected: str = "") -> Iterator[None]:
-    """Turns what the storage raises into a UserError that names the path and what was expected there."""
+    """Turns errors of the storage into a UserError that names the path and what was expected there."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path}: {expected and f'expected {expected}: '}{reason(error)}") from error
+        wanted = f"expected {expected}: " if expected else ""
+        raise UserError(f"{path}: {wanted}{reason(error)}") from error
 
 
 @contextlib.contextmanager
 def replaced(path: str) -> Iterator[str]:
-    """Yields PATH.part to write a local file or folder to; at the end it takes the name `path`.
+    """Yields PATH.part, where the caller writes a local file or folder; at the end it is renamed to `path`.
 
-    So `path` is there whole or not at all: on an error, PATH.part is removed. An empty folder at `path` gives way.
+    So `path` is complete or does not exist. On an error, PATH.part is removed. A folder also replaces an empty folder.
     Raises: UserError for an OSError.
     """
     part = f"{path}.part"
@@ -90,16 +91,16 @@ def replaced(path: str) -> Iterator[str]:
 
 
 def write_json(path: str, tree) -> None:
-    """Writes JSON so that the file is there whole or not at all. Raises: UserError."""
+    """Writes a JSON file atomically. Raises: UserError."""
     write_bytes(path, (json.dumps(tree, indent=1) + "\n").encode())
 
 
 def write_bytes(path: str, data: bytes) -> None:
-    """Writes a file that is there whole or not at all. Raises: UserError."""
+    """Writes a file atomically: it is complete or does not exist. Raises: UserError."""
     if is_url(path):
         fs, name = filesystem(path)
         with user_errors(path, "a place to write to"):
-            fs.pipe_file(name, data)  # object stores show an object only when it is whole
+            fs.pipe_file(name, data)  # an object in an object store becomes visible only when it is complete
         return
     with replaced(path) as part, open(part, "wb") as file:
         file.write(data)
@@ -113,7 +114,7 @@ def upload(path: str, url: str) -> None:
 
 
 def read_bytes(path: str, expected: str) -> bytes:
-    """A whole file. Raises: UserError that names the file and what was expected there."""
+    """The content of a file. Raises: UserError that names the file and what was expected there."""
     fs, name = filesystem(path)
     with user_errors(path, expected):
         return fs.cat_file(name)
@@ -142,14 +143,14 @@ def sizes(folder: str) -> dict[str, int]:
 
 
 def sha256(path: str) -> str:
-    """Of a file's bytes, in hexadecimal. Raises: UserError."""
+    """The SHA-256 of a file, in hexadecimal. Raises: UserError."""
     fs, name = filesystem(path)
     with user_errors(path, "a file"), fs.open(name, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lock_byte(fd: int, path: str, number: int) -> None:
-    """Holds byte `number` of an open file for this process. Raises: UserError if another process holds it."""
+    """Locks byte `number` of an open file for this process. Raises: UserError if another process holds the lock."""
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
     except (BlockingIOError, PermissionError) as error:
@@ -157,15 +158,15 @@ def lock_byte(fd: int, path: str, number: int) -> None:
 
 
 def lock_folder(path: str):
-    """Makes a local folder and locks it for this process.
+    """Creates a local folder if there is none, and locks it for this process.
 
-    Returns: the open lock file; closing it, or losing it to garbage collection, gives the folder free.
-    Raises: UserError if another process has locked it.
+    Returns: the open lock file. Keep a reference: closing or garbage-collecting it releases the lock.
+    Raises: UserError if another process has locked the folder.
     """
     name = os.path.join(path, ".lock")
     try:
         os.makedirs(path, exist_ok=True)
-        # Not "w": the holder's name must still be there for the message if the lock is taken.
+        # Not "w", which would erase the name of the process that holds the lock; the error message needs it.
         file = open(name, "a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
@@ -185,8 +186,8 @@ def lock_folder(path: str):
 class Claim:
     """A mark in a folder on object storage, which has no locks: the folder belongs to the run that marked it last.
 
-    A run that was preempted is therefore never shut out when it starts again. A run that has lost its folder ends at
-    its next `check`, provided that it reaches the storage.
+    The last run wins, so that a run can start again after it was preempted. The run before it ends at its next `check`,
+    unless the storage is out of reach.
     """
 
     def __init__(self, path: str):
@@ -195,7 +196,7 @@ class Claim:
         write_bytes(self.path, self._text.encode())
 
     def check(self) -> None:
-        """Raises: UserError if another run has claimed the folder since."""
+        """Raises: UserError if another run has claimed the folder since then."""
         found = read_bytes(self.path, "the mark of this run").decode()
         if found != self._text:
             raise UserError(f"{self.path}: another run has taken over ({found}), so this one ends")

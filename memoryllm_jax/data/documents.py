@@ -1,4 +1,4 @@
-"""Documents out of text files: C4's `.json.gz`, `.jsonl`, `.txt` or `.parquet`, on any path that fsspec reads."""
+"""Reads documents from text files: C4's `.json.gz`, `.jsonl`, `.txt` or `.parquet`, on any path that fsspec reads."""
 
 import glob
 import json
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import fsspec
 
+from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError, require
 
 EMBEDDED = "embedded"  # the interpreter's own documentation topics and standard-library sources
@@ -17,37 +18,42 @@ _CHUNK = 1 << 20  # bytes read at a time
 
 
 def expand(pattern: str) -> list[str]:
-    """Paths that a comma-separated list of globs matches, sorted within each glob. Raises: UserError."""
+    """Paths that match a comma-separated list of globs: glob by glob, sorted within each, without duplicates.
+
+    Raises: UserError if a glob matches no file, or a file whose format `read` does not know.
+    """
     paths = []
     for part in pattern.split(","):
         paths += [part] if part == EMBEDDED else _matches(part)
-    paths = list(dict.fromkeys(paths))  # each once, in order
+    paths = list(dict.fromkeys(paths))  # removes duplicates and keeps the order
     for path in paths:
         if not is_text(path):
             raise UserError(
-                f"input {path}: expected a name ending in .json, .jsonl, .txt (each also .gz or .zst) or .parquet"
+                f"{path}: expected a name ending in .json, .jsonl, .txt (each also .gz or .zst) or .parquet"
             )
     return paths
 
 
-def _matches(part):
+def _matches(glob_or_url: str) -> list[str]:
     try:
-        fs, path = fsspec.core.url_to_fs(part)
+        fs, path = fsspec.core.url_to_fs(glob_or_url)
         found = sorted(name for name in fs.glob(path) if fs.isfile(name))
     except (ImportError, ValueError, OSError) as error:
-        raise UserError(f"input {part}: {error}") from error
+        raise UserError(f"{glob_or_url}: {error}") from error
     if not found:
-        raise UserError(f"input {part}: expected at least one file, found none")
-    return [fs.unstrip_protocol(name) for name in found] if "://" in part else found
+        raise UserError(f"{glob_or_url}: expected at least one file, found none")
+    if storage.is_url(glob_or_url):
+        found = [fs.unstrip_protocol(name) for name in found]
+    return found
 
 
 def is_text(pattern: str) -> bool:
-    """Whether the name is that of a text file which `read` takes."""
+    """Whether `read` knows the format, judging by the end of the name."""
     return pattern == EMBEDDED or _format(pattern) in _FORMATS
 
 
 def size(path: str) -> int:
-    """Bytes of the file, as stored."""
+    """Size of the file in bytes, as stored (compressed)."""
     if path == EMBEDDED:
         return sum(os.path.getsize(source) for source in _stdlib_sources())
     fs, path = fsspec.core.url_to_fs(path)
@@ -69,15 +75,17 @@ def read(path: str, text_key: str = "text") -> Iterator[tuple[str, int]]:
             if not raw.read(1):
                 raise UserError(f"{path}: the file is empty")
             raw.seek(0)
-            readers = {"parquet": _parquet, "txt": _whole_text}
-            for text in readers.get(_format(path), _json_lines)(raw, path, text_key):
+            readers = {"parquet": _parquet, "txt": _whole_text, "json": _json_lines, "jsonl": _json_lines}
+            reader = readers.get(_format(path), _json_lines)
+            for text in reader(raw, path, text_key):
                 if text:
                     yield text, raw.tell()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
 
 
-def _format(path):
+def _format(path: str) -> str:
+    """The ending of the name, without that of a compression: "json" for "a.json.gz"."""
     return path.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
 
 
@@ -89,7 +97,7 @@ def _raw_chunks(raw) -> Iterator[bytes]:
 def _chunks(raw, path) -> Iterator[bytes]:
     """The file's bytes, decompressed."""
     if path.endswith(".gz"):
-        # 31: a gzip header, with the largest window.
+        # 31 = 16 (expect a gzip header) + 15 (the largest window).
         yield from _decompressed(raw, path, lambda: zlib.decompressobj(31), zlib.error)
     elif path.endswith(".zst"):
         zstandard = require("zstandard", "prepare", path)
@@ -99,8 +107,8 @@ def _chunks(raw, path) -> Iterator[bytes]:
         yield from _raw_chunks(raw)
 
 
-def _decompressed(raw, path, new_stream: Callable, stream_error: type[Exception]):
-    # By hand, as the libraries' own readers do not notice a zstd stream that ends too early.
+def _decompressed(raw, path, new_stream: Callable, stream_error: type[Exception]) -> Iterator[bytes]:
+    # Not by the libraries' own file readers: zstandard's does not notice a stream that ends too early.
     stream = new_stream()
     for data in _raw_chunks(raw):
         while data:
@@ -115,12 +123,15 @@ def _decompressed(raw, path, new_stream: Callable, stream_error: type[Exception]
         raise UserError(f"{path}: the compressed file is cut off after {raw.tell()} bytes")
 
 
-def _whole_text(raw, path, text_key):
+def _whole_text(raw, path, text_key) -> Iterator[str]:
+    """A .txt file is one document."""
     yield _decode(b"".join(_chunks(raw, path)), path)
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    rest = []  # pieces of a line that no chunk has ended yet: joined once, however long the line is
+    # Pieces of a line whose end is still to come. They are joined once: appending to one bytes object would copy a long
+    # line again for each chunk.
+    rest = []
     for chunk in chunks:
         first, newline, tail = chunk.partition(b"\n")
         rest.append(first)
@@ -132,7 +143,8 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
     yield b"".join(rest)
 
 
-def _json_lines(raw, path, text_key):
+def _json_lines(raw, path, text_key) -> Iterator[str]:
+    """Each line that is not blank is a JSON object with one document."""
     for number, line in enumerate(_lines(_chunks(raw, path)), 1):
         if not line.strip():
             continue
@@ -145,7 +157,8 @@ def _json_lines(raw, path, text_key):
         yield _check(text, where, text_key)
 
 
-def _parquet(raw, path, text_key):
+def _parquet(raw, path, text_key) -> Iterator[str]:
+    """Each row holds one document."""
     parquet = require("pyarrow.parquet", "prepare", path)
     pyarrow = require("pyarrow", "prepare", path)
     try:
@@ -162,11 +175,12 @@ def _parquet(raw, path, text_key):
 
 
 def _check(text, where, text_key) -> str:
+    """The text, if it is one. Raises: UserError."""
     if not isinstance(text, str):
         raise UserError(f"{where}: expected text under {text_key!r}, found {type(text).__name__}")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON may hold "\ud800", which no tokenizer takes
+    except UnicodeEncodeError as error:  # JSON may hold half a surrogate pair, "\ud800", which tokenizers reject
         raise UserError(
             f"{where}: expected Unicode text, found half a surrogate pair at character {error.start}"
         ) from error
@@ -190,6 +204,7 @@ def _stdlib_sources() -> list[str]:
 
 
 def _embedded() -> Iterator[tuple[str, int]]:
+    """Python's documentation topics, and then the sources of its standard library."""
     import pydoc_data.topics
 
     done = 0
@@ -201,7 +216,7 @@ def _embedded() -> Iterator[tuple[str, int]]:
         done += len(data)
         try:
             text = data.decode("utf-8")
-        except UnicodeDecodeError:  # a few sources declare another encoding
+        except UnicodeDecodeError:  # the few sources that declare another encoding are left out
             continue
         if text:
             yield text, done

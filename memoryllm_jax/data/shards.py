@@ -1,12 +1,14 @@
-"""Text files to token shards that training reads: one file shard for each input file and split.
+"""Turns text files into file shards of tokens for training: one file shard for each input file and split.
 
-Work is shared out by input file. `.plan.json` in the output folder holds what was asked for, `.done/` a record of each
-input file that is finished, so that a run that was killed goes on with the others. `dataset.json` is written last.
+Each worker process tokenizes whole input files. In the output folder, `.plan.json` holds the arguments and `.done/` has
+a record of each finished input file, so that a run that was killed goes on with the others. `dataset.json` is written
+last.
 """
 
 import concurrent.futures
 import concurrent.futures.process
 import hashlib
+import math
 import multiprocessing
 import os
 import queue
@@ -27,29 +29,29 @@ from memoryllm_jax.data import tokenizer as tokenizer_lib
 from memoryllm_jax.data.dataset import FORMAT, SPLITS
 from memoryllm_jax.data.tokenizer import Tokenizer
 
-SENTENCEPIECE_CHARS = 50_000_000  # text that a SentencePiece model is trained on, at most
-_SAMPLED_FILES = 64  # that this text comes from, at most
-_BATCH_CHARS = 1_000_000  # text tokenised at a time
+SENTENCEPIECE_CHARS = 50_000_000  # characters that a SentencePiece model is trained on, at most
+_SAMPLED_FILES = 64  # input files that these characters come from, at most
+_BATCH_CHARS = 1_000_000  # characters tokenized at a time
 _TRAIN_SPEC = "sentencepiece:train:"
-_UINT16_IDS = 1 << 16
+_UINT16_IDS = 1 << 16  # vocabularies of up to this size are stored as uint16, others as uint32
 
 
 class Source(NamedTuple):
     """An input file."""
 
-    index: int
+    index: int  # names its file shards
     path: str
     size: int  # bytes as stored
-    held_out: bool  # all of it is held out for validation
+    held_out: bool  # whether the whole file is held out for validation
 
 
 class Settings(NamedTuple):
-    """What tokenising a file depends on, beside the tokenizer."""
+    """What tokenizing a file depends on, apart from the tokenizer."""
 
     output: str
     text_key: str
     validation_fraction: float
-    threads: int  # of a worker's tokenizer
+    threads: int  # threads of the tokenizer in each worker
 
 
 def prepare(
@@ -62,25 +64,27 @@ def prepare(
     text_key: str = "text",
     workers: int = 0,
 ) -> dict:
-    """Writes token shards into a folder, or goes on with one that was left unfinished.
+    """Writes token shards into a folder, or finishes what an earlier run with the same arguments left unfinished.
 
     Args:
       pattern: comma-separated globs of text files, or "embedded".
       tokenizer_spec: sentencepiece:FILE, sentencepiece:train:VOCAB, llama3:FILE or hf:FILE.
-      validation_pattern: files that are held out whole; then no other document is held out.
-      validation_fraction: share of documents held out, chosen by the hash of their text.
+      output: the folder, on a disk.
+      validation_pattern: globs of files that are held out whole; then no other document is held out.
+      validation_fraction: share of the documents that is held out, chosen by the hash of their text.
       text_key: JSON field or parquet column that holds the text.
       workers: processes; 0: one for each core, at most one for each file.
-    Returns: the contents of dataset.json. Raises: UserError.
+    Returns: the contents of dataset.json.
+    Raises: UserError.
     """
     if storage.is_url(output):
         raise ArgumentError(
-            "output", f"expected a folder on a disk, which can be copied to a URL when it is done, found {output}"
+            "output", f"expected a folder on a disk, which can be copied to a URL afterwards, found {output}"
         )
     if not 0 < validation_fraction < 1:
         raise ArgumentError("validation_fraction", f"expected a number between 0 and 1, found {validation_fraction}")
     if workers < 0:
-        raise ArgumentError("workers", f"expected zero or more, found {workers}")
+        raise ArgumentError("workers", f"expected at least 0, found {workers}")
     sources = _sources(pattern, validation_pattern)
     plan = {
         "format": FORMAT,
@@ -93,26 +97,27 @@ def prepare(
     try:
         return _prepare(plan, sources, output, workers)
     except UserError:
-        _forget_fruitless_start(output)
+        _undo_start(output)
         raise
     finally:
         lock.close()
 
 
-def _sources(pattern, validation_pattern) -> list[Source]:
+def _sources(pattern: str, validation_pattern: str) -> list[Source]:
+    """The input files, those that are held out whole last. A file that both patterns match is held out."""
     held_out = documents.expand(validation_pattern) if validation_pattern else []
     matched = documents.expand(pattern)
     to_train = [path for path in matched if path not in set(held_out)]
     if len(to_train) < len(matched):
-        print(f"held out of training: {len(matched) - len(to_train)} files that --validation_input names too")
+        print(f"{len(matched) - len(to_train)} files of the input are held out, as validation_input names them too")
     if not to_train:
-        raise ArgumentError("input", f"expected files beside those of validation_input, found none in {pattern}")
+        raise ArgumentError("input", f"expected files other than those of validation_input, found none in {pattern}")
     paths = [(path, False) for path in to_train] + [(path, True) for path in held_out]
     return [Source(i, path, documents.size(path), whole) for i, (path, whole) in enumerate(paths)]
 
 
-def _forget_fruitless_start(output):
-    """Leaves the folder as it was where nothing is there to go on from."""
+def _undo_start(output: str) -> None:
+    """Removes the plan and the tokenizer of a run that failed before any input file was finished."""
     plan_path = os.path.join(output, ".plan.json")
     if _has_results(output) or not os.path.exists(plan_path):
         return
@@ -121,26 +126,29 @@ def _forget_fruitless_start(output):
             os.remove(os.path.join(output, name))
 
 
-def _has_results(output) -> bool:
+def _has_results(output: str) -> bool:
+    """Whether an earlier run finished at least one input file."""
     done = os.path.join(output, ".done")
     return os.path.exists(os.path.join(output, "dataset.json")) or (os.path.isdir(done) and bool(os.listdir(done)))
 
 
-def _prepare(plan, sources, output, workers) -> dict:
+def _prepare(plan: dict, sources: list[Source], output: str, workers: int) -> dict:
+    """`prepare` in a folder that is locked. Returns: the contents of dataset.json."""
     manifest = os.path.join(output, "dataset.json")
-    goes_on = _begin(plan, output)
-    model = _tokenizer(plan["tokenizer"], sources, plan["text_key"], output, goes_on)
+    resumes = _begin(plan, output)
+    model = _tokenizer(plan["tokenizer"], sources, plan["text_key"], output, resumes)
     if os.path.exists(manifest):
         print(f"{output}: already prepared")
         return storage.read_json(manifest, "a prepared data set")
 
-    workers = min(workers or os.cpu_count() or 1, len(sources))
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    cores = os.cpu_count() or 1
+    workers = min(workers or cores, len(sources))
+    threads = max(1, cores // workers)
     settings = Settings(output, plan["text_key"], plan["validation_fraction"], threads)
     records = _tokenize(sources, settings, model, workers)
     splits = {split: _merged([record[split] for record in records if split in record]) for split in SPLITS}
     if not splits["train"]["tokens"]:
-        raise UserError(f"{output}: no document was left to train on; check the input and the held-out share")
+        raise UserError(f"{output}: expected documents to train on, found none; check input and validation_fraction")
     if not splits["validation"]["tokens"]:
         splits = _hold_out_the_end(splits["train"]["shards"], plan["validation_fraction"], output, model)
     dataset = {
@@ -166,15 +174,18 @@ def _prepare(plan, sources, output, workers) -> dict:
     return dataset
 
 
-def _begin(plan, output) -> bool:
-    """Writes the plan, or compares it with that of an earlier run. Returns whether there is a run to go on with."""
+def _begin(plan: dict, output: str) -> bool:
+    """Writes the plan, or compares it with the plan of an earlier run.
+
+    Returns: whether this run resumes an earlier one. Raises: UserError if their plans differ.
+    """
     plan_path = os.path.join(output, ".plan.json")
     if os.path.exists(plan_path) and _has_results(output):
         before = storage.read_json(plan_path, "the plan of an earlier prepare")
         different = [key for key in plan if before.get(key) != plan[key]]
         if different:
             raise UserError(
-                f"{output}: was begun with another {', '.join(different)}; finish that, or use a new folder"
+                f"{output}: was begun with another {', '.join(different)}; finish that run, or use a new folder"
             )
         return True
     if os.path.exists(os.path.join(output, "dataset.json")):
@@ -185,14 +196,19 @@ def _begin(plan, output) -> bool:
     return False
 
 
-def _tokenizer(spec, sources, text_key, output, goes_on) -> Tokenizer:
-    """The tokenizer of the spec, copied to tokenizer.model; a run that goes on must name the same."""
+def _tokenizer(spec: str, sources: list[Source], text_key: str, output: str, resumes: bool) -> Tokenizer:
+    """Loads or trains the tokenizer of the spec and copies it to tokenizer.model.
+
+    Args:
+      resumes: whether an earlier run has written tokenizer.model; a trained tokenizer is then read from there.
+    Raises: UserError if the earlier run had another tokenizer.
+    """
     path = os.path.join(output, "tokenizer.model")
     if not spec.startswith(_TRAIN_SPEC):
         model = tokenizer_lib.load(spec)
-        if goes_on and storage.sha256(path) != model.digest:
+        if resumes and storage.sha256(path) != model.digest:
             raise UserError(f"{output}: was begun with another tokenizer than {spec}; use a new folder")
-    elif goes_on:
+    elif resumes:
         return tokenizer_lib.load(f"sentencepiece:{path}")
     else:
         size = spec.removeprefix(_TRAIN_SPEC)
@@ -204,10 +220,11 @@ def _tokenizer(spec, sources, text_key, output, goes_on) -> Tokenizer:
     return model
 
 
-def _sample(sources, text_key) -> Iterator[str]:
-    """Documents for training a tokenizer: the same number of characters from some files, spread evenly."""
+def _sample(sources: list[Source], text_key: str) -> Iterator[str]:
+    """Documents to train a tokenizer on: about equally many characters from each of some evenly spread files."""
     sources = [source for source in sources if not source.held_out]
-    chosen = sources[:: -(-len(sources) // _SAMPLED_FILES)]
+    every = math.ceil(len(sources) / _SAMPLED_FILES)
+    chosen = sources[::every]
     for source in chosen:
         left = SENTENCEPIECE_CHARS // len(chosen)
         for text, _ in documents.read(source.path, text_key):
@@ -218,7 +235,7 @@ def _sample(sources, text_key) -> Iterator[str]:
 
 
 class _Report:
-    """Progress over all files, from what workers send: (file's index, bytes read of it, tokens written)."""
+    """Progress over all files. A worker reports (index of its file, bytes of it read so far, tokens written so far)."""
 
     def __init__(self, sources: list[Source], finished: list[Source]):
         self._sizes = [source.size for source in sources]
@@ -228,8 +245,9 @@ class _Report:
         self._progress = Progress("prepare", sum(self._sizes), "B", initial=sum(self._bytes.values()))
 
     def __call__(self, index: int, position: int, tokens: int) -> None:
-        # A reader may stand past the end of what the file holds, by its buffer.
-        self._bytes[index], self._tokens[index] = min(position, self._sizes[index]), tokens
+        # A buffered reader may be past the size that was measured.
+        self._bytes[index] = min(position, self._sizes[index])
+        self._tokens[index] = tokens
         rate = sum(self._tokens.values()) / (time.monotonic() - self._start)
         self._progress.update(sum(self._bytes.values()), f"{rate / 1e3:,.0f} k tokens/s")
 
@@ -238,7 +256,7 @@ class _Report:
 
 
 def _tokenize(sources, settings, model, workers) -> list[dict]:
-    """The record of each file, in order; records of an earlier run are taken as they are."""
+    """Tokenizes all files but those that an earlier run finished. Returns: the record of each file, in order."""
     os.makedirs(os.path.join(settings.output, ".done"), exist_ok=True)
     records = {source.index: _record_of(source, settings.output, model) for source in sources}
     todo = [source for source in sources if records[source.index] is None]
@@ -253,7 +271,8 @@ def _tokenize(sources, settings, model, workers) -> list[dict]:
 
 
 def _in_processes(todo, settings, model, workers, report) -> dict[int, dict]:
-    # Spawned, not forked: JAX's threads do not survive a fork.
+    """Tokenizes files in worker processes. Returns: {index of a file: its record}. Raises: UserError."""
+    # Not "fork", which would copy JAX's locks but not the threads that hold them.
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()
     arguments = (settings, model.to_json(), reports)
@@ -269,7 +288,7 @@ def _in_processes(todo, settings, model, workers, report) -> dict[int, dict]:
                 _drain(reports, report)
         except concurrent.futures.process.BrokenProcessPool as error:
             raise UserError(
-                f"a worker was killed, perhaps for want of memory; try fewer than --workers={workers}"
+                f"a worker process was killed, perhaps for lack of memory; try fewer workers than {workers}"
             ) from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -277,7 +296,8 @@ def _in_processes(todo, settings, model, workers, report) -> dict[int, dict]:
     return records
 
 
-def _drain(reports, report):
+def _drain(reports: multiprocessing.Queue, report: _Report) -> None:
+    """Passes on all progress reports that the workers have sent."""
     while True:
         try:
             report(*reports.get_nowait())
@@ -285,22 +305,27 @@ def _drain(reports, report):
             return
 
 
-_worker = {}  # of a worker process: what `_start_worker` was given
+_worker = {}  # in a worker process: the arguments of `_start_worker`, for `_work`
 
 
-def _start_worker(settings, model, reports):
+def _start_worker(settings, model, reports) -> None:
+    """Sets up a worker process, before it gets any file."""
+
     def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
 
+    # A parent that is killed cannot stop its workers.
     threading.Thread(target=end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
-    # A parent that ends early no longer reads the queue; a worker must not wait for it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent stops its workers
+    # A worker normally waits at its end until its reports are read. A parent that fails no longer reads them.
     reports.cancel_join_thread()
     _worker.update(settings=settings, model=Tokenizer.from_json(model), reports=reports)
 
 
-def _work(source):
+def _work(source: Source) -> dict:
+    """`_tokenize_file` in a worker process."""
+
     def report(*progress):
         _worker["reports"].put(progress)
 
@@ -316,7 +341,7 @@ def _record_path(source, output):
 
 
 def _record_of(source, output, model) -> dict | None:
-    """What an earlier run recorded of this file, if its shards are still there."""
+    """The record that an earlier run wrote for this file, or None if there is none or its file shards have changed."""
     if not os.path.exists(_record_path(source, output)):
         return None
     record = storage.read_json(_record_path(source, output), "a record of an earlier prepare")
@@ -328,7 +353,7 @@ def _record_of(source, output, model) -> dict | None:
 
 
 class _ShardWriter:
-    """Writes one file shard to PATH.part; `close` gives it its name."""
+    """Writes one file shard to PATH.part; `close` renames it to PATH."""
 
     def __init__(self, split, source, settings, model):
         self.name = f"{split}-{source.index:05}.bin"
@@ -338,12 +363,13 @@ class _ShardWriter:
         self.documents = self.tokens = self.bytes = 0
 
     def write(self, texts: list[str], ids_of_texts: list[list[int]]) -> None:
+        """Appends documents, each between bos and eos. Raises: UserError for an id outside the vocabulary."""
         bos = [] if self._model.bos_id is None else [self._model.bos_id]
         eos = [] if self._model.eos_id is None else [self._model.eos_id]
         flat = [i for ids in ids_of_texts for i in (*bos, *ids, *eos)]
         array = np.array(flat, np.int64)
         if array.size and array.max() >= self._model.vocab_size:
-            raise UserError(f"tokenizer: gave id {array.max()}, outside its vocabulary of {self._model.vocab_size}")
+            raise UserError(f"tokenizer: expected ids below {self._model.vocab_size}, found {array.max()}")
         data = array.astype(self._dtype).tobytes()
         self._file.write(data)
         self._sha.update(data)
@@ -352,7 +378,7 @@ class _ShardWriter:
         self.bytes += sum(len(text.encode()) for text in texts)
 
     def close(self) -> dict:
-        """Returns: the shard's record in dataset.json. A shard without tokens leaves no file."""
+        """Returns: the file shard's record for dataset.json. Without any token no file is written."""
         self._file.close()
         if self.tokens:
             os.replace(f"{self._path}.part", self._path)
@@ -362,16 +388,21 @@ class _ShardWriter:
         return {"file": self.name, **counts, "sha256": self._sha.hexdigest()}
 
     def abandon(self) -> None:
+        """Removes the unfinished file."""
         self._file.close()
         if os.path.exists(f"{self._path}.part"):
             os.remove(f"{self._path}.part")
 
 
 def _tokenize_file(source, settings, model, report: Callable[[int, int, int], None]) -> dict:
-    """{split: shard record} of one input file, also written to `.done`. Raises: UserError; no part is left behind."""
+    """Tokenizes one input file, and records in `.done` that it is finished.
+
+    Returns: {split: record of its file shard}. Raises: UserError; no .part file is left behind.
+    """
+    splits = ("validation",) if source.held_out else SPLITS
     writers: dict[str, _ShardWriter] = {}
     try:
-        for split in ("validation",) if source.held_out else SPLITS:
+        for split in splits:
             writers[split] = _ShardWriter(split, source, settings, model)
         position = 0
         for texts, position in _batches(source.path, settings.text_key):
@@ -392,7 +423,7 @@ def _tokenize_file(source, settings, model, report: Callable[[int, int, int], No
 
 
 def _batches(path, text_key) -> Iterator[tuple[list[str], int]]:
-    """(documents of about _BATCH_CHARS together, bytes of the file read so far)."""
+    """Yields (documents of about _BATCH_CHARS characters together, bytes of the file read so far)."""
     batch, chars, position = [], 0, 0
     for text, position in documents.read(path, text_key):
         batch.append(text)
@@ -403,7 +434,8 @@ def _batches(path, text_key) -> Iterator[tuple[list[str], int]]:
     yield batch, position
 
 
-def _write_batch(texts, source, settings, model, writers):
+def _write_batch(texts: list[str], source, settings, model, writers: dict[str, _ShardWriter]) -> None:
+    """Tokenizes documents and writes each to the file shard of its split."""
     by_split: dict[str, list[str]] = {split: [] for split in writers}
     for text in texts:
         by_split[_split_of(text, source, settings)].append(text)
@@ -414,37 +446,43 @@ def _write_batch(texts, source, settings, model, writers):
 def _split_of(text, source, settings) -> str:
     if source.held_out:
         return "validation"
-    # By the hash, so that copies of a document fall on the same side, whatever file they are in.
+    # The hash, as a number in [0, 1), gives all copies of a document the same split, whatever files they are in.
     share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
     return "validation" if share < settings.validation_fraction else "train"
 
 
 def _merged(shards: list[dict]) -> dict:
-    """A split's record in dataset.json."""
+    """The record of a split in dataset.json, from those of its file shards."""
     totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")}
     return totals | {"shards": shards}
 
 
 def _hold_out_the_end(shards: list[dict], fraction, output, model) -> dict[str, dict]:
-    """Splits where no document was held out by its hash: the last tokens of the training text are held out."""
+    """Moves the last training tokens to the validation split, for texts of so few documents that none was held out.
+
+    Args:
+      shards: records of the training split's file shards; the tokens come from the last one.
+    Returns: {split: its record}. Raises: UserError if there are too few tokens.
+    """
     *others, last = shards
     path = os.path.join(output, last["file"])
     ids = np.fromfile(path, _dtype(model))
+    # Each split needs two tokens: one to predict, and one to predict it from.
     wanted = max(2, round(fraction * sum(shard["tokens"] for shard in shards)))
     cut = len(ids) - min(wanted, len(ids) - 2)
     if cut < 2:
-        raise UserError(f"{output}: {len(ids)} tokens are too few to hold some out; give --validation_input")
+        raise UserError(f"{output}: {len(ids)} tokens are too few to hold some out; give validation_input")
     name = last["file"].replace("train", "validation")
     tail_bytes = len(model.decode(ids[cut:]).encode())
     storage.write_bytes(os.path.join(output, name), ids[cut:].tobytes())
     storage.write_bytes(path, ids[:cut].tobytes())
     held_out = {
         "file": name,
-        "documents": 0,
+        "documents": 0,  # the tail holds no whole document
         "tokens": len(ids) - cut,
         "bytes": tail_bytes,
         "sha256": storage.sha256(os.path.join(output, name)),
     }
     last = last | {"tokens": cut, "bytes": last["bytes"] - tail_bytes, "sha256": storage.sha256(path)}
-    print(f"no document fell into the held-out share: held out the last {len(ids) - cut:,} tokens instead")
+    print(f"no document was held out by its hash, so the last {len(ids) - cut:,} tokens are held out")
     return {"train": _merged([*others, last]), "validation": _merged([held_out])}

@@ -11,10 +11,10 @@ from typing import NamedTuple
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError, require
 
-# Texts are tokenised in pieces of at most this many characters: tiktoken's regular expressions and
-# SentencePiece's lattices fail on longer ones. Llama 3's own tokenizer cuts at the same length.
+# Texts are tokenized in pieces of at most this many characters, as tiktoken's regular expressions and SentencePiece's
+# lattices fail on longer ones. Llama 3's own tokenizer cuts at the same length.
 PIECE_CHARS = 400_000
-RUN_CHARS = 25_000  # longest run of white space, or of other characters, that tiktoken takes
+RUN_CHARS = 25_000  # longest run of white space, or of other characters, that tiktoken can handle
 
 LLAMA3_PATTERN = "|".join(
     (
@@ -27,8 +27,9 @@ LLAMA3_PATTERN = "|".join(
         r"\s+",
     )
 )
-LLAMA3_SPECIALS = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|eot_id|>": 9}  # offsets from the last rank
-LLAMA3_RESERVED = 256
+LLAMA3_SPECIALS = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|eot_id|>": 9}  # {name: id - number of ranks}
+LLAMA3_RESERVED = 256  # ids after the ranks that are reserved for special tokens
+# Common spellings of bos and eos, for a tokenizer.json that does not name them; the first one found is used.
 HF_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
 HF_EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[EOS]")
 
@@ -39,17 +40,17 @@ class Tokenizer:
     Args:
       kind: sentencepiece, llama3 or hf.
       content: bytes of the model file.
-      origin: where it comes from, for error messages.
-      special: (bos id, ids that end a text) where other files than the tokenizer's own name them.
+      origin: where the content comes from, for error messages.
+      special: (bos id, ids that end a text), if they are named by another file than the model file; else None.
     Attributes:
-      kind, content.
+      kind, content: as given.
       digest: SHA-256 of the content.
       vocab_size: number of ids.
-      bos_id, eos_id: ids put before and after each document, or None.
+      bos_id, eos_id: ids before and after each document, or None.
       stop_ids: ids that end a text, eos among them.
-      put_before: id that a tokenizer.json itself puts before a text, or None.
-      special_tokens: {spelling: id} of special tokens that `encode` takes for plain text.
-    Raises: UserError.
+      put_before: id that the post-processor of a tokenizer.json puts before each text, or None.
+      special_tokens: {spelling: id} of special tokens whose spelling `encode` treats as plain text.
+    Raises: UserError if the tokenizer library refuses the content.
     """
 
     def __init__(self, kind: str, content: bytes, origin: str, special: tuple | None = None):
@@ -61,7 +62,7 @@ class Tokenizer:
             loaded = _LOADERS[kind](content)
         except UserError:
             raise
-        except Exception as error:  # each library has its own way to reject a file
+        except Exception as error:  # each library raises errors of its own for a bad file
             raise UserError(f"tokenizer {origin}: expected a {kind} model, found a file it refuses: {error}") from error
         self.vocab_size, self.put_before = loaded.vocab_size, loaded.put_before
         self.bos_id, self.eos_id = loaded.bos_id, loaded.eos_id
@@ -73,33 +74,35 @@ class Tokenizer:
             self.name_special(*special)
 
     def name_special(self, bos_id: int | None, ends: Sequence[int]) -> None:
-        """Sets bos and the ids that end a text, eos first; `to_json` keeps them."""
+        """Sets bos and the ids that end a text (eos first). `to_json` saves them."""
         self.bos_id = bos_id
         self.eos_id = ends[0] if ends else None
         self.stop_ids = frozenset(ends)
         self._special = bos_id, tuple(ends)
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        """Ids of each text, without bos and eos."""
-        pieces = [list(_pieces(text)) for text in texts]
-        ids_of_pieces = iter(self._encode_batch([piece for of_text in pieces for piece in of_text], threads))
+        """The ids of each text, without bos and eos."""
+        pieces_of_texts = [list(_pieces(text)) for text in texts]
+        # One call for the pieces of all texts, so that the threads share the work evenly.
+        ids_of_pieces = iter(self._encode_batch([piece for pieces in pieces_of_texts for piece in pieces], threads))
         out = []
-        for of_text in pieces:
+        for pieces in pieces_of_texts:
             ids: list[int] = []
-            for _ in of_text:
+            for _ in pieces:
                 ids += next(ids_of_pieces)
             out.append(ids)
         return out
 
     def encode(self, text: str) -> list[int]:
+        """The ids of a text, without bos and eos."""
         return self.encode_batch([text])[0]
 
     def encode_special(self, text: str) -> list[int]:
-        """Ids of a text in which the spelling of a special token becomes that token, as in transformers."""
+        """The ids of a text in which spellings of special tokens become those tokens, as in transformers."""
         special = self.special_tokens
         if not special:
             return self.encode(text)
-        # The longest spelling first, as one may begin with another.
+        # Longest first: a spelling may begin with another one, and the regular expression takes the first that matches.
         spellings = "|".join(sorted(map(re.escape, special), key=len, reverse=True))
         ids: list[int] = []
         for part in re.split(f"({spellings})", text):
@@ -107,12 +110,13 @@ class Tokenizer:
         return ids
 
     def token(self, name: str, label: str, vocab_size: int) -> int:
-        """The id of `#ID`, or of a text that is one token.
+        """The id of one token.
 
         Args:
-          label: what error messages begin with.
-          vocab_size: of the model, which may have more ids than the tokenizer.
-        Raises: UserError.
+          name: #ID, or a text that is a single token.
+          label: start of the error messages.
+          vocab_size: number of ids of the model, which may be larger than that of the tokenizer.
+        Raises: UserError if the id is out of range, or the text is not a single token.
         """
         if name.startswith("#") and name[1:].isdecimal():
             if int(name[1:]) >= vocab_size:
@@ -125,47 +129,51 @@ class Tokenizer:
         return ids[0]
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids."""
         return self._decode([int(i) for i in ids])
 
     def to_json(self) -> dict:
-        """What a checkpoint holds of the tokenizer: all of it."""
+        """The whole tokenizer, for checkpoints."""
         content = base64.b64encode(self.content).decode()
         tree = {"kind": self.kind, "digest": self.digest, "content": content}
         return tree if self._special is None else tree | {"special": self._special}
 
     @classmethod
     def from_json(cls, tree: dict) -> "Tokenizer":
+        """The tokenizer that `to_json` described. Raises: UserError."""
         return cls(tree["kind"], base64.b64decode(tree["content"]), "of the checkpoint", tree.get("special"))
 
 
 def load(spec: str) -> Tokenizer:
-    """The tokenizer of `KIND:FILE`. Raises: UserError."""
+    """Loads the tokenizer that `KIND:FILE` names. Raises: UserError."""
     kind, _, path = spec.partition(":")
     if not path:
         raise UserError(f"tokenizer {spec!r}: expected KIND:FILE with KIND one of {', '.join(_LOADERS)}")
-    made = Tokenizer(kind, storage.read_bytes(path, "a tokenizer"), path)
-    beside = os.path.join(os.path.dirname(path), "tokenizer_config.json")
-    if kind == "hf" and storage.exists(beside):
-        # A tokenizer.json does not say which of its tokens ends a text.
-        eos = _eos_token(storage.read_json(beside, "settings of a tokenizer"), beside)
-        ends = [made.token(eos, f"{beside}: eos_token", made.vocab_size)] if eos else []
-        made.name_special(made.put_before, ends)
-    return made
+    loaded = Tokenizer(kind, storage.read_bytes(path, "a tokenizer"), path)
+    config_path = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+    if kind == "hf" and storage.exists(config_path):
+        # A tokenizer.json does not say which of its tokens is eos.
+        eos = _eos_token(storage.read_json(config_path, "settings of a tokenizer"), config_path)
+        ends = [loaded.token(eos, f"{config_path}: eos_token", loaded.vocab_size)] if eos else []
+        loaded.name_special(loaded.put_before, ends)
+    return loaded
 
 
-def _eos_token(config, where) -> str | None:
-    """The text of eos in a tokenizer_config.json, which spells it as a string or as an object with its content."""
-    eos = config.get("eos_token") if isinstance(config, dict) else config
+def _eos_token(settings, path: str) -> str | None:
+    """The text of eos in the tree of a tokenizer_config.json: a string, or the `content` of an object."""
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected a JSON object, found {settings!r}")
+    eos = settings.get("eos_token")
     if isinstance(eos, dict):
         eos = eos.get("content")
     if not isinstance(eos, str | None):
-        raise UserError(f"{where}: eos_token: expected a token, found {eos!r}")
+        raise UserError(f"{path}: eos_token: expected a token, found {eos!r}")
     return eos
 
 
 def token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
-    """Each token as people read it: a leading space is ␣, and a token that is no text by itself is #ID."""
-    # SentencePiece takes the space off the first token of a text, so each is decoded after an anchor.
+    """Each token as text for people: spaces are shown as ␣, and a token that is no readable text by itself as #ID."""
+    # SentencePiece drops the space before the first token of a text, so each token is decoded after another one.
     anchor = tokenizer.encode("a")[-1:]
     before = len(tokenizer.decode(anchor))
     out = []
@@ -178,14 +186,17 @@ def token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int, threads: int) -> Tokenizer:
-    """A reversible SentencePiece BPE model: white space is kept as it is, and unknown characters become bytes.
+    """Trains a reversible SentencePiece BPE model: it keeps white space, and unknown characters become byte tokens.
 
-    Raises: UserError.
+    Args:
+      texts: the training text, as documents.
+      vocab_size: number of ids.
+    Raises: UserError if the training fails, such as for a text with too few different pieces.
     """
     import sentencepiece
 
     model = io.BytesIO()
-    # SentencePiece's trainer drops line breaks, and lines longer than 4,192 bytes.
+    # SentencePiece's trainer drops line breaks, and lines over 4,192 bytes. 1,000 characters have at most 4,000 bytes.
     lines = (line + "\n" for text in texts for line in re.findall(r"[^\n]{1,1000}", text) if line.strip())
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -212,19 +223,21 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, threads: int) -> 
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces that every tokenizer library takes, cut at line ends where there are any."""
+    """Cuts a text into pieces that all tokenizer libraries can handle, at ends of lines if possible."""
     start = 0
     while start < len(text):
         end = min(start + PIECE_CHARS, len(text))
         if end < len(text):
             line_end = text.rfind("\n", start, end) + 1
-            end = line_end if line_end > start else end
+            if line_end > start:
+                end = line_end
         yield from _cut_runs(text[start:end])
         start = end
 
 
 def _cut_runs(piece: str) -> Iterator[str]:
-    # tiktoken's regular expressions overflow their stack on a longer run.
+    """Cuts a piece so that no run of white space, or of other characters, is longer than RUN_CHARS."""
+    # On longer runs, tiktoken's regular expressions overflow their stack.
     if len(piece) > RUN_CHARS and re.search(rf"\S{{{RUN_CHARS + 1}}}|\s{{{RUN_CHARS + 1}}}", piece):
         cut = 0
         for run in re.finditer(rf"\S{{{RUN_CHARS}}}|\s{{{RUN_CHARS}}}", piece):
@@ -236,7 +249,7 @@ def _cut_runs(piece: str) -> Iterator[str]:
 
 
 class _Loaded(NamedTuple):
-    """What a tokenizer library says of a model file; fields as of `Tokenizer`."""
+    """A model file, as its library loaded it; fields as in `Tokenizer`."""
 
     vocab_size: int
     bos_id: int | None
@@ -266,7 +279,10 @@ def _load_sentencepiece(content):
 
 
 def llama3_tokens(content: bytes) -> tuple[dict[bytes, int], dict[str, int]]:
-    """Ids of the tokens in a file of tiktoken ranks, and of Llama 3's special tokens. Raises: UserError."""
+    """Reads a file of tiktoken ranks.
+
+    Returns: ({token: its rank, which is its id}, {special token of Llama 3: id}). Raises: UserError.
+    """
     ranks = {}
     for number, line in enumerate(content.splitlines(), 1):
         try:
@@ -309,7 +325,7 @@ def _load_hf(content):
         ids = map(tokenizer.token_to_id, names)
         return next((i for i in ids if i is not None), None)
 
-    # Whether the file's own post-processor puts bos before a text shows only in what it does.
+    # The only way to find out whether the file's post-processor puts bos before a text is to run it.
     begun = tokenizer.encode("x", add_special_tokens=True).ids
     plain = tokenizer.encode("x", add_special_tokens=False).ids
     put_before = begun[0] if begun[:1] != plain[:1] else None
@@ -322,7 +338,7 @@ def _load_hf(content):
         ],
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         put_before=put_before,
-        special_tokens={},  # encode_batch finds special tokens itself
+        special_tokens={},  # empty, as encode_batch already turns their spellings into special tokens
     )
 
 

@@ -1,19 +1,19 @@
-"""tokenizer.json for each kind of tokenizer, so that transformers loads it without code of ours."""
+"""Converts each kind of tokenizer to tokenizer.json, which transformers loads without code of this package."""
 
 from memoryllm_jax.common.errors import UserError, require
-from memoryllm_jax.data import tokenizer
+from memoryllm_jax.data import tokenizer as tokenizer_lib
 from memoryllm_jax.data.tokenizer import Tokenizer
 
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
 def to_json(tokenizer: Tokenizer, context: int) -> tuple[bytes, dict]:
-    """(tokenizer.json, tokenizer_config.json) of a tokenizer.
-
-    tokenizer.json gives the ids of `encode`, and bos before them if there is one.
+    """Converts a tokenizer.
 
     Args:
-      context: positions that a sequence of the model may have.
+      context: longest sequence of the model, in tokens.
+    Returns: (content of tokenizer.json, tree of tokenizer_config.json). The converted tokenizer gives bos, if there is
+      one, and then the ids of `encode_special`.
     Raises: UserError for a SentencePiece model that is not BPE.
     """
     tokenizers = require("tokenizers", "prepare", "tokenizer.json")
@@ -30,6 +30,7 @@ def to_json(tokenizer: Tokenizer, context: int) -> tuple[bytes, dict]:
         fast.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
         )
+    # A tokenizer.json that needs no change stays the same to the byte.
     is_unchanged = tokenizer.kind == "hf" and not lacks_bos
     content = tokenizer.content if is_unchanged else fast.to_str().encode()
     settings = {
@@ -44,12 +45,18 @@ def to_json(tokenizer: Tokenizer, context: int) -> tuple[bytes, dict]:
 
 
 def _sentencepiece(content, tokenizers):
-    """(tokenizers.Tokenizer, its special tokens) of a SentencePiece model. Raises: UserError unless it is BPE."""
+    """Converts a SentencePiece model.
+
+    Args:
+      content: bytes of the model file.
+      tokenizers: the module, which is optional.
+    Returns: (tokenizers.Tokenizer, its special tokens). Raises: UserError if the model is not BPE.
+    """
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(content)
     if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
-        raise UserError("tokenizer: expected a SentencePiece model of type BPE, as others are not exported")
+        raise UserError("tokenizer: expected a SentencePiece model of type BPE, the only type that can be exported")
     kind = proto.SentencePiece
 
     def of_kind(*kinds):
@@ -74,10 +81,10 @@ def _sentencepiece(content, tokenizers):
 
 
 def _sentencepiece_merges(scores):
-    """BPE's merges from the scores of pieces: each pair of pieces that together is a piece, best score first.
+    """The list of merges that BPE needs: all pairs of pieces that join to another piece, in order of its score.
 
-    SentencePiece keeps no list of merges. Among equal scores it merges the left-most pair; in a run of one character
-    that is the pair with the longest first half.
+    SentencePiece stores no list of merges. Among pairs of equal score it merges the left-most one first; in a run of
+    one character, that is the pair with the longest first half.
     """
     merges = []
     for piece, score in scores.items():
@@ -89,6 +96,7 @@ def _sentencepiece_merges(scores):
 
 
 def _sentencepiece_normalizer(rules, tokenizers):
+    """The normalizer that applies the rules of SentencePiece's NormalizerSpec."""
     normalizers = tokenizers.normalizers
     steps = []
     if rules.precompiled_charsmap:
@@ -101,13 +109,13 @@ def _sentencepiece_normalizer(rules, tokenizers):
 
 
 def _llama3(content, tokenizers):
-    """(tokenizers.Tokenizer, its special tokens) of Llama 3's ranks: byte-level BPE."""
-    ranks, specials = tokenizer.llama3_tokens(content)
+    """Converts a file of Llama 3's ranks to byte-level BPE. Returns: (tokenizers.Tokenizer, its special tokens)."""
+    ranks, specials = tokenizer_lib.llama3_tokens(content)
     characters = _characters_of_bytes()
     texts = {token: "".join(characters[byte] for byte in token) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.get):
-        # tiktoken merges any two neighbours that together are a token, lowest rank of the token first.
+        # tiktoken merges any two neighbours that join to a token, in order of that token's rank.
         pairs = []
         for cut in range(1, len(token)):
             first, second = token[:cut], token[cut:]
@@ -116,7 +124,7 @@ def _llama3(content, tokenizers):
         merges += [(first, second) for *_, first, second in sorted(pairs)]
     vocab = {texts[token]: rank for token, rank in ranks.items()}
     fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=True))
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(tokenizer.LLAMA3_PATTERN), "isolated")
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(tokenizer_lib.LLAMA3_PATTERN), "isolated")
     as_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, as_bytes])
     fast.decoder = tokenizers.decoders.ByteLevel()
@@ -124,7 +132,7 @@ def _llama3(content, tokenizers):
 
 
 def _characters_of_bytes():
-    """The printable character that byte-level BPE writes for each byte (GPT-2's table)."""
+    """{byte: the printable character that stands for it in byte-level BPE}, as in GPT-2."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -10,8 +10,8 @@ from memoryllm_jax.common import hosts
 from memoryllm_jax.common.errors import ArgumentError, UserError
 
 
-def test_exit_codes_of_processes_that_are_left(capfd, monkeypatch):
-    """134 only for what JAX raises when another process is gone; a lack of memory is the run's own."""
+def test_only_the_loss_of_another_process_exits_with_134(capfd, monkeypatch):
+    """A lack of memory, a bug and a user's mistake exit with 1, as another start would fail in the same way."""
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     for error in (
@@ -27,7 +27,7 @@ def test_exit_codes_of_processes_that_are_left(capfd, monkeypatch):
     assert len(lines) == 5 and "another process has ended" in lines[0] and "No space left" in lines[2]
 
 
-def test_a_signal_is_noted_a_second_ctrl_c_interrupts_and_handlers_come_back():
+def test_a_signal_is_remembered_and_a_second_ctrl_c_interrupts():
     before = signal.getsignal(signal.SIGINT)
     stop = hosts.StopSignal()
     try:
@@ -41,8 +41,8 @@ def test_a_signal_is_noted_a_second_ctrl_c_interrupts_and_handlers_come_back():
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_processes_that_cannot_be_joined_are_named_by_the_option():
-    hosts.HostOptions().join()  # alone, there is nothing to join
+def test_errors_of_joining_name_the_option():
+    hosts.HostOptions().join()  # without --multihost it does nothing
     with pytest.raises(ArgumentError, match=r"^multihost: "):
         hosts.HostOptions(multihost=True).join()
     with pytest.raises(ArgumentError, match=r"^num_processes: expected at least 1, found 0$"):

@@ -1,3 +1,5 @@
+"""Pages for people, and which texts a figure can show."""
+
 import json
 
 import numpy as np
@@ -15,5 +17,5 @@ def test_a_page_escapes_what_it_shows(tmp_path):
     assert json.loads((tmp_path / "name.json").read_text())["results"] == {"x": [1.0, None]}
 
 
-def test_texts_that_the_font_lacks():
+def test_texts_with_characters_that_the_font_lacks_are_not_drawable():
     assert plots.drawable("␣ä") and not plots.drawable("a漢")

@@ -21,7 +21,7 @@ from memoryllm_jax.data.shards import prepare
 from memoryllm_jax.training import batches, loop, metrics
 
 
-def test_what_is_replaced_is_there_whole_or_not_at_all(tmp_path):
+def test_a_file_or_folder_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     storage.write_bytes(str(path), b"first")
     with pytest.raises(RuntimeError), storage.replaced(str(path)) as part:
@@ -65,7 +65,7 @@ def test_batches_from_a_url_are_those_from_the_disk(make_config, data_path, in_m
 
 
 def test_a_read_that_spans_shards(corpus, data_path, tmp_path):
-    """One shard for each of three files; ranges that cross both borders, from the disk and from a URL."""
+    """Three file shards; ranges that cross one or both of their borders, from the disk and from a URL."""
     lines = open(corpus).read().splitlines(keepends=True)
     for i in range(3):
         (tmp_path / f"{i}.jsonl").write_text("".join(lines[i * 5 : i * 5 + 5]))
@@ -84,13 +84,25 @@ def test_a_read_that_spans_shards(corpus, data_path, tmp_path):
     fs.rm("/three", recursive=True)
 
 
-def test_what_is_wrong_behind_a_url_is_named(in_memory, monkeypatch):
-    fs = storage.filesystem(in_memory)[0]
+def raises(error):
+    """A function that raises the error, whatever its arguments are."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def test_a_failed_read_names_the_url(in_memory, monkeypatch):
     dataset = Dataset(in_memory)
-    monkeypatch.setattr(fs, "cat_file", lambda *a, **k: (_ for _ in ()).throw(ConnectionResetError("reset by peer")))
+    monkeypatch.setattr(storage.filesystem(in_memory)[0], "cat_file", raises(ConnectionResetError("reset by peer")))
     with pytest.raises(UserError, match=r"^memory://data/train-00000.bin: cannot be read: reset by peer$"):
         dataset.train.read(0, 10)
-    monkeypatch.undo()
+
+
+def test_damaged_files_behind_a_url_are_named(in_memory):
+    fs = storage.filesystem(in_memory)[0]
+    dataset = Dataset(in_memory)
     whole = fs.cat_file("/data/train-00000.bin")
     fs.pipe_file("/data/train-00000.bin", whole[:100] + b"\x01" + whole[101:])
     with pytest.raises(UserError, match=r"^memory://data/train-00000.bin: checksum differs"):
@@ -98,17 +110,23 @@ def test_what_is_wrong_behind_a_url_is_named(in_memory, monkeypatch):
     fs.pipe_file("/data/train-00000.bin", whole[:-2])
     with pytest.raises(UserError, match=rf"train-00000.bin: expected {len(whole)} bytes, found {len(whole) - 2}$"):
         Dataset(in_memory)
+
+
+def test_a_url_without_data_is_named():
     with pytest.raises(UserError, match=r"^memory://none/dataset.json: expected a folder that `prepare` finished: no"):
         Dataset("memory://none")
+
+
+def test_the_extra_that_a_url_needs_is_named(monkeypatch):
     missing = ImportError("Please install gcsfs to access Google Storage")
-    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda *a, **k: (_ for _ in ()).throw(missing))
+    monkeypatch.setattr(fsspec.core, "url_to_fs", raises(missing))
     with pytest.raises(
         UserError, match=r"^gs://b/dataset.json: Please install gcsfs .*: pip install 'memoryllm_jax\[gcs\]'$"
     ):
         Dataset("gs://b")
 
 
-def test_urls_that_do_not_fit_are_refused(make_config, data_path, corpus):
+def test_urls_are_refused_where_a_disk_is_needed(make_config, data_path, corpus):
     with pytest.raises(UserError, match=r"workdir: expected a folder on a disk or gs://BUCKET/FOLDER, found s3://b/w"):
         loop.train(make_config(), "s3://b/w")
     with pytest.raises(UserError, match=r"config.data.path: embedded is prepared in the workdir, .* on a disk"):
@@ -119,14 +137,15 @@ def test_urls_that_do_not_fit_are_refused(make_config, data_path, corpus):
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """gs://bucket of an emulator in this process."""
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # read on import; it asks a service
+    """gs://bucket of an emulator that runs in this process."""
+    # gcsfs reads this when it is imported; with it, gcsfs would ask a service that the emulator lacks.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     pytest.importorskip("gcsfs", reason="needs the extra gcs")
     server = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Clients keep several connections open; the emulator's store takes one request at a time.
+    # Clients keep several connections open, which needs threads; but its store handles one request at a time.
     monkeypatch.setattr(server.server, "HTTPServer", server.server.ThreadingHTTPServer)
     monkeypatch.setattr(server.RequestHandler, "protocol_version", "HTTP/1.1")
     lock, handle = threading.Lock(), server.Router.handle
@@ -153,7 +172,7 @@ def test_data_checkpoints_and_records_on_object_storage(make_config, data_path, 
     ours, expected = (batches.TrainBatches(config, Dataset(p), 2, [0, 1]) for p in (f"{bucket}/data", data_path))
     assert_same_batches(ours, expected)
 
-    # A save that was cut off is removed, folders of others are not.
+    # An interrupted save is removed; a folder that is no checkpoint stays.
     fs.pipe_file(f"{workdir}/9/state", b"half")
     fs.pipe_file(f"{workdir}/own/notes", b"ours")
     state = {"params": {"a": jnp.arange(6.0)}, "step": jnp.int32(3)}
@@ -168,14 +187,14 @@ def test_data_checkpoints_and_records_on_object_storage(make_config, data_path, 
         writer.write(step, "validation", {"loss": 0.5})
     writer.close()
 
-    # As `train` goes on from step 3, which another run then does too.
+    # A run resumes from step 3, and then another run does, which takes the folder over.
     later = store.Checkpoints(workdir, read_only=True)
     assert later.steps() == [3] and later.description(3) == {"of": 3}
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     jax.tree.map(np.testing.assert_array_equal, later.restore(3, shapes), state)
     path, shape = jax.tree_util.tree_leaves_with_path(shapes["params"])[0]
     np.testing.assert_array_equal(later.restore_leaf(3, path, shape), state["params"]["a"])
-    time.sleep(1)  # TensorBoard names its files by the second
+    time.sleep(1)  # TensorBoard names its files after the time in seconds
     first, second = (metrics.Writer(config, {}, workdir, 3, True) for _ in range(2))
     second.write(4, "train", {"loss": 0.25})
     with pytest.raises(UserError, match=rf"another run has taken over \(process {os.getpid()} on .* so this one ends"):

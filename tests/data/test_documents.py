@@ -1,12 +1,11 @@
-"""Documents out of files, on any path."""
+"""Documents read from files, on any path."""
 
-import pytest
+import fsspec
 
 from memoryllm_jax.data import documents
 
 
-def test_any_path_fsspec_reads(corpus, data_path):
-    fsspec = pytest.importorskip("fsspec")
+def test_documents_are_read_from_urls(corpus):
     for part in (0, 1):
         with fsspec.open(f"memory://bucket/part-{part}.jsonl", "wb") as file:
             file.write(b"".join(open(corpus, "rb").readlines()[part::2]))
@@ -15,6 +14,6 @@ def test_any_path_fsspec_reads(corpus, data_path):
     assert sorted(read) == sorted(text for text, _ in documents.read(corpus))
 
 
-def test_documents_read_the_embedded_corpus():
+def test_the_embedded_corpus_has_megabytes_of_text():
     texts = [text for text, _ in documents.read("embedded")]
     assert len(texts) > 300 and sum(map(len, texts)) > 5_000_000

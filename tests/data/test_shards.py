@@ -25,7 +25,7 @@ def texts_of(dataset, split, model):
 
 
 def test_every_format_gives_the_same_tokens(corpus, data_path, tmp_path):
-    """C4's shape, jsonl, zstd and parquet hold the same documents; .txt holds one."""
+    """The same documents as C4's .json.gz (two gzip streams in one file), as zstd and as parquet."""
     zstandard, pyarrow = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
 
@@ -34,7 +34,6 @@ def test_every_format_gives_the_same_tokens(corpus, data_path, tmp_path):
     (tmp_path / "c4.json.gz").write_bytes(gzip.compress(raw[:1000]) + gzip.compress(raw[1000:]))
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(raw))
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
-    (tmp_path / "a.txt").write_text(texts[0])
     expected = Dataset(data_path)
     spec = f"sentencepiece:{data_path}/tokenizer.model"
     for name in ("c4.json.gz", "a.jsonl.zst", "a.parquet"):
@@ -42,12 +41,17 @@ def test_every_format_gives_the_same_tokens(corpus, data_path, tmp_path):
         prepare(str(tmp_path / name), spec, out, validation_fraction=0.05)
         for split in ("train", "validation"):
             np.testing.assert_array_equal(read_all(Dataset(out), split), read_all(expected, split))
-    prepare(str(tmp_path / "a.txt"), spec, str(tmp_path / "out-txt"))
-    text = Dataset(str(tmp_path / "out-txt"))
-    model = text.tokenizer()
-    both = np.concatenate([read_all(text), read_all(text, "validation")])
-    assert model.decode(both[1:-1]) == texts[0]
-    assert text.train.bytes + text.validation.bytes == len(texts[0].encode())
+
+
+def test_a_txt_file_is_one_document_whose_end_is_held_out(corpus, data_path, tmp_path):
+    with open(corpus) as file:
+        text = json.loads(file.readline())["text"]
+    (tmp_path / "a.txt").write_text(text)
+    prepare(str(tmp_path / "a.txt"), f"sentencepiece:{data_path}/tokenizer.model", str(tmp_path / "out"))
+    dataset = Dataset(str(tmp_path / "out"))
+    both = np.concatenate([read_all(dataset), read_all(dataset, "validation")])
+    assert dataset.tokenizer().decode(both[1:-1]) == text  # without bos and eos
+    assert dataset.train.bytes + dataset.validation.bytes == len(text.encode())
 
 
 def test_held_out_documents_are_not_trained_on_and_counts_are_exact(corpus, data_path):
@@ -65,8 +69,8 @@ def test_held_out_documents_are_not_trained_on_and_counts_are_exact(corpus, data
     assert (record["dtype"], record["vocab_size"]) == ("uint16", 512)
 
 
-def test_killed_prepare_goes_on(corpus, data_path, tmp_path):
-    """SIGKILL between two shards; the second run keeps the first's and ends as if nothing had happened."""
+def test_a_killed_prepare_goes_on(corpus, data_path, tmp_path):
+    """SIGKILL when some files are done: the second run keeps their file shards and ends with the same dataset.json."""
     lines = open(corpus).read().splitlines()
     for i in range(6):
         (tmp_path / f"in{i}.jsonl").write_text("\n".join(lines[i::6] * 20))
@@ -87,7 +91,7 @@ def test_killed_prepare_goes_on(corpus, data_path, tmp_path):
     finished = {p.stem: p.stat().st_mtime_ns for p in done.iterdir() if p.suffix == ".json"}
     assert 0 < len(finished) < 6
     kept = {p.name: p.stat().st_mtime_ns for p in done.parent.glob("train-*.bin") if p.stem[6:] in finished}
-    time.sleep(1)  # until the killed run's workers have noticed
+    time.sleep(1)  # until the workers of the killed run have ended too
     assert start("killed").wait() == 0 and start("whole").wait() == 0
     for name, at in kept.items():
         assert (tmp_path / "killed" / name).stat().st_mtime_ns == at
@@ -97,7 +101,9 @@ def test_killed_prepare_goes_on(corpus, data_path, tmp_path):
     assert not list(tmp_path.glob("killed/*.part"))
 
 
-CUT_OFF = gzip.compress(b'{"text": "abc"}\n' * 100, mtime=0)[:-20]  # the time would be in the tests' names
+CUT_OFF = gzip.compress(b'{"text": "abc"}\n' * 100, mtime=0)[
+    :-20
+]  # the content is part of the test's name, so it must not change
 
 
 @pytest.mark.parametrize(
@@ -147,23 +153,27 @@ def test_other_mistakes_in_preparing(corpus, data_path, tmp_path):
         prepare(corpus, "sentencepiece:train:200000", str(tmp_path / "o"))
 
 
-def test_files_of_the_user_are_never_removed_or_trained_on_and_held_out(corpus, data_path, tmp_path):
+def test_a_tokenizer_of_the_user_is_not_overwritten(corpus, data_path, tmp_path):
     own = tmp_path / "tokenizer.model"
     own.write_bytes(open(f"{data_path}/tokenizer.model", "rb").read())
     with pytest.raises(UserError, match=r"holds a tokenizer.model that `prepare` did not write"):
         prepare(corpus, f"sentencepiece:{own}", str(tmp_path))
     assert own.exists()
+
+
+def test_a_file_that_is_held_out_is_not_trained_on(corpus, data_path, tmp_path):
     lines = open(corpus).read().splitlines(keepends=True)
     (tmp_path / "a.jsonl").write_text("".join(lines[:40]))
     (tmp_path / "b.jsonl").write_text("".join(lines[40:]))
     both = f"{tmp_path}/*.jsonl,{tmp_path}/a.jsonl"
-    prepare(both, f"sentencepiece:{own}", f"{tmp_path}/out", validation_pattern=f"{tmp_path}/b.jsonl")
+    spec = f"sentencepiece:{data_path}/tokenizer.model"
+    prepare(both, spec, f"{tmp_path}/out", validation_pattern=f"{tmp_path}/b.jsonl")
     dataset = Dataset(f"{tmp_path}/out")
     assert (dataset.train.documents, dataset.validation.documents) == (40, 40)
 
 
 def test_an_error_in_one_file_ends_all_workers(corpus, data_path, tmp_path):
-    """The other worker has far more to report than a pipe holds; nobody reads it any more."""
+    """The other worker sends more progress reports than a pipe holds, and the parent no longer reads them."""
     (tmp_path / "a.jsonl").write_text("broken\n")
     (tmp_path / "b.jsonl").write_bytes(open(corpus, "rb").read() * 10)
     command = [sys.executable, "-m", "memoryllm_jax.prepare", f"--input={tmp_path}/*.jsonl", "--workers=2"]

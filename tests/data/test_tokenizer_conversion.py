@@ -1,4 +1,4 @@
-"""tokenizer.json of tokenizers that are none, and which ids of a tokenizer.json begin and end a text."""
+"""Conversion of other tokenizers to tokenizer.json, and which ids of a tokenizer.json begin and end a text."""
 
 import base64
 import functools
@@ -13,7 +13,7 @@ from memoryllm_jax.data import dataset, documents, tokenizer, tokenizer_conversi
 
 
 def test_tokenizers_become_tokenizer_json(data_path, tmp_path):
-    """The same ids and texts for both kinds that are not one already."""
+    """A converted SentencePiece model and converted Llama 3 ranks give the same ids and texts as the originals."""
     tokenizers = pytest.importorskip("tokenizers")
     text = "".join(t for t, _ in itertools.islice(documents.read("embedded"), 3)) + "\t\x00 é漢字🙂 \n\n   x  1234567"
     ranks = [bytes([i]) for i in range(256)] + [b"th", b"he", b"the", b" the", b"in", b"ing", b" a", b"12", b"123"]
@@ -37,7 +37,7 @@ def test_a_tokenizer_json_is_kept_to_the_byte(tmp_path):
 
 
 def test_special_tokens_of_a_tokenizer_json(tmp_path):
-    """bos is what it puts before a text; eos what tokenizer_config.json says; without either they go by name."""
+    """bos is the token that it puts before a text, eos the one in tokenizer_config.json; otherwise common spellings."""
     write_tokenizer(tmp_path)
     load = functools.partial(tokenizer.load, f"hf:{tmp_path}/tokenizer.json")
     assert (load().bos_id, load().eos_id) == (62, 63)
