@@ -1,4 +1,4 @@
-"""Trained models whose weights are then set by hand, so that the answer of an analysis is known."""
+"""Trained models with weights that are changed by hand, so that the result of an analysis is known."""
 
 import copy
 import functools

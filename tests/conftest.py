@@ -4,13 +4,15 @@ import importlib.metadata
 import os
 import tempfile
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers, and the commands that tests start, share one
+# The workers, and the commands that tests start, share one cache of compiled functions.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["TESTS_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(
         prefix="memoryllm_jax_tests_"
     )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# LLVM's optimisations would make compiling half as long again, its threads a quarter longer in CPU time while workers
-# fill the cores, and the newer fusion emitters twice as long.
+# Compile time is most of the tests' time. LLVM's optimisations would make it 1.5 times as long, and the newer fusion
+# emitters twice as long. Compiling in several threads would take 1.25 times the CPU time, and the workers already fill
+# all cores.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later ones always use them
@@ -35,7 +37,7 @@ def pytest_sessionfinish():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A .jsonl file of 400 kB of Python's documentation topics."""
+    """A .jsonl file with 80 of Python's documentation topics, 400 kB."""
     path = shared_folder(tmp_path_factory) / "topics.jsonl"
     with made_once(path) as to_make:
         if to_make:
@@ -46,7 +48,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_path(corpus, tmp_path_factory):
-    """`corpus`, tokenised with a SentencePiece model of 512 ids trained on it."""
+    """`corpus`, prepared with a SentencePiece model of 512 ids that was trained on it."""
     path = shared_folder(tmp_path_factory) / "prepared"
     with made_once(path) as to_make:
         if to_make:
@@ -56,7 +58,7 @@ def data_path(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_config(data_path):
-    """make_config("flex-3", **{"model.dim": 64}) -> Config of a model small enough for any test."""
+    """A function: make_config("flex-3", **{"model.dim": 64}) returns the Config of a model that trains fast."""
 
     def make(architecture="flex-3", **overrides):
         c = default(architecture)
@@ -80,7 +82,7 @@ def lab(data_path, corpus, tmp_path_factory):
 
 @pytest.fixture
 def copied(data_path, tmp_path):
-    """A copy of the prepared data to damage."""
+    """A copy of the prepared data, which the test may damage."""
     path = tmp_path / "copy"
     path.mkdir()
     for name in os.listdir(data_path):

@@ -1,4 +1,4 @@
-"""Collectives of a compiled step, read from its HLO text, to hold formulas against."""
+"""Reads the collectives of a compiled step from its HLO text, to compare formulas with."""
 
 import collections
 import math
@@ -15,9 +15,9 @@ _Instruction = collections.namedtuple("_Instruction", "name type operation rest"
 
 
 def operand_bytes(text: str) -> dict[tuple[str, int], int]:
-    """{(kind, devices in a group): bytes that one device puts in}, loops counted as often as they run.
+    """{(kind of collective, devices in a group): bytes of its operands on one device}; loops count once for each turn.
 
-    A reduce-scatter is counted as an all-reduce: TPU's compiler writes it as one, inside a fusion.
+    A reduce-scatter is counted as an all-reduce, as the TPU compiler writes it as an all-reduce inside a fusion.
     """
     bodies = _computations(text)
     times = _times(bodies)
@@ -45,9 +45,9 @@ def _computations(text):
 
 
 def _times(bodies):
-    """{computation: how often a step runs it}"""
+    """{name of a computation: how often one step runs it}"""
     times = collections.Counter({name: 1 for name, body in bodies.items() if body.is_entry})
-    for caller in reversed(bodies):  # callers stand after what they call
+    for caller in reversed(bodies):  # HLO text lists a computation before the ones that call it
         for instruction in bodies[caller].lines:
             if instruction.operation.endswith(("-done", "-update")):
                 continue
@@ -60,7 +60,7 @@ def _times(bodies):
 
 
 def _trips(rest, bodies):
-    """Turns of a loop: as the compiler notes them, or the one constant of its condition."""
+    """Turns of a loop: the compiler's known_trip_count, or the only constant in the loop's condition."""
     if match := re.search(r"known_trip_count\D*(\d+)", rest):
         return int(match[1])
     condition = bodies[re.search(r"condition=%?([\w.-]+)", rest)[1]]

@@ -1,4 +1,4 @@
-"""What tests of several parts share: trained models to look at, environments for commands, and ports."""
+"""Helpers for the tests of several parts: trained models, environments for commands, and free ports."""
 
 import contextlib
 import fcntl
@@ -27,19 +27,19 @@ from memoryllm_jax.model import sharding, transformer
 from memoryllm_jax.tol import compress, serving
 from memoryllm_jax.training import loop, metrics
 
-CONTEXT = 32  # of the models that `lab` trains
-TOKENS = 12 * CONTEXT  # of text that models are compared on: whole windows, so that one shape compiles
+CONTEXT = 32  # context of the models that `Lab` trains, in tokens
+TOKENS = 12 * CONTEXT  # length of the text that models are compared on: whole windows, so that only one shape compiles
 GREEDY = Sampling(temperature=0)
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hf", "golden_hf")
 
 
 def with_devices(count: int) -> dict[str, str]:
-    """The environment of a command with so many emulated devices that computes as the tests here do."""
+    """The environment for a command with `count` emulated devices and the compiler options of this process."""
     return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={count}")}
 
 
 def free_port() -> int:
-    """Of this machine, for the processes of one run to meet at."""
+    """A free port of this machine, where the processes of one run can find each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -52,14 +52,14 @@ def read_all(dataset: Dataset, split: str = "train") -> np.ndarray:
 
 
 def shared_folder(tmp_path_factory) -> pathlib.Path:
-    """A folder of this test session that all of its workers have."""
+    """A folder that all workers of this test session share."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @contextlib.contextmanager
 def made_once(path: pathlib.Path):
-    """Yields whether `path` is still to be made; other workers that ask for it meanwhile wait."""
+    """Yields whether the caller has to make `path`. Other workers that ask for the same path wait until it is made."""
     with open(f"{path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = pathlib.Path(f"{path}.done")
@@ -68,12 +68,12 @@ def made_once(path: pathlib.Path):
 
 
 def random_params(config: ModelConfig, mesh, std: float = 0.1) -> tuple[dict, dict]:
-    """Parameters drawn at random: (as a training state holds them on the mesh, as plain arrays without padding)."""
+    """Random parameters: (sharded on the mesh and padded, as in a training state; as plain arrays without padding)."""
     model, rng = transformer.LanguageModel(config), np.random.default_rng(0)
     one = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
 
     def draw(path, like):
-        # Norm scales of one would hide a norm that is applied twice or not at all.
+        # If norm scales were one, a norm that is applied twice would not change the result.
         return rng.normal(path[-1].key == "scale", std, like.shape).astype("f")
 
     def place(x, like):
@@ -85,10 +85,11 @@ def random_params(config: ModelConfig, mesh, std: float = 0.1) -> tuple[dict, di
 
 
 def write_untrained(config: Config, workdir: str, tensor: int = 1) -> str:
-    """Makes a workdir with one checkpoint, of step 0 and `random_params`, without compiling anything.
+    """Makes a workdir with one checkpoint, step 0 with `random_params`, without compiling anything.
 
     Args:
-      tensor: devices of the tensor axis, for which the parameters are padded.
+      tensor: devices along the tensor axis; the parameters are padded for them.
+    Returns: the workdir.
     """
     prepared = Dataset(config.data.path)
     config = loop.complete(config, prepared)
@@ -101,7 +102,7 @@ def write_untrained(config: Config, workdir: str, tensor: int = 1) -> str:
 
 
 def random_decoder(config: ModelConfig, mesh: tuple[int, int, int] = (1, 1, 1)) -> tuple[Decoder, LiveRows, dict]:
-    """(decoder, its rows, the parameters as plain arrays) of a model with random weights, whose texts vary."""
+    """A model with random weights large enough for varied texts: (decoder, its rows, parameters as plain arrays)."""
     mesh = sharding.make_mesh(MeshConfig(*mesh), jax.devices()[: np.prod(mesh)])
     placed, whole = random_params(config, mesh, std=0.3)
     params = trained.for_serving(placed, config)
@@ -109,61 +110,70 @@ def random_decoder(config: ModelConfig, mesh: tuple[int, int, int] = (1, 1, 1)) 
 
 
 def stacked(params: dict) -> dict:
-    """Parameters as `TrainedModel.load` returns them, their layers stacked as tests/reference.py takes them."""
+    """Stacks the layers of parameters from `TrainedModel.load`, as tests/reference.py expects them."""
     groups = [name for name in ("layers", "memory") if name in params]
     return params | {name: jax.tree.map(lambda *x: jnp.stack(x), *params[name]) for name in groups}
 
 
 def log_softmax(model, ids_BT) -> np.ndarray:
-    """Log-probabilities [B, T, V] by the equations, in float64."""
+    """Log-probabilities from tests/reference.py, float64 [B, T, V]."""
     params, _ = model.trained.load(lambda _: True)
     logits = np.asarray(reference.logits(stacked(params), np.asarray(ids_BT), model.config), np.float64)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 def of_sequences(model, sequences):
-    """By the equations, for each sequence: (log-probabilities of ids 1 on, whether each is the likeliest)."""
+    """Scores the sequences with tests/reference.py.
+
+    Returns: for each sequence (log-probability, whether it is the likeliest) of every id but the first, as two arrays.
+    """
     longest = max(map(len, sequences))
     padded = np.stack([np.pad(s, (0, longest - len(s))) for s in sequences])
     p = log_softmax(model, padded[:, :-1])
     targets = padded[:, 1:]
-    gathered = np.take_along_axis(p, targets[..., None], -1)[..., 0]
-    return [(x[: len(s) - 1], g[: len(s) - 1]) for x, g, s in zip(gathered, p.argmax(-1) == targets, sequences)]
+    of_targets = np.take_along_axis(p, targets[..., None], -1)[..., 0]
+    is_top = p.argmax(-1) == targets
+    out = []
+    for number, sequence in enumerate(sequences):
+        count = len(sequence) - 1
+        out.append((of_targets[number, :count], is_top[number, :count]))
+    return out
 
 
 def loss_on(model, path, tokens=TOKENS) -> float:
-    """Nats a token of the first held-out tokens."""
+    """The loss on the first `tokens` held-out tokens, in nats per token."""
     windows = perplexity.Windows(CONTEXT, CONTEXT, tokens)
     text = perplexity.prepared_text(path, "validation", model.tokenizer, windows)
     return perplexity.perplexity(model, text, windows)["loss"]
 
 
 def run_experiment(experiment, models, folder, **chosen) -> tuple[dict, str]:
-    """(results, HTML) of the page that an experiment writes."""
+    """Runs an experiment. Returns: (results in its JSON file, HTML of its page)."""
     models_lib.run(experiment, models, str(folder), **chosen)
     name = folder / experiment.__name__
     return json.loads(name.with_suffix(".json").read_text())["results"], name.with_suffix(".html").read_text()
 
 
-# {name: (architecture, what differs from a model of that architecture)}; other names are those of architectures.
+# {name of a model: (its architecture, overridden fields)}. Any other name is an architecture without overrides.
 MODELS = {
     "flex-3": ("flex-3", {"checkpoint.every": 8}),
     "tied": ("memory", {"model.tie_embeddings": True, "model.norm": "layernorm"}),
-    "other": ("memory", {"steps": 2, "data.path": "other"}),  # of the same shapes as memory, with another tokenizer
+    "other": ("memory", {"steps": 2, "data.path": "other"}),  # same shapes as memory, another tokenizer
 }
 
 
 def records(workdir, kind: str = "train") -> list[dict]:
-    """What a run has written to its metrics.jsonl; kind is train or validation."""
+    """The records of one kind, train or validation, in the metrics.jsonl of a run."""
     return [record for record in metrics.records(f"{workdir}/metrics.jsonl") if record["kind"] == kind]
 
 
 def some_tokens(count: int, seed: int = 0) -> list[int]:
+    """Random token ids, none of them special."""
     return np.random.default_rng(seed).integers(3, 512, count).tolist()
 
 
 def written(model, prompts, tokens=12, settings=GREEDY, **more) -> list[list[int]]:
-    """The new tokens of each prompt."""
+    """The tokens that the model generates for each prompt."""
     out = [[] for _ in prompts]
     for new in model.generate(prompts, tokens, settings, **more):
         for sequence, token in new:
@@ -172,7 +182,7 @@ def written(model, prompts, tokens=12, settings=GREEDY, **more) -> list[list[int
 
 
 def step_logits(decoder, rows, tokens, first=1) -> np.ndarray:
-    """Logits after each of tokens[first - 1:]: a prefill of `first` tokens, then decode steps. [n, V]"""
+    """Logits after each of tokens[first - 1:], [n, V], from a prefill of `first` tokens and then decode steps."""
     cache = decoder.empty_cache(decoder.shards, bucket(len(tokens), CONTEXT))
     batch = np.repeat(np.array(tokens, np.int32)[None], decoder.shards, 0)
     ids, index = np.unique(batch, return_inverse=True)
@@ -187,7 +197,7 @@ def step_logits(decoder, rows, tokens, first=1) -> np.ndarray:
 
 
 class Lab:
-    """Trained models and their ToL files, each made when it is first asked for, once for all workers."""
+    """Trained models and their ToL files. Each is made when a test first needs it, once for all workers."""
 
     def __init__(self, data_path, corpus, folder):
         self.data_path, self.corpus, self.folder = data_path, corpus, folder
@@ -214,7 +224,7 @@ class Lab:
         return str(workdir)
 
     def other_data(self):
-        """Every second document of another tokenizer's training text, prepared with it."""
+        """Prepared data of another tokenizer: every second document of the corpus, and a tokenizer trained on these."""
         path, text = self.folder / "other_data", self.folder / "other.jsonl"
         with made_once(path) as to_make:
             if to_make:
@@ -239,7 +249,11 @@ class Lab:
         return stacked(params), model.config
 
     def memory(self, name, change=lambda layer, p: p):
-        """FFN-M of the whole vocabulary from the equations, [layers, V, D]; `change` alters a layer's parameters."""
+        """FFN-M outputs of all tokens from tests/reference.py, [layers, V, D].
+
+        Args:
+          change: (layer, its parameters) -> changed parameters.
+        """
         params, m = self.params(name)
         layers = [jax.tree.map(lambda a, i=i: a[i], params["memory"]) for i in range(m.layers)]
         layers = [change(i, p) for i, p in enumerate(layers)]
@@ -247,12 +261,14 @@ class Lab:
         return np.stack([reference.swiglu(reference.norm(x0, p["norm"]["scale"], m), p["ffn"]) for p in layers])
 
     def run(self, name):
-        """Its Config."""
+        """The Config of the model's run."""
         return trained.config_of(self.workdir(name))
 
     def config(self, name):
+        """The ModelConfig of a model."""
         return self.run(name).model
 
     def model(self, name, *args, devices=1, **kwargs):
+        """A context manager that opens a model as an `Engine`; further arguments are those of `open_engine`."""
         mesh = sharding.make_mesh(MeshConfig(-1, 1, 1), jax.devices()[:devices])
         return contextlib.closing(serving.open_engine(self.workdir(name), *args, mesh=mesh, **kwargs))

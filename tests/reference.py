@@ -1,4 +1,4 @@
-"""The architectures once more, straight from the design's equations: no scan, no unique ids, no chunks."""
+"""An independent implementation of the architectures, straight from the equations: no scan, unique ids or chunks."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def swiglu(x, p):
 
 
 def frequencies(K, m):
-    """theta^(-2i/K), under llama3 divided by the factor where a turn takes longer than the original context allows."""
+    """RoPE's frequencies theta^(-2i/K), [K/2], changed as `rope_scaling` says: llama3 lowers only the slow ones."""
     out = []
     for i in range(K // 2):
         f = m.rope_theta ** (-2 * i / K)
@@ -33,7 +33,7 @@ def frequencies(K, m):
 
 
 def rotate(x, m):
-    """Each pair (x_i, x_{i+K/2}) turned by position * frequency, as complex numbers."""
+    """RoPE on x [B, T, H, K]: each pair (x_i, x_{i+K/2}), as a complex number, is rotated by position * frequency."""
     T, K = x.shape[1], x.shape[-1]
     angle = np.outer(np.arange(T), frequencies(K, m))
     z = (x[..., : K // 2] + 1j * x[..., K // 2 :]) * np.exp(1j * angle)[:, None]
@@ -44,7 +44,9 @@ def attention(x, p, m, table_rows=None):
     q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[name]) for name in "qkv")
     v = v if table_rows is None else v + table_rows.reshape(v.shape)
     q, k = rotate(q, m), rotate(k, m)
-    k, v = (x[:, :, np.arange(m.heads) * x.shape[2] // m.heads] for x in (k, v))  # the head of each query head's group
+    k, v = (
+        x[:, :, np.arange(m.heads) * x.shape[2] // m.heads] for x in (k, v)
+    )  # query head h uses key-value head h // group size
     scores = jnp.einsum("bqhk,bshk->bhqs", q, k) / np.sqrt(m.head_dim)
     T = x.shape[1]
     scores = jnp.where(np.tril(np.ones((T, T), bool)), scores, -jnp.inf)
@@ -52,6 +54,7 @@ def attention(x, p, m, table_rows=None):
 
 
 def logits(params, tokens, m):
+    """Logits [B, T, V] of token ids [B, T]."""
     x0 = x = params["embedding"][tokens]
     for layer in range(m.layers):
         p = jax.tree.map(lambda a, layer=layer: a[layer], params["layers"])
@@ -74,7 +77,7 @@ def logits(params, tokens, m):
 
 
 def from_llama(tensors, m):
-    """Parameters as `logits` takes them, of tensors by Llama's names; the package's own table of names is not asked."""
+    """Parameters for `logits` from tensors with Llama's names, independent of the package's own table of names."""
     tensors = {name.removesuffix(".weight"): np.asarray(tensor) for name, tensor in tensors.items()}
     layers, memory = [], []
     for layer in range(m.layers):
@@ -95,7 +98,7 @@ def from_llama(tensors, m):
 
 
 def loss(params, windows, config):
-    """Mean over all positions of nll + z_loss * log-partition^2."""
+    """Mean over all positions of negative log-likelihood + z_loss * log-partition^2."""
     z = logits(params, windows[:, :-1], config.model)
     lse = jax.nn.logsumexp(z, -1)
     nll = lse - jnp.take_along_axis(z, windows[:, 1:, None], -1)[..., 0]

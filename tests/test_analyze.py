@@ -63,7 +63,7 @@ def test_a_sheet_has_a_line_for_each_trigger_and_proxies_beside_chance(lab, data
 
 
 @pytest.mark.parametrize("command", ["coefficients", "clusters", "clustering", "outliers", "neighbours"])
-def test_base_has_no_ffn_m(lab, tmp_path, command):
+def test_analyses_of_ffn_m_refuse_base(lab, tmp_path, command):
     with pytest.raises(UserError, match=f"{command}: expected a memory or flex model, found base"):
         run(command, opened(lab.workdir("base")), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -89,7 +89,7 @@ def test_help_gives_the_definition_and_the_options():
         assert option in shown.stdout
 
 
-def test_the_command_line(lab, tmp_path):
+def test_the_command_ends_with_a_line_that_names_the_page(lab, tmp_path):
     line = [sys.executable, "-m", "memoryllm_jax.analyze", "triggers", "--key=1:3", "--top=1"]
     line += [f"--workdir={lab.workdir('memory')}", f"--output={tmp_path}"]
     done = subprocess.run(line, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The benchmark that waits for a GPU, run on a CPU at a small size: training, decoding and the ToL build."""
+"""The GPU benchmark, run on a CPU at a small size: training, decoding and the ToL build."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Sizes against the paper's tables, what is refused by name, and config files that travel with the package."""
+"""Sizes compared with the paper's tables, values that are refused, and config files installed with the package."""
 
 import dataclasses
 import glob
@@ -19,7 +19,8 @@ from memoryllm_jax.model import flops, sharding, transformer
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = ("memory", "flex-1", "flex-2", "flex-3", "base")
-# The paper's Tables 5 and 6: size -> h, heads, FFN-M widths of the variants, millions in all, millions active.
+# The paper's Tables 5 and 6: {size: (h, heads, FFN-M widths, total parameters, active parameters)}. Widths and active
+# parameters are those of VARIANTS, in their order; parameters are in millions.
 TABLE = {
     "250m": (960, 16, (2560, 2240, 1920, 1600, 0), 265, (88, 111, 133, 155, 265)),
     "750m": (1600, 16, (4272, 3738, 3200, 2668, 0), 738, (246, 307, 369, 430, 738)),

@@ -1,4 +1,4 @@
-"""Data, checkpoints, ToL files and overlays that an earlier version wrote still open and compute the same.
+"""Data, checkpoints, ToL files and overlays from an earlier version still open, and give the same results.
 
 tests/made_before/README.md says how they were made.
 """
@@ -59,7 +59,7 @@ def test_tol_files_hold_what_they_held(name):
 
 def test_training_goes_on_from_a_checkpoint_made_before(tmp_path, monkeypatch):
     shutil.copytree(os.path.join(FOLDER, "memory"), tmp_path / "memory")
-    monkeypatch.chdir(FOLDER)  # config.data.path in the checkpoint is relative to it
+    monkeypatch.chdir(FOLDER)  # the checkpoint's config.data.path is relative to this folder
     workdir = str(tmp_path / "memory")
     config = config_of(workdir)
     assert config.mesh == MeshConfig()

@@ -1,4 +1,4 @@
-"""The command itself, as one process and as several."""
+"""The command `train`, as one process and as several."""
 
 import json
 import signal
@@ -20,7 +20,7 @@ SMALL |= {"model.dim": 16, "model.layers": 1, "model.heads": 2, "data.epochs": 9
 
 
 class Command:
-    """`train` of a tiny model, started in the background; `log` is what it prints."""
+    """`train` with a tiny model, running in the background. Its output goes to the file `log`."""
 
     def __init__(self, folder, name, fields, *options, devices=1):
         arguments = [f"--config.{field}={value}" for field, value in (SMALL | fields).items()]
@@ -32,18 +32,18 @@ class Command:
             self.process = subprocess.Popen(self.line, stdout=file, stderr=file, env=self.env)
 
     def end(self, seconds: float = 60) -> int:
-        """The exit code."""
+        """Waits until the command ends. Returns: its exit code."""
         return self.process.wait(seconds)
 
 
 def start_several(folder, count, fields):
-    """The processes of one run, one device each."""
+    """Starts the processes of one run, each with one device."""
     options = ["--multihost", f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
     return [Command(folder, f"process{i}", fields, *options, f"--process_id={i}") for i in range(count)]
 
 
 def wait_until(condition, *commands):
-    """Until the condition holds; all commands go on meanwhile."""
+    """Waits until the condition holds. Fails if a command ends before, or after 150 seconds."""
     deadline = time.time() + 150
     while not condition():
         for command in commands:
@@ -57,7 +57,7 @@ def count_records(workdir):
 
 
 def train_here(folder, fields, devices):
-    """The same run in this process."""
+    """Trains the model of `Command` in this process."""
     config = load("configs/tiny.py:memory")
     config.update_from_flattened_dict(SMALL | fields)
     return loop.train(resolve(config), str(folder), jax.devices()[:devices])
@@ -112,7 +112,7 @@ def test_two_processes_train_as_one_and_sigterm_to_one_saves_both(data_path, tmp
 
 
 def test_processes_end_when_one_is_killed_and_one_process_goes_on(data_path, tmp_path, monkeypatch):
-    """The others end within a minute, with a code that launchers start again, and say why."""
+    """The others end within a minute, say why, and exit with the code on which launchers start the run again."""
     fields = {"steps": 4000, "data.path": data_path, "checkpoint.every": 10, "batch_size": 6}
     processes = start_several(tmp_path, 3, fields)
     wait_until((tmp_path / "w" / "20").exists, *processes)

@@ -1,4 +1,4 @@
-"""What tests of ToL files share: a reader that shares no code with the package, rows to build files of, and damage."""
+"""Helpers for tests of ToL files: an independent reader, rows to build files from, and damaged copies."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ TYPES = {"U8": "u1", "I32": "<i4", "I64": "<i8", "U64": "<u8", "F32": "<f4", "BF
 
 
 class Reader:
-    """Written from docs/tol.md alone: header, rows and values of a whole file."""
+    """Reads a whole file: header, rows and values. Written from docs/tol.md alone, without code of the package."""
 
     def __init__(self, path):
         with open(path, "rb") as file:
@@ -85,7 +85,7 @@ def bfloat16(bits):
 
 
 def decode_band(raw, size, bits):
-    """(values, steps, bytes used) of the band that the rows begin with; one element after the other."""
+    """Decodes the band at the start of the rows, element by element. Returns: (values, steps, bytes used of a row)."""
     rows = len(raw)
     if bits >= 16:
         used = size * bits // 8
@@ -106,7 +106,7 @@ def decode_band(raw, size, bits):
 
 
 class Source:
-    """Rows from a fixed table, as `build` asks for them. Stops as if killed when `stop` calls were answered."""
+    """A source of rows for `build`, from a fixed table. With `stop`, it raises as if killed after that many calls."""
 
     def __init__(self, tokenizer, devices=1, has_x0=True, stop=None):
         self.mesh = sharding.make_mesh(config.MeshConfig(1, -1, 1), jax.devices()[:devices])
@@ -129,18 +129,23 @@ class Source:
 
 
 def uniform(bits, has_x0=True, layers=range(LAYERS)):
+    """A layout with one tier and the same number of bits for all parts."""
     names = ["x0"] * has_x0 + [f"ffn.{layer}" for layer in layers]
     parts = tuple(Part(name, (Band(DIM, bits),)) for name in names)
     return Layout(DIM, LAYERS, has_x0, (Tier(VOCAB, parts),))
 
 
 def tier(rows, *parts):
-    """Of (name, rotated, (size, bits), ...)."""
+    """A tier whose parts are given as (name, rotated, (size, bits), ...), one (size, bits) for each band."""
     return Tier(rows, tuple(Part(name, tuple(Band(*b) for b in bands), rotated) for name, rotated, *bands in parts))
 
 
 def mixed():
-    """Two tiers: every number of bits, bands of groups and of less, rotated parts; no layer 4, layer 6 in one only."""
+    """A layout with every special case.
+
+    Two tiers, every number of bits, bands longer and shorter than a group, rotated parts, layer 4 dropped, and layer 6
+    only in the first tier.
+    """
     first = tier(
         110,
         ("x0", False, (DIM, 16)),
@@ -164,7 +169,7 @@ def mixed():
 
 
 def small():
-    """As `mixed`, and sooner compiled."""
+    """A layout like `mixed` with fewer special cases, which compiles faster."""
     rest = [(f"ffn.{layer}", False, (DIM, 16)) for layer in (1, 2, 5)]
     first = tier(110, ("x0", False, (DIM, 16)), ("ffn.0", True, (70, 16)), ("ffn.3", True, (40, 6)), *rest)
     second = tier(190, ("x0", False, (DIM, 8)), ("ffn.0", True, (89, 16)), ("ffn.3", True, (16, 3)), *rest)
@@ -172,7 +177,7 @@ def small():
 
 
 def more():
-    """Further arguments of `build` for `mixed` and `small`."""
+    """The other arguments that `build` needs for the layouts `mixed` and `small`."""
     rng = np.random.default_rng(1)
 
     def basis(rank):
@@ -199,7 +204,7 @@ def opened(path):
 
 
 def file_rows(tol):
-    """{part name: [V, D]} of all tokens, as the file holds them."""
+    """The rows of all tokens as the package decodes them: {part name: [V, D]}."""
     reader = RowReader(tol)
     raw, tier = reader.read(np.arange(tol.vocab_size, dtype=np.int32))
     reader.close()
@@ -209,12 +214,17 @@ def file_rows(tol):
 
 
 def rows_of(tol, overlay=None):
-    """[V, layers, D]; dropped layers are zero."""
+    """The FFN outputs of all tokens, [V, layers, D]; those of dropped layers are zero."""
     return read_rows(tol, np.arange(tol.vocab_size, dtype=np.int32), overlay)
 
 
 def damaged_copy(path, damaged, copy):
-    """A copy of a file with one bit flipped, of a token's row or of the tensor with this name."""
+    """Copies a file and flips one bit in the copy.
+
+    Args:
+      damaged: a token id or the name of a tensor: where the bit is.
+    Returns: path of the copy.
+    """
     shutil.copy(path, copy)
     with opened(copy) as tol:
         if damaged in tol.tensors:
@@ -230,5 +240,5 @@ def damaged_copy(path, damaged, copy):
 
 
 def relative(a, b, axis=None):
-    """Norm of the difference over norm of `b`."""
+    """The relative error of `a`: norm of a - b, divided by the norm of b."""
     return np.linalg.norm(np.float64(a) - b, axis=axis) / np.linalg.norm(np.float64(b), axis=axis)

@@ -1,4 +1,4 @@
-"""Tokenizers of the three kinds."""
+"""The three kinds of tokenizers."""
 
 import base64
 
@@ -52,7 +52,7 @@ def test_llama3_and_hf_tokenizers_agree(tmp_path):
 
 
 def _bytes_to_unicode():
-    """The byte-level alphabet: printable bytes stand for themselves, the others for characters from 256 on."""
+    """The alphabet of byte-level BPE: printable bytes stand for themselves, others become characters from 256 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return {b: chr(b) if b in printable else chr(next(others)) for b in range(256)}
