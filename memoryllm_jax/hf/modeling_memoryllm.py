@@ -129,6 +129,7 @@ class MemoryLLMModel(LlamaModel):
         self.post_init()
 
     def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+        """Llama's forward, which passes X_0 and the looked-up rows on to every layer."""
         x0 = rows = None
         if self.tol is not None:
             if input_ids is None:

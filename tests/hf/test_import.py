@@ -128,7 +128,7 @@ def whole_numbers(tensors):
         (tied_by_config_alone, "lm_head.weight: expected the input embedding, as tie_word_embeddings says"),
         (
             changed_tensors(lambda t: t.update({"model.layers.0.mlp.bias": np.zeros(3, np.float32)})),
-            "tensor model.layers.0.mlp.bias: this model family has no place for it",
+            "tensor model.layers.0.mlp.bias: expected one of Llama's or FFN-M's, found an unknown one",
         ),
         (
             changed_tensors(lambda t: t.update({"model.norm.weight": np.zeros(3, np.float32)})),
