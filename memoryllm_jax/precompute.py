@@ -16,7 +16,7 @@ from memoryllm_jax.common import cli
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.tol import compress
 
-_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+_M_MMAP_THRESHOLD = -3  # number of this setting in glibc's malloc.h
 
 
 def main(
@@ -32,6 +32,8 @@ def main(
 
 def return_freed_memory() -> None:
     """Makes glibc return freed arrays of some megabytes to the system. At 1b it would keep about a gigabyte of them."""
+    # By default glibc raises this threshold when large arrays are freed, and later keeps such arrays for itself. A
+    # threshold that was set stays. Other C libraries lack mallopt, and are left as they are.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 

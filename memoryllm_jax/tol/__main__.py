@@ -6,7 +6,7 @@
     python -m memoryllm_jax.tol edit     FILE --overlay=FILE [--swap=A,B] [--zero=A] [--list] [--undo=1] [--output=FILE]
     python -m memoryllm_jax.tol diff     FILE [FILE] [--overlay=FILE]
 
-Tokens are named as text that is one token, or as #ID.
+A token is named by a text that is exactly one token, or as #ID.
 """
 
 from typing import Annotated
@@ -17,12 +17,12 @@ from memoryllm_jax.common.options import Option
 from memoryllm_jax.tol import compress, edit, summary, verify
 from memoryllm_jax.tol.format import TolFile
 
-Json = Annotated[str, Option("file for the result, for machines")]
-Tokens = Annotated[tuple[str, ...], Option("show the norms of this token's row; text or #ID", many=True)]
+Json = Annotated[str, Option("JSON file to write the result to")]
+Tokens = Annotated[tuple[str, ...], Option("token to show the row norms of, as text or #ID", many=True)]
 
 
 def inspect_file(file: str, token: Tokens = (), json: Json = "") -> str:
-    """Shows what a ToL file holds: its model, its layout and, for tokens that are named, the norms of their rows."""
+    """Shows what a ToL file holds: its model, its layout and, for each --token, the norms of the token's row."""
     tol = TolFile(file)
     tokens = summary.token_norms(tol, token)
     _write_json(json, summary.record(tol, tokens))
@@ -30,9 +30,11 @@ def inspect_file(file: str, token: Tokens = (), json: Json = "") -> str:
 
 
 def verify_file(
-    file: str, workdir: Annotated[str, Option("checkpoints to compare the rows with")] = "", json: Json = ""
+    file: str,
+    workdir: Annotated[str, Option("checkpoints of the model, to compare the rows with")] = "",
+    json: Json = "",
 ) -> None:
-    """Reads every row against its checksum and, with --workdir, compares it with what the live FFN-M gives."""
+    """Checks every row against its checksum and, with --workdir, compares it with the output of the live FFN-M."""
     tol = TolFile(file)
     verify.check_file(tol)
     print(f"{tol.path}: all {tol.vocab_size:,} rows match their checksums")
@@ -51,7 +53,7 @@ def compress_file(
     workdir: Annotated[str, Option("the model's checkpoints, which a budget needs")] = "",
     json: Json = "",
 ) -> str:
-    """Writes a smaller ToL file from one of 16 or 32 bits, with the options of `precompute`."""
+    """Compresses a ToL file of 16 or 32 bits into a smaller one, with the options of `precompute`."""
     line = compress.compress_file(TolFile(file), choices, output, workdir)
     _write_json(json, {"result": line})
     return line
@@ -60,17 +62,21 @@ def compress_file(
 def edit_rows(
     file: str,
     request: edit.Request,
-    list: Annotated[bool, Option("only list the edits, as every edit does at its end")] = False,
+    list: Annotated[bool, Option("list the edits and change nothing; every other call lists them too")] = False,
     json: Json = "",
 ) -> str:
-    """Edits rows. Edits are kept in a small file, the overlay. Tokens are named as the text of one token, or as #ID."""
+    """Edits rows and keeps the edits in a small file, the overlay. A token is named by its text or as #ID."""
     if list and (request.operations() or request.undo or request.output):
         raise ArgumentError("list", "expected no edit, undo or output on the same line")
     result = edit.fulfil(TolFile(file), request)
     _write_json(json, {"edits": result.edits})
     lines = [f"undone: {text}" for text in result.undone]
-    lines += [f"{number}: {text}" for number, text in enumerate(result.edits, 1)] or [f"{request.overlay}: no edits"]
-    return "\n".join([*lines, result.written]).rstrip()
+    lines += [f"{number}: {text}" for number, text in enumerate(result.edits, 1)]
+    if not result.edits:
+        lines.append(f"{request.overlay}: no edits")
+    if result.written:
+        lines.append(result.written)
+    return "\n".join(lines)
 
 
 def diff_files(
@@ -84,6 +90,7 @@ def diff_files(
     if bool(other) == bool(overlay):
         raise UserError("diff: expected a second file or --overlay=FILE")
     tol = TolFile(file)
+    # With an overlay, the file is compared with itself: once as it is, once with the edits.
     result = verify.compare_files(tol, TolFile(other or file), overlay)
     _write_json(json, {"changed": result.changed, "by_part": result.by_part, "tokens": result.most(top)})
     return "\n".join(verify.describe(result, tol, top))
@@ -95,5 +102,12 @@ def _write_json(path, record):
 
 
 if __name__ == "__main__":
-    functions = (inspect_file, verify_file, compress_file, edit_rows, diff_files)
-    cli.run_commands({function.__name__.partition("_")[0]: function for function in functions})
+    cli.run_commands(
+        {
+            "inspect": inspect_file,
+            "verify": verify_file,
+            "compress": compress_file,
+            "edit": edit_rows,
+            "diff": diff_files,
+        }
+    )

@@ -38,21 +38,23 @@ from memoryllm_jax.tol.codec import GROUP, Band, Part
 from memoryllm_jax.tol.layout import Layout, Tier, decode_rows
 from memoryllm_jax.tol.sources import Source, full_vectors
 
-CALIBRATION_TOKENS = 1 << 15  # of the held-out text, on which a budget is measured
-_COVERAGE = (0.75, 0.95)  # of the text, by the first tier, and by the first two
-_SAMPLED_ROWS = 512  # of a tier, to measure errors on
-_PROBE_BITS = 2  # at which a part's importance is measured: an error large enough to show in the loss
-_BITS = (16, 8, 7, 6, 5, 4, 3, 2)
-_LEAST_IMPORTANCE = 1e-3  # of the largest: on a short text a part may seem to be worth nothing
+CALIBRATION_TOKENS = 1 << 15  # held-out tokens that a budget is measured on
+_COVERAGE = (0.75, 0.95)  # share of the text that the first tier covers, and that the first two cover together
+_SAMPLED_ROWS = 512  # rows of each tier that errors are measured on
+_PROBE_BITS = 2  # a part's importance is measured at these bits: the error is large enough to show in the loss
+_BITS = (16, 8, 7, 6, 5, 4, 3, 2)  # most bits first, which `choose` relies on
+# A part's importance is at least this share of the largest one: noise on a short text may make it seem worth nothing.
+_LEAST_IMPORTANCE = 1e-3
 
 
 def scorer(trained: TrainedModel, path: str, tokens: int = CALIBRATION_TOKENS, half: int = 0) -> "Scorer":
-    """Measures on windows of held-out text.
+    """A scorer on windows of held-out text.
 
     Args:
-      path: prepared data.
-      tokens: at most.
-      half: 0 or 1, every second window from this one on, so that each half can judge what the other has chosen.
+      trained: the model, whose FFN-M weights are not loaded.
+      path: folder of prepared data.
+      tokens: number of tokens to score, at most.
+      half: 0 or 1: which of every two windows is used, so that settings chosen on one half are judged on the other.
     Raises: UserError if the text is too short.
     """
     stream, length = dataset.Dataset(path).validation, trained.context
@@ -60,27 +62,27 @@ def scorer(trained: TrainedModel, path: str, tokens: int = CALIBRATION_TOKENS, h
     if not len(chosen):
         raise UserError(f"{path}: expected at least {(half + 1) * length + 1} held-out tokens, found {stream.tokens}")
     count = min(max(1, tokens // length), len(chosen))
-    chosen = chosen[np.linspace(0, len(chosen) - 1, count).astype(int)]
+    chosen = chosen[np.linspace(0, len(chosen) - 1, count).astype(int)]  # spread evenly over the whole text
     windows = np.stack([stream.read(int(number) * length, length + 1) for number in chosen])
     params, _ = trained.load(lambda name: not trained.is_memory(name))
     embedding = params["embedding"] if trained.config.tie_embeddings else None
     decoder = Decoder(trained.config, params, trained.mesh)
-    # About 4,096 tokens a batch, in whole sequences for every batch shard.
+    # At most about 4,096 tokens a batch, and the same number of whole sequences for every batch shard.
     batch = decoder.shards * max(1, min(8, 4096 // length) // decoder.shards)
     return Scorer(decoder, windows, embedding, batch)
 
 
 class Scorer:
-    """Loss of a model on windows of text, with other rows of the text's tokens than the model's own.
+    """Measures a model's loss on windows of text when tokens have other rows than the model's own.
 
     Args:
-      windows: int32 [N, T + 1].
+      windows: int [N, T + 1], token ids.
       embedding: [V, D], the tied embedding; None where rows hold x0.
-      batch: sequences that are scored at a time.
+      batch: number of sequences that are scored at a time.
     Attributes:
-      ids: int32 [U], the distinct tokens of the text that rows are needed of.
-      counts: int [U], how often each occurs.
-      tokens: that are predicted.
+      ids: int32 [U], the distinct tokens of the text; a loss needs rows for these.
+      counts: int [U], how often each of them occurs.
+      tokens: number of tokens that are predicted.
     """
 
     def __init__(self, decoder: Decoder, windows: np.ndarray, embedding=None, batch: int = 8):
@@ -94,20 +96,32 @@ class Scorer:
         self._batches = _batches(index, targets, batch)
 
     def nats(self, vectors: dict) -> float:
-        """Mean loss with these rows: {part name: [U, D]} for `ids`, without those of dropped layers."""
+        """Mean loss in nats a token.
+
+        Args:
+          vectors: {part name: [U, D]}, the rows of `ids`; a layer without an entry is dropped.
+        """
         x0_UD = vectors["x0"] if "x0" in vectors else self.embedding[self.ids]
-        zeros = jnp.zeros_like(x0_UD)  # one compiled function, whichever layers are dropped
+        # Zeros rather than None for dropped layers: one compiled function serves all sets of them.
+        zeros = jnp.zeros_like(x0_UD)
         ffn = []
         for layer in range(self.decoder.config.layers):
             y_UD = vectors.get(f"ffn.{layer}")
             ffn.append((zeros if y_UD is None else y_UD.astype(x0_UD.dtype))[None])
         rows = TokenRows(x0_UD[None], ffn)
+        # All batches are dispatched before the first sum is read: the device never waits for the host.
         sums = [self.decoder.score(rows, *arrays) for arrays in self._batches]
         return float(sum(jax.device_get(sums))) / self.tokens
 
 
 class _Batch(NamedTuple):
-    """int32 [B, T], int32 [B, T] and float32 [B, T]; weights are 0 in sequences that only fill up the batch."""
+    """A batch of B sequences.
+
+    Attributes:
+      index: int32 [B, T], places of the input tokens in the scorer's `ids`.
+      targets: int32 [B, T], token ids.
+      weights: float32 [B, T], 1, or 0 in sequences that only fill up the batch.
+    """
 
     index: np.ndarray
     targets: np.ndarray
@@ -116,21 +130,23 @@ class _Batch(NamedTuple):
 
 def _batches(index, targets, batch) -> list[_Batch]:
     weights = np.ones(index.shape, np.float32)
-    padding = ((0, -len(index) % batch), (0, 0))
+    padding = ((0, -len(index) % batch), (0, 0))  # the last batch is filled up, so that one shape compiles
     padded = [np.pad(array, padding) for array in (index, targets, weights)]
     return [_Batch(*(array[start : start + batch] for array in padded)) for start in range(0, len(padded[0]), batch)]
 
 
 @functools.partial(jax.jit, static_argnames="layout")
 def as_stored(layout: Layout, vectors: dict, tier_U, bases: dict) -> dict:
-    """Encodes and decodes full rows of tokens in these tiers: the rows that a file of this layout gives back.
+    """Encodes and decodes full rows: what a file of this layout would give back for them.
 
     Args:
-      vectors: {part name: [U, D]}.
-      tier_U: int32 [U].
+      vectors: {part name: [U, D]}, full rows of tokens.
+      tier_U: int32 [U], the tier of each token.
       bases: {part name: [rank, D]} of rotated parts.
+    Returns: as `decode_rows`.
     """
     raw = None
+    # Shapes must be static: every row is encoded for every tier, and its own tier's bytes are selected.
     for number, tier in enumerate(layout.tiers):
         encoded = codec.encode(tier.parts, vectors, bases) if tier.parts else jnp.zeros((len(tier_U), 0), jnp.uint8)
         encoded = jnp.pad(encoded, ((0, 0), (0, layout.stride - tier.stride)))
@@ -139,7 +155,11 @@ def as_stored(layout: Layout, vectors: dict, tier_U, bases: dict) -> dict:
 
 
 def tiers_of(counts: np.ndarray) -> list[int]:
-    """Rows of each tier; `counts`: [V], how often each token occurs, in the order of the rows."""
+    """Number of rows of each tier.
+
+    Args:
+      counts: int [V], how often each token occurs, most frequent first, which is the order of the rows.
+    """
     share = np.cumsum(counts) / max(counts.sum(), 1)
     edges = [0, *(int(np.searchsorted(share, covered)) + 1 for covered in _COVERAGE), len(counts)]
     return [end - start for start, end in itertools.pairwise(edges) if end > start]
@@ -149,11 +169,12 @@ class Planner:
     """Measures a model's rows once, and then finds the layout for any size.
 
     Args:
-      scorer: on other text than the results are reported on.
+      source: the full rows.
+      scorer: of a text that results are not reported on.
       counts: int64 [V], how often each token occurs.
     Attributes:
-      bases: {part name: [D, D] bfloat16}, singular vectors of a layer's rows weighted by frequency.
-      tier_of_token: int32 [V].
+      bases: {part name: bfloat16 [D, D]}, singular vectors of each layer's rows weighted by frequency, strongest first.
+      tier_of_token: int32 [V], the tier that each token is planned for.
     """
 
     def __init__(self, source: Source, scorer: Scorer, counts: np.ndarray):
@@ -163,43 +184,46 @@ class Planner:
         self._tier_rows = tiers_of(counts[order])
         self.tier_of_token = np.empty(len(order), np.int32)
         self.tier_of_token[order] = np.repeat(np.arange(len(self._tier_rows)), self._tier_rows)
-        weights_V = counts + 0.5  # a token that the text lacks still counts a little
+        weights_V = counts + 0.5  # a token that the text lacks still counts a little: it may occur elsewhere
         self.bases = _in_bfloat16(singular_bases(source, self._layers, weights_V))
         samples = _samples(source, order, self._tier_rows, weights_V)
         names = ["x0", *self._layers] if source.has_x0 else self._layers
         self._costs = _measure(source, scorer, names, self.bases, samples)
 
     def layout(self, total: int) -> Layout:
-        """Of least expected loss within `total` bytes of rows and bases. Raises: UserError if none is that small."""
+        """The layout of least expected loss within `total` bytes of rows and bases.
+
+        Raises: UserError if no layout is that small.
+        """
         return _solve(self._source, self._costs, self._tier_rows, total)
 
     def even_bases(self) -> tuple[dict, dict]:
-        """({part name: singular values [D]}, bases like `bases`) of rows among which every token counts alike."""
+        """({part name: singular values [D]}, {part name: bfloat16 [D, D]}) where every token counts alike."""
         found = singular_bases(self._source, self._layers, np.ones(self._source.vocab_size))
         return {name: np.sqrt(basis.squares) for name, basis in found.items()}, _in_bfloat16(found)
 
     def tiers(self, layout: Layout) -> np.ndarray:
-        """int32 [V]: each token's tier in a layout that has the planned tiers, or one."""
+        """int32 [V], each token's tier in a layout that has the planned tiers, or only one."""
         return self.tier_of_token if len(layout.tiers) > 1 else np.zeros_like(self.tier_of_token)
 
     def loss(self, layout: Layout, scorer: Scorer, vectors: dict, bases: dict | None = None) -> float:
-        """Measures the loss of a layout.
+        """Measures the loss of a layout, in nats a token.
 
         Args:
-          vectors: full rows of the scorer's tokens.
-          bases: by default those of the planner.
+          vectors: {part name: [U, D]}, full rows of the scorer's `ids`.
+          bases: {part name: [D, D]}; by default those of the planner.
         """
         used = cut(self.bases if bases is None else bases, layout)
         return scorer.nats(as_stored(layout, vectors, self.tiers(layout)[scorer.ids], used))
 
 
 def _in_bfloat16(bases: dict[str, Basis]) -> dict[str, jax.Array]:
-    """As a file stores them."""
+    """The singular vectors rounded as a file stores them."""
     return {name: jnp.asarray(basis.vectors, jnp.bfloat16) for name, basis in bases.items()}
 
 
 def cut(bases: dict, layout: Layout) -> dict:
-    """The first rows of whole bases, which a layout stores."""
+    """The part of whole bases that a layout stores: the first, strongest vectors of each rotated part."""
     return {name: bases[name][:rank] for name, rank in layout.rotated.items()}
 
 
@@ -211,7 +235,8 @@ def choose(source: Source, scorer: Scorer, counts: np.ndarray, total: int) -> tu
     full, found = scorer.nats(vectors), planner.loss(layout, scorer, vectors)
     print(f"loss on {scorer.tokens:,} tokens of text: full rows {full:.5f}, within the budget {found:.5f}", flush=True)
     uniform = [peer for peer in (plain_layout(source, bits) for bits in _BITS) if peer.total_bytes <= total]
-    losses = [planner.loss(peer, scorer, vectors) for peer in uniform[:2]]  # fewer bits than those would not be better
+    # Only the two of most bits are measured: with fewer bits the loss would not be lower.
+    losses = [planner.loss(peer, scorer, vectors) for peer in uniform[:2]]
     if losses:
         best = int(np.argmin(losses))
         print(f"the best uniform setting of that size, {uniform[best].codec()}: {losses[best]:.5f}", flush=True)
@@ -222,7 +247,7 @@ def choose(source: Source, scorer: Scorer, counts: np.ndarray, total: int) -> tu
 
 
 def plain_layout(source: Source, bits: int) -> Layout:
-    """One tier, every layer at these bits, and x0 at no fewer than 8."""
+    """A layout of one tier, with every layer at these bits and x0 at the same, but no fewer than 8."""
     parts = [Part("x0", (Band(source.dim, max(bits, 8)),))] if source.has_x0 else []
     parts += [Part(f"ffn.{layer}", (Band(source.dim, bits),)) for layer in range(source.layers)]
     return Layout(source.dim, source.layers, source.has_x0, (Tier(source.vocab_size, tuple(parts)),))
@@ -233,8 +258,8 @@ class _Sample(NamedTuple):
 
     Attributes:
       vectors: {part name: float32 [U, D]}.
-      weights: float [U], by frequency.
-      share: of the text that the tier's tokens make up.
+      weights: float [U], how much each row counts, by its token's frequency.
+      share: share of the text that the tier's tokens make up.
     """
 
     vectors: dict
@@ -247,7 +272,7 @@ def _samples(source, order, tier_rows, weights_V) -> list[_Sample]:
     for start, rows in zip(np.cumsum([0, *tier_rows]), tier_rows):
         tokens = order[start : start + rows]
         share = weights_V[tokens].sum() / weights_V.sum()
-        if rows > _SAMPLED_ROWS:
+        if rows > _SAMPLED_ROWS:  # evenly spaced in the order of frequency, so that rare tokens are among them
             tokens = tokens[np.linspace(0, rows - 1, _SAMPLED_ROWS).astype(int)]
         ids = tokens.astype(np.int32)
         out.append(_Sample(full_vectors(source, ids), weights_V[ids], share))
@@ -259,11 +284,12 @@ class _Costs:
     """Expected rise in loss, in nats a token of text, of each choice for one part.
 
     Attributes:
-      drop: of dropping it; None where it may not be dropped.
-      plain_KB: of storing it as it is, at each number of `_BITS` in each tier.
-      group_KGB: of storing a group of its coefficients; the first of the last axis is of not storing the group, the
-        others are of `_BITS`. None where the part may not be rotated.
-      sizes_G: coefficients of each group.
+      name: of the part.
+      drop: the rise if the part is dropped; None where it may not be dropped.
+      plain_KB: float [K, B], the rise if it is stored as it is, by tier and number of bits in `_BITS`.
+      group_KGB: float [K, G, 1 + B], the rise from each group of coefficients of a rotated part. The last axis begins
+        with the rise if the group is not stored; `_BITS` follow. None where the part may not be rotated.
+      sizes_G: number of coefficients in each group.
     """
 
     name: str
@@ -274,7 +300,7 @@ class _Costs:
 
 
 def _measure(source, scorer, names, bases, samples: list[_Sample]) -> list[_Costs]:
-    """Costs of every part, in the order of `names`, which becomes that of the parts in a row."""
+    """Measures the costs of every part, in the order of `names`, which becomes the order of the parts in a row."""
     importance, drop = _importance(source, scorer, names)
     share_K = np.array([sample.share for sample in samples])
     sizes_G = [min(GROUP, source.dim - start) for start in range(0, source.dim, GROUP)]
@@ -293,7 +319,10 @@ def _measure(source, scorer, names, bases, samples: list[_Sample]) -> list[_Cost
 
 
 def _importance(source, scorer, names) -> tuple[dict[str, float], dict[str, float | None]]:
-    """({part name: rise in loss over mean squared error}, {part name: rise in loss where it is dropped})."""
+    """({part name: rise in loss over mean squared error}, {part name: rise in loss if it is dropped}).
+
+    The embedding x0 is never dropped: its entry of the second is None.
+    """
     vectors = full_vectors(source, scorer.ids)
     base = scorer.nats(vectors)
     rise, drop = {}, {}
@@ -304,7 +333,7 @@ def _importance(source, scorer, names) -> tuple[dict[str, float], dict[str, floa
         rise[name] = (scorer.nats(vectors | {name: coarse}) - base) / max(error, 1e-30)
         drop[name] = None
         if name != "x0":
-            # A short text may say that the loss falls; that is not to be relied on.
+            # On a short text the loss may fall by chance; a drop must not count as a gain.
             drop[name] = max(scorer.nats(vectors | {name: jnp.zeros_like(coarse)}) - base, 0.0)
         progress.update(number + 1)
     progress.close()
@@ -314,18 +343,19 @@ def _importance(source, scorer, names) -> tuple[dict[str, float], dict[str, floa
 
 @functools.partial(jax.jit, static_argnames="band")
 def _through(band: Band, x_Un):
-    """Encoded and decoded."""
+    """The elements as they come back after encoding and decoding, float32 [U, n]."""
     return codec.decode_band(band, codec.encode_band(band, x_Un)).astype(jnp.float32)
 
 
 def _mean_error(band, x_Un, weights) -> float:
-    """Mean over tokens of the squared error."""
+    """Squared error of a band summed over its elements, averaged over tokens with these weights."""
     errors = np.asarray(jnp.square(_through(band, x_Un) - x_Un).sum(1))
     return np.average(errors, weights=weights)
 
 
 def _group_errors(x_UD, basis, weights, sizes_G) -> list[list[float]]:
-    """[G, 1 + B], of coefficients in the basis, as in `_Costs.group_KGB`."""
+    """Mean squared errors [G, 1 + B] of coefficients in the basis, with the axes of `_Costs.group_KGB`."""
+    # The basis is orthonormal, so that errors of coefficients are errors of the vector.
     coefficients = x_UD @ basis.astype(jnp.float32).T
     out, start = [], 0
     for size in sizes_G:
@@ -348,10 +378,11 @@ def _solve(source, costs: list[_Costs], tier_rows: list[int], total: int) -> Lay
         stored = tuple(Tier(rows, tuple(parts)) for rows, parts in zip(tier_rows, tiers))
         return Layout(source.dim, source.layers, source.has_x0, stored)
 
-    low, high = 1e-30, 1e6  # nats a byte
+    low, high = 1e-30, 1e6  # nats a byte; at `high`, bytes are all that counts
     least = layout_at(high)
     if least.total_bytes > total:
         raise UserError(f"the budget: expected at least {least.total_bytes:,} bytes, found {total:,}")
+    # Bisection of the logarithm, as prices span many orders of magnitude. The layout at `high` always fits.
     for _ in range(100):
         middle = math.sqrt(low * high)
         if layout_at(middle).total_bytes <= total:
@@ -365,7 +396,12 @@ def _solve(source, costs: list[_Costs], tier_rows: list[int], total: int) -> Lay
 
 
 class _Choice(NamedTuple):
-    """A way to store a part: nats and bytes at their price together, and the part in each tier, None if not stored."""
+    """A way to store a part.
+
+    Attributes:
+      cost: the rise in loss plus the price of the bytes, in nats.
+      parts: the part in each tier; None where it is not stored.
+    """
 
     cost: float
     parts: list[Part | None]
@@ -382,7 +418,7 @@ def _cheapest(costs: _Costs, tier_rows, dim, price) -> list[Part | None]:
 
 
 def _plain(costs: _Costs, tier_rows, dim, price) -> _Choice:
-    """The vector as it is, at the best number of bits in each tier."""
+    """The choice to store the vector as it is, at the best number of bits in each tier."""
     parts, total = [], 0.0
     for rows, losses_B in zip(tier_rows, costs.plain_KB):
         costs_B = [loss + price * rows * Band(dim, bits).bytes for loss, bits in zip(losses_B, _BITS)]
@@ -393,7 +429,7 @@ def _plain(costs: _Costs, tier_rows, dim, price) -> _Choice:
 
 
 def _rotated(costs: _Costs, tier_rows, dim, price) -> _Choice:
-    """Coefficients in the basis, each group at its best number of bits.
+    """The choice to store coefficients in the basis, each group at its best number of bits.
 
     A tier's coefficients end before the first group that is better not stored: later groups are weaker.
     """
@@ -405,14 +441,14 @@ def _rotated(costs: _Costs, tier_rows, dim, price) -> _Choice:
         not_stored = np.nonzero(best_G == 0)[0]
         kept = int(not_stored[0]) if len(not_stored) else len(best_G)
         total += costs_GB[np.arange(kept), best_G[:kept]].sum() + losses_GB[kept:, 0].sum()
-        basis_rows = max(basis_rows, sum(costs.sizes_G[:kept]))
+        basis_rows = max(basis_rows, sum(costs.sizes_G[:kept]))  # the tiers share one basis
         bands = _joined([Band(size, _BITS[best - 1]) for size, best in zip(costs.sizes_G, best_G[:kept])])
         parts.append(Part(costs.name, bands, rotated=True) if bands else None)
-    return _Choice(total + price * basis_rows * dim * 2, parts)
+    return _Choice(total + price * basis_rows * dim * 2, parts)  # 2 bytes an element: bases are bfloat16
 
 
 def _joined(bands: list[Band]) -> tuple[Band, ...]:
-    """Neighbours of the same number of bits as one band."""
+    """The bands with neighbours of the same number of bits joined into one."""
     return tuple(
         Band(sum(band.size for band in group), bits)
         for bits, group in itertools.groupby(bands, key=lambda band: band.bits)

@@ -1,4 +1,4 @@
-"""Builds a ToL file: rows are made in chunks of tokens on all devices, encoded there, and written where they belong.
+"""Builds a ToL file: all devices make and encode rows a chunk of tokens at a time, and the host writes them.
 
 Each device owns a contiguous range of the rows of each tier. Host and devices hold no more than two chunks, so that
 the table may be larger than any memory.
@@ -24,18 +24,22 @@ from memoryllm_jax.tol.format import TolWriter, text_checksum
 from memoryllm_jax.tol.layout import Layout
 from memoryllm_jax.tol.sources import Identity, Source
 
-# A device makes so many rows at a time, or fewer where their float32 values would take more than so many bytes.
-CHUNK_ROWS = 1024
-_CHUNK_BYTES = 64 << 20
-_TYPES = {"int32": "I32", "int64": "I64", "uint8": "U8", "uint16": "BF16"}  # of tensors beside the rows
+CHUNK_ROWS = 1024  # rows that a device makes at a time, at most
+_CHUNK_BYTES = 64 << 20  # bytes that the float32 values of these rows take, at most
+# The file's names for dtypes of the tensors beside the rows. Bit patterns of bfloat16 are uint16 in NumPy.
+_TYPES = {"int32": "I32", "int64": "I64", "uint8": "U8", "uint16": "BF16"}
 
 
 class _TierChunks:
-    """The rows of one tier, chunk by chunk: global arrays in which every device holds rows of its own range.
+    """The rows of one tier in chunks. A chunk is a global array in which every device holds rows of its own range.
 
+    Args:
+      rows: number of rows in the tier.
+      row_elements: elements of a row before it is encoded.
+      chunk_rows: rows of a chunk on a device, at most.
     Attributes:
-      owned: rows that a device owns; the last ones may own fewer.
-      size: rows of a chunk on a device.
+      owned: number of rows that a device owns; the last devices may own fewer.
+      size: number of rows of a chunk on each device.
       count: number of chunks.
     """
 
@@ -53,7 +57,13 @@ class _TierChunks:
         return min(first, self.rows), max(0, end - first)
 
     def place(self, values: np.ndarray, chunk: int, fill) -> jax.Array:
-        """[devices * size]: `values[row]` of the chunk's rows on their devices; `fill` where a device has none."""
+        """Puts one value a row on the devices that own the chunk's rows.
+
+        Args:
+          values: [rows], the values of the whole tier.
+          fill: the value where a device's range has ended.
+        Returns: [devices * size], sharded by device.
+        """
         out = np.full((self.devices, self.size), fill, values.dtype)
         for device in range(self.devices):
             first, count = self.span(device, chunk)
@@ -61,8 +71,9 @@ class _TierChunks:
         return jax.device_put(out.reshape(-1), self.sharding)
 
     def pieces(self, array: jax.Array, chunk: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, rows) of what each device holds of a chunk's result."""
+        """Yields (first row, rows) for each device that holds rows of a chunk's result."""
         for shard in array.addressable_shards:
+            # `start` is None where one device holds the whole array.
             device = (shard.index[0].start or 0) // self.size
             first, count = self.span(device, chunk)
             if count:
@@ -79,14 +90,16 @@ def build(
     label: str = "precompute",
     chunk_rows: int = CHUNK_ROWS,
 ) -> str:
-    """Writes the file, or goes on with one that was left unfinished.
+    """Writes a ToL file, or goes on with one that was left unfinished.
 
     Args:
+      source: the full rows.
+      output: path of the file.
       order: int [V], token ids in the order of the rows.
-      counts: int64 [V], how often each token occurs, if that is known.
+      counts: int64 [V], how often each token occurs; None where that is not known.
       bases: {part name: [rank, D]} for the layout's rotated parts.
-      label: of the progress bar.
-      chunk_rows: rows that a device makes at a time; an unfinished file goes on only with the same number.
+      label: what the progress bar is called.
+      chunk_rows: rows that a device makes at a time, at most. An unfinished file goes on only with the same number.
     Returns: one line on what was written. Raises: UserError.
     """
     if jax.process_count() > 1:
@@ -104,7 +117,7 @@ def build(
             for name, array in arrays.items():
                 writer.write(name, array)
             for number, tier in enumerate(layout.tiers):
-                if not tier.stride:  # every layer dropped: the checksums are those of no bytes
+                if not tier.stride:  # every layer is dropped: no chunk will write the checksums of these empty rows
                     writer.write_rows(number, 0, np.empty((tier.rows, 0), np.uint8))
             writer.record(0)
         _write_tiers(source, layout, writer, order, bases, label, chunk_rows)
@@ -115,7 +128,7 @@ def build(
 
 
 def _tensors(identity: Identity, order, counts, bases) -> dict[str, np.ndarray]:
-    """The tensors beside the rows and their checksums."""
+    """{name: array} of the tensors other than the rows and their checksums; bases as bit patterns, uint16."""
     row_of_token = np.empty(len(order), np.int32)
     row_of_token[order] = np.arange(len(order))
     arrays = {"row_of_token": row_of_token, "tokenizer": np.frombuffer(identity.tokenizer.content, np.uint8)}
@@ -127,7 +140,13 @@ def _tensors(identity: Identity, order, counts, bases) -> dict[str, np.ndarray]:
 
 
 class _Chunk(NamedTuple):
-    """Encoded rows of a tier, on the devices. `number`: of the chunk within the tier."""
+    """Encoded rows on the devices.
+
+    Attributes:
+      tier: number of the tier.
+      number: number of the chunk within the tier.
+      raw: uint8 [devices * size, bytes of a row].
+    """
 
     tier: int
     number: int
@@ -135,7 +154,9 @@ class _Chunk(NamedTuple):
 
 
 def _write_tiers(source: Source, layout: Layout, writer: TolWriter, order, bases, label, chunk_rows):
+    """Makes and writes the rows of all tiers, from the first chunk that is not on disk yet."""
     replicated = NamedSharding(source.mesh, P())
+    # Arguments of the encoders: as constants they would be compiled into every one of them.
     bases = {name: jax.device_put(basis, replicated) for name, basis in bases.items()}
     row_elements = layout.dim * (layout.layers + layout.has_x0)
     tiers = [_TierChunks(source.mesh, tier.rows, row_elements, chunk_rows) for tier in layout.tiers]
@@ -146,6 +167,7 @@ def _write_tiers(source: Source, layout: Layout, writer: TolWriter, order, bases
     tokens = [order[first : first + tier.rows].astype(np.int32) for first, tier in zip(layout.first_rows, layout.tiers)]
 
     def make(tier, number) -> _Chunk:
+        # Devices without rows of their own compute some token again, which `pieces` leaves out.
         ids = tiers[tier].place(tokens[tier], number, fill=tokens[tier][0])
         return _Chunk(tier, number, encoders[tier](source.vectors(ids), bases))
 
@@ -178,7 +200,7 @@ def _one_ahead(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
 
 
 def _plan_digest(mesh, metadata: dict, chunk_rows: int) -> str:
-    """Digest of all that decides the file's bytes and the chunks that they are written in."""
+    """Digest of everything that determines the file's bytes and the chunks that they are written in."""
     return hashlib.sha256(json.dumps([metadata, mesh.size, chunk_rows]).encode()).hexdigest()
 
 
@@ -194,7 +216,7 @@ def _metadata(identity: Identity, layout: Layout, arrays: dict) -> dict[str, str
         "codec": layout.codec(),
         "dtype": identity.dtype,
         "kept_layers": json.dumps(layout.kept_layers()),
-        "dropped_layers": json.dumps(dropped),  # by at least one tier
+        "dropped_layers": json.dumps(dropped),  # dropped by at least one tier
         "step": str(identity.step),
         "rows_digest": identity.rows_digest,
         "decoder_digest": identity.decoder_digest,
@@ -210,7 +232,7 @@ class Basis(NamedTuple):
 
     Attributes:
       squares: float64 [D], the squares of the singular values.
-      vectors: float32 [D, D], a singular vector a row.
+      vectors: float32 [D, D], one singular vector in each row.
     """
 
     squares: np.ndarray
@@ -220,12 +242,15 @@ class Basis(NamedTuple):
 def singular_bases(
     source: Source, names: list[str], weights_V: np.ndarray, chunk_rows: int = CHUNK_ROWS
 ) -> dict[str, Basis]:
-    """The singular vectors of parts' rows, {part name: Basis}.
+    """The singular vectors of the rows of parts, over all tokens.
 
     They are found as eigenvectors of a [D, D] matrix, so that memory does not grow with the vocabulary.
 
     Args:
+      names: names of the parts.
       weights_V: float [V], how much each token's row counts.
+      chunk_rows: rows that a device makes at a time, at most.
+    Returns: {part name: Basis}.
     """
     grams = _weighted_grams(source, names, weights_V, chunk_rows) if names else {}
     return {name: _eigenvectors(gram) for name, gram in grams.items()}
@@ -242,6 +267,7 @@ def _weighted_grams(source, names, weights_V, chunk_rows) -> dict[str, np.ndarra
     def add(total, vectors, weights_U):
         def gram(name):
             x_UD = vectors[name].astype(jnp.float32)
+            # "highest": accelerators would otherwise round float32 products to bfloat16 or TF32.
             return jnp.einsum("ud,ue->de", x_UD * weights_U[:, None], x_UD, precision="highest")
 
         return {name: total[name] + gram(name) for name in names}
@@ -250,12 +276,13 @@ def _weighted_grams(source, names, weights_V, chunk_rows) -> dict[str, np.ndarra
     progress = Progress("singular vectors", chunks.count, "chunk")
     for chunk in range(chunks.count):
         vectors = source.vectors(chunks.place(ids, chunk, fill=0))
-        total = add(total, vectors, chunks.place(weights_V, chunk, fill=0))  # fill: of weight 0
+        total = add(total, vectors, chunks.place(weights_V, chunk, fill=0))  # rows that only fill up have weight 0
         progress.update(chunk + 1)
     progress.close()
     return jax.device_get(total)
 
 
 def _eigenvectors(gram: np.ndarray) -> Basis:
-    values, vectors = np.linalg.eigh(gram.astype(np.float64))  # in rising order, vectors as columns
+    # eigh gives values in rising order and vectors as columns. Rounding may make the smallest values negative.
+    values, vectors = np.linalg.eigh(gram.astype(np.float64))
     return Basis(values[::-1].clip(0), np.ascontiguousarray(vectors[:, ::-1].T).astype(np.float32))

@@ -2,10 +2,11 @@
 
 A row consists of parts: "x0", the input embedding where it is untied, and "ffn.L", the output of FFN-M of layer L. A
 part's vector is stored as it is, or as its first coefficients in a rotated basis that all tokens share (low rank by
-SVD). Its elements are split into consecutive bands, each with its own number of bits. A layer without a part is
-dropped: its rows are zero.
+SVD). The elements of a part are split into consecutive bands, each with its own number of bits. A layer without a part
+is dropped: it adds zero.
 
 Integers of b bits are in groups of 64 that share one bfloat16 scale s: element = (code - 2^(b-1) + 1/2) s.
+docs/tol.md specifies the bytes.
 
 Shapes: U tokens, D width, n elements of a band, G groups of g elements.
 """
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 GROUP = 64  # elements that share a scale
 FLOATS = {32: jnp.float32, 16: jnp.bfloat16}
 INTEGERS = (2, 3, 4, 5, 6, 7, 8)
-# The outermost code stands for one of these fractions of a group's largest magnitude: the one with the least error.
+# A group's largest magnitude times one of these is the end of the range of its codes: the one of least error is taken.
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 
 
@@ -31,24 +32,32 @@ class Band:
 
     @property
     def padded(self) -> int:
-        """Elements stored: `size`, rounded up to whole groups, and so to whole bytes of every bit plane."""
+        """Number of codes stored: `size` rounded up to whole groups, and so to whole bytes in every bit plane."""
         return -(-self.size // self.group) * self.group
 
     @property
     def group(self) -> int:
-        """Elements that share a scale."""
+        """Number of elements that share a scale."""
+        # A short band is one group of whole bytes in every bit plane.
         return GROUP if self.size >= GROUP else -(-self.size // 8) * 8
 
     @property
     def bytes(self) -> int:
         if self.bits in FLOATS:
             return self.size * self.bits // 8
-        return 2 * (self.padded // self.group) + self.padded * self.bits // 8
+        scales = 2 * (self.padded // self.group)  # bfloat16
+        return scales + self.padded * self.bits // 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One vector of a row: "x0" or "ffn.L". `rotated`: stored as coefficients in a basis."""
+    """One vector of a row.
+
+    Attributes:
+      name: "x0" or "ffn.L".
+      bands: of its elements, in their order.
+      rotated: whether the elements are coefficients in a basis.
+    """
 
     name: str
     bands: tuple[Band, ...]
@@ -60,20 +69,30 @@ class Part:
 
     @property
     def rank(self) -> int:
-        """Elements stored: the width, or fewer of a rotated part."""
+        """Number of elements stored: the width, or fewer in a rotated part."""
         return sum(band.size for band in self.bands)
 
 
 def encode(parts: tuple[Part, ...], vectors: dict, bases: dict):
-    """Encodes vectors {part name: [U, D]} to uint8 [U, bytes of a row].
+    """Encodes vectors to the bytes of rows. For use in jit.
 
-    `bases`: {part name: [rank or more, D]} of rotated parts.
+    Args:
+      parts: of a row, in their order.
+      vectors: {part name: [U, D]}.
+      bases: {part name: [rank or more, D]} of rotated parts.
+    Returns: uint8 [U, bytes of a row].
     """
     return jnp.concatenate([_encode_part(part, vectors[part.name], bases) for part in parts], 1)
 
 
 def decode(parts: tuple[Part, ...], raw, bases: dict) -> dict:
-    """Decodes what `encode` made to {part name: [U, D]}: bfloat16 or float32 as stored, float32 for integers."""
+    """Decodes the bytes of rows. For use in jit.
+
+    Args:
+      parts, bases: as of `encode`.
+      raw: uint8 [U, bytes of a row].
+    Returns: {part name: [U, D]}, in bfloat16 where a part is one unrotated band of 16 bits, else in float32.
+    """
     out, offset = {}, 0
     for part in parts:
         out[part.name] = _decode_part(part, raw[:, offset : offset + part.bytes], bases)
@@ -97,10 +116,13 @@ def _decode_part(part, raw, bases):
     for band in part.bands:
         pieces.append(decode_band(band, raw[:, offset : offset + band.bytes]))
         offset += band.bytes
+    # A single band keeps its dtype, so that stored bfloat16 comes back as it is.
+    x = pieces[0]
     if len(pieces) > 1:
-        pieces = [jnp.concatenate([p.astype(jnp.float32) for p in pieces], 1)]
-    (x,) = pieces
-    return _product(x, bases[part.name][: part.rank]) if part.rotated else x
+        x = jnp.concatenate([piece.astype(jnp.float32) for piece in pieces], 1)
+    if part.rotated:
+        x = _product(x, bases[part.name][: part.rank])
+    return x
 
 
 def _product(x, w):
@@ -109,7 +131,7 @@ def _product(x, w):
 
 
 def encode_band(band: Band, x_Un):
-    """Encodes float32 [U, n] to uint8 [U, bytes]."""
+    """Encodes float32 [U, n] to uint8 [U, bytes of the band]."""
     if band.bits in FLOATS:
         return _to_bytes(x_Un.astype(FLOATS[band.bits]))
     U = x_Un.shape[0]
@@ -125,7 +147,7 @@ def encode_band(band: Band, x_Un):
 
 
 def decode_band(band: Band, raw):
-    """Decodes uint8 [U, bytes] to [U, n]."""
+    """Decodes uint8 [U, bytes of the band] to [U, n], bfloat16 for 16 bits, else float32."""
     if band.bits in FLOATS:
         return _from_bytes(raw, FLOATS[band.bits])
     count = band.padded // band.group
@@ -140,14 +162,19 @@ def decode_band(band: Band, raw):
 
 
 def _quantize(groups_UGg, bits):
-    """(scales bfloat16 [U, G], codes uint8 [U, G, g]), clipped so that the squared error of the group is least."""
+    """Chooses each group's scale, among those of `_CLIPS`, so that its squared error is least.
+
+    Returns: (scales bfloat16 [U, G], codes uint8 [U, G, g]).
+    """
     half = 2.0 ** (bits - 1)
     top = jnp.abs(groups_UGg).max(-1)
 
     def attempt(clip):
+        # Rounded before codes are chosen, so that they are the best for the scale that the file holds.
         scale = (top * clip / half).astype(jnp.bfloat16)
         # A group of zeros has scale 0, and is divided by 1 instead.
         s = jnp.where(scale > 0, scale, 1).astype(jnp.float32)[..., None]
+        # Code k covers the step from k - half to k - half + 1 and stands for its middle: none stands for zero.
         code = jnp.clip(jnp.floor(groups_UGg / s) + half, 0, 2 * half - 1)
         error = jnp.square((code - half + 0.5) * scale.astype(jnp.float32)[..., None] - groups_UGg).sum(-1)
         return error, scale, code.astype(jnp.uint8)
@@ -163,9 +190,11 @@ def _quantize(groups_UGg, bits):
 
 
 def _to_bytes(x):
+    """[U, n] of any dtype as uint8 [U, bytes]."""
     return jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(len(x), -1)
 
 
 def _from_bytes(raw, dtype):
+    """uint8 [U, bytes] as [U, n] of a dtype."""
     size = jnp.dtype(dtype).itemsize
     return jax.lax.bitcast_convert_type(raw.reshape(len(raw), -1, size), dtype)

@@ -1,4 +1,4 @@
-"""The compression options of a ToL file, and the file that they lead to."""
+"""The compression options of a ToL file, and the writing of the file that they ask for."""
 
 import dataclasses
 import math
@@ -29,18 +29,21 @@ class Options:
     bits: Annotated[
         str,
         Option(
-            "bits of an element: 32, 16 or 2 to 8; for some layers otherwise as 4,0:8,23:16; by default those of the "
-            "computation (32 or 16). A stored embedding (x0) has at least 8 unless x0:BITS says so"
+            "bits of an element: 32, 16 or 2 to 8; 4,0:8,23:16 sets 4, but 8 for layer 0 and 16 for layer 23; by "
+            "default those of the computation (32 or 16). A stored embedding (x0) has at least 8 unless x0:BITS is set"
         ),
     ] = ""
     rank: Annotated[
-        str, Option("share (0.5) or number (1024) of singular vectors kept; for some layers otherwise as 0.5,0:1.0")
+        str,
+        Option("share (0.5) or number (1024) of singular vectors kept; 0.5,0:1.0 sets half, but all for layer 0"),
     ] = "1.0"
     drop_layers: Annotated[tuple[str, ...], Option("layers whose rows are left out, such as 11,12")] = ()
     bytes_per_token: Annotated[
-        str, Option("budget: choose bits, rank and layers for rows of this mean size, such as 12KiB")
+        str, Option("budget: choose bits, rank and layers so that rows have this mean size, such as 12KiB")
     ] = ""
-    total_size: Annotated[str, Option("budget: choose them for this size of all rows and bases, such as 1.5GB")] = ""
+    total_size: Annotated[
+        str, Option("budget: choose bits, rank and layers so that all rows and bases have this size, such as 1.5GB")
+    ] = ""
     data: Annotated[
         str, Option("prepared data: its most frequent tokens come first in the file, and a budget is measured on it")
     ] = ""
@@ -61,6 +64,9 @@ def precompute(
     """Writes the ToL file of a checkpoint, on all devices of this process.
 
     Args:
+      workdir: folder with the model's checkpoints.
+      output: path of the file.
+      choices: how rows are stored.
       step, dtype: as of `TrainedModel`.
       chunk_rows: as of `build.build`.
     Returns: one line on what was written. Raises: UserError.
@@ -71,7 +77,7 @@ def precompute(
         raise UserError(
             f"{workdir}: expected a memory or flex model, found {trained.config.architecture}, without FFN-M"
         )
-    if trained.config.dim % mesh.size:
+    if trained.config.dim % mesh.size:  # the weights are cut along the width
         expected = f"expected a number of devices that divides the width {trained.config.dim}"
         raise UserError(f"{workdir}: {expected}, found {mesh.size}")
     scorer = budget.scorer(trained, choices.data) if choices.has_budget and choices.data else None
@@ -82,10 +88,14 @@ def compress_file(tol: TolFile, choices: Options, output: str, workdir: str = ""
     """Writes a smaller ToL file from one of 16 or 32 bits.
 
     Args:
-      workdir: of the model, on which a budget is measured; else "".
+      tol: the file to compress.
+      choices: how rows are stored.
+      output: path of the smaller file.
+      workdir: checkpoints of the model that a budget is measured with; "" where there is no budget.
     Returns: one line on what was written. Raises: UserError.
     """
     kept = len(tol.layout.kept_layers())
+    # Integers would be quantised twice, and dropped layers are read as zeros, which would be stored like other rows.
     if not tol.layout.tiers[0].float_bits or kept < tol.layout.layers:
         raise UserError(
             f"{tol.path}: expected a file of 16 or 32 bits with all layers, found {tol.metadata['codec']} of "
@@ -110,14 +120,18 @@ def write(
     """Writes the file that the options ask for.
 
     Args:
-      scorer: of the model, which a budget needs.
+      source: the full rows.
+      choices: how rows are stored.
+      output: path of the file.
+      scorer: measures the model's loss, which a budget needs; else None.
+      label, chunk_rows: as of `build.build`.
     Returns: one line on what was written. Raises: UserError.
     """
     counts = source.counts
     if choices.data:
         dataset = open_for(choices.data, source.identity.tokenizer.digest)
         counts = statistics.token_counts(dataset, source.vocab_size)
-    # Stable: tokens that are equally frequent stay in the order of their ids, on any machine.
+    # Stable, so that tokens that are equally frequent stay in the order of their ids on any machine.
     order = np.arange(source.vocab_size) if counts is None else np.argsort(-counts, kind="stable")
     if choices.has_budget:
         layout, bases = _within_budget(source, choices, scorer, counts)
@@ -132,8 +146,9 @@ def _within_budget(source, choices, scorer, counts) -> tuple[Layout, dict]:
     name = "bytes_per_token" if choices.bytes_per_token else "total_size"
     if choices.bytes_per_token and choices.total_size:
         raise ArgumentError(name, "expected no total_size too, as both are budgets")
+    default = Options()
     for other in ("bits", "rank", "drop_layers"):
-        if getattr(choices, other) != getattr(Options(), other):
+        if getattr(choices, other) != getattr(default, other):
             raise ArgumentError(name, f"expected no {other} too, as a budget chooses it")
     if scorer is None or counts is None:
         raise ArgumentError(name, "expected data and workdir too, as a budget is measured on text with the model")
@@ -144,7 +159,10 @@ def _within_budget(source, choices, scorer, counts) -> tuple[Layout, dict]:
 
 
 def uniform(source: Source, choices: Options) -> Layout:
-    """One tier with the bits, ranks and dropped layers as given. Raises: ArgumentError."""
+    """The layout of options without a budget: one tier, with bits, ranks and dropped layers as given.
+
+    Raises: ArgumentError.
+    """
     default_bits = "32" if source.identity.dtype == "float32" else "16"
     bits = _per_part("bits", choices.bits or default_bits, source.layers)
     ranks = _per_part("rank", choices.rank, source.layers)
@@ -155,7 +173,7 @@ def uniform(source: Source, choices: Options) -> Layout:
         raise ArgumentError("drop_layers", "expected at least one layer to stay, found all of them")
     parts = []
     if source.has_x0:
-        # The embedding enters every layer, so that its errors harm most: few bits must be asked for by name.
+        # Every layer reads the embedding, so that its errors do the most harm: few bits must be asked for by name.
         x0_bits = _bits(bits["x0"]) if "x0" in bits else max(_bits(bits[""]), 8)
         parts.append(Part("x0", (Band(source.dim, x0_bits),)))
     for layer in range(source.layers):
@@ -169,7 +187,13 @@ def uniform(source: Source, choices: Options) -> Layout:
 
 
 def _per_part(name: str, text: str, layers: int) -> dict[str, str]:
-    """Parses DEFAULT,LAYER:VALUE,...: {"": default, "ffn.3": value of layer 3, ...}. Raises: ArgumentError."""
+    """Parses DEFAULT,LAYER:VALUE,... to {"": default, "ffn.3": value of layer 3, ...}.
+
+    Args:
+      name: of the option, for errors.
+      layers: the model's number of layers.
+    Raises: ArgumentError.
+    """
     out = {}
     for item in text.split(","):
         layer, _, value = item.rpartition(":")
@@ -193,7 +217,12 @@ def _bits(text: str) -> int:
 
 
 def _rank(text: str, dim: int) -> int:
-    """Singular vectors kept, of `dim`: a share of 1 or less, or a number of them."""
+    """Number of singular vectors kept, of `dim`.
+
+    Args:
+      text: a share of 1 or less, or the number itself.
+    Raises: ArgumentError.
+    """
     problem = f"expected a share up to 1.0 or a number of singular vectors up to {dim}, found {text!r}"
     try:
         value = float(text)
@@ -201,7 +230,7 @@ def _rank(text: str, dim: int) -> int:
         raise ArgumentError("rank", problem) from error
     if not math.isfinite(value) or (value > 1 and value != int(value)):
         raise ArgumentError("rank", problem)
-    rank = round(value * dim) if value <= 1 else int(value)
+    rank = round(value * dim) if value <= 1 else int(value)  # 1 is the share: all of them
     if not 0 < rank <= dim:
         raise ArgumentError("rank", problem)
     return rank

@@ -1,4 +1,4 @@
-"""Makes edits of a ToL file's rows, and files with the edits in them."""
+"""Adds edits to the overlay of a ToL file, and writes ToL files with the edits in them."""
 
 import dataclasses
 import functools
@@ -24,22 +24,22 @@ from memoryllm_jax.tol.reader import RowReader
 from memoryllm_jax.tol.sources import FileSource, read_rows
 
 OPERATIONS = ("swap", "replace", "blend", "zero", "suppress")
-_FIELDS = {"swap": 2, "replace": 2, "blend": 3, "zero": 1}  # of a row operation
-_KEY_ROWS = 8192  # tokens whose coefficients of a key are computed at a time
+_FIELDS = {"swap": 2, "replace": 2, "blend": 3, "zero": 1}  # comma-separated values that an operation on rows takes
+_KEY_ROWS = 8192  # tokens that a key's coefficients are computed for at a time
 _COPY_ROWS = 512  # rows that are encoded at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Edits of an overlay: some to add, or some to take back."""
+    """What to do with an overlay: edits to add, or a number of edits to take back."""
 
-    overlay: Annotated[str, Option("file of edits; the first edit makes it")]
+    overlay: Annotated[str, Option("file of edits; the first edit creates it")]
     swap: Annotated[
-        tuple[str, ...], Option("A,B: exchange the rows of two tokens; a comma in a name is doubled", many=True)
+        tuple[str, ...], Option("A,B: exchange the rows of two tokens; write a comma in a token twice", many=True)
     ] = ()
     replace: Annotated[tuple[str, ...], Option("A,B: give A the row of B", many=True)] = ()
     blend: Annotated[
-        tuple[str, ...], Option("A,B,SHARE: give A (1 - SHARE) of its row and SHARE of B's", many=True)
+        tuple[str, ...], Option("A,B,SHARE: give A the row (1 - SHARE) * A's + SHARE * B's", many=True)
     ] = ()
     zero: Annotated[tuple[str, ...], Option("A: set the row of A to zero", many=True)] = ()
     suppress: Annotated[
@@ -50,12 +50,18 @@ class Request:
     output: Annotated[str, Option("write a copy of the ToL file with the edits in it")] = ""
 
     def operations(self) -> list[tuple[str, str]]:
-        """(operation, spec) of the edits to add."""
+        """(operation, spec) of each edit to add, as `Editor.add` takes them."""
         return [(name, spec) for name in OPERATIONS for spec in getattr(self, name)]
 
 
 class Result(NamedTuple):
-    """Texts of the edits taken back and of those that the overlay has now, and a line on the file written, or ""."""
+    """What `fulfil` did.
+
+    Attributes:
+      undone: texts of the edits that were taken back.
+      edits: texts of the edits that the overlay has now.
+      written: one line on the ToL file that was written, or "".
+    """
 
     undone: list[str]
     edits: list[str]
@@ -82,7 +88,9 @@ class Editor:
     """Adds edits to an overlay, and takes them back.
 
     Args:
-      workdir: of the model, whose weights suppressing a key needs.
+      tol: the file whose rows are edited.
+      overlay: is changed in place.
+      workdir: the model's checkpoints, whose weights suppressing a key needs; else "".
     """
 
     def __init__(self, tol: TolFile, overlay: Overlay, workdir: str = ""):
@@ -98,8 +106,13 @@ class Editor:
         """Adds an edit.
 
         Args:
-          operation, spec: "swap" and "A,B"; "replace" and "A,B" (A gets B's row); "blend" and "A,B,SHARE" (A gets
-            1 - SHARE of its row and SHARE of B's); "zero" and "A"; "suppress" and "LAYER:KEY". A and B are tokens.
+          operation: one of OPERATIONS.
+          spec: depends on the operation. A and B are tokens, each as text or #ID.
+            swap "A,B": A and B exchange their rows.
+            replace "A,B": A gets B's row.
+            blend "A,B,SHARE": A gets (1 - SHARE) * its row + SHARE * B's row.
+            zero "A": A's row becomes zero.
+            suppress "LAYER:KEY": every row loses what this key of FFN-M adds.
         Raises: UserError.
         """
         if operation == "suppress":
@@ -113,8 +126,8 @@ class Editor:
         ids = [self.token(field) for field in fields]
         if len(set(ids)) < len(ids):
             raise ArgumentError(operation, f"expected two different tokens, found the same one twice in {spec!r}")
-        a, b = ids[0], ids[-1]
-        # {token: what its new row is made of}
+        a, b = ids[0], ids[-1]  # the same token for zero, which takes one
+        # {token whose row changes: (token, weight) of the rows that its new row is the sum of}
         mix = {
             "swap": {a: [(b, 1.0)], b: [(a, 1.0)]},
             "replace": {a: [(b, 1.0)]},
@@ -164,9 +177,12 @@ class Editor:
 
 
 def _key(trained: TrainedModel, layer: int, key: int, rows_digest: str) -> tuple[np.ndarray, np.ndarray]:
-    """(coefficient c_key(t) of every token t, float32 [V]; value v_key, float32 [D]) of FFN-M of a layer.
+    """One key of FFN-M of a layer, which is a sum over keys of coefficient * value (MemoryLLM, section 2.3.1).
 
-    Raises: ArgumentError if the weights are not those that the rows were made from.
+    Args:
+      rows_digest: of the weights that the rows were made from.
+    Returns: (the key's coefficient for every token, float32 [V]; its value, float32 [D]).
+    Raises: ArgumentError if the checkpoint has other weights.
     """
     params, digest = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
     if digest != rows_digest:
@@ -189,7 +205,8 @@ def _key(trained: TrainedModel, layer: int, key: int, rows_digest: str) -> tuple
 
 
 def _split(operation, spec, count) -> list[str]:
-    """Comma-separated names; a doubled comma is a comma."""
+    """The comma-separated values of a spec. Two commas in a row are a comma within a value. Raises: ArgumentError."""
+    # A null character, which no command line can hold, stands for these commas while the text is split.
     fields = [field.replace("\0", ",") for field in spec.replace(",,", "\0").split(",")]
     if len(fields) != count or not all(fields):
         expected = "a token" if count == 1 else f"{count} values with commas between them"
@@ -201,16 +218,16 @@ def _share(text) -> float:
     try:
         share = float(text)
     except ValueError:
-        share = -1.0
+        share = -1.0  # refused below, like any number outside the range
     if not 0 <= share <= 1:
         raise ArgumentError("blend", f"expected a share from 0 to 1, found {text!r}")
     return share
 
 
 def write_edited(tol: TolFile, overlay: Overlay, output: str) -> str:
-    """Writes a copy of the file with the edits in its rows; parts that no edit changes keep their bytes.
+    """Writes a copy of the file with the edits in its rows. Parts that no edit changes keep their bytes.
 
-    Returns: one line on it. Raises: UserError.
+    Returns: one line on what was written. Raises: UserError.
     """
     if os.path.exists(output) and os.path.samefile(output, tol.path):
         raise ArgumentError("output", f"expected another file than the one that is edited, found {output}")
@@ -221,7 +238,8 @@ def write_edited(tol: TolFile, overlay: Overlay, output: str) -> str:
     with storage.replaced(output) as part:
         shutil.copyfile(tol.path, part)
         with open(part, "r+b") as file:
-            # Digests are of one length, so that the header's stays as it is.
+            # The copy holds other rows, so that overlays of the old ones must not fit it. A digest of the same length
+            # leaves everything else in the file where it is.
             header = os.pread(file.fileno(), tol.tensors["rows.0"].start, 0)
             os.pwrite(file.fileno(), header.replace(old_digest.encode(), new_digest.encode()), 0)
             _write_changed_rows(tol, overlay, source, file.fileno())
@@ -231,37 +249,45 @@ def write_edited(tol: TolFile, overlay: Overlay, output: str) -> str:
 
 
 def _write_changed_rows(tol, overlay, source, fd):
-    """Encodes the parts that edits change, token by token, into the rows of a copy."""
+    """Encodes the parts that edits change and writes them, with new checksums, into the rows of a copy."""
     layout = tol.layout
     bases = {name: jnp.asarray(tol.basis(name)) for name in layout.rotated}
     changed = _changed_parts(overlay, layout.layers)
-    tokens = np.array(sorted(changed, key=lambda token: tol.row_of_token[token]), np.int32)
+    tokens = np.array(sorted(changed, key=lambda token: tol.row_of_token[token]), np.int32)  # in the order of the disk
     reader = RowReader(tol)
     encoders = [jax.jit(functools.partial(codec.encode, tier.parts)) for tier in layout.tiers]
     for chunk in vocabulary.chunks(tokens, _COPY_ROWS):
         raw, tier_U = reader.read(chunk.real_ids)
         vectors = source.vectors(chunk.ids)
-        encoded = [np.asarray(encode(vectors, bases)) if t.parts else None for encode, t in zip(encoders, layout.tiers)]
-        for i, (token, tier) in enumerate(zip(chunk.real_ids.tolist(), tier_U)):
+        # Every row is encoded for every tier, so that shapes stay static; the bytes for its own tier are used.
+        encoded = {}
+        for number, tier in enumerate(layout.tiers):
+            if tier.parts:
+                encoded[number] = np.asarray(encoders[number](vectors, bases))
+        for i, (token, number) in enumerate(zip(chunk.real_ids.tolist(), tier_U.tolist())):
+            # Only the changed parts: encoding decoded integers again might choose other scales.
             offset = 0
-            for part in layout.tiers[tier].parts:
+            for part in layout.tiers[number].parts:
                 if part.name in changed[token]:
-                    raw[i, offset : offset + part.bytes] = encoded[tier][i, offset : offset + part.bytes]
+                    raw[i, offset : offset + part.bytes] = encoded[number][i, offset : offset + part.bytes]
                 offset += part.bytes
-            row, row_bytes = int(tol.row_of_token[token]), raw[i, : layout.tiers[tier].stride]
+            row = int(tol.row_of_token[token])
+            row_bytes = raw[i, : layout.tiers[number].stride]
             os.pwrite(fd, row_bytes.tobytes(), int(tol.start_of_row[row]))
             os.pwrite(fd, checksum(row_bytes).to_bytes(8, "little"), tol.tensors["checksums"].start + 8 * row)
     reader.close()
 
 
 def _changed_parts(overlay: Overlay, layers: int) -> dict[int, set[str]]:
-    """{token: names of the parts that some edit changes}."""
+    """{token: names of the parts of its row that some edit changes}."""
     changed: dict[int, set[str]] = {}
     for edit in overlay.edits:
         if edit.gives_rows:
-            ids, names = edit.ids, {f"ffn.{layer}" for layer in range(layers)}
+            ids = edit.ids
+            names = {f"ffn.{layer}" for layer in range(layers)}
         else:
-            ids, names = np.nonzero(edit.coefficients)[0], {f"ffn.{edit.layer}"}
+            ids = np.nonzero(edit.coefficients)[0]
+            names = {f"ffn.{edit.layer}"}
         for token in ids.tolist():
             changed.setdefault(token, set()).update(names)
     return changed

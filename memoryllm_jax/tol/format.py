@@ -16,18 +16,36 @@ from memoryllm_jax.tol.codec import FLOATS, INTEGERS
 from memoryllm_jax.tol.layout import Layout, Tier
 
 VERSION = 1
-ALIGN = 4096  # bytes: the data, and the rows of each tier, begin at a multiple
+ALIGN = 4096  # bytes: the data, and the rows of each tier, begin at a multiple of a disk's block
+# NumPy has no bfloat16: BF16 is read as its bit patterns.
 _DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64, "F32": np.float32, "BF16": np.uint16}
-_METADATA = (
-    *("architecture", "vocab_size", "codec", "dtype", "kept_layers", "dropped_layers", "step", "layout"),
-    *("rows_digest", "decoder_digest", "tokenizer_kind", "tokenizer_digest", "tensor_checksums"),
+_METADATA = (  # keys that every file has
+    "architecture",
+    "vocab_size",
+    "codec",
+    "dtype",
+    "kept_layers",
+    "dropped_layers",
+    "step",
+    "layout",
+    "rows_digest",
+    "decoder_digest",
+    "tokenizer_kind",
+    "tokenizer_digest",
+    "tensor_checksums",
 )
 _MAX_HEADER = 100_000_000  # bytes: readers of safetensors accept no more
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies: its first byte counts from the start of the file."""
+    """Where a tensor lies.
+
+    Attributes:
+      dtype: its name in safetensors, such as "BF16".
+      shape: number of elements along each axis.
+      start: the first byte, counted from the start of the file; within `plan`, from the start of the data.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,7 +57,13 @@ class Tensor:
 
 
 class FilePlan(NamedTuple):
-    """A file that is to be written: its first bytes, where its tensors go, and its size in bytes."""
+    """A file that is to be written.
+
+    Attributes:
+      header: its first bytes, up to the data.
+      tensors: {name: Tensor}, where the tensors go.
+      size: bytes of the whole file.
+    """
 
     header: bytes
     tensors: dict[str, Tensor]
@@ -47,10 +71,12 @@ class FilePlan(NamedTuple):
 
 
 def plan(layout: Layout, extra: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> FilePlan:
-    """Lays out a file.
+    """Decides where everything in a file goes.
 
     Args:
+      layout: what rows hold.
       extra: {name: (dtype, shape)} of the tensors beside the rows and their checksums.
+      metadata: {key: text}.
     """
     entries: list[tuple[str, Tensor]] = []
     offset = 0
@@ -61,6 +87,7 @@ def plan(layout: Layout, extra: dict[str, tuple[str, tuple[int, ...]]], metadata
         entries.append((name, tensor))
         offset += tensor.nbytes
 
+    # safetensors allows no gaps between tensors, so that padding is a tensor too.
     for number, tier in enumerate(layout.tiers):
         if offset % ALIGN:
             add(f"padding.{number}", "U8", (-offset % ALIGN,))
@@ -71,14 +98,14 @@ def plan(layout: Layout, extra: dict[str, tuple[str, tuple[int, ...]]], metadata
     if offset % 8:
         add("padding", "U8", (-offset % 8,))
     add("checksums", "U64", (layout.rows,))
-    # Tensors of larger elements come first, so that each is aligned to the size of its elements.
+    # Tensors of larger elements come first, so that each begins at a multiple of the size of its elements.
     for name, (dtype, shape) in sorted(extra.items(), key=lambda item: -np.dtype(_DTYPES[item[1][0]]).itemsize):
         add(name, dtype, shape)
     header: dict = {"__metadata__": metadata}
     for name, t in entries:
         header[name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.start, t.start + t.nbytes]}
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % ALIGN)
+    text += b" " * (-(8 + len(text)) % ALIGN)  # JSON may end in spaces
     start = 8 + len(text)
     tensors = {name: dataclasses.replace(t, start=start + t.start) for name, t in entries}
     return FilePlan(len(text).to_bytes(8, "little") + text, tensors, start + offset)
@@ -90,22 +117,25 @@ def checksum(row: np.ndarray) -> int:
 
 
 def text_checksum(array: np.ndarray) -> str:
-    """XXH3-64 of a tensor's bytes as metadata holds it: 16 hexadecimal digits."""
+    """XXH3-64 of a tensor's bytes in the form that metadata holds: 16 hexadecimal digits."""
     return f"{checksum(array.reshape(-1).view(np.uint8)):016x}"
 
 
 class TolFile:
-    """A ToL file opened for reading, its header checked against its size and itself.
+    """A ToL file opened for reading. Its header is checked: it must be consistent and fit the size of the file.
 
     Attributes:
-      path, fd: of the file.
+      path: of the file.
+      fd: its file descriptor; None once it is closed.
       size: bytes of the file.
-      layout: Layout.
+      layout: what rows hold.
       tensors: {name: Tensor}.
-      metadata: {name: text} as in docs/tol.md.
+      metadata: {key: text} as in docs/tol.md.
       vocab_size: V, the number of rows.
-      row_of_token: int32 [V].
-      tier_of_row, start_of_row, stride_of_row: int [V]: tier, first byte in the file and number of bytes of each row.
+      row_of_token: int32 [V], the number of each token's row.
+      tier_of_row: int [V], the tier of each row.
+      start_of_row: int [V], the first byte of each row, counted from the start of the file.
+      stride_of_row: int [V], the bytes of each row.
     Raises: UserError that names the file and what is wrong.
     """
 
@@ -148,7 +178,7 @@ class TolFile:
             absent = [key for key in _METADATA if key not in self.metadata]
             if absent:
                 raise ValueError(f"no metadata {', '.join(absent)}")
-        # A damaged header may be any JSON: whatever the code above stumbles over, the file is not a ToL file.
+        # A damaged header may be any JSON, on which the code above fails in any of these ways.
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, OSError) as error:
             found = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{self.path}: expected a ToL file, found {found}") from error
@@ -156,7 +186,7 @@ class TolFile:
             raise UserError(f"{self.path}: expected {end} bytes, found {self.size}; it is truncated or damaged")
 
     def _parse_header(self) -> int:
-        """Returns where the last tensor ends."""
+        """Sets the attributes that the header holds. Returns: where the last tensor ends, which the file must too."""
         length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
         if self.size < 8 or not 0 < length <= min(_MAX_HEADER, self.size - 8):
             raise ValueError(f"a header of {length} bytes in a file of {self.size}")
@@ -179,13 +209,17 @@ class TolFile:
         needed |= {f"rows.{number}": tier.rows * tier.stride for number, tier in enumerate(layout.tiers)}
         needed |= {f"basis.{name}": 2 * rank * layout.dim for name, rank in layout.rotated.items()}
         wrong = [n for n, size in needed.items() if n not in self.tensors or self.tensors[n].nbytes != size]
-        if wrong or not layout.tiers or layout.rows != self.vocab_size:
+        if wrong:
             raise ValueError(f"a layout that does not fit its tensors {', '.join(wrong)}")
+        if not layout.tiers or layout.rows != self.vocab_size:
+            raise ValueError(f"a layout of {layout.rows} rows for a vocabulary of {self.vocab_size}")
+        # Rows have checksums of their own; nobody uses the bytes of the padding.
         summed = {n for n in self.tensors if not n.startswith(("rows.", "padding")) and n != "checksums"}
         if summed != set(self._tensor_checksums):
             raise ValueError(f"checksums of {sorted(self._tensor_checksums)} for the tensors {sorted(summed)}")
 
     def _check_parts(self, number: int, tier: Tier):
+        """Checks that a tier has every part that it should, and none that the code cannot decode."""
         layout = self.layout
         dropped = {f"ffn.{layer}" for layer in json.loads(self.metadata["dropped_layers"])}
         expected = {f"ffn.{layer}" for layer in range(layout.layers)}
@@ -204,7 +238,7 @@ class TolFile:
                 raise ValueError(f"{part.rank} elements of {part.name}, where the width is {layout.dim}")
 
     def read(self, name: str) -> np.ndarray:
-        """A whole tensor; BF16 comes as uint16 bit patterns. Raises: UserError."""
+        """Reads a whole tensor and verifies its checksum. BF16 comes as bit patterns, uint16. Raises: UserError."""
         tensor = self.tensors[name]
         out = np.empty(tensor.shape, _DTYPES[tensor.dtype])
         self._read_into(memoryview(out.reshape(-1).view(np.uint8)), tensor.start, name)
@@ -216,7 +250,7 @@ class TolFile:
     def _read_into(self, view: memoryview, start: int, what: str):
         done = 0
         try:
-            while done < len(view):
+            while done < len(view):  # one call may read fewer bytes than asked for
                 count = os.preadv(self.fd, [view[done:]], start + done)
                 if count == 0:
                     raise UserError(
@@ -228,20 +262,21 @@ class TolFile:
 
     @property
     def checksums(self) -> np.ndarray:
-        """uint64 [V], of the rows in their order."""
+        """uint64 [V], the checksum of each row."""
         if self._checksums is None:
             self._checksums = self.read("checksums")
         return self._checksums
 
     def basis(self, name: str) -> np.ndarray:
-        """bfloat16 [rank, D] of a rotated part."""
+        """The basis of a rotated part, bfloat16 [rank, D]. Raises: UserError."""
         return self.read(f"basis.{name}").view(ml_dtypes.bfloat16)
 
     def token_of_row(self) -> np.ndarray:
-        """int32 [V]."""
+        """int32 [V], the token id of each row."""
         return np.argsort(self.row_of_token).astype(np.int32)
 
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer in the file. Raises: UserError if it is damaged."""
         model = Tokenizer(self.metadata["tokenizer_kind"], self.read("tokenizer").tobytes(), f"of {self.path}")
         if model.digest != self.metadata["tokenizer_digest"]:
             raise UserError(f"{self.path}: the tokenizer in the file does not match its digest; it is damaged")
@@ -251,8 +286,9 @@ class TolFile:
         """Refuses a model that the rows were not made for.
 
         Args:
-          config: ModelConfig.
-          decoder_digest: of the model's weights; None where they have not been read, and are not compared.
+          config: the model's ModelConfig.
+          tokenizer_digest: of the model's tokenizer.
+          decoder_digest: of the weights that the decoder uses; None, where they are not read yet, compares nothing.
         Raises: UserError that names what differs.
         """
         mine = self.metadata
@@ -264,6 +300,7 @@ class TolFile:
             ("tokenizer", mine["tokenizer_digest"], tokenizer_digest),
             ("parameters", mine["decoder_digest"], decoder_digest or mine["decoder_digest"]),
         ]
+        # Digests are cut to their first 12 digits, which are enough to tell them apart.
         different = [f"{what} {a[:12]} in the file, {b[:12]} in the model" for what, a, b in pairs if a != b]
         if different:
             raise UserError(
@@ -278,13 +315,16 @@ class TolFile:
 
 
 class TolWriter:
-    """Writes a ToL file of a known layout in place, in any order, and gives it its name when it is whole.
+    """Writes a ToL file of a known layout in any order, and gives the file its name when it is whole.
 
-    Until then the file is PATH.part. PATH.part.progress holds how many chunks are on disk, so that a build that was
+    Until then the file is PATH.part. PATH.part.progress says how many chunks are on disk, so that a build that was
     killed goes on.
 
     Args:
-      plan_digest: of all that decides what is written and in which chunks; a writer goes on only with its own plan.
+      path: of the finished file.
+      layout, extra, metadata: as of `plan`.
+      plan_digest: of all that determines what is written and in which chunks. An unfinished file of another plan is
+        started anew.
     Raises: UserError if the file does not fit the disk or cannot be written.
     """
 
@@ -309,7 +349,7 @@ class TolWriter:
             self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o644)
             storage.lock_byte(self._fd, self._part, 0)
             # Another run may have renamed the partial file between opening and locking.
-            if os.fstat(self._fd).st_ino != os.stat(self._part).st_ino:
+            if not self._has_part():
                 raise UserError(f"{self.path}: another run has just finished it; run the same line again")
             if self.done() is None or os.fstat(self._fd).st_size != self.size:
                 self._start_anew()
@@ -317,9 +357,17 @@ class TolWriter:
             self._give_up()
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
 
+    def _has_part(self) -> bool:
+        """Whether the open file is the one under the partial name."""
+        try:
+            return os.fstat(self._fd).st_ino == os.stat(self._part).st_ino
+        except FileNotFoundError:
+            return False
+
     def _start_anew(self):
         free = os.statvfs(self._part)
-        room = free.f_bavail * free.f_frsize + os.fstat(self._fd).st_blocks * 512  # and what the old one occupies
+        occupied = os.fstat(self._fd).st_blocks * 512  # by an unfinished file, which is overwritten
+        room = free.f_bavail * free.f_frsize + occupied
         if room < self.size:
             self._give_up()
             raise UserError(f"{self.path}: needs {self.size:,} bytes, found room for {room:,} on its disk")
@@ -335,7 +383,7 @@ class TolWriter:
             os.remove(self._part)
 
     def done(self) -> int | None:
-        """Chunks of this plan that are on disk; None if it has not begun."""
+        """Number of this plan's chunks that are on disk; None if no file of this plan was begun."""
         if not os.path.exists(self._progress):
             return None
         progress = storage.read_json(self._progress, "progress")
@@ -346,7 +394,12 @@ class TolWriter:
         self._write(np.ascontiguousarray(array), self.tensors[name].start)
 
     def write_rows(self, tier: int, first: int, raw: np.ndarray) -> None:
-        """Writes consecutive encoded rows, uint8 [n, stride], and their checksums; `first` counts within the tier."""
+        """Writes consecutive encoded rows and their checksums.
+
+        Args:
+          first: number of the first row within the tier.
+          raw: uint8 [n, bytes of a row].
+        """
         raw = np.ascontiguousarray(raw)
         self._write(raw, self.tensors[f"rows.{tier}"].start + first * self.layout.tiers[tier].stride)
         sums = np.array([checksum(row) for row in raw], np.uint64)
@@ -361,15 +414,15 @@ class TolWriter:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}; run the same line again") from error
 
     def record(self, chunks: int) -> None:
-        """Notes that the first `chunks` chunks are written, once they are on disk."""
+        """Notes that the first `chunks` chunks are written."""
         try:
-            os.fdatasync(self._fd)
+            os.fdatasync(self._fd)  # before the note: a chunk that it counts is never written again
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}; run the same line again") from error
         storage.write_json(self._progress, {"plan": self._plan_digest, "chunks": chunks})
 
     def finish(self) -> None:
-        """Gives the file its name."""
+        """Gives the whole file its name."""
         os.fsync(self._fd)
         os.replace(self._part, self.path)
         os.remove(self._progress)

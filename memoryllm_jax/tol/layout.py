@@ -25,7 +25,8 @@ class Tier:
 
     @property
     def float_bits(self) -> int:
-        """16 or 32 if every element is a float of that size, so that the rows are one ordinary tensor; else 0."""
+        """16 or 32 if the rows are one ordinary tensor of floats of that size, [rows, parts, D]; else 0."""
+        # That takes equal parts of one band each, not rotated.
         kinds = {(band.bits, band.size) for part in self.parts for band in part.bands}
         if len(kinds) != 1 or any(part.rotated or len(part.bands) > 1 for part in self.parts):
             return 0
@@ -41,7 +42,7 @@ class Layout:
       dim: width of the model.
       layers: number of layers of the model.
       has_x0: whether rows hold the input embedding.
-      tiers: in the order of the rows.
+      tiers: Tiers, in the order of the rows.
     """
 
     dim: int
@@ -65,7 +66,7 @@ class Layout:
 
     @property
     def rotated(self) -> dict[str, int]:
-        """{part name: largest rank of any tier} of the parts that need a basis."""
+        """{part name: number of vectors in its basis} of rotated parts: the largest rank in any tier."""
         ranks: dict[str, int] = {}
         for tier in self.tiers:
             for part in tier.parts:
@@ -85,13 +86,11 @@ class Layout:
 
     @property
     def row_type(self) -> tuple[np.dtype, tuple[int, ...]]:
-        """dtype and shape of a row in memory: [parts, D] where it is floats only, else bytes.
-
-        bfloat16 is held as its bit patterns, uint16, which XLA moves on a CPU thirty times as fast.
-        """
+        """dtype and shape of an encoded row in memory: [parts, D] where it is floats only, else bytes."""
         bits = self.tiers[0].float_bits if len(self.tiers) == 1 else 0
         if not bits:
             return np.dtype(np.uint8), (self.stride,)
+        # Bit patterns instead of bfloat16 values: on a CPU, XLA moves uint16 thirty times as fast.
         return np.dtype({16: np.uint16, 32: np.float32}[bits]), (len(self.tiers[0].parts), self.dim)
 
     def view(self, raw: np.ndarray) -> np.ndarray:
@@ -100,7 +99,7 @@ class Layout:
         return raw.view(dtype).reshape(len(raw), *shape)
 
     def kept_layers(self) -> list[int]:
-        """Layers that some tier holds."""
+        """Numbers of the layers that at least one tier holds."""
         names = {part.name for tier in self.tiers for part in tier.parts}
         return [layer for layer in range(self.layers) if f"ffn.{layer}" in names]
 
@@ -111,10 +110,13 @@ class Layout:
         return "+".join(names) + (", low rank" if self.rotated else "")
 
     def to_json(self) -> dict:
+        """The layout as docs/tol.md specifies it."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, tree: dict) -> "Layout":
+        """What `to_json` gave. Raises: KeyError, TypeError or the like for any other tree."""
+
         def part(p):
             return Part(p["name"], tuple(Band(b["size"], b["bits"]) for b in p["bands"]), p["rotated"])
 
@@ -126,7 +128,8 @@ def decode_rows(layout: Layout, raw, tier_U, bases: dict) -> dict:
     """Decodes rows of any tiers. For use in jit.
 
     Args:
-      raw: what `Layout.view` makes of encoded rows, [U, ...].
+      layout: of the file.
+      raw: encoded rows as `Layout.view` gives them, [U, ...].
       tier_U: int32 [U], the tier of each row.
       bases: {part name: [rank, D]} of rotated parts.
     Returns: {part name: [U, D]}. A layer that a row's tier drops is zero; one that all tiers drop is absent.
@@ -138,7 +141,7 @@ def decode_rows(layout: Layout, raw, tier_U, bases: dict) -> dict:
     decoded = [codec.decode(tier.parts, raw[:, : tier.stride], bases) for tier in layout.tiers]
     if len(decoded) == 1:
         return decoded[0]
-    # Every row is decoded as if it were of each tier, and the one that it is of is selected: shapes stay static.
+    # Shapes must be static: every row is decoded in the encoding of each tier, and its own tier's result is selected.
     out = {}
     for number, vectors in enumerate(decoded):
         for name, x_UD in vectors.items():

@@ -1,7 +1,7 @@
-"""Rows of a ToL file for the decoder, from device memory, host memory or disk, behind the interface of `LiveRows`.
+"""Sources of rows (`inference.rows.RowSource`) that look them up in a ToL file: on the device, the host or the disk.
 
-Rows go to the device as they are encoded and are decoded there. Host and disk keep a cache of rows on the device: a
-fixed number of bytes, of which the least recently used rows leave first. Where the file is in order of frequency, the
+Rows go to the device in their encoded form and are decoded there. Rows on the host or the disk go through a cache of
+fixed size on the device, which the least recently used rows leave first. Where the file is in order of frequency, the
 cache starts with the most frequent rows.
 """
 
@@ -26,15 +26,17 @@ from memoryllm_jax.tol.layout import decode_rows
 from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.reader import RowReader, staging
 
-_LOAD_BYTES = 64 << 20  # read at a time where a whole table is loaded
+_LOAD_BYTES = 64 << 20  # read at a time when a whole table is loaded
 
 
 class _FileRows:
-    """What device, host and disk share: from encoded rows on the device to `TokenRows`, with an overlay's edits.
+    """What all places share: turns encoded rows on the device into `TokenRows`, with an overlay's edits.
 
     Args:
-      embedding: [V, D] on the device, where the file holds no x0; else not used.
-      overlay: Overlay, or None.
+      tol: the file, which `close` closes.
+      mesh: devices that the rows are replicated on.
+      embedding: [V, D] on the device, which gives x0 where the file holds none; else it is not used.
+      overlay: edits of the rows, or None.
     """
 
     def __init__(self, tol: TolFile, mesh, embedding=None, overlay: Overlay | None = None):
@@ -42,7 +44,7 @@ class _FileRows:
             raise ValueError("the file holds no x0: the embedding is needed")
         self.tol, self.mesh, self._overlay = tol, mesh, overlay
         self._replicated = NamedSharding(mesh, P())
-        # Arguments of the jitted functions below, not constants compiled into them.
+        # Passed to the jitted functions as an argument, so that they are not compiled into each of them.
         self._constants = {"bases": self._put({name: tol.basis(name) for name in tol.layout.rotated})}
         if not tol.layout.has_x0:
             self._constants["embedding"] = embedding
@@ -53,11 +55,18 @@ class _FileRows:
         return jax.device_put(tree, self._replicated)
 
     def _zeros(self, *shape, dtype):
-        """On the devices, without a copy on the host."""
+        """Zeros made on the devices, without a copy on the host."""
         return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=self._replicated)()
 
     def _token_rows(self, constants, raw, tier_U, ids_U) -> TokenRows:
-        """For use in jit. `raw`: what `Layout.view` makes of encoded rows, [U, ...]."""
+        """Decodes rows and edits them. For use in jit.
+
+        Args:
+          constants: `self._constants`.
+          raw: encoded rows as `Layout.view` gives them, [U, ...].
+          tier_U: int32 [U], the tier of each row.
+          ids_U: int32 [U], the token of each row.
+        """
         layout = self.tol.layout
         vectors = decode_rows(layout, raw, tier_U, constants["bases"])
         x0_UD = vectors["x0"] if layout.has_x0 else constants["embedding"][ids_U]
@@ -71,11 +80,13 @@ def _load(tol: TolFile, place: Callable[[int, int, np.ndarray], None], repair) -
     """Reads the whole table piece by piece, checksums verified.
 
     Args:
-      place: is called with the tier, the number of the piece's first row within it, and rows uint8 [n, stride].
+      place: is called for each piece with its tier, the number of its first row within the tier, and its rows, uint8
+        [n, bytes of a row].
+      repair: as of `RowReader`.
     """
     reader = RowReader(tol, repair=repair)
     token_of_row = tol.token_of_row()
-    progress = Progress("loading rows", tol.vocab_size, "row", stream=sys.stderr)  # stdout is for the text
+    progress = Progress("loading rows", tol.vocab_size, "row", stream=sys.stderr)  # stdout is for generated text
     for number, (tier, first) in enumerate(zip(tol.layout.tiers, tol.layout.first_rows)):
         step = max(1, _LOAD_BYTES // max(tier.stride, 1))
         for start in range(0, tier.rows, step):
@@ -88,11 +99,13 @@ def _load(tol: TolFile, place: Callable[[int, int, np.ndarray], None], repair) -
 
 
 class DeviceRows(_FileRows):
-    """The whole encoded table in device memory.
+    """Rows from the whole encoded table in device memory.
 
     Args:
       repair: as of `RowReader`.
-    Raises: UserError if it does not fit.
+    Attributes:
+      tokens: number of rows fetched so far.
+    Raises: UserError if the table does not fit.
     """
 
     on_device = True
@@ -122,47 +135,51 @@ class DeviceRows(_FileRows):
         _load(self.tol, place, repair)
 
     def _fetch_body(self, constants, tables, ids_U):
+        """Gathers rows from the tables of all tiers. For use in jit."""
         layout = self.tol.layout
         row_U = constants["row_of_token"][ids_U]
         tier_U = jnp.zeros_like(row_U)
         raw = None
         for number, (tier, first, table) in enumerate(zip(layout.tiers, layout.first_rows, tables)):
-            # Every row is read from each tier, clipped into it, and then selected: shapes stay static.
+            # Shapes must be static: some row is read from every tier, and that of the token's own tier is selected.
             found = table[jnp.clip(row_U - first, 0, tier.rows - 1)]
             if len(tables) > 1:
                 found = jnp.pad(found, ((0, 0), (0, layout.stride - tier.stride)))
+            # Tiers are in the order of rows: later ones overwrite what earlier ones selected.
             is_here = row_U >= first
             raw = found if raw is None else jnp.where(is_here[:, None], found, raw)
             tier_U = jnp.where(is_here, number, tier_U)
         return self._token_rows(constants, raw, tier_U, ids_U)
 
     def fetch(self, ids_U) -> TokenRows:
-        """Rows of token ids."""
+        """Rows of token ids [U], which may be on the device: the host does not wait for them."""
         self.tokens += len(ids_U)
         with jax.set_mesh(self.mesh):
             return self._fetch(self._constants, self._tables, ids_U)
 
     def stats(self) -> dict:
+        """Where rows are, how many were fetched, and the bytes of the table."""
         return {"rows": "device", "row_requests": self.tokens, "device_bytes": self.tol.layout.row_bytes}
 
     def close(self) -> None:
-        """Closes the file too."""
+        """Frees the table and closes the file."""
         self._tables = []
         self.tol.close()
 
 
 class HostTable:
-    """The whole encoded table in host memory, read row by row.
+    """The whole encoded table in host memory, with the interface of `RowReader`.
 
     Args:
-      repair: as of `RowReader`.
+      tol: the file, which the caller closes.
+      repair: as of `RowReader`; it is used while the table is loaded.
     Attributes:
-      bytes: read so far.
-    Raises: UserError if it does not fit.
+      bytes: number of bytes read from the table so far.
+    Raises: UserError if the table does not fit.
     """
 
     place = "host"
-    repaired = 0
+    repaired = 0  # rows that were repaired while the table was loaded are not counted
 
     def __init__(self, tol: TolFile, repair=None):
         self.tol, self.bytes = tol, 0
@@ -175,7 +192,7 @@ class HostTable:
         _load(tol, place, repair)
 
     def read(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """As `RowReader.read`: (uint8 [U, longest row], int32 [U], the tier of each row)."""
+        """Copies rows of token ids, with the arguments and the result of `RowReader.read`."""
         rows_U = self.tol.row_of_token[ids_U]
         tier_U = self.tol.tier_of_row[rows_U].astype(np.int32)
         if out is None:
@@ -192,13 +209,13 @@ class HostTable:
 
 
 class _Lookup(NamedTuple):
-    """Where the rows of a fetch are found. N distinct token ids stand for the U that were asked for.
+    """Where the rows of a fetch are found. N is the number of distinct ids among the U that were asked for.
 
     Attributes:
-      ids_N: distinct ids in rising order.
-      inverse_U: place in `ids_N` of each id that was asked for.
+      ids_N: the distinct ids in rising order.
+      inverse_U: the place in `ids_N` of each id that was asked for.
       is_cached_N: whether the cache holds the row.
-      slot_N: int32, slot of the cache, or -1.
+      slot_N: int32, the slot of the cache that holds the row, or -1.
     """
 
     ids_N: np.ndarray
@@ -208,9 +225,9 @@ class _Lookup(NamedTuple):
 
     @property
     def as_asked(self) -> bool:
-        """Whether no row is cached, and the ids came distinct and in rising order but for repeats at the end.
+        """Whether rows read from the table can be used in the order in which they were read, without a gather.
 
-        The rows are then staged in the order in which they were asked for, and need not be gathered.
+        That is so if no row is cached and the ids came distinct and in rising order, except for repeats at the end.
         """
         count = len(self.ids_N)
         return not self.is_cached_N.any() and np.array_equal(self.inverse_U[:count], np.arange(count))
@@ -220,11 +237,13 @@ class CachedRows(_FileRows):
     """Rows of a table on the host or disk, through a cache on the device.
 
     Args:
-      table: HostTable or RowReader.
-      cache: bytes of encoded rows to keep; at least one row's.
+      table: HostTable or RowReader; `close` closes it.
+      cache: size of the cache in bytes, at least that of one row.
     Attributes:
-      requests, hits, misses: distinct rows that were asked for, found in the cache, read from the table.
-      seconds: of each fetch, but for those that compiled.
+      requests: number of rows that were asked for, counting each distinct row of a fetch once.
+      hits: number of those that the cache held.
+      misses: number of those that were read from the table.
+      seconds: the time of each fetch that did not compile.
     Raises: UserError if the cache has no room for a row or is larger than the device's memory.
     """
 
@@ -240,26 +259,28 @@ class CachedRows(_FileRows):
         if cache > free:
             raise ArgumentError("cache", f"expected at most {free:,} bytes, free on the device, found {cache:,}")
         slots = min(cache // stride, tol.vocab_size)
-        # {token: slot}, the token used last at the end
+        # {token: slot}; the least recently used token comes first.
         self._slot_of: collections.OrderedDict[int, int] = collections.OrderedDict()
         self._free = list(range(slots))[::-1]
         dtype, shape = tol.layout.row_type
         self._cache = self._zeros(slots, *shape, dtype=dtype)
         self._tier_of_slot = np.zeros(slots, np.int32)
         self._assemble = jax.jit(self._assemble_body)
-        # The cache is donated: it is updated in place.
+        # The cache is donated: it is updated in place instead of copied for every fetch.
         self._insert = jax.jit(
             lambda cache, staged, slots_M: cache.at[slots_M].set(staged, mode="drop"), donate_argnums=0
         )
         self._compiled: set[tuple[int, int, bool]] = set()
-        self.requests = self.hits = self.misses = 0
+        self.requests = 0
+        self.hits = 0
+        self.misses = 0
         self.seconds: list[float] = []
         if "counts" in tol.tensors:
             self._warm(slots)
-        self._bytes_before = table.bytes
+        self._bytes_before = table.bytes  # statistics leave out what filled the cache
 
     def _warm(self, slots):
-        """Fills the cache with the most frequent rows; the most frequent counts as used last."""
+        """Fills the cache with the most frequent rows; the most frequent one counts as used most recently."""
         tokens = self.tol.token_of_row()[:slots]
         step = max(1, _LOAD_BYTES // self.tol.layout.stride)
         for start in range(0, slots, step):
@@ -270,18 +291,35 @@ class CachedRows(_FileRows):
             self._slot_of.move_to_end(token)
 
     def _keep(self, ids, raw_MS, tier_M):
-        """Puts rows into the cache, as many as there is room for; `raw_MS` may have further rows at its end."""
-        slots = np.full(len(raw_MS), len(self._tier_of_slot), np.int32)  # past the end, where `_insert` drops rows
-        for i, token in enumerate(ids[: len(self._tier_of_slot)].tolist()):
+        """Puts rows into the cache, as many as there is room for, in place of the least recently used ones.
+
+        Args:
+          ids: tokens of the first rows.
+          raw_MS: encoded rows; those after the rows of `ids` are padding.
+          tier_M: the tier of each row.
+        """
+        size = len(self._tier_of_slot)
+        slots = np.full(len(raw_MS), size, np.int32)  # past the end, where `_insert` drops rows
+        for i, token in enumerate(ids[:size].tolist()):
             if not self._free:
                 _, freed = self._slot_of.popitem(last=False)
                 self._free.append(freed)
-            slots[i] = self._slot_of[token] = self._free.pop()
-            self._tier_of_slot[slots[i]] = tier_M[i]
+            slot = self._free.pop()
+            slots[i] = slot
+            self._slot_of[token] = slot
+            self._tier_of_slot[slot] = tier_M[i]
         self._cache = self._insert(self._cache, raw_MS, slots)
 
     def _assemble_body(self, constants, cache, staged, is_cached_U, at_U, tier_U, ids_U):
-        """`at_U`: slot of the cache or place in `staged`. None for `is_cached_U`: `staged` is in order already."""
+        """Gathers rows from the cache and from those that were just read. For use in jit.
+
+        Args:
+          constants, tier_U, ids_U: as of `_token_rows`.
+          cache: encoded rows [slots, ...].
+          staged: encoded rows that were just read; None where all rows are cached.
+          is_cached_U: whether each row is in the cache; None where `staged` holds all rows in their order.
+          at_U: the slot of each row in the cache, or its place in `staged`.
+        """
         if staged is None:
             raw = cache[at_U]
         elif is_cached_U is None:
@@ -292,7 +330,10 @@ class CachedRows(_FileRows):
         return self._token_rows(constants, raw, tier_U, ids_U)
 
     def fetch(self, ids_U: np.ndarray) -> TokenRows:
-        """Rows of token ids. Ids may repeat, and are read once; of repeats at the end, which pad, rows may be zero."""
+        """Rows of token ids, int32 [U] on the host. A distinct id is read once.
+
+        Repeats of an id at the end count as padding: their rows may be zero.
+        """
         start = time.perf_counter()
         lookup = self._look_up(ids_U)
         missing = np.nonzero(~lookup.is_cached_N)[0]
@@ -309,9 +350,10 @@ class CachedRows(_FileRows):
             rows = self._assemble(
                 self._constants, self._cache, staged, is_cached_U, at_N[inverse_U], tier_N[inverse_U], ids_U
             )
-            # After the rows were assembled: what is kept now may take the place of a row that they need.
+            # Only after the rows were assembled: what is kept now may replace a cached row that they need.
             if staged is not None:
                 self._keep(lookup.ids_N[missing], staged, tier_N[missing])
+        # The first fetch of these shapes compiled: its time says nothing about later ones.
         shape = (len(ids_U), 0 if staged is None else len(staged), as_asked)
         if shape in self._compiled:
             self.seconds.append(time.perf_counter() - start)
@@ -331,24 +373,27 @@ class CachedRows(_FileRows):
         return _Lookup(ids_N, inverse_U, is_cached_N, slot_N)
 
     def _stage(self, ids, asked: int, as_asked: bool) -> tuple[jax.Array, np.ndarray]:
-        """Reads rows and hands them to the device: (encoded rows, padded with zeros; tier of each row).
+        """Reads rows from the table and hands them to the device.
 
         Args:
+          ids: distinct token ids to read.
           asked: U, the number of ids in the fetch.
+          as_asked: as of `_Lookup`.
+        Returns: (encoded rows, padded with zeros; the tier of each id's row).
         """
         if as_asked:
-            count = asked
+            count = asked  # the rows are used without a gather, so that their number must be right
         elif len(ids) == 1:  # the usual decode step
             count = 1
         else:
-            count = bucket(len(ids), asked)  # few shapes, each of which is compiled
+            count = bucket(len(ids), asked)  # rounded up, as every number of rows compiles anew
         buffer = staging(count, self.tol.layout.stride)
         buffer[len(ids) :] = 0
         _, tier = self.table.read(ids, buffer)
         return self._put(self.tol.layout.view(buffer)), tier
 
     def stats(self) -> dict:
-        """Hits, bytes read, and milliseconds a fetch, reading the misses included."""
+        """Hit rate, bytes read, and the milliseconds of a fetch, which include reading from the table."""
         ms = np.array(self.seconds) * 1e3
         return {
             "rows": self.table.place,
@@ -363,13 +408,13 @@ class CachedRows(_FileRows):
         }
 
     def close(self) -> None:
-        """Closes the file too."""
+        """Closes the table and the file."""
         self.table.close()
         self.tol.close()
 
 
 def device_memory(mesh) -> int:
-    """Bytes that are free on a device; on a CPU, those of the host."""
+    """Free bytes on a device of the mesh; on a CPU, free bytes of the host."""
     stats = mesh.devices.flat[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         return host_memory()
@@ -377,7 +422,7 @@ def device_memory(mesh) -> int:
 
 
 def host_memory() -> int:
-    """Bytes that are free on the host."""
+    """Free bytes of the host's memory."""
     with open("/proc/meminfo", encoding="ascii") as file:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
 

@@ -16,7 +16,7 @@ from memoryllm_jax.tol.rows import CachedRows, DeviceRows, HostTable
 from memoryllm_jax.tol.sources import Repair
 
 PLACES = ("device", "host", "disk")
-CACHE_BYTES = 256 << 20
+CACHE_BYTES = 256 << 20  # the cache of host and disk, unless another size is asked for
 
 
 def open_engine(
@@ -29,14 +29,15 @@ def open_engine(
     dtype: str = "",
     mesh=None,
 ) -> Engine:
-    """A workdir's model, ready to generate.
+    """Opens a trained model, ready to generate.
 
     Args:
-      tol: path of a ToL file; "" computes rows from the weights. With a file, FFN-M and an untied embedding are never
+      workdir: folder with the model's checkpoints.
+      tol: path of a ToL file; "" to compute rows from the weights. With a file, FFN-M and an untied embedding are never
         loaded.
       rows: where the file's rows are served from: device, host or (the default) disk.
-      cache: bytes of rows cached on the device, for host and disk; by default CACHE_BYTES.
-      overlay: path of edits that `tol edit` wrote, or "".
+      cache: size in bytes of the cache of rows on the device, for host and disk; by default CACHE_BYTES.
+      overlay: path of an overlay that `tol edit` wrote, or "".
       step, dtype, mesh: as of `TrainedModel`.
     Raises: UserError.
     """
@@ -49,7 +50,8 @@ def open_engine(
     place = rows or "disk"
     if place not in PLACES:
         raise ArgumentError("rows", f"expected one of {', '.join(PLACES)}, found {rows!r}")
-    file = TolFile(tol)  # before the checkpoint is read, which takes longer
+    # What is wrong shows before the weights are read, which takes longest: first the file, then the configuration.
+    file = TolFile(tol)
     trained = TrainedModel(workdir, step, dtype, mesh)
     file.check_model(trained.config, trained.tokenizer.digest, None)
     edits = Overlay.open(overlay, file) if overlay else None
@@ -59,47 +61,62 @@ def open_engine(
 
 
 def _open_rows(file: TolFile, place: str, cache: int | None, trained: TrainedModel, embedding, edits):
-    """A file's rows, served from `place`."""
+    """A file's rows, served from `place`; damaged ones are computed again from the checkpoint."""
     repair = Repair(trained, file)
     if place == "device":
         return DeviceRows(file, trained.mesh, embedding, edits, repair)
     table = HostTable(file, repair) if place == "host" else RowReader(file, repair=repair)
-    return CachedRows(table, trained.mesh, CACHE_BYTES if cache is None else cache, embedding, edits)
+    size = CACHE_BYTES if cache is None else cache
+    return CachedRows(table, trained.mesh, size, embedding, edits)
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """The options of commands that run a model, and the engine that they ask for."""
+    """The options of every command that runs a model. `open` makes the engine that they ask for."""
 
     workdir: Annotated[str, Option("folder with the trained model's checkpoints")]
     tol: Annotated[str, Option("ToL file; without it rows are computed from the weights")] = ""
     rows: Annotated[str, Option("where the ToL file's rows are served from: device, host or, by default, disk")] = ""
     cache: Annotated[
-        str, Option("rows kept on the device, for host and disk, by default 256MiB; least recently used leave first")
+        str, Option("size of the cache of rows on the device, with --rows=host or disk; by default 256MiB")
     ] = ""
-    overlay: Annotated[str, Option("edits of the rows, that `tol edit` wrote")] = ""
-    alpha: Annotated[float, Option("factor of what FFN-M adds, live or from a ToL file; in base, the FFN")] = 1.0
-    alpha_compute: Annotated[float, Option("factor of what FFN-C adds, in flex")] = 1.0
+    overlay: Annotated[str, Option("file of edits of the rows, written by `tol edit`")] = ""
+    alpha: Annotated[float, Option("factor of FFN-M's output, live or from a ToL file; in base, of the FFN's")] = 1.0
+    alpha_compute: Annotated[float, Option("factor of FFN-C's output, in flex")] = 1.0
     drop_layers: Annotated[
-        tuple[str, ...], Option("layers whose FFN-M, in base whose FFN, adds nothing, such as 0,5")
+        tuple[str, ...], Option("layers whose FFN-M output is left out, or in base the FFN's, such as 0,5")
     ] = ()
-    drop_compute: Annotated[tuple[str, ...], Option("layers whose FFN-C adds nothing, in flex")] = ()
+    drop_compute: Annotated[tuple[str, ...], Option("layers whose FFN-C output is left out, in flex")] = ()
     step: Annotated[int | None, Option("checkpoint to read; by default the newest")] = None
-    dtype: Annotated[str, Option("float32 or bfloat16, of the computation; by default that of the training")] = ""
+    dtype: Annotated[str, Option("dtype of the computation, float32 or bfloat16; by default that of training")] = ""
 
     def open(self, mesh=None) -> Engine:
-        """Raises: UserError."""
+        """Opens the engine.
+
+        Args:
+          mesh: as of `TrainedModel`.
+        Raises: UserError.
+        """
         if not self.tol and (self.rows or self.cache):
             name = "rows" if self.rows else "cache"
             raise ArgumentError(name, "expected a ToL file too, as it says how the rows of one are served")
-        cache = options.size(self.cache, "cache") if self.cache else None
-        engine = open_engine(self.workdir, self.tol, self.rows, cache, self.overlay, self.step, self.dtype, mesh)
-        contribution = Contribution(
-            self.alpha,
-            self.alpha_compute,
-            options.layers(self.drop_layers, "drop_layers", engine.config.layers),
-            options.layers(self.drop_compute, "drop_compute", engine.config.layers),
+        engine = open_engine(
+            self.workdir,
+            tol=self.tol,
+            rows=self.rows,
+            cache=options.size(self.cache, "cache") if self.cache else None,
+            overlay=self.overlay,
+            step=self.step,
+            dtype=self.dtype,
+            mesh=mesh,
         )
+        contribution = Contribution(
+            alpha=self.alpha,
+            alpha_compute=self.alpha_compute,
+            drop_layers=options.layers(self.drop_layers, "drop_layers", engine.config.layers),
+            drop_compute=options.layers(self.drop_compute, "drop_compute", engine.config.layers),
+        )
+        # Weights are scaled only if asked for: the plain engine needs no scaled copies of them.
         if contribution != Contribution():
             engine.contribute(contribution)
         return engine

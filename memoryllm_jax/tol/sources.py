@@ -22,29 +22,40 @@ from memoryllm_jax.tol.layout import decode_rows
 from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.reader import RowReader
 
-_CHUNK_ROWS = 1024  # of `full_vectors`
+_CHUNK_ROWS = 1024  # rows that `full_vectors` asks for at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Where the rows of a ToL file come from, as its metadata says."""
+    """The model that rows were made from, as the metadata of a ToL file names it (docs/tol.md).
+
+    Attributes:
+      architecture: such as "flex-3".
+      step: training step of the checkpoint.
+      dtype: of the computation that made the rows.
+      rows_digest: of the weights that the rows come from.
+      decoder_digest: of the model's other weights.
+      tokenizer: the model's.
+    """
 
     architecture: str
     step: int
-    dtype: str  # of the computation that made the rows
+    dtype: str
     rows_digest: str
     decoder_digest: str
     tokenizer: Tokenizer
 
 
 class Source(Protocol):
-    """Full rows of every token of a vocabulary.
+    """Gives full rows, which are not encoded, for every token of a vocabulary.
 
     Attributes:
       mesh: devices that the rows are made on.
-      vocab_size, dim, layers: V, D and the model's number of layers.
+      vocab_size: V.
+      dim: D.
+      layers: the model's number of layers.
       has_x0: whether rows hold the input embedding.
-      identity: where the rows come from.
+      identity: the model that the rows come from.
       counts: int64 [V], how often each token occurs; None where that is not known.
     """
 
@@ -57,7 +68,7 @@ class Source(Protocol):
     counts: np.ndarray | None
 
     def vectors(self, ids_U) -> dict[str, jax.Array]:
-        """{part name: [U, D]} of token ids, int32 [U]."""
+        """The rows of token ids int32 [U], which may repeat: {part name: [U, D]}."""
 
 
 class LiveSource:
@@ -70,9 +81,15 @@ class LiveSource:
         self.mesh, self.vocab_size = trained.mesh, c.vocab_size
         self.dim, self.layers, self.has_x0 = c.dim, c.layers, not c.tie_embeddings
         decoder_digest = trained.digest(lambda name: not trained.is_memory(name))
+        # A tied embedding counts as the decoder's, and FFN-M reads it too.
         self._params, rows_digest = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
         self.identity = Identity(
-            c.architecture, trained.step, c.dtype, rows_digest, decoder_digest, tokenizer=trained.tokenizer
+            architecture=c.architecture,
+            step=trained.step,
+            dtype=c.dtype,
+            rows_digest=rows_digest,
+            decoder_digest=decoder_digest,
+            tokenizer=trained.tokenizer,
         )
         self._rows = _row_function(c)
 
@@ -82,9 +99,10 @@ class LiveSource:
 
 
 def _row_function(config: ModelConfig):
-    """Jitted (params, ids [U]) -> {part name: [U, D]}: one token's row, mapped over the vocabulary."""
+    """Jitted function (params, ids [U]) -> {part name: [U, D]}: the row of one token, mapped over ids by `jax.vmap`."""
 
     def row(params, token):
+        # `live_rows` takes and gives arrays of ids; here they have one element.
         rows = live_rows(config, params, token[None])
         parts = {} if config.tie_embeddings else {"x0": rows.x0_SUD[0, 0]}
         for layer, y_SUD in enumerate(rows.ffn_LSUD):
@@ -95,7 +113,12 @@ def _row_function(config: ModelConfig):
 
 
 class FileSource:
-    """Rows of an existing ToL file, decoded on one device, with the edits of an overlay. Dropped layers are zero."""
+    """Rows of an existing ToL file, decoded on one device. Dropped layers are zero.
+
+    Args:
+      tol: the file, which the caller closes.
+      overlay: edits to apply to the rows, or None.
+    """
 
     def __init__(self, tol: TolFile, overlay: Overlay | None = None):
         meta, layout = tol.metadata, tol.layout
@@ -103,16 +126,16 @@ class FileSource:
         self.vocab_size = tol.vocab_size
         self.dim, self.layers, self.has_x0 = layout.dim, layout.layers, layout.has_x0
         self.identity = Identity(
-            meta["architecture"],
-            int(meta["step"]),
-            meta["dtype"],
-            meta["rows_digest"],
-            meta["decoder_digest"],
+            architecture=meta["architecture"],
+            step=int(meta["step"]),
+            dtype=meta["dtype"],
+            rows_digest=meta["rows_digest"],
+            decoder_digest=meta["decoder_digest"],
             tokenizer=tol.tokenizer(),
         )
         self.counts = tol.read("counts") if "counts" in tol.tensors else None
         self._layout, self._overlay = layout, overlay
-        self._edits = overlay.arrays() if overlay else None
+        self._edits = None if overlay is None else overlay.arrays()
         self._reader = RowReader(tol)
         self._bases = {name: jnp.asarray(tol.basis(name)) for name in layout.rotated}
         self._decode = jax.jit(lambda raw, tier_U, bases: decode_rows(layout, raw, tier_U, bases))
@@ -120,6 +143,7 @@ class FileSource:
     def vectors(self, ids_U) -> dict:
         raw, tier_U = self._reader.read(np.asarray(ids_U))
         vectors = self._decode(self._layout.view(raw), tier_U, self._bases)
+        # A layer that the whole file drops has no vectors, but an edit may give it some.
         zeros = jnp.zeros((len(raw), self.dim), jnp.float32)
         vectors = {f"ffn.{layer}": zeros for layer in range(self.layers)} | vectors
         if self._overlay is not None:
@@ -129,11 +153,12 @@ class FileSource:
         return vectors
 
     def close(self) -> None:
+        """Ends the threads that read rows."""
         self._reader.close()
 
 
 def full_vectors(source: Source, ids: np.ndarray) -> dict:
-    """Rows of any number of token ids on one device: {part name: float32 [n, D]}."""
+    """The rows of any number n of token ids: {part name: float32 [n, D]}."""
     pieces = [source.vectors(jnp.asarray(chunk.ids)) for chunk in vocabulary.chunks(ids, _CHUNK_ROWS)]
     return {
         name: jnp.concatenate([piece[name].astype(jnp.float32) for piece in pieces])[: len(ids)] for name in pieces[0]
@@ -141,7 +166,13 @@ def full_vectors(source: Source, ids: np.ndarray) -> dict:
 
 
 def read_rows(tol: TolFile, ids: np.ndarray, overlay: Overlay | None = None) -> np.ndarray:
-    """float32 [n, layers, D] of tokens, decoded, with the edits of an overlay; dropped layers are zero."""
+    """Reads and decodes FFN-M's rows of tokens.
+
+    Args:
+      ids: int32 [n], distinct token ids.
+      overlay: edits to apply to the rows, or None.
+    Returns: float32 [n, layers, D]; dropped layers are zero.
+    """
     source = FileSource(tol, overlay)
     vectors = source.vectors(ids)
     source.close()
@@ -149,10 +180,16 @@ def read_rows(tol: TolFile, ids: np.ndarray, overlay: Overlay | None = None) -> 
 
 
 class Repair:
-    """Computes damaged rows of a file again from the checkpoint, whose FFN-M weights are loaded for that alone."""
+    """Computes damaged rows of a file again from the checkpoint. FFN-M's weights are loaded only for that.
+
+    Args:
+      trained: the model that runs, whose workdir and step are used.
+      tol: the damaged file.
+    """
 
     def __init__(self, trained: TrainedModel, tol: TolFile):
         self._trained, self._tol = trained, tol
+        # Rows made so far: a damaged row that the cache drops is asked for again.
         self._mended: dict[int, np.ndarray] = {}
 
     def __call__(self, ids: np.ndarray) -> list[np.ndarray]:
@@ -165,6 +202,7 @@ class Repair:
     def _compute(self, ids):
         tol = self._tol
         print(f"{tol.path}: {len(ids)} damaged rows, token {ids[0]} first: computed from the weights", file=sys.stderr)
+        # The model may run in another dtype than that in which the file's rows were computed.
         trained = TrainedModel(self._trained.workdir, self._trained.step, tol.metadata["dtype"], self._trained.mesh)
         params, digest = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
         trained.close()

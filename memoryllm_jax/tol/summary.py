@@ -1,4 +1,4 @@
-"""What a ToL file holds, for people and for machines."""
+"""Describes what a ToL file holds, as text and as JSON."""
 
 import dataclasses
 import json
@@ -13,12 +13,13 @@ from memoryllm_jax.tol.sources import read_rows
 
 @dataclasses.dataclass(frozen=True)
 class TokenNorms:
-    """The row of one token.
+    """The norms of one token's row.
 
     Attributes:
-      token, text: id, and the text that it decodes to.
-      row: number of the row.
-      norms: float32 [layers], L2 norms of what each layer adds.
+      token: the token's id.
+      text: the text that it decodes to.
+      row: number of its row in the file.
+      norms: float32 [layers], the L2 norm of FFN-M's output of each layer.
     """
 
     token: int
@@ -27,15 +28,16 @@ class TokenNorms:
     norms: np.ndarray
 
     def line(self) -> str:
+        """The norms as one line of text."""
         norms = " ".join(f"{norm:.3g}" for norm in self.norms)
         return f"#{self.token} {self.text!r}: row {self.row}, norms by layer {norms}"
 
 
 def token_norms(tol: TolFile, names: tuple[str, ...]) -> list[TokenNorms]:
-    """The rows of tokens, named as text that is one token, or as #ID. Raises: UserError."""
+    """The norms of the rows of tokens, each named by a text that is one token, or as #ID. Raises: UserError."""
     if not names:
         return []
-    editor = Editor(tol, Overlay(tol, []))
+    editor = Editor(tol, Overlay(tol, []))  # for its reading of names; nothing is edited
     ids = [editor.token(name) for name in names]
     rows = read_rows(tol, np.array(ids, np.int32))
     found = []
@@ -46,7 +48,7 @@ def token_norms(tol: TolFile, names: tuple[str, ...]) -> list[TokenNorms]:
 
 
 def lines(tol: TolFile) -> list[str]:
-    """Describes the file for people."""
+    """The description of a file as lines of text."""
     layout, meta = tol.layout, tol.metadata
     x0 = ", with the input embedding" if layout.has_x0 else ""
     dropped = ", ".join(map(str, json.loads(meta["dropped_layers"]))) or "none"
@@ -71,7 +73,7 @@ def lines(tol: TolFile) -> list[str]:
 
 
 def record(tol: TolFile, tokens: list[TokenNorms]) -> dict:
-    """The same for machines."""
+    """The description of a file and of the named tokens' norms as JSON."""
     found = {
         "size": tol.size,
         "metadata": {name: text for name, text in tol.metadata.items() if name != "layout"},

@@ -17,8 +17,8 @@ from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.reader import RowReader
 from memoryllm_jax.tol.sources import FileSource, LiveSource, Source
 
-_CHUNK_ROWS = 512  # read and compared at a time
-_TINY = 1e-30  # divisions by a norm of zero give zero
+_CHUNK_ROWS = 512  # rows that are read and compared at a time
+_TINY = 1e-30  # the least norm to divide by: no difference over a norm of zero is zero, not NaN
 
 
 def check_file(tol: TolFile) -> None:
@@ -33,9 +33,10 @@ def check_file(tol: TolFile) -> None:
 
 
 def damaged_tokens(tol: TolFile) -> list[int]:
-    """Tokens whose rows do not match their checksums."""
+    """Ids of the tokens whose rows do not match their checksums."""
     found: list[int] = []
 
+    # The reader asks for repairs of damaged rows. Empty rows leave its buffer, which nobody uses, as it is.
     def note(ids):
         found.extend(ids.tolist())
         return [np.empty(0, np.uint8)] * len(ids)
@@ -51,8 +52,10 @@ def damaged_tokens(tol: TolFile) -> list[int]:
 
 
 def compare_with_weights(tol: TolFile, workdir: str) -> "Comparison":
-    """Compares a file's rows with those that the checkpoint's FFN-M gives.
+    """Compares a file's rows with the output of the checkpoint's FFN-M.
 
+    Args:
+      workdir: folder with the model's checkpoints.
     Raises: UserError if the file was made from other weights.
     """
     trained = TrainedModel(workdir, int(tol.metadata["step"]), tol.metadata["dtype"])
@@ -64,10 +67,12 @@ def compare_with_weights(tol: TolFile, workdir: str) -> "Comparison":
 
 
 def compare_files(tol: TolFile, other: TolFile, overlay_path: str = "") -> "Comparison":
-    """Compares the rows of two files, those of the second with the edits of an overlay.
+    """Compares the rows of two files.
 
     Args:
-      overlay_path: of edits of `tol`, or "".
+      tol: the first file.
+      other: the second file.
+      overlay_path: path of an overlay of `tol`, whose edits are applied to the second file's rows; or "".
     Raises: UserError if the two files do not fit each other.
     """
     overlay = Overlay.open(overlay_path, tol) if overlay_path else None
@@ -77,7 +82,13 @@ def compare_files(tol: TolFile, other: TolFile, overlay_path: str = "") -> "Comp
 
 
 class Change(NamedTuple):
-    """How a token's rows differ: norm of the difference over norm of the first row, and the part that differs most."""
+    """How the two rows of a token differ.
+
+    Attributes:
+      token: the token's id.
+      share: norm of the difference over norm of the first row.
+      part: name of the part with the largest difference.
+    """
 
     token: int
     share: float
@@ -86,11 +97,11 @@ class Change(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two sources of rows, token by token.
+    """How the rows of two sources differ.
 
     Attributes:
-      difference: {part name: float32 [V]}, L2 norms of the difference.
-      norm: {part name: float32 [V]}, L2 norms of the first source's rows.
+      difference: {part name: float32 [V]}, L2 norm of the difference for each token.
+      norm: {part name: float32 [V]}, L2 norm of the first source's row for each token.
     """
 
     difference: dict[str, np.ndarray]
@@ -98,7 +109,7 @@ class Comparison:
 
     @property
     def by_part(self) -> dict[str, float]:
-        """Norm of the difference over norm of the first, of each part over all tokens."""
+        """{part name: norm of the difference over norm of the first source's rows, all tokens together}."""
         return {
             name: float(np.linalg.norm(difference_V) / max(np.linalg.norm(self.norm[name]), _TINY))
             for name, difference_V in self.difference.items()
@@ -106,11 +117,11 @@ class Comparison:
 
     @property
     def changed(self) -> int:
-        """Tokens that differ."""
+        """Number of tokens whose rows differ."""
         return int((_over_parts(self.difference) > 0).sum())
 
     def most(self, count: int) -> list[Change]:
-        """The tokens that differ most, those first; `count` of them, or fewer where fewer differ."""
+        """The `count` tokens whose rows differ most, or fewer where fewer differ, in falling order of their share."""
         difference_V = _over_parts(self.difference)
         share_V = difference_V / np.maximum(_over_parts(self.norm), _TINY)
         names = list(self.difference)
@@ -120,7 +131,7 @@ class Comparison:
 
 
 def describe(result: Comparison, tol: TolFile, top: int) -> list[str]:
-    """For people: how much differs by part, and the `top` tokens that differ most."""
+    """The comparison as lines of text: how much each part differs, and the `top` tokens that differ most."""
     lines = [f"{result.changed:,} of {tol.vocab_size:,} tokens differ; norm of the difference over norm, by part:"]
     lines.append("  " + "  ".join(f"{name} {error:.3g}" for name, error in result.by_part.items()))
     tokenizer = tol.tokenizer()
@@ -130,7 +141,7 @@ def describe(result: Comparison, tol: TolFile, top: int) -> list[str]:
 
 
 def _over_parts(norms: dict[str, np.ndarray]) -> np.ndarray:
-    """Norms [V] of whole rows."""
+    """L2 norms [V] of whole rows, from those of their parts."""
     return np.sqrt(sum(np.square(norm_V) for norm_V in norms.values()))
 
 
@@ -142,9 +153,13 @@ def compare(first: Source, second: Source) -> Comparison:
 
     @jax.jit
     def norms(a, b):
-        a, b = ({name: rows[name].astype(jnp.float32) for name in names} for rows in (a, b))
-        difference = {name: jnp.linalg.norm(a[name] - b[name], axis=1) for name in names}
-        return difference, {name: jnp.linalg.norm(a[name], axis=1) for name in names}
+        difference, size = {}, {}
+        for name in names:
+            first_UD = a[name].astype(jnp.float32)
+            second_UD = b[name].astype(jnp.float32)
+            difference[name] = jnp.linalg.norm(first_UD - second_UD, axis=1)
+            size[name] = jnp.linalg.norm(first_UD, axis=1)
+        return difference, size
 
     differences, sizes = [], []
     progress = Progress("compare", first.vocab_size, "row")
@@ -156,6 +171,7 @@ def compare(first: Source, second: Source) -> Comparison:
     progress.close()
 
     def joined(pieces):
+        # The last chunk repeats its last token, which is cut off.
         return {name: np.concatenate([piece[name] for piece in pieces])[: first.vocab_size] for name in names}
 
     return Comparison(joined(differences), joined(sizes))

@@ -13,7 +13,7 @@ from memoryllm_jax.tol.sources import LiveSource, full_vectors
 
 @pytest.fixture(scope="module", autouse=True)
 def few_clips():
-    """Fewer clips to choose from, which compile sooner; the format knows nothing of them."""
+    """Fewer clips to choose from, which compile faster. The format does not depend on them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(codec, "_CLIPS", (1.0, 0.8, 0.5))
         yield
@@ -26,7 +26,7 @@ def tokenizer(data_path):
 
 @pytest.fixture(scope="session")
 def mixed_file(tokenizer, tmp_path_factory):
-    """(path, source) of a file of `tol_files.mixed`, built in several chunks on one device."""
+    """(path, source) of a file with the layout `tol_files.mixed`, built in several chunks on one device."""
     path, source = str(tmp_path_factory.mktemp("tol") / "mixed.safetensors"), tol_files.Source(tokenizer)
     build.build(source, tol_files.mixed(), path, **tol_files.more())
     return path, source
@@ -34,7 +34,7 @@ def mixed_file(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def measured(lab):
-    """name -> (source, scorer, full rows of the scored text's tokens)."""
+    """A function from a model's name to (source, scorer, full rows of the scored text's tokens)."""
 
     @functools.cache
     def measure(name):

@@ -25,6 +25,7 @@ from tol_files import (
 
 from memoryllm_jax import config
 from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.model import sharding
 from memoryllm_jax.tol import build, compress, verify
@@ -163,6 +164,20 @@ def test_several_processes_are_refused(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="expected one process, which uses all of its devices, found 2"):
         build.build(Source(tokenizer), uniform(16), str(tmp_path / "t"), np.arange(VOCAB))
     assert os.listdir(tmp_path) == []
+
+
+def test_run_that_lost_the_race_to_another_says_so(tokenizer, tmp_path, monkeypatch):
+    """The other run has finished the file, and renamed it, after this one opened it under its partial name."""
+    out, lock = str(tmp_path / "t.safetensors"), storage.lock_byte
+
+    def lock_when_finished(fd, path, number):
+        os.replace(path, out)
+        lock(fd, path, number)
+
+    monkeypatch.setattr(storage, "lock_byte", lock_when_finished)
+    with pytest.raises(UserError, match="another run has just finished it; run the same line again"):
+        build.build(Source(tokenizer), uniform(16), out, np.arange(VOCAB))
+    assert os.listdir(tmp_path) == ["t.safetensors"]
 
 
 def test_disk_without_room_is_refused(tokenizer, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ def test_bytes_in_the_specification():
 
 
 def test_integers_are_within_half_a_step(mixed_file):
-    """Of the value, or of the outermost value there is a code for, where a group was clipped."""
+    """Each is that close to the value or, where its group was clipped, to the last value in the range of the codes."""
     path, source = mixed_file
     reader, seen = Reader(path), set()
     for tier in range(2):

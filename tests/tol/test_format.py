@@ -99,7 +99,7 @@ def with_metadata(**values):
 
 
 def with_bytes(position, new):
-    """`position(reader)`: where `new` goes."""
+    """Damage that puts `new` at the byte `position(reader)`."""
 
     def damage(reader):
         at = position(reader)
@@ -114,7 +114,7 @@ def one_row_twice(reader):
 
 
 def other_part(reader):
-    """A layer's part under the name of one that the model does not have."""
+    """Renames a layer's part to a layer that the model does not have."""
     text = reader.meta["layout"].replace('"ffn.1"', '"ffn.9"')
     return with_metadata(layout=text)(reader)
 

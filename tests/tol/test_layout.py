@@ -1,4 +1,4 @@
-"""What a layout says of its rows."""
+"""What a layout says about its rows."""
 
 import dataclasses
 import json

@@ -17,7 +17,7 @@ from memoryllm_jax.tol.sources import FileSource
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
 def test_every_place_gives_the_rows_of_the_file(mixed_file, place):
-    """Of two tiers, with edits, from a cache with room for few rows, whatever is asked for before."""
+    """The file has two tiers and edits, and the cache has room for only seven rows."""
     with opened(mixed_file[0]) as tol:
         overlay = Overlay(tol, [])
         edit.Editor(tol, overlay).add("swap", "#3,#9")
