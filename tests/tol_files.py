@@ -54,7 +54,7 @@ class Reader:
         return np.argsort(self.tensor("row_of_token"))[first : first + self.layout["tiers"][tier]["rows"]]
 
     def bands(self, tier):
-        """Yields (part, band, its first element, values [rows, size], scales [rows, size] or None for floats)."""
+        """Yields (part, band, its first element, values [rows, size], steps [rows, size] or None for floats)."""
         raw, at = self.raw(tier), 0
         for part in self.layout["tiers"][tier]["parts"]:
             first = 0

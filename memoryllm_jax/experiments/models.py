@@ -72,7 +72,7 @@ class ModelsOptions:
     ]
     tol: Annotated[str, Option("ToL file that serves the rows of the only --workdir")] = ""
     rows: Annotated[str, Option("where the ToL file's rows are served from: device, host or, by default, disk")] = ""
-    dtype: Annotated[str, Option("dtype of the computation, float32 or bfloat16; by default that of training")] = ""
+    dtype: Annotated[str, Option("float32 or bfloat16, for the computation; by default that of the training")] = ""
 
     def open(self) -> Models:
         """Raises: UserError."""

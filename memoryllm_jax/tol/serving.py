@@ -88,7 +88,7 @@ class EngineOptions:
     ] = ()
     drop_compute: Annotated[tuple[str, ...], Option("layers whose FFN-C output is left out, in flex")] = ()
     step: Annotated[int | None, Option("checkpoint to read; by default the newest")] = None
-    dtype: Annotated[str, Option("dtype of the computation, float32 or bfloat16; by default that of training")] = ""
+    dtype: Annotated[str, Option("float32 or bfloat16, for the computation; by default that of the training")] = ""
 
     def open(self, mesh=None) -> Engine:
         """Opens the engine.
