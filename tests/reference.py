@@ -1,4 +1,8 @@
-"""An independent implementation of the architectures, straight from the equations: no scan, unique ids or chunks."""
+"""An independent implementation of the architectures, written from the equations and without the package's code.
+
+It has no scan over layers, no distinct ids and no chunks. Parameters are trees as a training state holds them, with a
+leading axis for the layers. The config m is a ModelConfig.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +20,17 @@ def swiglu(x, p):
 
 
 def frequencies(K, m):
-    """RoPE's frequencies theta^(-2i/K), [K/2], changed as `rope_scaling` says: llama3 lowers only the slow ones."""
+    """RoPE's frequencies theta^(-2i/K), [K/2], scaled as `rope_scaling` says.
+
+    `llama3` divides frequencies with long wavelengths by the factor, keeps those with short ones, and interpolates
+    between the two.
+    """
+    longest = m.rope_original_context / m.rope_low_freq_factor
+    shortest = m.rope_original_context / m.rope_high_freq_factor
     out = []
     for i in range(K // 2):
         f = m.rope_theta ** (-2 * i / K)
         wavelength = 2 * np.pi / f
-        longest, shortest = (m.rope_original_context / x for x in (m.rope_low_freq_factor, m.rope_high_freq_factor))
         if m.rope_scaling == "linear" or (m.rope_scaling == "llama3" and wavelength > longest):
             f = f / m.rope_factor
         elif m.rope_scaling == "llama3" and wavelength > shortest:
@@ -41,12 +50,15 @@ def rotate(x, m):
 
 
 def attention(x, p, m, table_rows=None):
-    q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[name]) for name in "qkv")
-    v = v if table_rows is None else v + table_rows.reshape(v.shape)
+    """Causal attention of x [B, T, D]. In value-b, `table_rows` are added to the values."""
+    q = jnp.einsum("btd,dhk->bthk", x, p["q"])
+    k = jnp.einsum("btd,dhk->bthk", x, p["k"])
+    v = jnp.einsum("btd,dhk->bthk", x, p["v"])
+    if table_rows is not None:
+        v = v + table_rows.reshape(v.shape)
     q, k = rotate(q, m), rotate(k, m)
-    k, v = (
-        x[:, :, np.arange(m.heads) * x.shape[2] // m.heads] for x in (k, v)
-    )  # query head h uses key-value head h // group size
+    key_head = np.arange(m.heads) * m.key_heads // m.heads  # query head h uses key-value head h // group size
+    k, v = k[:, :, key_head], v[:, :, key_head]
     scores = jnp.einsum("bqhk,bshk->bhqs", q, k) / np.sqrt(m.head_dim)
     T = x.shape[1]
     scores = jnp.where(np.tril(np.ones((T, T), bool)), scores, -jnp.inf)
@@ -54,30 +66,30 @@ def attention(x, p, m, table_rows=None):
 
 
 def logits(params, tokens, m):
-    """Logits [B, T, V] of token ids [B, T]."""
+    """Logits [B, T, V] after each of the tokens [B, T]."""
     x0 = x = params["embedding"][tokens]
     for layer in range(m.layers):
         p = jax.tree.map(lambda a, layer=layer: a[layer], params["layers"])
-        q = jax.tree.map(lambda a, layer=layer: a[layer], params["memory"]) if "memory" in params else {}
-        rows = q["table"][tokens] if "table" in q else None
-        values = rows if m.token_memory == "value" else None
-        update = attention(norm(x, p["attention_norm"]["scale"], m), p["attention"], m, values)
+        memory = jax.tree.map(lambda a, layer=layer: a[layer], params.get("memory", {}))
+        rows = memory["table"][tokens] if "table" in memory else None
+        added_to_values = rows if m.token_memory == "value" else None
+        update = attention(norm(x, p["attention_norm"]["scale"], m), p["attention"], m, added_to_values)
         compute_input = x + update if m.compute_input == "after_attention" else x
         if "ffn" in p:
             update = update + swiglu(norm(compute_input, p["ffn_norm"]["scale"], m), p["ffn"])
         if m.token_memory == "per_layer":
             gate = p["row_gate"]
-            let = jax.nn.gelu(norm(x + update, p["row_gate_norm"]["scale"], m) @ gate["gate"])
-            update = update + (let * norm(rows, q["norm"]["scale"], m)) @ gate["out"]
-        if "ffn" in q:
-            update = update + swiglu(norm(x0, q["norm"]["scale"], m), q["ffn"])
+            openness = jax.nn.gelu(norm(x + update, p["row_gate_norm"]["scale"], m) @ gate["gate"])
+            update = update + (openness * norm(rows, memory["norm"]["scale"], m)) @ gate["out"]
+        if "ffn" in memory:
+            update = update + swiglu(norm(x0, memory["norm"]["scale"], m), memory["ffn"])
         x = x + update
     head = params["embedding"] if m.tie_embeddings else params["head"]
     return norm(x, params["final_norm"]["scale"], m) @ head.T
 
 
 def from_llama(tensors, m):
-    """Parameters for `logits` from tensors with Llama's names, independent of the package's own table of names."""
+    """Parameters as `logits` takes them, from tensors with Llama's names. The package's table of names is not used."""
     tensors = {name.removesuffix(".weight"): np.asarray(tensor) for name, tensor in tensors.items()}
     layers, memory = [], []
     for layer in range(m.layers):
@@ -85,16 +97,28 @@ def from_llama(tensors, m):
         heads = {part: w[f"self_attn.{part}_proj"].T.reshape(m.dim, -1, m.head_dim) for part in "qkv"}
         heads["out"] = w["self_attn.o_proj"].T.reshape(m.heads, m.head_dim, m.dim)
         layers.append({"attention": heads, "attention_norm": {"scale": w["input_layernorm"]}})
-        ffns = {where: {p: w.get(f"{where}.{p}_proj") for p in ("gate", "up", "down")} for where in ("mlp", "memory")}
-        mlp, token = ({p: t.T for p, t in ffn.items() if t is not None} for ffn in ffns.values())
-        if mlp:
-            layers[-1] |= {"ffn": mlp, "ffn_norm": {"scale": w["post_attention_layernorm"]}}
-        if token:
-            memory.append({"ffn": token, "norm": {"scale": w["memory.norm"]}})
-    stacked = {"layers": layers, "memory": memory} if memory else {"layers": layers}
-    out = {name: jax.tree.map(lambda *x: np.stack(x), *trees) for name, trees in stacked.items()}
-    out |= {"embedding": tensors["model.embed_tokens"], "final_norm": {"scale": tensors["model.norm"]}}
-    return out | ({} if m.tie_embeddings else {"head": tensors["lm_head"]})
+        if "mlp.gate_proj" in w:
+            layers[-1] |= {"ffn": _ffn(w, "mlp"), "ffn_norm": {"scale": w["post_attention_layernorm"]}}
+        if "memory.gate_proj" in w:
+            memory.append({"ffn": _ffn(w, "memory"), "norm": {"scale": w["memory.norm"]}})
+    out = {
+        "layers": _stack(layers),
+        "embedding": tensors["model.embed_tokens"],
+        "final_norm": {"scale": tensors["model.norm"]},
+    }
+    if memory:
+        out["memory"] = _stack(memory)
+    if not m.tie_embeddings:
+        out["head"] = tensors["lm_head"]
+    return out
+
+
+def _ffn(tensors, where):
+    return {name: tensors[f"{where}.{name}_proj"].T for name in ("gate", "up", "down")}
+
+
+def _stack(layers):
+    return jax.tree.map(lambda *x: np.stack(x), *layers)
 
 
 def loss(params, windows, config):

@@ -1,4 +1,4 @@
-"""The command `generate`."""
+"""The command `generate`: where texts and statistics go, and where prompts come from."""
 
 import json
 import os

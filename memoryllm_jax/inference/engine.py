@@ -1,7 +1,7 @@
-"""A trained model with its rows, ready to generate. Every command that runs a model holds an `Engine`.
+"""A trained model that is ready to generate and to score text, as an `Engine`.
 
-It takes any source of rows: `rows.LiveRows`, which computes them from the weights, or those of tol/rows.py, which look
-them up. `tol.serving.open_engine` builds one from a workdir.
+An engine takes any source of rows: `rows.LiveRows` computes them from the weights, and the sources of tol/rows.py look
+them up in a ToL file. `tol.serving.open_engine` builds an engine from a workdir.
 """
 
 import dataclasses
@@ -24,9 +24,10 @@ class Contribution:
     """Factors of the FFN outputs that are added to the residual stream (the paper's Table 1, Figures 4 and 12).
 
     Attributes:
-      alpha: factor of FFN-M in all layers; in base, which has no FFN-M, that of the FFN.
-      alpha_compute: factor of FFN-C in all layers of a flex model.
-      drop_layers, drop_compute: layers in which the factor is 0 instead.
+      alpha: factor of FFN-M in all layers or, in a model with one FFN per layer such as base, of that FFN.
+      alpha_compute: factor of FFN-C in all layers of a model that has both.
+      drop_layers: layers in which the factor of `alpha` is 0 instead.
+      drop_compute: layers in which the factor of `alpha_compute` is 0 instead.
     """
 
     alpha: float = 1.0
@@ -35,21 +36,25 @@ class Contribution:
     drop_compute: tuple[int, ...] = ()
 
     def factors(self, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-        """Factors of the token memory and of FFN-C by layer, each float64 [layers]. Raises: ArgumentError."""
-        of_memory = _by_layer(config, "alpha", self.alpha, "drop_layers", self.drop_layers)
-        of_compute = _by_layer(config, "alpha_compute", self.alpha_compute, "drop_compute", self.drop_compute)
+        """The factors of the token memory and of FFN-C by layer, each float64 [layers]. Raises: ArgumentError."""
+        main_L = _by_layer(config, "alpha", self.alpha, "drop_layers", self.drop_layers)
+        compute_L = _by_layer(config, "alpha_compute", self.alpha_compute, "drop_compute", self.drop_compute)
         if config.row_dim and config.compute_dim:
-            return of_memory, of_compute
-        # The model has one kind of FFN, and alpha and drop_layers are its factors.
-        if (of_compute != 1).any():
+            return main_L, compute_L
+        # The model has one FFN per layer, which alpha and drop_layers scale.
+        if (compute_L != 1).any():
             name = "alpha_compute" if self.alpha_compute != 1 else "drop_compute"
             raise ArgumentError(
-                name, f"expected flex, found {config.architecture}, whose FFN takes alpha and drop_layers"
+                name, f"expected a flex model, found {config.architecture}, whose one FFN takes alpha and drop_layers"
             )
-        return (of_memory, of_compute) if config.row_dim else (of_compute, of_memory)
+        ones_L = compute_L  # as checked above
+        if config.row_dim:
+            return main_L, ones_L
+        return ones_L, main_L
 
 
 def _by_layer(config, alpha_name, alpha, drop_name, dropped):
+    """float64 [layers]: alpha, and 0 in the dropped layers."""
     if not (math.isfinite(alpha) and alpha >= 0):
         raise ArgumentError(alpha_name, f"expected a number of zero or more, found {alpha}")
     factors = np.full(config.layers, alpha)
@@ -64,13 +69,15 @@ class Engine:
     """A decoder and the rows that it reads.
 
     Args:
-      trained: the model.
+      trained: the model. The engine closes it.
       params: the decoder's parameters, as `TrainedModel.load` gives them.
-      rows: closed together with the engine, as is `trained`.
+      rows: the source of rows. The engine closes it.
     Attributes:
-      trained, rows, decoder, tokenizer.
-      config: ModelConfig.
-      context: positions that a sequence may have.
+      trained, rows: as given.
+      decoder: the `Decoder`, with the factors of `contribute`.
+      tokenizer: the model's tokenizer.
+      config: the model's `ModelConfig`.
+      context: most positions that a sequence may have.
     """
 
     def __init__(self, trained: TrainedModel, params: dict, rows: RowSource):
@@ -85,14 +92,20 @@ class Engine:
         self.decoder = self._unscaled.scaled(memory_L, compute_L)
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the id that begins a document put before them if the tokenizer has one."""
-        bos = self.tokenizer.bos_id
-        return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
+        """Token ids of a prompt, after the id that begins a document if the tokenizer has one."""
+        ids = self.tokenizer.encode(text)
+        if self.tokenizer.bos_id is not None:
+            ids = [self.tokenizer.bos_id, *ids]
+        return ids
 
     def generate(
         self, prompts: list[list[int]], max_tokens: int, how: Sampling, seed: int = 0, stop_ids=()
     ) -> Iterator[list[tuple[int, int]]]:
-        """Yields new (sequence, token id) pairs step by step, as `sampling.generate`. Raises: ArgumentError."""
+        """Samples one continuation of each prompt. It is `sampling.generate` with this engine's decoder and rows.
+
+        Yields: after each step, the new (sequence, token id) pairs.
+        Raises: ArgumentError.
+        """
         return sampling.generate(
             self.decoder,
             self.rows,
@@ -106,17 +119,17 @@ class Engine:
         )
 
     def stop_ids(self, texts: list[str]) -> set[int]:
-        """Ids that end a text: those of these tokens, and those that end a document.
+        """Ids that end a text: those of the given tokens, and those that end a document.
 
         Args:
-          texts: each a text that is one token, or #ID.
-        Raises: UserError.
+          texts: the tokens, each as text that is one token or as #ID.
+        Raises: UserError for a text that is not one token.
         """
         tokenizer = self.tokenizer
         chosen = {tokenizer.token(text, f"stop={text}", tokenizer.vocab_size) for text in texts}
         return {*tokenizer.stop_ids, *chosen}
 
     def close(self) -> None:
-        """Frees the rows and the checkpoint."""
+        """Closes the source of rows and the checkpoint."""
         self.rows.close()
         self.trained.close()

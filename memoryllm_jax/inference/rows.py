@@ -1,6 +1,6 @@
-"""Where the decoder's rows of the token memory come from: the interface, and rows computed live from the weights.
+"""The interface of sources of token memory rows, and the source that computes rows live from the weights.
 
-tol/rows.py has the sources that look rows up in a ToL file instead.
+tol/rows.py has the sources that look rows up in a ToL file.
 """
 
 from typing import Protocol
@@ -17,29 +17,34 @@ class RowSource(Protocol):
     """Gives rows of the token memory by token id.
 
     Attributes:
-      on_device: whether `fetch` takes ids that are on the device without waiting for them. If not, the host must know
-        the ids.
+      on_device: whether `fetch` accepts ids that are still being computed on the device, without waiting for them. If
+        not, it needs them on the host.
     """
 
     on_device: bool
 
     def fetch(self, ids_U) -> TokenRows:
-        """The rows of int32 token ids [U], which may repeat: x0 [1, U, D], and FFN-M's [1, U, D] of each layer."""
+        """Fetches rows.
+
+        Args:
+          ids_U: int32 token ids, which may repeat.
+        Returns: x0 [1, U, D], and by layer the rows [1, U, D], or None if layers read nothing by token id.
+        """
 
     def stats(self) -> dict:
-        """Numbers about the fetches so far, for people and JSON."""
+        """Statistics of the fetches so far, as JSON holds them; {} if there are none."""
 
     def close(self) -> None:
         """Frees files and memory."""
 
 
 def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
-    """Embeddings and token memory of the ids: x0 [1, U, D], and a list of rows [1, U, D] by layer, or None in base.
-
-    For use inside jit and a mesh.
+    """Computes embeddings and token memory of token ids. Call it inside jit and a mesh.
 
     Args:
-      params: as `TrainedModel.load` gives them, with "embedding" and, unless the model is base, "memory".
+      params: parameters as `TrainedModel.load` gives them: "embedding" and, if the model has a token memory, "memory".
+      ids_U: int32 token ids.
+    Returns: x0 [1, U, D], and a list by layer of rows [1, U, D], or None without a token memory.
     """
 
     def take(table, ids):
@@ -49,13 +54,19 @@ def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
     if not config.row_dim:
         return TokenRows(x0, None)
     if config.memory_dim:
-        return TokenRows(x0, [transformer.apply_memory_layer(config, layer, x0).row for layer in params["memory"]])
-    table = transformer.MemoryTable(config)
-    return TokenRows(x0, [table.apply({"params": layer}, ids_U, take) for layer in params["memory"]])
+        rows = [transformer.apply_memory_layer(config, layer, x0).row for layer in params["memory"]]
+    else:
+        table = transformer.MemoryTable(config)
+        rows = [table.apply({"params": layer}, ids_U, take) for layer in params["memory"]]
+    return TokenRows(x0, rows)
 
 
 class LiveRows:
-    """A `RowSource` that computes rows from the weights, which lookups are compared with."""
+    """A `RowSource` that computes rows from the weights. Lookups are verified against it.
+
+    Args:
+      params: parameters as `live_rows` takes them.
+    """
 
     on_device = True
 
@@ -68,12 +79,12 @@ class LiveRows:
 
     def _rows_body(self, params, ids_U):
         if len(ids_U) % self._shards == 0:
-            ids_U = constrain(ids_U, "shard")  # each device computes its part
+            ids_U = constrain(ids_U, "shard")  # each device computes a part of the rows
         return live_rows(self._config, params, ids_U)
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of the weights that rows are computed from; a tied embedding counts as the decoder's."""
+        """Bytes of the weights that rows are computed from. A tied embedding is counted with the decoder instead."""
         params = dict(self._params)
         if self._config.tie_embeddings:
             del params["embedding"]

@@ -1,7 +1,7 @@
 """Log-probabilities of token sequences under a trained model, batched by length.
 
-A causal model needs no mask for what pads a sequence on the right, so sequences of similar length share a batch. Shapes
-as in decoder.py.
+Sequences of similar length share a batch and are padded on the right. The model is causal, so no position sees padding
+after it and no mask is needed. Shapes are those of decoder.py.
 """
 
 from collections.abc import Sequence
@@ -11,17 +11,22 @@ import numpy as np
 
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.progress import Progress
-from memoryllm_jax.inference.decoder import Decoder, bucket
+from memoryllm_jax.inference.decoder import Decoder, bucket, next_power_of_two
 from memoryllm_jax.inference.rows import RowSource
 
-_POSITIONS = 8192  # scored at a time, in one batch shard
+_POSITIONS = 8192  # positions of each batch shard that are scored at a time
 
 
 class Scores(NamedTuple):
-    """The log-probabilities in nats of a sequence's ids from the second on, and whether each is the likeliest id."""
+    """Scores of a sequence's ids from the second on.
 
-    log_probs_T: np.ndarray  # float32
-    greedy_T: np.ndarray  # bool
+    Attributes:
+      log_probs_T: log-probabilities in nats, float32.
+      greedy_T: whether each is the likeliest id, bool.
+    """
+
+    log_probs_T: np.ndarray
+    greedy_T: np.ndarray
 
 
 def score(
@@ -32,12 +37,14 @@ def score(
     progress: Progress | None = None,
     positions: int = _POSITIONS,
 ) -> list[Scores]:
-    """Scores sequences of 2 to context + 1 token ids. Returns: their scores, in their order.
+    """Scores sequences of 2 to context + 1 token ids.
 
     Args:
-      context: positions that a sequence may have; the last id is only predicted.
+      sequences: token ids of each sequence.
+      context: most positions of a sequence. The last id is only predicted, so it takes none.
       progress: counts scored tokens.
-      positions: of a batch shard that are scored at a time, which decides how much memory a batch needs.
+      positions: positions of each batch shard that are scored at a time; they decide how much memory a batch needs.
+    Returns: the scores of each sequence, in the order of `sequences`.
     Raises: ArgumentError for a sequence that is too short or too long.
     """
     members_of_length: dict[int, list[int]] = {}
@@ -56,9 +63,10 @@ def score(
             if progress:
                 progress.update(progress.done + T)
 
-    # To read a batch is to wait for it, so the next is dispatched first.
+    # Reading a batch's scores waits for the device, so the next batch is dispatched first. Long sequences come first,
+    # because they need most memory: if it does not suffice, that is known at once.
     unread = None
-    for length, members in sorted(members_of_length.items(), reverse=True):  # what needs most memory comes first
+    for length, members in sorted(members_of_length.items(), reverse=True):
         batch = _batch_size(len(members), decoder.shards, max(1, positions // length))
         for start in range(0, len(members), batch):
             chosen = members[start : start + batch]
@@ -72,19 +80,19 @@ def score(
 
 
 def _batch_size(sequences, shards, most):
-    """Sequences of a batch: a power of two for each shard, no larger than these sequences need, or `most` if less."""
+    """Sequences of a batch: for each shard the power of two that these sequences need, but at most `most`."""
     needed = -(-sequences // shards)
-    return shards * min(1 << (needed - 1).bit_length(), most)
+    return shards * min(next_power_of_two(needed), most)
 
 
 def _score_batch(decoder, rows, sequences, batch, length):
-    """Scores [batch, length], on the devices. The sequences come first; the rest fills up the shape."""
+    """Dispatches one batch of at most `batch` sequences. Returns: `TargetScores` [batch, length] on the device."""
     inputs_BT, targets_BT = np.zeros((batch, length), np.int32), np.zeros((batch, length), np.int32)
     for i, sequence in enumerate(sequences):
         T = len(sequence) - 1
         inputs_BT[i] = np.pad(sequence[:-1], (0, length - T), mode="edge")
         targets_BT[i, :T] = sequence[1:]
-    inputs_BT[len(sequences) :] = inputs_BT[0]  # ids that are there already need no rows of their own
+    inputs_BT[len(sequences) :] = inputs_BT[0]  # padding repeats ids, so that no more rows are fetched
     ids, index = np.unique(inputs_BT, return_inverse=True)
     ids = np.pad(ids, (0, bucket(len(ids), inputs_BT.size) - len(ids)), mode="edge")
     return decoder.log_probs(rows.fetch(ids), index.reshape(batch, length).astype(np.int32), targets_BT)

@@ -1,4 +1,4 @@
-"""Generated text as people read it: it grows character by character, and is printed as it comes."""
+"""Turns generated tokens into text, and prints it as it is generated."""
 
 import time
 
@@ -7,21 +7,28 @@ from memoryllm_jax.inference.sampling import Sampling
 
 
 class Streamer:
-    """A text that grows token by token: a character appears when all of its bytes are there."""
+    """Decodes a text that grows token by token. A character is shown when all of its bytes are there.
+
+    Args:
+      tokenizer: the model's tokenizer.
+      prompt: token ids of the prompt, which counts as shown.
+    """
 
     def __init__(self, tokenizer, prompt: list[int]):
-        self._decode, self._ids = tokenizer.decode, list(prompt)
-        # Each piece is decoded from a token that is shown already, because tokenizers treat a text's first token apart:
-        # some drop the space before it.
-        self._from, self._shown = max(0, len(prompt) - 1), len(prompt)
+        self._decode = tokenizer.decode
+        self._ids = list(prompt)
+        self._shown = len(prompt)  # number of ids whose text is shown
+        # Decoding starts at an id that is shown already, because tokenizers treat a text's first id differently: some
+        # drop the space before it.
+        self._from = max(0, len(prompt) - 1)
 
     def add(self, token: int) -> str:
-        """The characters that a new token completes, which may be none."""
+        """The characters that a new token completes; there may be none."""
         self._ids.append(token)
         return self._piece(whole=False)
 
     def end(self) -> str:
-        """The characters not shown yet, when no more tokens come and the last one may be incomplete."""
+        """The characters that are not shown yet, when no more tokens come. The last one may be incomplete."""
         return self._piece(whole=True)
 
     def _piece(self, whole):
@@ -29,7 +36,8 @@ class Streamer:
         text = self._decode(self._ids[self._from :])
         if text.endswith("\N{REPLACEMENT CHARACTER}") and not whole:
             return ""
-        self._from, self._shown = max(self._from, self._shown - 1), len(self._ids)
+        self._from = max(self._from, self._shown - 1)
+        self._shown = len(self._ids)
         return text[len(before) :]
 
 
@@ -41,9 +49,13 @@ def text_after(tokenizer, prompt: list[int], new: list[int]) -> str:
 def print_texts(
     engine: Engine, prompts: list[str], max_tokens: int, sampling: Sampling, seed: int, stops: tuple[str, ...]
 ) -> tuple[list[dict], dict]:
-    """Generates and prints. One prompt streams to the terminal; several are printed one after another.
+    """Generates text and prints it. One prompt's text is printed as it comes, several are printed at the end.
 
+    Args:
+      prompts: the texts to continue.
+      stops: tokens that end a text, as `Engine.stop_ids` takes them.
     Returns: (for each prompt {"prompt", "text", "tokens"}, statistics).
+    Raises: UserError for a prompt, seed or stop token that is refused.
     """
     ids = [engine.prompt(text) for text in prompts]
     new_ids: list[list[int]] = [[] for _ in prompts]
@@ -51,9 +63,11 @@ def print_texts(
     streamer = Streamer(engine.tokenizer, ids[0]) if len(prompts) == 1 else None
     if streamer:
         print(prompts[0], end="", flush=True)
-    start, first = time.perf_counter(), None
+    start = time.perf_counter()
+    first = None
     for new in steps:
-        first = first or time.perf_counter()
+        if first is None:
+            first = time.perf_counter()
         for sequence, token in new:
             new_ids[sequence].append(token)
             if streamer:
@@ -68,12 +82,14 @@ def print_texts(
     else:
         for number, result in enumerate(results, 1):
             print(f"[{number}] {result['prompt']}{result['text']}\n")
-    first = first or end
+    if first is None:  # no token came: all sequences ended at once
+        first = end
+    longest = max(map(len, new_ids))
     stats = {
         "prompt_tokens": sum(map(len, ids)),
         "new_tokens": sum(map(len, new_ids)),
         "seconds_to_first_token": first - start,
-        "ms_per_step": 1e3 * (end - first) / max(max(map(len, new_ids)) - 1, 1),
+        "ms_per_step": 1e3 * (end - first) / max(longest - 1, 1),  # the prefill gives the first token
         "weights_bytes": engine.decoder.weights_bytes,
         **engine.rows.stats(),
     }

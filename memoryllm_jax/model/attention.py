@@ -1,6 +1,6 @@
-"""Causal self-attention by backend name, and over a key-value cache. An unavailable backend is an error.
+"""Causal self-attention: the backends for whole sequences, and attention of one position over a key-value cache.
 
-Shapes: B sequences, T positions, H heads, K head size, C positions of a cache, G query heads of a key head.
+Shapes: B sequences, T positions, H heads, K head size, C positions of a cache, G query heads for each key head.
 """
 
 import math
@@ -13,66 +13,78 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.model.blocked_attention import MASKED, SAVED, blocked, einsum_float32
 from memoryllm_jax.model.sharding import spec
 
-SPLASH_BLOCK = 512  # positions
+SPLASH_BLOCK = 512  # positions of a tile of the splash kernel
 
 
 def resolve_backend(name: str, dtype: str, platform: str | None = None) -> str:
-    """The backend's name, with `auto` replaced by the fastest that runs on the platform.
+    """Checks that a backend runs on a platform, and replaces `auto` by the fastest one that does.
 
     Args:
       name: one of config.ATTENTION_BACKENDS.
-      dtype: of the computation.
-      platform: "cpu", "cuda" (an NVIDIA GPU that cuDNN's attention supports) or "tpu"; None: that of this machine.
+      dtype: dtype of the computation.
+      platform: "cpu", "tpu", or "cuda" for an NVIDIA GPU that cuDNN's attention supports; None: this machine's.
+    Returns: the name of a backend other than `auto`.
     Raises: UserError if the backend does not run there.
     """
-    platform = _this_platform() if platform is None else platform
+    if platform is None:
+        platform = _this_platform()
     if name == "auto":
         if platform == "tpu":
             return "splash"
         return "cudnn" if platform == "cuda" and dtype == "bfloat16" else "blocked"
-    needs = {"cudnn": ("cuda", "an NVIDIA GPU of compute capability 8 or more"), "splash": ("tpu", "a TPU")}
-    if name in needs and platform != needs[name][0]:
-        raise UserError(f"config.model.attention: {name} needs {needs[name][1]}, found {platform}")
+    if name == "splash" and platform != "tpu":
+        raise UserError(f"config.model.attention: splash needs a TPU, found {platform}")
+    if name == "cudnn" and platform != "cuda":
+        raise UserError(
+            f"config.model.attention: cudnn needs an NVIDIA GPU of compute capability 8 or more, found {platform}"
+        )
     if name == "cudnn" and dtype != "bfloat16":
         raise UserError(f"config.model.attention: cudnn needs config.model.dtype bfloat16, found {dtype}")
     return name
 
 
 def _this_platform():
+    """The platform as `resolve_backend` takes it; for a GPU that cuDNN's attention does not support, the GPU's name."""
     device = jax.devices()[0]
     if device.platform != "gpu":
         return device.platform
-    # ROCm's devices are "gpu" too, and name architectures where CUDA's have a compute capability.
+    # JAX calls AMD's GPUs "gpu" too. Their compute_capability is a name such as gfx942, which float() would refuse.
     is_cuda = "cuda" in device.client.platform_version
     return "cuda" if is_cuda and float(device.compute_capability) >= 8 else device.device_kind
 
 
 def causal_attention(q_BTHK, k_BTHK, v_BTHK, backend: str):
-    """softmax(q k^T / sqrt(K)) v, where each position attends to itself and earlier ones.
-
-    Each device computes its own sequences and heads: XLA cannot split the kernels by itself.
+    """softmax(q k^T / sqrt(K)) v, where each position attends to itself and to earlier ones. Call it inside a mesh.
 
     Args:
+      q_BTHK, k_BTHK, v_BTHK: queries, keys and values, with as many key heads as query heads.
       backend: as `resolve_backend` returns it, or `auto`.
+    Returns: [B, T, H, K] in the dtype of q.
     """
     if backend == "auto":
         backend = resolve_backend(backend, q_BTHK.dtype.name)
     kernel = {"plain": plain, "blocked": blocked, "cudnn": cudnn, "splash": splash}[backend]
     qkv = spec("batch", None, "heads", None)
+    # Each device computes its own sequences and heads. Without shard_map XLA would gather them, as it cannot split a
+    # kernel. check_vma is off because the splash kernel does not say over which axes its results vary.
     return jax.shard_map(kernel, in_specs=(qkv, qkv, qkv), out_specs=qkv, check_vma=False)(q_BTHK, k_BTHK, v_BTHK)
 
 
 def keep_results(primitive, *args, **params) -> bool:
-    """Remat policy `dots`: the backward pass recomputes neither products with weights nor attention."""
+    """The rule of remat policy `dots`: whether the backward pass keeps this primitive's results.
+
+    It keeps products with weights and attention, and recomputes the rest.
+    """
     named = jax.checkpoint_policies.save_only_these_names(SAVED)
-    # cuDNN's own results bear no name; the test of the lowered step fails should JAX rename the call.
+    # JAX gives the results of its cuDNN call no checkpoint name, so the call is recognised by its own name.
+    # tests/model/test_attention.py fails if JAX renames it.
     return primitive.name == "dot_product_attention_fwd_wrapper" or named(primitive, *args, **params)
 
 
 class Cache(NamedTuple):
     """Keys and values of one layer's earlier positions, for attention of one new position of each sequence.
 
-    Attend and write in two jitted functions: in one, XLA copies a cache that it reads and updates.
+    Call `attend` and `write` in two jitted functions: if one function reads and updates the cache, XLA copies it.
     """
 
     k_BHCK: jax.Array
@@ -82,11 +94,12 @@ class Cache(NamedTuple):
         """Attention of each new position over the cache's earlier positions and over itself.
 
         Args:
-          q_BHK: queries, G of them for each of the cache's heads.
-          k_BHK, v_BHK: key and value of the new positions.
-          position_B: the cache's positions below it are the earlier ones.
-        Returns: as q_BHK.
+          q_BHK: queries; their heads are G times the cache's.
+          k_BHK, v_BHK: keys and values of the new positions, with as many heads as the cache.
+          position_B: int32, the number of earlier positions of each sequence, which the cache holds from 0 on.
+        Returns: in the shape and dtype of q_BHK.
         """
+        # The softmax runs over the cache's scores and the new position's own one, which is not in the cache yet.
         B, H, C, K = self.k_BHCK.shape
         q_BHGK = (q_BHK * K**-0.5).reshape(B, H, -1, K)
         k_BH1K, v_BH1K = k_BHK[:, :, None], v_BHK[:, :, None]
@@ -100,7 +113,12 @@ class Cache(NamedTuple):
         return (y_BHGK / total_BHG1).astype(q_BHK.dtype).reshape(q_BHK.shape)
 
     def write(self, new: "Cache", position_B) -> "Cache":
-        """The cache with the keys and values [B, H, 1, K] of one position of each sequence put in."""
+        """The cache with one more position of each sequence.
+
+        Args:
+          new: the keys and values of that position, [B, H, 1, K].
+          position_B: int32, where each sequence's go.
+        """
 
         def put(cache_HCK, new_H1K, position):
             return jax.lax.dynamic_update_slice(cache_HCK, new_H1K, (0, position, 0))
@@ -109,12 +127,12 @@ class Cache(NamedTuple):
 
 
 def plain(q_BTHK, k_BTHK, v_BTHK):
-    """JAX's own attention, which holds [B, H, T, T] scores."""
+    """JAX's own attention, which holds all scores [B, H, T, T] at once."""
     return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="xla")
 
 
 def cudnn(q_BTHK, k_BTHK, v_BTHK):
-    """cuDNN's flash attention. It wants head sizes that are multiples of 8, so zeros fill them up."""
+    """cuDNN's flash attention. It needs head sizes that are multiples of 8, so heads are padded with zeros."""
     K = q_BTHK.shape[-1]
     q, k, v = (_pad_head_size(x, 8) for x in (q_BTHK, k_BTHK, v_BTHK))
     out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn", scale=K**-0.5)
@@ -124,20 +142,22 @@ def cudnn(q_BTHK, k_BTHK, v_BTHK):
 def splash(q_BTHK, k_BTHK, v_BTHK, block: int = SPLASH_BLOCK, interpret: bool = False):
     """JAX's flash attention for TPUs.
 
-    Zeros fill the sequence up to whole blocks, at its end, where no real position sees them, and the head size up to a
-    multiple of 64, which costs nothing, as a TPU's memory holds rows of 128.
+    Sequences are padded at their end, where no real position attends. Head sizes are padded to a multiple of 64, which
+    costs nothing, as a TPU stores rows of 128 numbers.
 
     Args:
-      block: positions of a tile's queries and keys.
-      interpret: run in Pallas' interpreter, on any platform.
+      block: most positions of a tile, of its queries and of its keys.
+      interpret: whether to run in Pallas' interpreter, which works on any platform.
     """
-    from jax.experimental.pallas.ops.tpu import splash_attention  # half a second, which only TPUs need
+    # Imported here because the import takes half a second, which only TPUs need.
+    from jax.experimental.pallas.ops.tpu import splash_attention
 
     B, T, H, K = q_BTHK.shape
-    length = T + -T % 128
-    block = math.gcd(length, block)
+    length = -(-T // 128) * 128  # the kernel needs a multiple of 128
+    block = math.gcd(length, block)  # and tiles that divide it
     blocks = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), block)
-    # The kernel takes one sequence. The heads of all sequences attend apart, so they pass for those of one.
+    # The kernel takes the heads of one sequence. Heads do not see each other, so those of all sequences are passed as
+    # heads of one.
     attend = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * (B * H)),
         block_sizes=splash_attention.BlockSizes(**blocks, use_fused_bwd_kernel=True),

@@ -1,6 +1,7 @@
 """Causal attention in tiles for CPUs, with a backward pass of its own.
 
-Shapes: N groups of G heads, T positions, K head size, q and k rows and columns of a tile of scores.
+Shapes: N groups of G heads, T positions, K head size; a tile of scores [G, q, k] has q query and k key positions. In
+einsums the letters are g, q, k, and d for the head size.
 """
 
 import functools
@@ -9,19 +10,24 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-TILE_ROWS = 128  # query positions of a tile: with 2 heads, a tile's scores fit the cache of one CPU core
+# A tile's scores should fit the cache of one CPU core.
+TILE_ROWS = 128  # query positions
 HEADS_PER_TILE = 2
-MASKED = -1e30  # in place of -inf, as the difference of two masked scores must be a number
-# The checkpoint name of what remat policy `dots` keeps for the backward pass: products with weights, and attention's
-# result and log-partition.
+MASKED = -1e30  # not -inf: the difference of two masked scores would be NaN
+# Checkpoint name of the values that remat policy `dots` keeps for the backward pass: products with weights, and
+# attention's result and log-partition.
 SAVED = "saved"
 einsum_float32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def blocked(q_BTHK, k_BTHK, v_BTHK):
-    """Causal attention that holds the scores of one tile at a time, never [T, T].
+    """Causal attention that holds the scores of one tile at a time, never all [T, T].
 
     The backward pass recomputes each tile from the log-partition, as in flash attention (Dao et al. 2022).
+
+    Args:
+      q_BTHK, k_BTHK, v_BTHK: B sequences with H heads each.
+    Returns: [B, T, H, K] in the dtype of q.
     """
     B, T, H, K = q_BTHK.shape
     group = HEADS_PER_TILE if B * H % HEADS_PER_TILE == 0 else 1
@@ -51,18 +57,22 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _tiles(T):
-    """The first query position of each tile, and the one after its last. Its keys are all positions up to there."""
+    """The query positions [first, end) of each tile. Its keys are the positions [0, end)."""
     return [(first, min(first + TILE_ROWS, T)) for first in range(0, T, TILE_ROWS)]
 
 
 def _scores(q_GTK, k_GTK, first, end):
+    """Scores [G, q, k] of one tile in float32, with keys after the query masked."""
     s_Gqk = einsum_float32("gqd,gkd->gqk", q_GTK[:, first:end], k_GTK[:, :end])
     is_seen = jnp.arange(first, end)[:, None] >= jnp.arange(end)[None]
     return jnp.where(is_seen, s_Gqk, MASKED)
 
 
 def _group_forward(q, k, v):
-    """(result [G, T, K], log-partition [G, T, 1]) of a group of heads."""
+    """Attention of one group of heads; q, k and v are [G, T, K].
+
+    Returns: (result [G, T, K] in the dtype of q, log-partition [G, T, 1] in float32).
+    """
     outs, lses = [], []
     for first, end in _tiles(q.shape[1]):
         s = _scores(q, k, first, end)
@@ -75,10 +85,13 @@ def _group_forward(q, k, v):
 
 
 def _group_backward(q, k, v, out, lse, d_out):
-    """Gradients of q, k and v, each [G, T, K], from that of the result."""
+    """Gradients of q, k and v, each [G, T, K], from the gradient d_out of the result."""
+    # The gradient of a softmax's input is p * (dp - sum(p * dp)); the sum equals that of d_out * out.
     delta = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True)
-    # Keys' and values' gradients are held [G, K, T]: XLA's CPU products run twice as fast that way round.
-    dq, dk, dv = [], jnp.zeros(k.swapaxes(1, 2).shape), jnp.zeros(v.swapaxes(1, 2).shape)
+    dq = []
+    # [G, K, T] and not [G, T, K]: XLA's CPU products run twice as fast that way round.
+    dk = jnp.zeros(k.swapaxes(1, 2).shape)
+    dv = jnp.zeros(v.swapaxes(1, 2).shape)
     for first, end in _tiles(q.shape[1]):
         p = jnp.exp(_scores(q, k, first, end) - lse[:, first:end])
         d = d_out[:, first:end]

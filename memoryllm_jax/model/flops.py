@@ -1,13 +1,14 @@
 """FLOPs and parameters of a model, by formula.
 
-FLOPs of a forward pass, a multiply-add counted as two, for N tokens of which R rows of token memory are evaluated:
+FLOPs of a forward pass over N tokens that evaluates R rows of the token memory, a multiply-add counted as two:
 
     N L (4 h^2 (1 + G) + 2 h T + 6 h W_C)  +  R L (6 h W_M)  +  N 2 h V
 
-The terms are attention's projections, with G key and value heads for each query head (G = 1 unless `model.kv_heads` is
-set); scores and values, causal attention counted at half; FFN-C of width W_C; FFN-M of width W_M; and the output head.
-Gates of per-layer embeddings, P wide, add N L (4 h P). Lookups, norms and element-wise work are not counted. A training
-step is three forward passes; what rematerialisation computes again is not counted.
+with L layers of width h, sequences of T tokens and V token ids. The terms are attention's projections, with G key-value
+heads for each query head (G = 1 unless `model.kv_heads` is set); attention's scores and values, counted at half as
+attention is causal; FFN-C of width W_C; FFN-M of width W_M; and the output head. Gates of per-layer embeddings of
+width P add N L (4 h P). Lookups, norms and element-wise work are not counted. A training step counts as three forward
+passes, whatever rematerialisation computes again.
 """
 
 from memoryllm_jax.config import Config
@@ -21,14 +22,15 @@ def train_flops(config: Config, tokens: int, rows: int) -> float:
     if m.token_memory == "per_layer":
         per_token += m.layers * 4 * m.dim * m.table_dim
     per_token += 2 * m.dim * m.vocab_size
-    return 3.0 * (tokens * per_token + rows * m.layers * 6 * m.dim * m.memory_dim)
+    forward = tokens * per_token + rows * m.layers * 6 * m.dim * m.memory_dim
+    return 3.0 * forward
 
 
 def parameters(config: Config) -> dict[str, int]:
-    """Numbers of parameters by part, without padding.
+    """Counts a model's parameters by part, without padding.
 
-    Returns: "attention", "ffn_c", "norms", "gates", "memory" (FFN-M, or tables of embeddings, with their norms) and
-      "embedding_and_head"; "active", the first four; "total", all.
+    Returns: the parts "attention", "ffn_c", "norms", "gates", "memory" (FFN-M, or tables of embeddings, with their
+      norms) and "embedding_and_head"; then "active", the sum of the first four, and "total", the sum of all parts.
     """
     m = config.model
     norms_a_layer = 1  # before attention
@@ -38,13 +40,14 @@ def parameters(config: Config) -> dict[str, int]:
     if m.token_memory == "per_layer":
         norms_a_layer += 1
         gates = m.layers * 2 * m.dim * m.table_dim
+    tables = 1 if m.tie_embeddings else 2
     parts = {
         "attention": m.layers * 2 * m.dim * (m.heads + m.key_heads) * m.head_dim,
         "ffn_c": m.layers * 3 * m.dim * m.compute_dim,
-        "norms": m.layers * norms_a_layer * m.dim + m.dim,
+        "norms": m.layers * norms_a_layer * m.dim + m.dim,  # and the final one
         "gates": gates,
         "memory": m.layers * _memory_a_layer(m),
-        "embedding_and_head": (1 if m.tie_embeddings else 2) * m.vocab_size * m.dim,
+        "embedding_and_head": tables * m.vocab_size * m.dim,
     }
     active = sum(parts[name] for name in ("attention", "ffn_c", "norms", "gates"))
     return parts | {"active": active, "total": sum(parts.values())}
@@ -54,4 +57,6 @@ def _memory_a_layer(m):
     if m.memory_dim:
         return 3 * m.dim * m.memory_dim + m.dim  # FFN-M and its norm
     table = m.row_dim * m.vocab_size
-    return table + m.row_dim if m.token_memory == "per_layer" else table
+    if m.token_memory == "per_layer":
+        return table + m.row_dim  # its norm
+    return table

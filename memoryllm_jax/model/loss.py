@@ -1,4 +1,7 @@
-"""Cross entropy with z-loss over a large vocabulary, in chunks: [B, T, V] never exists."""
+"""Cross entropy with z-loss over a large vocabulary, in chunks, so that logits [B, T, V] never exist whole.
+
+Shapes: S batch shards, N positions of a shard, C positions of a chunk, D model width, V token ids as stored.
+"""
 
 import functools
 import math
@@ -13,10 +16,11 @@ from memoryllm_jax.model.sharding import constrain, unpadded_embed
 class Options(NamedTuple):
     """How the loss is computed.
 
-    vocab_size: ids that exist; the head may store more, as padding, which get no probability.
-    z_loss: weight of the squared log-partition.
-    chunk: positions of a batch shard whose logits exist at one time.
-    dtype: of the product with the head; sums and the loss are float32.
+    Attributes:
+      vocab_size: number of token ids. The head may store more, as padding, and these get no probability.
+      z_loss: weight of the squared log-partition.
+      chunk: positions of each batch shard whose logits exist at one time.
+      dtype: dtype of the product with the head; sums and the loss are float32.
     """
 
     vocab_size: int
@@ -26,17 +30,21 @@ class Options(NamedTuple):
 
 
 class TargetScores(NamedTuple):
-    """Each target's log-probability in nats, float32, and whether it is the likeliest id."""
+    """How likely the model finds each target.
+
+    Attributes:
+      log_probs: float32, in nats.
+      is_likeliest: bool, whether no other id is more likely.
+    """
 
     log_probs: jax.Array
     is_likeliest: jax.Array
 
 
 def cross_entropy(x_SND, head_VD, targets_SN, weights_SN, options: Options):
-    """Sums of the loss over positions, to be divided by the sum of weights of the whole step.
+    """Sums of the loss over positions. The caller divides them by the sum of weights of the whole step.
 
-    The forward pass computes the gradients too, chunk by chunk, so that logits are computed once. The head's gradient
-    keeps the shard axis until the end: each device adds up its own chunks, and one reduction adds up the devices.
+    The forward pass computes the gradients too, chunk by chunk, so that logits are computed once.
 
     Args:
       x_SND: final hidden states of the N positions of each batch shard.
@@ -47,12 +55,14 @@ def cross_entropy(x_SND, head_VD, targets_SN, weights_SN, options: Options):
       (total, nll): sum of weight * (nll + z_loss * log-partition^2), and of weight * nll, in nats, float32.
       Only the total has a gradient.
     """
-    chunks = [_chunks(a, options.chunk) for a in (x_SND, targets_SN, weights_SN)]
-    return _loss_sums(options, chunks[0], head_VD, *chunks[1:])
+    x = _chunks(x_SND, options.chunk)
+    targets = _chunks(targets_SN, options.chunk)
+    weights = _chunks(weights_SN, options.chunk)
+    return _loss_sums(options, x, head_VD, targets, weights)
 
 
 def log_probs(x_SND, head_VD, targets_SN, options: Options) -> TargetScores:
-    """The log-probability [S, N] of each target. Arguments as of `cross_entropy`."""
+    """Scores each target: both results are [S, N]. The arguments are those of `cross_entropy`."""
     head = _compute_head(options, x_SND, head_VD)
 
     def score_chunk(chunk):
@@ -68,7 +78,7 @@ def log_probs(x_SND, head_VD, targets_SN, options: Options) -> TargetScores:
 
 
 def _chunks(a, size):
-    """[S, N, ...] -> [chunks, S, size, ...], with zeros at the end, among them weights."""
+    """[S, N, ...] -> [chunks, S, size, ...]. Zeros fill the last chunk, so padded positions have weight zero."""
     size = min(size, a.shape[1])
     padding = -a.shape[1] % size
     a = jnp.pad(a, [(0, 0), (0, padding)] + [(0, 0)] * (a.ndim - 2))
@@ -76,7 +86,7 @@ def _chunks(a, size):
 
 
 def _logits(options, x_SCD, head_VD):
-    """[S, C, V] in float32; padding of the vocabulary gets no probability."""
+    """Logits [S, C, V] in float32, -inf for ids that only pad the vocabulary."""
     logits = jnp.einsum("scd,vd->scv", x_SCD, head_VD, preferred_element_type=jnp.float32)
     if head_VD.shape[0] > options.vocab_size:
         logits = jnp.where(jnp.arange(head_VD.shape[0]) < options.vocab_size, logits, -jnp.inf)
@@ -84,7 +94,10 @@ def _logits(options, x_SCD, head_VD):
 
 
 def _chunk_loss(options, x_SCD, head_VD, targets_SC, weights_SC):
-    """((sum of the loss, sum of its nll part), gradient of the loss with respect to the logits [S, C, V])."""
+    """The loss of one chunk and its gradient.
+
+    Returns: ([sum of the loss, sum of its nll part], gradient of the loss with respect to the logits [S, C, V]).
+    """
     z_loss = options.z_loss
     logits = _logits(options, x_SCD, head_VD)
     top = logits.max(-1, keepdims=True)
@@ -94,7 +107,8 @@ def _chunk_loss(options, x_SCD, head_VD, targets_SC, weights_SC):
     is_target = jnp.arange(head_VD.shape[0]) == targets_SC[..., None]
     nll = (lse_SC - jnp.where(is_target, logits, 0).sum(-1)) * weights_SC
     loss = nll + z_loss * jnp.square(lse_SC) * weights_SC
-    # The gradient of lse is softmax, that of a target's logit one-hot: softmax * (1 + 2 z_loss lse) - one-hot.
+    # The gradient of lse is the softmax and that of the target's logit is one-hot, so that of the loss is
+    # softmax * (1 + 2 z_loss lse) - one-hot.
     factor_SC = (1 + 2 * z_loss * lse_SC) * weights_SC
     d_logits = exp * (factor_SC[..., None] / total) - jnp.where(is_target, weights_SC[..., None], 0)
     return jnp.stack([loss.sum(), nll.sum()]), d_logits
@@ -108,7 +122,7 @@ def _compute_head(options, x, head_VD):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss_sums(options, x, head_VD, targets, weights):
-    """As `cross_entropy`, of chunks [chunks, S, C, ...]."""
+    """`cross_entropy` of arrays cut by `_chunks`. This body runs where no gradient is asked for."""
     head = _compute_head(options, x, head_VD)
     sums = jax.lax.map(lambda c: _chunk_loss(options, c[0], head, c[1], c[2])[0], (x, targets, weights))
     return tuple(sums.sum(0))
@@ -119,7 +133,8 @@ def _loss_sums_forward(options, x, head_VD, targets, weights):
 
     def step(d_head_SVD, chunk):
         x_SCD, targets_SC, weights_SC = chunk
-        # Every shard sums its own part of the head's gradient: with no shard axis, XLA would reduce after each chunk.
+        # The sum keeps the shard axis, so that each device adds up its own chunks and one reduction after the loop adds
+        # up the devices. Without it XLA would reduce over the devices after each chunk.
         sums, d_logits = _chunk_loss(options, x_SCD, head, targets_SC, weights_SC)
         d_logits = d_logits.astype(x_SCD.dtype)
         dx_SCD = jnp.einsum("scv,vd->scd", d_logits, head)
@@ -135,7 +150,7 @@ def _loss_sums_forward(options, x, head_VD, targets, weights):
 
 def _loss_sums_backward(options, residuals, cotangents):
     dx, d_head = residuals
-    scale = cotangents[0]
+    scale = cotangents[0]  # of the total; the nll has no gradient
     return (dx * scale).astype(dx.dtype), d_head * scale, None, None
 
 
@@ -147,9 +162,10 @@ def quality(loss: float, tokens: int, text_bytes: int) -> dict:
 
     Args:
       loss: mean over the predicted tokens, in nats.
-      tokens: predicted tokens.
-      text_bytes: bytes of the text that these tokens make up.
+      tokens: number of predicted tokens.
+      text_bytes: length in bytes of the text that these tokens make up.
+    Returns: {"loss", "perplexity", "bits_per_byte"}.
     """
     bits = loss / math.log(2) * tokens / text_bytes
-    perplexity = math.exp(min(loss, 700.0))  # beyond this a float overflows
+    perplexity = math.exp(min(loss, 700.0))  # exp overflows a float from 710 on
     return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits}

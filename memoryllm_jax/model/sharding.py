@@ -1,4 +1,4 @@
-"""Which mesh axes each logical axis is split over, the mesh, and the checks that make a wrong pairing an error."""
+"""The device mesh, the mesh axes that each logical axis is split over, and checks that a config fits the mesh."""
 
 import math
 
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config, MeshConfig, ModelConfig
 
-# Logical axis -> mesh axes. "shard" is the leading axis of arrays that hold something apart for each batch shard.
+# Logical axis -> mesh axes. "shard" is the leading axis of arrays with one entry for each batch shard.
 RULES = {
     "batch": ("data", "fsdp"),
     "shard": ("data", "fsdp"),
@@ -27,7 +27,7 @@ RULES = {
 
 
 def spec(*axes: str | None) -> P:
-    """The PartitionSpec of an array with these logical axes. Raises: ValueError if two claim one mesh axis."""
+    """The PartitionSpec of an array with these logical axes. Raises: ValueError if two are split over one mesh axis."""
     physical = [RULES[axis] for axis in axes]
     used = [name for names in physical for name in names]
     if len(set(used)) < len(used):
@@ -36,24 +36,32 @@ def spec(*axes: str | None) -> P:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins x to its logical axes inside jit. Raises: ValueError outside a mesh, where it would do nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
-        raise ValueError("no mesh is set: call inside `with jax.set_mesh(make_mesh(...))`")
+    """Fixes the sharding of x inside jit, by its logical axes.
+
+    Raises: ValueError outside a mesh, where JAX would ignore the constraint.
+    """
+    _current_mesh()  # raises
     return jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
 def _parts(axis: str | None) -> int:
     """Number of parts that the current mesh splits a logical axis into."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        raise ValueError("no mesh is set: call inside `with jax.set_mesh(make_mesh(...))`")
+    mesh = _current_mesh()
     return math.prod(mesh.shape[name] for name in RULES[axis])
 
 
-def padded(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[int, ...]:
-    """The shape in which a parameter is stored: every size rounded up to what the current mesh divides.
+def _current_mesh():
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise ValueError("no mesh is set: call inside `with jax.set_mesh(make_mesh(...))`")
+    return mesh
 
-    Padding holds zeros and stays zero in training: zero keys meet zero values, so no gradient reaches them.
+
+def padded(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[int, ...]:
+    """The shape in which a parameter is stored: each size rounded up to a multiple of the current mesh's parts.
+
+    Padding is zero and stays zero in training. A padded column of one matrix is multiplied with a padded row of the
+    next; as both are zero, neither gets a gradient.
     """
     return tuple(_round_up(size, _parts(axis)) for size, axis in zip(shape, axes))
 
@@ -63,23 +71,34 @@ def _round_up(size, multiple):
 
 
 def unpadded_embed(w: jax.Array, dim: int, axes: tuple[str | None, ...]) -> jax.Array:
-    """w with its "embed" axis whole on every device and cut to `dim`. Padding of other axes stays, as it is harmless.
+    """Cuts the padding off the "embed" axis of w. Padding of other axes stays, as it does not change results.
 
-    A width that needs no padding is left as it is: XLA gathers it where it wants to.
+    Args:
+      w: a parameter as stored.
+      dim: size of the "embed" axis without padding.
+      axes: logical axes of w.
+    Returns: w with the "embed" axis whole on every device or, if there is no padding, w as it is.
     """
     at = axes.index("embed")
     if w.shape[at] == dim:
-        return w
+        return w  # XLA chooses where to gather it
     w = constrain(w, *(None if axis == "embed" else axis for axis in axes))
     return jax.lax.slice_in_dim(w, 0, dim, axis=at)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices. Raises: UserError."""
+    """Makes a (data, fsdp, tensor) mesh.
+
+    Args:
+      config: sizes of the axes; -1 on one of them stands for all remaining devices.
+      devices: devices of the mesh; by default all.
+    Raises: UserError if the sizes do not fit the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     known = math.prod(size for size in sizes.values() if size != -1)
-    fits = len(devices) % known == 0 if -1 in sizes.values() else len(devices) == known
+    has_rest = -1 in sizes.values()
+    fits = len(devices) % known == 0 if has_rest else len(devices) == known
     if not fits:
         shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(f"config.mesh: expected parts whose product is the {len(devices)} devices, found {shape}")
@@ -88,29 +107,36 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def _arrange(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
-    """The devices in this shape. Slices of TPUs and nodes of GPUs lie along its first axes, which send least."""
+    """The devices in this shape, so that the mesh axes that communicate most lie within a TPU slice or a GPU node.
+
+    Slices and nodes are connected by the slower network, so they are laid along the first axes, which communicate
+    least.
+    """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    # The first axis takes as many of the slices as its size allows, and the next ones the rest.
+    # The first axis spans as many of the slices as its size allows, and the next axes the remaining ones.
     across, left = [], slices
     for size in shape:
-        across.append(math.gcd(size, left))
-        left //= across[-1]
+        spanned = math.gcd(size, left)
+        across.append(spanned)
+        left //= spanned
     within = [size // parts for size, parts in zip(shape, across)]
     return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Number of batch shards: parts that the mesh splits a batch into."""
+    """Number of batch shards, which are the parts that the mesh splits a batch into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_heads(config: ModelConfig, mesh: Mesh) -> None:
-    """Refuses grouped heads whose groups padding would break. Raises: UserError that names the field.
+    """Refuses grouped heads whose groups would not stay together on the tensor axis.
 
     Query heads and key-value heads are each padded to a multiple of the tensor axis. A device holds whole groups only
-    if there are as many query heads for each key-value head as before.
+    if padding keeps the number of query heads for each key-value head.
+
+    Raises: UserError that names the field.
     """
     tensor = mesh.shape["tensor"]
     query_heads = _round_up(config.heads, tensor)
@@ -123,7 +149,7 @@ def check_heads(config: ModelConfig, mesh: Mesh) -> None:
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
-    """Refuses a batch or grouped heads that the mesh does not divide; all other sizes are padded.
+    """Refuses a batch size or grouped heads that do not fit the mesh. All other sizes are padded, so they always fit.
 
     Raises: UserError that names the field.
     """
@@ -137,7 +163,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
 
 
 def shardings(mesh: Mesh, logical_axes):
-    """A NamedSharding for each leaf of a tree of logical axes, which are PartitionSpecs as Linen gives them."""
+    """The NamedShardings of a tree of logical axes, as `nn.get_partition_spec` returns them (PartitionSpecs)."""
 
     def sharding(axes):
         return NamedSharding(mesh, spec(*axes))

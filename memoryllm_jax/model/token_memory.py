@@ -1,7 +1,10 @@
-"""The token memory: token id -> one row [layers, dim], computed live here and looked up from a file after training.
+"""Rows of the token memory, which maps a token id to one row [layers, dim], and how positions take them.
 
-In training the memory is evaluated once per distinct token id of a batch shard, and positions take their rows
-from the result. Ids and rows carry a leading axis S, one entry per batch shard, so that only `embed` crosses devices.
+In training the memory is evaluated once for each distinct token id of a batch shard, and positions take their rows from
+the result. After training, rows may also be looked up in a ToL file.
+
+Shapes: S batch shards, U distinct token ids of a shard, N positions of a shard, L layers, D width, V token ids as
+stored. Ids and rows have a leading axis S, so that of the functions here only `embed` communicates between devices.
 """
 
 from typing import NamedTuple
@@ -13,12 +16,14 @@ from memoryllm_jax.model.sharding import constrain, spec
 
 
 class TokenRows(NamedTuple):
-    """What the decoder reads: row u of shard s belongs to the u-th distinct token id of that shard.
+    """The rows that the decoder reads. Row u of shard s belongs to the u-th distinct token id of that shard.
 
     After training one set of rows may serve all batch shards: S is then 1.
 
-    x0_SUD: embeddings, the X_0 of the paper's equations.
-    ffn_LSUD: FFN-M_l(NM_l(X_0)) of every layer, or rows of its table; None where a layer reads nothing of a token.
+    Attributes:
+      x0_SUD: embeddings, the X_0 of the paper's equations.
+      ffn_LSUD: FFN-M_l(NM_l(X_0)) of each layer or, in architectures with tables, the tables' rows; None if layers read
+        nothing by token id. After training it may be a list by layer.
     """
 
     x0_SUD: jax.Array
@@ -26,20 +31,26 @@ class TokenRows(NamedTuple):
 
 
 def embed(table_VD, ids_SU, dtype):
-    """table[ids] as [S, U, D] in `dtype`; D as stored, padding included.
+    """Looks up rows of a table that is split by rows over the tensor axis and by columns over the fsdp axis.
 
-    The table is split into rows over the tensor axis and into columns over the fsdp axis. A device looks up the ids of
-    its whole fsdp group in its part of the table, and an all-to-all brings each shard the columns of its rows. So U
-    rows cross devices, however many shards there are; XLA, left to itself, replicates the rows of all shards on
-    data x fsdp meshes.
+    A device looks up the ids of its whole fsdp group in its part of the table, and an all-to-all brings each shard all
+    columns of its rows. Each step moves as many numbers as the U rows of one shard have, however many shards there are.
+    XLA's own lookup would replicate the rows of all shards on data x fsdp meshes.
+
+    Args:
+      table_VD: float32, as stored.
+      ids_SU: int32 token ids.
+      dtype: dtype of the result.
+    Returns: table[ids], [S, U, D], with the padding of D as stored.
     """
 
     def local(table_vd, ids_su):
         # F: devices of the fsdp group; s, u, v, d: the parts of S, U, V, D on this device.
         ids_Fsu = jax.lax.all_gather(ids_su, "fsdp") - jax.lax.axis_index("tensor") * len(table_vd)
-        here = (ids_Fsu >= 0) & (ids_Fsu < len(table_vd))
-        part_Fsud = table_vd.at[jnp.where(here, ids_Fsu, 0)].get(mode="promise_in_bounds").astype(dtype)
-        part_Fsud = jax.lax.psum(jnp.where(here[..., None], part_Fsud, 0), "tensor")
+        is_here = (ids_Fsu >= 0) & (ids_Fsu < len(table_vd))
+        part_Fsud = table_vd.at[jnp.where(is_here, ids_Fsu, 0)].get(mode="promise_in_bounds").astype(dtype)
+        # One device of the tensor axis holds the row of an id, and the others add zero.
+        part_Fsud = jax.lax.psum(jnp.where(is_here[..., None], part_Fsud, 0), "tensor")
         return jax.lax.all_to_all(part_Fsud, "fsdp", 0, 3, tiled=True)[0]
 
     in_specs = (spec("vocab", "embed"), spec("shard", None))
@@ -48,9 +59,10 @@ def embed(table_VD, ids_SU, dtype):
 
 @jax.custom_vjp
 def take_rows(rows_SUD, index_SN):
-    """rows[s, index[s, n]] -> [S, N, D]. Gradients of a row are summed in float32, however many positions share it.
+    """Takes the row of each position: rows[s, index[s, n]], [S, N, D].
 
-    Rows with S = 1 serve all shards of the index; then there is no gradient.
+    The gradient of a row is summed in float32 over the positions that share it. Rows with S = 1 serve all shards of the
+    index; this is for inference, and has no gradient.
     """
     with jax.named_scope("take_rows"):
         S = index_SN.shape[0]
@@ -61,7 +73,7 @@ def take_rows(rows_SUD, index_SN):
 
 
 def _take_forward(rows_SUD, index_SN):
-    # The zero-sized slice carries shape and dtype of the rows, not the rows, to the backward pass.
+    # The backward pass needs the rows' shape and dtype. A slice of no columns has them without keeping the rows.
     return take_rows(rows_SUD, index_SN), (index_SN, rows_SUD[..., :0])
 
 
@@ -70,7 +82,7 @@ def _take_backward(residuals, g_SND):
     with jax.named_scope("take_rows"):
         zeros = jnp.zeros((*like.shape[:2], g_SND.shape[-1]), jnp.float32)
         add = jax.vmap(lambda z, i, g: z.at[i].add(g, mode="promise_in_bounds"))
-        # In bfloat16 a sum of many small gradients would stop growing: rows of frequent tokens were off by 2%.
+        # Summed in bfloat16, many small gradients would stop adding up: rows of frequent tokens were off by 2%.
         return add(zeros, index_SN, g_SND.astype(jnp.float32)).astype(like.dtype), None
 
 

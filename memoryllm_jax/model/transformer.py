@@ -4,11 +4,12 @@
     memory  X_{l+1} = X_l + Attn(N1(X_l)) + FFN-M(NM(X_0))
     flex-b  X_{l+1} = X_l + Attn(N1(X_l)) + FFN-C(N2(X_l)) + FFN-M(NM(X_0))
 
-and, to compare with, base with an FFN of flex-b's FFN-C and tables E_l of token embeddings in place of FFN-M:
+There are three more architectures to compare with. Each is base with a smaller FFN, so that it has as many active
+parameters as flex-b, and in each layer a table E_l of token embeddings in place of FFN-M, or nothing:
 
     value-b      Attn's values are N1(X_l) W_V + E_l[token]
     ple-b        X_{l+1} = Y + (GELU(NG(Y) W_gate) * NM(E_l[token])) W_out, where Y is base's X_{l+1}
-    no-memory-b  nothing in place of FFN-M
+    no-memory-b  nothing
 
 Shapes: B sequences, T positions, D model width, H heads, K head size, F FFN width, V token ids, L layers,
 S batch shards, U distinct token ids of a shard, N = B T / S positions of a shard, P width of a table's rows.
@@ -30,26 +31,26 @@ from memoryllm_jax.model.token_memory import TokenRows, embed, take_rows
 
 
 def _parameter(module, name, shape, axes, std):
-    """A float32 parameter, stored padded to what the mesh divides. Its values do not depend on the mesh."""
+    """A float32 parameter, stored with the padding that the mesh needs. Its values do not depend on the mesh."""
 
-    def init(key, stored, dtype):
-        # Drawn before padding: another shape would draw other values.
+    def init(key, stored_shape, dtype):
+        # Drawn before padding, because another shape would draw other values.
         values = nn.initializers.normal(std)(key, shape, dtype)
-        return jnp.pad(values, [(0, b - a) for a, b in zip(shape, stored)])
+        return jnp.pad(values, [(0, stored - size) for size, stored in zip(shape, stored_shape)])
 
     return module.param(name, nn.with_logical_partitioning(init, axes), padded(shape, axes), jnp.float32)
 
 
 def _weight(module, name, shape, axes, std):
-    """A parameter for a product: in the dtype of the computation, the model's width whole and without padding."""
+    """A parameter for a product: in the dtype of the computation, and without padding of the model's width."""
     w = _parameter(module, name, shape, axes, std).astype(module.config.dtype)
     return unpadded_embed(w, module.config.dim, axes)
 
 
 def _matmul(x, w):
     """x[..., D] @ w[D, F] in the dtype of x."""
-    # On a CPU, XLA's product of [B T, D] is twice as fast as that of [B, T, D], and its bfloat16 product five times as
-    # fast when it may return its float32 sums.
+    # On a CPU, XLA multiplies [B T, D] twice as fast as [B, T, D], and bfloat16 five times as fast if the result is
+    # float32.
     on_cpu = jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu"
     sum_dtype = jnp.float32 if on_cpu else None
     y = jnp.dot(x.reshape(-1, x.shape[-1]), w, preferred_element_type=sum_dtype).astype(x.dtype)
@@ -57,7 +58,7 @@ def _matmul(x, w):
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm with a scale and no bias, in float32."""
+    """RMSNorm or LayerNorm, with a scale and without bias."""
 
     config: ModelConfig
 
@@ -65,7 +66,7 @@ class Norm(nn.Module):
     def __call__(self, x):
         init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         scale_D = self.param("scale", init, x.shape[-1:], jnp.float32)
-        y = x.astype(jnp.float32)  # bfloat16 has 8 bits of mantissa, too few for a mean of squares
+        y = x.astype(jnp.float32)  # bfloat16 has 8 bits of precision, too few for a mean of squares
         if self.config.norm == "layernorm":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
@@ -73,19 +74,19 @@ class Norm(nn.Module):
 
 
 def swiglu_coefficients(q, gate, up, matmul=jnp.matmul):
-    """SiLU(q W_gate) * (q W_up): the factors of SwiGLU's values, which are the rows of W_down (paper, section 2.3.1).
+    """SiLU(q W_gate) * (q W_up), the coefficients by which SwiGLU weighs its values (paper, section 2.3.1).
 
     Args:
       q: queries [..., D].
       gate, up: W_gate and W_up [D, F], or one column of each [D].
-      matmul: the product of q with either; its dtype is that of the result.
-    Returns: [..., F], or [...] of one column.
+      matmul: function that multiplies q with `gate` and with `up`; it decides the dtype of the result.
+    Returns: [..., F], or [...] for one column.
     """
     return nn.silu(matmul(q, gate)) * matmul(q, up)
 
 
 class SwiGLU(nn.Module):
-    """(SiLU(x W_gate) * x W_up) W_down: columns of W_up are keys, rows of W_down values (paper, section 2.3.1)."""
+    """(SiLU(x W_gate) * (x W_up)) W_down. Columns of W_up are keys, rows of W_down values (paper, section 2.3.1)."""
 
     config: ModelConfig
     width: int
@@ -101,7 +102,10 @@ class SwiGLU(nn.Module):
 
 
 def _output_std(config):
-    """Of matrices that write to the residual stream: its variance does not grow with depth (as in GPT-2)."""
+    """Initial standard deviation of matrices that write to the residual stream.
+
+    The stream sums two such results of each layer. Scaled like this, its variance does not grow with depth (GPT-2).
+    """
     return config.init_std / (2 * config.layers) ** 0.5
 
 
@@ -116,10 +120,11 @@ def rope_table(config: ModelConfig, positions):
 
 
 def _rope_frequencies(c: ModelConfig):
-    """float32 [K/2], radians a position; divided by a factor for contexts longer than trained on.
+    """Rotary frequencies in radians per position, float32 [K/2].
 
-    `linear` divides all frequencies (Chen et al. 2023). `llama3` keeps those that turn often enough within the original
-    context, divides those that turn too seldom, and interpolates between the two (Llama Team 2024).
+    For contexts longer than in the original training, `linear` divides all frequencies by rope_factor (Chen et al.
+    2023). `llama3` keeps frequencies with many turns within the original context, divides those with few, and
+    interpolates between the two (Llama Team 2024).
     """
     half = c.head_dim // 2
     frequency = c.rope_theta ** (-np.arange(half) / half)
@@ -135,13 +140,19 @@ def _rope_frequencies(c: ModelConfig):
 
 def _rotate(x_BTHK, rope):
     cos, sin = rope
-    cos, sin = cos[..., None, :], sin[..., None, :]  # the same for all heads
+    cos, sin = cos[..., None, :], sin[..., None, :]  # an axis for the heads, which all turn alike
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHK.dtype)
 
 
 class AttentionOutput(NamedTuple):
-    """Attn(x), the heads' results before the output projection, and the keys and values of x for a cache."""
+    """What `Attention` computes.
+
+    Attributes:
+      attended_BTD: Attn(x).
+      mixed_BTHK: the heads' results, which the output projection reads.
+      keys_values: the keys and values of x, [B, H, T, K], for a cache.
+    """
 
     attended_BTD: jax.Array
     mixed_BTHK: jax.Array
@@ -155,11 +166,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, rope, past=None, value_BTE=None) -> AttentionOutput:
-        """Attends over x itself or, with `past`, over a cache and x's one position.
+        """Attends over x itself or, with `past`, over a cache and over x, which is then one position.
 
         Args:
-          past: the cache, and the position [B] of x in each sequence.
-          value_BTE: added to the values; E = key heads x K.
+          x_BTD: normalised input.
+          rope: `rope_table` of the positions of x.
+          past: (cache, position [B] of x in each sequence), or None.
+          value_BTE: what is added to the values, or None; E = key heads x K.
         """
         c = self.config
         B, T, D = x_BTD.shape
@@ -173,18 +186,18 @@ class Attention(nn.Module):
         k, v = _rotate(project("k", c.key_heads), rope), project("v", c.key_heads)
         if value_BTE is not None:
             value_BTHK = value_BTE.reshape(B, T, c.key_heads, K)
-            padding = v.shape[2] - c.key_heads
+            padding = v.shape[2] - c.key_heads  # heads that pad the stored weights
             v = v + jnp.pad(value_BTHK, [(0, 0), (0, 0), (0, padding), (0, 0)])
         out_HKD = _weight(self, "out", (c.heads, K, D), ("heads", "head_dim", "embed"), _output_std(c))
         if past is None:
             group = c.heads // c.key_heads
             if group == 1:
                 y = attention.causal_attention(q, k, v, c.attention)
-            else:  # the kernels want a key head for each query head
+            else:  # the kernels need a key head for each query head
                 y = attention.causal_attention(q, jnp.repeat(k, group, 2), jnp.repeat(v, group, 2), c.attention)
         else:
             cache, position_B = past
-            y = cache.attend(q[:, 0], k[:, 0], v[:, 0], position_B)
+            y = cache.attend(q[:, 0], k[:, 0], v[:, 0], position_B)  # it takes grouped heads as they are
         keys_values = attention.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
         return AttentionOutput(_matmul(y.reshape(B, T, -1), out_HKD.reshape(-1, D)), y, keys_values)
 
@@ -196,11 +209,11 @@ class Gate(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, row_BTP):
-        shape = x_BTD.shape[-1], self.config.table_dim
-        gate_DP = _weight(self, "gate", shape, ("embed", "mlp"), self.config.init_std)
-        out_PD = _weight(self, "out", shape[::-1], ("mlp", "embed"), _output_std(self.config))
+        D, P = x_BTD.shape[-1], self.config.table_dim
+        gate_DP = _weight(self, "gate", (D, P), ("embed", "mlp"), self.config.init_std)
+        out_PD = _weight(self, "out", (P, D), ("mlp", "embed"), _output_std(self.config))
         openness_BTP = nn.gelu(_matmul(x_BTD, gate_DP))
-        padding = openness_BTP.shape[-1] - row_BTP.shape[-1]
+        padding = openness_BTP.shape[-1] - P  # columns that pad the stored weights
         row_BTP = jnp.pad(row_BTP, [(0, 0), (0, 0), (0, padding)])
         return _matmul(openness_BTP * row_BTP, out_PD)
 
@@ -208,12 +221,13 @@ class Gate(nn.Module):
 class LayerOutput(NamedTuple):
     """What one decoder layer computes for B sequences of T positions.
 
-    x_BTD: the residual stream after the layer.
-    keys_values: the keys and values of these positions, [B, H, T, K], for a cache.
-    attention_input_BTD: N1(X_l), which the projections to queries, keys and values read.
-    mixed_BTHK: the heads' results, which attention's output projection reads.
-    attended_BTD: Attn(N1(X_l)).
-    ffn_input_BTD: the normalised stream that FFN-C, or base's FFN, reads; None where the layer has neither.
+    Attributes:
+      x_BTD: the residual stream after the layer.
+      keys_values: the keys and values of these positions, [B, H, T, K], for a cache.
+      attention_input_BTD: N1(X_l), which the projections to queries, keys and values read.
+      mixed_BTHK: the heads' results, which attention's output projection reads.
+      attended_BTD: Attn(N1(X_l)).
+      ffn_input_BTD: the normalised stream that FFN-C, or base's FFN, reads; None if the layer has neither.
     """
 
     x_BTD: jax.Array
@@ -225,13 +239,13 @@ class LayerOutput(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """One decoder layer; the rows of its token memory arrive from outside, live or looked up."""
+    """One decoder layer. It is given its rows of the token memory, and does not know where they come from."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x_BTD, ffn_SUD, index_SN, rope, past=None) -> LayerOutput:
-        """Arguments as of `apply_layer`."""
+        """The arguments are those of `apply_layer`."""
         c = self.config
         row_BTP = None
         if ffn_SUD is not None:
@@ -254,14 +268,15 @@ class DecoderLayer(nn.Module):
 
 
 def apply_layer(config: ModelConfig, params, x_BTD, ffn_SUD, index_SN, rope, past=None) -> LayerOutput:
-    """Applies one decoder layer to the residual stream. For use inside jit and a mesh.
+    """Applies one decoder layer to the residual stream. Call it inside jit and a mesh.
 
-    What the caller does not read of the result is not computed.
+    XLA drops the computation of results that the caller does not use.
 
     Args:
       params: the layer's parameters, as `TrainedModel.load` gives them.
       x_BTD: the residual stream before the layer.
-      ffn_SUD, index_SN: the layer's rows of the token memory, and the row of each position; None without rows.
+      ffn_SUD: the layer's rows of the token memory, or None.
+      index_SN: int32, the row of each position: position n of shard s takes ffn[s, index[s, n]].
       rope: `rope_table` of the positions.
       past: (cache, position [B]) to attend over a cache, with T = 1; None to attend over x alone.
     """
@@ -269,21 +284,21 @@ def apply_layer(config: ModelConfig, params, x_BTD, ffn_SUD, index_SN, rope, pas
 
 
 class ScannedDecoderLayer(DecoderLayer):
-    """A decoder layer as `nn.scan` wants it: (carry, nothing else to collect)."""
+    """A decoder layer for `nn.scan`, which expects (carry, what to stack over layers): here nothing is stacked."""
 
     def __call__(self, *args):
         return super().__call__(*args).x_BTD, None
 
 
 class MemoryOutput(NamedTuple):
-    """A layer's row of the token memory, FFN-M_l(query), and its query, NM_l(X_0)."""
+    """One layer's rows of the token memory, FFN-M_l(query), and the queries NM_l(X_0), both [..., D]."""
 
     row: jax.Array
     query: jax.Array
 
 
 class MemoryLayer(nn.Module):
-    """FFN-M_l(NM_l(X_0)): each layer has a norm of its own, which the paper found to matter for convergence."""
+    """FFN-M_l(NM_l(X_0)). Each layer has its own norm, which the paper found to matter for convergence."""
 
     config: ModelConfig
 
@@ -294,7 +309,7 @@ class MemoryLayer(nn.Module):
 
 
 def apply_memory_layer(config: ModelConfig, params, x0) -> MemoryOutput:
-    """Evaluates one layer's FFN-M on embeddings x0 [..., D]. For use inside jit and a mesh.
+    """Evaluates one layer's FFN-M on embeddings x0 [..., D]. Call it inside jit and a mesh.
 
     Args:
       params: the layer's parameters, as `TrainedModel.load` gives them.
@@ -303,23 +318,24 @@ def apply_memory_layer(config: ModelConfig, params, x0) -> MemoryOutput:
 
 
 class ScannedMemoryLayer(MemoryLayer):
-    """A memory layer as `nn.scan` wants it; the carry is the embeddings, which all layers read."""
+    """A memory layer for `nn.scan`. The carry is the embeddings, which all layers read; the rows are stacked."""
 
     def __call__(self, x0_SUD):
         return x0_SUD, constrain(super().__call__(x0_SUD).row, "shard", None, None)
 
 
 class MemoryTable(nn.Module):
-    """E_l[token] of the architectures with tables in place of FFN-M; ple normalises it."""
+    """E_l[token] of the architectures with tables in place of FFN-M. In ple-b it is normalised."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, ids, take):
-        """Rows [..., P] of the ids.
+        """Looks up the rows [..., P] of the ids.
 
         Args:
-          take: (table [V, P] as stored, P padded; ids) -> rows in the config's dtype.
+          ids: token ids in a shape that `take` understands.
+          take: function of (table [V, P] as stored, with padding; ids) that returns rows in the config's dtype.
         """
         c = self.config
         table_VP = _parameter(self, "table", (c.vocab_size, c.row_dim), ("vocab", "embed"), c.init_std)
@@ -328,7 +344,7 @@ class MemoryTable(nn.Module):
 
 
 class ScannedMemoryTable(MemoryTable):
-    """A table as `nn.scan` wants it; the carry is the ids, which all layers read."""
+    """A table for `nn.scan`. The carry is the ids, which all layers read; the rows are stacked."""
 
     def __call__(self, ids_SU):
         row_SUP = super().__call__(ids_SU, lambda table, ids: embed(table, ids, self.config.dtype))
@@ -336,10 +352,10 @@ class ScannedMemoryTable(MemoryTable):
 
 
 def _over_layers(layer, config, in_axes):
-    """The layer scanned over the depth, so that it compiles once: parameters get a leading axis L. Applies remat."""
+    """Scans a layer over the depth, with the config's remat. It compiles once, and parameters get a leading axis L."""
     if config.remat != "none":
         policy = attention.keep_results if config.remat == "dots" else None
-        # Within a scan XLA cannot merge the recomputation with the forward pass, so nothing needs to prevent it.
+        # prevent_cse keeps XLA from merging the recomputation with the forward pass, which it cannot do within a scan.
         layer = nn.remat(layer, policy=policy, prevent_cse=False)
     return nn.scan(
         layer,
@@ -352,42 +368,47 @@ def _over_layers(layer, config, in_axes):
 
 
 class LanguageModel(nn.Module):
-    """Token ids -> rows of the token memory -> hidden states. loss.py makes logits of them, chunk by chunk."""
+    """Token ids -> rows of the token memory -> hidden states. loss.py computes logits from these, chunk by chunk."""
 
     config: ModelConfig
 
     def setup(self):
         c = self.config
-        table = (c.vocab_size, c.dim), ("vocab", "embed"), c.init_std
-        self.embedding_VD = _parameter(self, "embedding", *table)
+        shape, axes = (c.vocab_size, c.dim), ("vocab", "embed")
+        self.embedding_VD = _parameter(self, "embedding", shape, axes, c.init_std)
         if not c.tie_embeddings:
-            self.head_VD = _parameter(self, "head", *table)
+            self.head_VD = _parameter(self, "head", shape, axes, c.init_std)
         self.layers = _over_layers(ScannedDecoderLayer, c, (0, nn.broadcast, nn.broadcast))(c)
         if c.row_dim:
-            self.memory = _over_layers(ScannedMemoryLayer if c.memory_dim else ScannedMemoryTable, c, ())(c)
+            memory = ScannedMemoryLayer if c.memory_dim else ScannedMemoryTable
+            self.memory = _over_layers(memory, c, ())(c)
         self.final_norm = Norm(c)
 
     def __call__(self, ids_SU, index_SN, length):
-        """All parameters take part, which is what `init` needs; steps call the methods below."""
+        """Uses all parameters, so that Linen's `init` creates them. Training and inference call the methods below."""
         return self.hidden(self.token_rows(ids_SU), index_SN, length), self.output_embedding()
 
     def token_rows(self, ids_SU) -> TokenRows:
-        """Embeddings and token memory of the distinct ids [S, U] of each batch shard.
+        """Embeddings and token memory of the distinct ids of each batch shard.
 
-        A row that no position takes has no gradient, so padding is free.
+        Args:
+          ids_SU: int32. Padding may hold any id: a row that no position takes has no gradient.
         """
         x0_SUD = embed(self.embedding_VD, ids_SU, self.config.dtype)[..., : self.config.dim]
         x0_SUD = constrain(x0_SUD, "shard", None, None)
         ffn_LSUD = None
         if self.config.row_dim:
-            ffn_LSUD = self.memory(x0_SUD if self.config.memory_dim else ids_SU)[1]
+            _, ffn_LSUD = self.memory(x0_SUD if self.config.memory_dim else ids_SU)
         return TokenRows(x0_SUD, ffn_LSUD)
 
     def hidden(self, rows: TokenRows, index_SN, length: int):
-        """Normalised final states [B, T, D]; T = length.
+        """Runs all decoder layers.
 
         Args:
-          index_SN: the row of position n of shard s is rows[:, s, index[s, n]].
+          rows: the result of `token_rows`.
+          index_SN: int32, the row of each position: position n of shard s takes row index[s, n] of its shard.
+          length: T, the positions of a sequence.
+        Returns: the normalised final states [B, T, D].
         """
         x_BTD = take_rows(rows.x0_SUD, index_SN).reshape(-1, length, self.config.dim)
         x_BTD = constrain(x_BTD, "batch", None, None)
@@ -395,18 +416,24 @@ class LanguageModel(nn.Module):
         return self.final_norm(x_BTD)
 
     def output_embedding(self):
-        """[V, D] as stored, padding included, float32."""
+        """The output head [V, D], float32, as stored with its padding."""
         return self.embedding_VD if self.config.tie_embeddings else self.head_VD
 
 
 def init(model: LanguageModel, key, shards: int = 1):
-    """New parameters, each boxed with its logical axes. Call it inside a mesh with `shards` batch shards."""
+    """New parameters, each boxed with its logical axes. Call it inside a mesh.
+
+    Args:
+      key: jax.random key.
+      shards: batch shards of the mesh.
+    """
+    # Two positions for each shard, of token id 0: the values of the parameters do not depend on the ids.
     ids = jnp.zeros((shards, 2), jnp.int32)
     return model.init(key, ids, ids, 2)["params"]
 
 
 def abstract_params(model: LanguageModel, mesh):
-    """Shapes, dtypes and shardings of the parameters on the mesh, without boxes."""
+    """Shapes, dtypes and shardings of the parameters on the mesh, as a tree of `jax.ShapeDtypeStruct`."""
     with jax.set_mesh(mesh):
         boxed = jax.eval_shape(lambda: init(model, jax.random.key(0), batch_shards(mesh)))
     placed = shardings(mesh, nn.get_partition_spec(boxed))

@@ -11,6 +11,7 @@ LENGTHS, STEPS, CONTEXT = (3, 18, 11, 1), 4, 32
 
 
 def some_ids(count):
+    """Random ids, the same at each call."""
     return np.random.default_rng(count).integers(0, 64, count).astype(np.int32)
 
 
@@ -32,7 +33,7 @@ def decode(decoder, rows, sequences, lengths):
 
 
 @pytest.mark.parametrize("size, most, padded", [(1, 99, 16), (16, 99, 16), (17, 99, 32), (33, 40, 40), (3, 5, 5)])
-def test_sizes_are_padded_to_few(size, most, padded):
+def test_a_bucket_is_a_power_of_two_or_the_most(size, most, padded):
     assert bucket(size, most) == padded
 
 

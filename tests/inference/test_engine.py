@@ -12,7 +12,7 @@ from memoryllm_jax.inference.engine import Contribution
 
 
 def by_equations(model, path, memory_L, compute_L):
-    """The loss with W_down of each layer's FFN-M and FFN-C times a factor."""
+    """The loss by tests/reference.py, with W_down of each layer's FFN-M and FFN-C multiplied by a factor."""
     params = stacked(model.trained.load(lambda _: True)[0])
     for group, factors in (("layers", compute_L), ("memory", memory_L)):
         if "ffn" in params.get(group, {}):
@@ -23,7 +23,7 @@ def by_equations(model, path, memory_L, compute_L):
     return -float(log_probs[jnp.arange(TOKENS), ids[1:]].mean())
 
 
-# Of each architecture: contributions, and the factors of FFN-M and FFN-C that they stand for.
+# {architecture: [(contribution, factors of FFN-M by layer, factors of FFN-C or base's FFN by layer), ...]}
 CASES = {
     "base": [
         (Contribution(alpha=0.5), (1, 1), (0.5, 0.5)),
@@ -55,18 +55,18 @@ def test_contributions_are_those_of_the_equations_live_and_looked_up(lab, name):
 @pytest.mark.parametrize(
     "name, contribution, message",
     [
-        ("base", Contribution(alpha_compute=0.5), "alpha_compute: expected flex, found base"),
-        ("memory", Contribution(drop_compute=(1,)), "drop_compute: expected flex, found memory"),
+        ("base", Contribution(alpha_compute=0.5), "alpha_compute: expected a flex model, found base"),
+        ("memory", Contribution(drop_compute=(1,)), "drop_compute: expected a flex model, found memory"),
         ("memory", Contribution(alpha=-1.0), "alpha: expected a number of zero or more, found -1"),
         ("flex-3", Contribution(drop_layers=(2,)), "drop_layers: expected layers from 0 to 1, found 2"),
     ],
 )
-def test_contributions_that_a_model_has_not_are_refused(lab, name, contribution, message):
+def test_contributions_that_do_not_fit_the_model_are_refused(lab, name, contribution, message):
     with pytest.raises(ArgumentError, match=message):
         contribution.factors(lab.config(name))
 
 
-def test_stop_ids_are_those_named_and_the_end_of_a_document(lab):
+def test_stop_ids_are_the_named_tokens_and_the_end_of_a_document(lab):
     with lab.model("base") as model:
         assert model.stop_ids(["#7"]) == {7, model.tokenizer.eos_id}
         with pytest.raises(UserError, match="stop=several words: expected one token"):

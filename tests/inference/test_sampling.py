@@ -1,4 +1,4 @@
-"""Draws, and texts sampled in batches from a model with random weights, whose texts vary."""
+"""Single draws, and texts sampled in batches from a model with random weights, which does not repeat one token."""
 
 import itertools
 
@@ -16,7 +16,7 @@ GREEDY, CONTEXT, VOCAB = Sampling(temperature=0), 32, 60
 
 
 class HostRows:
-    """Rows of all ids, looked up by the host."""
+    """A row source that needs ids on the host, and records the ids of each fetch."""
 
     on_device = False
 
@@ -83,16 +83,14 @@ def test_texts_end_at_stop_tokens_the_context_and_max_tokens(sources):
         ([[5]], -1, "seed", "expected a number from 0 to 4294967295, found -1"),
     ],
 )
-def test_prompts_and_seeds_that_cannot_be_are_refused_before_anything_runs(prompts, seed, name, problem):
+def test_invalid_prompts_and_seeds_are_refused_before_anything_runs(prompts, seed, name, problem):
     with pytest.raises(ArgumentError, match=f"^{name}: {problem}") as error:
         sampling.generate(None, None, prompts, 12, GREEDY, seed, CONTEXT, VOCAB)
     assert error.value.name == name
 
 
-# Draws
-
-
 def draws(logits, count, settings, vocab, seed=0):
+    """`count` tokens drawn from the same logits [V], each for another sequence."""
     logits = jnp.tile(jnp.asarray(logits, jnp.float32), (count, 1))
     sequences = np.arange(count, dtype=np.int32)
     return np.asarray(sampling.draw(logits, np.uint32(seed), sequences, sequences % 7, settings, vocab))
@@ -101,24 +99,29 @@ def draws(logits, count, settings, vocab, seed=0):
 def test_draws_follow_the_softmax_within_their_limits():
     rng = np.random.default_rng(0)
     logits, count, vocab = rng.normal(0, 1.5, 12), 6000, 9
-    logits[9:] = 20.0  # ids past the vocabulary, though likeliest
+    logits[9:] = 20.0  # ids past the vocabulary must not be drawn, although their logits are the largest
     p = np.exp(logits[:vocab] / 0.7)
     order = np.argsort(-p)
+    # The likeliest ids up to and with the one that reaches 0.8 of the probability.
     nucleus = order[: int(np.searchsorted(np.cumsum(p[order]) / p.sum(), 0.8)) + 1]
     assert 2 < len(nucleus) < 8
     for limits, kept in (({}, order), ({"top_k": 4}, order[:4]), ({"top_p": 0.8}, nucleus)):
         seen = np.bincount(draws(logits, count, Sampling(0.7, **limits), vocab), minlength=12)
         assert set(np.nonzero(seen)[0]) == set(kept), limits
         expected = count * p[kept] / p[kept].sum()
-        assert (np.square(seen[kept] - expected) / expected).sum() < 30  # chi-square of at most 8 degrees
+        assert (np.square(seen[kept] - expected) / expected).sum() < 30  # chi-square with at most 8 degrees of freedom
 
 
-def test_greedy_is_the_limit_of_each_setting_and_a_seed_repeats_its_draws():
+def test_each_setting_is_greedy_at_its_limit():
     rng = np.random.default_rng(0)
     many = jnp.asarray(rng.normal(0, 1, (64, 12)), jnp.float32)
     at = np.arange(64, dtype=np.int32)
     for settings in (GREEDY, Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-6)):
         drawn = sampling.draw(many, np.uint32(0), at, at, settings, 9)
         np.testing.assert_array_equal(drawn, np.asarray(many[:, :9].argmax(1)))
-    again = [draws(many[0], 64, Sampling(0.7), 9, seed).tolist() for seed in (1, 1, 2)]
-    assert again[0] == again[1] != again[2]
+
+
+def test_a_seed_repeats_its_draws():
+    logits = np.random.default_rng(0).normal(0, 1, 12)
+    first, again, other = (draws(logits, 64, Sampling(0.7), 9, seed).tolist() for seed in (1, 1, 2))
+    assert first == again != other

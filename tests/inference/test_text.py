@@ -1,4 +1,4 @@
-"""Generated text as people read it."""
+"""Generated tokens as text, streamed and printed."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_a_stream_shows_characters_when_all_of_their_bytes_are_there(tokenizer):
     assert "" in pieces and not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)  # 🙂 takes four tokens
 
 
-def test_a_stream_that_ends_within_a_character_shows_that_it_does(tokenizer):
+def test_a_stream_that_ends_within_a_character_shows_a_replacement(tokenizer):
     prompt = tokenizer.encode("A word")
     new = tokenizer.encode("A word🙂")[len(prompt) : -1]
     streamer = Streamer(tokenizer, prompt)
@@ -33,7 +33,7 @@ def test_a_stream_that_ends_within_a_character_shows_that_it_does(tokenizer):
 def test_texts_of_a_batch_are_printed_one_after_another(lab, capsys):
     prompts = ["A string is", "The file"]
     with lab.model("flex-3") as engine:
-        capsys.readouterr()  # what training has printed
+        capsys.readouterr()  # drops what training has printed
         results, stats = print_texts(engine, prompts, 6, Sampling(0), 0, ())
     assert capsys.readouterr().out == "".join(
         f"[{number}] {prompt}{result['text']}\n\n" for number, (prompt, result) in enumerate(zip(prompts, results), 1)

@@ -1,4 +1,4 @@
-"""Passes over token ids in chunks of one shape."""
+"""Token ids in chunks of one shape."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Each attention backend against the plain one where it can run, and lowered for its own machine where it cannot."""
+"""Attention backends: those that run on a CPU against the plain one, the others lowered for their own device."""
 
 import dataclasses
 import functools
@@ -20,12 +20,13 @@ from memoryllm_jax.training.step import Trainer
 
 @pytest.fixture
 def with_cudnn(monkeypatch):
-    """JAX asks for cuDNN's version before it traces a call, also for a machine that is not this one."""
+    """Pretends that cuDNN is installed: JAX asks for its version when it traces a call, even for another machine."""
     version = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
     monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", version)
 
 
 def forward_and_backward(kernel, q, k, v, g):
+    """(result, gradients of q, k and v), where g is the gradient of the result."""
     out, vjp = jax.vjp(kernel, q, k, v)
     return out, *vjp(g)
 
@@ -33,14 +34,15 @@ def forward_and_backward(kernel, q, k, v, g):
 @pytest.mark.parametrize(
     "backend, batch, length, heads, head_dim",
     [
-        ("blocked", 2, 1, 3, 10),  # tiles of 128 positions: part of one
-        ("blocked", 1, 300, 3, 10),  # two and a part, with an odd number of heads
-        ("splash", 2, 16, 2, 60),  # blocks of 128: part of one
+        # Tiles have 128 positions: part of one tile, then two tiles and a part of the third.
+        ("blocked", 2, 1, 3, 10),
+        ("blocked", 1, 300, 3, 10),
+        ("splash", 2, 16, 2, 60),
         ("splash", 1, 300, 2, 64),
     ],
 )
 def test_tiles_give_plain_attention_and_its_gradients(backend, batch, length, heads, head_dim):
-    """Splash in Pallas' interpreter, as it compiles on a TPU only."""
+    """Splash runs in Pallas' interpreter, because it compiles only on a TPU."""
     splash = functools.partial(attention.splash, block=128, interpret=True)
     kernel = {"blocked": blocked_attention.blocked, "splash": splash}[backend]
     args = np.random.default_rng(0).normal(size=(4, batch, length, heads, head_dim)).astype(np.float32)
@@ -49,35 +51,36 @@ def test_tiles_give_plain_attention_and_its_gradients(backend, batch, length, he
         np.testing.assert_allclose(a, b, atol=5e-6, rtol=2e-6)
 
 
-def kernels(text: str) -> list[str]:
-    """Names of the attention kernels that lowered text calls, in order."""
+def kernels(text: str) -> list[tuple[str, str]]:
+    """The attention kernels that a lowered step calls, in order: (of splash, of cuDNN), one of them empty."""
     return re.findall(r'kernel_name = "splash_mha_([a-z]+)_|@__cudnn\$fmhaSoftmax(\w*)\(', text)
 
 
 CALLS = {"cuda": [("", ""), ("", "Backward")], "tpu": [("fwd", ""), ("dkv", "")]}
 
 
-@pytest.mark.parametrize("head_dim", [60, 100, 64])
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_flash_attention_is_lowered_for_gpu_and_tpu(with_cudnn, platform, head_dim):
-    """Forward and backward on a device's own rows and heads, with the head sizes that the kernels want."""
+@pytest.mark.parametrize(
+    "platform, head_dim, padded_head_dim",
+    [("cuda", 60, 64), ("cuda", 100, 104), ("cuda", 64, 64), ("tpu", 60, 64), ("tpu", 100, 128), ("tpu", 64, 64)],
+)
+def test_flash_attention_is_lowered_for_gpu_and_tpu(with_cudnn, platform, head_dim, padded_head_dim):
+    """Each device runs the kernels on its own two sequences and two heads, with head sizes that the kernels support."""
     backend = attention.resolve_backend("auto", "bfloat16", platform)
     x = jax.ShapeDtypeStruct((8, 2048, 4, head_dim), jnp.bfloat16)
     step = functools.partial(forward_and_backward, functools.partial(attention.causal_attention, backend=backend))
     with jax.set_mesh(sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))):
         text = jax.jit(step).trace(x, x, x, x).lower(lowering_platforms=(platform,)).as_text()
     assert kernels(text) == CALLS[platform]
-    padded = {60: 64, 100: 104, 64: 64} if platform == "cuda" else {60: 64, 100: 128, 64: 64}
-    local = {"cuda": (2, 2048, 2, padded[head_dim]), "tpu": (4, 2048, padded[head_dim])}[platform]
+    operand = {"cuda": f"tensor<2x2048x2x{padded_head_dim}xbf16>", "tpu": f"tensor<4x2048x{padded_head_dim}xbf16>"}
     for line in text.splitlines():
         if "custom_call @tpu" in line or "custom_call @__cudnn" in line:
-            assert f"tensor<{'x'.join(map(str, local))}xbf16>" in line, line
+            assert operand[platform] in line, line
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_the_train_step_calls_each_kernel_once(make_config, with_cudnn, platform, remat):
-    """Under `dots` the backward pass keeps the forward kernel's results; `full` runs it again."""
+def test_the_train_step_runs_the_forward_kernel_again_only_under_full_remat(make_config, with_cudnn, platform, remat):
+    """Under `dots` the backward pass uses the results that the forward kernel has left."""
     c = make_config(**{"model.remat": remat, "model.dtype": "bfloat16", "mesh.fsdp": 4, "mesh.tensor": 2})
     backend = attention.resolve_backend("auto", "bfloat16", platform)
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, attention=backend, vocab_size=512))
@@ -89,7 +92,7 @@ def test_the_train_step_calls_each_kernel_once(make_config, with_cudnn, platform
         traced = jax.jit(trainer._train).trace(trainer.state_shape, batch)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     forward, backward = CALLS[platform]
-    assert kernels(text) == [forward] * (1 if remat == "dots" else 2) + [backward]
+    assert kernels(text) == {"dots": [forward, backward], "full": [forward, forward, backward]}[remat]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_the_train_step_calls_each_kernel_once(make_config, with_cudnn, platform
         ("splash", "bfloat16", "cuda", "splash needs a TPU, found cuda"),
     ],
 )
-def test_unavailable_attention_is_an_error(name, dtype, platform, message):
+def test_an_unavailable_backend_is_an_error(name, dtype, platform, message):
     with pytest.raises(UserError, match=f"config.model.attention: {message}"):
         attention.resolve_backend(name, dtype, platform)
 
@@ -116,7 +119,7 @@ def test_unavailable_attention_is_an_error(name, dtype, platform, message):
         ("tpu", "float32", "splash"),
     ],
 )
-def test_auto_is_the_fastest_that_runs(platform, dtype, backend):
+def test_auto_is_the_fastest_backend_that_runs(platform, dtype, backend):
     assert attention.resolve_backend("auto", dtype, platform) == backend
 
 
@@ -130,7 +133,7 @@ def test_auto_is_the_fastest_that_runs(platform, dtype, backend):
         ("gpu", "AMD Instinct MI300X", "gfx942", "rocm 70000", "blocked"),
     ],
 )
-def test_auto_asks_the_device(monkeypatch, platform, kind, capability, version, backend):
+def test_auto_follows_the_kind_of_device(monkeypatch, platform, kind, capability, version, backend):
     client = types.SimpleNamespace(platform_version=version)
     device = types.SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability, client=client)
     monkeypatch.setattr(jax, "devices", lambda: [device])

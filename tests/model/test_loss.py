@@ -1,4 +1,4 @@
-"""Losses and log-probabilities of chunks of logits."""
+"""Losses and log-probabilities that are computed in chunks, against the same without chunks."""
 
 import functools
 
@@ -11,7 +11,7 @@ from memoryllm_jax.model import loss, sharding
 
 
 def test_weights_multiply_and_padding_adds_nothing():
-    """In chunks of 16 of 50 positions; bfloat16 stays near float32."""
+    """50 positions in chunks of 16, so that the last chunk is padded. bfloat16 stays near float32."""
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     x, head = jax.random.normal(jax.random.key(0), (1, 50, 8)), jax.random.normal(jax.random.key(1), (32, 8))
     targets = jax.random.randint(jax.random.key(2), (1, 50), 0, 32)
@@ -32,10 +32,10 @@ def test_weights_multiply_and_padding_adds_nothing():
     np.testing.assert_allclose(rough, total, rtol=1e-2)
 
 
-def test_ids_that_pad_the_vocabulary_have_no_share():
+def test_ids_that_pad_the_vocabulary_get_no_probability():
     rng = np.random.default_rng(0)
     x, head, targets = rng.normal(size=(2, 7, 4)), rng.normal(size=(10, 4)), rng.integers(0, 8, (2, 7))
-    head[8:] *= 9
+    head[8:] *= 9  # padding, whose logits would be large
     logits = x @ head[:8].T
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 1, 1), jax.devices()[:2])):

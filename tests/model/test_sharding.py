@@ -1,4 +1,4 @@
-"""Meshes: widths they do not divide, and what does not fit them."""
+"""Meshes that do not divide the model's widths, and configs that do not fit a mesh."""
 
 import dataclasses
 import json
@@ -19,43 +19,48 @@ ODD = {"model.dim": 30, "model.heads": 3, "model.ffn_dim": 103, "model.vocab_siz
 
 
 def losses(config, workdir, devices):
+    """The loss of each step of a training run on so many devices."""
     assert loop.train(config, str(workdir), jax.devices()[:devices]) == 0
     with open(workdir / "metrics.jsonl") as file:
         return [r["loss"] for r in map(json.loads, file) if r["kind"] == "train"]
 
 
 @pytest.mark.slow
-def test_widths_that_the_mesh_does_not_divide_train_as_one(make_config, tmp_path):
-    """And what they are padded with stays zero, and is cut off where another mesh goes on."""
+def test_widths_that_the_mesh_does_not_divide_train_as_on_one_device(make_config, tmp_path):
+    """Their padding stays zero, and a run can go on from the checkpoint on another mesh."""
     one = losses(make_config("flex-3", **ODD), tmp_path / "one", 1)
     config = make_config("flex-3", **ODD, **{"mesh.fsdp": 4, "mesh.tensor": 2, "checkpoint.every": 2})
     assert one[0] != pytest.approx(one[-1], rel=1e-2)  # it trained
     np.testing.assert_allclose(losses(config, tmp_path / "odd", 8), one, rtol=2e-5)
 
+    assert_padding_is_zero(config, tmp_path / "odd")
+
+    (tmp_path / "odd" / "4").rename(tmp_path / "gone")
+    resumed = losses(make_config("flex-3", **ODD), tmp_path / "odd", 1)  # steps 1 and 2 of before, then 3 and 4
+    np.testing.assert_allclose(resumed, one, rtol=2e-5)
+
+
+def assert_padding_is_zero(config, workdir):
+    """In parameters and optimizer state of the checkpoint of step 4."""
     config = loop.complete(config, dataset.Dataset(config.data.path))
-    true = transformer.abstract_params(
-        transformer.LanguageModel(config.model), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    )
+    one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    unpadded = transformer.abstract_params(transformer.LanguageModel(config.model), one_device)
     trainer = Trainer(config, sharding.make_mesh(config.mesh))
-    checkpoints = store.Checkpoints(str(tmp_path / "odd"), read_only=True)
+    checkpoints = store.Checkpoints(str(workdir), read_only=True)
     state = checkpoints.restore(4, trainer.state_shape)
     checkpoints.close()
     adam = state["opt_state"][1][0]
     padding = 0
     for tree in (state["params"], adam.mu, adam.nu):
-        for stored, whole in zip(jax.tree.leaves(tree), jax.tree.leaves(true)):
-            outside = np.ones(stored.shape, bool)
-            outside[tuple(slice(n) for n in whole.shape)] = False
-            assert not np.asarray(stored)[outside].any()
-            padding += outside.sum()
-    assert padding > 1000
-
-    (tmp_path / "odd" / "4").rename(tmp_path / "gone")
-    more = losses(make_config("flex-3", **ODD), tmp_path / "odd", 1)  # from step 2 on
-    np.testing.assert_allclose(more, one, rtol=2e-5)
+        for stored, whole in zip(jax.tree.leaves(tree), jax.tree.leaves(unpadded)):
+            is_padding = np.ones(stored.shape, bool)
+            is_padding[tuple(slice(n) for n in whole.shape)] = False
+            assert not np.asarray(stored)[is_padding].any()
+            padding += is_padding.sum()
+    assert padding > 1000  # there is padding at all
 
 
-def test_batches_and_meshes_that_do_not_fit_are_refused(make_config):
+def test_batches_and_heads_that_do_not_fit_the_mesh_are_refused(make_config):
     config = make_config("flex-3")
 
     def check(mesh, **changes):
@@ -78,5 +83,8 @@ def test_batches_and_meshes_that_do_not_fit_are_refused(make_config):
 def test_an_axis_claimed_twice_is_an_error():
     with pytest.raises(ValueError, match="claim a mesh axis twice"):
         sharding.spec("vocab", "mlp")
+
+
+def test_a_constraint_outside_a_mesh_is_an_error():
     with pytest.raises(ValueError, match="no mesh is set"):
         jax.jit(lambda x: sharding.constrain(x, "batch"))(jax.numpy.ones(8))

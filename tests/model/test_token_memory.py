@@ -1,4 +1,4 @@
-"""Rows taken by positions, and their gradients."""
+"""The gradients of rows that positions take."""
 
 import re
 
@@ -10,11 +10,10 @@ from memoryllm_jax.model.token_memory import take_rows
 
 
 def test_frequent_rows_sum_their_gradient_in_float32():
-    """4,096 positions of one token, each with gradient 1 + 1/128: a bf16 sum would stop growing at 256.
+    """4,096 positions share one row, each with gradient 1 + 1/128. A sum in bfloat16 would stop growing at 256.
 
-    XLA's CPU sums bf16 in float32 of its own accord, so the dtype that other devices are asked for is read too.
+    On a CPU, XLA sums bfloat16 in float32 anyway, so the test also reads the dtype of the sum in the traced function.
     """
-
     rows = jnp.ones((1, 2, 4), jnp.bfloat16)
     index = jnp.zeros((1, 4096), jnp.int32)
     _, vjp = jax.vjp(lambda r: take_rows(r, index), rows)

@@ -1,4 +1,4 @@
-"""Loss and gradients of the train step against tests/reference.py, and what must not change them."""
+"""Loss and gradients of the train step against tests/reference.py, and settings that must not change them."""
 
 import functools
 import re
@@ -18,7 +18,12 @@ WINDOWS = np.random.default_rng(0).integers(0, VOCAB, (8, 33))
 
 
 def batch_of(windows, accumulate=1, unique=True, weights=None, padding=0):
-    """The windows as the batch of one shard, its token ids distinct or, if not `unique`, one for each position."""
+    """The windows as a batch of one shard, with its distinct token ids or, unless `unique`, one id for each position.
+
+    Args:
+      weights: one for each predicted position; by default 1.
+      padding: number of ids that pad the distinct ids.
+    """
     ids, index = windows[:, :-1].reshape(-1), np.arange(windows[:, :-1].size)
     if unique:
         ids, index = np.unique(ids, return_inverse=True)
@@ -30,9 +35,12 @@ def batch_of(windows, accumulate=1, unique=True, weights=None, padding=0):
 
 
 def gradients(config, batch):
-    """((loss with z-loss, loss), gradient without padding, parameters) of the train step on the config's mesh."""
-    mesh = config.mesh
-    mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
+    """The train step's losses and gradients on the config's mesh. The gradients of padding must be zero.
+
+    Returns: ((loss with z-loss, loss), gradients without padding, parameters without padding).
+    """
+    devices = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
     placed, whole = random_params(config.model, mesh)
     with jax.set_mesh(mesh):
         losses, grads = jax.jit(Trainer(config, mesh)._gradients)(placed, batch)
@@ -45,11 +53,13 @@ def gradients(config, batch):
 
 
 def leaves(a, b):
+    """Yields (name, leaf of a, leaf of b) of two trees of one structure."""
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
         yield jax.tree_util.keystr(path), np.asarray(x), np.asarray(y)
 
 
 def assert_close(a, b, relative):
+    """Compares two trees leaf by leaf, by the norm of the difference relative to that of b."""
     for name, x, y in leaves(a, b):
         error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-12)
         assert error < relative, (name, error)
@@ -83,7 +93,10 @@ def test_loss_and_gradients_are_those_of_the_equations(make, architecture, overr
 
 @pytest.fixture(scope="module")
 def one_batch_many_ways(make_config):
-    """gradients(**ways) of one flex model and batch, in which the first half of the positions weighs a tenth."""
+    """run(**ways) -> `gradients` of one flex model and batch.
+
+    In the first half of the positions, only each tenth has a weight.
+    """
     weights = np.ones(WINDOWS[:, 1:].size)
     weights[: len(weights) // 2] *= np.arange(len(weights) // 2) % 10 == 0
 
@@ -97,7 +110,7 @@ def one_batch_many_ways(make_config):
 
 
 def test_evaluating_each_distinct_token_once_changes_nothing(one_batch_many_ways):
-    """Value and gradient of FFN-M on distinct ids against FFN-M on every position, in a batch that repeats ids."""
+    """The batch repeats ids. FFN-M runs on its distinct ids or on every position."""
     losses, grads = one_batch_many_ways(accumulate=2)
     plain_losses, plain_grads = one_batch_many_ways(accumulate=2, unique=False)
     np.testing.assert_allclose(losses, plain_losses, rtol=1e-6)
@@ -105,7 +118,7 @@ def test_evaluating_each_distinct_token_once_changes_nothing(one_batch_many_ways
 
 
 def test_accumulation_weighs_tokens_not_micro_batches(one_batch_many_ways):
-    """One of the two micro-batches has a tenth of its weights."""
+    """The first of the two micro-batches has a tenth of the second's weight."""
     losses, grads = one_batch_many_ways(accumulate=2)
     whole_losses, whole_grads = one_batch_many_ways()
     np.testing.assert_allclose(losses, whole_losses, rtol=1e-6)
@@ -132,8 +145,8 @@ def compiled(config, windows=WINDOWS):
         return jax.jit(trainer._gradients).lower(trainer.params_shape, batch_of(windows)).compile()
 
 
-def test_remat_recomputes(make):
-    """Temporary memory falls from keeping all, to matrix products, to block inputs."""
+def test_remat_saves_memory(make):
+    """Temporary memory falls from keeping everything, to keeping matrix products, to keeping the layers' inputs."""
     windows = np.random.default_rng(0).integers(0, VOCAB, (8, 129))
     memory = []
     for policy in ("none", "dots", "full"):
