@@ -129,7 +129,7 @@ def test_the_extra_that_a_url_needs_is_named(monkeypatch):
 def test_urls_are_refused_where_a_disk_is_needed(make_config, data_path, corpus):
     with pytest.raises(UserError, match=r"workdir: expected a folder on a disk or gs://BUCKET/FOLDER, found s3://b/w"):
         loop.train(make_config(), "s3://b/w")
-    with pytest.raises(UserError, match=r"config.data.path: embedded is prepared in the workdir, .* on a disk"):
+    with pytest.raises(UserError, match=r"config.data.path: embedded .*: expected a workdir on a disk, found gs://b/w"):
         loop.train(make_config(**{"data.path": "embedded"}), "gs://b/w")
     with pytest.raises(UserError, match=r"output: expected a folder on a disk"):
         prepare(corpus, f"sentencepiece:{data_path}/tokenizer.model", "gs://b/data")
