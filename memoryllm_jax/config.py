@@ -116,9 +116,8 @@ class ModelConfig:
     attention: str = field("auto", choices=ATTENTION_BACKENDS, resumable=True)
     # What the backward pass recomputes: none, dots (all but matrix products and attention) or full (everything)
     remat: str = field("dots", choices=("none", "dots", "full"), resumable=True)
-    loss_chunk: int = field(
-        4096, least=1, resumable=True
-    )  # tokens of a batch shard whose logits exist at the same time
+    # Tokens of a batch shard whose logits are in memory at the same time
+    loss_chunk: int = field(4096, least=1, resumable=True)
     # Compute the token memory once for each distinct token of a batch; False: at every position, for comparison
     unique_tokens: bool = field(True, resumable=True)
 
@@ -202,7 +201,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a warm-up and a cosine schedule; the defaults are the paper's Table 3."""
+    """AdamW with a warm-up and a cosine schedule. The defaults are those of the paper's Table 3, as far as it goes."""
 
     peak_lr: float = field(1e-4, above=0)
     final_lr: float = field(1e-5, least=0)
@@ -230,9 +229,8 @@ class CheckpointConfig:
 
     every: int = field(1000, least=1, resumable=True)  # steps between checkpoints; the last step is always saved
     keep: int = field(3, least=1, resumable=True)  # number of newest checkpoints that are kept
-    keep_every: int = field(
-        0, least=0, resumable=True
-    )  # checkpoints at multiples of this step are never removed; 0: none
+    # Checkpoints of steps that are multiples of this are never removed; 0: none
+    keep_every: int = field(0, least=0, resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,9 +248,8 @@ class LogConfig:
     every: int = field(10, least=1, resumable=True)  # steps between lines of metrics
     tensorboard: bool = field(True, resumable=True)
     wandb: bool = field(False, resumable=True)
-    peak_flops: float = field(
-        0.0, least=0, resumable=True
-    )  # FLOP/s of one device, for MFU; 0: look up the device's name
+    # Peak FLOP/s of one device, for MFU; 0: look them up by the device's name
+    peak_flops: float = field(0.0, least=0, resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)

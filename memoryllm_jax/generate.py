@@ -23,7 +23,7 @@ from memoryllm_jax.tol.serving import EngineOptions
 def main(
     engine: EngineOptions,
     sampling: Sampling,
-    prompt: Annotated[tuple[str, ...], Option("text to go on from; more than one makes a batch", many=True)] = (),
+    prompt: Annotated[tuple[str, ...], Option("text to continue; several make a batch", many=True)] = (),
     prompts: Annotated[str, Option("text file with one prompt a line")] = "",
     max_tokens: Annotated[int, Option("new tokens for each prompt; fewer if the context is full", least=1)] = 128,
     seed: Annotated[int, Option("random seed of the sampling")] = 0,
@@ -31,7 +31,7 @@ def main(
         tuple[str, ...], Option("token that ends a text, as text or #ID; eos always ends it", many=True)
     ] = (),
     stats: Annotated[bool, Option("print speed, cache hits and fetch times to stderr")] = False,
-    output: Annotated[str, Option("JSON file for texts and statistics")] = "",
+    output: Annotated[str, Option("JSON file to write texts and statistics to")] = "",
 ) -> None:
     texts = read_prompts(prompt, prompts)
     with contextlib.closing(engine.open()) as opened:

@@ -81,6 +81,8 @@ def print_error(error: Exception) -> None:
 
 
 def _run(call, check=None):
+    """Runs `call(positional arguments)` as an absl command, and turns errors into a line on stderr and an exit code."""
+
     def main(argv):
         if not any(argument.startswith(("--verbosity", "-v")) for argument in sys.argv):
             logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and also the errors that it raises
@@ -110,12 +112,14 @@ def _run(call, check=None):
         raise
 
 
-def _positional(function):
+def _positional(function) -> list[inspect.Parameter]:
+    """The parameters without an `Option`."""
     hints = options.hints(function)
     return [p for p in inspect.signature(function).parameters.values() if not options.is_option(hints.get(p.name))]
 
 
-def _check_positional(name, parameters, arguments):
+def _check_positional(name, parameters, arguments) -> None:
+    """Raises: UserError if there are too few or too many arguments for the positional parameters of command `name`."""
     required = [p for p in parameters if p.default is p.empty]
     if not len(required) <= len(arguments) <= len(parameters):
         expected = " ".join(p.name.upper() if p in required else f"[{p.name.upper()}]" for p in parameters)
@@ -124,7 +128,8 @@ def _check_positional(name, parameters, arguments):
         )
 
 
-def _help_of(name, function, positional):
+def _help_of(name, function, positional) -> str:
+    """What `name --help` prints above the options: how to call the command, and its docstring."""
     spec = sys.modules["__main__"].__spec__
     module = spec.name.removesuffix(".__main__") if spec else ""
     arguments = "".join(f" {p.name.upper()}" for p in positional)

@@ -53,6 +53,8 @@ class Option:
 
 
 class _Parameter(typing.NamedTuple):
+    """A parameter or field with an `Option`."""
+
     name: str
     type: type  # the plain type, without Annotated and None
     default: object  # _MISSING where there is none
@@ -67,13 +69,13 @@ def define(target: Callable) -> None:
     """Defines the flags of a function's or dataclass's options."""
     makers = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
     for parameter in _parameters(target):
-        _, kind, default, option = parameter
-        value = None if default is _MISSING else default
-        if kind is tuple:
+        option = parameter.option
+        value = None if parameter.default is _MISSING else parameter.default
+        if parameter.type is tuple:
             value = list(value or ())
             make = flags.DEFINE_multi_string if option.many else flags.DEFINE_list
         else:
-            make = makers[kind]
+            make = makers[parameter.type]
         text = f"{option.help}; one of {', '.join(option.choices)}" if option.choices else option.help
         # `values` reports a missing flag: absl's message for `required` flags does not say what the flag is.
         make(parameter.flag, value, text)
@@ -89,19 +91,20 @@ def values(target: Callable) -> dict[str, object]:
         if dataclasses.is_dataclass(hint):
             out[name] = hint(**values(hint))
     for parameter in _parameters(target, nested=False):
-        name, kind, default, option = parameter
         value = flags.FLAGS[parameter.flag].value
-        if default is _MISSING and value in (None, "", []):
-            raise ArgumentError(parameter.flag, f"is missing ({option.help})")
-        out[name] = tuple(value) if kind is tuple and value is not None else value
-        option.check(parameter.flag, out[name])
+        if parameter.default is _MISSING and value in (None, "", []):
+            raise ArgumentError(parameter.flag, f"is missing ({parameter.option.help})")
+        if parameter.type is tuple and value is not None:
+            value = tuple(value)
+        parameter.option.check(parameter.flag, value)
+        out[parameter.name] = value
     return out
 
 
 def check(options) -> None:
     """Checks the fields of a dataclass of options; call it in __post_init__. Raises: ArgumentError."""
-    for name, _, _, option in _parameters(type(options), nested=False):
-        option.check(name, getattr(options, name))
+    for parameter in _parameters(type(options), nested=False):
+        parameter.option.check(parameter.name, getattr(options, parameter.name))
 
 
 def given(name: str) -> bool:

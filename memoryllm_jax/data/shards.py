@@ -204,20 +204,24 @@ def _tokenizer(spec: str, sources: list[Source], text_key: str, output: str, res
     Raises: UserError if the earlier run had another tokenizer.
     """
     path = os.path.join(output, "tokenizer.model")
-    if not spec.startswith(_TRAIN_SPEC):
+    if spec.startswith(_TRAIN_SPEC):
+        if resumes:
+            return tokenizer_lib.load(f"sentencepiece:{path}")
+        model = _train_tokenizer(spec, sources, text_key)
+    else:
         model = tokenizer_lib.load(spec)
         if resumes and storage.sha256(path) != model.digest:
             raise UserError(f"{output}: was begun with another tokenizer than {spec}; use a new folder")
-    elif resumes:
-        return tokenizer_lib.load(f"sentencepiece:{path}")
-    else:
-        size = spec.removeprefix(_TRAIN_SPEC)
-        if not size.isdigit():
-            raise ArgumentError("tokenizer", f"expected a vocabulary size at the end of {spec}, found {size!r}")
-        print(f"training a SentencePiece model of {size} ids", flush=True)
-        model = tokenizer_lib.train_sentencepiece(_sample(sources, text_key), int(size), os.cpu_count())
     storage.write_bytes(path, model.content)
     return model
+
+
+def _train_tokenizer(spec: str, sources: list[Source], text_key: str) -> Tokenizer:
+    size = spec.removeprefix(_TRAIN_SPEC)
+    if not size.isdecimal():
+        raise ArgumentError("tokenizer", f"expected a vocabulary size at the end of {spec}, found {size!r}")
+    print(f"training a SentencePiece model of {size} ids", flush=True)
+    return tokenizer_lib.train_sentencepiece(_sample(sources, text_key), int(size), os.cpu_count())
 
 
 def _sample(sources: list[Source], text_key: str) -> Iterator[str]:
@@ -282,6 +286,7 @@ def _in_processes(todo, settings, model, workers, report) -> dict[int, dict]:
         waiting = set(futures)
         try:
             while waiting:
+                # The timeout lets progress be shown while no file is finished.
                 finished, waiting = concurrent.futures.wait(waiting, timeout=0.2)
                 for future in finished:
                     records[futures[future]] = future.result()
@@ -291,6 +296,7 @@ def _in_processes(todo, settings, model, workers, report) -> dict[int, dict]:
                 f"a worker process was killed, perhaps for lack of memory; try fewer workers than {workers}"
             ) from error
         except BaseException:
+            # Leaving the `with` block would first tokenize all files that have not been started.
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return records

@@ -134,7 +134,7 @@ def test_bad_input_is_named_and_leaves_no_shard(name, content, message, data_pat
     assert not list(tmp_path.glob("out/*.bin*")) and not (tmp_path / "out" / "dataset.json").exists()
 
 
-def test_other_mistakes_in_preparing(corpus, data_path, tmp_path):
+def test_bad_arguments_are_refused_and_leave_only_the_lock(corpus, data_path, tmp_path):
     spec = f"sentencepiece:{data_path}/tokenizer.model"
     with pytest.raises(UserError, match="expected at least one file, found none"):
         prepare(f"{tmp_path}/*.json.gz", spec, str(tmp_path / "o"))
@@ -151,6 +151,8 @@ def test_other_mistakes_in_preparing(corpus, data_path, tmp_path):
     assert os.listdir(tmp_path / "o") == [".lock"]
     with pytest.raises(UserError, match="this text allows at most"):
         prepare(corpus, "sentencepiece:train:200000", str(tmp_path / "o"))
+    with pytest.raises(UserError, match=r"tokenizer: expected a vocabulary size at the end of .*, found '4²'"):
+        prepare(corpus, "sentencepiece:train:4²", str(tmp_path / "o"))
 
 
 def test_a_tokenizer_of_the_user_is_not_overwritten(corpus, data_path, tmp_path):
