@@ -1,10 +1,10 @@
-"""The harness's scores of exported models by its own Hugging Face adapter, against ours of the checkpoints.
+"""Compares the scores of exported models by the harness's own Hugging Face adapter with those of checkpoints by ours.
 
     python benchmarks/agreement.py --workdir=BASE --workdir=MEMORY --task_data=FOLDER --scratch=DIR --output=FILE.json
 
-Runs lambada_local and piqa_local, whole unless --limit is given, in float32. The harness's adapter computes FFN-M live;
-ours does so too and, for memory and flex, also reads a ToL file of 32 bits. Compares example by example. Kill it at any
-time and run the same line again. Needs the extras `eval` and `hf`, and accelerate, which `lm_eval` asks for there.
+Runs lambada_local and piqa_local, whole unless --limit is given, in float32, and compares example by example. The
+harness's adapter computes FFN-M live; ours does so too and, for memory and flex, also reads a ToL file of 32 bits. Kill
+it at any time and run the same line again. Needs the extras `eval` and `hf`, and accelerate for the harness's adapter.
 """
 
 import contextlib
@@ -29,7 +29,12 @@ METRICS = ("acc", "acc_norm")
 
 
 class Scores(NamedTuple):
-    """Of one example: log-likelihoods of its continuations, whether greedy decoding gives each, and its metrics."""
+    """The scores of one example.
+
+    nats: log-likelihood of each continuation.
+    greedy: whether greedy decoding gives the continuation, for each.
+    metrics: by name, those of METRICS that the task has.
+    """
 
     nats: tuple[float, ...]
     greedy: tuple[bool, ...]
@@ -40,7 +45,7 @@ Samples = dict[tuple[int, str], Scores]  # by number and hash of the document
 
 
 class Harness:
-    """Runs of the tasks, whose samples are kept in files.
+    """Runs the tasks, and keeps their samples in files: a run whose file exists is not repeated.
 
     Args:
       task_data: folder with the tasks' files.
@@ -51,6 +56,7 @@ class Harness:
         self._task_data, self._limit = task_data, limit
 
     def ours(self, path: str, workdir: str, tol: str = "") -> dict[str, Samples]:
+        """Samples of each task by our adapter, from the checkpoint in `workdir`; `path` is the file for them."""
         with contextlib.ExitStack() as stack:
 
             def adapter():
@@ -60,10 +66,12 @@ class Harness:
             return self._scores(path, adapter)
 
     def theirs(self, path: str, folder: str) -> dict[str, Samples]:
+        """Samples of each task by the harness's adapter, from the exported model in `folder`."""
         how = f"pretrained={folder},trust_remote_code=True,dtype=float32"
         return self._scores(path, lambda: "hf", model_args=how, batch_size=16, device="cpu")
 
     def _scores(self, path, open_model, **more) -> dict[str, Samples]:
+        # The model is opened only if the tasks must run.
         if not os.path.exists(path):
             print(path, flush=True)
             self._run(path, open_model(), **more)
@@ -98,14 +106,16 @@ def _scores_of(line):
 
 
 def compare(ours: Samples, theirs: Samples) -> dict:
-    """How two sides' samples, which must be of the same documents, differ; metrics as [ours, theirs]."""
+    """Compares two sides' samples of one task. Raises: UserError unless both have the same documents.
+
+    Returns: the means of the metrics as [ours, theirs], and how much the scores of single examples differ.
+    """
     if ours.keys() != theirs.keys():
         raise UserError(f"expected the same documents of both sides, found {len(ours)} and {len(theirs)}")
     pairs = [(ours[key], theirs[key]) for key in ours]
-    metrics = {
-        name: [sum(scores.metrics[name] for scores in side) / len(pairs) for side in zip(*pairs)]
-        for name in pairs[0][0].metrics
-    }
+    metrics = {}
+    for name in pairs[0][0].metrics:
+        metrics[name] = [sum(scores.metrics[name] for scores in side) / len(pairs) for side in zip(*pairs)]
     nats = [(x, y) for a, b in pairs for x, y in zip(a.nats, b.nats)]
     return {
         "examples": len(pairs),
@@ -134,7 +144,8 @@ def main(
         if not os.path.exists(f"{folder}/hf"):
             export_model(path, f"{folder}/hf")
         theirs = runs.theirs(f"{folder}/theirs.json", f"{folder}/hf")
-        for way in ("live",) if name == "base" else ("live", "ToL"):
+        ways = ["live"] if name == "base" else ["live", "ToL"]
+        for way in ways:
             tol = f"{folder}/tol.safetensors" if way == "ToL" else ""
             if tol and not os.path.exists(tol):
                 compress.precompute(path, tol, compress.Options(bits="32"))

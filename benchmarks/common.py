@@ -23,10 +23,12 @@ PACKAGES = (
     "keras-hub",
     "lm_eval",
 )
+# Paths of this machine do not belong into a committed record.
 _PATH_FLAGS = re.compile(r"^(--(?:\w*data|\w*workdir|tol|base|output|scratch))=.*")
 
 
 def facts() -> dict:
+    """The command, machine, versions and commit of this measurement."""
     git = ["git", "rev-parse", "--short", "HEAD"]
     installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
     return {
@@ -46,13 +48,13 @@ def write(path: str, results: dict, more: dict) -> None:
 
 
 def ratio(of: list[float], by: list[float]) -> dict:
-    """Median, least and largest of the rounds' ratios."""
+    """Median, minimum and maximum of the ratios `of` / `by`, each within one round."""
     values = sorted(a / b for a, b in zip(of, by))
     return {"median": statistics.median(values), "min": values[0], "max": values[-1]}
 
 
 def peak_memory(device=None) -> int:
-    """Bytes: of the device where it tells, else of this process."""
+    """Peak memory in bytes: that of the device if its statistics have it, else that of this process."""
     stats = device and device.memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

@@ -1,4 +1,4 @@
-"""Loss against tokens of memory and flex-3, converted from a trained base and trained from scratch.
+"""Loss against tokens of memory and flex-3, started from a trained base and from scratch.
 
     python benchmarks/conversion.py --data=DIR --workdir=DIR --output=benchmarks/results/conversion
 
@@ -26,7 +26,7 @@ Curve = list[tuple[int, float]]  # (tokens, held-out loss)
 
 
 class Runs(NamedTuple):
-    """Training runs in folders of `workdir`, evaluated `every` steps."""
+    """Training runs, each in its own folder of `workdir`, evaluated every `every` steps."""
 
     workdir: str
     data: str
@@ -36,7 +36,13 @@ class Runs(NamedTuple):
         return os.path.join(self.workdir, name.replace(",", "").replace(" ", "_"))
 
     def train(self, name: str, config: str, steps: int, *more: str) -> Curve:
-        """Trains, or goes on with a run that was stopped. Raises: UserError if training fails."""
+        """Trains, or resumes a run that was stopped.
+
+        Args:
+          config: name of the config file in configs/, with the architecture.
+          more: further flags of `train`.
+        Returns: the curve of the run. Raises: UserError if training fails.
+        """
         fields = {"steps": steps, "eval.every": self.every, "eval.batches": 32, "checkpoint.every": steps}
         fields |= {"data.path": self.data, "data.epochs": 9}
         command = [sys.executable, "-m", "memoryllm_jax.train", f"--config={HERE}/../configs/{config}"]
@@ -50,6 +56,7 @@ class Runs(NamedTuple):
 
 
 def draw(curves: dict[str, Curve], architectures, base: Curve, path: str) -> None:
+    """Draws one panel for each architecture, with the loss that base ended at as a line."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,20 +1,20 @@
-"""A decode step of one sequence on real text: live FFN-M, a ToL on device, host and disk, and base of the same size.
+"""Time of a decode step of one sequence on real text: live FFN-M, a ToL on device, host and disk, and base.
 
     python benchmarks/decode.py --workdir=DIR --base=DIR --tol=FILE --data=DIR --output=benchmarks/results/NAME.json
 
-`analyze decode_cost` compares whole models at any size in a minute. This script is for 1b, and adds what that does not
-measure: rows from a cold and from a warm page cache, the bandwidth of memory and the time that it alone allows for a
-step, and sides that do not fit the memory together.
+`analyze decode_cost` compares whole models of any size in a minute. This script is for 1b. It also measures rows from a
+cold and from a warm page cache, the bandwidth of memory, and the time that reading a step's bytes at this bandwidth
+takes; and its sides need not fit the memory together.
 
-Each side decodes the next stretch of the held-out text in turn: the text gives the token, so that cold rows come as
-often as in text. As in `generate`, a row from host or disk is fetched once the token before it is known; where rows are
-on the device, the next step is dispatched before the token is read. disk-warm: the pages of the file that the stretch
-needs are in the page cache. disk-cold: all pages of the file are dropped before the round. The device's cache of rows
-keeps what earlier rounds left in it.
+The sides take turns, and each decodes the next stretch of held-out text. The text gives the tokens, so that uncached
+rows are as frequent as in text. As in `generate`, a row from host or disk is fetched once its token is known to the
+host; where rows are on the device, the next step is dispatched before the token is read. disk-warm: the pages of the
+file that the stretch needs are in the page cache. disk-cold: all pages of the file are dropped from it before the
+round. The device's cache of rows keeps the rows of earlier rounds.
 
 Sides that do not fit the memory together are split into groups (--groups). Within a group, a plus joins sides that
-share a decoder and a process, and a slash stands between processes. Every group holds `disk`, which the others are
-compared with in the same round.
+share a decoder and a process, and a slash separates processes. Every group contains `disk`, with which the other sides
+are compared in the same round.
 """
 
 import dataclasses
@@ -42,13 +42,15 @@ from memoryllm_jax.tol.reader import RowReader
 from memoryllm_jax.tol.rows import CachedRows, DeviceRows, HostTable
 from memoryllm_jax.tol.serving import open_engine
 
-FIRST = 1000  # held-out token that the rounds begin at
+FIRST = 1000  # position of the rounds' first token in the held-out text
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
+    """What is measured."""
+
     workdir: Annotated[str, Option("checkpoints of the memory model")]
-    base: Annotated[str, Option("checkpoints of base of the same total")]
+    base: Annotated[str, Option("checkpoints of base with as many parameters in total")]
     tol: Annotated[str, Option("ToL file of the memory model")]
     data: Annotated[str, Option("prepared data")]
     groups: Annotated[tuple[str, ...], Option("sides that are measured together")] = (
@@ -62,7 +64,7 @@ class Settings:
 
 
 def bandwidth() -> float:
-    """Bytes a second that the device reads, from the fastest of several sums of a large array."""
+    """Memory bandwidth of the device in bytes a second: the fastest of several sums over a large array."""
     x = jnp.ones(1 << (28 if jax.default_backend() == "cpu" else 30), jnp.float32)
     add = jax.jit(jnp.sum)
     add(x).block_until_ready()
@@ -75,7 +77,7 @@ def bandwidth() -> float:
 
 
 class Worker:
-    """Sides that share one decoder, in a process of their own."""
+    """Measures sides that share one decoder, in a process of their own."""
 
     def __init__(self, sides: list[str], settings: Settings):
         self.settings = settings
@@ -106,7 +108,10 @@ class Worker:
         return CachedRows(table, mesh, self.settings.cache << 20)
 
     def serve(self) -> None:
-        """Prints facts of the sides, then answers each line {"side", "state", "first"} with a round's figures."""
+        """Prints facts about the sides, then answers each input line {"side", "state", "first"} with a round's figures.
+
+        All lines are JSON; "first" is the position of the round's first token.
+        """
         facts = {side: self._facts(side) for side in self.sources}
         peak = common.peak_memory(jax.devices()[0])
         print(json.dumps({"facts": facts, "bandwidth": bandwidth(), "peak_bytes": peak}), flush=True)
@@ -115,7 +120,7 @@ class Worker:
 
     def _facts(self, side):
         rows, decoder = self.sources[side], self.model.decoder
-        self._decode(rows, self.stream.read(0, 4))  # compiles
+        self._decode(rows, self.stream.read(0, 4))  # compiles, before the rounds
         weights = decoder.weights_bytes
         if side == "live":
             weights += sum(x.nbytes for x in jax.tree.leaves(rows._params.get("memory")))
@@ -130,14 +135,14 @@ class Worker:
         }
 
     def _round(self, side, state, first):
-        """Milliseconds a token, and the share of rows that the device's cache held."""
+        """Decodes a stretch. Returns: milliseconds a token, and the share of rows found in the device's cache."""
         rows, steps = self.sources[side], self.settings.steps
         tokens = self.stream.read(first, steps)
         if side == "disk" and state == "cold":
-            os.sync()
+            os.sync()  # only pages that are written back can be dropped
             os.posix_fadvise(self.tol.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         elif side == "disk":
-            rows.table.read(np.unique(tokens))
+            rows.table.read(np.unique(tokens))  # brings the pages into the page cache
         before = counts_of(rows)
         start = time.perf_counter()
         self._decode(rows, tokens)
@@ -146,6 +151,7 @@ class Worker:
         return {"ms": 1e3 * seconds / steps, "hit_rate": hits / max(requests, 1)}
 
     def _decode(self, rows, tokens):
+        """Runs a step for each token, and draws a next token from it as `generate` does."""
         decoder, zero = self.model.decoder, np.zeros(1, np.int32)
         greedy = {"sampling": Sampling(0.0), "vocab_size": self.model.tokenizer.vocab_size}
         unread = None
@@ -153,24 +159,28 @@ class Worker:
             ids, position = np.array([token], np.int32), np.array([number], np.int32)
             logits, self.cache = decoder.step(rows.fetch(ids), zero, position, self.cache)
             drawn = draw(logits, np.uint32(0), zero, position, **greedy)
-            if rows.on_device:  # this step's token is read when the next step has been dispatched
+            if rows.on_device:  # read the token of the step before, now that this step is dispatched
                 unread, drawn = drawn, unread
             if drawn is not None:
-                np.asarray(drawn)
+                np.asarray(drawn)  # waits for the token, as `generate` does
         jax.block_until_ready((unread, self.cache))
 
 
 def counts_of(rows) -> tuple[int, int]:
-    """(rows found in the device's cache, rows asked for)"""
+    """How many rows were found in the device's cache, and how many were requested, since the start."""
     return getattr(rows, "hits", 0), getattr(rows, "requests", 0)
 
 
 class Group:
-    """Processes whose sides take turns.
+    """Worker processes whose sides take turns.
 
+    Args:
+      text: the group as --groups states it, such as live+disk/base.
     Attributes:
-      facts: of each side.  bandwidth: bytes a second, the best of the processes.
-      figures: of each (side, state), those of its rounds.
+      facts: {side: its facts}.
+      bandwidth: bytes a second, the best that a process measured.
+      runs: the (side, state) pairs that take turns.
+      figures: {(side, state): the figures of its rounds}.
     """
 
     def __init__(self, text: str):
@@ -191,10 +201,12 @@ class Group:
 
     def measure(self, rounds: int, steps: int) -> None:
         for number in range(rounds):
-            turn = number % len(self.runs)  # another run goes first in each round
+            turn = number % len(self.runs)  # each round starts with another one, so that order favours none
             for side, state in self.runs[turn:] + self.runs[:turn]:
-                # Cold and warm read other text, so that neither finds the other's rows in the device cache.
-                stretch = 2 * number + (1 if state == "cold" else 0)
+                # Cold and warm read different text, so that neither finds the other's rows in the device's cache.
+                stretch = 2 * number
+                if state == "cold":
+                    stretch += 1
                 task = {"side": side, "state": state, "first": FIRST + stretch * steps}
                 process = self._processes[side]
                 process.stdin.write(json.dumps(task) + "\n")
@@ -205,7 +217,12 @@ class Group:
             process.wait()
 
     def results(self, bytes_a_second: float) -> dict[str, dict]:
-        """{side, of disk with its state: figures}"""
+        """Figures of all rounds.
+
+        Args:
+          bytes_a_second: memory bandwidth, from which the least time of a step follows.
+        Returns: {side: figures}, where disk appears as disk-warm and disk-cold.
+        """
         ms = {run: [figure["ms"] for figure in rounds] for run, rounds in self.figures.items()}
         results = {}
         for (side, state), rounds in self.figures.items():
@@ -238,7 +255,7 @@ def print_line(name: str, r: dict) -> None:
 def main(
     settings: Settings,
     output: Annotated[str, Option("JSON file for the result")] = "",
-    worker: Annotated[str, Option("internal: the sides that this process is")] = "",
+    worker: Annotated[str, Option("internal: the sides that this process measures")] = "",
 ) -> None:
     if worker:
         Worker(worker.split("+"), settings).serve()

@@ -1,17 +1,17 @@
-"""What work takes beside arithmetic: loading data, placing batches, checkpoints, compiling, and analyses of a model.
+"""Time of what surrounds training steps (loading data, placing batches, checkpoints, compiling), and of analyses.
 
     python benchmarks/overheads.py --data=DIR --output=benchmarks/results/NAME.json
     python benchmarks/overheads.py --workdir=DIR --scratch=DIR --output=FILE.json \\
         --command=outliers --command='clusters --layers=0,12,23'
 
---data is a folder that `prepare` wrote, for the overheads of training. Loading is that of a host with eight devices, a
-global batch of 16 sequences of 2,048 tokens for each. Checkpoints are of a memory model of 8 layers of width 512:
-`save` returns when the state has left the devices, and the rest is written beside training. Dry runs of 1b compile its
-step with 2 and with 24 layers.
+With --data, a folder that `prepare` wrote, the overheads of training are measured. Loading is that of a host with eight
+devices, with 16 sequences of 2,048 tokens a step for each device. Checkpoints are of a memory model of 8 layers of
+width 512: `save` returns when the state has left the devices, and writes to disk while training goes on. Dry runs of 1b
+compile its step with 2 and with 24 layers.
 
---workdir is a model's checkpoints, for the time and peak memory of commands of `analyze`, each in a process of its own;
-`open` is a process that only loads the checkpoint as they do. A command that is on record in --output is not repeated:
-after an interruption, run the same line again.
+With --workdir, a model's checkpoints, the time and peak memory of commands of `analyze` are measured, each in a process
+of its own; `open` is a process that only loads the checkpoint as they do. A command that is on record in --output is
+not repeated: after an interruption, run the same line again.
 """
 
 import json
@@ -39,8 +39,10 @@ from memoryllm_jax.training import chips, loop
 from memoryllm_jax.training.batches import TrainBatches, place
 from memoryllm_jax.training.step import Trainer
 
-DEVICES, SEQUENCES = 8, 16  # of a host; of a device and step
+DEVICES = 8  # of a host
+SEQUENCES = 16  # of a device in each step
 HERE = os.path.dirname(os.path.abspath(__file__))
+# A program that loads a checkpoint as the analyses do, and ends.
 _OPEN = """
 import sys
 from memoryllm_jax.analysis.key_values import KeyValueModel
@@ -52,7 +54,10 @@ KeyValueModel(sys.argv[1], with_attention=False).params
 
 
 def loading(dataset, tokens_wanted):
-    """Tokens a second that one host's loader makes, distinct ids included, and what eight H100 need at 60% MFU."""
+    """Speed of one host's data loader, which also finds distinct ids, beside what eight H100 need at 60% MFU.
+
+    Returns: tokens a second, those needed, their ratio, and the distinct ids of a batch.
+    """
     c = load(f"{HERE}/../configs/1b.py:memory")
     c.batch_size, c.data.epochs, c.steps = DEVICES * SEQUENCES, 1000, 500
     config = loop.complete(resolve(c), dataset)
@@ -80,7 +85,7 @@ def planning(layers):
 
 
 def stalls(dataset, path):
-    """Of a run: seconds a step, seconds that a save holds the loop up, and seconds until it is on disk."""
+    """Trains a few steps. Returns: seconds of a step, of placing a batch, of `save`, and until it is on disk."""
     c = default("memory")
     c.model.dim, c.model.layers, c.model.heads, c.batch_size = 512, 8, 8, 1
     c.data.path, c.steps, c.optimizer.warmup_steps, c.model.dtype = path, 6, 1, "float32"
@@ -118,6 +123,7 @@ def stalls(dataset, path):
 
 
 def training(data: str, tokens: int, output: str) -> None:
+    """Measures the overheads of training and writes the record."""
     dataset = Dataset(data)
     results = {}
 
@@ -135,7 +141,7 @@ def training(data: str, tokens: int, output: str) -> None:
 
 
 def measure(arguments: list[str]) -> dict[str, float]:
-    """Time and peak memory of a Python process. Raises: UserError if it fails."""
+    """Runs a Python process. Returns: its time in seconds and peak memory in MB. Raises: UserError if it fails."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *arguments])
     # wait4 gives this process's own usage, where resource.getrusage would add up all children.
@@ -148,6 +154,7 @@ def measure(arguments: list[str]) -> dict[str, float]:
 
 
 def analyses(workdir: str, scratch: str, commands: tuple[str, ...], output: str) -> None:
+    """Measures commands of `analyze` that are not on record yet, and adds them to it."""
     results = {}
     if os.path.exists(output):
         with open(output) as file:

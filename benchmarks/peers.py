@@ -1,12 +1,12 @@
-"""Base in other codes: the same shape, batch, AdamW and clipping, each with its own usual training step.
+"""Training steps of base in other libraries, with the same shape, batch, AdamW and clipping.
 
-They need packages that the project does not:
+Each is written as is usual with its library. They need packages that the project does not:
 
     pip install torch==2.13.0 'transformers>=5,<6' litgpt keras-hub
-    pip install 'huggingface-hub>=1.31,<3'    # after litgpt, which asks for one that transformers refuses
+    pip install 'huggingface-hub>=1.31,<3'    # after litgpt, which requires a version that transformers refuses
 
-A peer is a function (shape: ModelConfig, windows_BT1) -> (number of parameters, step); step() trains once and returns
-the loss before it in nats a token.
+A peer is a function (shape: ModelConfig, windows: ids [B, T + 1]) -> (number of parameters, step); step() trains one
+step and returns the loss before the update, in nats a token.
 """
 
 import os
@@ -15,6 +15,7 @@ import numpy as np
 
 
 def _torch_step(model, logits_of, windows, compiled=False):
+    """The number of parameters and the training step of a PyTorch model; logits_of: ids [B, T] -> logits [B, T, V]."""
     import torch
 
     torch.set_num_threads(os.cpu_count())

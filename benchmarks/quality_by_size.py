@@ -3,9 +3,9 @@
     python benchmarks/quality_by_size.py --workdir=DIR --data=DIR --output=benchmarks/results/NAME
 
 `analyze compression` measures uniform bits and uniform ranks on text of the user's choice. This script adds settings
-that combine bits with ranks or with dropped layers, and reports all of them, and the budget of each one's size, on one
-half of the held-out text, while budgets are planned on the other half. Rows are encoded as in a ToL file and decoded
-again. Writes NAME.json, NAME.md (the table) and NAME.png; needs matplotlib (the extra `bench`).
+that combine bits with ranks or with dropped layers. It reports all of them, and for each the budget of its size, on one
+half of the held-out text; budgets are planned on the other half. Rows are encoded as in a ToL file and decoded again.
+Writes NAME.json, NAME.md (the table) and NAME.png; needs matplotlib (the extra `bench`).
 """
 
 import math
@@ -31,11 +31,14 @@ MARKS = {"bits": "o-", "rank": "s-", "bits and rank": "D", "dropped layers": "^"
 
 
 class Trial:
-    """A model's rows in one setting after another.
+    """Measures a model with its rows stored in one setting after another.
 
+    Args:
+      tokens: held-out tokens to report on, at most.
     Attributes:
       full: perplexity with full rows.
-      rows: of the record: {"kind", "setting", "bytes", "perplexity"}, and the "budget" that was asked for.
+      rows: the record's rows {"kind", "setting", "bytes", "perplexity"}; those of the budget mode also have "budget",
+        the size in bytes that it was given.
     """
 
     def __init__(self, workdir: str, data: str, tokens: int):
@@ -51,7 +54,7 @@ class Trial:
         self.rows: list[dict] = []
 
     def drop_order(self) -> list[str]:
-        """Half of the layers, in the order in which dropping them, on top of those before, harms least."""
+        """Half of the layers, in the order in which dropping them one after another raises the loss least."""
         vectors = full_vectors(self.source, self.calibration.ids)
 
         def loss(dropped):
@@ -66,7 +69,7 @@ class Trial:
         self._add(kind, name, compress.uniform(self.source, setting), self.uniform_bases)
 
     def add_budget(self, size: int) -> None:
-        """The budget of this size, unless even the coarsest one is larger."""
+        """Adds the budget of this size, if its coarsest rows are that small."""
         try:
             layout = self.planner.layout(size)
         except UserError:
@@ -81,7 +84,7 @@ class Trial:
 
 
 def uniform_settings(drop_order: list[str]) -> list[tuple[str, str, compress.Options]]:
-    """(kind, name, options): the paper's settings and combinations of them."""
+    """The kind, name and options of the paper's settings and of combinations of them."""
     settings = [("bits", f"{bits} bits", compress.Options(bits=str(bits))) for bits in BITS]
     for rank in RANKS:
         settings.append(("rank", f"16 bits, rank {rank:.0%}", compress.Options(bits="16", rank=str(rank))))
@@ -98,28 +101,35 @@ def uniform_settings(drop_order: list[str]) -> list[tuple[str, str, compress.Opt
     return settings
 
 
-def with_peers(rows: list[dict]) -> list[tuple[dict, dict]]:
-    """Each uniform setting with the budget of its own size."""
+def with_budgets(rows: list[dict]) -> list[tuple[dict, dict | None]]:
+    """Each uniform setting with the budget of its own size, or None if no budget is that small."""
     budgets = {row["budget"]: row for row in rows if row["kind"] == "budget"}
-    return [(row, budgets[row["bytes"]]) for row in rows if row["kind"] != "budget"]
+    return [(row, budgets.get(row["bytes"])) for row in rows if row["kind"] != "budget"]
 
 
 def compare(rows: list[dict]) -> dict:
-    better, worse = [], []
-    for row, peer in with_peers(rows):
-        (better if peer["perplexity"] < row["perplexity"] else worse).append(row["setting"])
-    return {"budget_better_than": len(better), "budget_not_better_than": worse}
+    """How many uniform settings the budget of their size beats, and which ones it does not."""
+    beaten, not_beaten = [], []
+    for row, peer in with_budgets(rows):
+        if peer and peer["perplexity"] < row["perplexity"]:
+            beaten.append(row["setting"])
+        elif peer:
+            not_beaten.append(row["setting"])
+    return {"budget_better_than": len(beaten), "budget_not_better_than": not_beaten}
 
 
 def table(rows: list[dict], full: float) -> str:
+    """The Markdown table of all settings; full: perplexity with full rows."""
     lines = [
         "| setting | bytes | perplexity | budget of the same size | its bytes |",
         "| --- | --- | --- | --- | --- |",
         f"| full rows | | {full:.3f} | | |",
     ]
-    for row, peer in with_peers(rows):
-        cells = row["setting"], f"{row['bytes']:,}", f"{row['perplexity']:.3f}"
-        lines.append(f"| {' | '.join(cells)} | {peer['perplexity']:.3f} | {peer['bytes']:,} |")
+    for row, peer in with_budgets(rows):
+        cells = [row["setting"], f"{row['bytes']:,}", f"{row['perplexity']:.3f}", "", ""]
+        if peer:
+            cells[3:] = [f"{peer['perplexity']:.3f}", f"{peer['bytes']:,}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -146,6 +156,7 @@ def draw(rows: list[dict], full: float, path: str) -> None:
 
 
 def _ticks(sizes):
+    """Round numbers that span the sizes."""
     steps = [m * 10**e for e in range(-2, 6) for m in (1, 2, 3, 5)]
     return [t for t in steps if min(sizes) * 0.8 <= t <= max(sizes) * 1.2]
 

@@ -1,12 +1,12 @@
-"""Rows for the prefill of 2,048 tokens of real text, cold and warm, against raw ways to read the same rows.
+"""Time to read the rows for a prefill of 2,048 tokens of real text, beside raw ways to read the same bytes.
 
     python benchmarks/row_reads.py --workdir=DIR --tol=FILE --data=DIR --output=benchmarks/results/NAME.json
 
-`ours` is the time that `generate` waits for rows before a prefill, when its cache holds none of them: distinct tokens
-are read, their checksums verified, and handed to the device. `ours_decoded` also waits until the device has decoded
-them, which `generate` does not. The raw ways only read bytes into memory. All ways read a window of text in turn, and
-each window is other text. Before a cold read the file's pages are dropped from the page cache; before a warm one they
-are read.
+`ours` is the time that `generate` waits for rows before a prefill if its cache holds none of them: the rows of the
+distinct tokens are read, their checksums are verified, and they are handed to the device. `ours_decoded` also waits
+until the device has decoded them, which `generate` does not. The raw ways only read bytes into memory. All ways take
+turns on a window of text, and each window is different text. Before a cold read the file's pages are dropped from the
+page cache; before a warm one they are read.
 """
 
 import concurrent.futures
@@ -38,7 +38,10 @@ RAW = ("pread_one_thread", "pread_threads", "willneed_then_pread", "memory_map")
 
 
 class Raw:
-    """Ways to read given rows of a file into one buffer, nothing checked and nothing decoded."""
+    """Ways to read rows of a file into one buffer, without checking or decoding them.
+
+    Each method reads the rows of token ids [U].
+    """
 
     def __init__(self, tol):
         self.tol, self.stride = tol, tol.layout.stride
@@ -46,6 +49,7 @@ class Raw:
         self._map = mmap.mmap(tol.fd, 0, prot=mmap.PROT_READ)
 
     def places(self, ids):
+        """Where the rows start in the file, in ascending order, and a buffer for them."""
         rows = np.sort(self.tol.row_of_token[ids])
         return self.tol.start_of_row[rows].tolist(), np.empty((len(ids), self.stride), np.uint8)
 
@@ -75,7 +79,13 @@ class Raw:
 
 
 def measure(ways: dict[str, Callable], tol: TolFile, stream, windows: int) -> tuple[dict, list[int]]:
-    """(seconds of each (state, way) by window, distinct rows of each window)"""
+    """Reads windows of text in all ways.
+
+    Args:
+      ways: {name: function of token ids [U]}.
+      stream: the text.
+    Returns: {(state, way): seconds of each window}, and the number of distinct rows of each window.
+    """
     raw = Raw(tol)
     seconds = {(state, way): [] for state in ("cold", "warm") for way in ways}
     distinct = []
@@ -86,13 +96,13 @@ def measure(ways: dict[str, Callable], tol: TolFile, stream, windows: int) -> tu
         for state in ("cold", "warm"):
             for way in order:
                 if state == "cold":
-                    os.sync()
+                    os.sync()  # only pages that are written back can be dropped
                     os.posix_fadvise(tol.fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 else:
                     raw.pread_threads(ids)
                 start = time.perf_counter()
                 ways[way](ids)
-                if window:  # the first compiles
+                if window:  # the first one compiles, and does not count
                     seconds[state, way].append(time.perf_counter() - start)
         if window:
             distinct.append(len(ids))
@@ -100,7 +110,12 @@ def measure(ways: dict[str, Callable], tol: TolFile, stream, windows: int) -> tu
 
 
 def compare(seconds: dict, distinct: list[int], stride: int) -> dict:
-    """Prints and returns speeds, and shares of the speed of the best raw way."""
+    """Prints and returns the speed of each way, and its ratio to the fastest raw way.
+
+    Args:
+      seconds, distinct: as `measure` returns them.
+      stride: bytes of a row.
+    """
     ways = list(dict.fromkeys(way for _, way in seconds))
     results = {}
     for state in ("cold", "warm"):
@@ -131,7 +146,7 @@ def main(
     trained = TrainedModel(workdir)
     file.check_model(trained.config, trained.tokenizer.digest, None)
     stride = file.layout.stride
-    cached = CachedRows(RowReader(file), mesh, stride)  # room for one row: nothing is cached
+    cached = CachedRows(RowReader(file), mesh, stride)  # its cache has room for one row, so that all rows are read
     raw = Raw(file)
     ways = {name: getattr(raw, name) for name in RAW} | {"ours": cached.fetch}
     ways["ours_decoded"] = lambda ids: jax.block_until_ready(cached.fetch(ids))

@@ -1,17 +1,19 @@
-"""Training speed of our models and of peers; on an accelerator also decoding at batch 1 and the build of a ToL file.
+"""Training speed of our models and of other libraries; on an accelerator also decoding at batch 1 and the ToL build.
 
     python benchmarks/speed.py --platform=cpu --data=DIR --output=benchmarks/results/NAME.json
     python benchmarks/speed.py --platform=gpu --output=benchmarks/results/NAME.json
     python benchmarks/speed.py --table=NAME.json,NAME.json
 
 DIR is a folder that `prepare` wrote; without it ids are drawn at random (synthetic.py), and the record says so. The
-last line prints the Markdown tables of docs/performance.md. A side is a peer (peers.py, which says what to install) or
-an architecture, with settings of its own after slashes: base, memory/accumulate=4, flex-3/model.remat=full.
+third command prints the Markdown tables of docs/performance.md. A side is a peer (base in another library; peers.py
+says what to install) or an architecture, with its own settings after slashes: memory/accumulate=4,
+flex-3/model.remat=full.
 
-All sides have one shape, one batch, AdamW and clipping. Each is a process of its own. On a CPU they live through the
-whole run and take turns, so that the ratios of one round saw the same machine; on an accelerator they run one after
-another, as each needs its memory. A side that fails is recorded with its error, the others go on, and the exit code
-is 1. Decoding and ToL build use the other benchmarks and the project's own commands on untrained weights.
+All sides have the same shape, batch, AdamW and clipping, and each is a process of its own. On a CPU all processes live
+through the whole run and take turns, and ratios are taken within a round, so that both sides saw the same load of the
+machine. On an accelerator they run one after another, as each needs all of its memory. A side that fails is recorded
+with its error, the others go on, and the exit code is 1. Decoding and the ToL build run the project's own commands and
+another benchmark on untrained weights.
 """
 
 import ast
@@ -77,31 +79,32 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured; None stands for what the platform's preset says."""
+    """What is measured; None stands for the value in the platform's preset."""
 
     platform: Annotated[str | None, Option("device to measure", choices=tuple(PRESETS))] = None
     data: Annotated[str | None, Option("prepared data; by default ids drawn at random")] = None
-    vocab_size: Annotated[int, Option("of ids drawn at random")] = 128_256
-    sides: Annotated[tuple[str, ...] | None, Option("which to run; empty for none")] = None
+    vocab_size: Annotated[int, Option("vocabulary size of ids drawn at random")] = 128_256
+    sides: Annotated[tuple[str, ...] | None, Option("which sides to run; empty for none")] = None
     decode: Annotated[bool | None, Option("measure decoding and the ToL build too; by default not on a CPU")] = None
     capacity: Annotated[int, Option("positions of the key-value cache in decoding")] = 2048
     dim: Annotated[int | None, Option("model width")] = None
     layers: Annotated[int | None, Option("layers")] = None
     heads: Annotated[int | None, Option("heads")] = None
     seq_len: Annotated[int | None, Option("tokens a sequence")] = None
-    batch_size: Annotated[int | None, Option("sequences of a step")] = None
+    batch_size: Annotated[int | None, Option("sequences a step")] = None
     dtype: Annotated[str | None, Option("of the computation: float32 or bfloat16")] = None
-    loss_chunk: Annotated[int | None, Option("tokens whose logits exist at one time")] = None
+    loss_chunk: Annotated[int | None, Option("tokens whose logits are in memory at one time")] = None
     rounds: Annotated[int | None, Option("timed rounds of each side, after a first step that is not timed")] = None
     steps: Annotated[int | None, Option("training steps of a round, dispatched without waiting")] = None
 
     def with_preset(self) -> "Settings":
+        """These settings, with the preset's values in place of None."""
         missing = {name: value for name, value in PRESETS[self.platform].items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens a step."""
         return self.batch_size * self.seq_len
 
 
@@ -109,7 +112,7 @@ class Settings:
 
 
 def config_of(side: str, dataset: Dataset, settings: Settings):
-    """The config of a side like memory/accumulate=4, or of base for a peer. Raises: UserError."""
+    """The config of a side such as memory/accumulate=4; a peer has that of base. Raises: UserError."""
     name, *overrides = side.split("/")
     c = default("base" if name in PEERS else name)
     for field in ("dim", "layers", "heads", "dtype", "loss_chunk"):
@@ -118,7 +121,7 @@ def config_of(side: str, dataset: Dataset, settings: Settings):
     c.steps, c.optimizer.warmup_steps = 32, 1
     for override in overrides:
         field, _, value = override.partition("=")
-        with contextlib.suppress(ValueError):  # a word is no Python literal, and stays a string
+        with contextlib.suppress(ValueError):  # a word such as full is no Python literal, and stays a string
             value = ast.literal_eval(value)
         try:
             c.update_from_flattened_dict({field: value})
@@ -128,26 +131,34 @@ def config_of(side: str, dataset: Dataset, settings: Settings):
 
 
 def windows_of(dataset: Dataset, settings: Settings) -> np.ndarray:
-    """[B, T + 1] ids from the middle of the training text."""
+    """A batch from the middle of the training text: ids [B, T + 1]."""
     T = settings.seq_len
     stream = dataset.train.read(dataset.train.tokens // 2, settings.tokens + 1)
     return np.stack([stream[i * T : i * T + T + 1] for i in range(settings.batch_size)])
 
 
 def flops_of(config, rows: int) -> dict:
-    """FLOPs of a step by flops.py's formula: as done, with all of the attention square, with FFN-M everywhere."""
+    """FLOPs of a step by the formula of flops.py.
+
+    Args:
+      rows: rows of the token memory that are computed in a step.
+    Returns: those done, those with the masked half of attention too, and those with FFN-M at every position.
+    """
     m, tokens = config.model, config.batch_size * config.seq_len
     done = flops.train_flops(config, tokens, rows)
-    rest_of_square = 3 * tokens * m.layers * 2 * m.dim * config.seq_len
+    masked_half = 3 * tokens * m.layers * 2 * m.dim * config.seq_len  # forward once, backward twice
     return {
         "flops": done,
-        "flops_full_attention": done + rest_of_square,
+        "flops_full_attention": done + masked_half,
         "flops_every_position": flops.train_flops(config, tokens, tokens),
     }
 
 
 def our_step(config, dataset: Dataset, settings: Settings):
-    """(facts, steps); steps(n) trains n times and returns the last loss."""
+    """Makes the training step of one of our architectures.
+
+    Returns: facts for the record, and a function steps(n) that trains n steps and returns the last loss.
+    """
     import jax
 
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
@@ -177,27 +188,36 @@ def our_step(config, dataset: Dataset, settings: Settings):
 
 
 def peer_step(name: str, config, dataset: Dataset, settings: Settings):
-    """As `our_step`, of a peer. Raises: UserError if it has other parameters than base."""
+    """As `our_step`, for a peer. Raises: UserError if it has not as many parameters as base."""
     facts = flops_of(config, settings.tokens)
     facts["parameters"], step = PEERS[name](config.model, windows_of(dataset, settings))
     m = config.model
     expected = 2 * m.vocab_size * m.dim + m.layers * m.dim * (4 * m.dim + 3 * m.ffn_dim + 2) + m.dim
     if facts["parameters"] != expected:
         raise UserError(f"{name}: expected the {expected:,} parameters of base, found {facts['parameters']:,}")
-    return facts, lambda count: [step() for _ in range(count)][-1]
+
+    def steps(count):
+        return [step() for _ in range(count)][-1]
+
+    return facts, steps
 
 
 def work(side: str, settings: Settings) -> None:
-    """Prints facts, then trains whenever a line comes, and prints how long it took."""
-    # Whatever libraries print, only this function's lines reach the pipe.
+    """Measures a side in this process: prints facts, then for each line of input trains a round and prints its figures.
+
+    All output lines are JSON.
+    """
+    # Libraries may print to stdout: it is redirected to stderr, and only this function writes to the pipe.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     dataset = Dataset(settings.data)
     config, name = config_of(side, dataset, settings), side.split("/")[0]
-    make_step = (lambda *args: peer_step(name, *args)) if name in PEERS else our_step
-    facts, steps = make_step(config, dataset, settings)
+    if name in PEERS:
+        facts, steps = peer_step(name, config, dataset, settings)
+    else:
+        facts, steps = our_step(config, dataset, settings)
     start = time.perf_counter()
-    first = steps(1)
+    first = steps(1)  # compiles
     if abs(first - math.log(dataset.vocab_size)) > 0.5:
         raise UserError(f"{side}: expected a first loss near ln V = {math.log(dataset.vocab_size):.2f}, found {first}")
     print(json.dumps(facts | {"first_loss": first, "first_seconds": time.perf_counter() - start}), file=out, flush=True)
@@ -218,16 +238,21 @@ def work(side: str, settings: Settings) -> None:
 
 
 class FailedError(Exception):
-    """A side's process ended; the text is the last line it wrote."""
+    """A side's process ended; the message is the last line that it wrote to stderr."""
 
 
 class Side:
-    """A side's process."""
+    """A side's process, and the facts that it has reported so far.
+
+    Attributes:
+      facts: its facts, the seconds of its rounds and the last round's other figures; only {"error"} once it failed.
+    """
 
     def __init__(self, side, data):
         self._errors = tempfile.TemporaryFile("w+")
         environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} | os.environ
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        # The same command line, with the data that this process may have drawn.
         command = [sys.executable, *sys.argv, f"--data={data}", f"--worker={side}"]
         self._process = subprocess.Popen(command, **pipes, text=True, env=environment)
         try:
@@ -236,6 +261,7 @@ class Side:
             self.facts = {"error": str(error)}
 
     def round(self):
+        """Trains a round, unless the side has failed."""
         if "error" in self.facts:
             return
         try:
@@ -248,6 +274,7 @@ class Side:
             self.facts = {"error": str(error)}
 
     def _told(self):
+        """The next line that the process prints. Raises: FailedError if it ended."""
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
@@ -257,12 +284,13 @@ class Side:
         raise FailedError(f"exit code {code}: {lines[-1][:300] if lines else 'nothing was written'}")
 
     def end(self):
+        """Ends the process and waits for it."""
         self._process.stdin.close()
         self._process.wait()
 
 
 def measure(sides: tuple[str, ...], data: str, rounds: int) -> Iterator[dict]:
-    """Yields {side: facts and seconds} after each round; the sides' processes live at the same time."""
+    """Runs sides whose processes live at the same time. Yields: {side: its facts} after each round."""
     running = {}
     for side in sides:
         running[side] = Side(side, data)
@@ -277,13 +305,23 @@ def measure(sides: tuple[str, ...], data: str, rounds: int) -> Iterator[dict]:
 
 
 def base_of(side: str, results: dict) -> str | None:
-    """The side that a side's speed is compared with: base with the same settings, else base, if it was measured."""
+    """The side that a side is compared with: base with the same settings, else plain base, else None.
+
+    Only sides that were measured count.
+    """
     own = "/".join(["base", *side.split("/")[1:]])
     return next((base for base in (own, "base") if "seconds" in results.get(base, {})), None)
 
 
 def compare(results: dict, tokens: int) -> dict:
-    """Adds tokens/s and MFU, and to ours speed over base and peers, with the share of what FLOPs predict over base."""
+    """Adds comparisons to the results, and returns them.
+
+    All sides get tokens a second, and MFU if the device's peak is known. Ours also get their speed over each peer and
+    over base, with the speed over base that FLOPs predict and the share of it that is reached.
+
+    Args:
+      tokens: tokens a step.
+    """
     done = {side: r for side, r in results.items() if "seconds" in r}
     for side, r in done.items():
         seconds = statistics.median(r["seconds"])
@@ -306,7 +344,10 @@ def compare(results: dict, tokens: int) -> dict:
 
 
 def serving(settings: Settings, data: str, scratch: str) -> dict:
-    """Decoding at batch 1 from live rows, a ToL on device and disk, and base; and the build of the ToL file."""
+    """Measures the build of a ToL file, and decoding at batch 1: live, from this file on device and disk, and base.
+
+    Returns: figures of both. Raises: UserError if a command fails.
+    """
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
 
     def run(*command):
@@ -333,8 +374,8 @@ def serving(settings: Settings, data: str, scratch: str) -> dict:
 
 
 def check_platform(settings: Settings) -> None:
-    """Raises: ArgumentError."""
-    # JAX is asked in a process of its own, as this one must not take the device's memory.
+    """Raises: ArgumentError if JAX has no device of the platform, or a side cannot run on it."""
+    # JAX is started in another process, as this one must not take the device's memory.
     look = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
     found = subprocess.run(look, capture_output=True, text=True).stdout.strip()
     if found != settings.platform:
@@ -345,15 +386,17 @@ def check_platform(settings: Settings) -> None:
 
 
 def measure_all(settings: Settings, data: str, scratch: str, output: str) -> int:
-    """Exit code."""
+    """Measures all sides and writes the record. Returns: the exit code."""
     dataset = Dataset(data)
     ids = f"{dataset.vocab_size} ids, tokenizer SHA-256 {dataset.tokenizer().digest[:16]}"
     if settings.data is None:
         ids = f"no text: {synthetic.LAW}, {dataset.vocab_size} ids"
     more = {"ids": ids, "shape": {name: getattr(settings, name) for name in SHAPE}, "platform": settings.platform}
     results = {}
-    together = settings.platform == "cpu"
-    for group in [settings.sides] if together else [(side,) for side in settings.sides]:
+    groups = [settings.sides]  # whose processes live at the same time
+    if settings.platform != "cpu":
+        groups = [(side,) for side in settings.sides]
+    for group in groups:
         for found in measure(group, data, settings.rounds):
             results = compare(results | found, settings.tokens)
             common.write(output, results, more)  # after each round, in case there is no time for all of them
@@ -371,7 +414,7 @@ def main(
     output: Annotated[str, Option("JSON file for the result")] = "",
     scratch: Annotated[str | None, Option("folder for temporary files: at 1b, 27 GB")] = None,
     table: Annotated[tuple[str, ...], Option("records to print as Markdown instead of measuring")] = (),
-    worker: Annotated[str, Option("internal: the side that this process is")] = "",
+    worker: Annotated[str, Option("internal: the side that this process measures")] = "",
 ) -> int:
     if table:
         print("\n\n".join(markdown(path) for path in table))
@@ -395,7 +438,7 @@ def main(
 
 
 def markdown(path: str) -> str:
-    """A heading line and the tables of one record of this script."""
+    """A line about the setup, the tables and the command of one record of this script."""
     record = storage.read_json(path, "a record of speed.py")
     shape, results = record["shape"], record["results"]
     tokens = shape["batch_size"] * shape["seq_len"]
@@ -425,7 +468,7 @@ def _ours(results):
     for side, r in results.items():
         if "error" in r:
             rows.append([side, r["error"], *[""] * (len(head) - 2)])
-        elif "rows" in r:
+        elif "rows" in r:  # peers have none
             row = [*_plain(side, r), "", "", ""]
             if "base" in r["speed_over"]:
                 base = r["speed_over"]["base"]

@@ -1,4 +1,4 @@
-"""A prepared folder of token ids that are drawn at random, for machines where no text is at hand.
+"""Prepared data of token ids drawn at random, for machines that have no text.
 
 Ids follow p(rank r) ~ 1 / (r + 8)^1.28, independently. With 128,256 ids the share of distinct ids among 8k, 16k, 32k,
 64k and 128k tokens is then 0.29, 0.24, 0.20, 0.16, 0.13; English under Llama 3's tokenizer has 0.29, 0.25, 0.20,
@@ -19,7 +19,7 @@ _HELD_OUT = 100_000
 
 
 def write(path: str, vocab_size: int, tokens: int) -> None:
-    """Writes what `prepare` would of a text of `tokens` training tokens."""
+    """Writes a folder like that of `prepare`, with `tokens` training tokens and a tokenizer of made-up pieces."""
     os.makedirs(path, exist_ok=True)
     model = sentencepiece_model_pb2.ModelProto()
     model.pieces.add(piece="<unk>", type=2)

@@ -2,7 +2,8 @@
 
     python benchmarks/untrained.py --config=configs/1b.py:memory --data=DIR --workdir=DIR
 
-It holds parameters, no optimizer, so that 1b fits 24 GB of memory; `precompute` and `generate` read it as any other.
+It holds parameters but no optimizer state, so that making 1b fits 24 GB of memory. `precompute` and `generate` read it
+like any other checkpoint.
 """
 
 from typing import Annotated
@@ -40,10 +41,17 @@ def main(
 
 
 def draw(number: int, path, shape: jax.ShapeDtypeStruct, std: float) -> jax.Array:
-    """Ones for the scale of a norm, else normal values, by a generator that is fast for a billion of them."""
+    """Draws a parameter: ones for the scale of a norm, else normal values.
+
+    Args:
+      number: of the parameter, which seeds its values.
+      path: its path in the tree of parameters.
+      shape: with the sharding that it gets.
+      std: standard deviation.
+    """
     if path[-1].key == "scale":
         return jnp.ones(shape.shape, shape.dtype, device=shape.sharding)
-    key = jax.random.key(number, impl="rbg")
+    key = jax.random.key(number, impl="rbg")  # much faster than the default generator for a billion values
     return jax.jit(lambda: jnp.float32(std) * jax.random.normal(key, shape.shape), out_shardings=shape.sharding)()
 
 

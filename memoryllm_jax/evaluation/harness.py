@@ -1,7 +1,7 @@
-"""A trained model for EleutherAI's lm-evaluation-harness (lm_eval), and runs of its tasks.
+"""Adapter of trained models to EleutherAI's lm-evaluation-harness (lm_eval), and runs of its tasks.
 
-Texts become ids, and requests are cut to the context, as in the harness's own adapter for Hugging Face models (HFLM)
-with a tokenizer that puts bos before a text if it has one, so that both give the same numbers for the same model.
+Texts are tokenized and truncated as in the harness's own adapter for Hugging Face models (HFLM), so that both give the
+same numbers for the same model. As with HFLM, bos comes before a text if the tokenizer has one.
 """
 
 import difflib
@@ -29,22 +29,22 @@ from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.inference.text import Streamer
 
-_CACHED_POSITIONS = 1 << 14  # positions a batch shard in the key-value cache while texts are generated
+_CACHED_POSITIONS = 1 << 14  # positions of the key-value cache on each batch shard while texts are generated
 _GENERATION_SETTINGS = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")
 
 
 class _Generation(NamedTuple):
-    """How a task wants its texts generated: up to the first of the stop strings, at most `new` tokens."""
+    """How a task wants its texts generated: each ends at the first stop string, or after `max_new` tokens."""
 
     sampling: Sampling
     stops: list[str]
-    new: int
+    max_new: int
 
 
 class MemoryLLM(TemplateLM):
-    """An `Engine` as the harness sees models. Raises: UserError for requests that the model cannot serve."""
+    """Gives an `Engine` the harness's model interface. Raises: UserError for requests that the model cannot serve."""
 
-    max_gen_toks = 256  # new tokens where a task does not say, as in HFLM
+    max_gen_toks = 256  # new tokens if the task sets no limit, as in HFLM
 
     def __init__(self, model: Engine):
         super().__init__()
@@ -52,28 +52,42 @@ class MemoryLLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int | None:
+        """The id that ends a text: eos."""
         return self._tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text that has no context: bos, or eos where there is no bos."""
+        """The id before a text that has no context: bos, or eos where there is no bos. Raises: UserError."""
         for token in (self._tokenizer.bos_id, self._tokenizer.eos_id):
             if token is not None:
                 return token
-        raise UserError("a task with texts without context: expected a tokenizer with bos or eos, found neither")
+        raise UserError("texts without context: expected a tokenizer with bos or eos, found one with neither")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """Ids of a text; text that spells a special token becomes that token.
+
+        Args:
+          add_special_tokens: False leaves bos out.
+        """
         ids = self._tokenizer.encode_special(string)
         if add_special_tokens is False or self._tokenizer.bos_id is None:
             return ids
         return [self._tokenizer.bos_id, *ids]
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        """(sum of log-probabilities, whether greedy decoding gives it) of each request's continuation."""
+        """Scores continuations of contexts.
+
+        Args:
+          requests: (texts, ids of the context, ids of the continuation) of each; texts are the pair of strings, by
+            which the harness caches the answer, or None.
+        Returns: for each request, the sum of the continuation's log-probabilities in nats, and whether greedy decoding
+          gives exactly this continuation.
+        """
         sequences = [self._sequence(*request) for request in requests]
-        cut = sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests)
-        if cut:
-            print(f"{cut} requests are longer than the context of {self.max_length} and lose their beginnings")
+        lengths = [len(context) + len(continuation) for _, context, continuation in requests]
+        truncated = [length for length in lengths if length > self.max_length + 1]
+        if truncated:
+            print(f"{len(truncated)} requests are longer than the context of {self.max_length} and lose their start")
         progress = Progress("score", sum(len(sequence) - 1 for sequence in sequences), "token")
         found = scoring.score(self._model.decoder, self._model.rows, sequences, self.max_length, progress)
         progress.close()
@@ -82,12 +96,15 @@ class MemoryLLM(TemplateLM):
             of_continuation = slice(-len(continuation), None)
             total = scores.log_probs_T[of_continuation].sum(dtype=float)
             answers.append((float(total), bool(scores.greedy_T[of_continuation].all())))
-            if texts is not None:
+            if texts is not None:  # windows of a rolling request are not cached one by one
                 self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
         return answers
 
     def _sequence(self, texts, context, continuation):
-        """Context and continuation; what is too long loses its beginning. The last id is only predicted."""
+        """Ids of context and continuation, truncated from the left to one more than the model's context.
+
+        One more, because the last id is predicted and never read by the model. Raises: UserError.
+        """
         if not context or not 0 < len(continuation) <= self.max_length:
             raise UserError(
                 f"a request: expected a context and a continuation of 1 to {self.max_length} tokens, found "
@@ -96,7 +113,7 @@ class MemoryLLM(TemplateLM):
         return (context + continuation)[-(self.max_length + 1) :]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text, in windows of the context."""
+        """Log-probability in nats of each whole text, scored in windows of the model's context."""
         windows = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
@@ -110,17 +127,18 @@ class MemoryLLM(TemplateLM):
         return totals
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Each context's new text, up to the first stop string."""
-        groups: dict[str, list[int]] = {}
+        """The text that the model generates after each context, up to the first stop string."""
+        groups: dict[str, list[int]] = {}  # numbers of the requests that share generation settings, and so batches
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         texts, seeds = [""] * len(requests), itertools.count()
         progress = Progress("generate", len(requests), "text")
         for members in groups.values():
             how = self._generation(normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks))
-            prompts = {k: self._prompt(requests[k].args[0], how.new) for k in members}
-            members.sort(key=lambda k: len(prompts[k]), reverse=True)  # what needs most memory comes first
-            capacity = bucket(len(prompts[members[0]]) + how.new, self.max_length)
+            prompts = {k: self._prompt(requests[k].args[0], how.max_new) for k in members}
+            # The longest prompts come first, so that a run that is short of memory fails at once.
+            members.sort(key=lambda k: len(prompts[k]), reverse=True)
+            capacity = bucket(len(prompts[members[0]]) + how.max_new, self.max_length)
             size = self._model.decoder.shards * max(1, _CACHED_POSITIONS // capacity)
             for start in range(0, len(members), size):
                 batch = members[start : start + size]
@@ -131,40 +149,42 @@ class MemoryLLM(TemplateLM):
         progress.close()
         return texts
 
-    def _prompt(self, text, new):
-        """The end of a text's ids that leaves room for `new` tokens."""
+    def _prompt(self, text, max_new):
+        """Ids of a text, truncated from the left so that `max_new` tokens still fit the context."""
         ids = self.tok_encode(text) or [self.prefix_token_id]
-        return ids[new - self.max_length :]
+        return ids[max_new - self.max_length :]
 
     def _generation(self, settings) -> _Generation:
+        """Reads a task's generation_kwargs, after `normalize_gen_kwargs`. Raises: UserError."""
         for name, value in settings.items():
-            # Of settings that we do not know, those are harmless that say what is done anyway, such as num_beams=1.
+            # An unknown setting is accepted if its value asks for what is done anyway, such as num_beams=1.
             if name not in _GENERATION_SETTINGS and value not in (None, False, 0, 1):
                 expected = ", ".join(_GENERATION_SETTINGS)
                 raise UserError(f"generation_kwargs: expected {expected}, found {name}={value}")
-        new = settings["max_gen_toks"]
-        if not 0 < new < self.max_length:
+        max_new = settings["max_gen_toks"]
+        if not 0 < max_new < self.max_length:
             raise UserError(
                 f"generation_kwargs: expected max_gen_toks from 1 to {self.max_length - 1}, as the model's context is "
-                f"{self.max_length}, found {new}"
+                f"{self.max_length}, found {max_new}"
             )
         temperature = settings.get("temperature", 1.0) if settings["do_sample"] else 0.0
         sampling = Sampling(float(temperature), settings.get("top_k") or 0, settings.get("top_p") or 1.0)
         stops = [stop for stop in handle_stop_sequences(settings["until"], None) if stop]
-        return _Generation(sampling, stops, new)
+        return _Generation(sampling, stops, max_new)
 
     def _texts(self, prompts, how: _Generation, seed: int):
-        """The new text of each prompt, cut before its first stop string."""
+        """Generates after each prompt. Returns: the new texts, cut before their first stop strings."""
         stop_ids = set(self._tokenizer.stop_ids)
         ids, texts = [[] for _ in prompts], [""] * len(prompts)
         streams = [Streamer(self._tokenizer, []) for _ in prompts]
         running = set(range(len(prompts)))
-        for step in self._model.generate(prompts, how.new, how.sampling, seed, stop_ids):
-            running &= {k for k, _ in step}
+        for step in self._model.generate(prompts, how.max_new, how.sampling, seed, stop_ids):
+            running &= {k for k, _ in step}  # a sequence that has reached a stop id is missing from the step
             for k, token in step:
                 if k in running:
                     ids[k].append(token)
                     texts[k] += streams[k].add(token)
+            # The engine knows no stop strings and goes on with such a sequence: its later tokens are ignored here.
             running -= {k for k in running if any(stop in texts[k] for stop in how.stops)}
             if not running:
                 break
@@ -172,10 +192,10 @@ class MemoryLLM(TemplateLM):
 
 
 class Tasks:
-    """Tasks by name: those of the harness, those in tasks/ beside this file, and those of a folder.
+    """Tasks by name, found among the harness's own, those in tasks/ beside this file, and those of a folder.
 
     Args:
-      names: of tasks, groups or tags; may have * in them.
+      names: names of tasks, groups or tags; * stands for any characters.
       path: folder with task files, or "".
       data: folder with the data of the tasks in tasks/, or "".
     Raises: UserError for an unknown name.
@@ -188,7 +208,8 @@ class Tasks:
         shipped = {os.path.basename(file).removesuffix(".yaml") for file in glob.glob(f"{here}/*.yaml")}
         self._manager = TaskManager(
             include_path=[here, path] if path else [here],
-            include_defaults=not shipped.issuperset(names),  # the harness takes ten seconds to list its own tasks
+            # The harness's own tasks are listed only if one may be wanted, as that takes ten seconds.
+            include_defaults=not shipped.issuperset(names),
             metadata={"task_data": data} if data else None,
         )
         self._names: list[str] = []
@@ -205,11 +226,13 @@ class Tasks:
 
         Args:
           num_fewshot, limit: as for `run`.
-        Returns: {task: (metric, value)}; the metric is accuracy ("acc") where the task has it. Raises: UserError.
+        Returns: {task: (metric, value)}; the metric is accuracy ("acc") if the task has it, else its first one.
+        Raises: UserError.
         """
         results = self._evaluate(model, num_fewshot, limit, bootstrap_iters=0)
         scores = {}
         for task, higher_is_better in results["higher_is_better"].items():
+            # The harness names a value METRIC,FILTER.
             values = {key.partition(",")[0]: value for key, value in results["results"][task].items()}
             metrics = [metric for metric in ("acc", *higher_is_better) if metric in values]
             if metrics:  # a group of tasks may have no score of its own
@@ -229,14 +252,14 @@ class Tasks:
         """Runs the tasks and writes the harness's result file, and with `log_samples` its files of samples beside it.
 
         Args:
-          about: the model, as the file describes it.
-          num_fewshot: examples in a prompt; None: as the task says.
-          limit: documents of each task, or below 1 a share of them; 0: all.
-          output: path of the result file, or "".
-          bootstrap_iters: resamplings behind the standard error of metrics like perplexity.
+          about: the description of the model that the file holds.
+          num_fewshot: examples in a prompt; None: the task's own number.
+          limit: documents of each task; a share of them if below 1; 0: all.
+          output: path of the result file, or "" for none.
+          bootstrap_iters: resamplings for the standard error of metrics like perplexity.
         Returns: the harness's results. Raises: UserError.
         """
-        # The tracker names its files itself, so it writes to a folder of its own.
+        # The tracker chooses its files' names, so it writes to a temporary folder, and `_save` copies them from there.
         with tempfile.TemporaryDirectory() as folder:
             tracker = EvaluationTracker(output_path=os.path.join(folder, "results.json"))
             more = {"model_args": about, "bootstrap_iters": bootstrap_iters, "log_samples": log_samples}
@@ -246,34 +269,38 @@ class Tasks:
         return results
 
     def _evaluate(self, model, num_fewshot, limit, **more):
+        documents = None  # all of them
+        if limit:
+            documents = int(limit) if limit >= 1 else limit
         try:
             return lm_eval.simple_evaluate(
                 MemoryLLM(model),
                 tasks=self._names,
                 num_fewshot=num_fewshot,
-                limit=int(limit) if limit >= 1 else limit or None,
+                limit=documents,
                 task_manager=self._manager,
                 **more,
             )
         except ImportError as error:
             names = ", ".join(self._names)
-            raise ArgumentError("tasks", f"expected the packages of {names}, found one missing: {error}") from error
+            problem = f"expected the packages that {names} need, found one missing: {error}"
+            raise ArgumentError("tasks", problem) from error
 
     @staticmethod
     def table(results: dict) -> str:
-        """The harness's own table of what `run` returns."""
+        """The harness's own text table of the results that `run` returns."""
         return "\n".join(make_table(results, column) for column in ("results", "groups") if column in results)
 
 
 def _save(tracker, results, folder, output):
-    """Lets the tracker write its files to `folder`, and copies them to where they belong once all of them exist."""
-    samples = results.pop("samples", {})
+    """Lets the tracker write its files to `folder`, then copies them to `output` and beside it. Raises: UserError."""
+    samples = results.pop("samples", {})  # goes to files of its own, not into the result file
     tracker.save_results_aggregated(results, samples)
     for task, of_task in samples.items():
         tracker.save_results_samples(task, of_task)
     (found,) = glob.glob(os.path.join(folder, "results_*.json"))
     logged = glob.glob(os.path.join(folder, "samples_*.jsonl"))
-    if len(logged) != len(samples):  # the tracker logs an error and goes on
+    if len(logged) != len(samples):  # the tracker only logs an error when it cannot write
         raise UserError(f"{output}: the harness could not write the samples of {', '.join(samples)}")
     places = {path: os.path.join(os.path.dirname(output), os.path.basename(path)) for path in logged}
     places[found] = output

@@ -1,4 +1,4 @@
-"""A model's quality: perplexity on a text, and scores on tasks of EleutherAI's harness (lm_eval)."""
+"""Measures of a model's quality: perplexity on a text, and scores on tasks of EleutherAI's harness (lm_eval)."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ PERPLEXITY = "perplexity"
 
 @dataclasses.dataclass(frozen=True)
 class TextOptions:
-    """The text that a model's loss is measured on; empty `data` is none. Raises: ArgumentError."""
+    """The text that a model's loss is measured on; no text if `data` is empty. Raises: ArgumentError."""
 
     data: Annotated[str, Option("prepared data (folder or URL) or text files (globs, comma-separated)")] = ""
     split: Annotated[str, Option("part of the prepared data", choices=("train", "validation"))] = "validation"
@@ -32,25 +32,25 @@ class TextOptions:
             raise ArgumentError("split", f"expected prepared data, which has splits, found text files: {self.data}")
 
     def check_data(self) -> None:
-        """Looks for the data, before a model is loaded for it. Raises: UserError."""
+        """Finds missing data before time is spent on loading a model. Raises: UserError."""
         if documents.is_text(self.data):
             documents.expand(self.data)
         else:
             dataset.Dataset(self.data)
 
     def open(self, tokenizer, windows: Windows) -> Text:
-        """Raises: UserError."""
+        """Opens the text as ids of this tokenizer. Raises: UserError if it is missing or too short."""
         if documents.is_text(self.data):
             return perplexity.raw_text(self.data, self.text_key, tokenizer, windows)
         return perplexity.prepared_text(self.data, self.split, tokenizer, windows)
 
     def source(self) -> dict[str, str]:
-        """For a record: data, and split where there are several."""
+        """The fields of a record that say which text was scored: data and, for prepared data, split."""
         split = {} if documents.is_text(self.data) else {"split": self.split}
         return {"data": self.data} | split
 
     def facts(self) -> dict[str, str]:
-        """For the caption of a page."""
+        """Facts for the caption of a page."""
         if not self.data:
             return {}
         text = ", ".join(self.source().values())
@@ -61,7 +61,7 @@ class TextOptions:
 
 @dataclasses.dataclass(frozen=True)
 class TaskOptions:
-    """The tasks that a model is scored on, and how; empty `tasks` are none. Raises: ArgumentError."""
+    """The tasks that a model is scored on, and how; no tasks if `tasks` is empty. Raises: ArgumentError."""
 
     tasks: Annotated[
         tuple[str, ...], Option("names of the harness's tasks, groups or tags, or of tasks in --task_path; may have *")
@@ -78,14 +78,14 @@ class TaskOptions:
         _refuse_unused(self, "tasks")
 
     def open(self):
-        """harness.Tasks. Raises: UserError, also if the harness is not installed."""
+        """Finds the tasks, as `harness.Tasks`. Raises: UserError, also if the harness is not installed."""
         errors.require("lm_eval", "eval", "tasks")
         from memoryllm_jax.evaluation import harness  # not at the top of the file, as it needs the optional lm_eval
 
         return harness.Tasks(self.tasks, self.task_path, self.task_data)
 
     def facts(self) -> dict[str, str]:
-        """For the caption of a page."""
+        """Facts for the caption of a page."""
         if not self.tasks:
             return {}
         text = ", ".join(self.tasks)
@@ -97,7 +97,7 @@ class TaskOptions:
 
 
 def _refuse_unused(chosen, needed: str) -> None:
-    """Raises: ArgumentError for an option that was set although `needed`, without which it does nothing, is empty."""
+    """Raises: ArgumentError if the option `needed` is empty, but another one is set, which has no effect then."""
     if getattr(chosen, needed):
         return
     for field in dataclasses.fields(chosen):
@@ -117,11 +117,14 @@ class Measure:
             raise ArgumentError("data", "expected a text, or tasks, or both, found neither")
 
     def facts(self) -> dict[str, str]:
-        """For the caption of a page."""
+        """Facts for the caption of a page."""
         return self.text.facts() | self.tasks.facts()
 
     def __call__(self, model: Engine) -> dict[str, float]:
-        """Quality by name: {"perplexity": of tokens, "piqa": accuracy, "TASK METRIC": of a task without accuracy}."""
+        """Measures a model.
+
+        Returns: {"perplexity": of the text's tokens, "TASK": accuracy, "TASK METRIC": where a task has no accuracy}.
+        """
         found = {}
         if self.text.data:
             found[PERPLEXITY] = self.perplexity(model)
@@ -132,7 +135,7 @@ class Measure:
         return found
 
     def perplexity(self, model: Engine) -> float:
-        """Perplexity of the text's tokens."""
+        """Perplexity of the text's tokens, in windows of the model's context."""
         windows = Windows(model.context, model.context, self.text.max_tokens)
         text = self._opened_text(model.tokenizer, windows)
         return perplexity.perplexity(model, text, windows)["perplexity"]
@@ -146,7 +149,7 @@ class Measure:
         return {}
 
     def _opened_text(self, tokenizer, windows):
-        """The text as the model's tokens; read once for all models that share tokenizer and context."""
+        """The text in a tokenizer's ids, kept for further models with the same tokenizer and context."""
         key = tokenizer.digest, windows
         if key not in self._opened:
             self._opened[key] = self.text.open(tokenizer, windows)
@@ -154,5 +157,5 @@ class Measure:
 
 
 def change(value: float, full: float) -> float:
-    """How much `value` differs from `full`, in percent of `full`; NaN where that is 0."""
+    """Change from `full` to `value`, in percent of `full`; NaN if `full` is 0."""
     return 100 * (value / full - 1) if full else math.nan

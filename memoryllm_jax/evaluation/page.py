@@ -1,4 +1,4 @@
-"""The page of an evaluation: where a text's loss lies, or the scores of tasks."""
+"""The page of an evaluation: a text's loss by context and by token, or the scores of tasks."""
 
 import html
 
@@ -10,8 +10,8 @@ from memoryllm_jax.evaluation.perplexity import Text
 from memoryllm_jax.inference import scoring
 from memoryllm_jax.inference.engine import Engine
 
-_SHADED = 400  # tokens of the text that the page shows
-_FULL_SHADE = 12.0  # nats
+_SHADED = 400  # tokens of the text that the page shows, at most
+_FULL_SHADE = 12.0  # nats of a token that has the darkest background
 
 _MEASURES = {
     "loss": "nats a token",
@@ -28,11 +28,11 @@ _MEASURES = {
 
 
 def of_text(page: report.Report, model: Engine, text: Text, result: dict) -> None:
-    """Fills the page with what `perplexity.perplexity` found on the text: `result`."""
+    """Fills the page with the result of `perplexity.perplexity` on the text, and with the text's first tokens."""
     rows = [[name, result[name], meaning] for name, meaning in _MEASURES.items()]
     page.table(["measure", "value", "what it is"], rows, csv="quality")
     parts = result["by_context"]
-    page.figure("context", _draw_context(parts), "Loss by how much of the text the model has seen")
+    page.figure("context", _draw_context(parts), "Loss by how many tokens the model has seen")
     head = ["tokens before, from", "to", "loss, nats a token", "predicted tokens"]
     rows = [[part["from"], part["to"], part["loss"], part["tokens"]] for part in parts]
     page.table(head, rows, "Loss by the tokens before the predicted one in its window", csv="context")
@@ -52,7 +52,7 @@ def _draw_context(parts: list[dict]):
 
 
 def _shaded(model: Engine, ids: np.ndarray) -> str:
-    """The text as HTML: the less a token was expected, the darker its background."""
+    """The text as HTML: the less likely a token was, the darker its background."""
     (found,) = scoring.score(model.decoder, model.rows, [ids], model.trained.context)
     first, *texts = map(html.escape, token_texts(model.tokenizer, ids))
     spans = [f"<span>{first}</span>"]

@@ -21,9 +21,9 @@ _CHUNK = 1 << 20  # tokens read at a time
 class Text(NamedTuple):
     """A stream of token ids to score.
 
-    read_each: (starts, count) -> `count` int32 ids from each start, fewer at the end of the stream.
-    tokens: of the stream.
-    bytes, words: of the text that all tokens but the first stand for.
+    read_each: (starts, count) -> list of arrays, `count` int32 ids from each start, fewer at the end of the stream.
+    tokens: length of the stream.
+    bytes, words: size of the text that is predicted, which is all but the first token.
     """
 
     read_each: Callable
@@ -32,10 +32,23 @@ class Text(NamedTuple):
     words: float
 
 
-class Windows(NamedTuple):
-    """How a stream is cut: `context` tokens are predicted in each window, and windows start every `stride` tokens.
+class Span(NamedTuple):
+    """Where a window lies in the stream.
 
-    max_tokens: to predict at most; 0: all.
+    start, stop: positions of its first token, and one past its last.
+    skipped: the number of its first targets that an earlier window has scored already.
+    """
+
+    start: int
+    stop: int
+    skipped: int
+
+
+class Windows(NamedTuple):
+    """How a stream is cut into windows, which start every `stride` tokens.
+
+    context: tokens that are predicted in a window; it has one token more, as its first is not predicted.
+    max_tokens: how many tokens of the stream are predicted at most; 0: all.
     whole: leave out a last window that is not full.
     """
 
@@ -44,8 +57,13 @@ class Windows(NamedTuple):
     max_tokens: int = 0
     whole: bool = False
 
-    def cut(self, tokens: int, path: str) -> int:
-        """Tokens of a stream that are used. Raises: UserError for a stream that is too short."""
+    def used(self, tokens: int, path: str) -> int:
+        """The number of tokens, from the start of a stream of `tokens`, that the windows cover.
+
+        Args:
+          path: of the text, for the error message.
+        Raises: UserError for a stream that is too short.
+        """
         predicted = min(tokens - 1, self.max_tokens or tokens)
         least = self.context if self.whole else 1
         if predicted < least:
@@ -54,12 +72,14 @@ class Windows(NamedTuple):
             predicted -= (predicted - self.context) % self.stride
         return predicted + 1
 
-    def spans(self, tokens: int) -> Iterator[tuple[int, int, int]]:
-        """(first token, one past the last, number of its targets that are context only) of each window."""
-        start = stop = 0
-        while stop < tokens:
-            before, stop = stop, min(start + self.context + 1, tokens)
-            yield start, stop, max(0, before - 1 - start)
+    def spans(self, tokens: int) -> Iterator[Span]:
+        """Yields the windows of a stream of `tokens`."""
+        start = scored = 0  # scored: one past the last token that a window has held
+        while scored < tokens:
+            stop = min(start + self.context + 1, tokens)
+            # The targets of a window are its tokens from start + 1 on.
+            yield Span(start, stop, skipped=max(0, scored - 1 - start))
+            scored = stop
             start += self.stride
 
 
@@ -67,23 +87,27 @@ def perplexity(model: Engine, text: Text, windows: Windows, save_tokens: str = "
     """Scores a text.
 
     Args:
-      save_tokens: path for the [windows, context + 1] ids, int32; needs windows that are whole.
-    Returns: loss in nats a token, perplexity of tokens and of words, bits per byte, and what they are counted over.
+      windows: those that `text` was opened with.
+      save_tokens: path of a .npy file for the scored ids, int32 [windows, context + 1], or ""; needs `windows.whole`.
+    Returns: a record for JSON with loss in nats a token, perplexity of tokens and of words, bits per byte, the numbers
+      of tokens, words and bytes that these are means over, and the loss by context.
     """
     spans = list(windows.spans(text.tokens))
-    progress = Progress("score", sum(stop - start - 1 for start, stop, _ in spans), "token")
-    # By the position of the predicted token in its window: the sum of nats, and the number of tokens.
-    nats_T, predicted_T = np.zeros(windows.context), np.zeros(windows.context, np.int64)
+    progress = Progress("score", sum(span.stop - span.start - 1 for span in spans), "token")
+    # Sums over all windows, by the position of the predicted token in its window.
+    nats_T = np.zeros(windows.context)
+    predicted_T = np.zeros(windows.context, np.int64)
     saved = []
     step = max(1, _CHUNK // windows.context)  # windows whose ids are in memory at a time
     for first in range(0, len(spans), step):
         chosen = spans[first : first + step]
-        pieces = text.read_each([start for start, _, _ in chosen], windows.context + 1)
-        ids = [piece[: stop - start] for piece, (start, stop, _) in zip(pieces, chosen)]
-        scores = scoring.score(model.decoder, model.rows, ids, windows.context, progress)
-        for (log_probs_T, _), (_, _, skip) in zip(scores, chosen):
-            nats_T[skip : len(log_probs_T)] -= log_probs_T[skip:]
-            predicted_T[skip : len(log_probs_T)] += 1
+        pieces = text.read_each([span.start for span in chosen], windows.context + 1)
+        ids = [piece[: span.stop - span.start] for piece, span in zip(pieces, chosen)]
+        found = scoring.score(model.decoder, model.rows, ids, windows.context, progress)
+        for span, scores in zip(chosen, found):
+            targets = slice(span.skipped, len(scores.log_probs_T))
+            nats_T[targets] -= scores.log_probs_T[targets]
+            predicted_T[targets] += 1
         if save_tokens:
             saved += ids
     progress.close()
@@ -91,10 +115,10 @@ def perplexity(model: Engine, text: Text, windows: Windows, save_tokens: str = "
         buffer = io.BytesIO()
         np.save(buffer, np.stack(saved))
         storage.write_bytes(save_tokens, buffer.getvalue())
-    targets, nats = text.tokens - 1, float(nats_T.sum())
+    tokens, nats = text.tokens - 1, float(nats_T.sum())
     return {
-        **loss.quality(nats / targets, targets, text.bytes),
-        "tokens": targets,
+        **loss.quality(nats / tokens, tokens, text.bytes),
+        "tokens": tokens,
         "word_perplexity": math.exp(min(nats / max(text.words, 1), 700.0)),  # exp overflows above 709
         "words": round(text.words),
         "bytes": round(text.bytes),
@@ -106,7 +130,10 @@ def perplexity(model: Engine, text: Text, windows: Windows, save_tokens: str = "
 
 
 def _by_context(nats_T: np.ndarray, predicted_T: np.ndarray) -> list[dict]:
-    """Loss after 1, 2, 3 to 4, 5 to 8, ... tokens of the window."""
+    """Loss after 1, 2, 3 to 4, 5 to 8, ... tokens of the window.
+
+    Returns: {"from", "to": tokens before the predicted one, "loss": nats a token, "tokens": predicted} of each part.
+    """
     context = int(np.flatnonzero(predicted_T)[-1]) + 1
     starts = [0, *(2**k for k in range((context - 1).bit_length()))]
     stops = [*starts[1:], context]
@@ -119,20 +146,25 @@ def _by_context(nats_T: np.ndarray, predicted_T: np.ndarray) -> list[dict]:
 
 
 def prepared_text(path: str, split: str, tokenizer, windows: Windows) -> Text:
-    """A split of prepared data.
+    """Opens a split of prepared data.
 
-    Bytes are in proportion to the tokens used; words are those of the decoded tokens. Raises: UserError.
+    Bytes are in proportion to the tokens used; words are counted in the decoded tokens. Raises: UserError.
     """
     stream = getattr(dataset.open_for(path, tokenizer.digest), split)
-    tokens = windows.cut(stream.tokens, path)
+    tokens = windows.used(stream.tokens, path)
     share = (tokens - 1) / (stream.tokens - 1)
     return Text(stream.read_each, tokens, stream.bytes * share, _count_words(stream, tokens, tokenizer))
 
 
 def raw_text(pattern: str, text_key: str, tokenizer, windows: Windows) -> Text:
-    """Text files as one stream of documents, each between bos and eos.
+    """Reads text files as one stream of documents, each between bos and eos.
 
-    Bytes and words are in proportion to the tokens used. Raises: UserError.
+    Bytes and words are in proportion to the tokens used.
+
+    Args:
+      pattern: paths and globs, separated by commas.
+      text_key: JSON field or parquet column that holds a document's text.
+    Raises: UserError.
     """
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
@@ -144,8 +176,9 @@ def raw_text(pattern: str, text_key: str, tokenizer, windows: Windows) -> Text:
         words += len(text.split())
         if windows.max_tokens and tokens > windows.max_tokens:
             break
-    used = windows.cut(tokens, pattern)
-    ids, share = np.concatenate(pieces), (used - 1) / (tokens - 1)
+    used = windows.used(tokens, pattern)
+    ids = np.concatenate(pieces)
+    share = (used - 1) / (tokens - 1)
 
     def read_each(starts, count):
         return [ids[start : start + count] for start in starts]
@@ -160,12 +193,13 @@ def _documents(pattern, text_key):
 
 
 def _count_words(stream, tokens, tokenizer) -> int:
-    """Words, separated by white space, of the documents that a stream's first tokens hold."""
+    """Words, separated by white space, in the first `tokens` tokens of a stream."""
+    # Decoded document by document, so that no word joins the end of one and the start of the next.
     ends = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     words, rest = 0, np.empty(0, np.int32)
     for start in range(0, tokens, _CHUNK):
         ids = np.concatenate([rest, stream.read(start, min(_CHUNK, tokens - start))])
-        # The last document may go on in the next chunk, and is counted with it.
+        # The last document of the chunk may go on in the next one, so it is counted there.
         *whole, rest = np.split(ids, np.nonzero(np.isin(ids, ends))[0])
         if start + _CHUNK >= tokens:
             whole.append(rest)
@@ -174,7 +208,7 @@ def _count_words(stream, tokens, tokenizer) -> int:
 
 
 def summary(result: dict) -> str:
-    """Two lines for the terminal, of what `perplexity` returns."""
+    """Two lines for the terminal about a result of `perplexity`."""
     return (
         f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.3f}, word perplexity "
         f"{result['word_perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte\n"

@@ -1,4 +1,4 @@
-"""What `evaluate` does: measures a model, prints what it found, and writes it as JSON and as a page."""
+"""The work of `evaluate`: measures a model, prints the result, and writes it as JSON and as a page."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ from memoryllm_jax.inference.engine import Engine
 
 @dataclasses.dataclass(frozen=True)
 class WindowedText(TextOptions):
-    """A text, and how `evaluate` cuts it into windows. Raises: ArgumentError."""
+    """The text that `evaluate` scores, and how it is cut into windows. Raises: ArgumentError."""
 
     stride: Annotated[
         int | None, Option("tokens between the starts of windows; by default the model's context", least=1)
@@ -25,7 +25,7 @@ class WindowedText(TextOptions):
     ] = ""
 
     def windows(self, context: int) -> Windows:
-        """Raises: ArgumentError."""
+        """The windows for a model's context. Raises: ArgumentError for a stride above it, which would skip tokens."""
         stride = context if self.stride is None else self.stride
         if stride > context:
             raise ArgumentError("stride", f"expected 1 to {context}, the model's context, found {stride}")
@@ -34,7 +34,7 @@ class WindowedText(TextOptions):
 
 @dataclasses.dataclass(frozen=True)
 class LoggedTasks(TaskOptions):
-    """Tasks, and what `evaluate` keeps of them. Raises: ArgumentError."""
+    """The tasks that `evaluate` runs, and whether it writes their samples. Raises: ArgumentError."""
 
     log_samples: Annotated[
         bool, Option("write each document's result beside --output, in files of the harness's format")
@@ -47,9 +47,9 @@ def on_text(
     """Measures perplexity on a text.
 
     Args:
-      about: the model, as the record describes it.
-      output: path of a JSON file for the record, or "".
-      page: is filled and written too, if there is one.
+      about: the description of the model that goes into the record.
+      output: path of a JSON file for the record, or "" for none.
+      page: a page to fill and write, or None.
     Returns: the record. Raises: UserError.
     """
     windows = chosen.windows(model.context)
@@ -71,8 +71,8 @@ def on_tasks(
     """Scores the model on tasks.
 
     Args:
-      tasks: `chosen.open()`, which is done before the model is loaded.
-      about, output, page: as for `on_text`; the JSON file is in the harness's format.
+      tasks: the result of `chosen.open()`, which callers open before they load the model, so that it can refuse early.
+      about, output, page: as for `on_text`, but the JSON file has the harness's format.
     Returns: the harness's results. Raises: UserError.
     """
     results = tasks.run(model, about, chosen.num_fewshot, chosen.limit, output, chosen.log_samples)
@@ -84,6 +84,6 @@ def on_tasks(
 
 
 def check_output(name: str, path: str) -> None:
-    """Raises: ArgumentError for a path in a folder that does not exist, before the work that ends with writing it."""
+    """Refuses an output path before any work is done for it. Raises: ArgumentError if its folder does not exist."""
     if path and not storage.is_url(path) and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         raise ArgumentError(name, f"expected a file in a folder that exists, found {path}")

@@ -23,13 +23,15 @@ RANKS = ("0.9", "0.8", "0.7", "0.6", "0.5")
 
 
 class StoredRows:
-    """Rows as a ToL file of a layout would return them: computed from the weights, encoded, and decoded again.
+    """A `RowSource` with the rows that a ToL file of some layout would return, without writing the file.
+
+    Rows are computed from the weights, encoded, and decoded again.
 
     Args:
-      source: the model's rows.
-      layout: of the file.
-      bases: {"ffn.LAYER": the rotation of a layer that the layout stores in fewer directions}.
-      tier_of_token: int32 [V].
+      source: the model's full rows.
+      layout: the layout of the file.
+      bases: {"ffn.LAYER": [rank, D]}, the bases of the layers that the layout stores rotated.
+      tier_of_token: int32 [V], the tier that each token's row is stored in.
       embedding: [V, D], if the layout does not store it.
     """
 
@@ -49,13 +51,16 @@ class StoredRows:
         return {"rows": "stored", "bytes": self._layout.total_bytes}
 
     def close(self) -> None:
-        """Does nothing: no file is open."""
+        """Does nothing, as no file is open."""
 
 
 class Setting(NamedTuple):
-    """A way to store the rows, and what it comes to.
+    """A way to store the rows, with its size and the model's quality.
 
-    kind: "full", "bits", "rank" or "budget".  bytes: of rows and bases.
+    kind: "full", "bits", "rank" or "budget".
+    setting: name in tables.
+    bytes: size of rows and bases.
+    quality: as `Measure` returns it.
     """
 
     kind: str
@@ -75,11 +80,11 @@ def compression(
 ) -> dict:
     """Uniform bits (MemoryLLM, Table 7), uniform ranks (Table 8), singular values (Figure 13), and the budget mode.
 
-    Rows of memory or flex are encoded as in a ToL file and decoded again. Ranks are of the SVD of a layer's rows, in
-    which every token has the same weight, at 16 bits. The budget mode is given the size of each uniform setting. It is
-    planned on every second window of the held-out split of --calibration, so --data should be other text, or the
-    training split. Singular values are relative to the largest of their layer. Sizes are those of rows and bases;
-    changes are relative to full rows.
+    Rows of memory or flex are encoded as in a ToL file and decoded again. Uniform ranks keep a share of the singular
+    vectors of a layer's rows, at 16 bits; every token has the same weight in the SVD. The budget mode is given the size
+    of each uniform setting. It is planned on every second window of the held-out split of --calibration, so --data
+    should be other text, or the training split. Singular values are relative to the largest of their layer. Sizes are
+    those of rows and bases; changes are relative to full rows.
     """
     if models.tol:
         raise ArgumentError("tol", "expected none, as rows are compressed here")
@@ -92,7 +97,8 @@ def compression(
     page.facts |= {"calibration": calibration}
     with contextlib.closing(models.open(models.workdirs[0])) as model:
         source = LiveSource(model.trained)
-        layouts = _uniform_layouts(source, bits, ranks)  # first, as it refuses bad bits and ranks
+        # Layouts come first: they refuse bad bits and ranks, before the trial spends time on planning.
+        layouts = uniform_layouts(source, bits, ranks)
         trial = _Trial(source, model, calibration)
         settings = _measure_settings(trial, layouts, measure)
     _show_settings(page, settings, trial.plain_bytes, models.labels[0])
@@ -103,17 +109,19 @@ def compression(
 
 
 class _Trial:
-    """A model whose rows are stored in one way after another.
+    """A model that is measured with its rows stored in one way after another.
 
     Attributes:
-      source: its full rows.  planner: the budget mode.
-      bases: full rotations of all layers, for uniform ranks.
-      singular: of each layer, its singular values over the largest.
-      plain_bytes: of all rows at 16 bits, which savings are relative to.
+      source: its full rows.
+      planner: the planner of the budget mode.
+      bases: {"ffn.LAYER": [D, D]}, singular vectors of each layer's rows, for uniform ranks.
+      singular: for each layer, its singular values over the largest one.
+      plain_bytes: size of all rows at 16 bits, which savings are relative to.
     """
 
     def __init__(self, source: LiveSource, model: Engine, calibration: str):
-        self.source, self.model, trained = source, model, model.trained
+        self.source, self.model = source, model
+        trained = model.trained
         counts = statistics.token_counts(dataset.open_for(calibration, model.tokenizer.digest), source.vocab_size)
         self.planner = budget.Planner(source, budget.scorer(trained, calibration), counts)
         values, self.bases = self.planner.even_bases()
@@ -125,13 +133,13 @@ class _Trial:
             self._embedding = trained.load(lambda name: name == "embedding")[0]["embedding"]
 
     def full(self, measure: Measure) -> Setting:
-        """Full rows, as they are computed from the weights."""
+        """Measures with full rows, as they are computed from the weights."""
         bits = 32 if self.source.identity.dtype == "float32" else 16
         self.model.rows = self._full_rows
         return self._measure("full", "full rows", budget.plain_layout(self.source, bits).total_bytes, measure)
 
     def stored(self, kind: str, name: str, layout: Layout, bases: dict, measure: Measure) -> Setting:
-        """Rows as a file of the layout returns them."""
+        """Measures with the rows that a file of the layout returns."""
         tiers = self.planner.tiers(layout)
         self.model.rows = StoredRows(self.source, layout, budget.cut(bases, layout), tiers, self._embedding)
         return self._measure(kind, name, layout.total_bytes, measure)
@@ -142,22 +150,22 @@ class _Trial:
         return Setting(kind, name, size, found)
 
 
-def _uniform_layouts(source: LiveSource, bits, ranks) -> list[tuple[str, str, Layout]]:
-    """(kind, name, layout) of each uniform setting. Raises: UserError."""
+def uniform_layouts(source: LiveSource, bits, ranks) -> list[tuple[str, str, Layout]]:
+    """The kind, name and layout of each uniform setting. Raises: UserError for bits or ranks that do not exist."""
     chosen = [("bits", f"{b} bits", compress.Options(bits=b)) for b in bits]
     chosen += [("rank", f"16 bits, rank {r}", compress.Options(bits="16", rank=r)) for r in ranks]
     return [(kind, name, compress.uniform(source, options)) for kind, name, options in chosen]
 
 
 def _measure_settings(trial: _Trial, layouts: list[tuple[str, str, Layout]], measure: Measure) -> list[Setting]:
-    """Full rows, then each uniform setting, followed by the budget of its size where there is one."""
+    """Measures full rows, then each uniform setting, each followed by the budget of its size if one is that small."""
     settings = [trial.full(measure)]
     for kind, name, layout in layouts:
         settings.append(trial.stored(kind, name, layout, trial.bases, measure))
         try:
             planned = trial.planner.layout(layout.total_bytes)
         except UserError:
-            continue  # even the coarsest budget is larger than this setting
+            continue  # even the coarsest rows that a budget can choose are larger than this setting
         name = f"budget of the size of {name}"
         settings.append(trial.stored("budget", name, planned, trial.planner.bases, measure))
     return settings
@@ -200,7 +208,7 @@ def _draw_singular(singular):
     last = len(singular) - 1
     for layer, values in enumerate(singular):
         shade = 0.1 + 0.8 * layer / max(last, 1)
-        # Of many layers only the first and the last are named: the shades between them tell the order.
+        # The legend of a deep model names only its first and last layer: shades show the order of those between.
         label = f"layer {layer}" if last < 8 or layer in (0, last) else None
         axis.plot(range(1, len(values) + 1), values, color=plots.shade(shade), linewidth=1.2, label=label)
     axis.set_yscale("log")

@@ -1,4 +1,4 @@
-"""How much models depend on their FFNs: their quality when FFN outputs are scaled down, or dropped in some layers."""
+"""How much models depend on their FFNs: quality with FFN outputs scaled down, or dropped in some layers."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -21,10 +21,11 @@ GROUPS = {
 
 
 class Part(NamedTuple):
-    """One kind of FFN of a model: it is scaled or dropped while the rest of the model stays as it is.
+    """One kind of FFN of a model, which is scaled or dropped while the rest of the model stays as it is.
 
     name: of its series in tables and pictures.
-    alpha, drop: the fields of `Contribution` that scale it, and that drop it in some layers.
+    alpha: the field of `Contribution` that scales this kind of FFN.
+    drop: the field of `Contribution` that drops it in some layers.
     """
 
     name: str
@@ -33,7 +34,13 @@ class Part(NamedTuple):
 
 
 def parts(config: ModelConfig, label: str) -> list[Part]:
-    """The kinds of FFN that a model has: FFN-M and FFN-C of flex, the FFN of base, FFN-M of memory."""
+    """The kinds of FFN that a model has: base its FFN, memory FFN-M, and flex both FFN-M and FFN-C.
+
+    A table of value or per-layer embeddings counts as FFN-M.
+
+    Args:
+      label: the model's name, which the parts' names begin with.
+    """
     if not (config.row_dim and config.compute_dim):
         return [Part(label, "alpha", "drop_layers")]
     memory = "FFN-M" if config.memory_dim else "table"
@@ -55,9 +62,9 @@ def alpha(
 ) -> dict:
     """FFN outputs are multiplied by alpha in every layer (MemoryLLM, Table 1 and Figure 7).
 
-    In base alpha scales the FFN, in memory FFN-M. In flex it scales FFN-M or FFN-C, while the other stays whole.
-    Changes are relative to alpha 1, in percent. Recall (LAMBADA, SciQ, ARC-Easy) and reasoning (HellaSwag, WinoGrande,
-    BoolQ, PIQA) are the paper's groups of tasks; the change of a group is the mean over those of its tasks that ran.
+    In base alpha scales the FFN, in memory FFN-M. In flex it scales either FFN-M or FFN-C, and the other one stays
+    whole. Changes are relative to alpha 1, in percent. Recall (LAMBADA, SciQ, ARC-Easy) and reasoning (HellaSwag,
+    WinoGrande, BoolQ, PIQA) are the paper's groups of tasks; the change of a group is the mean over its tasks that ran.
     """
     values = _alphas(alphas)
     quality: dict[str, dict[float, dict[str, float]]] = {}
@@ -77,7 +84,7 @@ def alpha(
 
 
 def _alphas(texts: Iterable[str]) -> list[float]:
-    """Falling numbers, 1 among them. Raises: ArgumentError."""
+    """The factors as numbers, from large to small, with 1 among them. Raises: ArgumentError."""
     try:
         values = [float(text) for text in texts]
     except ValueError as error:
@@ -87,8 +94,8 @@ def _alphas(texts: Iterable[str]) -> list[float]:
     return sorted({1.0, *values}, reverse=True)
 
 
-def _changes_by_alpha(by_alpha):
-    """Change in percent, against alpha 1, of each metric and of each group of tasks."""
+def _changes_by_alpha(by_alpha: dict[float, dict[str, float]]) -> dict[float, dict[str, float]]:
+    """Changes against alpha 1, in percent, of each metric and of each group of tasks."""
     changes = {}
     for value, found in by_alpha.items():
         relative = {metric: change(found[metric], full) for metric, full in by_alpha[1.0].items()}
@@ -97,7 +104,7 @@ def _changes_by_alpha(by_alpha):
 
 
 def _names(by_series):
-    """The metrics, which are the same in all series and for all values of alpha."""
+    """The names of the columns, which are the same in all series and for all values of alpha."""
     by_alpha = next(iter(by_series.values()))
     return list(by_alpha[1.0])
 
@@ -125,7 +132,7 @@ def _draw_alpha(changes, metric):
 
 
 def group_of(task: str) -> str | None:
-    """recall, reasoning or None. "TASK METRIC", of a task without accuracy, is in no group."""
+    """The group of a task: "recall", "reasoning" or None. A name "TASK METRIC", without accuracy, is in no group."""
     for group, names in GROUPS.items():
         if task.startswith(names) and " " not in task:
             return group
@@ -133,7 +140,7 @@ def group_of(task: str) -> str | None:
 
 
 def group_means(changes: dict[str, float]) -> dict[str, float]:
-    """Mean change of the tasks of each group; tasks whose full score is 0, so that the change is NaN, do not count."""
+    """Mean change of each group's tasks, without those whose change is NaN, as the whole model's score is 0."""
     means = {}
     for group in GROUPS:
         found = [value for task, value in changes.items() if group_of(task) == group and math.isfinite(value)]
@@ -146,17 +153,19 @@ def group_means(changes: dict[str, float]) -> dict[str, float]:
 
 
 class Drop(NamedTuple):
-    """A layer that was dropped on top of those before it, and the cost of the model without all of them."""
+    """A layer that was dropped in addition to those before it, and the cost of the model without all of them."""
 
     layer: int
     cost: float
 
 
 class Dropped(NamedTuple):
-    """Quality of one part of a model: whole, without each layer, and with layers dropped one after another.
+    """Quality of a model whose layers lose one kind of FFN.
 
-    cumulative: with perplexity as the cost; empty without a text.  cumulative_quality: after each of these steps;
-    empty without tasks.
+    whole: quality of the whole model.
+    without_layer: quality without each single layer's FFN.
+    cumulative: layers dropped one after another, with perplexity as the cost; empty without a text.
+    cumulative_quality: quality after each of these drops; empty without tasks.
     """
 
     whole: dict[str, float]
@@ -172,11 +181,11 @@ def layers(
     measure: Measure,
     cumulative: Annotated[int, Option("layers to drop one after another; 0: all", least=0)] = 0,
 ) -> dict:
-    """One layer's FFN adds nothing (MemoryLLM, Figures 4 and 12), for every layer; then several layers at once.
+    """The FFN of one layer is dropped, for each layer (MemoryLLM, Figures 4 and 12); then those of several layers.
 
-    In base that is the layer's FFN, in memory its FFN-M, live or looked up. In flex it is FFN-M or FFN-C, while the
-    other stays. Changes are relative to the whole model, in percent. The cumulative part then drops layers one after
-    another, each time the layer whose loss raises perplexity least, until --cumulative are gone (0: all).
+    In base that is the layer's FFN, in memory its FFN-M, live or looked up. In flex it is either FFN-M or FFN-C, and
+    the other one stays. Changes are relative to the whole model, in percent. The cumulative part then drops one layer
+    after another, each time the one without which perplexity rises least, until --cumulative are gone (0: all).
     """
     if cumulative and not measure.text.data:
         raise ArgumentError("cumulative", "expected data too, as layers are chosen by their effect on perplexity")
@@ -203,6 +212,8 @@ def layers(
 
 
 def _drop_layers(model: Engine, part: Part, measure: Measure, count: int) -> Dropped:
+    """Measures without each layer's part, then drops `count` layers one after another."""
+
     def without(*gone):
         model.contribute(Contribution(**{part.drop: gone}))
         return model
@@ -225,17 +236,17 @@ def _drop_layers(model: Engine, part: Part, measure: Measure, count: int) -> Dro
 
 
 def greedy(cost_without: Callable[[list[int]], float], singles: list[float], count: int) -> list[Drop]:
-    """Drops `count` layers one after another, each time the one that costs least on top of those before.
+    """Drops `count` layers one after another, each time the one without which the cost is least.
 
     Args:
-      cost_without: the cost without these layers.
-      singles: the cost without each single layer, which is known already.
+      cost_without: measures the cost without some layers.
+      singles: the cost without each single layer, which the caller has measured already.
     """
     drops: list[Drop] = []
     left = list(range(len(singles)))
     while len(drops) < count:
         gone = [drop.layer for drop in drops]
-        # All candidates are measured again in each step: what a layer costs depends on those that are gone already.
+        # All remaining layers are measured again after each drop: their costs depend on which ones are gone.
         costs = {layer: cost_without([*gone, layer]) if gone else singles[layer] for layer in left}
         best = min(costs, key=costs.get)
         drops.append(Drop(best, costs[best]))

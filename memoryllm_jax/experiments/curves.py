@@ -1,4 +1,4 @@
-"""Architectures trained alike, and how their curves compare (the paper's Table 2, Figures 9 and 10)."""
+"""Trains architectures with one recipe and compares their curves (MemoryLLM, Table 2, Figures 9 and 10)."""
 
 import contextlib
 import os
@@ -15,15 +15,23 @@ from memoryllm_jax.model.flops import parameters
 from memoryllm_jax.training import metrics
 
 ARCHITECTURES = ("base", "memory", "flex-1", "flex-2", "flex-3")
+# Fields of the recipe that the caption shows.
 _SHOWN = ("steps", "batch_size", "seq_len", "seed", "model.dim", "model.layers", "model.heads", "optimizer.peak_lr")
 
 
 def train(config: str, architecture: str, workdir: str, overrides: list[str]) -> int:
-    """Runs the command `train`. Returns: its exit code."""
+    """Runs the command `train` in a process of its own.
+
+    Args:
+      config: path of the config file.
+      overrides: flags of `train`, such as --config.steps=1000.
+    Returns: its exit code.
+    """
     command = [sys.executable, "-m", "memoryllm_jax.train", f"--config={config}:{architecture}"]
     print(f"--- {architecture}", flush=True)
     with subprocess.Popen([*command, f"--workdir={workdir}", *overrides]) as process:
-        # Training saves its state before it ends, so wait for it. A terminal's Ctrl-C reaches it without our help.
+        # When stopped by a signal, training first saves its state, so this process waits for its end. SIGTERM is
+        # passed on; a terminal sends SIGINT (Ctrl-C) to both processes by itself.
         handlers = {signal.SIGTERM: lambda *_: process.terminate(), signal.SIGINT: lambda *_: None}
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
@@ -34,11 +42,12 @@ def train(config: str, architecture: str, workdir: str, overrides: list[str]) ->
 
 
 def compare(config: str, names: list[str], folder: str) -> str:
-    """Draws the runs that folder/NAME holds.
+    """Draws the runs in folder/NAME.
 
     Args:
       config: path of the config file, for the caption.
-    Returns: one line on the report. Raises: UserError if there is no run, or their recipes differ.
+    Returns: one line about the report.
+    Raises: UserError if there is no run, or if the runs' recipes differ.
     """
     found = {name: run_of(os.path.join(folder, name)) for name in names}
     runs = {name: run for name, run in found.items() if run}
@@ -54,13 +63,13 @@ def compare(config: str, names: list[str], folder: str) -> str:
 
 
 def run_of(workdir: str) -> dict | None:
-    """What a run has left, or None if it has not been evaluated and saved yet.
+    """Reads a run from its workdir.
 
-    Returns:
+    Returns: None if the run has not been evaluated and saved yet, else a dict of
       parameters: as `flops.parameters` counts them.
-      curve: of each evaluation {"step", "tokens", "seconds", "flops", "loss", "perplexity", "bits_per_byte"}. Seconds
+      curve: for each evaluation {"step", "tokens", "seconds", "flops", "loss", "perplexity", "bits_per_byte"}. Seconds
         and FLOPs are those of training until then, without compiling, evaluating and saving.
-      recipe: the config's fields that a comparison wants alike.
+      recipe: {field: value} of the config's fields that must agree in a comparison, and the data's digest.
       data: path of the prepared data.
       finished: whether the last step has been evaluated.
     """
@@ -76,7 +85,7 @@ def run_of(workdir: str) -> dict | None:
     curve = _curve(config, path)
     if not curve:
         return None
-    # Fields that say where and how fast a run was computed may differ, and those that make the architecture.
+    # Two kinds of fields may differ: where and how fast a run was computed, and the architecture itself.
     free = (*RESUMABLE_FIELDS, "model.beta", "model.token_memory", "model.compute_input")
     recipe = {name: value for name, value in flatten(config).items() if name not in free}
     return {
@@ -89,8 +98,9 @@ def run_of(workdir: str) -> dict | None:
 
 
 def _curve(config: Config, path: str) -> list[dict]:
-    """The points of `run_of`, from the lines of metrics.jsonl."""
-    # A record of training has no duration, but the tokens since the one before, and their speed without other work.
+    """The evaluations in a metrics.jsonl, as `run_of` returns them."""
+    # A record of training holds no duration: it follows from the tokens since the record before and their speed, which
+    # does not count compiling, evaluating and saving.
     curve, tokens, seconds, flops = [], 0, 0.0, 0.0
     for record in metrics.records(path):
         if record["kind"] == "train":
@@ -99,7 +109,7 @@ def _curve(config: Config, path: str) -> list[dict]:
             flops += lap * record["model_flops_per_second"]
         else:
             quality = {name: record[name] for name in ("loss", "perplexity", "bits_per_byte")}
-            # From the step: records of training come every log.every steps, so `tokens` may lag behind.
+            # Computed from the step, as `tokens` is that of the last training record, up to log.every steps ago.
             seen = record["step"] * config.batch_size * config.seq_len
             curve.append({"step": record["step"], "tokens": seen, "seconds": seconds, "flops": flops} | quality)
     return curve
@@ -117,11 +127,11 @@ def common_recipe(runs: dict[str, dict]) -> dict:
 
 
 class _Axis(NamedTuple):
-    """What a curve is drawn against: a field of its points, the label of the axis, and the unit in the field's."""
+    """What curves are drawn against."""
 
-    field: str
+    field: str  # of a curve's points
     label: str
-    unit: float
+    unit: float  # values are divided by this
 
 
 _AXES = (
@@ -132,12 +142,18 @@ _AXES = (
 
 
 def draw(runs: dict[str, dict], folder: str, facts: dict[str, str]) -> str:
-    """Writes the report of {architecture: run}. Returns: one line on it. Raises: UserError."""
+    """Writes the report of runs.
+
+    Args:
+      runs: {architecture: run as `run_of` returns it}.
+      facts: for the caption.
+    Returns: one line about the report. Raises: UserError.
+    """
     with report.Report(folder, "comparison", "Architectures compared", facts) as page:
         page.text(
-            "All have the same seed, data, batches and recipe. Base, memory and flex have as many parameters in total. "
-            "Active parameters are those that every token passes: attention, FFN-C, gates and norms; the token memory, "
-            "embedding and output head are not among them, as in the paper."
+            "All have the same seed, data, batches and recipe. Base, memory and flex have equally many parameters in "
+            "total. Active parameters are those that every token passes: attention, FFN-C, gates and norms; the token "
+            "memory, embedding and output head are not among them, as in the paper."
         )
         caption = "Held-out loss in nats a token; speed without compiling, evaluating and saving"
         rows = [_row(name, run) for name, run in runs.items()]

@@ -1,4 +1,4 @@
-"""What a decode step costs, live and with looked-up rows: memory on the device, time a token (MemoryLLM, Table 6)."""
+"""The cost of a decode step, live and with looked-up rows: memory on the device, time a token (MemoryLLM, Table 6)."""
 
 import contextlib
 import os
@@ -31,15 +31,15 @@ def decode_cost(
 ) -> dict:
     """Memory on the device and ms a token of each model at batch 1, live and from a ToL file (MemoryLLM, Table 6).
 
-    Measured on the first device. ToL files are made for the purpose, beside the page, and removed. The sides are loaded
-    together and take turns: --rounds times --steps held-out tokens of --data each, after a first round that does not
-    count. The time is the median of the rounds; its ratio to the first model's time is taken within each round. A step
-    reads the token's row, runs the decoder with a key-value cache of the model's context, and brings the likeliest next
-    token to the host. Memory is that of weights, of rows held on the device and of the key-value cache, without
-    temporaries.
+    Measured on the first device. A ToL file of each model is made beside the page and removed at the end. All sides
+    (models, live or with a ToL file) are loaded together and take turns: in each of --rounds rounds, each side decodes
+    --steps held-out tokens of --data. A first round does not count. The time is the median of the rounds; its ratio to
+    the first side's time is taken within each round. A step reads the token's row, runs the decoder with a key-value
+    cache of the model's context, and brings the likeliest next token to the host. Memory is that of weights, of rows
+    held on the device and of the key-value cache, without temporaries.
     """
     if models.tol:
-        raise ArgumentError("tol", f"expected none, as ToL files are made for the purpose, found {models.tol}")
+        raise ArgumentError("tol", f"expected none, as the experiment makes its own ToL files, found {models.tol}")
     if not data:
         raise ArgumentError("data", "expected prepared data of the models' tokenizer, found nothing")
     for place in places:
@@ -65,7 +65,13 @@ def decode_cost(
 
 
 class Memory(NamedTuple):
-    """Bytes on the device: of the decoder's weights, of those that rows are made from, of cached rows, of the cache."""
+    """Bytes on the device.
+
+    decoder: weights of the decoder.
+    live: weights that live rows are computed from.
+    rows: rows that are on the device, all of them or those cached.
+    cache: the key-value cache.
+    """
 
     decoder: int
     live: int
@@ -74,7 +80,7 @@ class Memory(NamedTuple):
 
 
 class _Side:
-    """A model that decodes one sequence, whose tokens are given by a text. Raises: UserError if that is too short."""
+    """A model that decodes one sequence, whose tokens a text gives. Raises: UserError if the text is too short."""
 
     def __init__(self, model: Engine, path: str, steps: int, rounds: int):
         self.model, self.steps = model, min(steps, model.trained.context)
@@ -86,7 +92,10 @@ class _Side:
         self.cache = model.decoder.empty_cache(1, model.trained.context)
 
     def decode(self, number: int) -> float:
-        """Seconds a token. Each round has its own tokens, so that rows are cached only as often as text repeats."""
+        """Decodes a round's tokens. Returns: seconds a token.
+
+        Each round has its own tokens, so that rows are found in the cache only as often as in new text.
+        """
         tokens = self.stream.read(number * self.steps, self.steps)
         start = time.perf_counter()
         self._run(tokens)
@@ -109,7 +118,7 @@ class _Side:
 
 
 def _open_sides(models, places, cache_bytes, data, folder, open_side) -> dict[str, _Side]:
-    """Each model live and, if it has FFN-M, with the rows of a ToL file in each place."""
+    """Opens each model live and, if it has FFN-M, also with the rows of a new ToL file in each place."""
     sides = {}
     for number, (label, workdir) in enumerate(zip(models.labels, models.workdirs)):
         if not models.configs[number].memory_dim:
@@ -126,7 +135,7 @@ def _open_sides(models, places, cache_bytes, data, folder, open_side) -> dict[st
 def _take_turns(sides: dict[str, _Side], rounds: int) -> dict[str, list[float]]:
     """Seconds a token of each side's rounds."""
     for side in sides.values():
-        side.decode(0)  # compiles what a round needs
+        side.decode(0)  # not counted: it compiles
     seconds = {name: [] for name in sides}
     for number in range(rounds):
         for name, side in sides.items():
@@ -135,7 +144,7 @@ def _take_turns(sides: dict[str, _Side], rounds: int) -> dict[str, list[float]]:
 
 
 def _rows(memory: dict[str, Memory], seconds: dict[str, list[float]]) -> list[dict]:
-    """The table's rows, each by the names of its columns."""
+    """The rows of the table, as {column: value}."""
     first = next(iter(seconds.values()))
     rows = []
     for name, of_side in memory.items():

@@ -22,12 +22,13 @@ class Models:
     Args:
       workdirs: folders of the models.
       tol: a ToL file that serves the rows of the only model, or "".
-      place: where its rows are served from: device, host or, by default, disk.
+      place: where the file's rows are served from: device, host or, by default, disk.
       dtype: of the computation; by default that of the training.
     Attributes:
-      labels: of the models: the architecture, with the folder where two have the same.
-      configs: ModelConfig of each.
-      facts: for the caption of a page.
+      labels: the models' names: the architecture, and the folder too if an earlier model has the same architecture.
+      configs: the models' configs.
+      facts: facts about all models, for the caption of a page.
+      mesh: all devices of this machine as batch shards.
     Raises: UserError.
     """
 
@@ -41,7 +42,7 @@ class Models:
         self.facts: dict[str, str] = {}
         self.labels: list[str] = []
         self.configs: list[config.ModelConfig] = []
-        for workdir in workdirs:  # only their configs are read, so that experiments can refuse before they load weights
+        for workdir in workdirs:  # reads only the configs, so that experiments can refuse before they load weights
             with contextlib.closing(TrainedModel(workdir, dtype=dtype)) as trained:
                 label = trained.config.architecture
                 if label in self.labels:
@@ -59,7 +60,7 @@ class Models:
                 yield label, engine
 
     def open(self, workdir: str) -> Engine:
-        """Raises: UserError."""
+        """Loads one of the models. Raises: UserError."""
         return serving.open_engine(workdir, self.tol, self.place, dtype=self.dtype, mesh=self.mesh)
 
 
@@ -75,7 +76,7 @@ class ModelsOptions:
     dtype: Annotated[str, Option("float32 or bfloat16, for the computation; by default that of the training")] = ""
 
     def open(self) -> Models:
-        """Raises: UserError."""
+        """Reads the models' configs. Raises: UserError."""
         return Models(self.workdir, self.tol, self.rows, self.dtype)
 
 
@@ -85,7 +86,7 @@ def run(experiment: Callable[..., dict], models: Models, output: str, **chosen) 
     Args:
       output: folder for the page and the files beside it, which are named after the experiment.
       chosen: the experiment's options.
-    Returns: one line on what was written. Raises: UserError.
+    Returns: one line that says what was written. Raises: UserError.
     """
     name, facts = experiment.__name__, models.facts
     if "measure" in chosen:

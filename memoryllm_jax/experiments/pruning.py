@@ -1,4 +1,4 @@
-"""Base pruned to the active parameters of memory and flex, beside these (MemoryLLM, Figure 11)."""
+"""Base pruned to the active parameters of memory and flex, compared with them (MemoryLLM, Figure 11)."""
 
 import dataclasses
 from typing import Annotated, NamedTuple
@@ -17,11 +17,17 @@ from memoryllm_jax.experiments.sparsity import METHODS, Pattern
 from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.model import flops
 
-_BETAS = (0.0, 1.0, 2.0, 3.0)  # memory, flex-1, flex-2, flex-3: base is pruned to their active parameters
+_BETAS = (0.0, 1.0, 2.0, 3.0)  # of memory, flex-1, flex-2 and flex-3, to whose active parameters base is pruned
 
 
 class Point(NamedTuple):
-    """One model of the picture: `method` and `pattern` are those of pruning, or "" for a model as it was trained."""
+    """One model of the picture, pruned or as it was trained.
+
+    model: label of the trained model.
+    method, pattern: how it was pruned; "" if it was not.
+    active: active parameters that are not zero.
+    quality: as `Measure` returns it.
+    """
 
     model: str
     method: str
@@ -41,10 +47,10 @@ def pruning(
 ) -> dict:
     """Base pruned by magnitude, Wanda and SparseGPT against memory and flex (MemoryLLM, Figure 11).
 
-    One model must be base. All of its matrices of attention and FFN get the same share of zeros. The shares leave as
-    many weights as memory and flex-1, 2, 3 of base's shape have active parameters. A last pattern sets two of every
-    four weights to zero (2:4), which at the usual shape leaves flex-2's count. Methods are calibrated on the first
-    --windows windows of the training split of --calibration. All other models are points on the same axes.
+    One model must be base. All of its matrices of attention and FFN get the same share of zeros. One share each leaves
+    base as many active parameters as memory, flex-1, flex-2 and flex-3 of its shape have. Another pattern sets two of
+    every four weights to zero (2:4), which at the usual shape leaves about flex-2's count. Methods are calibrated on
+    the first --windows windows of the training split of --calibration. The other models are drawn on the same axes.
     """
     for method in methods:
         if method not in METHODS:
@@ -67,7 +73,7 @@ def pruning(
 
 
 def _calibration(path: str, windows: int, model: Engine) -> np.ndarray:
-    """int32 [windows, context]. Raises: UserError."""
+    """The calibration text: int32 [windows, context]. Raises: UserError if there are not as many windows."""
     shards = model.decoder.shards
     if windows % shards:
         raise ArgumentError("windows", f"expected a multiple of the {shards} devices, found {windows}")
@@ -94,10 +100,10 @@ def _patterns(run: Config, workdir: str) -> list[Pattern]:
 
 
 def _pruned(model: Engine, label: str, measure: Measure, windows_NT: np.ndarray, methods) -> list[Point]:
-    """A point of each method and pattern."""
+    """Prunes base by each method and pattern, and measures it. Returns: a point of each."""
     trained, whole = model.trained, model.decoder
     params, _ = trained.load(lambda _: True)
-    norms = flops.parameters(trained.run)["norms"]  # are active too, and not pruned
+    norms = flops.parameters(trained.run)["norms"]  # active parameters too, but never pruned
     points = []
     for pattern in _patterns(trained.run, trained.workdir):
         for method in methods:
@@ -122,15 +128,16 @@ def _show(page: report.Report, points: list[Point]) -> None:
 def _draw(points: list[Point], metric: str):
     figure, axis = plots.new_figure()
     pruned = [p for p in points if p.method]
-    methods = list(dict.fromkeys(p.method for p in pruned))
     for is_group in (False, True):
-        for number, method in enumerate(methods):
+        # Shares of zeros make a line for each method; 2:4 is a single point, a larger empty marker of the same colour.
+        for number, method in enumerate(dict.fromkeys(p.method for p in pruned)):
             chosen = [p for p in pruned if p.method == method and (":" in p.pattern) == is_group]
-            style, ending = plots.style_of(number), ""
+            style, label = plots.style_of(number), f"base, {method}"
             if is_group:
-                style, ending = style | {"linestyle": "", "markersize": 9, "fillstyle": "none"}, " 2:4"
+                style |= {"linestyle": "", "markersize": 9, "fillstyle": "none"}
+                label += " 2:4"
             line = sorted((p.active / 1e6, p.quality[metric]) for p in chosen)
-            axis.plot(*zip(*line), **style, label=f"base, {method}{ending}")
+            axis.plot(*zip(*line), **style, label=label)
     for p in points:
         if not p.method:
             at = p.active / 1e6, p.quality[metric]

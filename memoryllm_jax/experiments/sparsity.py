@@ -1,9 +1,10 @@
-"""Zeros in the weights of base: magnitude, Wanda (Sun et al. 2024) and SparseGPT (Frantar and Alistarh 2023).
+"""Pruning of base by magnitude, Wanda (Sun et al. 2024) and SparseGPT (Frantar and Alistarh 2023).
 
 All matrices of attention and FFN in all layers get the same share of zeros; embeddings, head and norms stay. Layers
 are pruned in order, each calibrated on the outputs of the pruned layers before it.
 
-Shapes: N windows, B of a batch, T positions, D model width; a matrix w_IO has I inputs and O outputs.
+Shapes: N windows of calibration text, B windows of a batch, T positions, D model width; a matrix w_IO has I inputs and
+O outputs.
 """
 
 import functools
@@ -17,11 +18,11 @@ from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.model import sharding, transformer
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
-DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, as in SparseGPT
-BLOCK = 128  # columns that SparseGPT settles before it corrects those to their right
-_WINDOWS = 8  # that run at a time, or one for each batch shard if there are more
+DAMPING = 0.01  # added to the Gram matrix's diagonal, as a share of its mean, as in SparseGPT
+BLOCK = 128  # columns that SparseGPT prunes before it corrects all columns to their right at once
+_WINDOWS = 8  # calibration windows in a batch, or one for each batch shard if there are more shards
 
-# The matrices of a layer: module, name, and whose Gram matrix its input has.
+# The matrices of a layer: module, name, and the key in `_grams` of the Gram matrix of its input.
 _MATRICES = (
     ("attention", "q", "qkv"),
     ("attention", "k", "qkv"),
@@ -34,10 +35,11 @@ _MATRICES = (
 
 
 class Pattern(NamedTuple):
-    """Where the zeros are.
+    """How many weights become zero, and where the count must hold.
 
     sparsity: share of zeros.
-    group: the share holds in every `group` consecutive inputs of an output; 0: only in each row or in the matrix.
+    group: the share holds among every `group` consecutive inputs of an output (2:4 has a group of 4); 0: it holds only
+      for a whole output or matrix, as the method chooses.
     """
 
     sparsity: float
@@ -56,9 +58,10 @@ def prune(config: ModelConfig, params: dict, mesh, windows_NT: np.ndarray, metho
     """Prunes base.
 
     Args:
-      params: as `TrainedModel.load` lays them out.
+      params: as `TrainedModel.load` returns them.
       windows_NT: int32 calibration text, N a multiple of the mesh's batch shards; magnitude does not read it.
-    Returns: the parameters with zeros.
+      method: one of METHODS.
+    Returns: the pruned parameters.
     """
     shards = sharding.batch_shards(mesh)
     size = shards * max(1, _WINDOWS // shards)
@@ -80,7 +83,7 @@ def prune(config: ModelConfig, params: dict, mesh, windows_NT: np.ndarray, metho
 
 
 def nonzeros(params: dict) -> int:
-    """Weights of the layers' matrices that are not zero."""
+    """The number of weights in the layers' matrices that are not zero."""
     matrices = [layer[module][name] for layer in params["layers"] for module, name, _ in _MATRICES]
     return sum(int(jnp.count_nonzero(w)) for w in matrices)
 
@@ -97,7 +100,7 @@ def _forward(config, layer, x_BTD):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _grams(config, layer, x_BTD):
-    """Gram matrices of the inputs of a layer's matrices: {as in _MATRICES: sum of x x^T, float32 [I, I]}."""
+    """Gram matrices of the inputs of a layer's matrices: {key in _MATRICES: sum of x x^T, float32 [I, I]}."""
     out, ffn = _apply_layer(config, layer, x_BTD), layer["ffn"]
     inputs = {
         "qkv": out.attention_input_BTD,
@@ -129,11 +132,12 @@ def _prune_layer(layer, grams, method, pattern):
 
 
 def prune_matrix(w_IO, gram_II, method: str, pattern: Pattern, factor_II=None):
-    """Zeros in one matrix; SparseGPT also corrects the other weights.
+    """Prunes one matrix; SparseGPT also corrects the weights that stay.
 
     Args:
-      gram_II: sum of x x^T of its inputs; None for magnitude.
-      factor_II: `inverse_factor(gram_II)`, for matrices that share it.
+      gram_II: sum of x x^T over the matrix's inputs x; None for magnitude.
+      factor_II: `inverse_factor(gram_II)`, if it is known already, as for matrices that share their input.
+    Returns: the pruned matrix, in the dtype of w_IO.
     """
     w_OI = w_IO.T.astype(jnp.float32)
     if method == "sparsegpt":
@@ -148,7 +152,7 @@ def prune_matrix(w_IO, gram_II, method: str, pattern: Pattern, factor_II=None):
 
 
 def _weakest(score_OI, pattern, by_row):
-    """Mask of the weights to set to zero: the lowest scores of each group, of each row, or of the matrix."""
+    """Mask of the weights to set to zero: the lowest scores in each group, in each row or in the matrix."""
     if pattern.group:
         grouped = score_OI.reshape(score_OI.shape[0], -1, pattern.group)
         return _lowest(grouped, pattern.zeros).reshape(score_OI.shape)
@@ -159,13 +163,14 @@ def _weakest(score_OI, pattern, by_row):
 
 def _lowest(score, count):
     """Mask of the `count` lowest scores along the last axis."""
+    # The inner argsort lists indices in order of score; the outer one inverts this, and gives each score its rank.
     return jnp.argsort(jnp.argsort(score, axis=-1), axis=-1) < count
 
 
 def inverse_factor(gram_II) -> np.ndarray:
     """Upper triangular U with U^T U = (gram + damping)^-1, float32.
 
-    Row i says how the inputs after i make up for an error of input i.
+    Row i over U_ii holds the corrections of the weights after i for a unit error in weight i (SparseGPT, section 3).
     """
     gram = np.asarray(gram_II, np.float64)  # the inverse of a Gram matrix is too ill-conditioned for float32
     damping = DAMPING * gram.diagonal().mean()
@@ -175,28 +180,31 @@ def inverse_factor(gram_II) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="pattern")
 def _sparsegpt(w_OI, factor_II, pattern):
+    """Prunes and corrects block after block of columns (SparseGPT, Algorithm 1)."""
     for start in range(0, w_OI.shape[1], BLOCK):
         stop = min(start + BLOCK, w_OI.shape[1])
-        block, errors = _settle(w_OI[:, start:stop], factor_II[start:stop, start:stop], pattern)
+        block, errors = _prune_block(w_OI[:, start:stop], factor_II[start:stop, start:stop], pattern)
         w_OI = w_OI.at[:, start:stop].set(block)
         w_OI = w_OI.at[:, stop:].add(-jnp.matmul(errors, factor_II[start:stop, stop:], precision="highest"))
     return w_OI
 
 
-def _settle(w_OB, factor_BB, pattern):
-    """Prunes a block of columns from left to right, and corrects the columns of the block that follow.
+def _prune_block(w_OB, factor_BB, pattern):
+    """Prunes a block of columns from left to right; each column's error corrects the columns of the block after it.
 
-    Returns: (the block, the errors of its columns over U_jj, which correct the columns after the block).
+    Here B are the columns of the block.
+
+    Returns: the pruned block, and the columns' errors over U_jj, which correct the columns after the block.
     """
     size, group = w_OB.shape[1], pattern.group
     diagonal = jnp.diag(factor_BB)
     mask = jnp.zeros(w_OB.shape, bool)
-    if not group:
+    if not group:  # the mask of the whole block is chosen at once
         scores = jnp.square(w_OB / diagonal).reshape(-1)
         mask = _lowest(scores, round(pattern.sparsity * w_OB.size)).reshape(w_OB.shape)
 
     def choose_group(w, mask, first):
-        """The mask of one group, chosen when its first column is reached: corrections have changed its weights."""
+        """Adds a group's mask, chosen only when its first column is reached: corrections have changed its weights."""
         weights = jax.lax.dynamic_slice_in_dim(w, first, group, 1)
         score = jnp.square(weights / jax.lax.dynamic_slice_in_dim(diagonal, first, group))
         return jax.lax.dynamic_update_slice_in_dim(mask, _lowest(score, pattern.zeros), first, 1)

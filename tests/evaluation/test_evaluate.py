@@ -1,4 +1,4 @@
-"""The command: its record, its page, and a refusal."""
+"""The command `evaluate`: its record, its page, and its refusals."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def evaluate(*arguments, devices=1):
     return subprocess.run(line, capture_output=True, text=True, timeout=240, env=with_devices(devices))
 
 
-def test_record_and_page_of_a_text(lab, tmp_path):
+def test_the_command_writes_record_and_page_of_a_text(lab, tmp_path):
     workdir, out, page = f"--workdir={lab.workdir('memory')}", tmp_path / "out.json", tmp_path / "page"
     where = (f"--data={lab.data_path}", f"--tol={lab.tol('memory')}", "--rows=host", "--alpha=0.9", "--drop_layers=1")
     done = evaluate(workdir, *where, "--stride=16", "--max_tokens=400", f"--output={out}", f"--page={page}", devices=2)

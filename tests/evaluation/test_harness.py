@@ -1,4 +1,4 @@
-"""The harness's requests and local tasks, against the equations and against our own scores."""
+"""The harness's requests against tests/reference.py's equations, and its local tasks against our own scores."""
 
 import csv
 import glob
@@ -32,7 +32,7 @@ def requests(*arguments):
     return [Instance("", {}, pair, 0) for pair in arguments]
 
 
-def test_harness_likelihoods(lab, harness, monkeypatch):
+def test_likelihoods_of_requests_are_those_of_the_equations(lab, harness):
     long = "The module defines functions that work on objects of a class and on its attributes. " * 3
     pairs = [("The list of", " names"), ("def f(x): ", "return x"), ("", "class A"), (long, " end of it"), ("A", "B")]
     with lab.model("flex-3") as model:
@@ -47,8 +47,15 @@ def test_harness_likelihoods(lab, harness, monkeypatch):
             assert b[: len(a)] == a
             assert total == pytest.approx(p[len(a) - len(b) :].sum(), abs=1e-4)
             assert greedy == g[len(a) - len(b) :].all()
+        with pytest.raises(UserError, match="expected a context and a continuation of 1 to 32 tokens, found 2 and"):
+            adapter.loglikelihood(requests(("A", long)))
 
-        text = long + long
+
+def test_rolling_likelihood_counts_each_token_of_a_text_once(lab, harness):
+    text = "The module defines functions that work on objects of a class and on its attributes. " * 6
+    with lab.model("flex-3") as model:
+        encode, bos = model.tokenizer.encode, [model.tokenizer.bos_id]
+        adapter = harness.MemoryLLM(model)
         ids = bos + encode(text)
         starts = range(0, len(ids), CONTEXT)
         windows = [(bos + ids)[s : s + CONTEXT + 1] for s in starts]
@@ -57,8 +64,6 @@ def test_harness_likelihoods(lab, harness, monkeypatch):
         total = sum(p.sum() for p, _ in of_sequences(model, windows[:-1]))
         total += of_sequences(model, windows[-1:])[0][0][added:].sum()
         assert adapter.loglikelihood_rolling(requests(("A list.",), (text,)))[1] == pytest.approx(total, abs=1e-3)
-        with pytest.raises(UserError, match="expected a context and a continuation of 1 to 32 tokens, found 2 and"):
-            adapter.loglikelihood(requests(("A", long)))
 
 
 def test_harness_texts_end_at_stop_strings_and_lengths(lab, harness):

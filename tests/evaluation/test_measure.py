@@ -1,4 +1,4 @@
-"""Options of texts and tasks: what they refuse, and how pages describe them."""
+"""Options of texts and tasks: values that they refuse, and how pages describe them."""
 
 import math
 

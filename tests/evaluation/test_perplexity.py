@@ -13,6 +13,7 @@ from memoryllm_jax.evaluation.perplexity import Windows
 
 
 def quality(model, path, windows=None, **more):
+    """Perplexity on the held-out split; by default in windows that follow each other."""
     windows = windows or Windows(CONTEXT, CONTEXT)
     text = perplexity.prepared_text(path, "validation", model.tokenizer, windows)
     return perplexity.perplexity(model, text, windows, **more)
@@ -21,9 +22,11 @@ def quality(model, path, windows=None, **more):
 @pytest.mark.parametrize("name", ("memory", "flex-3", "base"))
 def test_perplexity_on_prepared_data_is_the_validation_of_training(lab, name):
     expected = json.load(open(f"{lab.workdir(name)}/result.json"))["validation"]
-    ways = (
-        [((), 1), ((), 8)] if name == "base" else [((), 8), ((lab.tol(name), "disk", 4096), 1), ((lab.tol(name),), 3)]
-    )
+    live = ()
+    if name == "base":
+        ways = [(live, 1), (live, 8)]
+    else:
+        ways = [(live, 8), ((lab.tol(name), "disk", 4096), 1), ((lab.tol(name),), 3)]
     for arguments, devices in ways:
         with lab.model(name, *arguments, devices=devices) as model:
             found = quality(model, lab.data_path)
@@ -47,10 +50,11 @@ def test_text_files_are_what_prepare_would_make_of_them(lab, tmp_path):
         assert found["bytes"] == sum(len(text.encode()) for text in texts)
 
 
-def test_windows_with_a_stride_predict_each_token_once_from_at_least_the_rest(lab):
+def test_windows_with_a_stride_predict_each_token_once_from_context_minus_stride_tokens(lab):
     stride, tokens = 12, 90
     with lab.model("flex-3") as model:
         ids = dataset.Dataset(lab.data_path).validation.read(0, tokens + 1)
+        # For each token, the first window that has it as a target.
         first_window = [max(0, -(-(target - CONTEXT) // stride)) for target in range(tokens + 1)]
         starts = [stride * k for k in range(max(first_window) + 1)]
         pieces = [ids[start : start + CONTEXT + 1] for start in starts]
@@ -78,4 +82,4 @@ def test_scored_ids_are_saved_in_whole_windows(lab, tmp_path):
         assert (start, last) == bound and count == 2 * (last - start + 1)
         assert nats == pytest.approx(-p[:, start - 1 : last].mean(), rel=1e-5)
     with pytest.raises(UserError, match="expected at least 33 tokens, found 9000"):
-        Windows(CONTEXT, CONTEXT, 31, whole=True).cut(9000, "DATA")
+        Windows(CONTEXT, CONTEXT, 31, whole=True).used(9000, "DATA")

@@ -1,4 +1,4 @@
-"""Compressed rows against a file that was really written, and against NumPy's singular values."""
+"""Compressed rows against those of a written ToL file, and singular values against NumPy's."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,15 +27,23 @@ def test_stored_rows_are_those_of_a_file(lab, tmp_path):
     assert found == pytest.approx(expected, rel=1e-6) and abs(found - live) > 1e-4
 
 
-def test_settings_budgets_and_singular_values(lab, tmp_path):
+def test_each_uniform_setting_is_followed_by_the_budget_of_its_size(lab, tmp_path):
     text = Measure(TextOptions(lab.data_path, "train", max_tokens=TOKENS))
-    choices = {"calibration": lab.data_path, "bits": ("2",), "ranks": ("0.5",)}
+    # One setting, as each compiles its own codec and that of its budget.
+    choices = {"calibration": lab.data_path, "bits": (), "ranks": ("0.5",)}
     models = Models([lab.workdir("memory")])
     found, page = run_experiment(compression.compression, models, tmp_path, measure=text, **choices)
-    sizes = {row["setting"]: row["bytes"] for row in found["settings"]}
-    assert sizes["budget of the size of 2 bits"] <= sizes["2 bits"] < sizes["16 bits, rank 0.5"]
+    full, rank, budget = found["settings"]
+    assert (full["kind"], rank["kind"], budget["kind"]) == ("full", "rank", "budget")
+    assert budget["setting"] == "budget of the size of 16 bits, rank 0.5"
+    assert budget["bytes"] <= rank["bytes"] < full["bytes"]
     with lab.model("memory") as model:
-        rows = LiveSource(model.trained).vectors(jnp.arange(512))
+        source = LiveSource(model.trained)
+        rows = source.vectors(jnp.arange(512))
+    layouts = {name: layout for _, name, layout in compression.uniform_layouts(source, ("4", "2"), ("0.5",))}
+    assert list(layouts) == ["4 bits", "2 bits", "16 bits, rank 0.5"]
+    assert layouts["2 bits"].total_bytes < layouts["4 bits"].total_bytes
+    assert layouts["16 bits, rank 0.5"].total_bytes == rank["bytes"]
     for layer, values in enumerate(found["singular_values"]):
         expected = np.linalg.svd(np.asarray(rows[f"ffn.{layer}"]), compute_uv=False)
         np.testing.assert_allclose(values[:20], expected[:20] / expected[0], rtol=1e-3)

@@ -1,4 +1,4 @@
-"""FFNs scaled and dropped in several models: what the experiments find, and how they group tasks."""
+"""FFNs scaled and dropped in several models: the changes that experiments find, and their groups of tasks."""
 
 import math
 
@@ -45,13 +45,13 @@ def test_layers_are_dropped_alone_and_least_harmful_first(lab, tmp_path, measure
         contribution.layers(models, None, measure=measure, cumulative=3)
 
 
-def test_the_greedy_order_counts_what_is_gone_already():
+def test_the_greedy_order_measures_each_layer_without_those_dropped_before():
     costs = {(0,): 3, (1,): 2, (2,): 4, (1, 0): 9, (1, 2): 5, (1, 2, 0): 10}
     drops = contribution.greedy(lambda gone: costs[tuple(gone)], [3, 2, 4], 3)
     assert drops == [(1, 2), (2, 5), (0, 10)]
 
 
-def test_groups_of_tasks():
+def test_tasks_are_grouped_as_in_the_paper_and_groups_are_means():
     assert contribution.group_of("lambada_local") == "recall" and contribution.group_of("piqa_local") == "reasoning"
     assert contribution.group_of("wikitext word_perplexity") is None
     changes = {"sciq": -10.0, "arc_easy": -20.0, "piqa": 1.0, "perplexity": 5.0}

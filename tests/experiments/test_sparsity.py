@@ -1,4 +1,4 @@
-"""Pruning methods against direct NumPy, and against SparseGPT's own loop."""
+"""Pruning methods against plain NumPy, and SparseGPT against the loop of its paper."""
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,11 @@ def some_matrix(inputs=160, outputs=24, samples=300):
     return np.float32(rng.normal(size=(inputs, outputs))), np.float32(x)
 
 
-def settled_one_by_one(w_OI, gram, zeros_of):
-    """SparseGPT as in its paper: column after column, with the inverse of the rest of the Hessian."""
+def sparsegpt_by_column(w_OI, gram, zeros_of):
+    """SparseGPT as its paper derives it: column after column, each with the inverse Hessian of the columns left.
+
+    zeros_of: (w, column) -> mask of the column's weights to set to zero.
+    """
     w, gram = w_OI.astype(np.float64), gram.astype(np.float64)
     gram = gram + sparsity.DAMPING * gram.diagonal().mean() * np.eye(len(gram))
     for column in range(w.shape[1]):
@@ -31,7 +34,7 @@ def settled_one_by_one(w_OI, gram, zeros_of):
     return w
 
 
-def test_masks_are_the_weakest_by_each_method():
+def test_each_method_sets_its_weakest_weights_to_zero():
     w, x = some_matrix()
     gram, pattern = jnp.asarray(x.T @ x), Pattern(0.25)
     pruned = np.asarray(sparsity.prune_matrix(jnp.asarray(w), gram, "magnitude", pattern))
@@ -50,7 +53,7 @@ def test_masks_are_the_weakest_by_each_method():
 
 @pytest.mark.parametrize("pattern", [Pattern(0.5, 4), Pattern(0.5)])
 def test_sparsegpt_is_the_loop_of_its_paper(pattern):
-    """Masks are chosen for every four columns, or for every block of 128; and it pays."""
+    """Masks are chosen for every four columns, or for every block of 128; it loses less than the other methods."""
     w, x = some_matrix()
     gram, chosen, step = x.T @ x, {}, pattern.group or sparsity.BLOCK
     diagonal = sparsity.inverse_factor(gram).diagonal()
@@ -64,7 +67,7 @@ def test_sparsegpt_is_the_loop_of_its_paper(pattern):
             chosen[first] = lowest.reshape(score.shape)
         return chosen[first][:, column - first]
 
-    expected = settled_one_by_one(w.T, gram, zeros_of).T
+    expected = sparsegpt_by_column(w.T, gram, zeros_of).T
     found = {
         m: np.asarray(sparsity.prune_matrix(jnp.asarray(w), jnp.asarray(gram), m, pattern)) for m in sparsity.METHODS
     }
@@ -73,14 +76,17 @@ def test_sparsegpt_is_the_loop_of_its_paper(pattern):
     assert lost["sparsegpt"] < 0.8 * min(lost["wanda"], lost["magnitude"])
 
 
-def test_layers_are_pruned_on_what_the_pruned_ones_before_make(lab):
+def test_layers_are_calibrated_on_the_outputs_of_pruned_layers(lab):
     with lab.model("base", devices=2) as model:
         config, mesh = model.config, model.trained.mesh
         params, _ = model.trained.load(lambda _: True)
         windows = dataset.Dataset(lab.data_path).train.read(0, 20 * CONTEXT).reshape(20, CONTEXT)
         half = sparsity.prune(config, params, mesh, windows, "wanda", Pattern(0.5))
     matrices = [params["layers"][0][module] for module in ("attention", "ffn")]
-    assert sparsity.nonzeros(half) == sum(w.size for w in jax.tree.leaves(matrices))  # half of two layers'
+    assert sparsity.nonzeros(half) == sum(
+        w.size for w in jax.tree.leaves(matrices)
+    )  # half of two layers is as many as one has
+    # The reference model with only its first layer pruned gives the second layer's inputs.
     second = stacked(params | {"layers": [half["layers"][0], params["layers"][1]]})
     seen = []
 
