@@ -23,7 +23,7 @@ PACKAGES = (
     "keras-hub",
     "lm_eval",
 )
-# Paths of this machine do not belong into a committed record.
+# Paths of this machine do not belong in a committed record.
 _PATH_FLAGS = re.compile(r"^(--(?:\w*data|\w*workdir|tol|base|output|scratch))=.*")
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from memoryllm_jax.common import storage
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.data import dataset, documents
 from memoryllm_jax.inference import scoring
@@ -47,7 +47,7 @@ class Span(NamedTuple):
 class Windows(NamedTuple):
     """How a stream is cut into windows, which start every `stride` tokens.
 
-    context: tokens that are predicted in a window; it has one token more, as its first is not predicted.
+    context: tokens that are predicted in a window, which holds one more: its first token is not predicted.
     max_tokens: how many tokens of the stream are predicted at most; 0: all.
     whole: leave out a last window that is not full.
     """
@@ -62,12 +62,16 @@ class Windows(NamedTuple):
 
         Args:
           path: of the text, for the error message.
-        Raises: UserError for a stream that is too short.
+        Raises: UserError for a stream or `max_tokens` that are too small.
         """
-        predicted = min(tokens - 1, self.max_tokens or tokens)
         least = self.context if self.whole else 1
-        if predicted < least:
+        if tokens - 1 < least:
             raise UserError(f"{path}: expected at least {least + 1} tokens, found {tokens}")
+        predicted = min(tokens - 1, self.max_tokens or tokens)
+        if predicted < least:
+            raise ArgumentError(
+                "max_tokens", f"expected 0 or at least {least}, a whole window, found {self.max_tokens}"
+            )
         if self.whole:
             predicted -= (predicted - self.context) % self.stride
         return predicted + 1

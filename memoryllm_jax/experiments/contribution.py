@@ -36,7 +36,7 @@ class Part(NamedTuple):
 def parts(config: ModelConfig, label: str) -> list[Part]:
     """The kinds of FFN that a model has: base its FFN, memory FFN-M, and flex both FFN-M and FFN-C.
 
-    A table of value or per-layer embeddings counts as FFN-M.
+    A table of value or per-layer embeddings takes the place of FFN-M.
 
     Args:
       label: the model's name, which the parts' names begin with.

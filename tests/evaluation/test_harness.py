@@ -26,47 +26,52 @@ def harness():
     return harness
 
 
+@pytest.fixture(scope="module")
+def flex(lab):
+    """The engine of flex-3, which several tests read."""
+    with lab.model("flex-3") as model:
+        yield model
+
+
 def requests(*arguments):
     from lm_eval.api.instance import Instance
 
     return [Instance("", {}, pair, 0) for pair in arguments]
 
 
-def test_likelihoods_of_requests_are_those_of_the_equations(lab, harness):
+def test_likelihoods_of_requests_are_those_of_the_equations(flex, harness):
     long = "The module defines functions that work on objects of a class and on its attributes. " * 3
     pairs = [("The list of", " names"), ("def f(x): ", "return x"), ("", "class A"), (long, " end of it"), ("A", "B")]
-    with lab.model("flex-3") as model:
-        encode, bos = model.tokenizer.encode, [model.tokenizer.bos_id]
-        adapter = harness.MemoryLLM(model)
-        found = adapter.loglikelihood(requests(*pairs))
-        contexts = [bos + encode(text.rstrip()) for text, _ in pairs]
-        wholes = [bos + encode(a + b) for a, b in pairs]
-        assert len(wholes[3]) > CONTEXT + 1  # loses its beginning
-        sequences = [whole[-CONTEXT - 1 :] for whole in wholes]
-        for (total, greedy), (p, g), a, b in zip(found, of_sequences(model, sequences), contexts, wholes, strict=True):
-            assert b[: len(a)] == a
-            assert total == pytest.approx(p[len(a) - len(b) :].sum(), abs=1e-4)
-            assert greedy == g[len(a) - len(b) :].all()
-        with pytest.raises(UserError, match="expected a context and a continuation of 1 to 32 tokens, found 2 and"):
-            adapter.loglikelihood(requests(("A", long)))
+    encode, bos = flex.tokenizer.encode, [flex.tokenizer.bos_id]
+    adapter = harness.MemoryLLM(flex)
+    found = adapter.loglikelihood(requests(*pairs))
+    contexts = [bos + encode(text.rstrip()) for text, _ in pairs]
+    wholes = [bos + encode(a + b) for a, b in pairs]
+    assert len(wholes[3]) > CONTEXT + 1  # loses its beginning
+    sequences = [whole[-CONTEXT - 1 :] for whole in wholes]
+    for (total, greedy), (p, g), a, b in zip(found, of_sequences(flex, sequences), contexts, wholes, strict=True):
+        assert b[: len(a)] == a
+        assert total == pytest.approx(p[len(a) - len(b) :].sum(), abs=1e-4)
+        assert greedy == g[len(a) - len(b) :].all()
+    with pytest.raises(UserError, match="expected a context and a continuation of 1 to 32 tokens, found 2 and"):
+        adapter.loglikelihood(requests(("A", long)))
 
 
-def test_rolling_likelihood_counts_each_token_of_a_text_once(lab, harness):
+def test_rolling_likelihood_counts_each_token_of_a_text_once(flex, harness):
     text = "The module defines functions that work on objects of a class and on its attributes. " * 6
-    with lab.model("flex-3") as model:
-        encode, bos = model.tokenizer.encode, [model.tokenizer.bos_id]
-        adapter = harness.MemoryLLM(model)
-        ids = bos + encode(text)
-        starts = range(0, len(ids), CONTEXT)
-        windows = [(bos + ids)[s : s + CONTEXT + 1] for s in starts]
-        added = CONTEXT + 1 - len(windows[-1])  # the last window is filled with context from before it
-        windows[-1] = (bos + ids)[-CONTEXT - 1 :]
-        total = sum(p.sum() for p, _ in of_sequences(model, windows[:-1]))
-        total += of_sequences(model, windows[-1:])[0][0][added:].sum()
-        assert adapter.loglikelihood_rolling(requests(("A list.",), (text,)))[1] == pytest.approx(total, abs=1e-3)
+    encode, bos = flex.tokenizer.encode, [flex.tokenizer.bos_id]
+    adapter = harness.MemoryLLM(flex)
+    ids = bos + encode(text)
+    starts = range(0, len(ids), CONTEXT)
+    windows = [(bos + ids)[s : s + CONTEXT + 1] for s in starts]
+    added = CONTEXT + 1 - len(windows[-1])  # the last window is filled with context from before it
+    windows[-1] = (bos + ids)[-CONTEXT - 1 :]
+    total = sum(p.sum() for p, _ in of_sequences(flex, windows[:-1]))
+    total += of_sequences(flex, windows[-1:])[0][0][added:].sum()
+    assert adapter.loglikelihood_rolling(requests(("A list.",), (text,)))[1] == pytest.approx(total, abs=1e-3)
 
 
-def test_harness_texts_end_at_stop_strings_and_lengths(lab, harness):
+def test_generated_texts_end_at_stop_strings_and_lengths(lab, harness):
     contexts = ["The list of", "def", "A class is an object that holds attributes and methods of its instances and"]
     with lab.model("memory") as model:
         adapter = harness.MemoryLLM(model)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from lab import CONTEXT, log_softmax
 
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.data import dataset
 from memoryllm_jax.evaluation import perplexity
 from memoryllm_jax.evaluation.perplexity import Windows
@@ -81,5 +81,12 @@ def test_scored_ids_are_saved_in_whole_windows(lab, tmp_path):
     for (start, last, nats, count), bound in zip(parts, bounds, strict=True):
         assert (start, last) == bound and count == 2 * (last - start + 1)
         assert nats == pytest.approx(-p[:, start - 1 : last].mean(), rel=1e-5)
-    with pytest.raises(UserError, match="expected at least 33 tokens, found 9000"):
+
+
+def test_texts_and_limits_below_a_window_are_refused():
+    with pytest.raises(ArgumentError, match="max_tokens: expected 0 or at least 32, a whole window, found 31"):
         Windows(CONTEXT, CONTEXT, 31, whole=True).used(9000, "DATA")
+    with pytest.raises(UserError, match="DATA: expected at least 33 tokens, found 32"):
+        Windows(CONTEXT, CONTEXT, whole=True).used(32, "DATA")
+    with pytest.raises(UserError, match="DATA: expected at least 2 tokens, found 1"):
+        Windows(CONTEXT, CONTEXT).used(1, "DATA")

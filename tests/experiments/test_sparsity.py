@@ -83,9 +83,8 @@ def test_layers_are_calibrated_on_the_outputs_of_pruned_layers(lab):
         windows = dataset.Dataset(lab.data_path).train.read(0, 20 * CONTEXT).reshape(20, CONTEXT)
         half = sparsity.prune(config, params, mesh, windows, "wanda", Pattern(0.5))
     matrices = [params["layers"][0][module] for module in ("attention", "ffn")]
-    assert sparsity.nonzeros(half) == sum(
-        w.size for w in jax.tree.leaves(matrices)
-    )  # half of two layers is as many as one has
+    # Half of the weights of two layers are as many as one layer has.
+    assert sparsity.nonzeros(half) == sum(w.size for w in jax.tree.leaves(matrices))
     # The reference model with only its first layer pruned gives the second layer's inputs.
     second = stacked(params | {"layers": [half["layers"][0], params["layers"][1]]})
     seen = []
