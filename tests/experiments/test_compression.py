@@ -1,10 +1,10 @@
 """Compressed rows against those of a written ToL file, and singular values against NumPy's."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from lab import TOKENS, loss_on, run_experiment
 
+from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.evaluation.measure import Measure, TextOptions
 from memoryllm_jax.experiments import compression
 from memoryllm_jax.experiments.models import Models
@@ -37,14 +37,12 @@ def test_each_uniform_setting_is_followed_by_the_budget_of_its_size(lab, tmp_pat
     assert (full["kind"], rank["kind"], budget["kind"]) == ("full", "rank", "budget")
     assert budget["setting"] == "budget of the size of 16 bits, rank 0.5"
     assert budget["bytes"] <= rank["bytes"] < full["bytes"]
-    with lab.model("memory") as model:
-        source = LiveSource(model.trained)
-        rows = source.vectors(jnp.arange(512))
+    for values, rows_VD in zip(found["singular_values"], lab.memory("memory"), strict=True):
+        expected = np.linalg.svd(rows_VD, compute_uv=False)
+        np.testing.assert_allclose(values[:20], expected[:20] / expected[0], rtol=1e-3)
+    assert page.count("<img") == 2
+    source = LiveSource(TrainedModel(lab.workdir("memory")))
     layouts = {name: layout for _, name, layout in compression.uniform_layouts(source, ("4", "2"), ("0.5",))}
     assert list(layouts) == ["4 bits", "2 bits", "16 bits, rank 0.5"]
     assert layouts["2 bits"].total_bytes < layouts["4 bits"].total_bytes
     assert layouts["16 bits, rank 0.5"].total_bytes == rank["bytes"]
-    for layer, values in enumerate(found["singular_values"]):
-        expected = np.linalg.svd(np.asarray(rows[f"ffn.{layer}"]), compute_uv=False)
-        np.testing.assert_allclose(values[:20], expected[:20] / expected[0], rtol=1e-3)
-    assert page.count("<img") == 2
