@@ -21,7 +21,7 @@ ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn", "splash")
 TOKEN_MEMORIES = {"ffn": "flex", "value": "value", "per_layer": "ple", "none": "no-memory"}
 
 # {(base width, beta): FFN-M width} from the paper's Table 5, where its rounding follows no rule that could be computed.
-# Table 5 swaps beta 1 and 3 of the 1B model; Table 6 and section 4.2 confirm the order here.
+# Table 5 swaps beta 1 and 3 of the 1B model; the definition of beta and Table 6 give the order here.
 _PAPER_MEMORY_WIDTHS = {
     (4272, 1): 3738,
     (4272, 2): 3200,
