@@ -55,8 +55,9 @@ def test_budgets_are_kept_and_beat_every_uniform_setting(lab, measured, tmp_path
             assert 0 < tol.layout.total_bytes <= total and verify.damaged_tokens(tol) == []
         losses.append(file_loss(out, scorer))
         peers = [(loss, *rest) for size, loss, *rest in uniform if size <= total]
-        # An error that happens to lower the loss below that of full rows is no merit of a setting.
-        assert losses[-1] <= max(min(peers)[0], full) + 1e-5, (total, losses[-1], min(peers))
+        # An error that happens to lower the loss below that of full rows is no merit of a setting. Losses of so small a
+        # model move by some 1e-5 with its training, which differs between versions of JAX.
+        assert losses[-1] <= max(min(peers)[0], full) + 1e-4, (total, losses[-1], min(peers))
     assert losses[1] <= losses[0] + 1e-3 and losses[1] < full + 0.02
     with pytest.raises(UserError, match=r"the budget: expected .* found 100"):
         compress.write(source, compress.Options(total_size="100", data=lab.data_path), out, scorer)
