@@ -22,7 +22,7 @@ TWIN = 64  # twice the embedding of the token TWIN + 1
 
 
 @functools.cache
-def opened(workdir: str) -> KeyValueModel:
+def key_value_model(workdir: str) -> KeyValueModel:
     """The model of a checkpoint, opened once, because a checkpoint takes a second to read."""
     return KeyValueModel(workdir, sizes=SMALL)
 
@@ -34,7 +34,7 @@ def changed(workdir: str, change, keep_weights: bool = False) -> KeyValueModel:
       change: a function that gets the parameters as NumPy arrays, those of layers stacked, and changes them in place.
       keep_weights: it gets the model's own weights; by default it gets small random weights.
     """
-    model = copy.copy(opened(workdir))
+    model = copy.copy(key_value_model(workdir))
     draw = np.random.default_rng(0)
     params = {}
     for group, tree in model.params.items():

@@ -25,6 +25,7 @@ from memoryllm_jax.inference.rows import LiveRows
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.model import sharding, transformer
 from memoryllm_jax.tol import compress, serving
+from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.training import loop, metrics
 
 CONTEXT = 32  # context of the models that `Lab` trains, in tokens
@@ -165,6 +166,11 @@ MODELS = {
 def records(workdir, kind: str = "train") -> list[dict]:
     """The records of one kind, train or validation, in the metrics.jsonl of a run."""
     return [record for record in metrics.records(f"{workdir}/metrics.jsonl") if record["kind"] == kind]
+
+
+def opened(path) -> contextlib.closing[TolFile]:
+    """A ToL file, closed at the end of the `with` block."""
+    return contextlib.closing(TolFile(str(path)))
 
 
 def some_tokens(count: int, seed: int = 0) -> list[int]:

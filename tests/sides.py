@@ -44,7 +44,7 @@ def our_text(engine, prompt, tokens):
     return [token for new in engine.generate([prompt], tokens, Sampling(0)) for _, token in new]
 
 
-def opened(workdir, tol=""):
+def float32_engine(workdir, tol=""):
     """Our engine in float32, with live FFN-M or a ToL file, closed at the end of the `with` block."""
     return contextlib.closing(serving.open_engine(workdir, tol, dtype="float32"))
 

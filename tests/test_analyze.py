@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from by_hand import LENGTH, SMALL, opened
+from by_hand import LENGTH, SMALL, key_value_model
 
 from memoryllm_jax import analyze
 from memoryllm_jax.analysis import run as analysis_run
@@ -36,7 +36,7 @@ def test_an_analysis_writes_complete_files(lab, data_path, tmp_path, command):
     if "text" in parameters:
         few = {"examples": 50} if parameters["text"].annotation is ExampleOptions else {}
         options["text"] = parameters["text"].annotation(data_path, length=LENGTH, limit=200, **few)
-    line = run(command, opened(workdir), str(tmp_path), **options)
+    line = run(command, key_value_model(workdir), str(tmp_path), **options)
     assert line.startswith(f"{tmp_path}/{command}.html: ")
     page = (tmp_path / f"{command}.html").read_text()
     assert page.count("<img") >= 1 and "http" not in page.replace(data_path, "")
@@ -47,7 +47,7 @@ def test_an_analysis_writes_complete_files(lab, data_path, tmp_path, command):
 def test_pages_of_tokens_show_the_most_frequent(lab, data_path, tmp_path):
     train = Dataset(data_path).train
     counts = np.bincount(train.read(0, train.tokens), minlength=512)
-    run("neighbours", opened(lab.workdir("memory")), str(tmp_path), tokens=50, data=data_path)
+    run("neighbours", key_value_model(lab.workdir("memory")), str(tmp_path), tokens=50, data=data_path)
     assert f"the 50 most frequent of {data_path}" in (tmp_path / "neighbours.html").read_text()
     shown = np.genfromtxt(tmp_path / "neighbours-tokens.csv", delimiter=",", skip_header=1, usecols=1, dtype=int)
     assert list(dict.fromkeys(shown)) == np.argsort(-counts, kind="stable")[:50].tolist()
@@ -55,7 +55,7 @@ def test_pages_of_tokens_show_the_most_frequent(lab, data_path, tmp_path):
 
 def test_a_sheet_has_a_line_for_each_trigger_and_proxies_beside_chance(lab, data_path, tmp_path):
     text = TextOptions(data_path, length=LENGTH, limit=200)
-    run("annotate", opened(lab.workdir("flex-3")), str(tmp_path), text=text, keys=3, top=4)
+    run("annotate", key_value_model(lab.workdir("flex-3")), str(tmp_path), text=text, keys=3, top=4)
     sheet = (tmp_path / "annotate-sheet.csv").read_text().splitlines()
     assert sheet[0].endswith("prefix,pattern,kind") and len(sheet) == 1 + 2 * 3 * 4  # layers, keys, triggers
     proxies = np.genfromtxt(tmp_path / "annotate-proxies.csv", delimiter=",", names=True)
@@ -65,14 +65,14 @@ def test_a_sheet_has_a_line_for_each_trigger_and_proxies_beside_chance(lab, data
 @pytest.mark.parametrize("command", ["coefficients", "clusters", "clustering", "outliers", "neighbours"])
 def test_analyses_of_ffn_m_refuse_base(lab, tmp_path, command):
     with pytest.raises(UserError, match=f"{command}: expected a memory or flex model, found base"):
-        run(command, opened(lab.workdir("base")), str(tmp_path / "out"))
+        run(command, key_value_model(lab.workdir("base")), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_ratios_of_outliers_that_are_no_numbers_are_refused(lab, tmp_path):
     message = "ratio: expected numbers above zero such as 5,10,20, found '5,nan'"
     with pytest.raises(UserError, match=re.escape(message)):
-        run("outliers", opened(lab.workdir("memory")), str(tmp_path), ratio=("5", "nan"))
+        run("outliers", key_value_model(lab.workdir("memory")), str(tmp_path), ratio=("5", "nan"))
 
 
 def test_analyses_without_text_load_no_attention(lab):

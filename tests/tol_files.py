@@ -1,6 +1,5 @@
 """Helpers for tests of ToL files: an independent reader, rows to build files from, and damaged copies."""
 
-import contextlib
 import json
 import shutil
 import struct
@@ -9,11 +8,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from lab import opened
 
 from memoryllm_jax import config
 from memoryllm_jax.model import sharding
 from memoryllm_jax.tol.codec import Band, Part
-from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.layout import Layout, Tier, decode_rows
 from memoryllm_jax.tol.reader import RowReader
 from memoryllm_jax.tol.sources import Identity, read_rows
@@ -194,13 +193,6 @@ def more():
 def content(path):
     with open(path, "rb") as file:
         return file.read()
-
-
-@contextlib.contextmanager
-def opened(path):
-    tol = TolFile(str(path))
-    yield tol
-    tol.close()
 
 
 def file_rows(tol):

@@ -1,14 +1,14 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from by_hand import opened
+from by_hand import key_value_model
 
 from memoryllm_jax.common.errors import UserError
 
 
 @pytest.fixture
 def model(lab):
-    return opened(lab.workdir("memory"))
+    return key_value_model(lab.workdir("memory"))
 
 
 def test_tokens_are_named_as_pages_show_them_or_by_id(model):

@@ -54,16 +54,26 @@ def test_a_txt_file_is_one_document_whose_end_is_held_out(corpus, data_path, tmp
     assert dataset.train.bytes + dataset.validation.bytes == len(text.encode())
 
 
-def test_held_out_documents_are_not_trained_on_and_counts_are_exact(corpus, data_path):
+def test_held_out_documents_are_not_trained_on(corpus, data_path):
     dataset = Dataset(data_path)
     model = dataset.tokenizer()
     train, held_out = texts_of(dataset, "train", model), texts_of(dataset, "validation", model)
     everything = [json.loads(line)["text"] for line in open(corpus)]
-    assert sorted(train + held_out) == sorted(everything) and not set(train) & set(held_out) and held_out
-    for tokens, texts in ((dataset.train, train), (dataset.validation, held_out)):
-        assert tokens.documents == len(texts)
-        assert tokens.bytes == sum(len(text.encode()) for text in texts)
-        assert tokens.tokens == sum(len(model.encode(text)) + 2 for text in texts)
+    assert sorted(train + held_out) == sorted(everything)
+    assert held_out and not set(train) & set(held_out)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_counts_of_a_split_are_exact(data_path, split):
+    dataset = Dataset(data_path)
+    model, counts = dataset.tokenizer(), getattr(dataset, split)
+    texts = texts_of(dataset, split, model)
+    assert counts.documents == len(texts)
+    assert counts.bytes == sum(len(text.encode()) for text in texts)
+    assert counts.tokens == sum(len(model.encode(text)) + 2 for text in texts)  # with bos and eos
+
+
+def test_dataset_json_describes_tokenizer_and_ids(data_path):
     record = json.load(open(f"{data_path}/dataset.json"))
     assert record["tokenizer"]["digest"] == storage.sha256(f"{data_path}/tokenizer.model")
     assert (record["dtype"], record["vocab_size"]) == ("uint16", 512)
@@ -134,25 +144,35 @@ def test_bad_input_is_named_and_leaves_no_shard(name, content, message, data_pat
     assert not list(tmp_path.glob("out/*.bin*")) and not (tmp_path / "out" / "dataset.json").exists()
 
 
-def test_bad_arguments_are_refused_and_leave_only_the_lock(corpus, data_path, tmp_path):
-    spec = f"sentencepiece:{data_path}/tokenizer.model"
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("sentencepiece:{corpus}", "expected a sentencepiece model, found a file it refuses"),
+        ("llama3:/none/tokenizer.model", "No such file or directory"),
+        ("bpe:{corpus}", "expected one of sentencepiece, llama3, hf"),
+        ("sentencepiece:train:200000", "this text allows at most"),
+        ("sentencepiece:train:4²", r"tokenizer: expected a vocabulary size at the end of .*, found '4²'"),
+    ],
+)
+def test_a_bad_tokenizer_is_refused_and_leaves_only_the_lock(corpus, tmp_path, spec, message):
+    with pytest.raises(UserError, match=message):
+        prepare(corpus, spec.format(corpus=corpus), str(tmp_path / "out"))
+    assert os.listdir(tmp_path / "out") == [".lock"]
+
+
+def test_input_without_files_is_refused(data_path, tmp_path):
     with pytest.raises(UserError, match="expected at least one file, found none"):
-        prepare(f"{tmp_path}/*.json.gz", spec, str(tmp_path / "o"))
-    with pytest.raises(UserError, match="was begun with another tokenizer"):
-        prepare(corpus, spec, data_path, validation_fraction=0.05)
-    with pytest.raises(UserError, match="expected a sentencepiece model, found a file it refuses"):
-        prepare(corpus, f"sentencepiece:{corpus}", str(tmp_path / "o"))
-    with pytest.raises(UserError, match="No such file or directory"):
-        prepare(corpus, "llama3:/none/tokenizer.model", str(tmp_path / "o"))
-    with pytest.raises(UserError, match="expected one of sentencepiece, llama3, hf"):
-        prepare(corpus, f"bpe:{corpus}", str(tmp_path / "o"))
+        prepare(f"{tmp_path}/*.json.gz", f"sentencepiece:{data_path}/tokenizer.model", str(tmp_path / "out"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused(corpus, data_path):
     with pytest.raises(UserError, match="cannot be written"):
-        prepare(corpus, spec, f"{corpus}/out")
-    assert os.listdir(tmp_path / "o") == [".lock"]
-    with pytest.raises(UserError, match="this text allows at most"):
-        prepare(corpus, "sentencepiece:train:200000", str(tmp_path / "o"))
-    with pytest.raises(UserError, match=r"tokenizer: expected a vocabulary size at the end of .*, found '4²'"):
-        prepare(corpus, "sentencepiece:train:4²", str(tmp_path / "o"))
+        prepare(corpus, f"sentencepiece:{data_path}/tokenizer.model", f"{corpus}/out")
+
+
+def test_a_folder_begun_with_another_tokenizer_is_refused(corpus, data_path):
+    with pytest.raises(UserError, match="was begun with another tokenizer"):
+        prepare(corpus, f"sentencepiece:{data_path}/tokenizer.model", data_path, validation_fraction=0.05)
 
 
 def test_a_tokenizer_of_the_user_is_not_overwritten(corpus, data_path, tmp_path):

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from sides import (
     IDS,
     LLAMA3_ROPE,
+    float32_engine,
     golden_by_the_equations,
-    opened,
     our_logits,
     our_text,
     their_logits,
@@ -38,7 +38,7 @@ def test_imported_models_give_golden_logits_and_text(name, tmp_path):
     import_model(f"{GOLDEN}/{name}", str(tmp_path / "work"))
     golden = np.load(f"{GOLDEN}/{name}/logits.npy")
     np.testing.assert_allclose(golden_by_the_equations(name, IDS), golden, atol=1e-5)
-    with opened(str(tmp_path / "work")) as engine:
+    with float32_engine(str(tmp_path / "work")) as engine:
         np.testing.assert_allclose(our_logits(engine, IDS), golden, atol=1e-5)
         text = our_text(engine, IDS[0].tolist(), 8)
     assert text == np.load(f"{GOLDEN}/{name}/text.npy").tolist()
@@ -77,7 +77,7 @@ def test_a_llama_of_transformers_goes_in_and_out_bit_by_bit(transformers, tmp_pa
     import_model(source, path)
     # Read again, as `llama` holds rotary frequencies that are rounded to its dtype.
     exact = transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
-    with opened(path) as engine:
+    with float32_engine(path) as engine:
         np.testing.assert_allclose(our_logits(engine, IDS), their_logits(exact, IDS), atol=1e-4)
 
     export_model(path, out)

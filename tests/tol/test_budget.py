@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from tol_files import file_rows, opened
+from lab import opened
+from tol_files import file_rows
 
 from memoryllm_jax import config
 from memoryllm_jax.checkpoint.trained import TrainedModel

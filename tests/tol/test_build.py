@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import xxhash
+from lab import opened
 from tol_files import (
     CHUNK,
     VOCAB,
@@ -16,7 +17,6 @@ from tol_files import (
     content,
     file_rows,
     more,
-    opened,
     relative,
     rows_of,
     small,

@@ -5,8 +5,8 @@ import os
 
 import numpy as np
 import pytest
-from lab import some_tokens, step_logits
-from tol_files import file_rows, opened, relative, rows_of
+from lab import opened, some_tokens, step_logits
+from tol_files import file_rows, relative, rows_of
 
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError

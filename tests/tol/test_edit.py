@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 import safetensors
-from lab import step_logits, written
-from tol_files import DIM, LAYERS, VOCAB, Reader, damaged_copy, opened, relative, rows_of
+from lab import opened, step_logits, written
+from tol_files import DIM, LAYERS, VOCAB, Reader, damaged_copy, relative, rows_of
 
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.tol import edit, verify
@@ -157,24 +157,48 @@ def test_suppressed_key_is_also_gone_from_rows_that_were_swapped(lab):
             assert relative(found, expected) < 2e-6, operations
 
 
-def test_edited_file_differs_in_those_tokens(lab, tmp_path):
-    path = str(tmp_path / "edited.safetensors")
+@pytest.fixture(scope="module")
+def edited_file(lab, tmp_path_factory):
+    """(path of a copy of flex-3's ToL file with two edits in it, path of the overlay with these edits)."""
+    folder = tmp_path_factory.mktemp("edited")
+    path, overlay_path = str(folder / "edited.safetensors"), str(folder / "overlay")
     with opened(lab.tol("flex-3")) as tol:
         overlay = edited(tol, "", ("swap", "#40,#41"), ("zero", "#500"))
+        overlay.save(overlay_path)
         edit.write_edited(tol, overlay, path)
-        with opened(path) as after:
-            np.testing.assert_array_equal(rows_of(after), rows_of(tol, overlay))
-            result = verify.compare(FileSource(tol), FileSource(after))
-            assert result.changed == 3 and {token for token, _, _ in result.most(10)} == {40, 41, 500}
-            assert result.by_part["x0"] == 0
-            overlay.save(str(tmp_path / "o"))
-            with pytest.raises(UserError, match="made for other rows"):
-                Overlay.open(str(tmp_path / "o"), after)
+    assert sorted(os.listdir(folder)) == ["edited.safetensors", "overlay"]
+    return path, overlay_path
+
+
+def test_edited_file_differs_in_those_tokens(lab, edited_file):
+    path, overlay_path = edited_file
+    with opened(lab.tol("flex-3")) as tol, opened(path) as after:
+        np.testing.assert_array_equal(rows_of(after), rows_of(tol, Overlay.open(overlay_path, tol)))
+        result = verify.compare(FileSource(tol), FileSource(after))
+    assert result.changed == 3 and {token for token, _, _ in result.most(10)} == {40, 41, 500}
+    assert result.by_part["x0"] == 0
+
+
+def test_the_model_takes_the_edited_file(lab, edited_file):
+    with lab.model("flex-3", edited_file[0]) as model:
+        assert len(written(model, [[40]])[0]) == 12
+
+
+def test_an_overlay_of_other_rows_is_refused(edited_file):
+    path, overlay_path = edited_file
+    with opened(path) as after, pytest.raises(UserError, match="made for other rows"):
+        Overlay.open(overlay_path, after)
+
+
+def test_the_file_that_is_edited_is_not_overwritten(lab, edited_file):
+    with opened(lab.tol("flex-3")) as tol:
+        overlay = Overlay.open(edited_file[1], tol)
         with pytest.raises(UserError, match="output: expected another file than the one that is edited"):
             edit.write_edited(tol, overlay, tol.path)
+
+
+def test_a_damaged_row_is_not_copied(lab, edited_file, tmp_path):
     damaged = damaged_copy(lab.tol("flex-3"), 40, tmp_path / "damaged")
     with opened(damaged) as tol, pytest.raises(UserError, match="token 40: the checksum of its row differs"):
-        edit.write_edited(tol, Overlay.open(str(tmp_path / "o"), tol), str(tmp_path / "other"))
-    assert sorted(os.listdir(tmp_path)) == ["damaged", "edited.safetensors", "o"]
-    with lab.model("flex-3", path) as model:  # the model it was made for still takes it
-        assert len(written(model, [[40]])[0]) == 12
+        edit.write_edited(tol, Overlay.open(edited_file[1], tol), str(tmp_path / "other"))
+    assert os.listdir(tmp_path) == ["damaged"]

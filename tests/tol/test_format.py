@@ -49,15 +49,22 @@ def test_bfloat16_rows_round_as_numpy_and_hold_no_x0(tokenizer, tmp_path):
         np.testing.assert_array_equal(rows, source.table[name].astype(ml_dtypes.bfloat16).astype(np.float64))
 
 
-def test_mixed_file_is_laid_out_as_specified(mixed_file, tokenizer):
-    path, _ = mixed_file
-    reader, extra = Reader(path), more()
+def test_tensors_fill_the_file_without_gaps(mixed_file):
+    reader = Reader(mixed_file[0])
     spans = sorted(entry["data_offsets"] for entry in reader.header.values())
     assert spans[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(spans))
     assert reader.start + spans[-1][1] == len(reader.content)
+
+
+def test_tensors_and_tiers_are_aligned(mixed_file):
+    reader = Reader(mixed_file[0])
     assert reader.start % 4096 == reader.at("rows.0") % 4096 == reader.at("rows.1") % 4096 == 0
     assert "padding.1" in reader.header  # 110 rows do not end where the next tier may begin
     assert all(reader.at(name) % np.dtype(TYPES[e["dtype"]]).itemsize == 0 for name, e in reader.header.items())
+
+
+def test_file_holds_the_order_counts_bases_and_tokenizer_it_was_built_with(mixed_file, tokenizer):
+    reader, extra = Reader(mixed_file[0]), more()
     np.testing.assert_array_equal(reader.tensor("row_of_token")[extra["order"]], np.arange(VOCAB))
     np.testing.assert_array_equal(reader.tensor("counts"), extra["counts"])
     for name, basis in extra["bases"].items():
@@ -65,9 +72,17 @@ def test_mixed_file_is_laid_out_as_specified(mixed_file, tokenizer):
             bfloat16(reader.tensor(f"basis.{name}")), basis.astype(ml_dtypes.bfloat16).astype(np.float64)
         )
     assert reader.tensor("tokenizer").tobytes() == tokenizer.content
-    assert reader.meta["tokenizer_digest"] == tokenizer.digest and reader.meta["dropped_layers"] == "[4, 6]"
-    assert reader.meta["kept_layers"] == "[0, 1, 2, 3, 5, 6]"
-    assert (reader.meta["version"], reader.meta["vocab_size"], reader.meta["step"]) == ("1", str(VOCAB), "7")
+    assert reader.meta["tokenizer_digest"] == tokenizer.digest
+
+
+def test_metadata_names_version_model_and_layers(mixed_file):
+    meta = Reader(mixed_file[0]).meta
+    assert (meta["version"], meta["vocab_size"], meta["step"]) == ("1", str(VOCAB), "7")
+    assert (meta["dropped_layers"], meta["kept_layers"]) == ("[4, 6]", "[0, 1, 2, 3, 5, 6]")
+
+
+def test_each_row_has_its_checksum(mixed_file):
+    reader = Reader(mixed_file[0])
     rows = [row.tobytes() for tier in range(2) for row in reader.raw(tier)]
     assert [xxhash.xxh3_64_intdigest(row) for row in rows] == reader.tensor("checksums").tolist()
 

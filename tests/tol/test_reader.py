@@ -5,8 +5,8 @@ import os
 
 import numpy as np
 import pytest
-from lab import written
-from tol_files import VOCAB, Reader, damaged_copy, file_rows, opened
+from lab import opened, written
+from tol_files import VOCAB, Reader, damaged_copy, file_rows
 
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.tol.format import TolFile

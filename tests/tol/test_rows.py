@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tol_files import VOCAB, Source, opened, relative, uniform
+from lab import opened
+from tol_files import VOCAB, Source, relative, uniform
 
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.tol import build, codec, edit

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 import reference
-from lab import GREEDY, some_tokens, step_logits, written
-from tol_files import damaged_copy, opened
+from lab import GREEDY, opened, some_tokens, step_logits, written
+from tol_files import damaged_copy
 
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from tol_files import damaged_copy, opened
+from lab import opened
+from tol_files import damaged_copy
 
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.tol import verify

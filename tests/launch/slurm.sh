@@ -2,7 +2,7 @@
 # Tests launch/slurm.sbatch on a real SLURM cluster of one node, which this script sets up and takes down again.
 #
 #     apt-get install slurm-wlm munge
-#     tests/training/slurm.sh DATA FOLDER
+#     tests/launch/slurm.sh DATA FOLDER
 #
 # Run it as root. DATA is prepared text; FOLDER does not exist yet. Trains on the CPU with two tasks of PATH's `python`.
 set -euo pipefail

@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 from lab import GOLDEN
-from sides import IDS, opened, our_logits, our_text, their_logits, their_text
+from sides import IDS, float32_engine, our_logits, our_text, their_logits, their_text
 
 from memoryllm_jax.hf.export import export_model
 from memoryllm_jax.hf.import_ import import_model
@@ -45,7 +45,7 @@ def test_live_ffns_and_a_tol_file_give_our_logits_and_text(exported, name, tmp_p
     workdir, _, load = exported(name)
     tol = str(tmp_path / "tol")
     compress.precompute(workdir, tol, compress.Options(bits="32"))
-    with opened(workdir) as engine:
+    with float32_engine(workdir) as engine:
         logits, text = our_logits(engine, IDS), our_text(engine, IDS[0].tolist(), 8)
     looked_up = load(tol)
     assert not [n for n, _ in looked_up.named_parameters() if ".memory." in n]
@@ -61,7 +61,7 @@ def test_compressed_rows_give_our_text(exported, name, tmp_path):
     workdir, _, load = exported(name)
     tol = str(tmp_path / "tol")
     compress.precompute(workdir, tol, compress.Options(bits="5", rank="0.5", drop_layers=("1",)))
-    with opened(workdir, tol) as engine:
+    with float32_engine(workdir, tol) as engine:
         text = our_text(engine, IDS[0].tolist(), 8)
     assert their_text(load(tol), IDS[0].tolist(), 8) == text
 
@@ -89,7 +89,7 @@ def test_the_exported_tokenizer_gives_our_ids(transformers, exported):
     workdir, folder, _ = exported("memory")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     text = "A string is\ta sequence, of\n\n  12 ünits"
-    with opened(workdir) as engine:
+    with float32_engine(workdir) as engine:
         prompt = engine.prompt(text)
         assert theirs(text).input_ids == prompt
         assert theirs.decode(prompt, skip_special_tokens=True) == engine.tokenizer.decode(prompt)

@@ -25,7 +25,7 @@ def test_slurm_restarts_runs_unless_the_error_is_the_users(data_path, tmp_path):
         pytest.skip("needs Debian's packages slurm-wlm and munge, and root")
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
-        [ROOT / "tests/training/slurm.sh", data_path, tmp_path], env=env, capture_output=True, text=True, timeout=900
+        [ROOT / "tests/launch/slurm.sh", data_path, tmp_path], env=env, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from tol_files import opened
+from lab import opened
 
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.tol import compress, edit
