@@ -97,7 +97,7 @@ def test_the_command_ends_with_a_line_that_names_the_page(lab, tmp_path):
 
 
 def test_an_unknown_command_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["analyze", "trigers"])
+    monkeypatch.setattr(sys, "argv", ["analyze", "trigers", "--help"])
     with pytest.raises(SystemExit, match="1"):
         runpy.run_path(analyze.__file__, run_name="__main__")
     assert re.match("error: expected one of coefficients, .*, found trigers\n", capsys.readouterr().err)

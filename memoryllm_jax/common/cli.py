@@ -54,7 +54,7 @@ def run_commands(commands: Mapping[str, Callable], through: Callable[[str], Call
             options.define(target)
         positional = [] if through else _positional(commands[name])
         sys.modules["__main__"].__doc__ = _help_of(name, commands[name], positional)
-    elif not _HELP & set(sys.argv):  # without a command, --help prints the docstring of the module
+    elif name not in _HELP:  # without a command, --help prints the docstring of the module
         print(f"error: expected one of {', '.join(commands)}, found {name or 'nothing'}", file=sys.stderr)
         sys.exit(1)
 

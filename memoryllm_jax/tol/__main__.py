@@ -1,4 +1,4 @@
-"""Describes, checks, compresses, edits and compares ToL files. COMMAND --help lists the options.
+"""Describes, checks, compresses, edits and compares ToL files.
 
     python -m memoryllm_jax.tol inspect  FILE [--token=TEXT ...]
     python -m memoryllm_jax.tol verify   FILE [--workdir=DIR]
@@ -6,7 +6,7 @@
     python -m memoryllm_jax.tol edit     FILE --overlay=FILE [--swap=A,B] [--zero=A] [--list] [--undo=1] [--output=FILE]
     python -m memoryllm_jax.tol diff     FILE [FILE] [--overlay=FILE]
 
-A token is named by a text that is exactly one token, or as #ID.
+COMMAND --help lists the options. A token is named by a text that is exactly one token, or as #ID.
 """
 
 from typing import Annotated
