@@ -131,17 +131,14 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def check_heads(config: ModelConfig, mesh: Mesh) -> None:
-    """Refuses grouped heads whose groups would not stay together on the tensor axis.
+    """Refuses grouped heads that the tensor axis does not divide. Heads without groups are padded, so they always fit.
 
-    Query heads and key-value heads are each padded to a multiple of the tensor axis. A device holds whole groups only
-    if padding keeps the number of query heads for each key-value head.
+    Query heads and key-value heads would be padded each for themselves, which could tear a group of heads apart.
 
     Raises: UserError that names the field.
     """
     tensor = mesh.shape["tensor"]
-    query_heads = _round_up(config.heads, tensor)
-    key_heads = _round_up(config.key_heads, tensor)
-    if query_heads * config.key_heads != key_heads * config.heads:
+    if config.key_heads != config.heads and config.key_heads % tensor:
         raise UserError(
             f"config.model.kv_heads: expected a multiple of config.mesh.tensor = {tensor}, "
             f"so that each device holds whole groups of heads, found {config.key_heads}"

@@ -42,7 +42,7 @@ def test_a_bucket_is_a_power_of_two_or_the_most(size, most, padded):
     [
         ("memory", {"model.tie_embeddings": True}, (1, 1, 1)),
         ("flex-3", {"model.dim": 30, "model.heads": 3, "model.ffn_dim": 103}, (2, 2, 2)),
-        ("base", {"model.dim": 48, "model.heads": 6, "model.kv_heads": 3}, (1, 1, 4)),  # stored as 8 and 4 heads
+        ("base", {"model.dim": 48, "model.heads": 8, "model.kv_heads": 4}, (1, 1, 4)),
         ("value-3", {"model.kv_heads": 2}, (1, 1, 1)),
         ("ple-3", {}, (2, 1, 1)),
     ],

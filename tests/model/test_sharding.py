@@ -76,6 +76,9 @@ def test_batches_and_heads_that_do_not_fit_the_mesh_are_refused(make_config):
         UserError, match=r"config.model.kv_heads: expected a multiple of config.mesh.tensor = 4,.*found 2"
     ):
         check((1, 2, 4), model=grouped)
+    with pytest.raises(UserError, match=r"config.model.kv_heads: expected .* found 3"):  # though padding fits both
+        check((1, 2, 4), model=dataclasses.replace(config.model, heads=6, kv_heads=3))
+    check((1, 2, 4), model=dataclasses.replace(config.model, heads=6, kv_heads=6))  # no groups
     with pytest.raises(UserError, match=r"config.mesh: expected parts whose product is the 8 devices, found data 3"):
         check((3, -1, 1))
 

