@@ -5,6 +5,7 @@ layers are split into one array per layer: a decode step then reads each array a
 over stacked layers would first copy every slice.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -51,18 +52,21 @@ class TrainedModel:
 
     def __init__(self, workdir: str, step: int | None = None, dtype: str = "", mesh=None):
         self._checkpoints, self.step = _open(workdir, step)
-        self.workdir = self._checkpoints.workdir
-        self.description = self._checkpoints.description(self.step)
-        self.run = config.from_saved(self.description["config"])
-        self.context = self.run.seq_len
-        self.tokenizer = Tokenizer.from_json(self.description["tokenizer"])
-        self.config = for_this_machine(self.run.model, dtype or self.run.model.dtype)
-        self.mesh = mesh or sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
-        sharding.check_heads(self.config, self.mesh)
-        shapes = transformer.abstract_params(transformer.LanguageModel(self.config), self.mesh)
-        self._leaves = {
-            parameter_name(path): _Leaf(path, like) for path, like in jax.tree_util.tree_leaves_with_path(shapes)
-        }
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self._checkpoints.close)
+            self.workdir = self._checkpoints.workdir
+            self.description = self._checkpoints.description(self.step)
+            self.run = config.from_saved(self.description["config"])
+            self.context = self.run.seq_len
+            self.tokenizer = Tokenizer.from_json(self.description["tokenizer"])
+            self.config = for_this_machine(self.run.model, dtype or self.run.model.dtype)
+            self.mesh = mesh or sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+            sharding.check_heads(self.config, self.mesh)
+            shapes = transformer.abstract_params(transformer.LanguageModel(self.config), self.mesh)
+            self._leaves = {
+                parameter_name(path): _Leaf(path, like) for path, like in jax.tree_util.tree_leaves_with_path(shapes)
+            }
+            on_error.pop_all()  # all is well: `close` closes the checkpoints
 
     def facts(self) -> dict[str, str]:
         """The caption of a page about this model: {name: text}."""

@@ -1,5 +1,6 @@
 """Checks whole ToL files against their checksums and the weights, and compares two files."""
 
+import contextlib
 import dataclasses
 import json
 from typing import NamedTuple
@@ -58,12 +59,12 @@ def compare_with_weights(tol: TolFile, workdir: str) -> "Comparison":
       workdir: folder with the model's checkpoints.
     Raises: UserError if the file was made from other weights.
     """
-    trained = TrainedModel(workdir, int(tol.metadata["step"]), tol.metadata["dtype"])
-    live = LiveSource(trained)
-    tol.check_model(trained.config, trained.tokenizer.digest, live.identity.decoder_digest)
-    if live.identity.rows_digest != tol.metadata["rows_digest"]:
-        raise UserError(f"{tol.path}: made from other weights than {workdir} has, or edited")
-    return compare(live, FileSource(tol))
+    with contextlib.closing(TrainedModel(workdir, int(tol.metadata["step"]), tol.metadata["dtype"])) as trained:
+        live = LiveSource(trained)
+        tol.check_model(trained.config, trained.tokenizer.digest, live.identity.decoder_digest)
+        if live.identity.rows_digest != tol.metadata["rows_digest"]:
+            raise UserError(f"{tol.path}: made from other weights than {workdir} has, or edited")
+        return compare(live, FileSource(tol))
 
 
 def compare_files(tol: TolFile, other: TolFile, overlay_path: str = "") -> "Comparison":
