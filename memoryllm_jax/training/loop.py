@@ -50,7 +50,7 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
             if hosts.is_out_of_memory(error):
                 error = UserError(
                     f"out of memory: {' '.join(str(error).split())[:300]}; to need less, use a larger "
-                    "config.accumulate, config.model.remat=full or more devices; --dry_run estimates the memory"
+                    "config.accumulate, config.model.remat=full or more devices; a dry run estimates the memory"
                 )
             if jax.process_count() == 1:
                 raise error
@@ -93,7 +93,7 @@ def open_run(config: Config, workdir: str, devices: list[jax.Device] | None, at_
         # A run saves its first checkpoint after a step; an import is saved as step 0.
         raise UserError(
             f"{workdir}: expected a folder of a training run, found an imported model: "
-            f"start from it in another one, with --config=configs/start.py:ARCHITECTURE@{workdir}"
+            f"start from it in another one, with the config configs/start.py:ARCHITECTURE@{workdir}"
         )
     if newest is None:
         state = trainer.init(jax.random.key(config.seed))
