@@ -44,7 +44,7 @@ def main(
         )
     names = [only] if only else list(architectures)
     for name in names:
-        config.parse_architecture(name)
+        config.parse_architecture(name, "only" if only else "architectures")
     if not report:
         code = _train(path, names, workdir)
         if code or only:

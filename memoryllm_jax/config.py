@@ -31,6 +31,14 @@ _PAPER_MEMORY_WIDTHS = {
     (5464, 3): 3418,
 }
 
+TEMPERATURES = "0 (greedy), or from 0.001 to 1000"  # the valid values, for help texts and error messages
+
+
+def is_temperature(value: float) -> bool:
+    """Whether the value is a valid temperature of sampling, as `TEMPERATURES` says."""
+    # Outside this range float32 logits overflow, or all differ by less than their rounding.
+    return value == 0 or 1e-3 <= value <= 1e3
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -294,13 +302,14 @@ RULES = dict(_rules(Config))
 RESUMABLE_FIELDS = frozenset(name for name, rule in RULES.items() if rule.resumable)
 
 
-def parse_architecture(name: str) -> tuple[str, float]:
+def parse_architecture(name: str, argument: str = "config") -> tuple[str, float]:
     """The fields (token_memory, beta) of an architecture, by its name.
 
     Args:
       name: base, memory or flex-B, or one of the baselines value-B, ple-B and no-memory-B. The baselines have flex-B's
         attention and FFN-C, and replace FFN-M as `ModelConfig.token_memory` says.
-    Raises: UserError.
+      argument: name of the argument that the name comes from.
+    Raises: ArgumentError that names the argument.
     """
     if name == "base":
         return "ffn", 8.0
@@ -313,16 +322,17 @@ def parse_architecture(name: str) -> tuple[str, float]:
             # flex-0 and flex-8 have names of their own: memory and base.
             if 0 < beta < 8 or (beta <= 8 and token_memory != "ffn"):
                 return token_memory, beta
-    raise UserError(
-        f"architecture {name!r}: expected base, memory or flex-B with B between 0 and 8, or one of the baselines "
-        "value-B, ple-B and no-memory-B"
+    raise ArgumentError(
+        argument,
+        "expected the architecture base, memory or flex-B with B between 0 and 8, or one of the baselines value-B, "
+        f"ple-B and no-memory-B, found {name!r}",
     )
 
 
 def default(architecture: str) -> ml_collections.ConfigDict:
     """The config of an architecture with every other field at its default. Config files start from it.
 
-    Raises: UserError for an unknown architecture.
+    Raises: ArgumentError for an unknown architecture.
     """
     config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
     m = config.model
@@ -432,8 +442,8 @@ def _check_ffn(m: ModelConfig, need) -> None:
 
 
 def _check_run(config: Config, need) -> None:
-    o, temperature = config.optimizer, config.sample.temperature
-    need(temperature == 0 or 1e-3 <= temperature <= 1e3, "sample.temperature", "0 (greedy), or from 0.001 to 1000")
+    o = config.optimizer
+    need(is_temperature(config.sample.temperature), "sample.temperature", TEMPERATURES)
     need(o.final_lr <= o.peak_lr, "optimizer.final_lr", f"at most optimizer.peak_lr = {o.peak_lr}")
     need(config.batch_size % config.accumulate == 0, "batch_size", f"a multiple of accumulate = {config.accumulate}")
     parts = dataclasses.asdict(config.mesh)

@@ -128,7 +128,7 @@ def test_unknown_fields_and_wrong_types_are_refused_by_name():
         with pytest.raises(UserError) as error:
             resolve({**tree, **change})
         assert str(error.value) == message
-    with pytest.raises(UserError, match="architecture 'flex-8': expected base, memory or flex-B"):
+    with pytest.raises(UserError, match=r"config: expected the architecture base, memory or flex-B .* found 'flex-8'"):
         default("flex-8")
 
 
@@ -137,7 +137,7 @@ def test_unknown_fields_and_wrong_types_are_refused_by_name():
     [
         ("--config.model.dimm=3", "config.model.dimm: no such field; did you mean dim?"),
         ("--config.steps.more=1", "config.steps.more: no such field; there are none below it"),
-        ("--config=configs/tiny.py:flex-9", "architecture 'flex-9': expected base, memory or flex-B"),
+        ("--config=configs/tiny.py:flex-9", "config: expected the architecture base, memory or flex-B"),
         ("--config=configs/tyni.py", "config: expected FILE.py:ARCHITECTURE, found no file configs/tyni.py"),
     ],
 )

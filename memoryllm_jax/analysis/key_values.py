@@ -199,7 +199,7 @@ class KeyValueModel:
     def tokens(self, names: Sequence[str]) -> np.ndarray:
         """The ids, int32, of tokens that are named by their text as pages show it (␣the) or as #ID.
 
-        Raises: UserError if a text is not one token, or the vocabulary has no such id.
+        Raises: ArgumentError if a text is not one token, or the vocabulary has no such id.
         """
         by_text: dict[str, int] = {}
         # A name without ␣ is plain text, which the tokenizer knows.
@@ -211,7 +211,7 @@ class KeyValueModel:
             if "␣" in name and name in by_text:
                 ids.append(by_text[name])
             else:
-                ids.append(self.tokenizer.token(name, f"token={name}", self.config.vocab_size))
+                ids.append(self.tokenizer.token(name, "token", self.config.vocab_size))
         return np.array(ids, np.int32)
 
     def open_data(self, path: str) -> dataset.Dataset:

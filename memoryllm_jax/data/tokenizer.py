@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from memoryllm_jax.common import storage
-from memoryllm_jax.common.errors import UserError, require
+from memoryllm_jax.common.errors import ArgumentError, UserError, require
 
 # Texts are tokenized in pieces of at most this many characters, as tiktoken's regular expressions and SentencePiece's
 # lattices fail on longer ones. Llama 3's own tokenizer cuts at the same length.
@@ -109,23 +109,23 @@ class Tokenizer:
             ids += [special[part]] if part in special else self.encode(part)
         return ids
 
-    def token(self, name: str, label: str, vocab_size: int) -> int:
+    def token(self, text: str, argument: str, vocab_size: int) -> int:
         """The id of one token.
 
         Args:
-          name: #ID, or a text that is a single token.
-          label: start of the error messages.
+          text: #ID, or a text that is a single token.
+          argument: name of the argument, or of the setting in a file, that the text comes from.
           vocab_size: number of ids of the model, which may be larger than that of the tokenizer.
-        Raises: UserError if the id is out of range, or the text is not a single token.
+        Raises: ArgumentError if the id is out of range, or the text is not a single token.
         """
-        if name.startswith("#") and name[1:].isdecimal():
-            if int(name[1:]) >= vocab_size:
-                raise UserError(f"{label}: expected an id below {vocab_size}")
-            return int(name[1:])
-        ids = self.encode(name)
+        if text.startswith("#") and text[1:].isdecimal():
+            if int(text[1:]) >= vocab_size:
+                raise ArgumentError(argument, f"expected an id below {vocab_size}, found {text}")
+            return int(text[1:])
+        ids = self.encode(text)
         if len(ids) != 1:
-            pieces = ", ".join(f"#{i} {self.decode([i])!r}" for i in ids)
-            raise UserError(f"{label}: expected one token, found {len(ids)} ({pieces}); name one as #ID")
+            pieces = ", ".join(f"#{i} {self.decode([i])!r}" for i in ids) or "none"
+            raise ArgumentError(argument, f"expected one token, found {text!r} = {pieces}; name one as #ID")
         return ids[0]
 
     def decode(self, ids: Iterable[int]) -> str:

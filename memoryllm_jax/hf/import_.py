@@ -49,7 +49,7 @@ def import_model(source: str, workdir: str) -> str:
     Raises: UserError that names a missing or damaged file, or a setting or tensor that our models cannot express.
     """
     if not os.path.isdir(source):
-        raise UserError(f"{source}: expected a Hugging Face directory, found none")
+        raise ArgumentError("import", f"expected a Hugging Face directory, found none at {source}")
     _check_has_no_checkpoints(workdir)
     path = os.path.join(source, "config.json")
     settings = storage.read_json(path, "a model's settings")

@@ -123,10 +123,10 @@ class Engine:
 
         Args:
           texts: the tokens, each as text that is one token or as #ID.
-        Raises: UserError for a text that is not one token.
+        Raises: ArgumentError for a text that is not one token.
         """
         tokenizer = self.tokenizer
-        chosen = {tokenizer.token(text, f"stop={text}", tokenizer.vocab_size) for text in texts}
+        chosen = {tokenizer.token(text, "stop", tokenizer.vocab_size) for text in texts}
         return {*tokenizer.stop_ids, *chosen}
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from memoryllm_jax.common import options
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
+from memoryllm_jax.config import TEMPERATURES, is_temperature
 from memoryllm_jax.inference.decoder import Decoder, bucket, next_power_of_two
 from memoryllm_jax.inference.rows import RowSource
 
@@ -23,15 +24,14 @@ from memoryllm_jax.inference.rows import RowSource
 class Sampling:
     """How a token is drawn from the model's distribution. Raises: ArgumentError."""
 
-    temperature: Annotated[float, Option("0 is greedy, else from 0.001 to 1000")] = 0.8
+    temperature: Annotated[float, Option(TEMPERATURES)] = 0.8
     top_k: Annotated[int, Option("draw from the k likeliest tokens; 0: all", least=0)] = 0
     top_p: Annotated[float, Option("draw from the likeliest tokens that hold this share of the probability")] = 1.0
 
     def __post_init__(self):
         options.check(self)
-        # Outside this range float32 logits overflow, or all differ by less than their rounding.
-        if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
-            raise ArgumentError("temperature", f"expected 0, or from 0.001 to 1000, found {self.temperature}")
+        if not is_temperature(self.temperature):
+            raise ArgumentError("temperature", f"expected {TEMPERATURES}, found {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ArgumentError("top_p", f"expected more than 0 and at most 1, found {self.top_p}")
 

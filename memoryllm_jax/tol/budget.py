@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoryllm_jax.checkpoint.trained import TrainedModel
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.data import dataset
 from memoryllm_jax.inference.decoder import Decoder
@@ -190,12 +190,12 @@ class Planner:
         names = ["x0", *self._layers] if source.has_x0 else self._layers
         self._costs = _measure(source, scorer, names, self.bases, samples)
 
-    def layout(self, total: int) -> Layout:
+    def layout(self, total: int, name: str = "total") -> Layout:
         """The layout of least expected loss within `total` bytes of rows and bases.
 
-        Raises: UserError if no layout is that small.
+        Raises: ArgumentError that names the argument `name` if no layout is that small.
         """
-        return _solve(self._source, self._costs, self._tier_rows, total)
+        return _solve(self._source, self._costs, self._tier_rows, total, name)
 
     def even_bases(self) -> tuple[dict, dict]:
         """({part name: singular values [D]}, {part name: bfloat16 [D, D]}) where every token counts alike."""
@@ -227,10 +227,13 @@ def cut(bases: dict, layout: Layout) -> dict:
     return {name: bases[name][:rank] for name, rank in layout.rotated.items()}
 
 
-def choose(source: Source, scorer: Scorer, counts: np.ndarray, total: int) -> tuple[Layout, dict]:
-    """The layout and bases for at most `total` bytes of rows and bases. Raises: UserError if nothing is that small."""
+def choose(source: Source, scorer: Scorer, counts: np.ndarray, total: int, name: str) -> tuple[Layout, dict]:
+    """The layout and bases for at most `total` bytes of rows and bases.
+
+    Raises: ArgumentError that names the argument `name` if nothing is that small.
+    """
     planner = Planner(source, scorer, counts)
-    layout = planner.layout(total)
+    layout = planner.layout(total, name)
     vectors = full_vectors(source, scorer.ids)
     full, found = scorer.nats(vectors), planner.loss(layout, scorer, vectors)
     print(f"loss on {scorer.tokens:,} tokens of text: full rows {full:.5f}, within the budget {found:.5f}", flush=True)
@@ -366,8 +369,8 @@ def _group_errors(x_UD, basis, weights, sizes_G) -> list[list[float]]:
     return out
 
 
-def _solve(source, costs: list[_Costs], tier_rows: list[int], total: int) -> Layout:
-    """The layout of least expected loss within `total` bytes. Raises: UserError."""
+def _solve(source, costs: list[_Costs], tier_rows: list[int], total: int, name: str) -> Layout:
+    """The layout of least expected loss within `total` bytes. Raises: ArgumentError that names the argument `name`."""
 
     def layout_at(price):
         tiers: list[list[Part]] = [[] for _ in tier_rows]
@@ -381,7 +384,7 @@ def _solve(source, costs: list[_Costs], tier_rows: list[int], total: int) -> Lay
     low, high = 1e-30, 1e6  # nats a byte; at `high`, bytes are all that counts
     least = layout_at(high)
     if least.total_bytes > total:
-        raise UserError(f"the budget: expected at least {least.total_bytes:,} bytes, found {total:,}")
+        raise ArgumentError(name, f"expected a total of at least {least.total_bytes:,} bytes, found {total:,}")
     # Bisection of the logarithm, as prices span many orders of magnitude. The layout at `high` always fits.
     for _ in range(100):
         middle = math.sqrt(low * high)
@@ -391,7 +394,7 @@ def _solve(source, costs: list[_Costs], tier_rows: list[int], total: int) -> Lay
             low = middle
     layout = layout_at(high)
     if not any(tier.parts for tier in layout.tiers):
-        raise UserError(f"the budget: expected room for at least one layer, found {total:,} bytes")
+        raise ArgumentError(name, f"expected room for at least one layer, found a total of {total:,} bytes")
     return layout
 
 

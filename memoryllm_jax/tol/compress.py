@@ -1,5 +1,6 @@
 """The compression options of a ToL file, and the writing of the file that they ask for."""
 
+import contextlib
 import dataclasses
 import math
 from typing import Annotated
@@ -72,16 +73,16 @@ def precompute(
     Returns: one line on what was written. Raises: UserError.
     """
     mesh = sharding.make_mesh(config.MeshConfig(1, -1, 1))  # every device holds a part of the weights
-    trained = TrainedModel(workdir, step, dtype, mesh)
-    if not trained.config.memory_dim:
-        raise UserError(
-            f"{workdir}: expected a memory or flex model, found {trained.config.architecture}, without FFN-M"
-        )
-    if trained.config.dim % mesh.size:  # the weights are cut along the width
-        expected = f"expected a number of devices that divides the width {trained.config.dim}"
-        raise UserError(f"{workdir}: {expected}, found {mesh.size}")
-    scorer = budget.scorer(trained, choices.data) if choices.has_budget and choices.data else None
-    return write(LiveSource(trained), choices, output, scorer, chunk_rows=chunk_rows)
+    with contextlib.closing(TrainedModel(workdir, step, dtype, mesh)) as trained:
+        if not trained.config.memory_dim:
+            raise UserError(
+                f"{workdir}: expected a memory or flex model, found {trained.config.architecture}, without FFN-M"
+            )
+        if trained.config.dim % mesh.size:  # the weights are cut along the width
+            expected = f"expected a number of devices that divides the width {trained.config.dim}"
+            raise UserError(f"{workdir}: {expected}, found {mesh.size}")
+        scorer = budget.scorer(trained, choices.data) if choices.has_budget and choices.data else None
+        return write(LiveSource(trained), choices, output, scorer, chunk_rows=chunk_rows)
 
 
 def compress_file(tol: TolFile, choices: Options, output: str, workdir: str = "") -> str:
@@ -103,9 +104,9 @@ def compress_file(tol: TolFile, choices: Options, output: str, workdir: str = ""
         )
     scorer = None
     if workdir:
-        trained = TrainedModel(workdir, int(tol.metadata["step"]), tol.metadata["dtype"])
-        tol.check_model(trained.config, trained.tokenizer.digest, None)
-        scorer = budget.scorer(trained, choices.data) if choices.data else None
+        with contextlib.closing(TrainedModel(workdir, int(tol.metadata["step"]), tol.metadata["dtype"])) as trained:
+            tol.check_model(trained.config, trained.tokenizer.digest, None)
+            scorer = budget.scorer(trained, choices.data) if choices.data else None
     return write(FileSource(tol), choices, output, scorer, "compress")
 
 
@@ -151,11 +152,12 @@ def _within_budget(source, choices, scorer, counts) -> tuple[Layout, dict]:
         if getattr(choices, other) != getattr(default, other):
             raise ArgumentError(name, f"expected no {other} too, as a budget chooses it")
     if scorer is None or counts is None:
-        raise ArgumentError(name, "expected data and workdir too, as a budget is measured on text with the model")
+        missing = "workdir" if choices.data else "data"
+        raise ArgumentError(name, f"expected {missing} too, as a budget is measured on text with the model")
     total = options.size(getattr(choices, name), name)
     if choices.bytes_per_token:
         total *= source.vocab_size
-    return budget.choose(source, scorer, counts, total)
+    return budget.choose(source, scorer, counts, total, name)
 
 
 def uniform(source: Source, choices: Options) -> Layout:

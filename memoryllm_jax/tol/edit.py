@@ -1,5 +1,6 @@
 """Adds edits to the overlay of a ToL file, and writes ToL files with the edits in them."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -97,10 +98,9 @@ class Editor:
         self.tol, self.overlay, self.workdir = tol, overlay, workdir
         self.tokenizer = tol.tokenizer()
 
-    def token(self, text: str) -> int:
-        """The id of `#ID` or of a text that is one token. Raises: UserError."""
-        label = f"token {text if text.startswith('#') else repr(text)}"
-        return self.tokenizer.token(text, label, self.tol.vocab_size)
+    def token(self, text: str, argument: str) -> int:
+        """The id of `#ID` or of a text that is one token. Raises: ArgumentError that names the argument."""
+        return self.tokenizer.token(text, argument, self.tol.vocab_size)
 
     def add(self, operation: str, spec: str) -> None:
         """Adds an edit.
@@ -123,7 +123,7 @@ class Editor:
     def _give_rows(self, operation, spec):
         fields = _split(operation, spec, _FIELDS[operation])
         share = _share(fields.pop()) if operation == "blend" else 0.0
-        ids = [self.token(field) for field in fields]
+        ids = [self.token(field, operation) for field in fields]
         if len(set(ids)) < len(ids):
             raise ArgumentError(operation, f"expected two different tokens, found the same one twice in {spec!r}")
         a, b = ids[0], ids[-1]  # the same token for zero, which takes one
@@ -149,8 +149,11 @@ class Editor:
             raise ArgumentError("suppress", f"expected LAYER:KEY, two numbers, found {spec!r}")
         if not self.workdir:
             raise ArgumentError("suppress", "expected a workdir too, as a key's coefficients come from the weights")
-        layer, key = int(layer), int(key)
-        trained = TrainedModel(self.workdir, int(self.tol.metadata["step"]), self.tol.metadata["dtype"])
+        meta = self.tol.metadata
+        with contextlib.closing(TrainedModel(self.workdir, int(meta["step"]), meta["dtype"])) as trained:
+            self._suppress_key(trained, int(layer), int(key), spec)
+
+    def _suppress_key(self, trained, layer, key, spec):
         c = trained.config
         self.tol.check_model(c, trained.tokenizer.digest, None)
         if layer >= c.layers or key >= c.memory_dim:

@@ -38,7 +38,7 @@ def token_norms(tol: TolFile, names: tuple[str, ...]) -> list[TokenNorms]:
     if not names:
         return []
     editor = Editor(tol, Overlay(tol, []))  # for its reading of names; nothing is edited
-    ids = [editor.token(name) for name in names]
+    ids = [editor.token(name, "token") for name in names]
     rows = read_rows(tol, np.array(ids, np.int32))
     found = []
     for token, row_LD in zip(ids, rows):

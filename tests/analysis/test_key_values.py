@@ -17,7 +17,11 @@ def test_tokens_are_named_as_pages_show_them_or_by_id(model):
 
 
 @pytest.mark.parametrize(
-    "name, message", [("#512", "token=#512: expected an id below 512"), ("two words", "token=two words: expected one")]
+    "name, message",
+    [
+        ("#512", "token: expected an id below 512, found #512"),
+        ("two words", "token: expected one token, found 'two words'"),
+    ],
 )
 def test_names_that_are_no_token_are_refused(model, name, message):
     with pytest.raises(UserError, match=message):

@@ -69,5 +69,5 @@ def test_contributions_that_do_not_fit_the_model_are_refused(lab, name, contribu
 def test_stop_ids_are_the_named_tokens_and_the_end_of_a_document(lab):
     with lab.model("base") as model:
         assert model.stop_ids(["#7"]) == {7, model.tokenizer.eos_id}
-        with pytest.raises(UserError, match="stop=several words: expected one token"):
+        with pytest.raises(UserError, match="stop: expected one token, found 'several words' = #"):
             model.stop_ids(["several words"])

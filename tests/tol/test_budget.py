@@ -60,7 +60,7 @@ def test_budgets_are_kept_and_beat_every_uniform_setting(lab, measured, tmp_path
         # model move by some 1e-5 with its training, which differs between versions of JAX.
         assert losses[-1] <= max(min(peers)[0], full) + 1e-4, (total, losses[-1], min(peers))
     assert losses[1] <= losses[0] + 1e-3 and losses[1] < full + 0.02
-    with pytest.raises(UserError, match=r"the budget: expected .* found 100"):
+    with pytest.raises(UserError, match=r"total_size: expected a total of at least .* found 100"):
         compress.write(source, compress.Options(total_size="100", data=lab.data_path), out, scorer)
 
 
