@@ -36,7 +36,7 @@ def test_precompute_and_inspect_from_the_command_line(lab, tmp_path):
 def test_inspect_names_what_a_file_lacks(lab):
     text = inspect_file(lab.tol("tied"), ("#3",))
     assert "rows in order of token id" in text and "with the input embedding" not in text
-    with pytest.raises(UserError, match="token #9999: expected an id below 512"):
+    with pytest.raises(UserError, match="token: expected an id below 512, found #9999"):
         inspect_file(lab.tol("tied"), ("#9999",))
 
 
@@ -71,7 +71,7 @@ def test_edit_lists_undoes_and_applies(lab, tmp_path):
     [
         ({"undo": 1, "zero": ("#3",)}, "undo: expected no edit on the same line, found zero"),
         ({"undo": 1, "list": True}, "list: expected no edit, undo or output on the same line"),
-        ({"zero": ("#9999",)}, "token #9999: expected an id below 512"),
+        ({"zero": ("#9999",)}, "zero: expected an id below 512, found #9999"),
     ],
 )
 def test_edit_that_fails_saves_nothing(lab, tmp_path, wrong, found):
