@@ -4,12 +4,38 @@ import collections
 import math
 import re
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
+# The first line of a function:
+#   %fused_computation.8 (param_0.8: f32[128,64], param_1.8: f32[64,112]) -> f32[128,112] {
+_COMPUTATION = re.compile(r"^(ENTRY )?%([\w.-]+) \(.*\{$")
+# A line in it, as (name, type, operation, rest). The type of several results is a tuple in brackets.
+#   %all-gather.41 = f32[64,112]{1,0} all-gather(%fusion.8), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
+# The operation: all-gather, or all-gather-start where the compiler lets computation overlap with it.
 _COLLECTIVE = re.compile("(all-gather|all-reduce|reduce-scatter|all-to-all)(-start)?$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)")
-# mesh['a'=2,'b'=4] {'b'}; 'b':(1)2 is a part of the axis.
-_MESH_GROUP = re.compile(r"replica_groups=(?:@?\w*)?mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? ?\{([^}]*)\}")
+# The functions that an instruction calls:
+#   calls=%fused_computation.8    to_apply=%add.14    body=%region_8.11
+_CALLED = re.compile(r"(?:calls|to_apply|body)=%([\w.-]+)")
+# The operands, with a comment before every fifth one:
+#   %dot.145, %dot.146, /*index=5*/%dot.147
+_OPERAND = re.compile(r"%([\w.-]+)")
+# How often a loop turns, if the compiler knows:
+#   backend_config={"known_trip_count":{"n":"3"}}
+_TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+# Element type and sizes of an array, in the type of a result:
+#   f32[64,112]{1,0}    pred[]
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
+# Three notations for the devices that a collective joins. Two groups of four devices, each listed:
+#   replica_groups={{0,1,2,3},{4,5,6,7}}
+_LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+# Two groups of four devices, from an array of all devices:
+#   replica_groups=[2,4]<=[4,2]T(1,0)
+_COUNTED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
+# Groups along the axis fsdp of a mesh, whose devices may have another order:
+#   replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}
+#   replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}")
+_MESH_AXIS = re.compile(r"'(\w+)'=(\d+)")
+
 _Body = collections.namedtuple("_Body", "lines is_entry")
 _Instruction = collections.namedtuple("_Instruction", "name type operation rest")
 
@@ -27,7 +53,7 @@ def operand_bytes(text: str) -> dict[tuple[str, int], int]:
         for instruction in body.lines:
             match = _COLLECTIVE.match(instruction.operation)
             if match and times[name]:
-                operands = re.findall(r"%?([\w.-]+)", re.sub(r"/\*.*?\*/", "", instruction.rest.partition(")")[0]))
+                operands = _OPERAND.findall(instruction.rest.partition(")")[0])
                 size = sum(_bytes(types[operand]) for operand in operands if operand in types)
                 kind = match[1].replace("reduce-scatter", "all-reduce")
                 found[kind, _group_size(instruction.rest)] += times[name] * size
@@ -51,37 +77,34 @@ def _times(bodies):
         for instruction in bodies[caller].lines:
             if instruction.operation.endswith(("-done", "-update")):
                 continue
-            called = _CALLED.findall(instruction.rest)
             trips = _trips(instruction.rest, bodies) if instruction.operation == "while" else 1
-            for name in re.findall(r"[\w.-]+", " ".join(called)):
-                if name in bodies:
-                    times[name] += trips * times[caller]
+            for name in _CALLED.findall(instruction.rest):
+                times[name] += trips * times[caller]
     return times
 
 
 def _trips(rest, bodies):
     """Turns of a loop: the compiler's known_trip_count, or the only constant in the loop's condition."""
-    if match := re.search(r"known_trip_count\D*(\d+)", rest):
+    if match := _TRIP_COUNT.search(rest):
         return int(match[1])
-    condition = bodies[re.search(r"condition=%?([\w.-]+)", rest)[1]]
+    condition = bodies[re.search(r"condition=%([\w.-]+)", rest)[1]]
     (limit,) = {int(i.rest.partition(")")[0]) for i in condition.lines if i.operation == "constant"}
     return limit
 
 
 def _bytes(kind):
     total = 0
-    for name, dims in re.findall(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]", kind):
+    for name, dims in _ARRAY.findall(kind):
         bits = {"pred": 8, "bf16": 16}.get(name) or int(re.search(r"\d+", name)[0])
         total += math.prod(int(d) for d in dims.split(",") if d) * bits // 8
     return total
 
 
 def _group_size(rest):
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):  # {{0,1},{2,3}}
+    if match := _LISTED_GROUPS.search(rest):
         return len(match[1].split(","))
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):  # [groups,devices]<=[shape]
+    if match := _COUNTED_GROUPS.search(rest):
         return int(match[1])
-    sizes_text, axes = _MESH_GROUP.search(rest).groups()
-    sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", sizes_text))
-    parts = re.findall(r"'?([a-z]\w*)'?(?::\(\d+\)(\d+))?", axes)
-    return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    mesh, axes = _MESH_GROUPS.search(rest).groups()
+    sizes = dict(_MESH_AXIS.findall(mesh))
+    return math.prod(int(sizes[axis.strip("'")]) for axis in axes.split(","))
