@@ -14,7 +14,7 @@ from by_hand import LENGTH, SMALL, key_value_model
 
 from memoryllm_jax import analyze
 from memoryllm_jax.analysis import run as analysis_run
-from memoryllm_jax.analysis.corpus import ExampleOptions, TextOptions
+from memoryllm_jax.analysis.corpus import CorpusOptions, ExampleOptions
 from memoryllm_jax.analysis.key_values import KeyValueModel
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data.dataset import Dataset
@@ -54,7 +54,7 @@ def test_pages_of_tokens_show_the_most_frequent(lab, data_path, tmp_path):
 
 
 def test_a_sheet_has_a_line_for_each_trigger_and_proxies_beside_chance(lab, data_path, tmp_path):
-    text = TextOptions(data_path, length=LENGTH, limit=200)
+    text = CorpusOptions(data_path, length=LENGTH, limit=200)
     run("annotate", key_value_model(lab.workdir("flex-3")), str(tmp_path), text=text, keys=3, top=4)
     sheet = (tmp_path / "annotate-sheet.csv").read_text().splitlines()
     assert sheet[0].endswith("prefix,pattern,kind") and len(sheet) == 1 + 2 * 3 * 4  # layers, keys, triggers

@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 
 from memoryllm_jax.analysis import topk, values
-from memoryllm_jax.analysis.corpus import Corpus, TextOptions
+from memoryllm_jax.analysis.corpus import Corpus, CorpusOptions
 from memoryllm_jax.analysis.key_values import FFN, KeyValueModel
 from memoryllm_jax.analysis.triggers import Keys, Top, find, open_corpus, sample_keys
 from memoryllm_jax.common import plots
@@ -21,7 +21,7 @@ def agreement(
     model: KeyValueModel,
     page: Report,
     *,
-    text: TextOptions,
+    text: CorpusOptions,
     ffn: FFN = "",
     keys: Keys = 0,
     top: Top = 50,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoryllm_jax.analysis import token_classes
-from memoryllm_jax.analysis.corpus import TextOptions
+from memoryllm_jax.analysis.corpus import CorpusOptions
 from memoryllm_jax.analysis.key_values import FFN, KeyValueModel
 from memoryllm_jax.analysis.triggers import Key, Keys, Top, each_trigger, find, open_corpus, sample_keys, tokens_of
 from memoryllm_jax.common import plots
@@ -23,7 +23,7 @@ def annotate(
     model: KeyValueModel,
     page: Report,
     *,
-    text: TextOptions,
+    text: CorpusOptions,
     ffn: FFN = "",
     keys: Keys = 10,
     key: Key = (),
@@ -110,7 +110,8 @@ def _proxies(model, sheet: Sheet, single_tokens: bool, seed: int) -> dict[tuple[
     texts = model.texts if single_tokens else None
     proxies = {}
     for (layer, i), rows in sheet.items():
-        own, pool = [row.ids for row in rows], pools[layer]
+        own = [row.ids for row in rows]
+        pool = pools[layer]
         # Without replacement, because a trigger that is drawn twice would be wholly like itself.
         drawn = [pool[k] for k in draw.choice(len(pool), min(len(own), len(pool)), replace=False)]
         proxies[layer, i] = [*measures(own, embed, texts), *measures(drawn, embed, texts)]

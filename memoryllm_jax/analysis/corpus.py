@@ -19,15 +19,15 @@ from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.common.report import Report
+from memoryllm_jax.data.dataset import Split
 from memoryllm_jax.inference.decoder import bucket
 from memoryllm_jax.model import transformer
 
-Split = Annotated[str, Option("split of the data", choices=("train", "validation"))]
 Limit = Annotated[int, Option("tokens of text to read, in windows at even distances; 0: all", least=0)]
 
 
 @dataclasses.dataclass(frozen=True)
-class TextOptions:
+class CorpusOptions:
     """The text that a model is run over, and the seed of random draws. Raises: ArgumentError."""
 
     data: Annotated[str, Option("prepared data, made with the model's tokenizer; most analyses of FFN-M need none")] = (
@@ -49,7 +49,7 @@ class TextOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExampleOptions(TextOptions):
+class ExampleOptions(CorpusOptions):
     """The text that prefixes are drawn from at random, and how many are drawn. Raises: ArgumentError."""
 
     split: Split = "validation"
@@ -78,7 +78,7 @@ class Corpus:
     Raises: UserError if the windows are longer than the model's context, or the text is shorter than one window.
     """
 
-    def __init__(self, model: KeyValueModel, text: TextOptions):
+    def __init__(self, model: KeyValueModel, text: CorpusOptions):
         context = model.trained.context
         if text.length > context:
             raise ArgumentError("length", f"expected from 2 to the model's {context} positions, found {text.length}")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memoryllm_jax.analysis.corpus import Corpus, TextOptions, states
+from memoryllm_jax.analysis.corpus import Corpus, CorpusOptions, states
 from memoryllm_jax.analysis.key_values import KeyValueModel, coefficients
 from memoryllm_jax.analysis.triggers import Key, Keys, Top, Trigger, each_trigger, find, open_corpus, sample_keys
 from memoryllm_jax.common import plots
@@ -20,7 +20,7 @@ def mutate(
     model: KeyValueModel,
     page: Report,
     *,
-    text: TextOptions,
+    text: CorpusOptions,
     keys: Keys = 10,
     key: Key = (),
     top: Top = 25,

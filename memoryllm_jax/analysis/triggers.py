@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 
 from memoryllm_jax.analysis import topk
-from memoryllm_jax.analysis.corpus import Corpus, TextOptions, states
+from memoryllm_jax.analysis.corpus import Corpus, CorpusOptions, states
 from memoryllm_jax.analysis.key_values import FFN, KeyValueModel, coefficients
 from memoryllm_jax.analysis.vocabulary import key_triggers
 from memoryllm_jax.common import plots
@@ -49,10 +49,15 @@ def sample_keys(model: KeyValueModel, ffn: str, count: int, key: Sequence[str], 
     return {layer: np.unique(keys) for layer, keys in sorted(named.items())}
 
 
-def open_corpus(model: KeyValueModel, ffn: str, text: TextOptions, page: Report) -> Corpus | None:
-    """Opens the text whose prefixes trigger the keys of FFN-C or base's FFN; None for FFN-M, which reads single tokens.
+def open_corpus(model: KeyValueModel, ffn: str, text: CorpusOptions, page: Report) -> Corpus | None:
+    """Opens the text whose prefixes trigger the keys of an FFN.
 
-    The page's facts name the text, or the vocabulary. Raises: UserError.
+    Args:
+      ffn: "compute" for FFN-C or base's only FFN, "memory" for FFN-M.
+      text: is opened for "compute" alone.
+      page: its facts then name the text, or the vocabulary.
+    Returns: the text; None for FFN-M, whose keys single tokens trigger.
+    Raises: UserError.
     """
     if ffn == "memory":
         page.facts["data"] = f"the whole vocabulary, {model.config.vocab_size:,} tokens"
@@ -126,7 +131,7 @@ def triggers(
     model: KeyValueModel,
     page: Report,
     *,
-    text: TextOptions,
+    text: CorpusOptions,
     ffn: FFN = "",
     keys: Keys = 10,
     key: Key = (),

@@ -10,17 +10,19 @@ import functools
 import hashlib
 import json
 import os
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import tokenizer as tokenizer_lib
 from memoryllm_jax.data.tokenizer import Tokenizer
 
 FORMAT = 1  # version of dataset.json and the file shards
 SPLITS = ("train", "validation")
+Split = Annotated[str, Option("split of the prepared data", choices=SPLITS)]
 # Memory maps kept open for one split: a corpus may have more file shards than a process may have open files.
 _OPEN_SHARDS = 128
 

@@ -13,7 +13,7 @@ from by_hand import FIRES, LENGTH, one_token_keys
 
 from memoryllm_jax import analyze
 from memoryllm_jax.analysis import run as analysis_run
-from memoryllm_jax.analysis.corpus import ExampleOptions, TextOptions
+from memoryllm_jax.analysis.corpus import CorpusOptions, ExampleOptions
 from memoryllm_jax.analysis.key_values import KeyValueModel
 
 
@@ -50,7 +50,7 @@ class PrefixKeys(NamedTuple):
     """
 
     model: KeyValueModel
-    text: TextOptions
+    text: CorpusOptions
     fires: int
     triggers: np.ndarray
     follows: int
@@ -58,7 +58,7 @@ class PrefixKeys(NamedTuple):
 
 @pytest.fixture(scope="session")
 def prefix_keys(make_model, data_path):
-    text = TextOptions(data_path, "train", LENGTH, limit=1 << 11)
+    text = CorpusOptions(data_path, "train", LENGTH, limit=1 << 11)
     corpus = text.open(make_model("base"))
     tokens = np.concatenate([corpus.prefix(label) for label in range(LENGTH - 1, corpus.positions, LENGTH)])
     counts = np.bincount(tokens, minlength=512)

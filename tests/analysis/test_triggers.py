@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from by_hand import FIRES
 
-from memoryllm_jax.analysis.corpus import TextOptions
+from memoryllm_jax.analysis.corpus import CorpusOptions
 from memoryllm_jax.common.errors import UserError
 
 
 def test_tokens_on_which_a_key_fires(token_keys, run):
-    keys = run("triggers", token_keys, text=TextOptions(), key=("1:3", "1:4"), top=3)["keys"]["1"]
+    keys = run("triggers", token_keys, text=CorpusOptions(), key=("1:3", "1:4"), top=3)["keys"]["1"]
     assert keys["labels_Kt"] == [[FIRES, -1, -1], [FIRES, -1, -1]] and keys["sign_K"] == [1, -1]
 
 
@@ -54,6 +54,6 @@ def test_triggers_are_the_strongest_of_all_queries(in_numpy, run, architecture, 
 )
 def test_refusals(make_model, run, data_path, tmp_path, options, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        text = TextOptions(options.pop("data", data_path), length=options.pop("length", 16))
+        text = CorpusOptions(options.pop("data", data_path), length=options.pop("length", 16))
         run("triggers", make_model("base"), text=text, **options)
     assert not (tmp_path / "out").exists()
