@@ -73,7 +73,14 @@ class Run(NamedTuple):
 
 
 def open_run(config: Config, workdir: str, devices: list[jax.Device] | None, at_exit: contextlib.ExitStack) -> Run:
-    """Opens data, devices and checkpoints, and initialises or restores the state. Raises: UserError."""
+    """Opens data, devices and checkpoints, and initialises or restores the state.
+
+    Args:
+      workdir: absolute path or URL, as `store.folder` returns it.
+      devices: devices to train on; None: all.
+      at_exit: gets what must be closed when the run ends.
+    Raises: UserError.
+    """
     dataset = open_dataset(config, workdir)
     config = complete(config, dataset)
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -210,22 +217,44 @@ def _steps(run: Run, feeder: Feeder, recorder: Recorder, validation: Validation,
         recorder.add(step, size, metrics)
         run.checkpoints.check()
         done = step + 1
-        stopped = stop.after_step(done)
-        saving = stopped or _due(done, config.checkpoint.every, config.steps)
-        validating = not stopped and _due(done, config.eval.every, config.steps)
-        if saving or validating:
-            recorder.read()  # this step's metrics too: a state whose loss is not finite must not be saved
-        if saving:
-            _save(run, recorder, done, state)
-        if validating:
-            result = _validate(validation, recorder, done, state)
-            if result is None:  # a signal stopped the validation
-                stopped = True
-                if not saving:
-                    _save(run, recorder, done, state)
+        stopped, result = _after_step(run, recorder, validation, stop, done, state)
         if stopped:
             return _End(done, state, None, stopped=True)
+    # Validation is always due after the last step. If no step was left, `result` is that of the repeated validation.
     return _End(done, state, result, stopped=False)
+
+
+class _AfterStep(NamedTuple):
+    """How the work after a step ended."""
+
+    stopped: bool  # by a signal; the state is saved then
+    validation: dict | None  # the result; None if there was no validation or a signal stopped it
+
+
+def _after_step(
+    run: Run, recorder: Recorder, validation: Validation, stop: StopSignal, done: int, state: dict
+) -> _AfterStep:
+    """Saves and validates where that is due after `done` steps, and saves before the run stops for a signal.
+
+    Args:
+      stop: asked once a step, because with several hosts each answer is an agreement between all of them.
+      done: number of steps done.
+      state: the trainer's state after these steps.
+    """
+    config = run.config
+    stopped = stop.after_step(done)
+    saving = stopped or _due(done, config.checkpoint.every, config.steps)
+    validating = not stopped and _due(done, config.eval.every, config.steps)
+    if saving or validating:
+        recorder.read()  # this step's metrics too: a state whose loss is not finite must not be saved
+    if saving:
+        _save(run, recorder, done, state)
+    if not validating:
+        return _AfterStep(stopped, None)
+    result = _validate(validation, recorder, done, state)
+    if result is None and not saving:  # a signal stopped the validation; one checkpoint a step is enough
+        _save(run, recorder, done, state)
+    return _AfterStep(stopped=result is None, validation=result)
 
 
 def _due(done: int, every: int, last: int) -> bool:

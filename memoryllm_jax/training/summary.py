@@ -40,7 +40,15 @@ def opening(trainer: Trainer, batches: TrainBatches, size: int, start: int) -> s
 
 
 def finish(trainer: Trainer, params, tokenizer: Tokenizer, validation: dict | None, workdir: str) -> None:
-    """Writes result.json, and prints the last validation and, if config.sample asks for it, sampled text."""
+    """Writes result.json, and prints the last validation and, if config.sample asks for it, sampled text.
+
+    Args:
+      params: the trained parameters on the devices.
+      tokenizer: the data's.
+      validation: the result of the validation after the last step.
+      workdir: absolute path or URL.
+    Raises: UserError if result.json cannot be written.
+    """
     config = trainer.config
     if hosts.is_first():
         record = {"steps": config.steps, "architecture": config.model.architecture, "validation": validation}
