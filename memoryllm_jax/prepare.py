@@ -1,4 +1,4 @@
-"""Turns text files into token shards that `train` reads.
+"""Turns text files into file shards of tokens that `train` reads.
 
     python -m memoryllm_jax.prepare --input='c4/*.json.gz' --tokenizer=llama3:tokenizer.model --output=DIR
 
@@ -27,7 +27,7 @@ def main(
             "sentencepiece:FILE, sentencepiece:train:VOCAB, llama3:FILE (tokenizer.model) or hf:FILE (tokenizer.json)"
         ),
     ],
-    output: Annotated[str, Option("folder for the token shards, on a disk")],
+    output: Annotated[str, Option("folder for the file shards, on a disk")],
     validation_input: Annotated[str, Option("globs of files that are held out whole")] = "",
     validation_fraction: Annotated[float, Option("share of the documents that is held out")] = 0.005,
     text_key: Annotated[str, Option("JSON field or parquet column that holds the text")] = "text",

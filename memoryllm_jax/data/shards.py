@@ -64,7 +64,7 @@ def prepare(
     text_key: str = "text",
     workers: int = 0,
 ) -> dict:
-    """Writes token shards into a folder, or finishes what an earlier run with the same arguments left unfinished.
+    """Writes file shards into a folder, or finishes what an earlier run with the same arguments left unfinished.
 
     Args:
       pattern: comma-separated globs of text files, or "embedded".
@@ -169,7 +169,7 @@ def _prepare(plan: dict, sources: list[Source], output: str, workers: int) -> di
     for name, split in splits.items():
         print(
             f"{name}: {split['documents']:,} documents, {split['bytes']:,} bytes, {split['tokens']:,} tokens "
-            f"({split['bytes'] / split['tokens']:.2f} bytes a token), {len(split['shards'])} shards"
+            f"({split['bytes'] / split['tokens']:.2f} bytes a token), {len(split['shards'])} file shards"
         )
     return dataset
 
@@ -363,6 +363,8 @@ class _ShardWriter:
 
     def __init__(self, split, source, settings, model):
         self.name = f"{split}-{source.index:05}.bin"
+        # Not `storage.replaced`, which always ends with a file: a file shard without a token is not kept. The file shards
+        # of both splits are also open at once.
         self._path = os.path.join(settings.output, self.name)
         self._dtype, self._model = _dtype(model), model
         self._file, self._sha = open(f"{self._path}.part", "wb"), hashlib.sha256()
