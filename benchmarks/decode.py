@@ -143,12 +143,13 @@ class Worker:
             os.posix_fadvise(self.tol.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         elif side == "disk":
             rows.table.read(np.unique(tokens))  # brings the pages into the page cache
-        before = counts_of(rows)
+        hits_before, requests_before = counts_of(rows)
         start = time.perf_counter()
         self._decode(rows, tokens)
         seconds = time.perf_counter() - start
-        hits, requests = (after - earlier for earlier, after in zip(before, counts_of(rows)))
-        return {"ms": 1e3 * seconds / steps, "hit_rate": hits / max(requests, 1)}
+        hits, requests = counts_of(rows)
+        hit_rate = (hits - hits_before) / max(requests - requests_before, 1)
+        return {"ms": 1e3 * seconds / steps, "hit_rate": hit_rate}
 
     def _decode(self, rows, tokens):
         """Runs a step for each token, and draws a next token from it as `generate` does."""
@@ -188,11 +189,11 @@ class Group:
         for part in text.split("/"):
             command = [sys.executable, *sys.argv, f"--worker={part}"]
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            told = json.loads(process.stdout.readline())
-            self.bandwidth = max(self.bandwidth, told["bandwidth"])
+            reported = json.loads(process.stdout.readline())
+            self.bandwidth = max(self.bandwidth, reported["bandwidth"])
             for side in part.split("+"):
                 self._processes[side] = process
-                self.facts[side] = told["facts"][side] | {"process_peak_bytes": told["peak_bytes"]}
+                self.facts[side] = reported["facts"][side] | {"process_peak_bytes": reported["peak_bytes"]}
         self.runs = []
         for side in self._processes:
             states = ("warm", "cold") if side == "disk" else ("warm",)

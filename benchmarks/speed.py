@@ -230,8 +230,8 @@ def work(side: str, settings: Settings) -> None:
         start = time.perf_counter()
         loss = steps(settings.steps)
         seconds = (time.perf_counter() - start) / settings.steps
-        told = {"seconds": seconds, "loss": loss, "peak_bytes": common.peak_memory(device)}
-        print(json.dumps(told), file=out, flush=True)
+        figures = {"seconds": seconds, "loss": loss, "peak_bytes": common.peak_memory(device)}
+        print(json.dumps(figures), file=out, flush=True)
 
 
 # The run
@@ -256,7 +256,7 @@ class Side:
         command = [sys.executable, *sys.argv, f"--data={data}", f"--worker={side}"]
         self._process = subprocess.Popen(command, **pipes, text=True, env=environment)
         try:
-            self.facts = self._told() | {"seconds": []}
+            self.facts = self._read_facts() | {"seconds": []}
         except FailedError as error:
             self.facts = {"error": str(error)}
 
@@ -267,13 +267,13 @@ class Side:
         try:
             self._process.stdin.write("go\n")
             self._process.stdin.flush()
-            told = self._told()
-            self.facts["seconds"].append(told.pop("seconds"))
-            self.facts |= told
+            facts = self._read_facts()
+            self.facts["seconds"].append(facts.pop("seconds"))
+            self.facts |= facts
         except (FailedError, BrokenPipeError) as error:
             self.facts = {"error": str(error)}
 
-    def _told(self):
+    def _read_facts(self):
         """The next line that the process prints. Raises: FailedError if it ended."""
         line = self._process.stdout.readline()
         if line:

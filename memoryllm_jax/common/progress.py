@@ -30,7 +30,8 @@ class Progress:
         enabled: bool = True,
         stream: TextIO | None = None,
     ):
-        self.label, self.total, self.every_s, self.enabled, self.stream = label, total, every_s, enabled, stream
+        self.label, self.total = label, total
+        self.every_s, self.enabled, self.stream = every_s, enabled, stream
         self.done = self._initial = initial
         self._start = self._last_line = time.monotonic()
         self._bar = None

@@ -175,7 +175,8 @@ class MemoryLLM(TemplateLM):
     def _texts(self, prompts, how: _Generation, seed: int):
         """Generates after each prompt. Returns: the new texts, cut before their first stop strings."""
         stop_ids = set(self._tokenizer.stop_ids)
-        ids, texts = [[] for _ in prompts], [""] * len(prompts)
+        ids = [[] for _ in prompts]
+        texts = [""] * len(prompts)
         streams = [Streamer(self._tokenizer, []) for _ in prompts]
         running = set(range(len(prompts)))
         for step in self._model.generate(prompts, how.max_new, how.sampling, seed, stop_ids):

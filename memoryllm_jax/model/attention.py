@@ -134,7 +134,9 @@ def plain(q_BTHK, k_BTHK, v_BTHK):
 def cudnn(q_BTHK, k_BTHK, v_BTHK):
     """cuDNN's flash attention. It needs head sizes that are multiples of 8, so heads are padded with zeros."""
     K = q_BTHK.shape[-1]
-    q, k, v = (_pad_head_size(x, 8) for x in (q_BTHK, k_BTHK, v_BTHK))
+    q = _pad_head_size(q_BTHK, 8)
+    k = _pad_head_size(k_BTHK, 8)
+    v = _pad_head_size(v_BTHK, 8)
     out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn", scale=K**-0.5)
     return out[..., :K]
 

@@ -118,10 +118,15 @@ class Layout:
         """What `to_json` gave. Raises: KeyError, TypeError or the like for any other tree."""
 
         def part(p):
-            return Part(p["name"], tuple(Band(b["size"], b["bits"]) for b in p["bands"]), p["rotated"])
+            bands = [Band(b["size"], b["bits"]) for b in p["bands"]]
+            return Part(p["name"], tuple(bands), p["rotated"])
 
-        tiers = tuple(Tier(t["rows"], tuple(part(p) for p in t["parts"])) for t in tree["tiers"])
-        return cls(tree["dim"], tree["layers"], tree["has_x0"], tiers)
+        def tier(t):
+            parts = [part(p) for p in t["parts"]]
+            return Tier(t["rows"], tuple(parts))
+
+        tiers = [tier(t) for t in tree["tiers"]]
+        return cls(tree["dim"], tree["layers"], tree["has_x0"], tuple(tiers))
 
 
 def decode_rows(layout: Layout, raw, tier_U, bases: dict) -> dict:

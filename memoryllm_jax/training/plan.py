@@ -162,7 +162,8 @@ def _compile(config: Config, mesh: Mesh, chip: chips.Chip) -> tuple["CompiledSte
     other_sequences = sequences // 2 if sequences > 1 else 2
     other = dataclasses.replace(config, batch_size=config.batch_size // sequences * other_sequences)
     with concurrent.futures.ThreadPoolExecutor() as pool:  # threads, as XLA releases Python's lock while it compiles
-        first, second = (pool.submit(CompiledStep, c, mesh) for c in (config, other))
+        first = pool.submit(CompiledStep, config, mesh)
+        second = pool.submit(CompiledStep, other, mesh)
     error = first.exception()
     if isinstance(error, _OutOfMemoryError):
         advice = "; or ".join(_changes(config, mesh, chip, 2)) or "take more devices"
