@@ -14,6 +14,7 @@ from memoryllm_jax.common import plots
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.common.report import Report
+from memoryllm_jax.inference import vocabulary
 
 _LISTED = 300  # tokens in the page's table
 _SHOWN = 6  # neighbours of each that the table shows
@@ -48,7 +49,7 @@ def neighbours_of(
     """
     size = model.sizes.neighbours
     # Each block makes its own pass over ids_N: only the queries of one block are kept on the device.
-    blocks = [queries_Q[start : start + size] for start in range(0, len(queries_Q), size)]
+    blocks = [chunk.real_ids for chunk in vocabulary.chunks(queries_Q, size)]
     progress = Progress(label, len(blocks) * model.chunk_count(len(ids_N)) * len(layers), "chunk")
     found = []
     for block_Q in blocks:

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.progress import Progress
+from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.inference.decoder import bucket
 from memoryllm_jax.model.token_memory import TokenRows
 from memoryllm_jax.tol.format import TolFile
@@ -283,8 +284,8 @@ class CachedRows(_FileRows):
         """Fills the cache with the most frequent rows; the most frequent one counts as used most recently."""
         tokens = self.tol.token_of_row()[:slots]
         step = max(1, _LOAD_BYTES // self.tol.layout.stride)
-        for start in range(0, slots, step):
-            ids = tokens[start : start + step]
+        for chunk in vocabulary.chunks(tokens, step):
+            ids = chunk.real_ids
             raw, tier = self.table.read(ids)
             self._keep(ids, self.tol.layout.view(raw), tier)
         for token in tokens[::-1].tolist():
