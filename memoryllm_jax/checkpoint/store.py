@@ -22,6 +22,10 @@ from memoryllm_jax.data.tokenizer import Tokenizer
 
 # Arrays are stored in chunks of this size: reading an array takes the memory of one chunk besides the array's own.
 _CHUNK_BYTES = 64 << 20
+# Names that Orbax gives, the same in 0.11.30 and 0.12.8 (pyproject.toml allows this range). There is no function to use
+# instead: utils.is_tmp_checkpoint and its like are marked as deprecated, without a public successor.
+_COMMITTED = ocp.path.atomicity_types.COMMIT_SUCCESS_FILE  # a file that is written last, on gs://
+_UNFINISHED = ocp.path.atomicity_types.TMP_DIR_SUFFIX  # in the name of a folder on a disk until it is complete
 
 
 def describe(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> dict:
@@ -74,7 +78,7 @@ class Checkpoints:
         if not fs.exists(root):
             return
         for path in fs.ls(root, detail=False):
-            if os.path.basename(path).isdigit() and not fs.exists(f"{path}/commit_success.txt"):
+            if os.path.basename(path).isdigit() and not fs.exists(f"{path}/{_COMMITTED}"):
                 fs.rm(path, recursive=True)
 
     def latest(self) -> int | None:
@@ -127,7 +131,7 @@ class Checkpoints:
                 self.close()
             if not storage.is_url(self.workdir):
                 for name in os.listdir(self.workdir):
-                    if ".orbax-checkpoint-tmp" in name:
+                    if _UNFINISHED in name:
                         shutil.rmtree(os.path.join(self.workdir, name), ignore_errors=True)
             reason = _one_line(error)
             if "No space left" in str(error):
