@@ -78,11 +78,13 @@ Output = Annotated[str, Option("folder for the page and the files beside it")]
 # `cli.run_commands` calls one of these two with the options in its signature and those of the chosen command. Both
 # return the line to print.
 def analyze(command: str, model: run.ModelOptions, output: Output, **options) -> str:
+    """Runs an analysis of one model, which is closed when its page is written."""
     with model.open_for(ANALYSES[command]) as opened:
         return run.run(ANALYSES[command], opened, output, **options)
 
 
 def experiment(command: str, model: models.ModelsOptions, output: Output, **options) -> str:
+    """Runs an experiment, which opens the models one after another itself."""
     return models.run(EXPERIMENTS[command], model.open(), output, **options)
 
 

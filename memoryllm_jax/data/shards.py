@@ -363,8 +363,8 @@ class _ShardWriter:
 
     def __init__(self, split, source, settings, model):
         self.name = f"{split}-{source.index:05}.bin"
-        # Not `storage.replaced`, which always ends with a file: a file shard without a token is not kept. The file shards
-        # of both splits are also open at once.
+        # Not `storage.replaced`, which always ends with a file: a file shard without a token is not kept, and the file
+        # shards of both splits are open at once.
         self._path = os.path.join(settings.output, self.name)
         self._dtype, self._model = _dtype(model), model
         self._file, self._sha = open(f"{self._path}.part", "wb"), hashlib.sha256()

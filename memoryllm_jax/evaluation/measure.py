@@ -9,6 +9,7 @@ from memoryllm_jax.common import errors, options
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import dataset, documents
+from memoryllm_jax.data.dataset import Split
 from memoryllm_jax.evaluation import perplexity
 from memoryllm_jax.evaluation.perplexity import Text, Windows
 from memoryllm_jax.inference.engine import Engine
@@ -21,7 +22,7 @@ class TextOptions:
     """The text that a model's loss is measured on; no text if `data` is empty. Raises: ArgumentError."""
 
     data: Annotated[str, Option("prepared data (folder or URL) or text files (globs, comma-separated)")] = ""
-    split: Annotated[str, Option("part of the prepared data", choices=("train", "validation"))] = "validation"
+    split: Split = "validation"
     text_key: Annotated[str, Option("JSON field or parquet column that holds the text")] = "text"
     max_tokens: Annotated[int, Option("predict at most this many tokens, from the start; 0: all", least=0)] = 0
 
@@ -100,6 +101,7 @@ def _refuse_unused(chosen, needed: str) -> None:
     """Raises: ArgumentError if the option `needed` is empty, but another one is set, which has no effect then."""
     if getattr(chosen, needed):
         return
+    # Compared with the defaults, because a command line passes on the options that nobody set as well.
     for field in dataclasses.fields(chosen):
         if getattr(chosen, field.name) != field.default:
             raise ArgumentError(field.name, f"expected {needed} too, without which it has no effect")
@@ -136,10 +138,13 @@ class Measure:
 
     def perplexity(self, model: Engine) -> float:
         """Perplexity of the text's tokens, in windows of the model's context."""
+        # Windows that do not overlap: experiments measure many variants, and need differences more than the last digit.
         windows = Windows(model.context, model.context, self.text.max_tokens)
         text = self._opened_text(model.tokenizer, windows)
         return perplexity.perplexity(model, text, windows)["perplexity"]
 
+    # Opened when first needed and then kept: an experiment measures many variants on the same text and tasks.
+    # `cached_property` can do so in a frozen dataclass, as it writes to __dict__ and not through __setattr__.
     @functools.cached_property
     def _harness(self):
         return self.tasks.open()

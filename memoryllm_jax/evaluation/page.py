@@ -28,7 +28,14 @@ _MEASURES = {
 
 
 def of_text(page: report.Report, model: Engine, text: Text, result: dict) -> None:
-    """Fills the page with the result of `perplexity.perplexity` on the text, and with the text's first tokens."""
+    """Fills a page with the perplexity of a text, and with the text's first tokens.
+
+    Args:
+      page: the page to fill; the caller writes it.
+      model: scores the first tokens.
+      text: the text that was scored.
+      result: as `perplexity.perplexity` returns it.
+    """
     rows = [[name, result[name], meaning] for name, meaning in _MEASURES.items()]
     page.table(["measure", "value", "what it is"], rows, csv="quality")
     parts = result["by_context"]

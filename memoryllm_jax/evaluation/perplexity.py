@@ -152,7 +152,14 @@ def _by_context(nats_T: np.ndarray, predicted_T: np.ndarray) -> list[dict]:
 def prepared_text(path: str, split: str, tokenizer, windows: Windows) -> Text:
     """Opens a split of prepared data.
 
-    Bytes are in proportion to the tokens used; words are counted in the decoded tokens. Raises: UserError.
+    Bytes are in proportion to the tokens used; words are counted in the decoded tokens.
+
+    Args:
+      path: folder or URL of the data.
+      split: "train" or "validation".
+      tokenizer: the model's, which the data must have been prepared with.
+      windows: how the text is cut, and how much of it is used.
+    Raises: UserError.
     """
     stream = getattr(dataset.open_for(path, tokenizer.digest), split)
     tokens = windows.used(stream.tokens, path)

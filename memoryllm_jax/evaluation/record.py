@@ -29,6 +29,7 @@ class WindowedText(TextOptions):
         stride = context if self.stride is None else self.stride
         if stride > context:
             raise ArgumentError("stride", f"expected 1 to {context}, the model's context, found {stride}")
+        # Saved tokens are one rectangular array, which has no place for a shorter last window.
         return Windows(context, stride, self.max_tokens, whole=bool(self.save_tokens))
 
 
@@ -57,6 +58,7 @@ def on_text(
     result = perplexity(model, text, windows, chosen.save_tokens)
     print(summary(result), flush=True)
     result |= chosen.source() | {"model": about, "rows": model.rows.stats()}
+    # Before the page, so that no error in drawing loses the numbers.
     if output:
         storage.write_json(output, result)
     if page:
@@ -79,11 +81,13 @@ def on_tasks(
     print(tasks.table(results), flush=True)
     if page:
         pages.of_tasks(page, results)
+        # The scores alone: the file at `output` has the rest, such as the tasks' whole configurations.
         print(page.write({name: results[name] for name in ("results", "n-shot", "n-samples")}))
     return results
 
 
 def check_output(name: str, path: str) -> None:
     """Refuses an output path before any work is done for it. Raises: ArgumentError if its folder does not exist."""
+    # Object stores make folders as files are written, so a URL shows only then whether it can be written.
     if path and not storage.is_url(path) and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         raise ArgumentError(name, f"expected a file in a folder that exists, found {path}")

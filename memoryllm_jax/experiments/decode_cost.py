@@ -48,6 +48,7 @@ def decode_cost(
     page.facts |= {"text": f"{data}, validation", "device": jax.devices()[0].device_kind}
     cache_bytes = options.size(cache, "cache")
     with contextlib.ExitStack() as stack:
+        # Not in the system's temporary folder, which is often kept in memory: reads of rows on disk are measured.
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=page.folder, prefix="tol-"))
 
         def open_side(*arguments):
@@ -89,6 +90,8 @@ class _Side:
         if self.stream.tokens < needed:
             found = f"{self.stream.tokens:,}"
             raise ArgumentError("data", f"expected {needed:,} held-out tokens for all rounds, found {found}")
+        # All rounds use one cache. Each starts at position 0 again, and a step attends to no later position, so it sees
+        # nothing of the round before.
         self.cache = model.decoder.empty_cache(1, model.trained.context)
 
     def decode(self, number: int) -> float:
@@ -110,6 +113,7 @@ class _Side:
             np.asarray(logits[0].argmax())  # waits for the step, as greedy decoding must
 
     def memory(self) -> Memory:
+        # Rows that are all on the device report device_bytes, those behind a cache cache_bytes, live rows neither.
         stats = self.model.rows.stats()
         rows = stats.get("device_bytes", stats.get("cache_bytes", 0))
         live = getattr(self.model.rows, "weights_bytes", 0)
@@ -136,6 +140,7 @@ def _take_turns(sides: dict[str, _Side], rounds: int) -> dict[str, list[float]]:
     """Seconds a token of each side's rounds."""
     for side in sides.values():
         side.decode(0)  # not counted: it compiles
+    # Sides take turns within a round, so that a change in the machine's speed meets all of them.
     seconds = {name: [] for name in sides}
     for number in range(rounds):
         for name, side in sides.items():
@@ -148,6 +153,7 @@ def _rows(memory: dict[str, Memory], seconds: dict[str, list[float]]) -> list[di
     first = next(iter(seconds.values()))
     rows = []
     for name, of_side in memory.items():
+        # Within a round, where both sides met the machine in the same state; a ratio of medians would mix rounds.
         ratios = [mine / theirs for mine, theirs in zip(seconds[name], first)]
         rows.append(
             {

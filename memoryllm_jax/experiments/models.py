@@ -33,11 +33,13 @@ class Models:
     """
 
     def __init__(self, workdirs: Sequence[str], tol: str = "", place: str = "", dtype: str = ""):
+        # Errors name the commands' options, `rows` for `place`.
         if place and not tol:
             raise ArgumentError("rows", "expected a ToL file too, as it says where the rows of one are served from")
         if tol and len(workdirs) > 1:
             raise ArgumentError("tol", f"expected one workdir, whose rows the file holds, found {len(workdirs)}")
         self.workdirs, self.tol, self.place, self.dtype = workdirs, tol, place, dtype
+        # Each device holds a whole model and scores its share of the sequences: fast, as nothing is gathered.
         self.mesh = sharding.make_mesh(config.MeshConfig(data=-1, fsdp=1, tensor=1))
         self.facts: dict[str, str] = {}
         self.labels: list[str] = []
@@ -89,8 +91,10 @@ def run(experiment: Callable[..., dict], models: Models, output: str, **chosen) 
     Returns: one line that says what was written. Raises: UserError.
     """
     name, facts = experiment.__name__, models.facts
+    # `facts | ...` makes a copy: the models may be used for another experiment.
     if "measure" in chosen:
         facts = facts | chosen["measure"].facts()
     with report.Report(output, name, f"{name}: {', '.join(models.labels)}", facts) as page:
+        # The docstring is the definition of what was measured: the help text and the page give the same one.
         page.text(inspect.getdoc(experiment))
         return page.write(experiment(models, page, **chosen))

@@ -52,6 +52,7 @@ def pruning(
     every four weights to zero (2:4), which at the usual shape leaves about flex-2's count. Methods are calibrated on
     the first --windows windows of the training split of --calibration. The other models are drawn on the same axes.
     """
+    # All that the configs can show is refused here, before the first model is loaded and measured.
     for method in methods:
         if method not in METHODS:
             raise ArgumentError("methods", f"expected some of {', '.join(METHODS)}, found {method}")
@@ -90,6 +91,7 @@ def _patterns(run: Config, workdir: str) -> list[Pattern]:
         width = getattr(run.model, name)
         if width % 4:
             raise UserError(f"{workdir}: expected model.{name} to be a multiple of 4, for 2:4, found {width}")
+    # Only the matrices of attention and FFN are pruned, so the share is one of these. Norms do not enter it.
     counts = flops.parameters(run)
     matrices = counts["attention"] + counts["ffn_c"]
     patterns = [Pattern(0.5, 4)]
@@ -108,6 +110,7 @@ def _pruned(model: Engine, label: str, measure: Measure, windows_NT: np.ndarray,
     for pattern in _patterns(trained.run, trained.workdir):
         for method in methods:
             pruned = sparsity.prune(trained.config, params, trained.mesh, windows_NT, method, pattern)
+            # The decoder keeps its compiled functions and takes other weights, so that no point compiles anew.
             model.decoder = whole.with_params(layers=pruned["layers"])
             points.append(Point(label, method, str(pattern), sparsity.nonzeros(pruned) + norms, measure(model)))
             print(f"{label}, {method} {pattern}: {points[-1].active:,} active, {points[-1].quality}", flush=True)

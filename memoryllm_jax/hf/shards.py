@@ -39,6 +39,7 @@ def read_headers(folder: str) -> dict[str, Stored]:
         try:
             with safetensors.safe_open(path, framework="flax") as opened:
                 for name in opened.keys():  # noqa: SIM118, as it is no dict
+                    # A slice, because it knows dtype and shape without reading the values.
                     header = opened.get_slice(name)
                     code = header.get_dtype()
                     if code not in _DTYPE_OF_CODE:
@@ -77,6 +78,7 @@ def plan(sizes: dict[str, int], file_bytes: int) -> dict[str, list[str]]:
             used = 0
         groups[-1].append(name)
         used += size
+    # A single file has neither number nor index: transformers looks for it under this name first.
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     count = len(groups)
@@ -94,6 +96,7 @@ def convert(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
     """
     with np.errstate(over="ignore"):  # no warning: an overflow is an error below
         out = np.array(tensor, DTYPES[dtype], order="C")
+    # bfloat16 has the exponents of float32, so that only float16 is too narrow for ordinary weights.
     if dtype == "float16" and not np.isfinite(out).all():
         raise ArgumentError(
             "dtype", f"expected bfloat16 or float32, as values of tensor {name} exceed 65504, found float16"
@@ -103,9 +106,11 @@ def convert(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
 
 def write(path: str, tensors: dict[str, np.ndarray]) -> None:
     """Writes contiguous tensors into one file. Raises: UserError."""
+    # "x": a file that is already there is an error, and never overwritten.
     with open(path, "xb") as file:
         mode = os.fstat(file.fileno()).st_mode  # the mode that the umask gives a new file
     try:
+        # transformers refuses a file whose metadata names no format, and reads "pt" whatever wrote it.
         safetensors.numpy.save_file(tensors, path, {"format": "pt"})
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: cannot be written: {error}") from error

@@ -50,6 +50,7 @@ def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
     def take(table, ids):
         return table[ids].astype(config.dtype)[None]
 
+    # The table may be padded in width, so that the mesh divides it.
     x0 = take(params["embedding"], ids_U)[..., : config.dim]
     if not config.row_dim:
         return TokenRows(x0, None)
@@ -72,12 +73,15 @@ class LiveRows:
 
     def __init__(self, config: ModelConfig, params: dict, mesh):
         self.mesh, self._config = mesh, config
+        # Other parameters are not kept, so that the caller can free them.
         names = ("embedding", "memory") if config.row_dim else ("embedding",)
         self._params = {name: params[name] for name in names}
         self._shards = sharding.batch_shards(mesh)
+        # The parameters are an argument: arrays that a function closes over would be compiled into it as constants.
         self._rows = jax.jit(self._rows_body)
 
     def _rows_body(self, params, ids_U):
+        # A decode step of few sequences may have fewer ids than there are devices: then each device computes all rows.
         if len(ids_U) % self._shards == 0:
             ids_U = constrain(ids_U, "shard")  # each device computes a part of the rows
         return live_rows(self._config, params, ids_U)

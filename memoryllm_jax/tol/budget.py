@@ -228,9 +228,16 @@ def cut(bases: dict, layout: Layout) -> dict:
 
 
 def choose(source: Source, scorer: Scorer, counts: np.ndarray, total: int, name: str) -> tuple[Layout, dict]:
-    """The layout and bases for at most `total` bytes of rows and bases.
+    """Chooses the bits and ranks of all parts for a size.
 
-    Raises: ArgumentError that names the argument `name` if nothing is that small.
+    Args:
+      source: gives the full rows.
+      scorer: measures the loss on a text from rows that were encoded and decoded.
+      counts: int64 [V], how often each token occurs.
+      total: the size, in bytes of rows and bases together.
+      name: of the argument that gives the size, for the error message.
+    Returns: (layout of at most `total` bytes, {part name: its basis}).
+    Raises: ArgumentError if no layout is that small.
     """
     planner = Planner(source, scorer, counts)
     layout = planner.layout(total, name)

@@ -330,6 +330,7 @@ class TolWriter:
 
     def __init__(self, path: str, layout: Layout, extra, metadata, plan_digest: str):
         self.path, self.layout, self._plan_digest = path, layout, plan_digest
+        # Not `storage.replaced`, which removes the partial file on an error: a build that was stopped goes on with it.
         self._part, self._progress = f"{path}.part", f"{path}.part.progress"
         self._header, self.tensors, self.size = plan(layout, extra, metadata)
         self._fd: int | None = None

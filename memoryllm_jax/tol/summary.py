@@ -52,7 +52,9 @@ def lines(tol: TolFile) -> list[str]:
     layout, meta = tol.layout, tol.metadata
     x0 = ", with the input embedding" if layout.has_x0 else ""
     dropped = ", ".join(map(str, json.loads(meta["dropped_layers"]))) or "none"
+    # `precompute` orders rows by the counts if it has them, and stores these counts only then.
     order = "frequency" if "counts" in tol.tensors else "token id"
+    # 12 of 64 digits are enough to tell files apart and keep the line short; the JSON has them whole.
     digests = {name: meta[f"{name}_digest"][:12] for name in ("rows", "decoder", "tokenizer")}
     out = [
         f"{tol.path}: {tol.size:,} bytes, {meta['codec']}",
@@ -74,6 +76,7 @@ def lines(tol: TolFile) -> list[str]:
 
 def record(tol: TolFile, tokens: list[TokenNorms]) -> dict:
     """The description of a file and of the named tokens' norms as JSON."""
+    # In the metadata the layout is JSON within a text: here it is a tree that programs can read.
     found = {
         "size": tol.size,
         "metadata": {name: text for name, text in tol.metadata.items() if name != "layout"},

@@ -105,6 +105,7 @@ class Batches(abc.ABC):
         if self.config.model.unique_tokens:
             ids, index = _distinct(inputs)
         else:
+            # Each position stands for a distinct id, so that the step is the same code with and without unique_tokens.
             ids, index = inputs, np.arange(len(inputs))
         by_micro_batch = (self.config.accumulate, -1)
         return ShardBatch(
@@ -125,6 +126,7 @@ class Batches(abc.ABC):
             return [positions]
         most = min(positions, self.config.model.vocab_size)
         multiple = 128 if most >= 4096 else 8  # 128 suits the tiles of matrix units; few ids would be mostly padding
+        # Three standard deviations, because padding costs every step a little but a second size costs a compilation.
         counts = self._sampled_counts()
         size = np.mean(counts) + 3 * np.std(counts)
         sizes = []
@@ -167,6 +169,7 @@ class TrainBatches(Batches):
                 f"of {dataset.path}, which has {self.windows_an_epoch} sequences; set it to {needed}, "
                 "or train fewer steps"
             )
+        # Windows are shuffled as numbers; tokens are read in `windows`. Grain seeds the shuffle of each epoch anew.
         source = grain.MapDataset.range(self.windows_an_epoch).seed(config.seed).shuffle()
         self._order = source.repeat(config.data.epochs) if config.data.epochs > 1 else source
 
@@ -186,6 +189,7 @@ class TrainBatches(Batches):
     def iterate(self, start: int) -> Iterator[HostBatch]:
         """Yields the batches of steps start, start + 1, ..., which threads read ahead."""
         d = self.config.data
+        # Batches are sliced, not skipped: a run that resumes reads none of those before `start`.
         options = grain.ReadOptions(num_threads=d.threads, prefetch_buffer_size=d.prefetch)
         return iter(grain.MapDataset.source(self)[start:].to_iter_dataset(options))
 
@@ -208,6 +212,7 @@ class ValidationBatches(Batches):
         ids = np.zeros((count, T + 1), np.int64)
         weights = np.zeros((count, T), np.float32)
         first = (step * self.config.batch_size + shard * count) * T
+        # A window that would begin with the last token has no target. The last window may be shorter than the others.
         starts = [start for start in range(first, first + count * T, T) if start < self.tokens.tokens - 1]
         for sequence, window in enumerate(self.tokens.read_each(starts, T + 1)):
             ids[sequence, : len(window)] = window
@@ -235,6 +240,7 @@ def place(batch: HostBatch, size: int, sharding: NamedSharding) -> Batch:
       sharding: of the leading axis, which has one entry for each batch shard.
     """
     shards = batch_shards(sharding.mesh)
+    # Padded with id 0, whose rows are evaluated for nothing: no position's index points at them.
     padded = {
         number: shard._replace(ids_U=np.pad(shard.ids_U, (0, size - len(shard.ids_U))))
         for number, shard in batch.items()
@@ -245,6 +251,7 @@ def place(batch: HostBatch, size: int, sharding: NamedSharding) -> Batch:
         parts = {number: getattr(shard, field) for number, shard in padded.items()}
         any_part = next(iter(parts.values()))
 
+        # JAX asks for the slices of this host's devices alone, so the other hosts' batch shards are not needed.
         def part_at(index) -> np.ndarray:
             number = index[0].indices(shards)[0]
             return parts[number][None]

@@ -36,6 +36,7 @@ class Clock:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """A context whose time is not counted."""
+        # No try/finally: an error in the pause ends the run, and nothing reads the clock after it.
         start = time.monotonic()
         yield
         self._paused += time.monotonic() - start
@@ -93,6 +94,7 @@ class Recorder:
     def dispatching(self, step: int, size: int) -> Iterator[None]:
         """A context for the dispatch of a step. The first step of each size compiles, which the clock leaves out."""
         self._trace.before(step)
+        # A dispatch returns at once, except where jit first compiles: seconds or minutes that say nothing of the speed.
         compiling = size not in self._compiled
         self._compiled.add(size)
         pause_if_compiling = self.paused() if compiling else contextlib.nullcontext()
@@ -124,6 +126,7 @@ class Recorder:
             return
         step, size, on_devices = self._unread
         self._unread = None
+        # One `device_get` for all: to convert the arrays one by one would wait for a transfer each.
         values = {name: float(value) for name, value in jax.device_get(on_devices).items()}
         rows = size * self._batches.shards  # rows of token memory that the step evaluated
         self._steps += 1
@@ -136,6 +139,7 @@ class Recorder:
         self._progress.update(done, f"loss {loss:.3f}")
 
     def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
+        # The gradient too: it can overflow where the loss is still finite. The sum is finite only if both are.
         if math.isfinite(loss + grad_norm):
             return
         first = step * self._config.batch_size
@@ -146,6 +150,7 @@ class Recorder:
         )
 
     def _record(self, done: int, rows: int, loss: float, values: dict[str, float]) -> None:
+        # The speed is that since the last record: an average over the whole run would hide a change.
         tokens = self._steps * self._tokens_a_step
         record = {
             **quality(loss, 1, self._bytes_a_token),
