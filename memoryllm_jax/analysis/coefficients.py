@@ -11,7 +11,7 @@ import numpy as np
 from memoryllm_jax.analysis import token_page, topk, values
 from memoryllm_jax.analysis.key_values import KeyValueModel
 from memoryllm_jax.analysis.neighbours import neighbours_of
-from memoryllm_jax.analysis.vocabulary import StrongestKeys, chosen_tokens, strongest_keys
+from memoryllm_jax.analysis.vocabulary import FrequencyData, StrongestKeys, Token, Tokens, chosen_tokens, strongest_keys
 from memoryllm_jax.common import plots
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
@@ -28,12 +28,10 @@ def coefficients(
     model: KeyValueModel,
     page: Report,
     *,
-    token: Annotated[
-        tuple[str, ...], Option("token to show, as text that is one token, as ␣the or as #ID", many=True)
-    ] = (),
-    tokens: Annotated[int, Option("how many tokens to show if none are named; 0: all", least=0)] = 500,
+    token: Token = (),
+    tokens: Tokens = 500,
     top: Annotated[int, Option("how many keys of a token, tokens of a key and tokens of a value to list", least=1)] = 5,
-    data: Annotated[str, Option("prepared data, whose most frequent tokens are shown if none are named")] = "",
+    data: FrequencyData = "",
 ) -> dict:
     """Coefficients c of FFN-M: the keys that matter most for a token, the tokens that use a key most, what values say.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from memoryllm_jax.analysis import topk
 from memoryllm_jax.analysis.key_values import KeyValueModel
-from memoryllm_jax.analysis.vocabulary import chosen_tokens
+from memoryllm_jax.analysis.vocabulary import FrequencyData, Token, Tokens, chosen_tokens
 from memoryllm_jax.common import plots
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.common.progress import Progress
@@ -109,12 +109,10 @@ def neighbours(
     model: KeyValueModel,
     page: Report,
     *,
-    token: Annotated[
-        tuple[str, ...], Option("token to show, as text that is one token, as ␣the or as #ID", many=True)
-    ] = (),
-    tokens: Annotated[int, Option("how many tokens to show if none are named; 0: all", least=0)] = 500,
+    token: Token = (),
+    tokens: Tokens = 500,
     top: Annotated[int, Option("neighbours of each token", least=1)] = 10,
-    data: Annotated[str, Option("prepared data, whose most frequent tokens are shown if none are named")] = "",
+    data: FrequencyData = "",
 ) -> dict:
     """The tokens with the most similar memory rows, by layer and over all layers.
 

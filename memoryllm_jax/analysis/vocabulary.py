@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,14 @@ import numpy as np
 
 from memoryllm_jax.analysis import topk
 from memoryllm_jax.analysis.key_values import KeyValueModel
+from memoryllm_jax.common.options import Option
 from memoryllm_jax.common.report import Report
 from memoryllm_jax.data import statistics
+
+# Options of the analyses whose pages show some tokens: what `chosen_tokens` takes.
+Token = Annotated[tuple[str, ...], Option("token to show, as text that is one token, as ␣the or as #ID", many=True)]
+Tokens = Annotated[int, Option("how many tokens to show if none are named; 0: all", least=0)]
+FrequencyData = Annotated[str, Option("prepared data, whose most frequent tokens are shown if none are named")]
 
 
 def chosen_tokens(model: KeyValueModel, page: Report, token: Sequence[str], count: int, path: str) -> np.ndarray:

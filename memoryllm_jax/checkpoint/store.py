@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from memoryllm_jax import config
 from memoryllm_jax.common import hosts, storage
-from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.errors import ArgumentError, UserError, one_line
 from memoryllm_jax.config import Config
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.tokenizer import Tokenizer
@@ -133,7 +133,7 @@ class Checkpoints:
                 for name in os.listdir(self.workdir):
                     if _UNFINISHED in name:
                         shutil.rmtree(os.path.join(self.workdir, name), ignore_errors=True)
-            reason = _one_line(error)
+            reason = one_line(error, 500)
             if "No space left" in str(error):
                 reason = "no space left on the device"
             raise UserError(f"{self.workdir}: saving a checkpoint failed: {reason}; {last_good}") from error
@@ -210,17 +210,13 @@ class Checkpoints:
             yield
         except Exception as error:
             _raise_if_lost_peer(error)
-            raise UserError(f"{self.workdir}/{step}: cannot be read as a checkpoint: {_one_line(error)}") from error
+            raise UserError(f"{self.workdir}/{step}: cannot be read as a checkpoint: {one_line(error, 500)}") from error
 
     def close(self) -> None:
         """Waits for a save in the background, and closes. May be called twice."""
         if not self._closed:
             self._closed = True
             self._manager.close()
-
-
-def _one_line(error):
-    return " ".join(str(error).split())[:500]
 
 
 def _raise_if_lost_peer(error):

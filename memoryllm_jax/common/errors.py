@@ -21,6 +21,11 @@ class ArgumentError(UserError):
         self.name = name
 
 
+def one_line(error: Exception, most: int | None = None) -> str:
+    """The text of an error without line breaks, as a clause of another message; at most `most` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 def require(module: str, extra: str, what: str) -> types.ModuleType:
     """Imports a module of a package that only an optional extra installs.
 

@@ -11,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from memoryllm_jax.common import options
-from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.errors import ArgumentError, UserError, one_line
 from memoryllm_jax.common.options import Option
 
 # Exit codes. 0: the run is complete. 1: another start would meet the same error, so launchers give up.
@@ -49,7 +49,7 @@ class HostOptions:
                 self.coordinator, self.num_processes, self.process_id, heartbeat_timeout_seconds=LOST_AFTER_S
             )
         except (ValueError, RuntimeError) as error:
-            raise ArgumentError("multihost", _one_line(error)) from error
+            raise ArgumentError("multihost", one_line(error)) from error
 
 
 class StopSignal:
@@ -106,7 +106,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def abandon(error: Exception) -> NoReturn:
     """Prints the error and ends this process of several without cleanup: closing files could block on dead peers."""
-    reason = _one_line(error)[:600]
+    reason = one_line(error, 600)
     lost = is_lost_peer(error)
     if lost:
         reason = f"another process has ended, or cannot be reached: {reason}"
@@ -116,7 +116,3 @@ def abandon(error: Exception) -> NoReturn:
     where = f"process {jax.process_index()} of {jax.process_count()}"
     print(f"error: {where}: {reason}; start all processes again to go on", file=sys.stderr, flush=True)
     os._exit(LOST if lost else 1)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import UserError, one_line
 
 
 def is_url(path: str) -> bool:
@@ -48,7 +48,7 @@ def reason(error: Exception) -> str:
         return error.strerror
     if isinstance(error, FileNotFoundError):  # fsspec's file systems raise it without strerror
         return "no such file, folder or bucket"
-    text = " ".join(str(error).split())[:300] or type(error).__name__
+    text = one_line(error, 300) or type(error).__name__
     package = re.search("gcsfs|s3fs", text)
     if isinstance(error, ImportError) and package:
         extra = {"gcsfs": "gcs", "s3fs": "s3"}[package[0]]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from memoryllm_jax.common import storage
-from memoryllm_jax.common.errors import ArgumentError, UserError, require
+from memoryllm_jax.common.errors import ArgumentError, UserError, one_line, require
 
 # Texts are tokenized in pieces of at most this many characters, as tiktoken's regular expressions and SentencePiece's
 # lattices fail on longer ones. Llama 3's own tokenizer cuts at the same length.
@@ -217,7 +217,7 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, threads: int) -> 
         )
     except RuntimeError as error:
         most = re.search(r"<= (\d+)", str(error))
-        reason = f"this text allows at most {most[1]} ids" if most else " ".join(str(error).split())
+        reason = f"this text allows at most {most[1]} ids" if most else one_line(error)
         raise UserError(f"tokenizer sentencepiece:train:{vocab_size}: training failed: {reason}") from error
     return Tokenizer("sentencepiece", model.getvalue(), f"sentencepiece:train:{vocab_size}")
 

@@ -8,7 +8,7 @@ import os
 import jax
 from jax.experimental import topologies
 
-from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.errors import ArgumentError, one_line
 
 _PLUGINS = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}  # modules that hold each platform's compiler
 GPU_SHARE = 0.92  # share of a GPU's memory that `train` lets JAX use
@@ -221,7 +221,7 @@ def devices(name: str, count: int, slices: int = 0) -> tuple[list[jax.Device], s
     try:
         topology = describe()
     except Exception as error:  # each plugin raises other types
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise ArgumentError(
             "devices", f"{_PLUGINS[chip.platform]} cannot compile for {count} of {name}: {reason}"
         ) from error
