@@ -90,6 +90,30 @@ def replaced(path: str) -> Iterator[str]:
             os.remove(part)
 
 
+def inside(folder: str, name: str, what: str, roots: tuple[str, ...] = ()) -> str:
+    """The path of a file that another file names, such as an index: it must lie in the folder.
+
+    Args:
+      folder: local folder or URL.
+      name: as it stands in the other file, relative to the folder.
+      what: the other file and the field that holds the name, for the error message: "DIR/index.json: weight_map".
+      roots: local folders beside `folder` in which a symbolic link may end too.
+    Raises: UserError for an absolute name, a name that leaves the folder, or a symbolic link that does.
+    """
+    parts = name.replace("\\", "/").split("/")
+    is_plain = name and "\0" not in name and not is_url(name) and not {"", ".", ".."} & set(parts)
+    if not is_plain or os.path.isabs(name):
+        raise UserError(f"{what}: expected the name of a file in {folder}, found {name[:200]!r}")
+    path = os.path.join(folder, name)
+    if is_url(folder):
+        return path
+    real = os.path.realpath(path)
+    for root in (folder, *roots):
+        if os.path.commonpath([os.path.realpath(root), real]) == os.path.realpath(root):
+            return path
+    raise UserError(f"{what}: expected a file in {folder}, found {name!r}, a symbolic link to {real}")
+
+
 def write_json(path: str, tree) -> None:
     """Writes a JSON file atomically. Raises: UserError."""
     write_bytes(path, (json.dumps(tree, indent=1) + "\n").encode())

@@ -37,6 +37,20 @@ def test_a_file_or_folder_is_replaced_whole_or_not_at_all(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
+def test_a_name_in_a_file_stays_in_its_folder(tmp_path):
+    folder, beside = tmp_path / "folder", tmp_path / "beside"
+    (folder / "sub").mkdir(parents=True)
+    beside.mkdir()
+    (folder / "inner").symlink_to("sub")
+    (folder / "outer").symlink_to(beside)
+    for name in ("a", "sub/a", "inner/a", "..a"):
+        assert storage.inside(str(folder), name, "index") == str(folder / name)
+    assert storage.inside(str(folder), "outer/a", "index", (str(beside),)) == str(folder / "outer/a")
+    for name in ("", ".", "../a", "sub/../../a", "/etc/a", "gs://a", "a\0", "..\\a", "outer/a", "a//b"):
+        with pytest.raises(UserError, match=r"index: expected .*found"):
+            storage.inside(str(folder), name, "index")
+
+
 @pytest.fixture
 def in_memory(data_path):
     """A copy of the prepared data behind a memory:// URL."""

@@ -1,0 +1,104 @@
+"""JSON that people bring, decoded into typed structures: types and bounds are checked while it is read.
+
+A structure is a subclass of `Record`; its annotations are the types that msgspec checks, with bounds as msgspec.Meta:
+
+    class Shard(Record):
+        file: str
+        tokens: Count
+
+Fields that a structure does not name are ignored, so that files of later versions open. A rule across fields goes into
+`__post_init__`, which raises ValueError("expected ..., found ...").
+"""
+
+import re
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from memoryllm_jax.common import storage
+from memoryllm_jax.common.errors import UserError, one_line
+
+# Larger integers cannot be told apart by readers of JSON that hold numbers as float64.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+# Sizes of arrays and numbers of layers: XLA and safetensors allow more, but no model needs it.
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Digest = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]  # hexadecimal
+
+T = TypeVar("T")
+
+_AT_FIELD = re.compile(r"(?s)(?P<problem>.*?)(?: - at `(?P<place>.*)`)?")
+_MOST_FOUND = 60  # characters of a wrong value that a message shows
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """A structure that a file holds as a JSON object."""
+
+
+def parse(kind: type[T], data: bytes | str, where: str, expected: str = "") -> T:
+    """Decodes JSON.
+
+    Args:
+      kind: a Record, or another type that msgspec decodes, such as dict[str, Count].
+      data: the JSON text.
+      where: the file, and the place in it, that error messages name.
+      expected: what the JSON describes, for error messages: "a ToL layout".
+    Raises: UserError that names the field, what was expected there and what was found.
+    """
+    wanted = f"expected {expected}, found " if expected else ""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{where}: {_explained(error, data)}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: {wanted or 'expected JSON, found '}JSON that is nested too deeply") from error
+    except (msgspec.DecodeError, UnicodeError) as error:
+        problem = one_line(error, 200).removeprefix("JSON is malformed: ")
+        raise UserError(f"{where}: {wanted or 'found '}invalid JSON: {problem}") from error
+
+
+def read(kind: type[T], path: str, expected: str) -> T:
+    """Decodes a JSON file on a path or URL.
+
+    Args:
+      kind, expected: as of `parse`.
+    Raises: UserError that names file and field, what was expected and what was found.
+    """
+    return parse(kind, storage.read_bytes(path, expected), path, expected)
+
+
+def to_json(value: Any) -> Any:
+    """A Record as the tree of dicts and lists that `storage.write_json` takes."""
+    return msgspec.to_builtins(value)
+
+
+def _explained(error: msgspec.ValidationError, data) -> str:
+    """msgspec's message in our form: FIELD: expected ..., found ..."""
+    match = _AT_FIELD.fullmatch(str(error))
+    problem, place = match["problem"], (match["place"] or "").removeprefix("$").removeprefix(".")
+    name = f"{place}: " if place else ""
+    missing = re.fullmatch("Object missing required field `(.*)`", problem)
+    if missing:
+        return f"{name}expected a field {missing[1]}, found none"
+    problem = problem.replace("`", "").replace("Expected ", "expected ", 1).replace(", got ", ", found ")
+    if problem == "Integer value out of range":
+        problem = "expected an integer of at most 64 bits, found a larger one"
+    elif problem == "Number out of range":
+        problem = "expected a finite number, found a larger one"
+    problem = re.sub("^Invalid enum value '?(.*?)'?$", r"expected a known value, found '\1'", problem)
+    # msgspec writes [...] for keys of a dict, so the value cannot be looked up.
+    if "found" not in problem and "[...]" not in place:
+        problem += _found(data, place)
+    return f"{name}{problem}"
+
+
+def _found(data, place: str) -> str:
+    """The clause ", found VALUE" for a value out of its bounds; "" where the place names no single value."""
+    try:
+        value = msgspec.json.decode(data)
+        for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", place):
+            value = value[key] if key else value[int(index)]
+    # The JSON around the value may be too odd to decode without a type.
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ""
+    text = repr(value)
+    return f", found {text}" if len(text) <= _MOST_FOUND else f", found {text[:_MOST_FOUND]}..."
