@@ -1,5 +1,6 @@
 """A sheet on which people note what a key's triggers share, and automatic proxies of their judgement."""
 
+import hashlib
 import html
 import itertools
 from collections.abc import Callable
@@ -71,10 +72,10 @@ def annotate(
     _draw(model, page, ffn, layers, kinds, means)
     page.heading("The sheet")
     page.text(
-        "Write what at least three triggers share, and choose whether it is shallow or semantic. The button copies all "
-        "entries as CSV."
+        "Write what at least three triggers share, and choose whether it is shallow or semantic. This browser keeps "
+        "the entries; the button at the bottom saves them as CSV."
     )
-    page.raw(_sheet_markup(model.texts, sheet))
+    page.raw(_sheet_markup(model.texts, sheet, single_tokens=corpus is None))
     return {"ffn": ffn, "layers": layers, "proxies": means, "keys": len(sheet)}
 
 
@@ -176,17 +177,57 @@ def _draw(model, page, ffn, layers, kinds, means):
         page.figure(kind, figure, f"Proxy: {title}; {model.label(ffn)}, mean of keys.")
 
 
-_COPY_BUTTON = """<button onclick="copySheet()">copy as CSV</button><script>
-function copySheet() {
-  const lines = [...document.querySelectorAll('input')].map(e => [e.dataset.layer, e.dataset.key,
-    '"' + e.value.replaceAll('"', '""') + '"', e.parentNode.nextElementSibling.value].join(','));
-  navigator.clipboard.writeText(['layer,key,pattern,kind', ...lines].join('\\n'));
+# DIGEST stands for a digest of the sheet, under which the browser keeps what people have written.
+_SCRIPT = """<p class="bar"><button id="save">save as CSV</button> <span id="count"></span></p>
+<style>
+.bar { position: sticky; bottom: 0; margin: 0; padding: .5em 0; background: white; border-top: 1px solid #ccc; }
+ol.columns { columns: 9em; }
+li { break-inside: avoid; }
+</style>
+<script>
+const fields = [...document.querySelectorAll('.entry')];
+const kept = 'annotate DIGEST';
+
+function entries() {
+  return fields.map(field => ({layer: field.dataset.layer, key: field.dataset.key,
+    pattern: field.querySelector('input').value, kind: field.querySelector('select').value}));
 }
+
+function show() {
+  const done = entries().filter(entry => entry.pattern || entry.kind).length;
+  document.getElementById('count').textContent = done + ' of ' + fields.length + ' keys have an entry';
+}
+
+function keep() {
+  localStorage.setItem(kept, JSON.stringify(entries()));
+  show();
+}
+
+for (const entry of JSON.parse(localStorage.getItem(kept) ?? '[]')) {
+  const field = fields.find(field => field.dataset.layer == entry.layer && field.dataset.key == entry.key);
+  field.querySelector('input').value = entry.pattern;
+  field.querySelector('select').value = entry.kind;
+}
+for (const field of fields) field.oninput = keep;
+document.getElementById('save').onclick = () => {
+  const quoted = text => '"' + text.replaceAll('"', '""') + '"';
+  const lines = entries().map(entry => [entry.layer, entry.key, quoted(entry.pattern), entry.kind].join(','));
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([['layer,key,pattern,kind', ...lines, ''].join('\\n')]));
+  link.download = 'patterns.csv';
+  link.click();
+};
+show();
 </script>"""
 
 
-def _sheet_markup(texts: list[str], sheet: Sheet) -> str:
-    """HTML with a list of triggers and an input box for each key."""
+def _sheet_markup(texts: list[str], sheet: Sheet, single_tokens: bool) -> str:
+    """HTML with a list of triggers, a box for their pattern and a choice of its kind for each key.
+
+    Args:
+      single_tokens: triggers are tokens, which are listed in columns, and not prefixes.
+    """
+    columns = ' class="columns"' if single_tokens else ""
     parts = []
     for (layer, i), rows in sheet.items():
         items = []
@@ -194,8 +235,9 @@ def _sheet_markup(texts: list[str], sheet: Sheet) -> str:
             tokens = "".join(f"<span class=t>{html.escape(texts[t])}</span>" for t in row.ids[-_SHOWN:])
             items.append(f"<li>{tokens}</li>")
         parts.append(
-            f'<h3>layer {layer}, key {i}</h3><ol>{"".join(items)}</ol><label>pattern <input size="60" '
-            f'data-layer="{layer}" data-key="{i}"></label> '
-            "<select><option><option>shallow<option>semantic<option>both</select>"
+            f"<h3>layer {layer}, key {i}</h3><ol{columns}>{''.join(items)}</ol>"
+            f'<p class="entry" data-layer="{layer}" data-key="{i}"><label>pattern <input size="60"></label> '
+            "<label>kind <select><option><option>shallow<option>semantic<option>both</select></label></p>"
         )
-    return "\n".join([*parts, _COPY_BUTTON])
+    digest = hashlib.sha256(repr(sheet).encode()).hexdigest()[:16]
+    return "\n".join([*parts, _SCRIPT.replace("DIGEST", digest)])

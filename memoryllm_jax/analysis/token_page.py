@@ -83,8 +83,9 @@ function find(name) {
 
 query.onchange = () => {
   const id = find(query.value);
-  if (id != null) show(id);
-  else note.textContent = 'not on this page';
+  if (id != null) return show(id);
+  note.textContent = 'not on this page';
+  out.replaceChildren();
 };
 show(data.first);
 </script>"""

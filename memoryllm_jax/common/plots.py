@@ -6,6 +6,7 @@ import numpy as np
 
 from memoryllm_jax.common import errors
 
+_PERCENT = ", %"  # ends the labels of axes that show percent
 _CHANCE = ", chance"  # ends the names of series that show what chance alone would give
 
 
@@ -50,15 +51,47 @@ def shade(share: float):
     return colormaps["viridis"](share)
 
 
-def log_scale(ax) -> None:
-    """Makes the y axis logarithmic, with plain numbers at its ticks."""
+def log_scale(ax, which: str = "y") -> None:
+    """Makes the x or y axis logarithmic, with plain numbers at its ticks. Call it when the data is drawn."""
     from matplotlib import ticker
 
+    ax.set(**{f"{which}scale": "log"})
+    low, high = getattr(ax, f"get_{which}lim")()
     # matplotlib's own ticks are powers of ten, of which an axis that spans less than a decade may have none.
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8), numticks=14))
-    ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-    ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+    decades = np.log10(high / low)
+    if decades < 1.5:
+        digits = (1, 1.5, 2, 3, 4, 5, 6, 8)
+    elif decades < 4:
+        digits = (1, 2, 5)
+    else:
+        digits = (1,)
+    _plain_ticks(getattr(ax, f"{which}axis"), ticker.LogLocator(subs=digits, numticks=14))
+
+
+def change_scale(ax) -> None:
+    """Scales a y axis of changes in percent: linear from -1% to 1%, and logarithmic on both sides beyond."""
+    from matplotlib import ticker
+
+    ax.set_yscale("symlog", linthresh=1)
+    locator = ticker.SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5))
+    locator.numticks = 12
+    _plain_ticks(ax.yaxis, locator, "{x:g}%")
+
+
+def _plain_ticks(axis, locator, text: str = "{x:g}") -> None:
+    """Labels the locator's ticks with plain numbers, and no others."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(locator)
+    axis.set_major_formatter(ticker.StrMethodFormatter(text))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def label_y(ax, label: str) -> None:
+    """Labels the y axis. A label that ends in ", %" puts the % at the ticks."""
+    if label.endswith(_PERCENT):
+        ax.yaxis.set_major_formatter("{x:g}%")
+    ax.set_ylabel(label.removesuffix(_PERCENT))
 
 
 def drawable(text: str) -> bool:
@@ -74,7 +107,7 @@ def by_layer(series: dict[str, Sequence[float]], ylabel: str, log: bool = False,
 
     Args:
       series: values by name, shares in percent. "NAME, chance" is drawn as NAME is, but dotted.
-      ylabel: label of the y axis.
+      ylabel: label of the y axis; one that ends in ", %" puts the % at the ticks.
       log: whether the y axis is logarithmic.
       layers: numbers of the layers; by default from 0.
     """
@@ -87,7 +120,7 @@ def by_layer(series: dict[str, Sequence[float]], ylabel: str, log: bool = False,
         ax.plot(range(len(values)) if layers is None else layers, values, **style, label=name)
     _label(ax, ylabel)
     if log:
-        ax.set_yscale("log")
+        log_scale(ax)
     elif not any(value < 0 for values in series.values() for value in values):
         # The axis begins at 0, because heights of lines would otherwise exaggerate small differences.
         ax.update_datalim([(0, 0)], updatex=False)
@@ -115,5 +148,5 @@ def _label(ax, ylabel) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.set_xlabel("layer")
-    ax.set_ylabel(ylabel)
+    label_y(ax, ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -196,9 +196,9 @@ def _draw(settings: list[Setting], metric: str):
             label = kind if kind == "budget" else f"uniform {kind}"
             axis.plot(*zip(*points), **plots.style_of(number), label=label)
     axis.axhline(0, color="grey", linewidth=0.8)
-    axis.set_xscale("log")
-    axis.set_yscale("symlog", linthresh=1)
-    axis.set(xlabel="rows and bases, MB", ylabel=f"change of {metric}, %")
+    plots.log_scale(axis, "x")
+    plots.change_scale(axis)
+    axis.set(xlabel="rows and bases, MB", ylabel=f"change of {metric}")
     plots.legend(axis)
     return figure
 
@@ -211,7 +211,7 @@ def _draw_singular(singular):
         # The legend of a deep model names only its first and last layer: shades show the order of those between.
         label = f"layer {layer}" if last < 8 or layer in (0, last) else None
         axis.plot(range(1, len(values) + 1), values, color=plots.shade(shade), linewidth=1.2, label=label)
-    axis.set_yscale("log")
+    plots.log_scale(axis)
     axis.set_ylim(bottom=1e-4)
     axis.set(xlabel="number of the singular value", ylabel="over the layer's largest")
     plots.legend(axis)

@@ -124,9 +124,10 @@ def _draw_alpha(changes, metric):
         points = [found[metric] for found in by_alpha.values()]
         axis.plot(list(by_alpha), points, **plots.style_of(number), label=name)
     axis.invert_xaxis()
-    axis.set(xlabel="alpha", ylabel=f"change of {metric}, %")
+    axis.set(xlabel="alpha")
+    plots.label_y(axis, f"change of {metric}, %")
     if metric == PERPLEXITY:
-        axis.set_yscale("symlog", linthresh=1)  # changes may be negative, and reach thousands of percent
+        plots.change_scale(axis)  # changes may be negative, and reach thousands of percent
     plots.legend(axis)
     return figure
 
@@ -267,7 +268,7 @@ def _show_single_layers(page, series: dict[str, Dropped]):
     for metric in metrics:
         lines = {name: [changed[metric] for changed in by_layer] for name, by_layer in changes.items()}
         figure = plots.by_layer(lines, f"change of {metric}, %")
-        figure.axes[0].set_yscale("symlog", linthresh=1)
+        plots.change_scale(figure.axes[0])
         page.figure(
             metric.replace(" ", "-"),
             figure,
@@ -280,8 +281,8 @@ def _show_cumulative(page, dropped: dict[str, list[Drop]], whole: dict[str, floa
     for number, (name, drops) in enumerate(dropped.items()):
         points = [0.0, *(change(drop.cost, whole[name]) for drop in drops)]
         axis.plot(range(len(points)), points, **plots.style_of(number), label=name)
-    axis.set(xlabel="layers dropped, least harmful first", ylabel="change of perplexity, %")
-    axis.set_yscale("symlog", linthresh=1)
+    axis.set(xlabel="layers dropped, least harmful first", ylabel="change of perplexity")
+    plots.change_scale(axis)
     plots.legend(axis)
     page.figure(
         "cumulative",
