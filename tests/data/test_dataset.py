@@ -1,5 +1,7 @@
 """Opening prepared data: what is damaged or missing is named."""
 
+import json
+
 import pytest
 
 from memoryllm_jax.common.errors import UserError
@@ -47,14 +49,62 @@ def test_a_folder_without_prepared_data_is_refused(tmp_path):
         Dataset(str(tmp_path))
 
 
+def set_field(tree: dict, place: str, value) -> None:
+    """Sets the field at a place such as splits.train.tokens; `...` removes it."""
+    *path, last = place.split(".")
+    for key in path:
+        tree = tree[int(key) if key.isdecimal() else key]
+    if value is ...:
+        del tree[last]
+    else:
+        tree[last] = value
+
+
+FIRST = "splits.train.shards.0"
+
+
 @pytest.mark.parametrize(
-    "tree, message",
+    "place, value, message",
     [
-        ('{"vocab_size": 512}', r"dataset.json: expected a field 'tokenizer', found none$"),
-        ("[1]", r"dataset.json: expected the fields that `prepare` writes: list indices"),
+        ("tokenizer", ..., "expected a field tokenizer, found none"),
+        ("tokenizer", [1], "tokenizer: expected object, found array"),
+        ("tokenizer.bos_id", 512, "expected a bos_id below the vocab_size 512, found 512"),
+        (
+            "tokenizer.file",
+            "../tokenizer.model",
+            r"tokenizer.file: expected the name of a file in .*, found '\.\./token",
+        ),
+        ("format", 9, "format: expected 1, found 9; prepare the data again"),
+        ("format", None, "format: expected int, found null"),
+        ("vocab_size", 0, "vocab_size: expected int >= 1, found 0"),
+        ("vocab_size", 512.5, "vocab_size: expected int, found float"),
+        ("vocab_size", 600, "vocab_size: expected the tokenizer's 512, found 600"),
+        ("dtype", "float64", "dtype: expected a known value, found 'float64'"),
+        ("splits.train.tokens", 5, "splits.train: expected [0-9]+ tokens, the sum over the file shards, found 5"),
+        (f"{FIRST}.tokens", -1, r"splits.train.shards\[0\].tokens: expected int >= 0, found -1"),
+        (f"{FIRST}.tokens", 10**30, r"splits.train.shards\[0\].tokens: expected int <= 9007199254740992, found 10"),
+        (f"{FIRST}.sha256", "ab", r"splits.train.shards\[0\].sha256: expected str matching regex .*, found 'ab'"),
+        (f"{FIRST}.file", "/etc/passwd", "a file shard: expected the name of a file in .*, found '/etc/passwd'"),
+        (
+            f"{FIRST}.file",
+            "validation-00000.bin",
+            "expected each file shard once, found 'validation-00000.bin' 2 times",
+        ),
+        (f"{FIRST}.file", "link.bin", "a file shard: expected a file in .*, found 'link.bin', a symbolic link to "),
     ],
 )
-def test_a_dataset_json_without_the_fields_is_refused(tmp_path, tree, message):
-    (tmp_path / "dataset.json").write_text(tree)
-    with pytest.raises(UserError, match=message):
+def test_a_dataset_json_that_cannot_be_trusted_is_refused(copied, tmp_path, place, value, message):
+    (tmp_path / "outside.bin").touch()
+    (copied / "link.bin").symlink_to(tmp_path / "outside.bin")
+    tree = json.loads((copied / "dataset.json").read_text())
+    set_field(tree, place, value)
+    (copied / "dataset.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=f"^{copied}/dataset.json: ({message})"):
+        Dataset(str(copied)).tokenizer()
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"format": 1, ', "[" * 100_000, "", "\xff", '{"format": ' + "9" * 5000 + "}"])
+def test_a_dataset_json_that_is_no_description_is_refused(tmp_path, text):
+    (tmp_path / "dataset.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=f"^{tmp_path}/dataset.json: .*expected"):
         Dataset(str(tmp_path))
