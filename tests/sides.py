@@ -1,7 +1,6 @@
 """Logits and texts of our models, of transformers' and of tests/reference.py, which tests/hf compares."""
 
 import contextlib
-import json
 import os
 
 import numpy as np
@@ -10,7 +9,7 @@ import reference
 from lab import GOLDEN
 from safetensors.numpy import load_file
 
-from memoryllm_jax.hf.config_json import from_json
+from memoryllm_jax.hf.config_json import from_json, read
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.tol import serving
 
@@ -68,7 +67,7 @@ def their_text(model, prompt, tokens):
 
 def golden_by_the_equations(name, ids):
     """Logits [B, T, V] of the model in a golden directory, computed by tests/reference.py from its files."""
-    m, _ = from_json(json.load(open(f"{GOLDEN}/{name}/config.json")), name)
+    m, _ = from_json(read(f"{GOLDEN}/{name}/config.json"), name)
     params = reference.from_llama(load_file(f"{GOLDEN}/{name}/model.safetensors"), m)
     return np.asarray(reference.logits(params, ids, m))
 

@@ -3,19 +3,26 @@
 Settings that the other side cannot express are refused by name.
 """
 
+from typing import Any, NoReturn
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from memoryllm_jax.common import records
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.records import Count, Size
 from memoryllm_jax.config import ModelConfig, resolve
 
-# Settings of Llama that change what the model computes, with the values that our models support. The first value is
-# the one that a missing setting means.
+# Settings of Llama that change what the model computes, with the values that our models support.
 _SUPPORTED = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "sliding_window": (None,),
-    "partial_rotary_factor": (None, 1.0),
     "quantization_config": (None,),
     "add_cross_attention": (None, False),
+    "per_layer_config": (None,),
+    "transformers_weights": (None,),
 }
 # rope_type in config.json -> ModelConfig.rope_scaling
 _ROPE_SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3"}
@@ -96,122 +103,184 @@ def _rope_to_json(c):
     return out
 
 
-def from_json(settings: dict, where: str) -> tuple[ModelConfig, int]:
-    """Reads the settings of a config.json.
+class Settings(records.Record):
+    """The settings of a config.json that import reads. A missing one has the value that transformers gives it.
+
+    The settings of FFN-M, from `beta` on, are those that `to_json` adds for memory and flex-B.
+    """
+
+    hidden_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    intermediate_size: Count
+    vocab_size: Size
+    model_type: str | None = None
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    max_position_embeddings: Size = 2048
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    dtype: str | None = None
+    torch_dtype: str | None = None  # the name of `dtype` in transformers before version 5
+
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    quantization_config: Any = None
+    add_cross_attention: bool | None = None
+    per_layer_config: Any = None
+    transformers_weights: Any = None
+
+    rope_theta: float | UnsetType | None = UNSET
+    partial_rotary_factor: float | None = None
+    original_max_position_embeddings: Size | UnsetType | None = UNSET
+    rope_scaling: msgspec.Raw = msgspec.Raw(b"null")
+    rope_parameters: msgspec.Raw = msgspec.Raw(b"null")
+
+    bos_token_id: int | UnsetType | None = UNSET
+    eos_token_id: int | list[int] | UnsetType | None = UNSET
+    pad_token_id: int | UnsetType | None = UNSET
+
+    beta: float = 8.0  # Llama has no beta: 8 is base
+    memory_size: Count = 0
+    compute_input: str = "after_attention"
+    norm: str = "rmsnorm"
+
+    def special(self) -> dict:
+        """{name: ids} of those special tokens that the file names, as `to_json` takes them."""
+        return {name: getattr(self, name) for name in SPECIAL if getattr(self, name) is not UNSET}
+
+
+class _Rope(records.Record):
+    """The group rope_parameters, or rope_scaling as it is called in transformers before version 5."""
+
+    rope_type: str | UnsetType | None = UNSET
+    type: str | UnsetType | None = UNSET
+    rope_theta: float | UnsetType | None = UNSET
+    partial_rotary_factor: float | UnsetType = UNSET
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: Size | UnsetType | None = UNSET
+
+
+def read(path: str) -> Settings:
+    """The settings in a config.json. Raises: UserError that names a setting of a wrong type or out of bounds."""
+    return records.read(Settings, path, "a model's settings")
+
+
+def from_json(settings: Settings, where: str) -> tuple[ModelConfig, int]:
+    """Converts the settings of a config.json.
 
     Args:
-      settings: the parsed file.
-      where: its path, for error messages.
+      settings: as `read` returns them.
+      where: the file's path, for error messages.
     Returns: (the model, the largest number of positions in a sequence).
-    Raises: UserError that names a setting which is damaged or which our models cannot express.
+    Raises: UserError that names a setting which our models cannot express.
     """
-    if not isinstance(settings, dict):
-        raise UserError(f"{where}: expected a group of settings, found {settings!r}")
-    file = _Settings(settings, where)
-    file.check_supported()
-    dim = file.number("hidden_size")
-    heads = file.number("num_attention_heads")
-    if heads < 1:
-        file.refuse("num_attention_heads", "at least 1", heads)
-    if settings.get("head_dim") not in (None, dim / heads):
-        file.refuse("head_dim", f"hidden_size / num_attention_heads = {dim / heads:g}", settings["head_dim"])
-    kv_heads = file.number("num_key_value_heads", default=heads)
-    compute_width = file.number("intermediate_size")
-    memory_width = file.number("memory_size", default=0)
-    beta = file.number("beta", float, 8.0)  # Llama has no beta: 8 is base
-    dtype = settings.get("dtype") or settings.get("torch_dtype") or "float32"
+    s = settings
+    _check_supported(s, where)
+    if s.head_dim not in (None, s.hidden_size / s.num_attention_heads):
+        expected = f"hidden_size / num_attention_heads = {s.hidden_size / s.num_attention_heads:g}"
+        _refuse(where, "head_dim", expected, s.head_dim)
+    dtype = s.dtype or s.torch_dtype or "float32"
     if dtype not in _COMPUTE_DTYPES:
-        file.refuse("torch_dtype", "one of " + ", ".join(_COMPUTE_DTYPES), dtype)
+        _refuse(where, "torch_dtype", "one of " + ", ".join(_COMPUTE_DTYPES), dtype)
+    has_fewer_keys = s.num_key_value_heads not in (None, s.num_attention_heads)
     model = {
-        "dim": dim,
-        "layers": file.number("num_hidden_layers"),
-        "heads": heads,
-        "kv_heads": 0 if kv_heads == heads else kv_heads,
-        "ffn_dim": compute_width + memory_width,
-        "vocab_size": file.number("vocab_size"),
-        "beta": beta,
-        "compute_input": settings.get("compute_input", "after_attention"),
-        "norm": settings.get("norm", "rmsnorm"),
-        "norm_eps": file.number("rms_norm_eps", float, 1e-6),
-        "tie_embeddings": bool(settings.get("tie_word_embeddings", False)),
-        "init_std": file.number("initializer_range", float, 0.02) or 0.02,  # a file may hold 0, our config may not
+        "dim": s.hidden_size,
+        "layers": s.num_hidden_layers,
+        "heads": s.num_attention_heads,
+        "kv_heads": s.num_key_value_heads if has_fewer_keys else 0,
+        "ffn_dim": s.intermediate_size + s.memory_size,
+        "vocab_size": s.vocab_size,
+        "beta": s.beta,
+        "compute_input": s.compute_input,
+        "norm": s.norm,
+        "norm_eps": s.rms_norm_eps,
+        "tie_embeddings": s.tie_word_embeddings,
+        "init_std": s.initializer_range or 0.02,  # a file may hold 0, our config may not
         "dtype": _COMPUTE_DTYPES[dtype],
-        **_rope_from_json(file),
+        **_rope_from_json(s, where),
     }
-    context = file.number("max_position_embeddings", default=2048)
-    config = resolve({"model": model, "seq_len": context}).model
+    config = resolve({"model": model, "seq_len": s.max_position_embeddings}).model
     # ModelConfig derives the widths of FFN-C and FFN-M from ffn_dim and beta, so they must be the file's.
-    if (config.compute_dim, config.memory_dim) != (compute_width, memory_width):
-        file.refuse("memory_size", f"{config.memory_dim}, the FFN-M width of beta {beta:g}", memory_width)
-    return config, context
+    if (config.compute_dim, config.memory_dim) != (s.intermediate_size, s.memory_size):
+        expected = f"{config.memory_dim}, the FFN-M width of beta {s.beta:g}"
+        _refuse(where, "memory_size", expected, s.memory_size)
+    return config, s.max_position_embeddings
 
 
-class _Settings:
-    """The settings of a config.json, read with checks whose errors name the setting."""
+def _refuse(where, name, expected, found) -> NoReturn:
+    """Raises the UserError for one setting."""
+    raise UserError(f"{where}: {name}: expected {expected}, found {found!r}")
 
-    def __init__(self, tree, where):
-        self.tree = tree
-        self._where = where
 
-    def refuse(self, name, expected, found):
-        """Raises the UserError for one setting."""
-        raise UserError(f"{self._where}: {name}: expected {expected}, found {found!r}")
+def _check_supported(s, where):
+    """Refuses other model families, and values that change the computation in a way that ours lacks."""
+    if s.model_type not in ("llama", "memoryllm"):
+        _refuse(where, "model_type", "llama (or memoryllm, as export writes it)", s.model_type)
+    for name, values in _SUPPORTED.items():
+        if getattr(s, name) not in values:
+            _refuse(where, name, " or ".join(repr(value) for value in values), getattr(s, name))
+    other = set(s.layer_types or ()) - {"full_attention"}
+    if other:
+        _refuse(where, "layer_types", "full_attention", min(other))
 
-    def number(self, name, kind=int, default=None):
-        """A number of type `kind`; the default where the setting is null or missing."""
-        value = self.tree.get(name)
+
+def _rope_from_json(s, where):
+    """The fields of ModelConfig for the rotary embedding, with the precedence of transformers 5.
+
+    There, RotaryEmbeddingConfigMixin takes the group rope_scaling unless it is missing or empty, else rope_parameters.
+    Settings in the group come before those beside it, with one exception: original_max_position_embeddings.
+    """
+    name, rope = _rope_group(s, where)
+    kind = _first_set(rope.rope_type, rope.type, "default")
+    if kind not in _ROPE_SCALINGS:
+        _refuse(where, f"{name}.rope_type", "one of " + ", ".join(_ROPE_SCALINGS), kind)
+    rotated = _first_set(rope.partial_rotary_factor, s.partial_rotary_factor)
+    if rotated not in (None, 1.0):
+        _refuse(where, "partial_rotary_factor", "1.0", rotated)
+
+    def given(field, value):
+        """The value of a setting that the rotary embedding needs."""
         if value is None:
-            value = default
-        if type(value) not in (kind, int):  # not isinstance, which takes true and false for integers
-            self.refuse(name, f"a number ({kind.__name__})", value)
-        return kind(value)
-
-    def group(self, name):
-        """A setting that is a group of settings; {} where it is null or missing."""
-        value = self.tree.get(name) or {}
-        if not isinstance(value, dict):
-            self.refuse(name, "a group of settings", value)
+            _refuse(where, field, "a number", None)
         return value
 
-    def check_supported(self):
-        """Refuses other model families, and values that change the computation in a way that ours lacks."""
-        kind = self.tree.get("model_type")
-        if kind not in ("llama", "memoryllm"):
-            self.refuse("model_type", "llama (or memoryllm, as export writes it)", kind)
-        for name, values in _SUPPORTED.items():
-            if self.tree.get(name, values[0]) not in values:
-                self.refuse(name, " or ".join(repr(value) for value in values), self.tree[name])
-
-
-def _rope_from_json(file):
-    """The fields of ModelConfig for the rotary embedding.
-
-    transformers 5 writes them all into the group `rope_parameters`. Earlier versions write `rope_theta` and the group
-    `rope_scaling`.
-    """
-    rope = {"rope_theta": file.tree.get("rope_theta") or 10_000.0}
-    rope |= file.group("rope_scaling") | file.group("rope_parameters")  # the newer wins
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_SCALINGS:
-        file.refuse("rope_scaling", "one of " + ", ".join(_ROPE_SCALINGS), kind)
-    if rope.get("partial_rotary_factor") not in (None, 1.0):
-        file.refuse("partial_rotary_factor", "1.0", rope["partial_rotary_factor"])
-
-    def number(name):
-        """A setting as float; refuses any other type."""
-        if not isinstance(rope.get(name), int | float):
-            where = name if name == "rope_theta" else f"rope_scaling.{name}"
-            file.refuse(where, "a number", rope.get(name))
-        return float(rope[name])
-
     scaling = _ROPE_SCALINGS[kind]
-    out = {"rope_theta": number("rope_theta"), "rope_scaling": scaling}
+    theta = _first_set(rope.rope_theta, s.rope_theta, 10_000.0)
+    out = {"rope_theta": given("rope_theta", theta), "rope_scaling": scaling}
     if scaling != "none":
-        out["rope_factor"] = number("factor")
+        out["rope_factor"] = given(f"{name}.factor", rope.factor)
     if scaling == "llama3":
-        out["rope_low_freq_factor"] = number("low_freq_factor")
-        out["rope_high_freq_factor"] = number("high_freq_factor")
-        if not rope.get("original_max_position_embeddings"):
-            rope["original_max_position_embeddings"] = file.tree.get("max_position_embeddings") or 8192
-        out["rope_original_context"] = int(number("original_max_position_embeddings"))
+        original = _first_set(
+            s.original_max_position_embeddings, rope.original_max_position_embeddings, s.max_position_embeddings
+        )
+        out["rope_low_freq_factor"] = given(f"{name}.low_freq_factor", rope.low_freq_factor)
+        out["rope_high_freq_factor"] = given(f"{name}.high_freq_factor", rope.high_freq_factor)
+        out["rope_original_context"] = given(f"{name}.original_max_position_embeddings", original)
     return out
+
+
+def _rope_group(s, where):
+    """(the name of the group that counts, the group)."""
+    for name in ("rope_scaling", "rope_parameters"):
+        text, place = bytes(getattr(s, name)), f"{where}: {name}"
+        group = records.parse(dict[str, msgspec.Raw] | None, text, place)
+        if not group:
+            continue
+        for key, value in group.items():
+            # A group for each type of layer, such as full_attention, which transformers' Llama does not read.
+            if bytes(value).startswith(b"{"):
+                _refuse(where, f"{name}.{key[:100]}", "a setting of all layers", "a group")
+        return name, records.parse(_Rope, text, place)
+    return "rope_parameters", _Rope()
+
+
+def _first_set(*values):
+    """The first value that a file sets, if only to null; the last if it sets none."""
+    return next((value for value in values if value is not UNSET), values[-1])

@@ -13,6 +13,7 @@ from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.data import tokenizer_conversion
 from memoryllm_jax.hf import card, config_json, shards, tensor_names
+from memoryllm_jax.hf import source as source_lib
 
 FILE_BYTES = 5 * 10**9  # largest safetensors file, as in transformers before 5
 
@@ -55,7 +56,7 @@ def export_model(
 
 def _write(trained, folder, dtype, file_bytes):
     """Writes all files of the directory. Returns: a clause with architecture, parameters, dtype and number of files."""
-    source = trained.description.get("source", {})  # what import_model kept of a Hugging Face directory
+    source = source_lib.of(trained.description, trained.workdir)
     imported_dtype = _dtype_of(source)
     dtype = dtype or imported_dtype
     tensors = tensor_names.tensors(trained.config)
@@ -77,9 +78,9 @@ def _write(trained, folder, dtype, file_bytes):
     storage.write_bytes(os.path.join(folder, "README.md"), card.text(trained, dtype).encode())
     if dtype == imported_dtype:
         # The weights are those of the import, so its config.json and model card still describe them.
-        about_weights = source.get("of_these_weights", {})
+        about_weights = source.of_these_weights
         # Imports made by earlier versions also hold the index of the original files, which export names differently.
-        _write_texts(folder, {name: text for name, text in about_weights.items() if name != shards.INDEX})
+        source_lib.write_texts(folder, {name: text for name, text in about_weights.items() if name != shards.INDEX})
 
     parameters = sum(math.prod(t.shape) for t in tensors.values())
     count = "1 file" if len(files) == 1 else f"{len(files)} files"
@@ -88,13 +89,12 @@ def _write(trained, folder, dtype, file_bytes):
 
 def _dtype_of(source):
     """The dtype that holds every imported tensor exactly; float32 for a model that was trained here."""
-    dtypes = source.get("dtypes", [])
-    return dtypes[0] if len(dtypes) == 1 else "float32"
+    return source.dtypes[0] if len(source.dtypes) == 1 else "float32"
 
 
 def _settings(trained, dtype, source):
     """The settings for config.json. Special token ids are those of the import, else the tokenizer's."""
-    special = source.get("special", _special_ids(trained.tokenizer))
+    special = _special_ids(trained.tokenizer) if source.special is None else source.special
     return config_json.to_json(trained.config, trained.context, dtype, special)
 
 
@@ -147,10 +147,4 @@ def _write_tokenizer(trained, folder, source):
         "generation_config.json": {name: i for name, i in ids.items() if i is not None},
     }
     texts = {name: json.dumps(tree, indent=2) + "\n" for name, tree in ours.items()}
-    _write_texts(folder, texts | source.get("files", {}))
-
-
-def _write_texts(folder, texts):
-    for name, text in texts.items():
-        # import_model keeps bytes that are not UTF-8, as in an old licence, as surrogates: this turns them back.
-        storage.write_bytes(os.path.join(folder, name), text.encode(errors="surrogateescape"))
+    source_lib.write_texts(folder, texts | source.files)

@@ -6,37 +6,23 @@ import os
 
 import jax
 import numpy as np
-import safetensors
+from msgspec import UNSET, UnsetType
 
 from memoryllm_jax import config
 from memoryllm_jax.checkpoint import store
 from memoryllm_jax.checkpoint.trained import parameter_name
-from memoryllm_jax.common import storage
+from memoryllm_jax.common import records, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.config import Config, DataConfig
 from memoryllm_jax.data.tokenizer import load
 from memoryllm_jax.hf import config_json, shards, tensor_names
+from memoryllm_jax.hf import source as source_lib
 from memoryllm_jax.model import flops, sharding, transformer
 
 IMPORTED = "imported"  # stands for path and digest of the training data, which are unknown
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Files that export writes again unchanged, also for a model that was trained from the import.
-_KEPT = (
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-    "LICENSE.md",
-    "LICENSE.txt",
-    "NOTICE",
-    "NOTICE.txt",
-    "USE_POLICY.md",
-)
 
 
 def import_model(source: str, workdir: str) -> str:
@@ -50,14 +36,21 @@ def import_model(source: str, workdir: str) -> str:
     """
     if not os.path.isdir(source):
         raise ArgumentError("import", f"expected a Hugging Face directory, found none at {source}")
-    _check_has_no_checkpoints(workdir)
-    path = os.path.join(source, "config.json")
-    settings = storage.read_json(path, "a model's settings")
+    _check_can_hold_a_checkpoint(workdir)
+    path = shards.path_in(source, "config.json")
+    settings = config_json.read(path)
     model, context = config_json.from_json(settings, path)
+    found = shards.read_headers(source)
+    # Sizes in config.json are compared with the files before anything of these sizes is allocated, the names of all
+    # layers' tensors among them. A layer has at least one tensor.
+    if model.layers > len(found):
+        raise UserError(
+            f"{path}: num_hidden_layers: expected at most {len(found)}, the number of tensors, found {model.layers}"
+        )
     tensors = tensor_names.tensors(model)
-    stored = _without_copies(shards.read_headers(source), model, source)
+    stored = _without_copies(found, model, source)
     _check_tensors(stored, tensors, source)
-    tokenizer = _tokenizer(source, settings)
+    tokenizer = _tokenizer(source, settings, model.vocab_size)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"{path}: vocab_size: expected at least the tokenizer's {tokenizer.vocab_size}, found {model.vocab_size}"
@@ -75,10 +68,15 @@ def import_model(source: str, workdir: str) -> str:
         checkpoints.save(0, {"params": params}, description)
         checkpoints.wait()
     size = f"{flops.parameters(run)['total'] / 1e6:,.1f}M parameters"
-    return f"{workdir}: {model.architecture}, {size}, a context of {context} tokens, computes in {model.dtype}"
+    text = f"{workdir}: {model.architecture}, {size}, a context of {context} tokens, computes in {model.dtype}"
+    if shards.has_unread_index(source):
+        text += f"; read from {shards.SINGLE}, as by transformers, not from the files of {shards.INDEX} beside it"
+    return text
 
 
-def _check_has_no_checkpoints(workdir):
+def _check_can_hold_a_checkpoint(workdir):
+    """Refuses a workdir that is taken or out of reach, before the weights are read."""
+    workdir = store.folder(workdir)
     if not storage.exists(workdir):
         return
     with contextlib.closing(store.Checkpoints(workdir, read_only=True)) as checkpoints:
@@ -89,24 +87,14 @@ def _check_has_no_checkpoints(workdir):
 def _source(folder, settings, model, stored):
     """The part of the checkpoint's description from which export writes the model as it was imported."""
     # Not config.json of a model with FFN-M: it holds a digest of the weights, which export computes anew.
-    of_these_weights = ("README.md",) if model.memory_dim else ("config.json", "README.md")
-    return {
-        "dtypes": sorted({tensor.dtype for tensor in stored.values()}),
-        "special": {name: settings[name] for name in config_json.SPECIAL if name in settings},
-        "files": _texts(folder, _KEPT),
-        # They describe the imported weights, so a model that is trained from the import drops them.
-        "of_these_weights": _texts(folder, of_these_weights),
-    }
-
-
-def _texts(folder, names):
-    """{name: text} of those files that exist. Bytes that are not UTF-8 become surrogates, which export turns back."""
-    out = {}
-    for name in names:
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
-            out[name] = storage.read_bytes(path, "text").decode(errors="surrogateescape")
-    return out
+    of_these_weights = tuple(n for n in source_lib.OF_THESE_WEIGHTS if n != "config.json" or not model.memory_dim)
+    kept = source_lib.Source(
+        dtypes=tuple(sorted({tensor.dtype for tensor in stored.values()})),
+        special=settings.special(),
+        files=source_lib.texts(folder, source_lib.KEPT),
+        of_these_weights=source_lib.texts(folder, of_these_weights),
+    )
+    return records.to_json(kept)
 
 
 def _without_copies(stored, model, folder):
@@ -118,7 +106,7 @@ def _without_copies(stored, model, folder):
     if not model.tie_embeddings or _HEAD not in out:
         return out
     # A missing embedding is reported by _check_tensors.
-    if _EMBEDDING in out and not np.array_equal(_read(folder, out, _EMBEDDING), _read(folder, out, _HEAD)):
+    if _EMBEDDING in out and not _are_equal(folder, out[_EMBEDDING], out[_HEAD]):
         raise UserError(
             f"{folder}: tensor {_HEAD}: expected the input embedding, as tie_word_embeddings says, found other values"
         )
@@ -126,16 +114,14 @@ def _without_copies(stored, model, folder):
     return out
 
 
-def _read(folder, stored, name):
-    """The values of one tensor in its stored dtype."""
-    # Not the NumPy framework, which lacks bfloat16 in older versions of safetensors.
-    with safetensors.safe_open(os.path.join(folder, stored[name].file), framework="flax") as file:
-        return np.asarray(file.get_tensor(name))
+def _are_equal(folder, one, other):
+    """Whether two stored tensors have the same values."""
+    return one.shape == other.shape and np.array_equal(shards.read(folder, one), shards.read(folder, other))
 
 
 def _check_tensors(stored, tensors, folder):
     """Raises: UserError that names a tensor which is unknown, missing or of another shape."""
-    for name, (file, _, shape) in stored.items():
+    for name, (file, _, shape, _) in stored.items():
         if name not in tensors:
             raise UserError(f"{folder}/{file}: tensor {name}: expected one of Llama's or FFN-M's, found an unknown one")
         if shape != tensors[name].shape:
@@ -155,20 +141,21 @@ def _read_params(folder, stored, tensors, model):
         for done, (name, tensor) in enumerate(tensors.items(), 1):
             leaf = leaves[tensor.leaf]
             place = leaf if tensor.layer is None else leaf[tensor.layer]
-            place[...] = tensor.to_ours(_read(folder, stored, name), place.shape)
+            place[...] = tensor.to_ours(shards.read(folder, stored[name]), place.shape)
             progress.update(done)
     return params
 
 
-def _tokenizer(folder, settings):
+def _tokenizer(folder, settings, vocab_size):
     """The tokenizer in tokenizer.json, else in tokenizer.model (SentencePiece's or Llama 3's). Raises: UserError."""
-    path = os.path.join(folder, "tokenizer.json")
+    path = shards.path_in(folder, "tokenizer.json")
     if os.path.exists(path):
+        shards.path_in(folder, "tokenizer_config.json")  # which `load` reads
         tokenizer = load(f"hf:{path}")
         # tokenizer.json says which id begins a text, but not which ids end one.
-        tokenizer.name_special(tokenizer.put_before, _end_ids(folder, settings, tokenizer.eos_id))
+        tokenizer.name_special(tokenizer.put_before, _end_ids(folder, settings, tokenizer.eos_id, vocab_size))
         return tokenizer
-    path = os.path.join(folder, "tokenizer.model")
+    path = shards.path_in(folder, "tokenizer.model")
     if not os.path.exists(path):
         raise UserError(f"{folder}: expected tokenizer.json or tokenizer.model, found neither")
     # Llama 3's file is text that begins with its first token, "!" in base64, and its rank.
@@ -177,14 +164,26 @@ def _tokenizer(folder, settings):
     return load(f"{kind}:{path}")
 
 
-def _end_ids(folder, settings, default):
+class _Generation(records.Record):
+    """What import reads of generation_config.json."""
+
+    eos_token_id: int | list[int] | UnsetType | None = UNSET
+
+
+def _end_ids(folder, settings, default, vocab_size):
     """Ids that end a text: those in generation_config.json, else those in config.json, else the default."""
-    path = os.path.join(folder, "generation_config.json")
+    path = shards.path_in(folder, "generation_config.json")
+    ids, where = settings.eos_token_id, os.path.join(folder, "config.json")
     if os.path.exists(path):
-        settings = settings | storage.read_json(path, "settings of generation")
-    ids = settings.get("eos_token_id")
-    if ids is None:
+        generation = records.read(_Generation, path, "settings of generation")
+        if generation.eos_token_id is not UNSET:
+            ids, where = generation.eos_token_id, path
+    if ids is None or ids is UNSET:
         ids = default
     if not isinstance(ids, list):
         ids = [ids]
-    return [i for i in ids if i is not None]
+    ids = [i for i in ids if i is not None]
+    for i in ids:
+        if not 0 <= i < vocab_size:
+            raise UserError(f"{where}: eos_token_id: expected ids below vocab_size = {vocab_size}, found {i}")
+    return ids

@@ -1,5 +1,6 @@
 """The safetensors files of a model (file shards): which tensors each holds, and how they are read and written."""
 
+import math
 import os
 import typing
 
@@ -8,9 +9,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from memoryllm_jax.common import storage
+from memoryllm_jax.common import records, safetensors_header, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 
+SINGLE = "model.safetensors"  # the name of the only file of a model
 INDEX = "model.safetensors.index.json"
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -26,40 +28,95 @@ class Stored(typing.NamedTuple):
     file: str  # name in the folder
     dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
+    start: int  # its first byte in the file
+
+
+class _Index(records.Record):
+    """An index of safetensors files."""
+
+    weight_map: dict[str, str]  # {tensor name: name of its file}
+
+
+def path_in(folder: str, name: str, what: str = "") -> str:
+    """The path of a file in a model's folder, for reading.
+
+    The folder may be a snapshot in Hugging Face's cache, models--OWNER--NAME/snapshots/REVISION, whose files are
+    symbolic links into models--OWNER--NAME/blobs. Other links that leave the folder are refused.
+
+    Args:
+      folder: the model's folder.
+      name: the file's name.
+      what: the file, and the place in it, that holds the name, for error messages; "": import knows the name itself.
+    Raises: UserError if the path leaves the folder.
+    """
+    real = os.path.realpath(folder)
+    repository = os.path.dirname(os.path.dirname(real))
+    is_snapshot = os.path.basename(os.path.dirname(real)) == "snapshots"
+    is_cached = is_snapshot and os.path.basename(repository).startswith("models--")
+    blobs = (os.path.join(repository, "blobs"),) if is_cached else ()
+    return storage.inside(folder, name, what or os.path.join(folder, name), blobs)
 
 
 def read_headers(folder: str) -> dict[str, Stored]:
     """{name: Stored} of all tensors in a model's folder, read from the files' headers alone.
 
-    Raises: UserError for a missing or damaged file, or a tensor of another dtype than DTYPES.
+    As in transformers, model.safetensors comes before an index. An index says which file holds each tensor; files that
+    it does not name are not read.
+
+    Raises: UserError for a missing or damaged file, an index that does not fit its files, or a tensor of another dtype
+      than DTYPES.
     """
+    if os.path.exists(os.path.join(folder, SINGLE)):
+        return _headers_of(folder, SINGLE, path_in(folder, SINGLE))
+    index = path_in(folder, INDEX)
+    if not os.path.exists(index):
+        raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found neither")
+    weight_map = records.read(_Index, index, "an index of safetensors files").weight_map
+    where = f"{index}: weight_map"
     out = {}
-    for file in _files(folder):
-        path = os.path.join(folder, file)
-        try:
-            with safetensors.safe_open(path, framework="flax") as opened:
-                for name in opened.keys():  # noqa: SIM118, as it is no dict
-                    # A slice, because it knows dtype and shape without reading the values.
-                    header = opened.get_slice(name)
-                    code = header.get_dtype()
-                    if code not in _DTYPE_OF_CODE:
-                        expected = ", ".join(_DTYPE_OF_CODE)
-                        raise UserError(f"{path}: tensor {name}: expected a dtype among {expected}, found {code}")
-                    out[name] = Stored(file, _DTYPE_OF_CODE[code], tuple(header.get_shape()))
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path}: expected a safetensors file, found a damaged one or none: {error}") from error
+    for file in sorted(set(weight_map.values())):
+        for name, tensor in _headers_of(folder, file, path_in(folder, file, where)).items():
+            # A tensor may stand in several files, so that the index has to say which one counts.
+            if name not in weight_map:
+                raise UserError(f"{where}: expected the file of tensor {name[:100]}, which {file} holds, found none")
+            if weight_map[name] == file:
+                out[name] = tensor
+    for name, file in weight_map.items():
+        if name not in out:
+            raise UserError(f"{where}: expected a tensor {name[:100]} in {file}, found none there")
     return out
 
 
-def _files(folder):
-    """Names of a model's safetensors files: those in the index, else the single file. Raises: UserError."""
-    index = os.path.join(folder, INDEX)
-    if os.path.exists(index):
-        weight_map = storage.read_json(index, "an index of safetensors files").get("weight_map", {})
-        return sorted(set(weight_map.values()))
-    if os.path.exists(os.path.join(folder, "model.safetensors")):
-        return ["model.safetensors"]
-    raise UserError(f"{folder}: expected model.safetensors or {INDEX}, found neither")
+def has_unread_index(folder: str) -> bool:
+    """Whether a folder has an index that does not count, as model.safetensors stands beside it."""
+    return all(os.path.exists(os.path.join(folder, name)) for name in (SINGLE, INDEX))
+
+
+def _headers_of(folder, file, path):
+    """{name: Stored} of one file. Raises: UserError."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: expected a safetensors file, found none")
+    with storage.user_errors(path, "a safetensors file"), open(path, "rb") as opened:
+        header = safetensors_header.read_header(opened.fileno(), path)
+    out = {}
+    for name, tensor in header.tensors.items():
+        if tensor.dtype not in _DTYPE_OF_CODE:
+            expected = ", ".join(_DTYPE_OF_CODE)
+            raise UserError(f"{path}: tensor {name[:100]}: expected a dtype among {expected}, found {tensor.dtype}")
+        out[name] = Stored(file, _DTYPE_OF_CODE[tensor.dtype], tensor.shape, tensor.start)
+    return out
+
+
+def read(folder: str, stored: Stored) -> np.ndarray:
+    """The values of one tensor in its stored dtype. Raises: UserError."""
+    path = os.path.join(folder, stored.file)
+    dtype = DTYPES[stored.dtype]
+    length = math.prod(stored.shape) * dtype.itemsize
+    with storage.user_errors(path, "a safetensors file"):
+        data = np.fromfile(path, np.uint8, length, offset=stored.start)
+    if len(data) != length:
+        raise UserError(f"{path}: expected {length} bytes from byte {stored.start}, found {len(data)}")
+    return data.view(dtype).reshape(stored.shape)
 
 
 def plan(sizes: dict[str, int], file_bytes: int) -> dict[str, list[str]]:
@@ -80,7 +137,7 @@ def plan(sizes: dict[str, int], file_bytes: int) -> dict[str, list[str]]:
         used += size
     # A single file has neither number nor index: transformers looks for it under this name first.
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
+        return {SINGLE: groups[0]}
     count = len(groups)
     return {f"model-{i:05}-of-{count:05}.safetensors": group for i, group in enumerate(groups, 1)}
 

@@ -1,22 +1,39 @@
 """config.json: settings that convert to a ModelConfig and back, and settings that are refused."""
 
 import json
+import re
 
+import numpy as np
 import pytest
-from lab import GOLDEN
 from sides import LLAMA3_ROPE
 
+from memoryllm_jax.common import records
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.hf.config_json import from_json, to_json
+from memoryllm_jax.hf.config_json import Settings, from_json, to_json
+from memoryllm_jax.model import transformer
 
 
-def config_json(**changes):
-    """The golden base's settings with some changed."""
-    with open(f"{GOLDEN}/base/config.json") as file:
-        settings = json.load(file)
-    if "rope_scaling" in changes:
-        settings["rope_parameters"] = None  # it would take precedence
-    return settings | changes
+def converted(settings):
+    """The model and the context of the settings of a config.json."""
+    where = "config.json"
+    return from_json(records.parse(Settings, json.dumps(settings), where, "a model's settings"), where)
+
+
+MISSING = object()
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+def llama(**changes):
+    """The settings of a small Llama with some changed, or removed if they are MISSING."""
+    return {name: value for name, value in (LLAMA | changes).items() if value is not MISSING}
 
 
 @pytest.mark.parametrize(
@@ -26,30 +43,36 @@ def config_json(**changes):
         ({"attention_bias": True}, "attention_bias: expected False, found True"),
         ({"mlp_bias": True}, "mlp_bias: expected False, found True"),
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
-        ({"head_dim": 12}, "head_dim: expected hidden_size / num_attention_heads = 4, found 12"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling: expected one of default, .*, found 'yarn'"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: expected a number, found None"),
+        ({"head_dim": 12}, "head_dim: expected hidden_size / num_attention_heads = 8, found 12"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: expected None"),
         ({"sliding_window": 4096}, "sliding_window: expected None, found 4096"),
-        ({"hidden_size": None}, "hidden_size: expected a number .*, found None"),
-        ({"rope_scaling": "linear"}, "rope_scaling: expected a group of settings, found 'linear'"),
-        ({"rope_parameters": {"rope_theta": "large"}}, "rope_theta: expected a number, found 'large'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: expected full_attention, found 'slid"),
+        ({"per_layer_config": [1]}, r"per_layer_config: expected None, found \[1\]"),
+        ({"transformers_weights": "a.safetensors"}, "transformers_weights: expected None, found 'a.safetensors'"),
+        ({"hidden_size": None}, "hidden_size: expected int, found null"),
+        ({"hidden_size": MISSING}, "expected a field hidden_size, found none"),
+        ({"num_hidden_layers": 2**40}, "num_hidden_layers: expected int <= 2147483647, found 1099511627776"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected int >= 1, found 0"),
+        ({"vocab_size": [1]}, "vocab_size: expected int, found array"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: expected bool, found str"),
+        ({"eos_token_id": "</s>"}, "eos_token_id: expected .*, found str"),
+        ({"torch_dtype": "int8", "dtype": None}, "torch_dtype: expected one of float32, .*, found 'int8'"),
+        ({"rope_scaling": "linear"}, "rope_scaling: expected object | null, found str"),
+        ({"rope_parameters": {"rope_theta": "large"}}, "rope_parameters: rope_theta: expected .*, found str"),
         (
             {"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": "all"}},
-            "rope_scaling.original_max_position_embeddings: expected a number, found 'all'",
+            "rope_parameters: original_max_position_embeddings: expected .*, found str",
         ),
-        ({"num_attention_heads": 0}, "num_attention_heads: expected at least 1, found 0"),
-        ({"torch_dtype": "int8", "dtype": None}, "torch_dtype: expected one of float32, .*, found 'int8'"),
     ],
 )
 def test_settings_that_our_models_cannot_express_are_refused_by_name(changes, message):
     with pytest.raises(UserError, match=f"^config.json: {message}"):
-        from_json(config_json(**changes), "config.json")
+        converted(llama(**changes))
 
 
 def test_settings_that_our_config_refuses_are_named_by_its_fields():
     with pytest.raises(UserError, match=r"config.model.kv_heads: expected a divisor of model.heads = 4"):
-        from_json(config_json(num_key_value_heads=3), "config.json")
+        converted(llama(num_key_value_heads=3))
 
 
 @pytest.mark.parametrize("architecture", ["base", "memory", "flex-3"])
@@ -64,15 +87,89 @@ def test_a_model_comes_back_from_its_config_json(make_config, architecture):
         "model.rope_factor": 4.0,
     }
     model = make_config(architecture, **overrides).model
-    tree = json.loads(json.dumps(to_json(model, 64, "bfloat16", {})))
-    found, context = from_json(tree, "config.json")
+    tree = to_json(model, 64, "bfloat16", {})
+    found, context = converted(tree)
     assert context == 64 and found.dtype == "bfloat16"
     assert to_json(found, 64, "bfloat16", {}) == tree
 
 
-def test_rope_settings_of_transformers_before_5_mean_the_same(make_config):
-    """There, rope_theta and rope_scaling hold what rope_parameters holds now."""
-    overrides = {"model.rope_scaling": "linear", "model.rope_factor": 2.0, "model.vocab_size": 9}
-    model = make_config("base", **overrides).model
-    tree = to_json(model, 64, "float32", {})
-    assert from_json(tree | {"rope_parameters": None}, "") == from_json(tree, "")
+WITHOUT_ORIGINAL = {name: LLAMA3_ROPE[name] for name in LLAMA3_ROPE if name != "original_max_position_embeddings"}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+# The settings of every rope type that transformers knows, complete
+ROPE_TYPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0},
+    "longrope": {"factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    "llama3": LLAMA3_ROPE,
+    "proportional": {"factor": 4.0, "partial_rotary_factor": 0.5},
+}
+# Where else transformers accepts settings, which of two counts, and what it refuses or we refuse by name
+ROPE_PLACES = {
+    "theta_beside": {"rope_theta": 5e5},
+    "theta_null": {"rope_theta": None},
+    "theta_in_group": {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 7e3}},
+    "theta_null_in_group": {"rope_theta": 5e5, "rope_parameters": {"rope_theta": None}},
+    "theta_beside_old_group": {"rope_theta": 5e5, "rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 7e3}},
+    "old_group_counts": {"rope_scaling": LINEAR, "rope_parameters": LLAMA3_ROPE},
+    "empty_old_group": {"rope_scaling": {}, "rope_parameters": LINEAR},
+    "null_old_group": {"rope_scaling": None, "rope_parameters": LINEAR},
+    "old_type": {"rope_scaling": {"type": "linear", "factor": 3}},
+    "new_type_counts": {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 3.0}},
+    "null_type": {"rope_scaling": {"type": "linear", "rope_type": None, "factor": 3.0}},
+    "unknown_type": {"rope_scaling": {"type": "su", "factor": 3.0}},
+    "no_factor": {"rope_scaling": {"type": "linear"}},
+    "null_factor": {"rope_scaling": LINEAR | {"factor": None}},
+    "original_from_context": {"rope_parameters": WITHOUT_ORIGINAL},
+    "original_null": {"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": None}},
+    "original_beside": {"rope_parameters": LLAMA3_ROPE, "original_max_position_embeddings": 16},
+    "original_null_beside": {"rope_parameters": LLAMA3_ROPE, "original_max_position_embeddings": None},
+    "partial": {"partial_rotary_factor": 0.5, "rope_parameters": LINEAR},
+    "partial_in_group": {"partial_rotary_factor": 0.5, "rope_parameters": LINEAR | {"partial_rotary_factor": 1.0}},
+    "null_partial_in_group": {"rope_parameters": LINEAR | {"partial_rotary_factor": None}},
+    "by_layer_type": {"layer_types": ["full_attention"] * 2, "rope_parameters": {"full_attention": LINEAR}},
+    "by_undeclared_layer_type": {"rope_parameters": {"full_attention": LINEAR}},
+    "unused_settings": {"rope_parameters": LINEAR | {"attention_factor": 0.5, "beta_fast": 9.0, "finetuned": True}},
+}
+
+
+# What transformers accepts and we refuse: it ignores the groups by layer type, as its Llama has one type of layer.
+REFUSED = {"dynamic", "yarn", "longrope", "proportional", "partial", "by_layer_type", "by_undeclared_layer_type"}
+
+
+def our_rotation(settings):
+    """cos and sin [K/2] of our model at position 1; None if import refuses a setting of the rotary embedding."""
+    try:
+        model, _ = converted(settings)
+    except UserError as error:
+        assert re.search("rope|partial_rotary_factor|layer_types|original_max", str(error)), error
+        return None
+    return [np.asarray(part)[0] for part in transformer.rope_table(model, np.ones(1))]
+
+
+def their_rotation(transformers, settings):
+    """The same of transformers' Llama; None if it refuses the settings."""
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    try:
+        rope = LlamaRotaryEmbedding(transformers.LlamaConfig.from_dict(json.loads(json.dumps(settings))))
+        angles = rope(torch.ones(1), torch.ones(1, 1, dtype=torch.long))
+    except Exception:  # KeyError, TypeError and others: it has no error of its own for these
+        return None
+    # Both halves of a head turn by the same angles.
+    return [angle[0, 0, : angle.shape[-1] // 2].numpy() for angle in angles]
+
+
+def test_rope_settings_mean_what_they_mean_in_transformers_or_are_refused(transformers):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    assert ROPE_TYPES.keys() == ROPE_INIT_FUNCTIONS.keys() | {"default"}, "transformers knows another rope type"
+    cases = {kind: {"rope_parameters": {"rope_type": kind} | group} for kind, group in ROPE_TYPES.items()}
+    for name, changes in (cases | ROPE_PLACES).items():
+        settings = llama(**changes)
+        ours, theirs = our_rotation(settings), their_rotation(transformers, settings)
+        assert (ours is None) == (theirs is None or name in REFUSED), name
+        if ours is not None:
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, err_msg=name)

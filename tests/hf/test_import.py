@@ -107,9 +107,14 @@ def changed_tensors(change):
     return apply
 
 
-def tied_by_config_alone(folder):
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+def settings(**changes):
+    """A change of a folder that changes settings in its config.json."""
+
+    def apply(folder):
+        tree = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(tree | changes))
+
+    return apply
 
 
 def cut_file(folder):
@@ -125,7 +130,10 @@ def whole_numbers(tensors):
     "change, message",
     [
         (changed_tensors(lambda t: t.pop("lm_head.weight")), "expected a tensor lm_head.weight, found none"),
-        (tied_by_config_alone, "lm_head.weight: expected the input embedding, as tie_word_embeddings says"),
+        (
+            settings(tie_word_embeddings=True),
+            "lm_head.weight: expected the input embedding, as tie_word_embeddings says",
+        ),
         (
             changed_tensors(lambda t: t.update({"model.layers.0.mlp.bias": np.zeros(3, np.float32)})),
             "tensor model.layers.0.mlp.bias: expected one of Llama's or FFN-M's, found an unknown one",
@@ -135,7 +143,21 @@ def whole_numbers(tensors):
             r"tensor model.norm.weight: expected the shape \(16,\), found \(3,\)",
         ),
         (changed_tensors(whole_numbers), "tensor model.norm.weight: expected a dtype among F32, BF16, F16, found I32"),
-        (cut_file, "model.safetensors: expected a safetensors file, found a damaged one or none"),
+        (cut_file, "model.safetensors: expected 32104 bytes, found 32095; it is truncated or damaged"),
+        (
+            settings(num_hidden_layers=2**31 - 1),
+            "num_hidden_layers: expected at most 21, the number of tensors, found 2147483647",
+        ),
+        (settings(vocab_size=2**30), r"lm_head.weight: expected the shape \(1073741824, 16\), found \(64, 16"),
+        (settings(eos_token_id=64), "config.json: eos_token_id: expected ids below vocab_size = 64, found 64"),
+        (
+            lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": [1, -1]}'),
+            "generation_config.json: eos_token_id: expected ids below vocab_size = 64, found -1",
+        ),
+        (
+            lambda folder: (folder / "tokenizer_config.json").symlink_to("/dev/null"),
+            "tokenizer_config.json: expected a file in .*, a symbolic link to /dev/null",
+        ),
         (lambda folder: os.remove(folder / "tokenizer.json"), "expected tokenizer.json or tokenizer.model"),
         (lambda folder: os.remove(folder / "model.safetensors"), "expected model.safetensors or"),
     ],
@@ -145,6 +167,12 @@ def test_damaged_directories_are_refused_by_name_and_leave_no_workdir(tmp_path, 
     with pytest.raises(UserError, match=message):
         import_model(source, str(tmp_path / "work"))
     assert not os.path.exists(tmp_path / "work")
+
+
+def test_a_workdir_that_cannot_hold_checkpoints_is_refused_before_the_weights_are_read(tmp_path):
+    source = copy_of_base(tmp_path / "source", lambda folder: os.remove(folder / "model.safetensors"))
+    with pytest.raises(UserError, match="workdir: expected a folder on a disk or gs://BUCKET/FOLDER, found s3://a/b"):
+        import_model(source, "s3://a/b")
 
 
 def test_rotary_buffers_are_dropped_and_mixed_dtypes_become_float32(tmp_path):
