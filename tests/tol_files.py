@@ -1,16 +1,19 @@
 """Helpers for tests of ToL files: an independent reader, rows to build files from, and damaged copies."""
 
 import json
+import os
 import shutil
 import struct
 
 import jax
 import numpy as np
+import xxhash
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from lab import opened
 
 from memoryllm_jax import config
+from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.model import sharding
 from memoryllm_jax.tol.codec import Band, Part
 from memoryllm_jax.tol.layout import Layout, Tier, decode_rows
@@ -30,8 +33,22 @@ class Reader:
         (length,) = struct.unpack("<Q", self.content[:8])
         self.header = json.loads(self.content[8 : 8 + length])
         self.meta = self.header.pop("__metadata__")
+        self.check(self.content[8 : 8 + length], 8 + length)
         self.layout = json.loads(self.meta["layout"])
         self.start = 8 + length
+
+    def check(self, text, data):
+        """The header's checksum, and `data_offsets` without gaps up to the end of the file."""
+        digits = self.meta.get("header_checksum")
+        if digits is not None:
+            assert digits == xxhash.xxh3_64_hexdigest(text.replace(digits.encode(), b"0" * 16)), "header_checksum"
+        at = 0
+        for entry in sorted(self.header.values(), key=lambda entry: entry["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            size = np.prod(entry["shape"], dtype=object) * np.dtype(TYPES[entry["dtype"]]).itemsize
+            assert begin == at and end - begin == size, f"data_offsets {begin}, {end}"
+            at = end
+        assert data + at == len(self.content), "size"
 
     def at(self, name):
         """The first byte of a tensor, counted from the start of the file."""
@@ -41,6 +58,11 @@ class Reader:
         entry = self.header[name]
         begin, end = (self.start + offset for offset in entry["data_offsets"])
         return np.frombuffer(self.content[begin:end], TYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def tensor_at(self, byte):
+        """The name of the tensor that this byte of the file belongs to."""
+        offset = byte - self.start
+        return next(name for name, e in self.header.items() if e["data_offsets"][0] <= offset < e["data_offsets"][1])
 
     def raw(self, tier):
         """uint8 [rows, bytes of a row]."""
@@ -111,7 +133,7 @@ class Source:
         self.mesh = sharding.make_mesh(config.MeshConfig(1, -1, 1), jax.devices()[:devices])
         self.vocab_size, self.dim, self.layers, self.has_x0 = VOCAB, DIM, LAYERS, has_x0
         self.identity = Identity("flex-3", 7, "float32", "1" * 64, "2" * 64, tokenizer)
-        self.calls, self.stop = 0, stop
+        self.calls, self.stop, self.bits = 0, stop, 32
         rng = np.random.default_rng(0)
         names = ["x0"] * has_x0 + [f"ffn.{layer}" for layer in range(LAYERS)]
         self.table = {name: rng.standard_t(4, (VOCAB, DIM)).astype(np.float32) for name in names}
@@ -130,7 +152,7 @@ class Source:
 def uniform(bits, has_x0=True, layers=range(LAYERS)):
     """A layout with one tier and the same number of bits for all parts."""
     names = ["x0"] * has_x0 + [f"ffn.{layer}" for layer in layers]
-    parts = tuple(Part(name, (Band(DIM, bits),)) for name in names)
+    parts = tuple(Part(name, (Band(DIM, bits),), rotated=False) for name in names)
     return Layout(DIM, LAYERS, has_x0, (Tier(VOCAB, parts),))
 
 
@@ -188,6 +210,34 @@ def more():
         "bases": {"ffn.0": basis(89), "ffn.3": basis(40)},
         "chunk_rows": CHUNK,
     }
+
+
+def sealed(header, align=4096):
+    """The first bytes of a file with this header, its checksum computed as docs/tol.md says."""
+    header["__metadata__"]["header_checksum"] = "0" * 16
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % align)
+    field = b'"header_checksum": "%s"'
+    text = text.replace(field % (b"0" * 16), field % xxhash.xxh3_64_hexdigest(text).encode())
+    return struct.pack("<Q", len(text)) + text
+
+
+def missed_flips(path, bits, check):
+    """Flips bits of a file, one at a time. Returns: those that `check(path)` does not refuse."""
+    missed = []
+    with open(path, "r+b", buffering=0) as file:
+        for bit in bits:
+            at = int(bit) // 8
+            byte = os.pread(file.fileno(), 1, at)[0]
+            os.pwrite(file.fileno(), bytes([byte ^ 1 << bit % 8]), at)
+            try:
+                check(path)
+                missed.append(bit)
+            except UserError:
+                pass
+            os.pwrite(file.fileno(), bytes([byte]), at)
+    check(path)
+    return missed
 
 
 def content(path):

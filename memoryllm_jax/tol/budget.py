@@ -258,8 +258,8 @@ def choose(source: Source, scorer: Scorer, counts: np.ndarray, total: int, name:
 
 def plain_layout(source: Source, bits: int) -> Layout:
     """A layout of one tier, with every layer at these bits and x0 at the same, but no fewer than 8."""
-    parts = [Part("x0", (Band(source.dim, max(bits, 8)),))] if source.has_x0 else []
-    parts += [Part(f"ffn.{layer}", (Band(source.dim, bits),)) for layer in range(source.layers)]
+    parts = [Part("x0", (Band(source.dim, max(bits, 8)),), rotated=False)] if source.has_x0 else []
+    parts += [Part(f"ffn.{layer}", (Band(source.dim, bits),), rotated=False) for layer in range(source.layers)]
     return Layout(source.dim, source.layers, source.has_x0, (Tier(source.vocab_size, tuple(parts)),))
 
 
@@ -433,7 +433,7 @@ def _plain(costs: _Costs, tier_rows, dim, price) -> _Choice:
     for rows, losses_B in zip(tier_rows, costs.plain_KB):
         costs_B = [loss + price * rows * Band(dim, bits).bytes for loss, bits in zip(losses_B, _BITS)]
         best = int(np.argmin(costs_B))
-        parts.append(Part(costs.name, (Band(dim, _BITS[best]),)))
+        parts.append(Part(costs.name, (Band(dim, _BITS[best]),), rotated=False))
         total += costs_B[best]
     return _Choice(total, parts)
 

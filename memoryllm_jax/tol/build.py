@@ -5,7 +5,6 @@ the table may be larger than any memory.
 """
 
 import functools
-import hashlib
 import json
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -108,7 +107,7 @@ def build(
     arrays = _tensors(source.identity, order, counts, bases)
     metadata = _metadata(source.identity, layout, arrays)
     extra = {name: (_TYPES[array.dtype.name], array.shape) for name, array in arrays.items()}
-    writer = TolWriter(output, layout, extra, metadata, _plan_digest(source.mesh, metadata, chunk_rows))
+    writer = TolWriter(output, layout, extra, metadata, f"{source.mesh.size} devices, chunks of {chunk_rows} rows")
     if writer.is_there():
         return f"{output}: is there already, from the same weights; remove it to build it again"
     try:
@@ -178,6 +177,8 @@ def _write_tiers(source: Source, layout: Layout, writer: TolWriter, order, bases
     stored = [tier for tier, spec in enumerate(layout.tiers) if spec.stride]
     work = [(tier, number) for tier in stored for number in range(tiers[tier].count)]
     written = writer.done() or 0
+    if written > len(work):
+        raise UserError(f"{writer.path}.part.progress: chunks: expected at most {len(work)}, found {written}")
     progress = Progress(label, len(work), "chunk", initial=written)
     if written:
         progress.line(f"going on from chunk {written} of {len(work)}")
@@ -199,15 +200,8 @@ def _one_ahead(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
         yield held
 
 
-def _plan_digest(mesh, metadata: dict, chunk_rows: int) -> str:
-    """Digest of everything that determines the file's bytes and the chunks that they are written in."""
-    return hashlib.sha256(json.dumps([metadata, mesh.size, chunk_rows]).encode()).hexdigest()
-
-
 def _metadata(identity: Identity, layout: Layout, arrays: dict) -> dict[str, str]:
     sums = {name: text_checksum(array) for name, array in arrays.items()}
-    held = [{part.name for part in tier.parts} for tier in layout.tiers]
-    dropped = [layer for layer in range(layout.layers) if not all(f"ffn.{layer}" in names for names in held)]
     return {
         "format": "memoryllm_tol",
         "version": "1",
@@ -216,7 +210,7 @@ def _metadata(identity: Identity, layout: Layout, arrays: dict) -> dict[str, str
         "codec": layout.codec(),
         "dtype": identity.dtype,
         "kept_layers": json.dumps(layout.kept_layers()),
-        "dropped_layers": json.dumps(dropped),  # dropped by at least one tier
+        "dropped_layers": json.dumps(layout.dropped_layers()),
         "step": str(identity.step),
         "rows_digest": identity.rows_digest,
         "decoder_digest": identity.decoder_digest,

@@ -12,9 +12,13 @@ Shapes: U tokens, D width, n elements of a band, G groups of g elements.
 """
 
 import dataclasses
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
+from msgspec import Meta
+
+from memoryllm_jax.common.records import Size
 
 GROUP = 64  # elements that share a scale
 FLOATS = {32: jnp.float32, 16: jnp.bfloat16}
@@ -27,8 +31,8 @@ _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 class Band:
     """`size` elements at `bits` bits each."""
 
-    size: int
-    bits: int
+    size: Size
+    bits: Literal[32, 16, 8, 7, 6, 5, 4, 3, 2]
 
     @property
     def padded(self) -> int:
@@ -59,9 +63,14 @@ class Part:
       rotated: whether the elements are coefficients in a basis.
     """
 
-    name: str
-    bands: tuple[Band, ...]
-    rotated: bool = False
+    name: Annotated[str, Meta(pattern=r"\A(x0|ffn\.(0|[1-9][0-9]{0,9}))\Z")]
+    bands: Annotated[tuple[Band, ...], Meta(min_length=1)]
+    rotated: bool
+
+    @property
+    def layer(self) -> int | None:
+        """The layer whose output it is; None for x0."""
+        return None if self.name == "x0" else int(self.name.removeprefix("ffn."))
 
     @property
     def bytes(self) -> int:

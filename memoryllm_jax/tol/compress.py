@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 from typing import Annotated
 
 import numpy as np
@@ -18,9 +19,9 @@ from memoryllm_jax.model import sharding
 from memoryllm_jax.tol import budget, build
 from memoryllm_jax.tol.budget import Scorer
 from memoryllm_jax.tol.codec import FLOATS, INTEGERS, Band, Part
-from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.format import TolFile, to_replace
 from memoryllm_jax.tol.layout import Layout, Tier
-from memoryllm_jax.tol.sources import FileSource, LiveSource, Source
+from memoryllm_jax.tol.sources import FileSource, Identity, LiveSource, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Options:
         str,
         Option(
             "bits of an element: 32, 16 or 2 to 8; 4,0:8,23:16 sets 4, but 8 for layer 0 and 16 for layer 23; by "
-            "default those of the computation (32 or 16). A stored embedding (x0) has at least 8 unless x0:BITS is set"
+            "default 32 or 16, as the computation or the file that is compressed has. A stored embedding (x0) has at "
+            "least 8 unless x0:BITS is set"
         ),
     ] = ""
     rank: Annotated[
@@ -72,6 +74,7 @@ def precompute(
       chunk_rows: as of `build.build`.
     Returns: one line on what was written. Raises: UserError.
     """
+    to_replace(output)  # what is in the way shows before the weights are read, which takes longest
     mesh = sharding.make_mesh(config.MeshConfig(1, -1, 1))  # every device holds a part of the weights
     with contextlib.closing(TrainedModel(workdir, step, dtype, mesh)) as trained:
         if not trained.config.memory_dim:
@@ -95,16 +98,21 @@ def compress_file(tol: TolFile, choices: Options, output: str, workdir: str = ""
       workdir: checkpoints of the model that a budget is measured with; "" where there is no budget.
     Returns: one line on what was written. Raises: UserError.
     """
-    kept = len(tol.layout.kept_layers())
+    if os.path.exists(output) and os.path.samefile(output, tol.path):
+        raise ArgumentError("output", f"expected another file than the one that is compressed, found {output}")
     # Integers would be quantised twice, and dropped layers are read as zeros, which would be stored like other rows.
-    if not tol.layout.tiers[0].float_bits or kept < tol.layout.layers:
+    parts = [part for tier in tol.layout.tiers for part in tier.parts]
+    is_exact = all(band.bits in FLOATS and not part.rotated for part in parts for band in part.bands)
+    dropped = tol.layout.dropped_layers()
+    if not is_exact or dropped:
+        found = f"{tol.layout.codec()}, with {len(dropped)} of {tol.layout.layers} layers dropped in some tier"
         raise UserError(
-            f"{tol.path}: expected a file of 16 or 32 bits with all layers, found {tol.metadata['codec']} of "
-            f"{kept} layers; compress the file that it was made from"
+            f"{tol.path}: expected a file of 16 or 32 bits with all layers, found {found}; compress the file that it "
+            "was made from"
         )
     scorer = None
     if workdir:
-        with contextlib.closing(TrainedModel(workdir, int(tol.metadata["step"]), tol.metadata["dtype"])) as trained:
+        with contextlib.closing(TrainedModel(workdir, tol.step, tol.metadata["dtype"])) as trained:
             tol.check_model(trained.config, trained.tokenizer.digest, None)
             scorer = budget.scorer(trained, choices.data) if choices.data else None
     return write(FileSource(tol), choices, output, scorer, "compress")
@@ -128,6 +136,7 @@ def write(
       label, chunk_rows: as of `build.build`.
     Returns: one line on what was written. Raises: UserError.
     """
+    _check_output(output, source.identity)
     counts = source.counts
     if choices.data:
         dataset = open_for(choices.data, source.identity.tokenizer.digest)
@@ -141,6 +150,15 @@ def write(
         found = build.singular_bases(source, list(layout.rotated), np.ones(source.vocab_size), chunk_rows)
         bases = {name: basis.vectors[: layout.rotated[name]] for name, basis in found.items()}
     return build.build(source, layout, output, order, counts, bases, label, chunk_rows)
+
+
+def _check_output(output: str, identity: Identity) -> None:
+    """Refuses to replace anything but a ToL file of the same weights. Raises: ArgumentError."""
+    found = to_replace(output)
+    if found and any(found[key] != getattr(identity, key) for key in ("rows_digest", "decoder_digest")):
+        expected = "expected a name that is free, or a ToL file of the same weights"
+        other = f"a file of other weights ({found['architecture']} at step {found['step']})"
+        raise ArgumentError("output", f"{expected}, found {other}: {output}; remove it or choose another name")
 
 
 def _within_budget(source, choices, scorer, counts) -> tuple[Layout, dict]:
@@ -165,8 +183,7 @@ def uniform(source: Source, choices: Options) -> Layout:
 
     Raises: ArgumentError.
     """
-    default_bits = "32" if source.identity.dtype == "float32" else "16"
-    bits = _per_part("bits", choices.bits or default_bits, source.layers)
+    bits = _per_part("bits", choices.bits or str(source.bits), source.layers)
     ranks = _per_part("rank", choices.rank, source.layers)
     if "x0" in ranks:
         raise ArgumentError("rank", "expected layers, found x0, which is always stored whole")
@@ -177,7 +194,7 @@ def uniform(source: Source, choices: Options) -> Layout:
     if source.has_x0:
         # Every layer reads the embedding, so that its errors do the most harm: few bits must be asked for by name.
         x0_bits = _bits(bits["x0"]) if "x0" in bits else max(_bits(bits[""]), 8)
-        parts.append(Part("x0", (Band(source.dim, x0_bits),)))
+        parts.append(Part("x0", (Band(source.dim, x0_bits),), rotated=False))
     for layer in range(source.layers):
         if layer in dropped:
             continue

@@ -18,8 +18,10 @@ from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.model.transformer import Norm, swiglu_coefficients
-from memoryllm_jax.tol import codec
-from memoryllm_jax.tol.format import TolFile, checksum
+from memoryllm_jax.tol import codec, header
+from memoryllm_jax.tol.format import ALIGN, TolFile, checksum, to_replace
+from memoryllm_jax.tol.header import Place
+from memoryllm_jax.tol.layout import Layout
 from memoryllm_jax.tol.overlay import Edit, Overlay
 from memoryllm_jax.tol.reader import RowReader
 from memoryllm_jax.tol.sources import FileSource, read_rows
@@ -27,6 +29,7 @@ from memoryllm_jax.tol.sources import FileSource, read_rows
 OPERATIONS = ("swap", "replace", "blend", "zero", "suppress")
 _FIELDS = {"swap": 2, "replace": 2, "blend": 3, "zero": 1}  # comma-separated values that an operation on rows takes
 _KEY_ROWS = 8192  # tokens that a key's coefficients are computed for at a time
+_COPY_BYTES = 16 << 20  # bytes of a file that are copied at a time
 _COPY_ROWS = 512  # rows that are encoded at a time
 
 
@@ -150,7 +153,7 @@ class Editor:
         if not self.workdir:
             raise ArgumentError("suppress", "expected a workdir too, as a key's coefficients come from the weights")
         meta = self.tol.metadata
-        with contextlib.closing(TrainedModel(self.workdir, int(meta["step"]), meta["dtype"])) as trained:
+        with contextlib.closing(TrainedModel(self.workdir, self.tol.step, meta["dtype"])) as trained:
             self._suppress_key(trained, int(layer), int(key), spec)
 
     def _suppress_key(self, trained, layer, key, spec):
@@ -166,6 +169,9 @@ class Editor:
         if any(edit.text == text for edit in self.overlay.edits):
             raise ArgumentError("suppress", f"expected a key that is not suppressed yet, found {spec!r}")
         coefficients, value = _key(trained, layer, key, self.tol.metadata["rows_digest"])
+        # A tier that drops the layer holds nothing of the key that could be taken away.
+        holds_K = [any(part.layer == layer for part in tier.parts) for tier in self.tol.layout.tiers]
+        coefficients[~np.array(holds_K)[self.tol.tier_of_row[self.tol.row_of_token]]] = 0
         coefficients = self.overlay.mixed(coefficients)
         self.overlay.edits.append(Edit(text, layer=layer, coefficients=coefficients, value=value))
 
@@ -235,24 +241,44 @@ def write_edited(tol: TolFile, overlay: Overlay, output: str) -> str:
     if os.path.exists(output) and os.path.samefile(output, tol.path):
         raise ArgumentError("output", f"expected another file than the one that is edited, found {output}")
     old_digest = tol.metadata["rows_digest"]
+    replaced = to_replace(output)
+    if replaced and (
+        replaced["decoder_digest"] != tol.metadata["decoder_digest"] or replaced["rows_digest"] == old_digest
+    ):
+        expected = "expected a name that is free, or an edited file of this model"
+        raise ArgumentError("output", f"{expected}, found another ToL file: {output}")
     texts = "".join(entry.text for entry in overlay.edits)
+    # The copy holds other rows, so that overlays of the old ones must not fit it.
     new_digest = hashlib.sha256((old_digest + texts).encode()).hexdigest()
-    source = FileSource(tol, overlay)
-    with storage.replaced(output) as part:
-        shutil.copyfile(tol.path, part)
-        with open(part, "r+b") as file:
-            # The copy holds other rows, so that overlays of the old ones must not fit it. A digest of the same length
-            # leaves everything else in the file where it is.
-            header = os.pread(file.fileno(), tol.tensors["rows.0"].start, 0)
-            os.pwrite(file.fileno(), header.replace(old_digest.encode(), new_digest.encode()), 0)
-            _write_changed_rows(tol, overlay, source, file.fileno())
-            os.fsync(file.fileno())
-    source.close()
+    places = {
+        name: Place(t.dtype, t.shape, t.start - tol.data_start, t.end - tol.data_start)
+        for name, t in tol.tensors.items()
+    }
+    first = header.to_bytes(tol.metadata | {"rows_digest": new_digest}, places, ALIGN)
+    with (
+        contextlib.closing(FileSource(tol, overlay)) as source,
+        storage.replaced(output) as part,
+        open(tol.path, "rb") as original,
+        open(part, "w+b") as file,
+    ):
+        file.write(first)
+        original.seek(tol.data_start)
+        shutil.copyfileobj(original, file, _COPY_BYTES)
+        file.flush()
+        _write_changed_rows(tol, overlay, source, file.fileno(), len(first) - tol.data_start)
+        os.fsync(file.fileno())
     return f"{output}: {len(overlay.edits)} edits in a copy of {tol.path}"
 
 
-def _write_changed_rows(tol, overlay, source, fd):
-    """Encodes the parts that edits change and writes them, with new checksums, into the rows of a copy."""
+def _write_changed_rows(tol: TolFile, overlay: Overlay, source: FileSource, fd: int, shift: int) -> None:
+    """Encodes the parts that edits change and writes them, with new checksums, into the rows of a copy.
+
+    Args:
+      source: the edited rows.
+      fd: of the copy.
+      shift: bytes by which the copy's data lies further back than the data of the file.
+    Raises: ArgumentError if an edit gives a token a layer that its tier does not hold.
+    """
     layout = tol.layout
     bases = {name: jnp.asarray(tol.basis(name)) for name in layout.rotated}
     changed = _changed_parts(overlay, layout.layers)
@@ -262,6 +288,7 @@ def _write_changed_rows(tol, overlay, source, fd):
     for chunk in vocabulary.chunks(tokens, _COPY_ROWS):
         raw, tier_U = reader.read(chunk.real_ids)
         vectors = source.vectors(chunk.ids)
+        _check_storable(layout, vectors, chunk.real_ids, tier_U)
         # Every row is encoded for every tier, so that shapes stay static; the bytes for its own tier are used.
         encoded = {}
         for number, tier in enumerate(layout.tiers):
@@ -276,9 +303,26 @@ def _write_changed_rows(tol, overlay, source, fd):
                 offset += part.bytes
             row = int(tol.row_of_token[token])
             row_bytes = raw[i, : layout.tiers[number].stride]
-            os.pwrite(fd, row_bytes.tobytes(), int(tol.start_of_row[row]))
-            os.pwrite(fd, checksum(row_bytes).to_bytes(8, "little"), tol.tensors["checksums"].start + 8 * row)
+            os.pwrite(fd, row_bytes.tobytes(), shift + int(tol.start_of_row[row]))
+            os.pwrite(fd, checksum(row_bytes).to_bytes(8, "little"), shift + tol.tensors["checksums"].start + 8 * row)
     reader.close()
+
+
+def _check_storable(layout: Layout, vectors: dict, tokens: np.ndarray, tier_U: np.ndarray) -> None:
+    """Checks that each layer that a token's tier drops is zero in the token's edited row. Raises: ArgumentError."""
+    for number, tier in enumerate(layout.tiers):
+        is_here = np.nonzero(tier_U == number)[0]
+        held = {part.layer for part in tier.parts}
+        for layer in layout.dropped_layers():
+            if layer in held or not len(is_here):
+                continue
+            lost = is_here[np.asarray(vectors[f"ffn.{layer}"])[is_here].any(1)]
+            if len(lost):
+                raise ArgumentError(
+                    "output",
+                    f"expected edits of layers that the rows hold, found one of layer {layer} of token "
+                    f"#{tokens[lost[0]]}, whose tier {number} drops that layer; an overlay can hold this edit",
+                )
 
 
 def _changed_parts(overlay: Overlay, layers: int) -> dict[int, set[str]]:

@@ -1,59 +1,48 @@
 """The ToL file: a safetensors file whose rows can be read by position. docs/tol.md is its specification."""
 
-import dataclasses
-import json
+import hashlib
+import math
 import os
+import re
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import xxhash
 
-from memoryllm_jax.common import storage
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common import records, storage
+from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.records import Count, Record, Size
+from memoryllm_jax.common.safetensors_header import Tensor, read_header
 from memoryllm_jax.data.tokenizer import Tokenizer
-from memoryllm_jax.tol.codec import FLOATS, INTEGERS
-from memoryllm_jax.tol.layout import Layout, Tier
+from memoryllm_jax.tol import header
+from memoryllm_jax.tol.header import Place
+from memoryllm_jax.tol.layout import Layout
 
 VERSION = 1
 ALIGN = 4096  # bytes: the data, and the rows of each tier, begin at a multiple of a disk's block
 # NumPy has no bfloat16: BF16 is read as its bit patterns.
 _DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64, "F32": np.float32, "BF16": np.uint16}
-_METADATA = (  # keys that every file has
-    "architecture",
-    "vocab_size",
-    "codec",
-    "dtype",
-    "kept_layers",
-    "dropped_layers",
-    "step",
-    "layout",
-    "rows_digest",
-    "decoder_digest",
-    "tokenizer_kind",
-    "tokenizer_digest",
-    "tensor_checksums",
+_PADDING = r"padding(\.\d+)?"
+_METADATA = frozenset(  # keys that every file has; files of earlier versions have no others
+    (
+        "format",
+        "version",
+        "architecture",
+        "vocab_size",
+        "codec",
+        "dtype",
+        "kept_layers",
+        "dropped_layers",
+        "step",
+        "layout",
+        "rows_digest",
+        "decoder_digest",
+        "tokenizer_kind",
+        "tokenizer_digest",
+        "tensor_checksums",
+    )
 )
-_MAX_HEADER = 100_000_000  # bytes: readers of safetensors accept no more
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """Where a tensor lies.
-
-    Attributes:
-      dtype: its name in safetensors, such as "BF16".
-      shape: number of elements along each axis.
-      start: the first byte, counted from the start of the file; within `plan`, from the start of the data.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(_DTYPES[self.dtype]).itemsize
 
 
 class FilePlan(NamedTuple):
@@ -76,16 +65,16 @@ def plan(layout: Layout, extra: dict[str, tuple[str, tuple[int, ...]]], metadata
     Args:
       layout: what rows hold.
       extra: {name: (dtype, shape)} of the tensors beside the rows and their checksums.
-      metadata: {key: text}.
+      metadata: {key: text}, to which the header's checksum is added.
     """
-    entries: list[tuple[str, Tensor]] = []
+    places: dict[str, Place] = {}
     offset = 0
 
     def add(name, dtype, shape):
         nonlocal offset
-        tensor = Tensor(dtype, shape, offset)
-        entries.append((name, tensor))
-        offset += tensor.nbytes
+        end = offset + math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
+        places[name] = Place(dtype, shape, offset, end)
+        offset = end
 
     # safetensors allows no gaps between tensors, so that padding is a tensor too.
     for number, tier in enumerate(layout.tiers):
@@ -101,14 +90,9 @@ def plan(layout: Layout, extra: dict[str, tuple[str, tuple[int, ...]]], metadata
     # Tensors of larger elements come first, so that each begins at a multiple of the size of its elements.
     for name, (dtype, shape) in sorted(extra.items(), key=lambda item: -np.dtype(_DTYPES[item[1][0]]).itemsize):
         add(name, dtype, shape)
-    header: dict = {"__metadata__": metadata}
-    for name, t in entries:
-        header[name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.start, t.start + t.nbytes]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % ALIGN)  # JSON may end in spaces
-    start = 8 + len(text)
-    tensors = {name: dataclasses.replace(t, start=start + t.start) for name, t in entries}
-    return FilePlan(len(text).to_bytes(8, "little") + text, tensors, start + offset)
+    first = header.to_bytes(metadata, places, ALIGN)
+    tensors = {name: Tensor(p.dtype, p.shape, len(first) + p.start, len(first) + p.end) for name, p in places.items()}
+    return FilePlan(first, tensors, len(first) + offset)
 
 
 def checksum(row: np.ndarray) -> int:
@@ -121,6 +105,11 @@ def text_checksum(array: np.ndarray) -> str:
     return f"{checksum(array.reshape(-1).view(np.uint8)):016x}"
 
 
+def _short(layers: list[int]) -> str:
+    """A list of layers for an error message, cut to its first ones."""
+    return str(layers) if len(layers) <= 16 else f"{layers[:16]} and {len(layers) - 16} more"
+
+
 class TolFile:
     """A ToL file opened for reading. Its header is checked: it must be consistent and fit the size of the file.
 
@@ -130,8 +119,10 @@ class TolFile:
       size: bytes of the file.
       layout: what rows hold.
       tensors: {name: Tensor}.
+      data_start: the first byte of the tensors' data.
       metadata: {key: text} as in docs/tol.md.
       vocab_size: V, the number of rows.
+      step: training step of the checkpoint that it was made from.
       row_of_token: int32 [V], the number of each token's row.
       tier_of_row: int [V], the tier of each row.
       start_of_row: int [V], the first byte of each row, counted from the start of the file.
@@ -169,79 +160,93 @@ class TolFile:
         self.start_of_row = starts[self.tier_of_row] + row_in_tier * self.stride_of_row
 
     def _read_header(self):
-        self.size = os.fstat(self.fd).st_size
-        try:
-            end = self._parse_header()
-            self._check_tensors()
-            for number, tier in enumerate(self.layout.tiers):
-                self._check_parts(number, tier)
-            absent = [key for key in _METADATA if key not in self.metadata]
-            if absent:
-                raise ValueError(f"no metadata {', '.join(absent)}")
-        # A damaged header may be any JSON, on which the code above fails in any of these ways.
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, OSError) as error:
-            found = f"no {error}" if isinstance(error, KeyError) else error
-            raise UserError(f"{self.path}: expected a ToL file, found {found}") from error
-        if self.size != end:
-            raise UserError(f"{self.path}: expected {end} bytes, found {self.size}; it is truncated or damaged")
-
-    def _parse_header(self) -> int:
-        """Sets the attributes that the header holds. Returns: where the last tensor ends, which the file must too."""
-        length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
-        if self.size < 8 or not 0 < length <= min(_MAX_HEADER, self.size - 8):
-            raise ValueError(f"a header of {length} bytes in a file of {self.size}")
-        header = json.loads(os.pread(self.fd, length, 8))
-        self.metadata = header.pop("__metadata__")
-        kind, version = self.metadata["format"], self.metadata["version"]
+        expected = "a ToL file"
+        found = read_header(self.fd, self.path, expected)
+        self.size, self.data_start = found.size, found.data_start
+        self.tensors, self.metadata = found.tensors, found.metadata
+        kind, version = (self.metadata.get(key, "")[:100] for key in ("format", "version"))
         if kind != "memoryllm_tol" or version != str(VERSION):
-            raise ValueError(f"format {kind!r} version {version!r}, where this reads version {VERSION}")
-        self.layout = Layout.from_json(json.loads(self.metadata["layout"]))
-        self.tensors = {
-            name: Tensor(t["dtype"], tuple(t["shape"]), 8 + length + t["data_offsets"][0]) for name, t in header.items()
-        }
-        self.vocab_size = int(self.metadata["vocab_size"])
-        self._tensor_checksums = json.loads(self.metadata["tensor_checksums"])
-        return max(t.start + t.nbytes for t in self.tensors.values())
+            raise UserError(
+                f"{self.path}: expected {expected} of version {VERSION}, found format {kind!r} version {version!r}"
+            )
+        header.check(found, self.path, _METADATA)
+        self._parse_metadata()
+        self._check_layers()
+        self._check_tensors()
+
+    def _parse_metadata(self):
+        absent = sorted(_METADATA - self.metadata.keys())
+        if absent:
+            raise UserError(f"{self.path}: expected metadata {absent[0]}, found none")
+        self.vocab_size = self._metadata_json("vocab_size", Size)
+        self.step = self._metadata_json("step", Count)
+        self.layout = Layout.from_json(self.metadata["layout"], f"{self.path}: layout")
+        self._tensor_checksums = self._metadata_json("tensor_checksums", dict[str, str])
+        for key in ("rows_digest", "decoder_digest", "tokenizer_digest"):
+            if not re.fullmatch("[0-9a-f]{1,128}", self.metadata[key]):
+                raise UserError(f"{self.path}: {key}: expected hexadecimal digits, found {self.metadata[key][:100]!r}")
+
+    def _metadata_json(self, key, kind):
+        return records.parse(kind, self.metadata[key], f"{self.path}: {key}")
+
+    def _check_layers(self):
+        for key, expected in (
+            ("kept_layers", self.layout.kept_layers()),
+            ("dropped_layers", self.layout.dropped_layers()),
+        ):
+            found = self._metadata_json(key, list[Count])
+            if found != expected:
+                raise UserError(
+                    f"{self.path}: {key}: expected {_short(expected)}, as in the layout, found {_short(found)}"
+                )
 
     def _check_tensors(self):
-        layout = self.layout
-        needed = {"row_of_token": 4 * self.vocab_size, "checksums": 8 * self.vocab_size}
-        needed |= {f"rows.{number}": tier.rows * tier.stride for number, tier in enumerate(layout.tiers)}
-        needed |= {f"basis.{name}": 2 * rank * layout.dim for name, rank in layout.rotated.items()}
-        wrong = [n for n, size in needed.items() if n not in self.tensors or self.tensors[n].nbytes != size]
-        if wrong:
-            raise ValueError(f"a layout that does not fit its tensors {', '.join(wrong)}")
-        if not layout.tiers or layout.rows != self.vocab_size:
-            raise ValueError(f"a layout of {layout.rows} rows for a vocabulary of {self.vocab_size}")
+        layout, V = self.layout, self.vocab_size
+        if layout.rows != V:
+            raise UserError(f"{self.path}: vocab_size: expected {layout.rows}, the rows of the layout, found {V}")
+        # Their dtypes are free: rows are read as bytes.
+        rows = {f"rows.{number}": tier.rows * tier.stride for number, tier in enumerate(layout.tiers)}
+        for name, size in rows.items():
+            found = self._tensor(name)
+            if found.end - found.start != size:
+                raise UserError(f"{self.path}: tensor {name}: expected {size} bytes, found {found.end - found.start}")
+        exact = {"row_of_token": ("I32", (V,)), "checksums": ("U64", (V,))}
+        exact |= {f"basis.{name}": ("BF16", (rank, layout.dim)) for name, rank in layout.rotated.items()}
+        if "counts" in self.tensors:
+            exact["counts"] = ("I64", (V,))
+        for name, expected in exact.items():
+            found = self._tensor(name)
+            if (found.dtype, found.shape) != expected:
+                raise UserError(f"{self.path}: tensor {name}: expected {expected}, found {(found.dtype, found.shape)}")
+        self._tensor("tokenizer")
         # Rows have checksums of their own; nobody uses the bytes of the padding.
-        summed = {n for n in self.tensors if not n.startswith(("rows.", "padding")) and n != "checksums"}
-        if summed != set(self._tensor_checksums):
-            raise ValueError(f"checksums of {sorted(self._tensor_checksums)} for the tensors {sorted(summed)}")
+        unsummed = rows.keys() | {"checksums"} | {name for name in self.tensors if re.fullmatch(_PADDING, name)}
+        summed = self.tensors.keys() - unsummed
+        different = sorted(summed ^ self._tensor_checksums.keys())
+        if different:
+            problem = f"expected one for each of {len(summed)} tensors"
+            raise UserError(f"{self.path}: tensor_checksums: {problem}, found a difference in {different[0][:100]!r}")
 
-    def _check_parts(self, number: int, tier: Tier):
-        """Checks that a tier has every part that it should, and none that the code cannot decode."""
-        layout = self.layout
-        dropped = {f"ffn.{layer}" for layer in json.loads(self.metadata["dropped_layers"])}
-        expected = {f"ffn.{layer}" for layer in range(layout.layers)}
-        if layout.has_x0:
-            expected.add("x0")
-        names = [part.name for part in tier.parts]
-        missing = expected - dropped - set(names)
-        if missing:
-            raise ValueError(f"no rows of {', '.join(sorted(missing))} in tier {number}")
-        if len(set(names)) < len(names) or set(names) - expected:
-            raise ValueError(f"the parts {', '.join(names)} in tier {number}")
-        for part in tier.parts:
-            if any(band.bits not in (*FLOATS, *INTEGERS) or band.size < 1 for band in part.bands):
-                raise ValueError(f"a band of {part.name} that is empty or has an unknown number of bits")
-            if part.rank > layout.dim or (part.rank < layout.dim and not part.rotated):
-                raise ValueError(f"{part.rank} elements of {part.name}, where the width is {layout.dim}")
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise UserError(f"{self.path}: expected a tensor {name}, found none")
+        return self.tensors[name]
 
     def read(self, name: str) -> np.ndarray:
         """Reads a whole tensor and verifies its checksum. BF16 comes as bit patterns, uint16. Raises: UserError."""
         tensor = self.tensors[name]
-        out = np.empty(tensor.shape, _DTYPES[tensor.dtype])
-        self._read_into(memoryview(out.reshape(-1).view(np.uint8)), tensor.start, name)
+        return self._read_bytes(name).view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+    def verify(self) -> None:
+        """Verifies the checksums of all tensors that have one; rows have their own. Raises: UserError."""
+        for name in self._tensor_checksums:
+            self._read_bytes(name)
+
+    def _read_bytes(self, name: str) -> np.ndarray:
+        """A whole tensor, uint8 [bytes], after its checksum was verified."""
+        tensor = self.tensors[name]
+        out = np.empty(tensor.end - tensor.start, np.uint8)
+        self._read_into(memoryview(out), tensor.start, name)
         expected = self._tensor_checksums.get(name)
         if expected is not None and expected != text_checksum(out):
             raise UserError(f"{self.path}: {name}: its checksum differs; the file is damaged")
@@ -314,6 +319,34 @@ class TolFile:
             self.fd = None
 
 
+def to_replace(path: str) -> dict[str, str] | None:
+    """The metadata of the ToL file that a new one at `path` would replace; None where there is no file.
+
+    Raises: ArgumentError for the output, if something other than a ToL file is there.
+    """
+    if not os.path.exists(path):
+        return None
+    try:
+        found = TolFile(path)
+    except UserError as error:
+        expected = "expected a name that is free, or the name of a ToL file to replace"
+        raise ArgumentError("output", f"{expected}, found another file: {error}") from error
+    found.close()
+    return found.metadata
+
+
+class _Progress(Record):
+    """How far an unfinished file is.
+
+    Attributes:
+      plan: digest of what is written, and in which chunks.
+      chunks: number of chunks that are on disk.
+    """
+
+    plan: str
+    chunks: Count
+
+
 class TolWriter:
     """Writes a ToL file of a known layout in any order, and gives the file its name when it is whole.
 
@@ -323,16 +356,18 @@ class TolWriter:
     Args:
       path: of the finished file.
       layout, extra, metadata: as of `plan`.
-      plan_digest: of all that determines what is written and in which chunks. An unfinished file of another plan is
+      chunking: names the chunks that rows are written in. An unfinished file of another header or other chunks is
         started anew.
     Raises: UserError if the file does not fit the disk or cannot be written.
     """
 
-    def __init__(self, path: str, layout: Layout, extra, metadata, plan_digest: str):
-        self.path, self.layout, self._plan_digest = path, layout, plan_digest
+    def __init__(self, path: str, layout: Layout, extra, metadata, chunking: str):
+        self.path, self.layout = path, layout
         # Not `storage.replaced`, which removes the partial file on an error: a build that was stopped goes on with it.
         self._part, self._progress = f"{path}.part", f"{path}.part.progress"
         self._header, self.tensors, self.size = plan(layout, extra, metadata)
+        # The header has the checksums of all tensors but the rows, and the digests of the weights that rows come from.
+        self._plan_digest = hashlib.sha256(self._header + chunking.encode()).hexdigest()
         self._fd: int | None = None
 
     def is_there(self) -> bool:
@@ -352,6 +387,8 @@ class TolWriter:
             # Another run may have renamed the partial file between opening and locking.
             if not self._has_part():
                 raise UserError(f"{self.path}: another run has just finished it; run the same line again")
+            if self.done() is None:
+                self._check_own()
             if self.done() is None or os.fstat(self._fd).st_size != self.size:
                 self._start_anew()
         except OSError as error:
@@ -364,6 +401,13 @@ class TolWriter:
             return os.fstat(self._fd).st_ino == os.stat(self._part).st_ino
         except FileNotFoundError:
             return False
+
+    def _check_own(self):
+        """Refuses to overwrite a file under the partial name that no writer of ToL files began."""
+        first = os.pread(self._fd, ALIGN, 0)
+        # A writer that was killed early may have left only zeros.
+        if first.strip(b"\0") and b'"format": "memoryllm_tol"' not in first:
+            raise UserError(f"{self._part}: expected an unfinished ToL file, which is overwritten; found another file")
 
     def _start_anew(self):
         free = os.statvfs(self._part)
@@ -387,8 +431,8 @@ class TolWriter:
         """Number of this plan's chunks that are on disk; None if no file of this plan was begun."""
         if not os.path.exists(self._progress):
             return None
-        progress = storage.read_json(self._progress, "progress")
-        return progress["chunks"] if progress["plan"] == self._plan_digest else None
+        progress = records.read(_Progress, self._progress, "the progress of an unfinished ToL file")
+        return progress.chunks if progress.plan == self._plan_digest else None
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Writes a whole tensor."""

@@ -1,21 +1,27 @@
 """What each row of a ToL file holds: tiers of rows, parts of a row."""
 
+import collections
 import dataclasses
 import itertools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from msgspec import Meta
 
+from memoryllm_jax.common import records
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.records import Size
 from memoryllm_jax.tol import codec
-from memoryllm_jax.tol.codec import FLOATS, Band, Part
+from memoryllm_jax.tol.codec import FLOATS, Part
 
 
 @dataclasses.dataclass(frozen=True)
 class Tier:
     """`rows` consecutive rows that have the same parts in the same encoding."""
 
-    rows: int
+    rows: Size
     parts: tuple[Part, ...]
 
     @property
@@ -45,10 +51,10 @@ class Layout:
       tiers: Tiers, in the order of the rows.
     """
 
-    dim: int
-    layers: int
+    dim: Annotated[int, Meta(ge=1, le=1 << 24)]
+    layers: Annotated[int, Meta(ge=1, le=1 << 16)]
     has_x0: bool
-    tiers: tuple[Tier, ...]
+    tiers: Annotated[tuple[Tier, ...], Meta(min_length=1)]
 
     @property
     def rows(self) -> int:
@@ -100,8 +106,16 @@ class Layout:
 
     def kept_layers(self) -> list[int]:
         """Numbers of the layers that at least one tier holds."""
-        names = {part.name for tier in self.tiers for part in tier.parts}
-        return [layer for layer in range(self.layers) if f"ffn.{layer}" in names]
+        return sorted(self._tiers_of_layer())
+
+    def dropped_layers(self) -> list[int]:
+        """Numbers of the layers that at least one tier lacks."""
+        tiers_of = self._tiers_of_layer()
+        return [layer for layer in range(self.layers) if tiers_of[layer] < len(self.tiers)]
+
+    def _tiers_of_layer(self) -> collections.Counter[int]:
+        """{layer: number of tiers that hold it}."""
+        return collections.Counter(part.layer for tier in self.tiers for part in tier.parts if part.layer is not None)
 
     def codec(self) -> str:
         """The encoding in a few words, such as "bfloat16" or "int8+int4, low rank"."""
@@ -114,19 +128,29 @@ class Layout:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, tree: dict) -> "Layout":
-        """What `to_json` gave. Raises: KeyError, TypeError or the like for any other tree."""
+    def from_json(cls, text: str, where: str) -> "Layout":
+        """The layout whose `to_json` is this JSON text. Raises: UserError that begins with `where`."""
+        layout = records.parse(cls, text, where)
+        for number, tier in enumerate(layout.tiers):
+            layout._check_parts(tier, f"{where}: tiers[{number}]")
+        # Such a file would hold nothing that bounds the width.
+        if not any(tier.parts for tier in layout.tiers):
+            raise UserError(f"{where}: expected at least one part in some tier, found none")
+        return layout
 
-        def part(p):
-            bands = [Band(b["size"], b["bits"]) for b in p["bands"]]
-            return Part(p["name"], tuple(bands), p["rotated"])
-
-        def tier(t):
-            parts = [part(p) for p in t["parts"]]
-            return Tier(t["rows"], tuple(parts))
-
-        tiers = [tier(t) for t in tree["tiers"]]
-        return cls(tree["dim"], tree["layers"], tree["has_x0"], tuple(tiers))
+    def _check_parts(self, tier: Tier, where: str) -> None:
+        names = collections.Counter(part.name for part in tier.parts)
+        if len(names) < len(tier.parts):
+            raise UserError(f"{where}: expected each part once, found {names.most_common(1)[0][0]} twice")
+        if ("x0" in names) != self.has_x0:
+            problem = "with x0, found none" if self.has_x0 else "without x0, found one"
+            raise UserError(f"{where}: expected a row {problem}")
+        for part in tier.parts:
+            if part.layer is not None and part.layer >= self.layers:
+                raise UserError(f"{where}: expected layers below {self.layers}, found {part.name}")
+            if part.rank > self.dim or (part.rank < self.dim and not part.rotated):
+                most = "at most " if part.rotated else ""
+                raise UserError(f"{where}: {part.name}: expected {most}{self.dim} elements, found {part.rank}")
 
 
 def decode_rows(layout: Layout, raw, tier_U, bases: dict) -> dict:

@@ -178,8 +178,8 @@ class RowReader:
         ids = ids_U[damaged]
         if self._repair is None:
             raise UserError(
-                f"{self.tol.path}: token {ids[0]}: the checksum of its row differs; the file is damaged: run "
-                "precompute again"
+                f"{self.tol.path}: token {ids[0]}: the checksum of its row differs; the file is damaged: remove it and "
+                "run precompute again"
             )
         self.repaired += len(ids)
         for place, row in zip(damaged, self._repair(ids)):

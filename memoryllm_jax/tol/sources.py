@@ -56,6 +56,7 @@ class Source(Protocol):
       layers: the model's number of layers.
       has_x0: whether rows hold the input embedding.
       identity: the model that the rows come from.
+      bits: 32 or 16, those of an element that keep the rows as they are.
       counts: int64 [V], how often each token occurs; None where that is not known.
     """
 
@@ -65,6 +66,7 @@ class Source(Protocol):
     layers: int
     has_x0: bool
     identity: Identity
+    bits: int
     counts: np.ndarray | None
 
     def vectors(self, ids_U) -> dict[str, jax.Array]:
@@ -91,6 +93,7 @@ class LiveSource:
             decoder_digest=decoder_digest,
             tokenizer=trained.tokenizer,
         )
+        self.bits = 32 if c.dtype == "float32" else 16
         self._rows = _row_function(c)
 
     def vectors(self, ids_U) -> dict:
@@ -127,12 +130,13 @@ class FileSource:
         self.dim, self.layers, self.has_x0 = layout.dim, layout.layers, layout.has_x0
         self.identity = Identity(
             architecture=meta["architecture"],
-            step=int(meta["step"]),
+            step=tol.step,
             dtype=meta["dtype"],
             rows_digest=meta["rows_digest"],
             decoder_digest=meta["decoder_digest"],
             tokenizer=tol.tokenizer(),
         )
+        self.bits = max(band.bits for tier in layout.tiers for part in tier.parts for band in part.bands)
         self.counts = tol.read("counts") if "counts" in tol.tensors else None
         self._layout, self._overlay = layout, overlay
         self._edits = None if overlay is None else overlay.arrays()

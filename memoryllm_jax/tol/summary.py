@@ -1,7 +1,6 @@
 """Describes what a ToL file holds, as text and as JSON."""
 
 import dataclasses
-import json
 
 import numpy as np
 
@@ -51,7 +50,7 @@ def lines(tol: TolFile) -> list[str]:
     """The description of a file as lines of text."""
     layout, meta = tol.layout, tol.metadata
     x0 = ", with the input embedding" if layout.has_x0 else ""
-    dropped = ", ".join(map(str, json.loads(meta["dropped_layers"]))) or "none"
+    dropped = ", ".join(map(str, tol.layout.dropped_layers())) or "none"
     # `precompute` orders rows by the counts if it has them, and stores these counts only then.
     order = "frequency" if "counts" in tol.tensors else "token id"
     # 12 of 64 digits are enough to tell files apart and keep the line short; the JSON has them whole.

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from typing import NamedTuple
 
 import jax
@@ -24,8 +23,7 @@ _TINY = 1e-30  # the least norm to divide by: no difference over a norm of zero 
 
 def check_file(tol: TolFile) -> None:
     """Reads every row and every other tensor. Raises: UserError that names the damaged tokens or tensor."""
-    for name in json.loads(tol.metadata["tensor_checksums"]):
-        tol.read(name)
+    tol.verify()
     tol.tokenizer()
     damaged = damaged_tokens(tol)
     if damaged:
@@ -59,7 +57,7 @@ def compare_with_weights(tol: TolFile, workdir: str) -> "Comparison":
       workdir: folder with the model's checkpoints.
     Raises: UserError if the file was made from other weights.
     """
-    with contextlib.closing(TrainedModel(workdir, int(tol.metadata["step"]), tol.metadata["dtype"])) as trained:
+    with contextlib.closing(TrainedModel(workdir, tol.step, tol.metadata["dtype"])) as trained:
         live = LiveSource(trained)
         tol.check_model(trained.config, trained.tokenizer.digest, live.identity.decoder_digest)
         if live.identity.rows_digest != tol.metadata["rows_digest"]:

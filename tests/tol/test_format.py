@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import struct
 
 import ml_dtypes
@@ -13,10 +14,11 @@ import pytest
 import safetensors
 import safetensors.numpy
 import xxhash
-from tol_files import CHUNK, DIM, LAYERS, TYPES, VOCAB, Reader, Source, bfloat16, more, uniform
+from lab import opened
+from tol_files import CHUNK, DIM, LAYERS, TYPES, VOCAB, Reader, Source, bfloat16, missed_flips, more, sealed, uniform
 
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.tol import build
+from memoryllm_jax.tol import build, verify
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.sources import FileSource
 
@@ -101,12 +103,10 @@ def test_example_in_the_specification_reads_a_file(mixed_file):
 
 
 def rewritten(reader, change):
-    """The file's bytes with the header as `change(header)` leaves it."""
+    """The file's bytes with the header as `change(header)` leaves it, and the right checksum of this header."""
     header = copy.deepcopy({"__metadata__": reader.meta} | reader.header)
     change(header)
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 4096)
-    return struct.pack("<Q", len(text)) + text + reader.content[reader.start :]
+    return sealed(header) + reader.content[reader.start :]
 
 
 def with_metadata(**values):
@@ -134,10 +134,24 @@ def other_part(reader):
     return with_metadata(layout=text)(reader)
 
 
-def longer_rows(reader):
-    tree = json.loads(reader.meta["layout"])
-    tree["tiers"][0]["rows"] += 1
-    return with_metadata(layout=json.dumps(tree))(reader)
+def with_layout(change):
+    """Damage to the tree of the layout, by `change(tree)`."""
+
+    def damage(reader):
+        tree = json.loads(reader.meta["layout"])
+        change(tree)
+        return with_metadata(layout=json.dumps(tree))(reader)
+
+    return damage
+
+
+def part(tree):
+    """The first rotated part of the layout `mixed`."""
+    return tree["tiers"][0]["parts"][1]
+
+
+def with_entry(name, **values):
+    return lambda reader: rewritten(reader, lambda header: header[name].update(values))
 
 
 @pytest.mark.parametrize(
@@ -148,15 +162,37 @@ def longer_rows(reader):
         (lambda reader: b"", "expected a ToL file"),
         (with_bytes(lambda reader: 0, b"\xff" * 8), "expected a ToL file"),
         (with_bytes(lambda reader: 8, b"garbage\xff"), "expected a ToL file"),
-        (lambda reader: rewritten(reader, lambda header: header.pop("__metadata__")), "expected a ToL file"),
-        (lambda reader: rewritten(reader, lambda header: header.pop("checksums")), "checksums"),
+        (lambda reader: sealed(dict(reader.header, __metadata__={})) + reader.content[reader.start :], "a ToL file of"),
+        (lambda reader: rewritten(reader, lambda header: header.pop("checksums")), "expected its data to begin"),
         (one_row_twice, "row_of_token"),
         (with_bytes(lambda reader: reader.at("row_of_token"), b"\xff" * 4), "row_of_token"),
         (with_metadata(version="2"), "version '2'"),
         (with_metadata(format="memoryllm_overlay"), "memoryllm_overlay"),
-        (other_part, "ffn.1"),
-        (with_metadata(dropped_layers="[]"), "ffn.4"),
-        (longer_rows, "rows.0"),
+        (with_metadata(step="7.5"), "step: expected int, found float"),
+        (with_metadata(vocab_size="301"), "vocab_size: expected 300, the rows of the layout, found 301"),
+        (with_metadata(vocab_size=str(2**40)), "vocab_size: expected int <= 2147483647, found 1099511627776"),
+        (with_metadata(tensor_checksums="[]"), "tensor_checksums: expected object, found array"),
+        (with_metadata(tensor_checksums="{}"), "tensor_checksums: expected one for each of 5 tensors"),
+        (with_metadata(decoder_digest="x"), "decoder_digest: expected hexadecimal digits, found 'x'"),
+        (with_metadata(dropped_layers="[]"), "dropped_layers: expected [4, 6], as in the layout, found []"),
+        (with_metadata(kept_layers="null"), "kept_layers: expected array, found null"),
+        (with_metadata(layout="[" * 50_000), "layout: "),
+        (other_part, "layout: tiers[0]: expected layers below 7, found ffn.9"),
+        (with_layout(lambda tree: tree.update(layers=5_000_000)), "layout: layers: expected int <= 65536"),
+        (with_layout(lambda tree: tree.update(dim=96.0)), "layout: dim: expected int, found float"),
+        (with_layout(lambda tree: tree.update(tiers=None)), "layout: tiers: expected array, found null"),
+        (with_layout(lambda tree: tree["tiers"][0].update(rows=111)), "found 300"),
+        (with_layout(lambda tree: tree["tiers"][1].update(rows=-190)), "tiers[1].rows: expected int >= 1"),
+        (with_layout(lambda tree: part(tree).update(bands=[])), "expected array of length >= 1"),
+        (with_layout(lambda tree: part(tree).update(rotated=False)), "ffn.0: expected 96 elements, found 89"),
+        (with_layout(lambda tree: part(tree).update(name="x0")), "expected each part once, found x0 twice"),
+        (with_layout(lambda tree: part(tree)["bands"][0].update(bits=9)), "bits: expected a known value, found '9'"),
+        (with_layout(lambda tree: part(tree)["bands"][0].update(size=63)), "basis.ffn.0: expected"),
+        (
+            with_entry("row_of_token", dtype="F32"),
+            "tensor row_of_token: expected ('I32', (300,)), found ('F32', (300,))",
+        ),
+        (with_entry("checksums", shape=[-300]), "tensor checksums: shape[0]: expected int >= 0, found -300"),
     ],
 )
 def test_bad_file_is_refused(mixed_file, tmp_path, damage, found):
@@ -166,6 +202,37 @@ def test_bad_file_is_refused(mixed_file, tmp_path, damage, found):
     with pytest.raises(UserError, match=re.escape(found)) as caught:
         TolFile(path)
     assert path in str(caught.value)
+
+
+def verified(path):
+    with opened(path) as tol:
+        verify.check_file(tol)
+
+
+def test_every_flipped_bit_of_the_header_is_found(mixed_file, tmp_path):
+    path, reader, rng = shutil.copy(mixed_file[0], tmp_path), Reader(mixed_file[0]), np.random.default_rng(0)
+    field = reader.content.index(b'"header_checksum"')
+    own = range(8 * field, 8 * (field + len('"header_checksum": "0123456789abcdef"')))
+    bits = [*own, *rng.integers(0, 8 * reader.start, 300)]
+    assert missed_flips(path, bits, lambda path: TolFile(path).close()) == []
+
+
+def test_every_flipped_bit_of_the_data_is_found(mixed_file, tmp_path):
+    path, reader, rng = shutil.copy(mixed_file[0], tmp_path), Reader(mixed_file[0]), np.random.default_rng(0)
+    bits = rng.integers(8 * reader.start, 8 * len(reader.content), 50)
+    bits = [*bits, *(8 * reader.at(name) + 3 for name in reader.header)]
+    missed = {reader.tensor_at(bit // 8) for bit in missed_flips(path, bits, verified)}
+    assert missed == {"padding", "padding.1"}  # nobody uses them
+
+
+def test_file_without_a_header_checksum_opens(mixed_file, tmp_path):
+    """Files of earlier versions have none."""
+    reader, path = Reader(mixed_file[0]), str(tmp_path / "earlier")
+    header = {"__metadata__": {k: v for k, v in reader.meta.items() if k != "header_checksum"}} | reader.header
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + reader.content[reader.start :])
+    verified(path)
 
 
 def test_file_with_the_tensor_of_earlier_versions_opens(mixed_file, tmp_path):

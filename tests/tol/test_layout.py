@@ -10,7 +10,7 @@ from memoryllm_jax.tol.layout import Layout
 
 
 def test_layout_is_the_same_after_json():
-    assert Layout.from_json(json.loads(json.dumps(mixed().to_json()))) == mixed()
+    assert Layout.from_json(json.dumps(mixed().to_json()), "file") == mixed()
 
 
 def test_sizes_of_rows_and_bases():

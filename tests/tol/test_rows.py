@@ -55,7 +55,7 @@ def test_least_recently_used_row_leaves_first(tokenizer, tmp_path):
 def test_many_short_rows_are_loaded(tokenizer, tmp_path, place):
     """More rows in a run than one system call takes buffers (1,024 on Linux)."""
     source, vocab = Source(tokenizer, has_x0=False), 20_000
-    layout = Layout(8, 1, False, (Tier(vocab, (codec.Part("ffn.0", (codec.Band(8, 8),)),)),))
+    layout = Layout(8, 1, False, (Tier(vocab, (codec.Part("ffn.0", (codec.Band(8, 8),), rotated=False),)),))
     table = np.random.default_rng(0).normal(size=(vocab, 8)).astype(np.float32)
     source.vocab_size, source.dim, source.layers = vocab, 8, 1
     source.vectors = lambda ids: {"ffn.0": jnp.asarray(table)[ids]}
