@@ -10,6 +10,9 @@ corpus of several files uses several processes.
 Writes DIR/dataset.json, DIR/tokenizer.model, and DIR/{train,validation}-NNNNN.bin: little-endian token ids, one
 file shard for each input file. The hash of its text decides whether a document is held out for validation, so that
 copies of it never end up in both splits. With --validation_input, whole files are held out instead.
+
+With --scheduler, the workers of a Dask cluster do the work. They read the same paths and URLs, and DIR is a folder that
+all of them mount, or a URL.
 """
 
 from typing import Annotated
@@ -27,11 +30,12 @@ def main(
             "sentencepiece:FILE, sentencepiece:train:VOCAB, llama3:FILE (tokenizer.model) or hf:FILE (tokenizer.json)"
         ),
     ],
-    output: Annotated[str, Option("folder for the file shards, on a disk")],
+    output: Annotated[str, Option("folder or URL for the file shards")],
     validation_input: Annotated[str, Option("globs of files that are held out whole")] = "",
     validation_fraction: Annotated[float, Option("share of the documents that is held out")] = 0.005,
     text_key: Annotated[str, Option("JSON field or parquet column that holds the text")] = "text",
     workers: Annotated[int, Option("processes; 0: one for each core, at most one for each file", least=0)] = 0,
+    scheduler: Annotated[str, Option("tcp://HOST:PORT of a Dask cluster, which then does the work")] = "",
 ) -> None:
     shards.prepare(
         input,
@@ -41,6 +45,7 @@ def main(
         validation_fraction=validation_fraction,
         text_key=text_key,
         workers=workers,
+        scheduler=scheduler,
     )
 
 

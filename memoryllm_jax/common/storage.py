@@ -166,6 +166,24 @@ def sizes(folder: str) -> dict[str, int]:
     return {os.path.basename(entry["name"]): entry["size"] for entry in entries if entry["type"] == "file"}
 
 
+def names(folder: str) -> set[str]:
+    """The names of all files and folders in a folder; none if there is no such folder. Raises: UserError."""
+    fs, name = filesystem(folder)
+    with user_errors(folder):
+        try:
+            entries = fs.ls(name, detail=False)
+        except FileNotFoundError:
+            return set()
+    return {os.path.basename(entry.rstrip("/")) for entry in entries}
+
+
+def remove(path: str) -> None:
+    """Removes a file, if there is one. Raises: UserError."""
+    fs, name = filesystem(path)
+    with user_errors(path), contextlib.suppress(FileNotFoundError):
+        fs.rm_file(name)
+
+
 def sha256(path: str) -> str:
     """The SHA-256 of a file, in hexadecimal. Raises: UserError."""
     fs, name = filesystem(path)
@@ -201,10 +219,22 @@ def lock_folder(path: str):
         holder = file.read().strip() or "unknown"
         file.close()
         raise UserError(f"{path}: in use by another run ({holder})") from error
+    if not os.path.exists(name) or not os.path.samestat(os.stat(name), os.fstat(file.fileno())):
+        # `discard_lock` of another run has removed the file between the two calls above. A lock on it means nothing.
+        file.close()
+        return lock_folder(path)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
+
+
+def discard_lock(lock, path: str) -> None:
+    """Removes the lock file that `lock_folder` returned, and the folder if nothing else is in it, then unlocks."""
+    with contextlib.suppress(OSError):  # not empty, or a folder that the user may not remove
+        os.remove(os.path.join(path, ".lock"))
+        os.rmdir(path)
+    lock.close()
 
 
 class Claim:
@@ -224,3 +254,7 @@ class Claim:
         found = read_bytes(self.path, "the mark of this run").decode()
         if found != self._text:
             raise UserError(f"{self.path}: another run has taken over ({found}), so this one ends")
+
+    def discard(self) -> None:
+        """Removes the mark of a run that wrote nothing else. Raises: UserError."""
+        remove(self.path)

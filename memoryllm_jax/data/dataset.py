@@ -136,6 +136,21 @@ def read_record(folder: str) -> DatasetRecord:
     return record
 
 
+def load_tokenizer(folder: str, expected: TokenizerRecord) -> Tokenizer:
+    """The tokenizer in a folder of prepared data. Raises: UserError if it has another checksum than recorded."""
+    path = storage.inside(folder, expected.file, f"{folder}: the tokenizer's file")
+    model = tokenizer_lib.load(f"{expected.kind}:{path}")
+    if model.digest != expected.digest:
+        raise UserError(
+            f"{path}: the tokenizer does not match the data: "
+            f"expected SHA-256 {expected.digest[:12]}..., found {model.digest[:12]}..."
+        )
+    if model.kind == "hf":
+        # `prepare` may have read bos and eos from a tokenizer_config.json, which is not beside the file shards.
+        model.name_special(expected.bos_id, [] if expected.eos_id is None else [expected.eos_id])
+    return model
+
+
 class Dataset:
     """A folder that `prepare` wrote, or a copy of it behind a URL that fsspec reads.
 
@@ -162,22 +177,12 @@ class Dataset:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the data. Raises: UserError if tokenizer.model has another checksum than recorded."""
-        expected = self.record.tokenizer
-        path = os.path.join(self.path, expected.file)
-        model = tokenizer_lib.load(f"{expected.kind}:{path}")
-        if model.digest != expected.digest:
-            raise UserError(
-                f"{path}: the tokenizer does not match the data: "
-                f"expected SHA-256 {expected.digest[:12]}..., found {model.digest[:12]}..."
-            )
+        model = load_tokenizer(self.path, self.record.tokenizer)
         if model.vocab_size != self.vocab_size:
             where = os.path.join(self.path, "dataset.json")
             raise UserError(
                 f"{where}: vocab_size: expected the tokenizer's {model.vocab_size}, found {self.vocab_size}"
             )
-        if model.kind == "hf":
-            # `prepare` may have read bos and eos from a tokenizer_config.json, which is not beside the file shards.
-            model.name_special(expected.bos_id, [] if expected.eos_id is None else [expected.eos_id])
         return model
 
     def verify(self, part: int = 0, parts: int = 1) -> None:

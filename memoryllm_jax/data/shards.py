@@ -1,32 +1,41 @@
 """Turns text files into file shards of tokens for training: one file shard for each input file and split.
 
-Each worker process tokenizes whole input files. In the output folder, `.plan.json` holds the arguments and `.done/` has
-a record of each finished input file, so that a run that was killed goes on with the others. `dataset.json` is written
-last.
+Each worker tokenizes whole input files, in processes of this machine or on a Dask cluster. In the output folder,
+`.plan.json` and `.done/` hold what is to be done and what is finished (plan.py), so that a run that was killed goes on
+with the other files. `dataset.json` is written last.
 """
 
-import concurrent.futures
-import concurrent.futures.process
+import contextlib
+import functools
 import hashlib
 import math
-import multiprocessing
 import os
-import queue
-import shutil
-import signal
-import threading
+import re
+import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from memoryllm_jax.common import storage
+from memoryllm_jax.common import records, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.progress import Progress
-from memoryllm_jax.data import documents
+from memoryllm_jax.data import dataset as dataset_lib
+from memoryllm_jax.data import documents, executors
+from memoryllm_jax.data import plan as plan_lib
 from memoryllm_jax.data import tokenizer as tokenizer_lib
-from memoryllm_jax.data.dataset import FORMAT, SPLITS
+from memoryllm_jax.data.dataset import (
+    FORMAT,
+    SPLITS,
+    DatasetRecord,
+    ShardRecord,
+    SplitRecord,
+    SplitRecords,
+    TokenizerRecord,
+)
+from memoryllm_jax.data.plan import PLAN, Plan, Source, shard_name
 from memoryllm_jax.data.tokenizer import Tokenizer
 
 SENTENCEPIECE_CHARS = 50_000_000  # characters that a SentencePiece model is trained on, at most
@@ -34,24 +43,20 @@ _SAMPLED_FILES = 64  # input files that these characters come from, at most
 _BATCH_CHARS = 1_000_000  # characters tokenized at a time
 _TRAIN_SPEC = "sentencepiece:train:"
 _UINT16_IDS = 1 << 16  # vocabularies of up to this size are stored as uint16, others as uint32
+_TOKENIZER = "tokenizer.model"
+_PART = re.compile(rf"({'|'.join(SPLITS)}|record)-\d+\.[0-9a-f]{{32}}\.part")  # a file that a worker has not finished
+# NFS clients may see an old state of a folder for as long as their cache of attributes lasts: 60 seconds by default.
+_SHARED_WAIT_S = 60
 
 
-class Source(NamedTuple):
-    """An input file."""
+class Task(NamedTuple):
+    """Tokenizing one input file. A worker finds everything else in the output folder."""
 
-    index: int  # names its file shards
-    path: str
-    size: int  # bytes as stored
-    held_out: bool  # whether the whole file is held out for validation
-
-
-class Settings(NamedTuple):
-    """What tokenizing a file depends on, apart from the tokenizer."""
-
+    index: int  # of the input file in the plan
     output: str
-    text_key: str
-    validation_fraction: float
-    threads: int  # threads of the tokenizer in each worker
+    plan: str  # digest of the plan
+    threads: int  # threads of the tokenizer
+    wait_s: float  # how long the plan may take to become visible on the worker's machine
 
 
 def prepare(
@@ -63,175 +68,195 @@ def prepare(
     validation_fraction: float = 0.005,
     text_key: str = "text",
     workers: int = 0,
-) -> dict:
+    scheduler: str = "",
+) -> DatasetRecord:
     """Writes file shards into a folder, or finishes what an earlier run with the same arguments left unfinished.
 
     Args:
       pattern: comma-separated globs of text files, or "embedded".
       tokenizer_spec: sentencepiece:FILE, sentencepiece:train:VOCAB, llama3:FILE or hf:FILE.
-      output: the folder, on a disk.
+      output: the folder, or a URL that fsspec writes to.
       validation_pattern: globs of files that are held out whole; then no other document is held out.
       validation_fraction: share of the documents that is held out, chosen by the hash of their text.
       text_key: JSON field or parquet column that holds the text.
       workers: processes; 0: one for each core, at most one for each file.
+      scheduler: address of a Dask scheduler, whose workers tokenize the files and share the folder; "": this machine.
     Returns: the contents of dataset.json.
     Raises: UserError.
     """
-    if storage.is_url(output):
-        raise ArgumentError(
-            "output", f"expected a folder on a disk, which can be copied to a URL afterwards, found {output}"
-        )
     if not 0 < validation_fraction < 1:
         raise ArgumentError("validation_fraction", f"expected a number between 0 and 1, found {validation_fraction}")
     if workers < 0:
         raise ArgumentError("workers", f"expected at least 0, found {workers}")
+    if workers and scheduler:
+        raise ArgumentError("workers", f"expected 0 with a scheduler, which has workers of its own, found {workers}")
     sources = _sources(pattern, validation_pattern)
-    plan = {
-        "format": FORMAT,
-        "tokenizer": tokenizer_spec,
-        "text_key": text_key,
-        "validation_fraction": 0.0 if validation_pattern else validation_fraction,
-        "sources": [[source.path, source.size, source.held_out] for source in sources],
-    }
-    lock = storage.lock_folder(output)
+    plan = Plan(
+        format=FORMAT,
+        tokenizer=tokenizer_spec,
+        text_key=text_key,
+        validation_fraction=0.0 if validation_pattern else validation_fraction,
+        sources=sources,
+    )
+    # Workers on other machines may have another working folder.
+    output = storage.absolute(output)
+    with _held(output) as check_held:
+        return _prepare(plan, output, workers, scheduler, check_held)
+
+
+@contextlib.contextmanager
+def _held(output: str) -> Iterator[Callable[[], None]]:
+    """Keeps other runs out of the output folder, and removes what a run left that failed before it finished a file.
+
+    Yields: a function that raises UserError if another run has taken over the folder, which only a URL allows.
+    """
+    if storage.is_url(output):
+        claim = storage.Claim(output)
+        check_held, discard, release = claim.check, claim.discard, lambda: None
+    else:
+        lock = storage.lock_folder(output)
+        check_held, discard, release = lambda: None, lambda: storage.discard_lock(lock, output), lock.close
     try:
-        return _prepare(plan, sources, output, workers)
+        yield check_held
     except UserError:
+        check_held()  # if another run has taken over, what is there belongs to it
         _undo_start(output)
+        if storage.names(output) <= {".lock"}:
+            discard()
         raise
     finally:
-        lock.close()
+        release()
 
 
-def _sources(pattern: str, validation_pattern: str) -> list[Source]:
+def _sources(pattern: str, validation_pattern: str) -> tuple[Source, ...]:
     """The input files, those that are held out whole last. A file that both patterns match is held out."""
     held_out = documents.expand(validation_pattern) if validation_pattern else []
     matched = documents.expand(pattern)
     to_train = [path for path in matched if path not in set(held_out)]
     if len(to_train) < len(matched):
-        print(f"{len(matched) - len(to_train)} files of the input are held out, as validation_input names them too")
+        held = len(matched) - len(to_train)
+        print(f"files of the input that are held out, as validation_input names them too: {held}")
     if not to_train:
         raise ArgumentError("input", f"expected files other than those of validation_input, found none in {pattern}")
     paths = [(path, False) for path in to_train] + [(path, True) for path in held_out]
-    return [Source(i, path, documents.size(path), whole) for i, (path, whole) in enumerate(paths)]
+    return tuple(Source(path, documents.size(path), whole) for path, whole in paths)
 
 
 def _undo_start(output: str) -> None:
-    """Removes the plan and the tokenizer of a run that failed before any input file was finished."""
-    plan_path = os.path.join(output, ".plan.json")
-    if _has_results(output) or not os.path.exists(plan_path):
+    """Removes what a run wrote that failed before any input file was finished."""
+    if _has_results(output):
         return
-    for name in (".plan.json", "tokenizer.model"):
-        if os.path.exists(os.path.join(output, name)):
-            os.remove(os.path.join(output, name))
+    if storage.exists(os.path.join(output, PLAN)):
+        for name in (PLAN, _TOKENIZER):
+            storage.remove(os.path.join(output, name))
+    plan_lib.remove_records(output)
 
 
 def _has_results(output: str) -> bool:
     """Whether an earlier run finished at least one input file."""
-    done = os.path.join(output, ".done")
-    return os.path.exists(os.path.join(output, "dataset.json")) or (os.path.isdir(done) and bool(os.listdir(done)))
+    return storage.exists(os.path.join(output, "dataset.json")) or bool(plan_lib.finished(output))
 
 
-def _prepare(plan: dict, sources: list[Source], output: str, workers: int) -> dict:
-    """`prepare` in a folder that is locked. Returns: the contents of dataset.json."""
-    manifest = os.path.join(output, "dataset.json")
-    resumes = _begin(plan, output)
-    model = _tokenizer(plan["tokenizer"], sources, plan["text_key"], output, resumes)
-    if os.path.exists(manifest):
+def _prepare(plan: Plan, output: str, workers: int, scheduler: str, check_held: Callable[[], None]) -> DatasetRecord:
+    """`prepare` in a folder that belongs to this run. Returns: the contents of dataset.json."""
+    plan, model = _begin(plan, output, check_held)
+    _remove_parts(output)
+    if storage.exists(os.path.join(output, "dataset.json")):
+        plan_lib.remove_records(output)  # of a run that was killed after it had written dataset.json
         print(f"{output}: already prepared")
-        return storage.read_json(manifest, "a prepared data set")
-
-    cores = os.cpu_count() or 1
-    workers = min(workers or cores, len(sources))
-    threads = max(1, cores // workers)
-    settings = Settings(output, plan["text_key"], plan["validation_fraction"], threads)
-    records = _tokenize(sources, settings, model, workers)
-    splits = {split: _merged([record[split] for record in records if split in record]) for split in SPLITS}
-    if not splits["train"]["tokens"]:
+        return dataset_lib.read_record(output)
+    shards_of_files = _tokenize(plan, output, workers, scheduler, check_held)
+    splits = {}
+    for split in SPLITS:
+        splits[split] = _merged([shards[split] for shards in shards_of_files if split in shards])
+    if not splits["train"].tokens:
         raise UserError(f"{output}: expected documents to train on, found none; check input and validation_fraction")
-    if not splits["validation"]["tokens"]:
-        splits = _hold_out_the_end(splits["train"]["shards"], plan["validation_fraction"], output, model)
-    dataset = {
-        "format": FORMAT,
-        "tokenizer": {
-            "kind": model.kind,
-            "file": "tokenizer.model",
-            "digest": model.digest,
-            "bos_id": model.bos_id,
-            "eos_id": model.eos_id,
-        },
-        "vocab_size": model.vocab_size,
-        "dtype": _dtype(model).name,
-        "splits": splits,
-    }
-    storage.write_json(manifest, dataset)
-    shutil.rmtree(os.path.join(output, ".done"))
+    if not splits["validation"].tokens:
+        splits = _hold_out_the_end(splits["train"].shards, plan.validation_fraction, output, model)
+    record = DatasetRecord(
+        format=FORMAT,
+        tokenizer=plan.model,
+        vocab_size=model.vocab_size,
+        dtype=_dtype(model).name,
+        splits=SplitRecords(**splits),
+    )
+    check_held()
+    storage.write_json(os.path.join(output, "dataset.json"), records.to_json(record))
+    plan_lib.remove_records(output)
+    _remove_parts(output)
     for name, split in splits.items():
+        count = len(split.shards)
         print(
-            f"{name}: {split['documents']:,} documents, {split['bytes']:,} bytes, {split['tokens']:,} tokens "
-            f"({split['bytes'] / split['tokens']:.2f} bytes a token), {len(split['shards'])} file shards"
+            f"{name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens "
+            f"({split.bytes / split.tokens:.2f} bytes a token), {count} file shard{'' if count == 1 else 's'}"
         )
-    return dataset
+    return record
 
 
-def _begin(plan: dict, output: str) -> bool:
-    """Writes the plan, or compares it with the plan of an earlier run.
+def _begin(plan: Plan, output: str, check_held: Callable[[], None]) -> tuple[Plan, Tokenizer]:
+    """Writes the tokenizer and then the plan that names it, or checks those of an earlier run.
 
-    Returns: whether this run resumes an earlier one. Raises: UserError if their plans differ.
+    Returns: (the plan with its tokenizer, the tokenizer).
+    Raises: UserError if the earlier run had another plan or tokenizer.
     """
-    plan_path = os.path.join(output, ".plan.json")
-    if os.path.exists(plan_path) and _has_results(output):
-        before = storage.read_json(plan_path, "the plan of an earlier prepare")
-        different = [key for key in plan if before.get(key) != plan[key]]
-        if different:
-            raise UserError(
-                f"{output}: was begun with another {', '.join(different)}; finish that run, or use a new folder"
-            )
-        return True
-    if os.path.exists(os.path.join(output, "dataset.json")):
-        raise UserError(f"{output}: holds data without its plan; use a new folder")
-    if os.path.exists(os.path.join(output, "tokenizer.model")) and not os.path.exists(plan_path):
-        raise UserError(f"{output}: holds a tokenizer.model that `prepare` did not write; use another folder")
-    storage.write_json(plan_path, plan)
-    return False
-
-
-def _tokenizer(spec: str, sources: list[Source], text_key: str, output: str, resumes: bool) -> Tokenizer:
-    """Loads or trains the tokenizer of the spec and copies it to tokenizer.model.
-
-    Args:
-      resumes: whether an earlier run has written tokenizer.model; a trained tokenizer is then read from there.
-    Raises: UserError if the earlier run had another tokenizer.
-    """
-    path = os.path.join(output, "tokenizer.model")
-    if spec.startswith(_TRAIN_SPEC):
-        if resumes:
-            return tokenizer_lib.load(f"sentencepiece:{path}")
-        model = _train_tokenizer(spec, sources, text_key)
+    if storage.exists(os.path.join(output, PLAN)):
+        if _has_results(output):
+            return _resume(plan, plan_lib.read_plan(output), output)
     else:
-        model = tokenizer_lib.load(spec)
-        if resumes and storage.sha256(path) != model.digest:
-            raise UserError(f"{output}: was begun with another tokenizer than {spec}; use a new folder")
-    storage.write_bytes(path, model.content)
-    return model
+        if storage.exists(os.path.join(output, "dataset.json")):
+            raise UserError(f"{output}: holds data without its plan; use a new folder")
+        if storage.exists(os.path.join(output, _TOKENIZER)):
+            raise UserError(f"{output}: holds a {_TOKENIZER} that `prepare` did not write; use another folder")
+        plan_lib.remove_records(output)  # nobody knows what they are records of
+    # Written before the tokenizer too, as the plan shows that tokenizer.model is not the user's own file.
+    plan_lib.write_plan(plan, output)
+    is_trained = plan.tokenizer.startswith(_TRAIN_SPEC)
+    model = _train_tokenizer(plan) if is_trained else tokenizer_lib.load(plan.tokenizer)
+    check_held()
+    storage.write_bytes(os.path.join(output, _TOKENIZER), model.content)
+    plan = plan.with_model(_tokenizer_record(model))
+    plan_lib.write_plan(plan, output)
+    return plan, model
 
 
-def _train_tokenizer(spec: str, sources: list[Source], text_key: str) -> Tokenizer:
-    size = spec.removeprefix(_TRAIN_SPEC)
+def _resume(plan: Plan, before: Plan, output: str) -> tuple[Plan, Tokenizer]:
+    """Checks that this run goes on with what an earlier one began, by its plan `before`; results as of `_begin`."""
+    before.check_same(plan, output)
+    if storage.exists(os.path.join(output, "dataset.json")):
+        # Plans of version 0.1.0 do not hold the tokenizer, but dataset.json does.
+        before = before.with_model(dataset_lib.read_record(output).tokenizer)
+    elif before.model is None:
+        raise UserError(f"{output}: was begun by an earlier version of `prepare`; use a new folder")
+    model = dataset_lib.load_tokenizer(output, before.model)
+    if not plan.tokenizer.startswith(_TRAIN_SPEC):
+        given = _tokenizer_record(tokenizer_lib.load(plan.tokenizer))
+        if given != before.model:
+            raise UserError(f"{output}: was begun with another tokenizer than {plan.tokenizer}; use a new folder")
+    return before, model
+
+
+def _tokenizer_record(model: Tokenizer) -> TokenizerRecord:
+    return TokenizerRecord(
+        kind=model.kind, file=_TOKENIZER, digest=model.digest, bos_id=model.bos_id, eos_id=model.eos_id
+    )
+
+
+def _train_tokenizer(plan: Plan) -> Tokenizer:
+    size = plan.tokenizer.removeprefix(_TRAIN_SPEC)
     if not size.isdecimal():
-        raise ArgumentError("tokenizer", f"expected a vocabulary size at the end of {spec}, found {size!r}")
+        raise ArgumentError("tokenizer", f"expected a vocabulary size at the end of {plan.tokenizer}, found {size!r}")
     print(f"training a SentencePiece model of {size} ids", flush=True)
-    return tokenizer_lib.train_sentencepiece(_sample(sources, text_key), int(size), os.cpu_count())
+    return tokenizer_lib.train_sentencepiece(_sample(plan), int(size), os.cpu_count())
 
 
-def _sample(sources: list[Source], text_key: str) -> Iterator[str]:
+def _sample(plan: Plan) -> Iterator[str]:
     """Documents to train a tokenizer on: about equally many characters from each of some evenly spread files."""
-    sources = [source for source in sources if not source.held_out]
+    sources = [source for source in plan.sources if not source.held_out]
     every = math.ceil(len(sources) / _SAMPLED_FILES)
     chosen = sources[::every]
     for source in chosen:
         left = SENTENCEPIECE_CHARS // len(chosen)
-        for text, _ in documents.read(source.path, text_key):
+        for text, _ in documents.read(source.path, plan.text_key):
             yield text
             left -= len(text)
             if left < 0:
@@ -241,133 +266,89 @@ def _sample(sources: list[Source], text_key: str) -> Iterator[str]:
 class _Report:
     """Progress over all files. A worker reports (index of its file, bytes of it read so far, tokens written so far)."""
 
-    def __init__(self, sources: list[Source], finished: list[Source]):
+    def __init__(self, sources: tuple[Source, ...], finished: set[int]):
         self._sizes = [source.size for source in sources]
-        self._bytes = {source.index: source.size for source in finished}
+        self._finished = finished  # by an earlier run, whose bytes and tokens say nothing about the rate of this one
+        self._bytes = {index: self._sizes[index] for index in finished}
         self._tokens: dict[int, int] = {}
         self._start = time.monotonic()
         self._progress = Progress("prepare", sum(self._sizes), "B", initial=sum(self._bytes.values()))
 
     def __call__(self, index: int, position: int, tokens: int) -> None:
+        if index in self._finished:
+            return
         # A buffered reader may be past the size that was measured.
         self._bytes[index] = min(position, self._sizes[index])
         self._tokens[index] = tokens
         rate = sum(self._tokens.values()) / (time.monotonic() - self._start)
         self._progress.update(sum(self._bytes.values()), f"{rate / 1e3:,.0f} k tokens/s")
 
+    def finish(self, index: int, shards: dict[str, ShardRecord]) -> None:
+        """Reports that a file is finished."""
+        self(index, self._sizes[index], sum(shard.tokens for shard in shards.values()))
+
     def close(self) -> None:
         self._progress.close()
 
 
-def _tokenize(sources, settings, model, workers) -> list[dict]:
-    """Tokenizes all files but those that an earlier run finished. Returns: the record of each file, in order."""
-    os.makedirs(os.path.join(settings.output, ".done"), exist_ok=True)
-    records = {source.index: _record_of(source, settings.output, model) for source in sources}
-    todo = [source for source in sources if records[source.index] is None]
-    report = _Report(sources, [source for source in sources if records[source.index] is not None])
-    if workers == 1:
-        for source in todo:
-            records[source.index] = _tokenize_file(source, settings, model, report)
-    elif todo:
-        records |= _in_processes(todo, settings, model, workers, report)
+def _tokenize(plan, output, workers, scheduler, check_held) -> list[dict[str, ShardRecord]]:
+    """Tokenizes all files but those that an earlier run finished, which are checked.
+
+    Returns: {split: its file shard} of each file, in order.
+    """
+    cores = os.cpu_count() or 1
+    count = min(workers or cores, len(plan.sources))
+    # On a cluster each thread of a Dask worker has a file of its own.
+    threads = 1 if scheduler else max(1, cores // count)
+    wait_s = _SHARED_WAIT_S if scheduler else 0
+    digest = plan_lib.digest(output)
+    tasks = [Task(index, output, digest, threads, wait_s) for index in range(len(plan.sources))]
+    finished = plan_lib.finished(output) & set(range(len(tasks)))
+    report = _Report(plan.sources, finished)
+    if scheduler:
+        results = executors.on_cluster(tokenize_file, tasks, scheduler)
+    else:
+        results = executors.in_processes(tokenize_file, tasks, count, report)
+    out = {}
+    # closing: an error here stops the workers at once, not when the generator is collected.
+    with contextlib.closing(results):
+        for task, shards in results:
+            out[task.index] = shards
+            report.finish(task.index, shards)
+            check_held()
     report.close()
-    return [records[source.index] for source in sources]
-
-
-def _in_processes(todo, settings, model, workers, report) -> dict[int, dict]:
-    """Tokenizes files in worker processes. Returns: {index of a file: its record}. Raises: UserError."""
-    # Not "fork", which would copy JAX's locks but not the threads that hold them.
-    context = multiprocessing.get_context("spawn")
-    reports = context.Queue()
-    arguments = (settings, model.to_json(), reports)
-    records = {}
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
-        futures = {pool.submit(_work, source): source.index for source in todo}
-        waiting = set(futures)
-        try:
-            while waiting:
-                # The timeout lets progress be shown while no file is finished.
-                finished, waiting = concurrent.futures.wait(waiting, timeout=0.2)
-                for future in finished:
-                    records[futures[future]] = future.result()
-                _drain(reports, report)
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise UserError(
-                f"a worker process was killed, perhaps for lack of memory; try fewer workers than {workers}"
-            ) from error
-        except BaseException:
-            # Leaving the `with` block would first tokenize all files that have not been started.
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    return records
-
-
-def _drain(reports: multiprocessing.Queue, report: _Report) -> None:
-    """Passes on all progress reports that the workers have sent."""
-    while True:
-        try:
-            report(*reports.get_nowait())
-        except queue.Empty:
-            return
-
-
-_worker = {}  # in a worker process: the arguments of `_start_worker`, for `_work`
-
-
-def _start_worker(settings, model, reports) -> None:
-    """Sets up a worker process, before it gets any file."""
-
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    # A parent that is killed cannot stop its workers.
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent stops its workers
-    # A worker normally waits at its end until its reports are read. A parent that fails no longer reads them.
-    reports.cancel_join_thread()
-    _worker.update(settings=settings, model=Tokenizer.from_json(model), reports=reports)
-
-
-def _work(source: Source) -> dict:
-    """`_tokenize_file` in a worker process."""
-
-    def report(*progress):
-        _worker["reports"].put(progress)
-
-    return _tokenize_file(source, _worker["settings"], _worker["model"], report)
+    return [out[index] for index in range(len(tasks))]
 
 
 def _dtype(model) -> np.dtype:
     return np.dtype("<u2") if model.vocab_size <= _UINT16_IDS else np.dtype("<u4")
 
 
-def _record_path(source, output):
-    return os.path.join(output, ".done", f"{source.index:05}.json")
+# Files of one run share the tokenizer. The digest is part of the key: a worker of a cluster outlives a run.
+@functools.lru_cache(2)
+def _open_plan(output: str, digest: str) -> tuple[Plan, Tokenizer]:
+    """The plan in the output folder, and its tokenizer, for a worker."""
+    plan = plan_lib.read_plan(output)
+    return plan, dataset_lib.load_tokenizer(output, plan.model)
 
 
-def _record_of(source, output, model) -> dict | None:
-    """The record that an earlier run wrote for this file, or None if there is none or its file shards have changed."""
-    if not os.path.exists(_record_path(source, output)):
-        return None
-    record = storage.read_json(_record_path(source, output), "a record of an earlier prepare")
-    for shard in record.values():
-        path = os.path.join(output, shard["file"])
-        if not os.path.exists(path) or os.path.getsize(path) != shard["tokens"] * _dtype(model).itemsize:
-            return None
-    return record
+def _check_plan(task: Task) -> None:
+    """Raises: UserError if the output folder, as this machine sees it, does not belong to this run."""
+    deadline = time.monotonic() + task.wait_s
+    while (found := plan_lib.digest(task.output)) != task.plan:
+        if time.monotonic() >= deadline:
+            problem = "the plan of another run" if found else "none"
+            raise UserError(f"{task.output}: expected the plan of this run, which all workers see, found {problem}")
+        time.sleep(1)
 
 
 class _ShardWriter:
-    """Writes one file shard to PATH.part; `close` renames it to PATH."""
+    """Writes one file shard under a name of its own; the caller publishes it."""
 
-    def __init__(self, split, source, settings, model):
-        self.name = f"{split}-{source.index:05}.bin"
-        # Not `storage.replaced`, which always ends with a file: a file shard without a token is not kept, and the file
-        # shards of both splits are open at once.
-        self._path = os.path.join(settings.output, self.name)
+    def __init__(self, split: str, index: int, folder: str, model: Tokenizer):
+        self.name, self.path = shard_name(split, index), _part_path(split, index, folder)
         self._dtype, self._model = _dtype(model), model
-        self._file, self._sha = open(f"{self._path}.part", "wb"), hashlib.sha256()
+        self._file, self._sha = open(self.path, "xb"), hashlib.sha256()
         self.documents = self.tokens = self.bytes = 0
 
     def write(self, texts: list[str], ids_of_texts: list[list[int]]) -> None:
@@ -385,49 +366,121 @@ class _ShardWriter:
         self.tokens += array.size
         self.bytes += sum(len(text.encode()) for text in texts)
 
-    def close(self) -> dict:
-        """Returns: the file shard's record for dataset.json. Without any token no file is written."""
+    def close(self) -> ShardRecord:
+        """Returns: the file shard's record for dataset.json."""
+        self._file.flush()
+        os.fsync(self._file.fileno())  # so that a power cut cannot leave a record without its file shard
         self._file.close()
-        if self.tokens:
-            os.replace(f"{self._path}.part", self._path)
-        else:
-            os.remove(f"{self._path}.part")
-        counts = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
-        return {"file": self.name, **counts, "sha256": self._sha.hexdigest()}
+        return ShardRecord(
+            file=self.name,
+            documents=self.documents,
+            tokens=self.tokens,
+            bytes=self.bytes,
+            sha256=self._sha.hexdigest(),
+        )
 
     def abandon(self) -> None:
-        """Removes the unfinished file."""
+        """Removes the file, unless it was published."""
         self._file.close()
-        if os.path.exists(f"{self._path}.part"):
-            os.remove(f"{self._path}.part")
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self.path)
 
 
-def _tokenize_file(source, settings, model, report: Callable[[int, int, int], None]) -> dict:
-    """Tokenizes one input file, and records in `.done` that it is finished.
+def tokenize_file(task: Task, report: Callable[[int, int, int], None]) -> dict[str, ShardRecord]:
+    """Tokenizes one input file, and records in `.done` that it is finished; runs in a worker.
 
-    Returns: {split: record of its file shard}. Raises: UserError; no .part file is left behind.
+    Several workers may do so for the same file at the same time: a cluster gives the file of a worker that it has lost
+    from sight to another one. Both write the same bytes, each under names of its own until a file is complete.
+
+    Args:
+      report: takes (index of the file, bytes of it read so far, tokens written so far).
+    Returns: {split: its file shard}; a split without a token has none. An earlier run may have finished the file.
+    Raises: UserError; nothing unfinished is left behind.
     """
-    splits = ("validation",) if source.held_out else SPLITS
+    _check_plan(task)
+    plan, model = _open_plan(task.output, task.plan)
+    source = plan.sources[task.index]
+    shards = plan_lib.finished_shards(task.index, task.plan, source, task.output)
+    if shards is not None:
+        return shards
+    if (found := documents.size(source.path)) != source.size:
+        raise UserError(f"{source.path}: expected {source.size} bytes, as when this run began, found {found}")
+    with _scratch(task.output) as folder:
+        return _write_shards(task, plan, model, folder, report)
+
+
+def _write_shards(task: Task, plan: Plan, model: Tokenizer, folder: str, report) -> dict[str, ShardRecord]:
+    """Tokenizes one input file into files of `folder`, and publishes them; results as of `tokenize_file`."""
+    source = plan.sources[task.index]
     writers: dict[str, _ShardWriter] = {}
     try:
-        for split in splits:
-            writers[split] = _ShardWriter(split, source, settings, model)
-        position = 0
-        for texts, position in _batches(source.path, settings.text_key):
-            _write_batch(texts, source, settings, model, writers)
-            report(source.index, position, sum(writer.tokens for writer in writers.values()))
+        for split in ("validation",) if source.held_out else SPLITS:
+            writers[split] = _ShardWriter(split, task.index, folder, model)
+        for texts, position in _batches(source.path, plan.text_key):
+            _write_batch(texts, source, plan, model, writers, task.threads)
+            report(task.index, position, sum(writer.tokens for writer in writers.values()))
         if not any(writer.documents for writer in writers.values()):
             raise UserError(f"{source.path}: expected documents, found none")
-        record = {split: writer.close() for split, writer in writers.items()}
-    except BaseException as error:
+        shards = {split: writer.close() for split, writer in writers.items()}
+        shards = {split: shard for split, shard in shards.items() if shard.tokens}
+        # Another run may have begun meanwhile, with other arguments: its file shards have the same names.
+        _check_plan(task)
+        for split, shard in shards.items():
+            _publish(writers[split].path, os.path.join(task.output, shard.file))
+        _publish_record(task, shards, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
+    finally:
         for writer in writers.values():
             writer.abandon()
-        if isinstance(error, OSError):
-            raise UserError(f"{settings.output}: cannot be written: {error.strerror}") from error
-        raise
-    record = {split: shard for split, shard in record.items() if shard["tokens"]}
-    storage.write_json(_record_path(source, settings.output), record)
-    return record
+    return shards
+
+
+def _publish_record(task: Task, shards: dict[str, ShardRecord], folder: str) -> None:
+    """Writes the record of a finished file."""
+    path = _part_path("record", task.index, folder)
+    try:
+        with open(path, "xb") as file:
+            file.write(plan_lib.encode_record(task.plan, shards))
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(path, plan_lib.record_path(task.index, task.output))
+    finally:
+        if os.path.exists(path):
+            os.remove(path)
+
+
+@contextlib.contextmanager
+def _scratch(output: str) -> Iterator[str]:
+    """Yields the folder for files that are not finished: on a disk the output folder, from which they are renamed."""
+    if storage.is_url(output):
+        with tempfile.TemporaryDirectory(prefix="memoryllm_jax_") as folder:
+            yield folder
+    else:
+        yield output
+
+
+def _part_path(name: str, index: int, folder: str) -> str:
+    """A path for a file that is not finished. No other worker has the same one."""
+    return os.path.join(folder, f"{name}-{index:05}.{uuid.uuid4().hex}.part")
+
+
+def _publish(part: str, path: str) -> None:
+    """Moves a finished file to its name, where it becomes visible as a whole."""
+    if storage.is_url(path):
+        storage.upload(part, path)
+    else:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.replace(part, path)
+
+
+def _remove_parts(output: str) -> None:
+    """Removes files that killed workers did not finish. A worker that is still alive after all ends with an error."""
+    if storage.is_url(output):
+        return
+    for name in storage.names(output):
+        if _PART.fullmatch(name):
+            storage.remove(os.path.join(output, name))
 
 
 def _batches(path, text_key) -> Iterator[tuple[list[str], int]]:
@@ -442,30 +495,34 @@ def _batches(path, text_key) -> Iterator[tuple[list[str], int]]:
     yield batch, position
 
 
-def _write_batch(texts: list[str], source, settings, model, writers: dict[str, _ShardWriter]) -> None:
+def _write_batch(texts: list[str], source, plan, model, writers: dict[str, _ShardWriter], threads: int) -> None:
     """Tokenizes documents and writes each to the file shard of its split."""
     by_split: dict[str, list[str]] = {split: [] for split in writers}
     for text in texts:
-        by_split[_split_of(text, source, settings)].append(text)
+        by_split[_split_of(text, source, plan)].append(text)
     for split, chosen in by_split.items():
-        writers[split].write(chosen, model.encode_batch(chosen, settings.threads))
+        writers[split].write(chosen, model.encode_batch(chosen, threads))
 
 
-def _split_of(text, source, settings) -> str:
+def _split_of(text, source, plan) -> str:
     if source.held_out:
         return "validation"
     # The hash, as a number in [0, 1), gives all copies of a document the same split, whatever files they are in.
     share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-    return "validation" if share < settings.validation_fraction else "train"
+    return "validation" if share < plan.validation_fraction else "train"
 
 
-def _merged(shards: list[dict]) -> dict:
+def _merged(shards: list[ShardRecord]) -> SplitRecord:
     """The record of a split in dataset.json, from those of its file shards."""
-    totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")}
-    return totals | {"shards": shards}
+    return SplitRecord(
+        documents=sum(shard.documents for shard in shards),
+        tokens=sum(shard.tokens for shard in shards),
+        bytes=sum(shard.bytes for shard in shards),
+        shards=tuple(shards),
+    )
 
 
-def _hold_out_the_end(shards: list[dict], fraction, output, model) -> dict[str, dict]:
+def _hold_out_the_end(shards: tuple[ShardRecord, ...], fraction, output, model) -> dict[str, SplitRecord]:
     """Moves the last training tokens to the validation split, for texts of so few documents that none was held out.
 
     Args:
@@ -473,24 +530,33 @@ def _hold_out_the_end(shards: list[dict], fraction, output, model) -> dict[str, 
     Returns: {split: its record}. Raises: UserError if there are too few tokens.
     """
     *others, last = shards
-    path = os.path.join(output, last["file"])
-    ids = np.fromfile(path, _dtype(model))
+    path = os.path.join(output, last.file)
+    ids = np.frombuffer(storage.read_bytes(path, "a file shard"), _dtype(model))
     # Each split needs two tokens: one to predict, and one to predict it from.
-    wanted = max(2, round(fraction * sum(shard["tokens"] for shard in shards)))
+    wanted = max(2, round(fraction * sum(shard.tokens for shard in shards)))
     cut = len(ids) - min(wanted, len(ids) - 2)
     if cut < 2:
         raise UserError(f"{output}: {len(ids)} tokens are too few to hold some out; give validation_input")
-    name = last["file"].replace("train", "validation")
+    name = last.file.replace("train", "validation")
     tail_bytes = len(model.decode(ids[cut:]).encode())
-    storage.write_bytes(os.path.join(output, name), ids[cut:].tobytes())
-    storage.write_bytes(path, ids[:cut].tobytes())
-    held_out = {
-        "file": name,
-        "documents": 0,  # the tail holds no whole document
-        "tokens": len(ids) - cut,
-        "bytes": tail_bytes,
-        "sha256": storage.sha256(os.path.join(output, name)),
-    }
-    last = last | {"tokens": cut, "bytes": last["bytes"] - tail_bytes, "sha256": storage.sha256(path)}
+    # A run that is killed from here on tokenizes the file again, as its file shard no longer is what its record says.
+    storage.remove(plan_lib.record_path(int(re.search(r"\d+", name)[0]), output))
+    kept, tail = ids[:cut].tobytes(), ids[cut:].tobytes()
+    storage.write_bytes(os.path.join(output, name), tail)
+    storage.write_bytes(path, kept)
+    held_out = ShardRecord(
+        file=name,
+        documents=0,  # the tail holds no whole document
+        tokens=len(ids) - cut,
+        bytes=tail_bytes,
+        sha256=hashlib.sha256(tail).hexdigest(),
+    )
+    last = ShardRecord(
+        file=last.file,
+        documents=last.documents,
+        tokens=cut,
+        bytes=last.bytes - tail_bytes,
+        sha256=hashlib.sha256(kept).hexdigest(),
+    )
     print(f"no document was held out by its hash, so the last {len(ids) - cut:,} tokens are held out")
     return {"train": _merged([*others, last]), "validation": _merged([held_out])}

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 
+import fsspec
 import numpy as np
 import pytest
 from lab import read_all
 
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.shards import prepare
 
@@ -111,6 +113,133 @@ def test_a_killed_prepare_goes_on(corpus, data_path, tmp_path):
     assert not list(tmp_path.glob("killed/*.part"))
 
 
+def files_of(folder):
+    """{name: content} of what a run leaves for others to read."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".json", ".bin", ".model", ".part")}
+
+
+@pytest.fixture
+def halves(corpus, data_path, tmp_path):
+    """A function that prepares two files into out/. An earlier run finished one, and found a bad line in the other."""
+    lines = open(corpus).read().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:40]))
+    second = "".join(lines[40:])
+    (tmp_path / "b.jsonl").write_text("x" * len(second))
+
+    def go_on(output=f"{tmp_path}/out"):
+        spec = f"sentencepiece:{data_path}/tokenizer.model"
+        return prepare(f"{tmp_path}/?.jsonl", spec, output, validation_fraction=0.05, workers=1)
+
+    with pytest.raises(UserError, match=r"b.jsonl: line 1: invalid JSON"):
+        go_on()
+    (tmp_path / "b.jsonl").write_text(second)
+    return go_on
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def replace(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("tokenizer.model", flip, "tokenizer.model: the tokenizer does not match the data: expected SHA-256"),
+        ("tokenizer.model", os.remove, "tokenizer.model: expected a tokenizer: No such file"),
+        ("train-00000.bin", flip, "train-00000.bin: changed since it was finished: expected SHA-256 .* found"),
+        ("train-00000.bin", os.remove, "train-00000.bin: expected a file: No such file"),
+        (
+            ".done/00000.json",
+            lambda p: replace(p, '"bytes": ', '"bytes": 1'),
+            "found another: it was damaged or edited",
+        ),
+        (".done/00000.json", lambda p: replace(p, "train-00000", "../../train"), "it was damaged or edited"),
+        (".done/00000.json", lambda p: p.write_bytes(p.read_bytes()[:50]), "expected a record .*invalid JSON"),
+        (".done/00000.json", lambda p: p.write_text("[" * 10**5), "nested too deeply|expected object"),
+        (".plan.json", lambda p: replace(p, '"text_key": "', '"text_key": "x'), "was begun with another text_key"),
+        (".plan.json", lambda p: replace(p, '"format": 1', '"format": null'), "format: expected int, found null"),
+        (".plan.json", lambda p: replace(p, '"sources": [', '"sources": [['), "invalid JSON|sources"),
+        ("../a.jsonl", lambda p: p.write_text("{}"), r"a.jsonl: expected \d+ bytes, as when .* begun, found 2"),
+    ],
+)
+def test_what_changed_since_a_run_began_is_refused(halves, tmp_path, name, change, message):
+    change(tmp_path / "out" / name)
+    before = files_of(tmp_path / "out")
+    with pytest.raises(UserError, match=message):
+        halves()
+    assert files_of(tmp_path / "out") == before
+
+
+def test_a_url_holds_the_same_files_as_a_disk(halves, tmp_path):
+    """Also where an earlier run was interrupted, on both."""
+    halves()
+    expected = files_of(tmp_path / "out")
+    second = (tmp_path / "b.jsonl").read_text()
+    (tmp_path / "b.jsonl").write_text("x" * len(second))
+    with pytest.raises(UserError, match="invalid JSON"):
+        halves("memory://prepared")
+    (tmp_path / "b.jsonl").write_text(second)
+    halves("memory://prepared")
+    fs = fsspec.filesystem("memory")
+    fs.get("/prepared/", f"{tmp_path}/copy/", recursive=True)
+    assert files_of(tmp_path / "copy") == expected and len(expected) == 7
+    assert not storage.names("memory://prepared/.done")
+    fs.rm("/prepared", recursive=True)
+
+
+def test_a_run_that_lost_its_url_to_another_removes_nothing(corpus, data_path, monkeypatch):
+    fs = fsspec.filesystem("memory")
+
+    def take_over(*args):
+        fs.pipe_file("/taken/.lock", b"another run")
+        raise UserError("of the first run")
+
+    monkeypatch.setattr(shards, "_train_tokenizer", take_over)
+    with pytest.raises(UserError, match=r"another run has taken over \(another run\)"):
+        prepare(corpus, "sentencepiece:train:512", "memory://taken", workers=1)
+    assert storage.names("memory://taken") == {".lock", ".plan.json"}
+    fs.rm("/taken", recursive=True)
+
+
+def test_a_dask_cluster_that_loses_a_worker_writes_the_same_bytes(corpus, data_path, tmp_path):
+    """Two worker processes, of which one is killed while both write; and a folder that workers do not see."""
+    distributed = pytest.importorskip("distributed", reason="needs the extra dask")
+    lines = open(corpus).read().splitlines()
+    for i in range(6):
+        (tmp_path / f"in{i}.jsonl").write_text("\n".join(lines[i::6] * 20))
+    spec, out = f"sentencepiece:{data_path}/tokenizer.model", tmp_path / "out"
+    command = [sys.executable, "-m", "memoryllm_jax.prepare", f"--input={tmp_path}/in*.jsonl", f"--tokenizer={spec}"]
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        command += [f"--scheduler={cluster.scheduler_address}", f"--output={out}"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        deadline = time.time() + 60
+        while len(list(out.glob("*.part"))) < 4:
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.01)
+        os.kill(cluster.workers[0].pid, signal.SIGKILL)
+        printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, printed
+    prepare(f"{tmp_path}/in*.jsonl", spec, str(tmp_path / "one"), workers=1)
+    assert files_of(out) == files_of(tmp_path / "one")
+
+
+def test_a_worker_that_does_not_see_the_folder_says_so(corpus, data_path, tmp_path):
+    """In a working folder on another machine, or with a plan that is not the one of this run."""
+    task = shards.Task(0, str(tmp_path), "0" * 64, 1, 0)
+    with pytest.raises(UserError, match=r"expected the plan of this run, which all workers see, found none"):
+        shards.tokenize_file(task, print)
+    prepare(corpus, f"sentencepiece:{data_path}/tokenizer.model", str(tmp_path / "out"), workers=1)
+    with pytest.raises(UserError, match=r"expected the plan of this run, .* found the plan of another run"):
+        shards.tokenize_file(task._replace(output=str(tmp_path / "out")), print)
+
+
 CUT_OFF = gzip.compress(b'{"text": "abc"}\n' * 100, mtime=0)[
     :-20
 ]  # the content is part of the test's name, so it must not change
@@ -141,7 +270,7 @@ def test_bad_input_is_named_and_leaves_no_shard(name, content, message, data_pat
     with pytest.raises(UserError) as error:
         prepare(str(tmp_path / name), f"sentencepiece:{data_path}/tokenizer.model", str(tmp_path / "out"))
     assert message in str(error.value)
-    assert not list(tmp_path.glob("out/*.bin*")) and not (tmp_path / "out" / "dataset.json").exists()
+    assert os.listdir(tmp_path) == [name]
 
 
 @pytest.mark.parametrize(
@@ -154,10 +283,10 @@ def test_bad_input_is_named_and_leaves_no_shard(name, content, message, data_pat
         ("sentencepiece:train:4²", r"tokenizer: expected a vocabulary size at the end of .*, found '4²'"),
     ],
 )
-def test_a_bad_tokenizer_is_refused_and_leaves_only_the_lock(corpus, tmp_path, spec, message):
+def test_a_bad_tokenizer_is_refused_and_leaves_nothing(corpus, tmp_path, spec, message):
     with pytest.raises(UserError, match=message):
         prepare(corpus, spec.format(corpus=corpus), str(tmp_path / "out"))
-    assert os.listdir(tmp_path / "out") == [".lock"]
+    assert os.listdir(tmp_path) == []
 
 
 def test_input_without_files_is_refused(data_path, tmp_path):

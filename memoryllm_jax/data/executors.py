@@ -1,0 +1,149 @@
+"""Runs one function over many tasks: in worker processes of this machine, or on a Dask cluster of several machines.
+
+Both go through the interface of concurrent.futures.
+"""
+
+import concurrent.futures
+import concurrent.futures.process
+import functools
+import multiprocessing
+import os
+import queue
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from memoryllm_jax.common.errors import ArgumentError, UserError, one_line, require
+
+T = TypeVar("T")
+R = TypeVar("R")
+Report = Callable[..., None]  # a function for progress; its arguments can be pickled
+
+_POLL_S = 0.2  # seconds between two looks at progress while no task is finished
+_CONNECT_S = 30  # seconds in which a scheduler must answer
+
+
+def in_processes(
+    work: Callable[[T, Report], R], tasks: Iterable[T], count: int, report: Report
+) -> Iterator[tuple[T, R]]:
+    """Yields (task, result) of `work(task, report)`, as tasks are finished in worker processes.
+
+    Args:
+      work: a function of a module. What it reports reaches `report` in this process.
+      count: processes; with 1, this process does the work.
+    Raises: UserError of the first task that fails; the others are not started then.
+    """
+    if count == 1:
+        for task in tasks:
+            yield task, work(task, report)
+        return
+    # Not "fork", which would copy JAX's locks but not the threads that hold them.
+    context = multiprocessing.get_context("spawn")
+    reports = context.Queue()
+    with concurrent.futures.ProcessPoolExecutor(count, context, _start_worker, (reports,)) as pool:
+        try:
+            yield from _finished(pool, functools.partial(_in_worker, work), tasks, lambda: _drain(reports, report))
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise UserError(
+                f"a worker process was killed, perhaps for lack of memory; try fewer workers than {count}"
+            ) from error
+
+
+def on_cluster(work: Callable[[T, Report], R], tasks: Iterable[T], scheduler: str) -> Iterator[tuple[T, R]]:
+    """Yields (task, result) of `work(task, report)`, as tasks are finished by the workers of a Dask cluster.
+
+    A worker that is lost is replaced by another one: `work` may run several times, even at the same time, for one task.
+
+    Args:
+      work: a function of a module of this package, which is installed on the workers. What it reports is dropped.
+      scheduler: address of the scheduler, such as tcp://HOST:8786.
+    Raises: UserError of the first task that fails, or if the scheduler cannot be reached.
+    """
+    distributed = require("distributed", "dask", "scheduler")
+    try:
+        client = distributed.Client(scheduler, timeout=_CONNECT_S, set_as_default=False)
+    except (OSError, ValueError, TypeError) as error:  # TypeError: for an address without a port
+        reason = one_line(error, 200) or type(error).__name__
+        raise ArgumentError("scheduler", f"expected a Dask scheduler at {scheduler}: {reason}") from error
+    with client:
+        cores = client.ncores()
+        print(f"{scheduler}: {len(cores)} workers with {sum(cores.values())} threads", flush=True)
+        # pure=False: the results of an earlier run with equal arguments are not reused, as its files may be gone.
+        with client.get_executor(pure=False) as pool:
+            try:
+                yield from _finished(pool, functools.partial(_on_host, work), tasks, lambda: None)
+            except distributed.KilledWorker as error:
+                problem = "several workers were killed at the same input file, perhaps for lack of memory"
+                raise UserError(f"{scheduler}: {problem}: {one_line(error, 200)}") from error
+            except (concurrent.futures.CancelledError, distributed.CancelledError) as error:
+                raise UserError(f"{scheduler}: the connection was lost; run the same line again to go on") from error
+
+
+def _finished(pool: concurrent.futures.Executor, work, tasks, while_waiting: Callable[[], None]) -> Iterator[tuple]:
+    """Yields (task, result) as tasks are finished. On an error or an interrupt, tasks that wait are cancelled."""
+    # A queue that the futures fill: concurrent.futures.wait would look at all futures again for each that is finished.
+    done: queue.SimpleQueue = queue.SimpleQueue()
+    futures = {}
+    try:
+        for task in tasks:
+            future = pool.submit(work, task)
+            futures[future] = task
+            future.add_done_callback(done.put)
+        waiting = len(futures)
+        while waiting:
+            # The timeout lets progress be shown while no task is finished.
+            try:
+                future = done.get(timeout=_POLL_S)
+            except queue.Empty:
+                while_waiting()
+                continue
+            while_waiting()
+            waiting -= 1
+            yield futures[future], future.result()
+    finally:
+        # Leaving the executor's `with` block would first run all tasks that have not been started.
+        for future in futures:
+            future.cancel()
+
+
+def _drain(reports: multiprocessing.Queue, report: Report) -> None:
+    """Passes on all progress reports that the workers have sent."""
+    while True:
+        try:
+            report(*reports.get_nowait())
+        except queue.Empty:
+            return
+
+
+_reports = None  # in a worker process: the multiprocessing.Queue for progress
+
+
+def _start_worker(reports: multiprocessing.Queue) -> None:
+    """Sets up a worker process, before it gets any task."""
+    global _reports
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    # A parent that is killed cannot stop its workers.
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent stops its workers
+    # A worker normally waits at its end until its reports are read. A parent that fails no longer reads them.
+    reports.cancel_join_thread()
+    _reports = reports
+
+
+def _in_worker(work: Callable, task):
+    """Runs a task in a worker process."""
+    return work(task, lambda *progress: _reports.put(progress))
+
+
+def _on_host(work: Callable, task):
+    """Runs a task on a machine of the cluster. Its errors name the machine, which may lack a file that others have."""
+    try:
+        return work(task, lambda *progress: None)
+    except UserError as error:
+        raise UserError(f"{error} (worker on {socket.gethostname()})") from None
