@@ -1,6 +1,7 @@
 """Logits and texts of our models, of transformers' and of tests/reference.py, which tests/hf compares."""
 
 import contextlib
+import io
 import os
 
 import numpy as np
@@ -9,6 +10,7 @@ import reference
 from lab import GOLDEN
 from safetensors.numpy import load_file
 
+from memoryllm_jax.data import documents
 from memoryllm_jax.hf.config_json import from_json, read
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.tol import serving
@@ -86,3 +88,18 @@ def write_tokenizer(folder, specials=("<s>", "</s>"), put_before=None):
         ids = [(put_before, made.token_to_id(put_before))]
         made.post_processor = tokenizers.processors.TemplateProcessing(f"{put_before} $A", special_tokens=ids)
     made.save(os.path.join(folder, "tokenizer.json"))
+
+
+def write_sentencepiece(path, **options):
+    """Trains a SentencePiece model of 400 pieces on a text; its defaults are those of Llama 2's."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    text = next(documents.read("embedded"))[0]
+    defaults = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines()), model_writer=model, vocab_size=400, byte_fallback=True,
+        num_threads=1, minloglevel=2, **(defaults | options),
+    )  # fmt: skip
+    with open(path, "wb") as file:
+        file.write(model.getvalue())

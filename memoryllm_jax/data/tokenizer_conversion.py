@@ -1,22 +1,115 @@
-"""Converts each kind of tokenizer to tokenizer.json, which transformers loads without code of this package."""
+"""Converts each kind of tokenizer to files that transformers loads without code of this package.
+
+That is tokenizer.json, if the library tokenizers gives the same ids and texts with it as the tokenizer's own library on
+COMPARED texts. Else a SentencePiece model stays as it is, in tokenizer.model.
+"""
+
+import itertools
+import random
+from typing import NamedTuple
 
 from memoryllm_jax.common.errors import UserError, require
+from memoryllm_jax.data import documents
 from memoryllm_jax.data import tokenizer as tokenizer_lib
 from memoryllm_jax.data.tokenizer import Tokenizer
 
+COMPARED = 300  # texts on which a converted tokenizer is compared with the original
+
+# Settings in tokenizer_config.json that decide how transformers makes ids of a text
+DECIDE_IDS = (
+    "tokenizer_class", "auto_map", "backend", "legacy", "from_slow", "add_prefix_space", "add_bos_token",
+    "add_eos_token", "sp_model_kwargs", "special_tokens_pattern", "do_lower_case",
+)  # fmt: skip
+
 _SPACE = "\u2581"  # what SentencePiece writes for a space
+# Places where normalizers and dummy prefixes differ: white space of each kind at each place
+_WHITE_SPACE = (
+    "", " ", "  ", "\n", "\t", " \n ", "a", " a", "a ", "  a  b  ", "\n\na", "a\n", "\ta", "a\r\nb", "a\u00a0b",
+    "a\u3000b", _SPACE, f"a{_SPACE}b", f"{_SPACE} a", "x\u200by", "\ufeffa", "a\0b", "\x7f",
+)  # fmt: skip
+# Letters that are composed of others or have several forms, other scripts, numbers, quotes
+_WORDS = (
+    "\u00e9", "e\u0301", "\ufb01", "\uff21\uff22", "\u00bd", "\u2126", "\uac00", "\u1112\u1161\u11ab",
+    "\u0627\u0644\u0639", "\u0939\u093f\u0928\u094d\u0926\u0940", "\u0e44\u0e17\u0e22", "\u6f22\u5b57", "\U0001f642",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U00020000", "\ue000", "\ufffd", "1234567", "3.14", "don't", "I'LL",
+    "AaBb", "____", "==>", "\u2026", "\u201cq\u201d", "a" * 50,
+)  # fmt: skip
 
 
-def to_json(tokenizer: Tokenizer, context: int) -> tuple[bytes, dict]:
-    """Converts a tokenizer.
+class Converted(NamedTuple):
+    """A tokenizer as files for transformers.
+
+    Attributes:
+      name: tokenizer.json or tokenizer.model.
+      content: the file's content.
+      settings: tree of tokenizer_config.json.
+      note: a clause that says how exact the file is.
+    """
+
+    name: str
+    content: bytes
+    settings: dict
+    note: str
+
+
+def to_files(tokenizer: Tokenizer, context: int) -> Converted:
+    """Converts a tokenizer. As in training, the converted one puts bos, if there is one, before a text.
 
     Args:
+      tokenizer: of any kind.
       context: longest sequence of the model, in tokens.
-    Returns: (content of tokenizer.json, tree of tokenizer_config.json). The converted tokenizer gives bos, if there is
-      one, and then the ids of `encode_special`.
-    Raises: UserError for a SentencePiece model that is not BPE.
+    Raises: UserError if the conversion of a tokenizer that is no SentencePiece model is not exact.
     """
     tokenizers = require("tokenizers", "prepare", "tokenizer.json")
+    settings = {"model_max_length": context, "clean_up_tokenization_spaces": False}
+    if tokenizer.kind == "sentencepiece" and not _is_bpe(tokenizer.content):
+        return _as_sentencepiece(tokenizer, settings, "it is not of type BPE")
+    fast = _fast(tokenizer, tokenizers)
+    for name, token_id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+        if token_id is not None:
+            settings[name] = fast.id_to_token(token_id)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if tokenizer.kind == "hf" and not _lacks_bos(tokenizer):
+        return Converted("tokenizer.json", tokenizer.content, settings, "tokenizer.json is the training's")
+
+    content = fast.to_str().encode()
+    other = _texts_that_differ(tokenizer, tokenizers.Tokenizer.from_str(content.decode()))
+    if not other:
+        note = f"tokenizer.json gives the ids of the training's tokenizer on {COMPARED} texts"
+        return Converted("tokenizer.json", content, settings, note)
+    problem = f"tokenizer.json would give other ids or texts for {len(other)} of {COMPARED} texts, such as {other[0]!r}"
+    if tokenizer.kind != "sentencepiece":
+        raise UserError(f"tokenizer: expected a {tokenizer.kind} tokenizer that can be exported; {problem}")
+    return _as_sentencepiece(tokenizer, settings, problem)
+
+
+def _as_sentencepiece(tokenizer, settings, reason):
+    """The SentencePiece model itself, with the class of transformers that gives it to the library sentencepiece."""
+    proto = _proto(tokenizer.content)
+    names = {"unk_token": _of_kind(proto, "UNKNOWN")[0]}
+    for name, token_id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+        if token_id is not None:
+            names[name] = proto.pieces[token_id].piece
+    others = [piece for piece in _of_kind(proto, "CONTROL") if piece not in names.values()]
+    settings = settings | names | {"tokenizer_class": "SentencePieceBackend", "legacy": True}
+    if others:
+        settings["additional_special_tokens"] = others
+    if tokenizer.bos_id is not None:
+        settings["special_tokens_pattern"] = "bos"
+    note = (
+        f"tokenizer.model stays a SentencePiece model, as {reason}; transformers reads it with SentencePieceBackend, "
+        "which gives the same ids, but decodes byte pieces as <0x0A>"
+    )
+    return Converted("tokenizer.model", tokenizer.content, settings, note)
+
+
+def _lacks_bos(tokenizer):
+    """Whether the tokenizer itself does not put before a text what the training does."""
+    return tokenizer.bos_id is not None and tokenizer.bos_id != tokenizer.put_before
+
+
+def _fast(tokenizer, tokenizers):
+    """The tokenizers.Tokenizer of a tokenizer; it puts bos before a text."""
     special: list[str] = []
     if tokenizer.kind == "hf":
         fast = tokenizers.Tokenizer.from_str(tokenizer.content.decode())
@@ -24,49 +117,91 @@ def to_json(tokenizer: Tokenizer, context: int) -> tuple[bytes, dict]:
         convert = {"sentencepiece": _sentencepiece, "llama3": _llama3}[tokenizer.kind]
         fast, special = convert(tokenizer.content, tokenizers)
     fast.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in special])
-    lacks_bos = tokenizer.bos_id is not None and tokenizer.bos_id != tokenizer.put_before
-    if lacks_bos:
+    if _lacks_bos(tokenizer):
         bos = fast.id_to_token(tokenizer.bos_id)
         fast.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
         )
-    # A tokenizer.json that needs no change stays the same to the byte.
-    is_unchanged = tokenizer.kind == "hf" and not lacks_bos
-    content = tokenizer.content if is_unchanged else fast.to_str().encode()
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context,
-        "clean_up_tokenization_spaces": False,
-    }
-    for name, token_id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
-        if token_id is not None:
-            settings[name] = fast.id_to_token(token_id)
-    return content, settings
+    return fast
+
+
+def _texts_that_differ(tokenizer, fast):
+    """Those of `compared_texts` that give other ids, or whose ids give another text."""
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    unknown = fast.token_to_id(getattr(fast.model, "unk_token", None) or "")
+    out = []
+    texts = compared_texts(tokenizer)
+    for text, found in zip(texts, fast.encode_batch(texts)):
+        ids = tokenizer.encode_special(text)
+        # An unknown token has no text, so each library writes one of its own.
+        has_text = unknown not in ids
+        if found.ids != bos + ids or (has_text and fast.decode(found.ids) != tokenizer.decode(ids)):
+            out.append(text)
+    return out
+
+
+def compared_texts(tokenizer: Tokenizer) -> list[str]:
+    """COMPARED texts, always the same for a tokenizer.
+
+    White space, scripts and words that normalizers treat differently, parts of Python's documentation, the first ten
+    user-defined symbols at several places, and sequences of random ids.
+    """
+    draw = random.Random(0)
+    texts = [*_WHITE_SPACE, *_WORDS, *(f"a {word}b" for word in _WORDS)]
+    for symbol in _user_defined(tokenizer)[:10]:
+        texts += [symbol, f"a{symbol}b", f" {symbol} a", f"{symbol}{symbol}a"]
+    long = [text for text, _ in itertools.islice(documents.read("embedded"), 60)]
+    for _ in range(100):
+        text = draw.choice(long)
+        start = draw.randrange(len(text))
+        texts.append(text[start : start + draw.randrange(1, 300)])
+    # Without special tokens, which `decode` of some libraries leaves out.
+    ids = sorted(set(range(tokenizer.vocab_size)) - set(tokenizer.special_tokens.values()))
+    while len(texts) < COMPARED:
+        texts.append(tokenizer.decode(draw.choices(ids, k=draw.randrange(1, 12))))
+    return texts
+
+
+def _user_defined(tokenizer):
+    """The user-defined symbols of a SentencePiece model."""
+    if tokenizer.kind != "sentencepiece":
+        return []
+    return _of_kind(_proto(tokenizer.content), "USER_DEFINED")
+
+
+def _proto(content):
+    """The ModelProto in a SentencePiece model file."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(content)
+
+
+def _of_kind(proto, *kinds):
+    """The texts of a ModelProto's pieces of these kinds, such as CONTROL."""
+    wanted = {getattr(proto.SentencePiece, kind) for kind in kinds}
+    return [piece.piece for piece in proto.pieces if piece.type in wanted]
+
+
+def _is_bpe(content):
+    spec = _proto(content).trainer_spec
+    return spec.model_type == spec.BPE
 
 
 def _sentencepiece(content, tokenizers):
-    """Converts a SentencePiece model.
+    """Converts a SentencePiece model of type BPE.
 
     Args:
       content: bytes of the model file.
       tokenizers: the module, which is optional.
-    Returns: (tokenizers.Tokenizer, its special tokens). Raises: UserError if the model is not BPE.
+    Returns: (tokenizers.Tokenizer, its special tokens).
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(content)
-    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
-        raise UserError("tokenizer: expected a SentencePiece model of type BPE, the only type that can be exported")
-    kind = proto.SentencePiece
-
-    def of_kind(*kinds):
-        return [piece.piece for piece in proto.pieces if piece.type in kinds]
-
+    proto = _proto(content)
     ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    merges = _sentencepiece_merges({p.piece: p.score for p in proto.pieces if p.type == kind.NORMAL})
-    (unknown,) = of_kind(kind.UNKNOWN)
+    merges = _sentencepiece_merges({p.piece: p.score for p in proto.pieces if p.type == p.NORMAL})
+    (unknown,) = _of_kind(proto, "UNKNOWN")
+    has_bytes = bool(_of_kind(proto, "BYTE"))
     fast = tokenizers.Tokenizer(
-        tokenizers.models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=bool(of_kind(kind.BYTE)))
+        tokenizers.models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes)
     )
     rules = proto.normalizer_spec
     fast.normalizer = _sentencepiece_normalizer(rules, tokenizers)
@@ -75,9 +210,9 @@ def _sentencepiece(content, tokenizers):
     if rules.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     fast.decoder = decoders.Sequence(steps)
-    user_defined = of_kind(kind.USER_DEFINED)
-    fast.add_tokens([tokenizers.AddedToken(piece, normalized=True, special=False) for piece in user_defined])
-    return fast, of_kind(kind.CONTROL, kind.UNKNOWN)
+    symbols = _of_kind(proto, "USER_DEFINED")
+    fast.add_tokens([tokenizers.AddedToken(symbol, normalized=True, special=False) for symbol in symbols])
+    return fast, _of_kind(proto, "CONTROL", "UNKNOWN")
 
 
 def _sentencepiece_merges(scores):

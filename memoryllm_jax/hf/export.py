@@ -8,7 +8,7 @@ import shutil
 from importlib import resources
 
 from memoryllm_jax.checkpoint.trained import TrainedModel
-from memoryllm_jax.common import storage
+from memoryllm_jax.common import records, storage
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.data import tokenizer_conversion
@@ -55,7 +55,7 @@ def export_model(
 
 
 def _write(trained, folder, dtype, file_bytes):
-    """Writes all files of the directory. Returns: a clause with architecture, parameters, dtype and number of files."""
+    """Writes all files of the directory. Returns: a text about model, files and tokenizer."""
     source = source_lib.of(trained.description, trained.workdir)
     imported_dtype = _dtype_of(source)
     dtype = dtype or imported_dtype
@@ -65,7 +65,7 @@ def _write(trained, folder, dtype, file_bytes):
 
     # The weights take longest, so the steps that may refuse the model come first.
     settings = _settings(trained, dtype, source)
-    _write_tokenizer(trained, folder, source)
+    about_tokenizer = _write_tokenizer(trained, folder, source)
     if trained.config.memory_dim:
         # The digest comes before the weights, as the allocator may not yet have returned their last file's memory.
         settings["decoder_digest"] = trained.digest(lambda name: not trained.is_memory(name))
@@ -84,7 +84,9 @@ def _write(trained, folder, dtype, file_bytes):
 
     parameters = sum(math.prod(t.shape) for t in tensors.values())
     count = "1 file" if len(files) == 1 else f"{len(files)} files"
-    return f"{trained.config.architecture}, {parameters / 1e6:,.1f}M parameters as {dtype} in {count}"
+    return (
+        f"{trained.config.architecture}, {parameters / 1e6:,.1f}M parameters as {dtype} in {count}; {about_tokenizer}"
+    )
 
 
 def _dtype_of(source):
@@ -138,13 +140,22 @@ def _by_leaf(tensors):
 
 
 def _write_tokenizer(trained, folder, source):
-    """Writes the tokenizer's files and generation_config.json; files kept from an import replace ours."""
-    content, settings = tokenizer_conversion.to_json(trained.tokenizer, trained.context)
-    storage.write_bytes(os.path.join(folder, "tokenizer.json"), content)
+    """Writes the tokenizer's files and generation_config.json; files kept from an import replace ours.
+
+    Returns: a clause that says how exact the tokenizer's file is.
+    """
+    converted = tokenizer_conversion.to_files(trained.tokenizer, trained.context)
+    storage.write_bytes(os.path.join(folder, converted.name), converted.content)
     ids = _special_ids(trained.tokenizer)
     ours = {
-        "tokenizer_config.json": settings,
+        "tokenizer_config.json": converted.settings,
         "generation_config.json": {name: i for name, i in ids.items() if i is not None},
     }
-    texts = {name: json.dumps(tree, indent=2) + "\n" for name, tree in ours.items()}
-    source_lib.write_texts(folder, texts | source.files)
+    texts = {name: json.dumps(tree, indent=2) + "\n" for name, tree in ours.items()} | source.files
+    if trained.tokenizer.kind != "hf" and "tokenizer_config.json" in source.files:
+        # The import had another tokenizer file, so its settings name a class that reads that file.
+        tree = records.parse(dict, source.files["tokenizer_config.json"], f"{trained.workdir}: tokenizer_config.json")
+        kept = {name: value for name, value in tree.items() if name not in tokenizer_conversion.DECIDE_IDS}
+        texts["tokenizer_config.json"] = json.dumps(kept | converted.settings, indent=2) + "\n"
+    source_lib.write_texts(folder, texts)
+    return converted.note

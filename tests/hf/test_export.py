@@ -4,15 +4,19 @@ import contextlib
 import filecmp
 import json
 import os
+import re
+import shutil
 
 import numpy as np
 import pytest
 from lab import GOLDEN, write_untrained
 from safetensors.numpy import load_file, save_file
+from sides import write_sentencepiece
 
 from memoryllm_jax.checkpoint import store
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.data import tokenizer_conversion
 from memoryllm_jax.hf import tensor_names
 from memoryllm_jax.hf.export import export_model
 from memoryllm_jax.hf.import_ import import_model
@@ -79,6 +83,34 @@ def test_config_json_holds_the_digest_of_the_decoder(imported, tmp_path):
     with contextlib.closing(TrainedModel(imported)) as model:
         _, digest = model.load(lambda name: not model.is_memory(name))
     assert json.load(open(f"{out}/config.json"))["decoder_digest"] == digest
+
+
+@pytest.mark.parametrize("symbols, name", [([], "tokenizer.json"), (["<sep>"], "tokenizer.model")])
+def test_transformers_makes_the_same_ids_of_a_text(transformers, tmp_path, symbols, name):
+    """Also where the imported tokenizer_config.json names a class for another tokenizer file."""
+    source, work, out = (str(tmp_path / folder) for folder in ("source", "work", "out"))
+    os.mkdir(source)
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(f"{GOLDEN}/base/{file}", source)
+    tensors = load_file(f"{source}/model.safetensors")
+    for tensor in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[tensor] = np.resize(tensors[tensor], (400, 16))
+    save_file(tensors, f"{source}/model.safetensors", {"format": "pt"})
+    settings = json.load(open(f"{source}/config.json"))
+    json.dump(settings | {"vocab_size": 400}, open(f"{source}/config.json", "w"))
+    kept = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": False, "chat_template": "hello"}
+    json.dump(kept, open(f"{source}/tokenizer_config.json", "w"))
+    write_sentencepiece(f"{source}/tokenizer.model", control_symbols=["<ctl>"], user_defined_symbols=symbols)
+    import_model(source, work)
+    assert re.search(f"; {name} (gives the ids|stays a SentencePiece model)", export_model(work, out))
+
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    with contextlib.closing(TrainedModel(work)) as model:
+        ours = model.tokenizer
+    assert theirs.chat_template == "hello"
+    spelled = " a".join(["x", *ours.special_tokens, "", "y"])
+    for text in [spelled, *tokenizer_conversion.compared_texts(ours)]:
+        assert theirs(text)["input_ids"] == [ours.bos_id, *ours.encode_special(text)], text
 
 
 def test_an_import_of_an_earlier_version_opens_and_exports(tmp_path):
