@@ -8,18 +8,26 @@ edited.
 
 import dataclasses
 import json
+import math
 import os
+from typing import BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from memoryllm_jax.common import storage
+from memoryllm_jax.common import records, storage
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.common.records import Count, Record
+from memoryllm_jax.common.safetensors_header import Header, read_header
+from memoryllm_jax.tol import header
+from memoryllm_jax.tol.format import TolFile, text_checksum
+from memoryllm_jax.tol.header import Place
 
-_ARRAYS = ("ids", "rows", "coefficients", "value")  # fields of Edit that are tensors of the file
+_EXPECTED = "an overlay that `tol edit` wrote"
+_METADATA = frozenset(("format", "rows_digest", "edits"))  # what overlays of earlier versions have
+_ALIGN = 8  # bytes: safetensors aligns data to the largest element
+_DTYPES = {"I32": np.dtype("<i4"), "F32": np.dtype("<f4")}
+_ARRAYS = {"ids": "I32", "rows": "F32", "coefficients": "F32", "value": "F32"}  # fields of Edit that are tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,34 +77,49 @@ class Overlay:
         if missing_ok and not os.path.exists(path):
             return cls(tol, [])
         try:
-            with safetensors.safe_open(path, "numpy") as file:
-                meta = file.metadata() or {}
-                # The opened file is no dict: it can be iterated only by its keys().
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if meta.get("format") != "memoryllm_overlay":
-                raise ValueError("its metadata is not that of one")
-            if meta["rows_digest"] != tol.metadata["rows_digest"]:
-                raise UserError(
-                    f"{path}: made for other rows than those of {tol.path}: "
-                    f"{meta['rows_digest'][:12]}, found {tol.metadata['rows_digest'][:12]}"
-                )
-            edits = [_parse_edit(entry, k, arrays, tol) for k, entry in enumerate(json.loads(meta["edits"]))]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path}: expected an overlay that `tol edit` wrote: {error}") from error
+            file = open(path, "rb")
+        except OSError as error:
+            raise UserError(f"{path}: expected {_EXPECTED}: {error.strerror}") from error
+        with file:
+            found = read_header(file.fileno(), path, _EXPECTED)
+            meta = found.metadata
+            if meta.get("format") != "memoryllm_overlay" or not meta.keys() >= _METADATA:
+                raise UserError(f"{path}: expected {_EXPECTED}, found another safetensors file")
+            header.check(found, path, _METADATA)
+            arrays = _read_arrays(file, path, found)
+        if meta["rows_digest"] != tol.metadata["rows_digest"]:
+            raise UserError(
+                f"{path}: made for other rows than those of {tol.path}: "
+                f"{meta['rows_digest'][:12]!r}, found {tol.metadata['rows_digest'][:12]!r}"
+            )
+        entries = records.parse(list[_Entry], meta["edits"], f"{path}: edits")
+        edits = [_edit(entry, k, arrays, tol, path) for k, entry in enumerate(entries)]
+        if arrays:
+            raise UserError(f"{path}: expected no tensor but those of its edits, found {next(iter(arrays))[:100]!r}")
         return cls(tol, edits)
 
     def save(self, path: str) -> None:
         """Writes the overlay as docs/tol.md specifies it. Raises: UserError."""
         listed = [{"text": e.text, "mix": e.mix, "layer": e.layer} for e in self.edits]
-        meta = {"format": "memoryllm_overlay", "rows_digest": self.tol.metadata["rows_digest"]}
-        meta["edits"] = json.dumps(listed)
-        tensors = {}
+        places: dict[str, Place] = {}
+        arrays, sums, end = [], {}, 0
         for k, edit in enumerate(self.edits):
-            for name in _ARRAYS:
-                array = getattr(edit, name)
-                if array is not None:
-                    tensors[f"{k}.{name}"] = np.ascontiguousarray(array)
-        storage.write_bytes(path, safetensors.numpy.save(tensors, meta))
+            for field, dtype in _ARRAYS.items():
+                value = getattr(edit, field)
+                if value is None:
+                    continue
+                array = np.ascontiguousarray(value, _DTYPES[dtype])
+                name, start, end = f"{k}.{field}", end, end + array.nbytes
+                places[name] = Place(dtype, array.shape, start, end)
+                sums[name] = text_checksum(array)
+                arrays.append(array.tobytes())
+        meta = {
+            "format": "memoryllm_overlay",
+            "rows_digest": self.tol.metadata["rows_digest"],
+            "edits": json.dumps(listed),
+            "tensor_checksums": json.dumps(sums),
+        }
+        storage.write_bytes(path, b"".join([header.to_bytes(meta, places, _ALIGN), *arrays]))
 
     def arrays(self) -> list[dict]:
         """The arrays that `apply` needs on the device, for each edit."""
@@ -149,20 +172,66 @@ class Overlay:
         return values_V
 
 
-def _parse_edit(entry: dict, k: int, arrays: dict, tol: TolFile) -> Edit:
-    """Edit k of an overlay. Raises: ValueError, KeyError, TypeError or AttributeError for one that is damaged."""
-    stored = {name: arrays.get(f"{k}.{name}") for name in _ARRAYS}
-    edit = Edit(entry["text"], mix=entry["mix"], layer=entry["layer"], **stored)
+class _Entry(Record):
+    """What an overlay's metadata says about an edit, with the fields of `Edit`."""
+
+    text: str
+    mix: list[list[tuple[Count, float]]] | None
+    layer: Count | None
+
+
+def _read_arrays(file: BinaryIO, path: str, found: Header) -> dict[str, np.ndarray]:
+    """{name: array} of all tensors, after their checksums were verified. Raises: UserError."""
+    sums = None
+    if header.KEY in found.metadata:  # overlays of earlier versions have no checksums
+        text = found.metadata.get("tensor_checksums", "{}")
+        sums = records.parse(dict[str, str], text, f"{path}: tensor_checksums")
+    arrays = {}
+    for name, tensor in found.tensors.items():
+        where = f"{path}: tensor {name[:100]}"
+        if tensor.dtype not in _DTYPES:
+            raise UserError(f"{where}: expected I32 or F32, found {tensor.dtype}")
+        file.seek(tensor.start)
+        raw = file.read(tensor.end - tensor.start)
+        if len(raw) < tensor.end - tensor.start:
+            raise UserError(f"{where}: expected {tensor.end - tensor.start} bytes, found {len(raw)}")
+        array = np.frombuffer(raw, _DTYPES[tensor.dtype]).reshape(tensor.shape)
+        if sums is not None and sums.get(name) != text_checksum(array):
+            raise UserError(f"{where}: its checksum differs; the file is damaged")
+        arrays[name] = array
+    return arrays
+
+
+def _edit(entry: _Entry, k: int, arrays: dict[str, np.ndarray], tol: TolFile, path: str) -> Edit:
+    """Edit k of an overlay, whose tensors leave `arrays`. Raises: UserError if it does not fit the ToL file."""
     V, L, D = tol.vocab_size, tol.layout.layers, tol.layout.dim
-    if edit.layer is None:
-        fits = (
-            edit.rows.shape == (len(edit.ids), L, D)
-            and len(edit.mix) == len(edit.ids) > 0
-            and edit.ids.min() >= 0
-            and edit.ids.max() < V
-        )
-    else:
-        fits = edit.coefficients.shape == (V,) and edit.value.shape == (D,) and 0 <= edit.layer < L
-    if not fits:
-        raise ValueError(f"edit {k + 1} does not fit {tol.path}")
-    return edit
+    n = len(entry.mix or ())
+    shapes = {"ids": (n,), "rows": (n, L, D)} if entry.layer is None else {"coefficients": (V,), "value": (D,)}
+    stored = {}
+    for field, shape in shapes.items():
+        name, dtype = f"{k}.{field}", _DTYPES[_ARRAYS[field]]
+        array = arrays.pop(name, None)
+        if array is None or array.dtype != dtype or array.shape != shape:
+            found = "none" if array is None else f"{array.dtype} {array.shape}"
+            raise UserError(f"{path}: tensor {name}: expected {dtype} {shape} for {tol.path}, found {found}")
+        stored[field] = array
+    problem = _misfit(entry, stored, V, L)
+    if problem:
+        raise UserError(f"{path}: edits[{k}]: {problem}")
+    mix = entry.mix if entry.layer is None else None
+    return Edit(entry.text, mix=mix, layer=entry.layer, **stored)
+
+
+def _misfit(entry: _Entry, stored: dict[str, np.ndarray], V: int, L: int) -> str:
+    """What is wrong with the tokens and layers of an edit; "" if nothing is."""
+    if entry.layer is not None:
+        return f"expected a layer below {L}, found {entry.layer}" if entry.layer >= L else ""
+    ids = stored["ids"]
+    if not len(ids):
+        return "expected a mix of rows or a layer, found neither"
+    if len(np.unique(ids)) < len(ids) or ids.min() < 0 or ids.max() >= V:
+        return f"expected distinct ids from 0 to {V - 1}"
+    for token, weight in (pair for pairs in entry.mix for pair in pairs):
+        if token >= V or not math.isfinite(weight):
+            return f"expected a mix of tokens below {V} with finite weights, found {token} with {weight}"
+    return ""

@@ -1,13 +1,15 @@
 """Edits of rows: what they do to rows and logits, and files with the edits in them."""
 
+import functools
 import json
 import os
+import struct
 
 import numpy as np
 import pytest
 import safetensors
 from lab import opened, step_logits, written
-from tol_files import DIM, LAYERS, VOCAB, Reader, damaged_copy, relative, rows_of
+from tol_files import DIM, LAYERS, VOCAB, Reader, content, damaged_copy, missed_flips, relative, rows_of, sealed
 
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.tol import edit, verify
@@ -42,6 +44,71 @@ def test_overlay_is_as_specified(mixed_file, tmp_path):
     np.testing.assert_allclose(after[9], swapped[0], rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(after[4], 0.75 * swapped[1] + 0.25 * after[8], rtol=1e-5, atol=1e-4)
     tol.close()
+
+
+@pytest.fixture
+def overlay_file(lab, tmp_path):
+    """(the ToL file, path of an overlay of it with both kinds of edits)."""
+    path = str(tmp_path / "overlay")
+    with opened(lab.tol("flex-3")) as tol:
+        key = {"coefficients": np.ones(512, np.float32), "value": np.ones(32, np.float32)}
+        edits = edited(tol, "", ("swap", "#40,#41")).edits
+        Overlay(tol, [*edits, Edit("suppress layer 1 key 3", layer=1, **key)]).save(path)
+        yield tol, path
+
+
+def test_every_flipped_bit_of_an_overlay_is_found(overlay_file):
+    tol, path = overlay_file
+    bits = range(0, 8 * os.path.getsize(path), 37)  # 37 and 8 have no common divisor: every bit of a byte is among them
+    assert missed_flips(path, bits, lambda path: Overlay.open(path, tol)) == []
+
+
+def header_and_data(path):
+    raw = content(path)
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def test_overlay_without_checksums_opens(overlay_file):
+    """Overlays of earlier versions have none."""
+    tol, path = overlay_file
+    header, data = header_and_data(path)
+    texts = [edit.text for edit in Overlay.open(path, tol).edits]
+    del header["__metadata__"]["header_checksum"], header["__metadata__"]["tensor_checksums"]
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + data)
+    assert [edit.text for edit in Overlay.open(path, tol).edits] == texts
+
+
+def deep(entries):
+    entries[0]["mix"] = functools.reduce(lambda inner, _: [inner], range(500), [])
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        (lambda entries: entries[0].update(text=None), r"edits: \[0\].text: expected str, found null"),
+        (lambda entries: entries[0].update(layer=1.5), r"edits: \[0\].layer: expected int \| null, found float"),
+        (lambda entries: entries[0].update(layer=0), "tensor 0.coefficients: expected float32 .512,. .*, found none"),
+        (lambda entries: entries[1].update(layer=2), r"edits\[1\]: expected a layer below 2, found 2"),
+        (lambda entries: entries[1].update(layer=-1), r"edits: \[1\].layer: expected int >= 0"),
+        (lambda entries: entries[0]["mix"].pop(), r"tensor 0.ids: expected int32 \(1,\) .*, found int32 \(2,\)"),
+        (lambda entries: entries[0]["mix"][0].append([512, 1.0]), "mix of tokens below 512 .*, found 512 with 1.0"),
+        (deep, "edits: "),
+        (lambda entries: entries.pop(), "expected no tensor but those of its edits, found '1.coefficients'"),
+    ],
+)
+def test_overlay_that_does_not_fit_is_refused(overlay_file, change, found):
+    tol, path = overlay_file
+    header, data = header_and_data(path)
+    entries = json.loads(header["__metadata__"]["edits"])
+    change(entries)
+    header["__metadata__"]["edits"] = json.dumps(entries)
+    with open(path, "wb") as file:
+        file.write(sealed(header) + data)
+    with pytest.raises(UserError, match=f"{path}: .*{found}"):
+        Overlay.open(path, tol)
 
 
 def edited(tol, workdir, *operations):
