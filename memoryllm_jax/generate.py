@@ -30,7 +30,7 @@ def main(
     stop: Annotated[
         tuple[str, ...], Option("token that ends a text, as text or #ID; eos always ends it", many=True)
     ] = (),
-    stats: Annotated[bool, Option("print speed, cache hits and fetch times to stderr")] = False,
+    stats: Annotated[bool, Option("print speed, bytes of weights, cache hits and fetch times to stderr")] = False,
     output: Annotated[str, Option("JSON file to write texts and statistics to")] = "",
 ) -> None:
     texts = read_prompts(prompt, prompts)

@@ -36,6 +36,7 @@ class StoredRows:
     """
 
     on_device = True
+    weights_bytes = 0  # a file would replace them
 
     def __init__(self, source: LiveSource, layout: Layout, bases: dict, tier_of_token: np.ndarray, embedding=None):
         self._source, self._layout, self._bases = source, layout, bases

@@ -116,9 +116,8 @@ class _Side:
         # Rows that are all on the device report device_bytes, those behind a cache cache_bytes, live rows neither.
         stats = self.model.rows.stats()
         rows = stats.get("device_bytes", stats.get("cache_bytes", 0))
-        live = getattr(self.model.rows, "weights_bytes", 0)
         cache = sum(x.nbytes for x in jax.tree.leaves(self.cache))
-        return Memory(self.model.decoder.weights_bytes, live, rows, cache)
+        return Memory(self.model.decoder.weights_bytes, self.model.rows.weights_bytes, rows, cache)
 
 
 def _open_sides(models, places, cache_bytes, data, folder, open_side) -> dict[str, _Side]:

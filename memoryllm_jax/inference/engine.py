@@ -86,6 +86,11 @@ class Engine:
         self._unscaled = Decoder(self.config, params, trained.mesh)  # what `contribute` starts from each time
         self.decoder = self._unscaled
 
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the weights on the devices: the decoder's, and those that live rows are computed from."""
+        return self._unscaled.weights_bytes + self.rows.weights_bytes
+
     def contribute(self, contribution: Contribution) -> None:
         """Applies these factors to the FFN outputs from now on. Raises: ArgumentError."""
         memory_L, compute_L = contribution.factors(self.config)

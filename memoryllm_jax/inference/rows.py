@@ -19,9 +19,11 @@ class RowSource(Protocol):
     Attributes:
       on_device: whether `fetch` accepts ids that are still being computed on the device, without waiting for them. If
         not, it needs them on the host.
+      weights_bytes: bytes of the weights that rows are computed from; 0 where they are looked up.
     """
 
     on_device: bool
+    weights_bytes: int
 
     def fetch(self, ids_U) -> TokenRows:
         """Fetches rows.

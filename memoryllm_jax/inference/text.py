@@ -90,7 +90,7 @@ def print_texts(
         "new_tokens": sum(map(len, new_ids)),
         "seconds_to_first_token": first - start,
         "ms_per_step": 1e3 * (end - first) / max(longest - 1, 1),  # the prefill gives the first token
-        "weights_bytes": engine.decoder.weights_bytes,
+        "weights_bytes": engine.weights_bytes,
         **engine.rows.stats(),
     }
     return results, stats

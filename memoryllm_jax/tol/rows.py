@@ -40,6 +40,8 @@ class _FileRows:
       overlay: edits of the rows, or None.
     """
 
+    weights_bytes = 0  # the file replaces them; a tied embedding is the decoder's
+
     def __init__(self, tol: TolFile, mesh, embedding=None, overlay: Overlay | None = None):
         if not tol.layout.has_x0 and embedding is None:
             raise ValueError("the file holds no x0: the embedding is needed")

@@ -100,6 +100,34 @@ def test_killed_build_of_another_layout_is_no_start(tokenizer, tmp_path):
         np.testing.assert_array_equal(rows, source.table[name])
 
 
+@pytest.mark.parametrize(
+    "name, there, found",
+    [
+        ("part", b"a download", "part: expected an unfinished ToL file, which is overwritten; found another file"),
+        ("part.progress", b"[1]", "progress: expected object, found array"),
+        ("part.progress", b'{"plan": "", "chunks": -1}', "progress: chunks: expected int >= 0, found -1"),
+    ],
+)
+def test_files_of_other_kinds_under_the_partial_names_stay(tokenizer, tmp_path, name, there, found):
+    path = tmp_path / f"t.{name}"
+    path.write_bytes(there)
+    with pytest.raises(UserError, match=found):
+        build.build(Source(tokenizer), uniform(16), str(tmp_path / "t"), np.arange(VOCAB))
+    assert path.read_bytes() == there
+
+
+def test_progress_past_the_end_finishes_nothing(tokenizer, tmp_path):
+    path = str(tmp_path / "t")
+    with pytest.raises(KeyboardInterrupt):
+        build.build(Source(tokenizer, stop=1), uniform(16), path, np.arange(VOCAB), chunk_rows=CHUNK)
+    progress = json.loads(content(f"{path}.part.progress"))
+    with open(f"{path}.part.progress", "w") as file:
+        json.dump(progress | {"chunks": 6}, file)
+    with pytest.raises(UserError, match="progress: chunks: expected at most 5, found 6"):
+        build.build(Source(tokenizer), uniform(16), path, np.arange(VOCAB), chunk_rows=CHUNK)
+    assert not os.path.exists(path)
+
+
 @contextlib.contextmanager
 def killed_after(monkeypatch, chunks):
     record = TolWriter.record

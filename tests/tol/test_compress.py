@@ -1,18 +1,20 @@
 """Uniform compression: how much the rows err, and options that are refused."""
 
+import dataclasses
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 from lab import opened, some_tokens, step_logits
-from tol_files import file_rows, relative, rows_of
+from tol_files import content, file_rows, relative, rows_of
 
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.tol import compress
 from memoryllm_jax.tol.codec import Band
-from memoryllm_jax.tol.sources import LiveSource
+from memoryllm_jax.tol.sources import FileSource, LiveSource
 
 
 def errors_of(lab, path, name="flex-3"):
@@ -66,6 +68,48 @@ def test_compressed_file_equals_precompute_with_the_same_options(lab, tmp_path):
         assert relative(rows_of(tol), rows_of(direct)) < 1e-4
         with pytest.raises(UserError, match="expected a file of 16 or 32 bits with all layers, found bfloat16"):
             compress.compress_file(tol, compress.Options(), str(tmp_path / "again"))
+
+
+def test_a_file_with_integers_or_dropped_layers_in_any_tier_is_not_compressed(lab, tmp_path):
+    with opened(lab.tol("flex-3")) as tol:
+        (tier,) = tol.layout.tiers
+        integers = tuple(dataclasses.replace(part, bands=(Band(32, 4),)) for part in tier.parts)
+        for second, found in (
+            (integers, "float32.int4, with 0 of 2"),
+            (tier.parts[:-1], "float32, with 1 of 2 layers"),
+        ):
+            other = dataclasses.replace(tier, parts=second)
+            tol.layout = dataclasses.replace(tol.layout, tiers=(tier, other))
+            with pytest.raises(UserError, match=f"expected a file of 16 or 32 bits with all layers, found {found}"):
+                compress.compress_file(tol, compress.Options(), str(tmp_path / "t"))
+
+
+def test_a_rank_alone_keeps_the_bits_of_the_file(lab):
+    with opened(lab.tol("flex-3", bits="16")) as tol:
+        (tier,) = compress.uniform(FileSource(tol), compress.Options(rank="0.5")).tiers
+    assert [part.bands for part in tier.parts] == [(Band(32, 16),), (Band(16, 16),), (Band(16, 16),)]
+
+
+def test_only_a_tol_file_of_the_same_weights_is_replaced(lab, tmp_path):
+    out, source = str(tmp_path / "t.safetensors"), LiveSource(TrainedModel(lab.workdir("memory")))
+    with (
+        opened(lab.tol("memory")) as tol,
+        pytest.raises(UserError, match="another file than the one that is compressed"),
+    ):
+        compress.compress_file(tol, compress.Options(), tol.path)
+    for there, found in (
+        (b"a text", "found another file: .* expected a ToL file"),
+        (content(lab.tol("flex-3")), r"found a file of other weights \(flex-3 at step 16\)"),
+    ):
+        with open(out, "wb") as file:
+            file.write(there)
+        with pytest.raises(UserError, match=f"output: expected a name that is free, or .*{found}"):
+            compress.write(source, compress.Options(bits="8"), out)
+        assert content(out) == there
+    shutil.copy(lab.tol("memory"), out)
+    compress.write(source, compress.Options(bits="8"), out)
+    with opened(out) as tol:
+        assert tol.layout.codec() == "int8"
 
 
 def test_bad_options_are_refused_and_leave_nothing(lab, tmp_path):

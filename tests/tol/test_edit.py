@@ -3,7 +3,9 @@
 import functools
 import json
 import os
+import shutil
 import struct
+import types
 
 import numpy as np
 import pytest
@@ -69,15 +71,19 @@ def header_and_data(path):
     return json.loads(raw[8 : 8 + length]), raw[8 + length :]
 
 
+def write_unsealed(path, header, data):
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + data)
+
+
 def test_overlay_without_checksums_opens(overlay_file):
     """Overlays of earlier versions have none."""
     tol, path = overlay_file
     header, data = header_and_data(path)
     texts = [edit.text for edit in Overlay.open(path, tol).edits]
     del header["__metadata__"]["header_checksum"], header["__metadata__"]["tensor_checksums"]
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text + data)
+    write_unsealed(path, header, data)
     assert [edit.text for edit in Overlay.open(path, tol).edits] == texts
 
 
@@ -262,6 +268,53 @@ def test_the_file_that_is_edited_is_not_overwritten(lab, edited_file):
         overlay = Overlay.open(edited_file[1], tol)
         with pytest.raises(UserError, match="output: expected another file than the one that is edited"):
             edit.write_edited(tol, overlay, tol.path)
+
+
+def test_only_an_edited_file_is_replaced(lab, edited_file, tmp_path):
+    out = str(tmp_path / "out")
+    with opened(lab.tol("flex-3")) as tol:
+        overlay = Overlay.open(edited_file[1], tol)
+        for there in (tol.path, lab.tol("memory"), edited_file[1]):
+            shutil.copy(there, out)
+            with pytest.raises(UserError, match="output: expected a name that is free, or "):
+                edit.write_edited(tol, overlay, out)
+            assert content(out) == content(there)
+        shutil.copy(edited_file[0], out)
+        edit.write_edited(tol, overlay, out)
+    assert content(out) == content(edited_file[0])
+
+
+def test_edit_of_a_layer_that_a_tier_drops_is_not_written(lab, tmp_path):
+    with opened(lab.tol("flex-3", drop_layers=("1",))) as tol:
+        rows = np.ones((1, 2, 32), np.float32)
+        overlay = Overlay(tol, [Edit("by hand", ids=np.array([7], np.int32), rows=rows, mix=[[]])])
+        with pytest.raises(UserError, match=r"output: .* layer 1 of token #7, whose tier 0 drops that layer"):
+            edit.write_edited(tol, overlay, str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_key_is_suppressed_where_tiers_hold_its_layer(mixed_file, monkeypatch):
+    config = types.SimpleNamespace(layers=LAYERS, memory_dim=4)
+    trained = types.SimpleNamespace(config=config, tokenizer=types.SimpleNamespace(digest=""))
+    monkeypatch.setattr(TolFile, "check_model", lambda *_: None)
+    monkeypatch.setattr(edit, "_key", lambda *_: (np.ones(VOCAB, np.float32), np.ones(DIM, np.float32)))
+    with opened(mixed_file[0]) as tol:
+        editor = edit.Editor(tol, Overlay(tol, []))
+        editor._suppress_key(trained, 6, 3, "6:3")
+        np.testing.assert_array_equal(editor.overlay.edits[0].coefficients == 1, tol.row_of_token < 110)
+
+
+def test_edited_copy_of_a_file_of_an_earlier_version(lab, edited_file, tmp_path):
+    """Without a checksum, and with a header of another length, so that the copy's rows lie elsewhere."""
+    path, out = str(tmp_path / "earlier"), str(tmp_path / "out")
+    header, data = header_and_data(lab.tol("flex-3"))
+    del header["__metadata__"]["header_checksum"]
+    write_unsealed(path, header, data)
+    with opened(path) as tol:
+        edit.write_edited(tol, Overlay.open(edited_file[1], tol), out)
+    with opened(out) as tol:
+        verify.check_file(tol)
+    assert header_and_data(out)[1] == header_and_data(edited_file[0])[1]
 
 
 def test_a_damaged_row_is_not_copied(lab, edited_file, tmp_path):

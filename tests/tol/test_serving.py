@@ -148,9 +148,12 @@ def test_weights_that_rows_replace_are_never_on_the_device(lab):
     before = alive()
     with lab.model("flex-3") as model:
         assert sum((alive() - before).values()) == 3 * m.layers + 2  # FFN-M, input and output embedding
+        live_bytes = model.weights_bytes
         del model
+    replaced = sum(x.nbytes for x in jax.tree.leaves([params["memory"], params["embedding"]]))
     for place in serving.PLACES:
         with lab.model("flex-3", path, place, cache=1 << 10) as model:
             written(model, [[5, 6]], 3)
             assert alive() - before == {params["head"].shape: 1}, place
+            assert model.weights_bytes == live_bytes - replaced
             del model
