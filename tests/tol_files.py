@@ -202,7 +202,8 @@ def more():
     rng = np.random.default_rng(1)
 
     def basis(rank):
-        return np.linalg.qr(rng.standard_normal((DIM, DIM)))[0].astype(np.float32)[:rank]
+        orthonormal = np.linalg.qr(rng.standard_normal((DIM, DIM)))[0].astype(np.float32)[:rank]
+        return orthonormal * rng.uniform(0.1, 10, (rank, 1)).astype(np.float32)
 
     return {
         "order": rng.permutation(VOCAB),

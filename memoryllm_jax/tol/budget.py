@@ -10,8 +10,7 @@ a choice is
 Errors are measured on rows of the tier, weighted by frequency. A part's importance is the measured rise in loss on
 text over the error, when that part alone is coarsely quantised. The loss of dropping a layer is measured directly.
 With a price in nats for a byte, each part's cheapest choice is found separately; bisection finds the price at which
-the size fits. In the end the result is measured against the best uniform setting of the same size, and the better one
-is taken.
+the size fits. In the end the result is measured against uniform settings of the same size, and the best one is taken.
 
 Shapes: V vocabulary, U tokens, D width, K tiers, B numbers of bits to choose from, G groups of coefficients.
 """
@@ -83,6 +82,7 @@ class Scorer:
       ids: int32 [U], the distinct tokens of the text; a loss needs rows for these.
       counts: int [U], how often each of them occurs.
       tokens: number of tokens that are predicted.
+      batch_tokens: int [N], how many of them are in each batch.
     """
 
     def __init__(self, decoder: Decoder, windows: np.ndarray, embedding=None, batch: int = 8):
@@ -94,9 +94,14 @@ class Scorer:
         self.tokens = index.size
         self.counts = np.bincount(index.reshape(-1), minlength=len(ids))
         self._batches = _batches(index, targets, batch)
+        self.batch_tokens = np.array([int(weights.sum()) for _, _, weights in self._batches])
 
     def nats(self, vectors: dict) -> float:
-        """Mean loss in nats a token.
+        """Mean loss in nats a token; `vectors` as of `batch_nats`."""
+        return float(self.batch_nats(vectors).sum()) / self.tokens
+
+    def batch_nats(self, vectors: dict) -> np.ndarray:
+        """The loss in nats of all tokens of each batch, float64 [N].
 
         Args:
           vectors: {part name: [U, D]}, the rows of `ids`; a layer without an entry is dropped.
@@ -111,7 +116,7 @@ class Scorer:
         rows = TokenRows(x0_UD[None], ffn)
         # All batches are dispatched before the first sum is read: the device never waits for the host.
         sums = [self.decoder.score(rows, *arrays) for arrays in self._batches]
-        return float(sum(jax.device_get(sums))) / self.tokens
+        return np.array(jax.device_get(sums), np.float64)
 
 
 class _Batch(NamedTuple):
@@ -173,7 +178,7 @@ class Planner:
       scorer: of a text that results are not reported on.
       counts: int64 [V], how often each token occurs.
     Attributes:
-      bases: {part name: bfloat16 [D, D]}, singular vectors of each layer's rows weighted by frequency, strongest first.
+      bases: {part name: bfloat16 [D, D]}, each layer's basis as a file stores it, of rows weighted by frequency.
       tier_of_token: int32 [V], the tier that each token is planned for.
     """
 
@@ -185,7 +190,7 @@ class Planner:
         self.tier_of_token = np.empty(len(order), np.int32)
         self.tier_of_token[order] = np.repeat(np.arange(len(self._tier_rows)), self._tier_rows)
         weights_V = counts + 0.5  # a token that the text lacks still counts a little: it may occur elsewhere
-        self.bases = _in_bfloat16(singular_bases(source, self._layers, weights_V))
+        self.bases = _stored(singular_bases(source, self._layers, weights_V))
         samples = _samples(source, order, self._tier_rows, weights_V)
         names = ["x0", *self._layers] if source.has_x0 else self._layers
         self._costs = _measure(source, scorer, names, self.bases, samples)
@@ -200,7 +205,7 @@ class Planner:
     def even_bases(self) -> tuple[dict, dict]:
         """({part name: singular values [D]}, {part name: bfloat16 [D, D]}) where every token counts alike."""
         found = singular_bases(self._source, self._layers, np.ones(self._source.vocab_size))
-        return {name: np.sqrt(basis.squares) for name, basis in found.items()}, _in_bfloat16(found)
+        return {name: np.sqrt(basis.squares) for name, basis in found.items()}, _stored(found)
 
     def tiers(self, layout: Layout) -> np.ndarray:
         """int32 [V], each token's tier in a layout that has the planned tiers, or only one."""
@@ -217,9 +222,9 @@ class Planner:
         return scorer.nats(as_stored(layout, vectors, self.tiers(layout)[scorer.ids], used))
 
 
-def _in_bfloat16(bases: dict[str, Basis]) -> dict[str, jax.Array]:
-    """The singular vectors rounded as a file stores them."""
-    return {name: jnp.asarray(basis.vectors, jnp.bfloat16) for name, basis in bases.items()}
+def _stored(bases: dict[str, Basis]) -> dict[str, jax.Array]:
+    """The bases as a file stores them."""
+    return {name: jnp.asarray(basis.stored) for name, basis in bases.items()}
 
 
 def cut(bases: dict, layout: Layout) -> dict:
@@ -244,9 +249,9 @@ def choose(source: Source, scorer: Scorer, counts: np.ndarray, total: int, name:
     vectors = full_vectors(source, scorer.ids)
     full, found = scorer.nats(vectors), planner.loss(layout, scorer, vectors)
     print(f"loss on {scorer.tokens:,} tokens of text: full rows {full:.5f}, within the budget {found:.5f}", flush=True)
-    uniform = [peer for peer in (plain_layout(source, bits) for bits in _BITS) if peer.total_bytes <= total]
     # Only the two of most bits are measured: with fewer bits the loss would not be lower.
-    losses = [planner.loss(peer, scorer, vectors) for peer in uniform[:2]]
+    uniform = _uniform_within(source, total)[:2]
+    losses = [planner.loss(peer, scorer, vectors) for peer in uniform]
     if losses:
         best = int(np.argmin(losses))
         print(f"the best uniform setting of that size, {uniform[best].codec()}: {losses[best]:.5f}", flush=True)
@@ -256,9 +261,19 @@ def choose(source: Source, scorer: Scorer, counts: np.ndarray, total: int, name:
     return layout, {name: np.asarray(basis) for name, basis in cut(planner.bases, layout).items()}
 
 
-def plain_layout(source: Source, bits: int) -> Layout:
-    """A layout of one tier, with every layer at these bits and x0 at the same, but no fewer than 8."""
-    parts = [Part("x0", (Band(source.dim, max(bits, 8)),), rotated=False)] if source.has_x0 else []
+def _uniform_within(source: Source, total: int) -> list[Layout]:
+    """Layouts of one tier within `total` bytes, in falling order of the layers' bits, each with x0 as fine as fits."""
+    out = []
+    for bits in _BITS:
+        layouts = (plain_layout(source, bits, x0_bits) for x0_bits in _BITS)
+        fitting = [layout for layout in layouts if layout.total_bytes <= total]
+        out += fitting[:1]  # the first has most bits for x0
+    return out
+
+
+def plain_layout(source: Source, bits: int, x0_bits: int | None = None) -> Layout:
+    """A layout of one tier with every layer at `bits`, and x0 at `x0_bits`, by default the same but no fewer than 8."""
+    parts = [Part("x0", (Band(source.dim, x0_bits or max(bits, 8)),), rotated=False)] if source.has_x0 else []
     parts += [Part(f"ffn.{layer}", (Band(source.dim, bits),), rotated=False) for layer in range(source.layers)]
     return Layout(source.dim, source.layers, source.has_x0, (Tier(source.vocab_size, tuple(parts)),))
 
@@ -357,21 +372,26 @@ def _through(band: Band, x_Un):
     return codec.decode_band(band, codec.encode_band(band, x_Un)).astype(jnp.float32)
 
 
-def _mean_error(band, x_Un, weights) -> float:
-    """Squared error of a band summed over its elements, averaged over tokens with these weights."""
-    errors = np.asarray(jnp.square(_through(band, x_Un) - x_Un).sum(1))
+def _mean_error(band, x_Un, weights, squares_n=1.0) -> float:
+    """Squared error of a band summed over its elements, averaged over tokens with these weights.
+
+    Args:
+      squares_n: what each element's squared error counts, such as the squared length of its basis vector.
+    """
+    errors = np.asarray((squares_n * jnp.square(_through(band, x_Un) - x_Un)).sum(1))
     return np.average(errors, weights=weights)
 
 
 def _group_errors(x_UD, basis, weights, sizes_G) -> list[list[float]]:
     """Mean squared errors [G, 1 + B] of coefficients in the basis, with the axes of `_Costs.group_KGB`."""
-    # The basis is orthonormal, so that errors of coefficients are errors of the vector.
-    coefficients = x_UD @ basis.astype(jnp.float32).T
+    coefficients_UD = codec.coefficients(x_UD, basis)
+    # The basis is orthogonal, so that errors of coefficients, times the vectors' lengths, are errors of the vector.
+    squares_D = jnp.square(basis.astype(jnp.float32)).sum(1)
     out, start = [], 0
     for size in sizes_G:
-        c_Un = coefficients[:, start : start + size]
-        not_stored = np.average(np.asarray(jnp.square(c_Un).sum(1)), weights=weights)
-        out.append([not_stored] + [_mean_error(Band(size, bits), c_Un, weights) for bits in _BITS])
+        c_Un, squares_n = coefficients_UD[:, start : start + size], squares_D[start : start + size]
+        not_stored = np.average(np.asarray((squares_n * jnp.square(c_Un)).sum(1)), weights=weights)
+        out.append([not_stored] + [_mean_error(Band(size, bits), c_Un, weights, squares_n) for bits in _BITS])
         start += size
     return out
 

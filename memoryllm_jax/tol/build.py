@@ -221,22 +221,41 @@ def _metadata(identity: Identity, layout: Layout, arrays: dict) -> dict[str, str
     }
 
 
+# The least length of a stored basis vector, as a share of the longest. Squares of singular values come from sums in
+# float32, which err by some 1e-7 of the largest: singular values below this share are noise, or zero.
+_LEAST_LENGTH = 1e-3
+
+
 class Basis(NamedTuple):
     """Right singular vectors of a part's rows, strongest first.
 
     Attributes:
-      squares: float64 [D], the squares of the singular values.
+      squares: float64 [D], the weighted means over tokens of the squared coefficients; in proportion to the squares of
+        the singular values.
       vectors: float32 [D, D], one singular vector in each row.
     """
 
     squares: np.ndarray
     vectors: np.ndarray
 
+    @property
+    def stored(self) -> np.ndarray:
+        """The basis as a file stores it, bfloat16 [D, D]: each vector times the size of its coefficients.
+
+        The coefficients that rows store are divided by that size. So those that share a scale have the same size; were
+        they left in falling order of size, the scale of the largest would be far too coarse for the rest.
+        """
+        sizes_D = np.sqrt(self.squares)
+        least = _LEAST_LENGTH * sizes_D.max()
+        # The vectors stay as they are where all rows are zero.
+        lengths_D = np.maximum(sizes_D, least) if least else np.ones_like(sizes_D)
+        return (self.vectors * lengths_D[:, None]).astype(ml_dtypes.bfloat16)
+
 
 def singular_bases(
     source: Source, names: list[str], weights_V: np.ndarray, chunk_rows: int = CHUNK_ROWS
 ) -> dict[str, Basis]:
-    """The singular vectors of the rows of parts, over all tokens.
+    """The singular vectors of the rows of parts over all tokens, and the sizes of the coefficients.
 
     They are found as eigenvectors of a [D, D] matrix, so that memory does not grow with the vocabulary.
 
@@ -246,7 +265,8 @@ def singular_bases(
       chunk_rows: rows that a device makes at a time, at most.
     Returns: {part name: Basis}.
     """
-    grams = _weighted_grams(source, names, weights_V, chunk_rows) if names else {}
+    # The weights add up to 1, so that sums are means.
+    grams = _weighted_grams(source, names, weights_V / weights_V.sum(), chunk_rows) if names else {}
     return {name: _eigenvectors(gram) for name, gram in grams.items()}
 
 

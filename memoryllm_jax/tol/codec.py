@@ -2,8 +2,9 @@
 
 A row consists of parts: "x0", the input embedding where it is untied, and "ffn.L", the output of FFN-M of layer L. A
 part's vector is stored as it is, or as its first coefficients in a rotated basis that all tokens share (low rank by
-SVD). The elements of a part are split into consecutive bands, each with its own number of bits. A layer without a part
-is dropped: it adds zero.
+SVD). The basis vectors are orthogonal, and each is as long as its coefficients would be large if it had length 1
+(`build.Basis`): so the coefficients that share a scale are of one size. The elements of a part are split into
+consecutive bands, each with its own number of bits. A layer without a part is dropped: it adds zero.
 
 Integers of b bits are in groups of 64 that share one bfloat16 scale s: element = (code - 2^(b-1) + 1/2) s.
 docs/tol.md specifies the bytes.
@@ -112,7 +113,7 @@ def decode(parts: tuple[Part, ...], raw, bases: dict) -> dict:
 def _encode_part(part, x_UD, bases):
     x_UD = x_UD.astype(jnp.float32)
     if part.rotated:
-        x_UD = _product(x_UD, bases[part.name][: part.rank].T)
+        x_UD = coefficients(x_UD, bases[part.name][: part.rank])
     pieces, start = [], 0
     for band in part.bands:
         pieces.append(encode_band(band, x_UD[:, start : start + band.size]))
@@ -132,6 +133,13 @@ def _decode_part(part, raw, bases):
     if part.rotated:
         x = _product(x, bases[part.name][: part.rank])
     return x
+
+
+def coefficients(x_UD, basis_RD):
+    """The coefficients of vectors in a basis of R orthogonal vectors of any length, float32 [U, R]."""
+    squares_R = jnp.square(basis_RD.astype(jnp.float32)).sum(1)
+    # A basis vector of zeros adds nothing, whatever its coefficient is: it is divided by 1 instead.
+    return _product(x_UD, basis_RD.T) / jnp.where(squares_R > 0, squares_R, 1)
 
 
 def _product(x, w):

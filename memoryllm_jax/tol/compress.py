@@ -148,7 +148,7 @@ def write(
     else:
         layout = uniform(source, choices)
         found = build.singular_bases(source, list(layout.rotated), np.ones(source.vocab_size), chunk_rows)
-        bases = {name: basis.vectors[: layout.rotated[name]] for name, basis in found.items()}
+        bases = {name: basis.stored[: layout.rotated[name]] for name, basis in found.items()}
     return build.build(source, layout, output, order, counts, bases, label, chunk_rows)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from lab import opened, some_tokens, step_logits
@@ -12,8 +13,8 @@ from tol_files import content, file_rows, relative, rows_of
 
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.tol import compress
-from memoryllm_jax.tol.codec import Band
+from memoryllm_jax.tol import build, codec, compress
+from memoryllm_jax.tol.codec import Band, Part
 from memoryllm_jax.tol.sources import FileSource, LiveSource
 
 
@@ -42,6 +43,26 @@ def test_low_rank_keeps_the_largest_singular_values(lab):
     tail = np.sqrt(np.square(values[16:]).sum() / np.square(values).sum())
     assert tail > 1e-3 and found["ffn.0"] == pytest.approx(tail, rel=0.01)
     assert found["ffn.1"] < 1e-6
+
+
+def test_rotated_coefficients_lose_no_more_to_few_bits_than_the_vectors():
+    rng = np.random.default_rng(0)
+    sizes = np.geomspace(100, 0.1, 64)
+    sizes[-2:] = 0  # directions that no row has
+    rotation = np.linalg.qr(rng.standard_normal((64, 64)))[0]
+    rows = jnp.asarray(rng.standard_normal((512, 64)) * sizes @ rotation, jnp.float32)
+    bases = {"ffn.0": jnp.asarray(build._eigenvectors(np.asarray(rows.T @ rows)).stored)}
+    found = {}
+    for rotated in (False, True):
+        part = Part("ffn.0", (Band(64, 3),), rotated)
+        raw = codec.encode((part,), {"ffn.0": rows}, bases)
+        found[rotated] = relative(codec.decode((part,), raw, bases)["ffn.0"], rows)
+    assert found[True] < 1.05 * found[False], found
+
+
+def test_basis_of_rows_that_are_all_zero_is_finite():
+    basis = build._eigenvectors(np.zeros((8, 8), np.float32)).stored
+    np.testing.assert_array_equal(np.square(basis.astype(np.float32)).sum(1), 1)
 
 
 def test_dropped_layers_are_zero(lab):
