@@ -1,6 +1,7 @@
 """Tokenizers by spec: `sentencepiece:FILE`, `llama3:FILE` (tiktoken ranks), `hf:FILE` (tokenizer.json)."""
 
 import base64
+import contextlib
 import hashlib
 import io
 import os
@@ -8,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from memoryllm_jax.common import storage
+from memoryllm_jax.common import records, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError, one_line, require
 
 # Texts are tokenized in pieces of at most this many characters, as tiktoken's regular expressions and SentencePiece's
@@ -32,6 +33,9 @@ LLAMA3_RESERVED = 256  # ids after the ranks that are reserved for special token
 # Common spellings of bos and eos, for a tokenizer.json that does not name them; the first one found is used.
 HF_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
 HF_EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[EOS]")
+
+
+MAX_VOCAB = 2**24  # ids of a tokenizer.json; the largest vocabularies have 2^18
 
 
 class Tokenizer:
@@ -153,22 +157,26 @@ def load(spec: str) -> Tokenizer:
     config_path = os.path.join(os.path.dirname(path), "tokenizer_config.json")
     if kind == "hf" and storage.exists(config_path):
         # A tokenizer.json does not say which of its tokens is eos.
-        eos = _eos_token(storage.read_json(config_path, "settings of a tokenizer"), config_path)
+        eos = _eos_token(config_path)
         ends = [loaded.token(eos, f"{config_path}: eos_token", loaded.vocab_size)] if eos else []
         loaded.name_special(loaded.put_before, ends)
     return loaded
 
 
-def _eos_token(settings, path: str) -> str | None:
-    """The text of eos in the tree of a tokenizer_config.json: a string, or the `content` of an object."""
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected a JSON object, found {settings!r}")
-    eos = settings.get("eos_token")
-    if isinstance(eos, dict):
-        eos = eos.get("content")
-    if not isinstance(eos, str | None):
-        raise UserError(f"{path}: eos_token: expected a token, found {eos!r}")
-    return eos
+class _AddedToken(records.Record):
+    content: str
+
+
+class _TokenizerConfig(records.Record):
+    """What is read of a tokenizer_config.json."""
+
+    eos_token: str | _AddedToken | None = None
+
+
+def _eos_token(path: str) -> str | None:
+    """The text of eos in a tokenizer_config.json: a string, or the `content` of an object. Raises: UserError."""
+    eos = records.read(_TokenizerConfig, path, "settings of a tokenizer").eos_token
+    return eos.content if isinstance(eos, _AddedToken) else eos
 
 
 def token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
@@ -315,28 +323,58 @@ def _load_llama3(content):
     )
 
 
+@contextlib.contextmanager
+def _panics_as_errors():
+    """Turns a panic of tokenizers, which contradictions in a tokenizer.json lead to, into a UserError."""
+    try:
+        yield
+    except BaseException as error:
+        # pyo3 exports no name for PanicException, which it derives from BaseException.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"tokenizer: expected a valid tokenizer.json, found one that tokenizers fails on: {error}"
+        ) from error
+
+
 def _load_hf(content):
     tokenizers = require("tokenizers", "prepare", "this tokenizer")
-    tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    with _panics_as_errors():
+        tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if not 0 < vocab_size <= MAX_VOCAB:
+        raise UserError(f"tokenizer: expected from 1 to {MAX_VOCAB:,} ids in tokenizer.json, found {vocab_size:,}")
 
     def first_known(names):
         ids = map(tokenizer.token_to_id, names)
         return next((i for i in ids if i is not None), None)
 
     # The only way to find out whether the file's post-processor puts bos before a text is to run it.
-    begun = tokenizer.encode("x", add_special_tokens=True).ids
-    plain = tokenizer.encode("x", add_special_tokens=False).ids
+    with _panics_as_errors():
+        begun = tokenizer.encode("x", add_special_tokens=True).ids
+        plain = tokenizer.encode("x", add_special_tokens=False).ids
     put_before = begun[0] if begun[:1] != plain[:1] else None
+    if put_before is not None and put_before >= vocab_size:
+        raise UserError(
+            f"tokenizer: expected ids below {vocab_size} in tokenizer.json's post_processor, found {put_before}"
+        )
+
+    @_panics_as_errors()
+    def encode_batch(texts, threads):
+        return [found.ids for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @_panics_as_errors()
+    def decode(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
     return _Loaded(
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        vocab_size=vocab_size,
         bos_id=first_known(HF_BOS) if put_before is None else put_before,
         eos_id=first_known(HF_EOS),
-        encode_batch=lambda texts, threads: [
-            found.ids for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ],
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        encode_batch=encode_batch,
+        decode=decode,
         put_before=put_before,
         special_tokens={},  # empty, as encode_batch already turns their spellings into special tokens
     )

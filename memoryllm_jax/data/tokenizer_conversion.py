@@ -155,10 +155,11 @@ def compared_texts(tokenizer: Tokenizer) -> list[str]:
         text = draw.choice(long)
         start = draw.randrange(len(text))
         texts.append(text[start : start + draw.randrange(1, 300)])
-    # Without special tokens, which `decode` of some libraries leaves out.
-    ids = sorted(set(range(tokenizer.vocab_size)) - set(tokenizer.special_tokens.values()))
+    special = set(tokenizer.special_tokens.values())
     while len(texts) < COMPARED:
-        texts.append(tokenizer.decode(draw.choices(ids, k=draw.randrange(1, 12))))
+        ids = [draw.randrange(tokenizer.vocab_size) for _ in range(draw.randrange(1, 12))]
+        # Without special tokens, which `decode` of some libraries leaves out.
+        texts.append(tokenizer.decode(i for i in ids if i not in special))
     return texts
 
 

@@ -3,6 +3,7 @@
 import base64
 import functools
 import itertools
+import json
 import os
 import re
 
@@ -102,3 +103,39 @@ def test_special_tokens_of_a_tokenizer_json(tmp_path):
         load()
     os.remove(tmp_path / "tokenizer_config.json")
     assert (load().bos_id, load().eos_id) == (63, None)
+
+
+def panicking(tree):
+    tree["post_processor"]["special_tokens"] = {}
+
+
+def with_huge_id(tree):
+    tree["model"]["vocab"]["!"] = 2**32 - 1
+
+
+def with_foreign_id(tree):
+    tree["post_processor"]["special_tokens"]["<s>"]["ids"] = [10**9]
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (panicking, "expected a valid tokenizer.json, found one that tokenizers fails on"),
+        (with_huge_id, "expected from 1 to 16,777,216 ids in tokenizer.json, found 4,294,967,296"),
+        (with_foreign_id, "expected ids below 64 in tokenizer.json's post_processor, found 1000000000"),
+    ],
+)
+def test_a_tokenizer_json_that_contradicts_itself_is_refused(tmp_path, change, problem):
+    write_tokenizer(tmp_path, put_before="<s>")
+    tree = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(tree)
+    with pytest.raises(UserError, match=f"tokenizer: {problem}"):
+        tokenizer.Tokenizer("hf", json.dumps(tree).encode(), "file")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"eos_token": 3}', '{"eos_token": {"content": null}}', "[" * 9999])
+def test_a_damaged_tokenizer_config_is_refused_by_its_name(tmp_path, text):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"tokenizer_config.json: .*found"):
+        tokenizer.load(f"hf:{tmp_path}/tokenizer.json")
