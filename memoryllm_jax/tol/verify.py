@@ -18,6 +18,7 @@ from memoryllm_jax.tol.reader import RowReader
 from memoryllm_jax.tol.sources import FileSource, LiveSource, Source
 
 _CHUNK_ROWS = 512  # rows that are read and compared at a time
+_CHUNK_BYTES = 64 << 20  # bytes that the rows read at a time take, at most
 _TINY = 1e-30  # the least norm to divide by: no difference over a norm of zero is zero, not NaN
 
 
@@ -42,7 +43,8 @@ def damaged_tokens(tol: TolFile) -> list[int]:
 
     reader = RowReader(tol, repair=note)
     progress = Progress("verify", tol.vocab_size, "row")
-    for chunk in vocabulary.chunks(tol.token_of_row(), _CHUNK_ROWS):
+    size = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // max(tol.layout.stride, 1)))
+    for chunk in vocabulary.chunks(tol.token_of_row(), size):
         reader.read(chunk.real_ids)
         progress.update(chunk.stop)
     progress.close()
