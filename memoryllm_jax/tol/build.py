@@ -19,9 +19,10 @@ from jax.sharding import PartitionSpec as P
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.tol import codec
-from memoryllm_jax.tol.format import TolWriter, text_checksum
+from memoryllm_jax.tol.format import text_checksum
 from memoryllm_jax.tol.layout import Layout
 from memoryllm_jax.tol.sources import Identity, Source
+from memoryllm_jax.tol.writer import TolWriter
 
 CHUNK_ROWS = 1024  # rows that a device makes at a time, at most
 _CHUNK_BYTES = 64 << 20  # bytes that the float32 values of these rows take, at most

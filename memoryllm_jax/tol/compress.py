@@ -19,9 +19,10 @@ from memoryllm_jax.model import sharding
 from memoryllm_jax.tol import budget, build
 from memoryllm_jax.tol.budget import Scorer
 from memoryllm_jax.tol.codec import FLOATS, INTEGERS, Band, Part
-from memoryllm_jax.tol.format import TolFile, to_replace
+from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.layout import Layout, Tier
 from memoryllm_jax.tol.sources import FileSource, Identity, LiveSource, Source
+from memoryllm_jax.tol.writer import to_replace
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,12 +19,13 @@ from memoryllm_jax.common.options import Option
 from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.model.transformer import Norm, swiglu_coefficients
 from memoryllm_jax.tol import codec, header
-from memoryllm_jax.tol.format import ALIGN, TolFile, checksum, to_replace
+from memoryllm_jax.tol.format import ALIGN, TolFile, checksum
 from memoryllm_jax.tol.header import Place
 from memoryllm_jax.tol.layout import Layout
 from memoryllm_jax.tol.overlay import Edit, Overlay
 from memoryllm_jax.tol.reader import RowReader
 from memoryllm_jax.tol.sources import FileSource, read_rows
+from memoryllm_jax.tol.writer import to_replace
 
 OPERATIONS = ("swap", "replace", "blend", "zero", "suppress")
 _FIELDS = {"swap": 2, "replace": 2, "blend": 3, "zero": 1}  # comma-separated values that an operation on rows takes

@@ -29,8 +29,8 @@ from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.model import sharding
 from memoryllm_jax.tol import build, compress, verify
-from memoryllm_jax.tol.format import TolWriter
 from memoryllm_jax.tol.sources import LiveSource
+from memoryllm_jax.tol.writer import TolWriter
 
 
 @pytest.mark.parametrize("name", ["memory", "flex-3", "tied"])
