@@ -3,7 +3,7 @@
 Settings that the other side cannot express are refused by name.
 """
 
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -103,6 +103,9 @@ def _rope_to_json(c):
     return out
 
 
+_Positive = Annotated[float, msgspec.Meta(gt=0, le=2.0**127)]  # as float32 holds it
+
+
 class Settings(records.Record):
     """The settings of a config.json that import reads. A missing one has the value that transformers gives it.
 
@@ -118,8 +121,8 @@ class Settings(records.Record):
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
     max_position_embeddings: Size = 2048
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    rms_norm_eps: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1e-6
+    initializer_range: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.02
     tie_word_embeddings: bool = False
     dtype: str | None = None
     torch_dtype: str | None = None  # the name of `dtype` in transformers before version 5
@@ -134,7 +137,7 @@ class Settings(records.Record):
     per_layer_config: Any = None
     transformers_weights: Any = None
 
-    rope_theta: float | UnsetType | None = UNSET
+    rope_theta: _Positive | UnsetType | None = UNSET
     partial_rotary_factor: float | None = None
     original_max_position_embeddings: Size | UnsetType | None = UNSET
     rope_scaling: msgspec.Raw = msgspec.Raw(b"null")
@@ -159,11 +162,11 @@ class _Rope(records.Record):
 
     rope_type: str | UnsetType | None = UNSET
     type: str | UnsetType | None = UNSET
-    rope_theta: float | UnsetType | None = UNSET
+    rope_theta: _Positive | UnsetType | None = UNSET
     partial_rotary_factor: float | UnsetType = UNSET
-    factor: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
+    factor: _Positive | None = None
+    low_freq_factor: _Positive | None = None
+    high_freq_factor: _Positive | None = None
     original_max_position_embeddings: Size | UnsetType | None = UNSET
 
 

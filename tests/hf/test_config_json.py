@@ -55,6 +55,7 @@ def llama(**changes):
         ({"num_attention_heads": 0}, "num_attention_heads: expected int >= 1, found 0"),
         ({"vocab_size": [1]}, "vocab_size: expected int, found array"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings: expected bool, found str"),
+        ({"rms_norm_eps": 1e300}, r"rms_norm_eps: expected float <= 1.0, found 1e\+300"),
         ({"eos_token_id": "</s>"}, "eos_token_id: expected .*, found str"),
         ({"torch_dtype": "int8", "dtype": None}, "torch_dtype: expected one of float32, .*, found 'int8'"),
         ({"rope_scaling": "linear"}, "rope_scaling: expected object | null, found str"),
