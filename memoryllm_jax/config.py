@@ -197,11 +197,12 @@ class StartConfig:
 class DataConfig:
     """The training text and how it is read."""
 
-    # A folder that `prepare` wrote, or its URL; embedded: Python's own texts, which are prepared in the workdir
+    # A folder that `prepare` wrote, or its URL; several, separated by commas, are one stream in this order;
+    # embedded: Python's own texts, which are prepared in the workdir
     path: str = field("embedded", resumable=True)
     # Passes over the training tokens at most; a run that needs more is refused
     epochs: int = field(1, least=1, resumable=True)
-    # Check the checksums of all file shards before training; each host checks its share
+    # Check the checksums of all file shards before training; each host checks its share, and the workdir remembers it
     verify: bool = field(True, resumable=True)
     threads: int = field(4, least=1, resumable=True)  # reader threads of each host
     prefetch: int = field(4, least=1, resumable=True)  # batches read ahead

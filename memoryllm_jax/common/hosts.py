@@ -93,6 +93,16 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def wait_for_all(what: str) -> None:
+    """Waits until all processes of the run have called this.
+
+    Args:
+      what: names the place in the code; all processes give the same text.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def is_lost_peer(error: Exception) -> bool:
     """Whether the error means that another process of the run has ended."""
     # JAX has no error of its own for this: each collective fails with another message.

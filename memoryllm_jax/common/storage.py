@@ -12,12 +12,15 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from memoryllm_jax.common.errors import UserError, one_line
+
+_PIECE = 1 << 20  # bytes of a file read at a time
 
 
 def is_url(path: str) -> bool:
@@ -158,12 +161,36 @@ def exists(path: str) -> bool:
         return fs.exists(name)
 
 
-def sizes(folder: str) -> dict[str, int]:
-    """{file name: bytes} of all files in a folder. Raises: UserError."""
+class Listed(NamedTuple):
+    """A file in a folder.
+
+    version: a text that changes when the file is written anew; "" where the storage does not say. On a disk, it is made
+      of size and time of modification, which copying a file can keep while its bytes are damaged.
+    """
+
+    size: int
+    version: str
+
+
+def files(folder: str) -> dict[str, Listed]:
+    """The files in a folder by name. Raises: UserError."""
     fs, name = filesystem(folder)
     with user_errors(folder, "a folder"):
+        if is_local(fs):
+            found = [(entry.name, entry.stat()) for entry in os.scandir(name) if entry.is_file()]
+            return {file: Listed(stat.st_size, f"{stat.st_size} {stat.st_mtime_ns}") for file, stat in found}
         entries = fs.ls(name, detail=True)
-    return {os.path.basename(entry["name"]): entry["size"] for entry in entries if entry["type"] == "file"}
+    return {
+        os.path.basename(entry["name"]): Listed(entry["size"], _version(entry))
+        for entry in entries
+        if entry["type"] == "file"
+    }
+
+
+def _version(entry: dict) -> str:
+    """The version of a file behind a URL."""
+    tag = entry.get("etag") or entry.get("ETag")  # gcsfs and s3fs
+    return f"{entry['size']} {tag}" if tag else ""
 
 
 def names(folder: str) -> set[str]:
@@ -184,11 +211,20 @@ def remove(path: str) -> None:
         fs.rm_file(name)
 
 
-def sha256(path: str) -> str:
-    """The SHA-256 of a file, in hexadecimal. Raises: UserError."""
+def sha256(path: str, step: Callable[[int], None] = lambda count: None) -> str:
+    """The SHA-256 of a file, in hexadecimal.
+
+    Args:
+      step: called with the number of bytes after each piece of the file.
+    Raises: UserError.
+    """
     fs, name = filesystem(path)
+    digest = hashlib.sha256()
     with user_errors(path, "a file"), fs.open(name, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            step(len(piece))
+    return digest.hexdigest()
 
 
 def lock_byte(fd: int, path: str, number: int) -> None:

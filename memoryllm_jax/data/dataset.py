@@ -1,17 +1,13 @@
-"""Prepared data: file shards of tokens that `prepare` wrote, read by position. No JAX.
+"""Prepared data: folders with file shards of tokens that `prepare` wrote, and dataset.json, which describes them.
 
-File shards on a disk are memory-mapped. Behind a URL, each window of tokens is one ranged read, and the reads of one
-call run concurrently.
+No JAX.
 """
 
-import bisect
 import collections
-import concurrent.futures
-import functools
 import hashlib
 import json
 import os
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -21,16 +17,16 @@ from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.common.records import Count, Record, Size
 from memoryllm_jax.data import tokenizer as tokenizer_lib
+from memoryllm_jax.data.documents import EMBEDDED
+from memoryllm_jax.data.stream import Tokens
 from memoryllm_jax.data.tokenizer import Tokenizer
+from memoryllm_jax.data.verification import FileShard, Sha256, Verification
 
 FORMAT = 1  # version of dataset.json and the file shards
 SPLITS = ("train", "validation")
 Split = Annotated[str, Option("split of the prepared data", choices=SPLITS)]
-# Memory maps kept open for one split: a corpus may have more file shards than a process may have open files.
-_OPEN_SHARDS = 128
 
 
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # in hexadecimal
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 
 
@@ -151,170 +147,158 @@ def load_tokenizer(folder: str, expected: TokenizerRecord) -> Tokenizer:
     return model
 
 
-class Dataset:
-    """A folder that `prepare` wrote, or a copy of it behind a URL that fsspec reads.
+class _Folder:
+    """One folder that `prepare` wrote, or a copy of it behind a URL.
 
     Attributes:
-      path: the folder or URL.
       record: the contents of dataset.json.
-      vocab_size: number of token ids.
-      dtype: little-endian type of the token ids in the file shards, uint16 or uint32.
-      train, validation: the splits as `Tokens`.
-      digest: SHA-256 over the checksums of the tokenizer and of all file shards. Checkpoints name the data by it.
-    Raises: UserError if files are missing, have another size than recorded, or come from another version.
+      digest: SHA-256 over the checksums of the tokenizer and of all file shards.
+      shards: {split: its file shards}.
+    Raises: UserError if files are missing or have another size than recorded.
     """
 
     def __init__(self, path: str):
-        self.path = path
-        self.record = read_record(path)
-        self.vocab_size = self.record.vocab_size
-        self.dtype = np.dtype(self.record.dtype).newbyteorder("<")
+        self.path, self.record = path, read_record(path)
         checksums = [shard.sha256 for shard in self.record.all_shards()]
-        self.digest = hashlib.sha256(json.dumps([self.record.tokenizer.digest, *checksums]).encode()).hexdigest()
-        sizes = storage.sizes(path)
-        self.train = Tokens(self, self.record.splits.train, sizes)
-        self.validation = Tokens(self, self.record.splits.validation, sizes)
+        self.digest = _digest([self.record.tokenizer.digest, *checksums])
+        dtype = np.dtype(self.record.dtype).newbyteorder("<")
+        fs, root = storage.filesystem(path)
+        files = storage.files(path)
+        self.shards: dict[str, list[FileShard]] = {split: [] for split in SPLITS}
+        for split in SPLITS:
+            for shard in self.split(split).shards:
+                where = os.path.join(path, shard.file)
+                found, expected = files.get(shard.file), shard.tokens * dtype.itemsize
+                if found is None or found.size != expected:
+                    raise UserError(f"{where}: expected {expected} bytes, found {found.size if found else 'no file'}")
+                name = os.path.join(root, shard.file)
+                opened = FileShard(where, fs, name, dtype, shard.tokens, shard.sha256, found.version)
+                self.shards[split].append(opened)
+
+    def split(self, name: str) -> SplitRecord:
+        """The record of a split."""
+        return getattr(self.record.splits, name)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the data. Raises: UserError if tokenizer.model has another checksum than recorded."""
-        model = load_tokenizer(self.path, self.record.tokenizer)
-        if model.vocab_size != self.vocab_size:
+        """The tokenizer that made the data. Raises: UserError if the file has another checksum than recorded."""
+        model, size = load_tokenizer(self.path, self.record.tokenizer), self.record.vocab_size
+        if model.vocab_size != size:
             where = os.path.join(self.path, "dataset.json")
-            raise UserError(
-                f"{where}: vocab_size: expected the tokenizer's {model.vocab_size}, found {self.vocab_size}"
-            )
+            raise UserError(f"{where}: vocab_size: expected the tokenizer's {model.vocab_size}, found {size}")
         return model
 
-    def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Compares the checksums of file shards with those in dataset.json.
+
+class Dataset:
+    """Folders that `prepare` wrote, or copies of them behind URLs that fsspec reads, as one stream for each split.
+
+    Args:
+      path: a folder or URL, or several, separated by commas. Their order is that of the stream.
+      workdir: folder or URL in which to remember which file shards were verified; "": nowhere.
+    Attributes:
+      path: as given.
+      vocab_size: number of token ids.
+      train, validation: the splits as `Tokens`.
+      digest: of one folder, the SHA-256 over the checksums of the tokenizer and of all file shards; of several, that
+        over their digests. Checkpoints name the data by it.
+    Raises: UserError if files are missing, have another size than recorded, or come from another version, or if the
+      folders were made with different tokenizers.
+    """
+
+    def __init__(self, path: str, workdir: str = ""):
+        self.path = path
+        self._folders = [_Folder(name) for name in folders_in(path)]
+        first, *others = self._folders
+        for other in others:
+            _check_same_tokenizer(first, other)
+        self.vocab_size = first.record.vocab_size
+        digests = [folder.digest for folder in self._folders]
+        self.digest = first.digest if not others else _digest(digests)
+        self._verification = Verification(workdir)
+        self.train, self.validation = (self._stream(split) for split in SPLITS)
+
+    def _stream(self, split: str) -> Tokens:
+        parts = [folder.split(split) for folder in self._folders]
+        return Tokens(
+            [shard for folder in self._folders for shard in folder.shards[split]],
+            documents=sum(part.documents for part in parts),
+            text_bytes=sum(part.bytes for part in parts),
+            vocab_size=self.vocab_size,
+            verification=self._verification,
+        )
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the data. Raises: UserError if the file has another checksum than recorded."""
+        return self._folders[0].tokenizer()
+
+    def verify(self, part: int = 0, parts: int = 1, show: bool = True) -> None:
+        """Compares all file shards with their checksums, but for those that the workdir remembers as verified.
 
         Args:
           part, parts: the share to check: every `parts`-th file shard, from index `part` on. Each host takes one share.
+          show: whether to show progress.
         Raises: UserError that names the file shard.
         """
+        self._verification.check(self._all_shards()[part::parts], show)
 
-        def check(shard: ShardRecord):
-            path = os.path.join(self.path, shard.file)
-            found = storage.sha256(path)
-            if found != shard.sha256:
-                raise UserError(f"{path}: checksum differs: expected {shard.sha256[:12]}..., found {found[:12]}...")
+    def remember_verified(self) -> None:
+        """Writes into the workdir that all file shards are verified; call it when all shares have been."""
+        self._verification.remember(self._all_shards())
 
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            # list() waits for all and raises the first error.
-            list(pool.map(check, self.record.all_shards()[part::parts]))
+    def _all_shards(self) -> tuple[FileShard, ...]:
+        return self.train.shards + self.validation.shards
 
 
-def open_for(path: str, tokenizer_digest: str) -> Dataset:
+def folders_in(path: str) -> list[str]:
+    """The folders in a comma-separated list. A single folder may have commas in its name. Raises: UserError."""
+    names = path.split(",")
+    if len(names) == 1 or (not storage.is_url(path) and os.path.isdir(path)):
+        return [path]
+    for name in names:
+        if name == EMBEDDED:
+            raise UserError(f"{path}: expected folders of prepared data in a list, found {EMBEDDED}")
+        if not name:
+            raise UserError(f"{path}: expected folders of prepared data, separated by commas, found an empty name")
+        if not storage.is_url(name) and not os.path.isdir(name):
+            raise UserError(
+                f"{path}: expected folders, separated by commas and without commas in their names, found no {name!r}"
+            )
+        if names.count(name) > 1:
+            raise UserError(f"{path}: expected each folder once, found {name} {names.count(name)} times")
+    return names
+
+
+def _check_same_tokenizer(first: _Folder, other: _Folder) -> None:
+    """Raises: UserError if two folders were not made with the same tokenizer."""
+    if other.record.tokenizer.digest != first.record.tokenizer.digest:
+        raise UserError(f"{other.path}: expected data of the same tokenizer as in {first.path}, found another one's")
+    # A tokenizer_config.json, which is not in the tokenizer's digest, may have named other special tokens.
+    for field in ("kind", "bos_id", "eos_id"):
+        expected, found = getattr(first.record.tokenizer, field), getattr(other.record.tokenizer, field)
+        if found != expected:
+            where = os.path.join(other.path, "dataset.json")
+            raise UserError(f"{where}: tokenizer.{field}: expected {expected!r} as in {first.path}, found {found!r}")
+    if other.record.vocab_size != first.record.vocab_size:
+        expected, found = first.record.vocab_size, other.record.vocab_size
+        where = os.path.join(other.path, "dataset.json")
+        raise UserError(f"{where}: vocab_size: expected {expected} as in {first.path}, found {found}")
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def open_for(path: str, tokenizer_digest: str, workdir: str = "") -> Dataset:
     """Opens prepared data for a model.
 
     Args:
       tokenizer_digest: SHA-256 of the model's tokenizer.
+      path, workdir: as of `Dataset`.
     Raises: UserError if the data was made with another tokenizer.
     """
-    dataset = Dataset(path)
+    dataset = Dataset(path, workdir)
     digest = dataset.tokenizer().digest
     if digest != tokenizer_digest:
         raise ArgumentError(
             "data", f"{path}: made with another tokenizer: expected {tokenizer_digest[:12]}, found {digest[:12]}"
         )
     return dataset
-
-
-class _Piece(NamedTuple):
-    """A range of tokens inside one file shard."""
-
-    shard: int
-    first: int
-    end: int
-
-
-class Tokens:
-    """One split as a stream of token ids over its file shards, read by position.
-
-    Attributes:
-      tokens, bytes, documents: numbers of tokens, bytes of text and documents in the split.
-      vocab_size: number of token ids.
-    """
-
-    def __init__(self, dataset: Dataset, record: SplitRecord, sizes: dict[str, int]):
-        self.tokens, self.bytes, self.documents = record.tokens, record.bytes, record.documents
-        self.vocab_size, self._dtype = dataset.vocab_size, dataset.dtype
-        self._fs, root = storage.filesystem(dataset.path)
-        self._paths, self._names, self._starts = [], [], []
-        start = 0
-        for shard in record.shards:
-            path = os.path.join(dataset.path, shard.file)
-            expected = shard.tokens * self._dtype.itemsize
-            found = sizes.get(shard.file)
-            if found != expected:
-                raise UserError(f"{path}: expected {expected} bytes, found {'no file' if found is None else found}")
-            self._paths.append(path)  # for error messages: as the user wrote it
-            self._names.append(os.path.join(root, shard.file))  # for reading: as the file system expects it
-            self._starts.append(start)
-            start += shard.tokens
-        self._map = functools.lru_cache(_OPEN_SHARDS)(self._open_map)
-
-    def _open_map(self, shard: int) -> np.memmap:
-        return np.memmap(self._names[shard], self._dtype, "r")
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Reads one range of tokens.
-
-        Args:
-          start: position of the first token in the split.
-          count: number of tokens; the range ends earlier where the split does.
-        Returns: int32 [count] token ids.
-        Raises: UserError if the file cannot be read, or holds an id outside the vocabulary.
-        """
-        return self.read_each([start], count)[0]
-
-    def read_each(self, starts: list[int], count: int) -> list[np.ndarray]:
-        """Reads the range of `count` tokens at each start, as `read` does; behind a URL, all ranges concurrently."""
-        pieces_of_ranges = [self._pieces(start, min(start + count, self.tokens)) for start in starts]
-        # One call for the pieces of all ranges, as it reads them concurrently.
-        fetched = iter(self._fetch([piece for pieces in pieces_of_ranges for piece in pieces]))
-        out = []
-        for pieces in pieces_of_ranges:
-            out.append(np.concatenate([self._checked(piece, next(fetched)) for piece in pieces]))
-        return out
-
-    def _pieces(self, start: int, stop: int) -> list[_Piece]:
-        """Cuts the range of positions where a file shard ends."""
-        out = []
-        while start < stop:
-            shard = bisect.bisect_right(self._starts, start) - 1
-            is_last = shard + 1 == len(self._starts)
-            end = stop if is_last else min(stop, self._starts[shard + 1])
-            out.append(_Piece(shard, start - self._starts[shard], end - self._starts[shard]))
-            start = end
-        return out
-
-    def _fetch(self, pieces: list[_Piece]) -> list[np.ndarray]:
-        """The stored ids of each piece. Raises: UserError if a read fails or is too short."""
-        if storage.is_local(self._fs):
-            return [self._map(piece.shard)[piece.first : piece.end] for piece in pieces]
-        size = self._dtype.itemsize
-        # cat_ranges returns for each range its bytes, or the exception that its read raised.
-        fetched = self._fs.cat_ranges(
-            [self._names[piece.shard] for piece in pieces],
-            [piece.first * size for piece in pieces],
-            [piece.end * size for piece in pieces],
-        )
-        for piece, data in zip(pieces, fetched):
-            path = self._paths[piece.shard]
-            if isinstance(data, Exception):
-                raise UserError(f"{path}: cannot be read: {storage.reason(data)}") from data
-            if len(data) != (piece.end - piece.first) * size:
-                raise UserError(
-                    f"{path}: expected bytes up to {piece.end * size}, found {len(data)} from {piece.first * size}"
-                )
-        return [np.frombuffer(data, self._dtype) for data in fetched]
-
-    def _checked(self, piece: _Piece, ids: np.ndarray) -> np.ndarray:
-        # On the device, an id outside the vocabulary would silently be clamped to the last one.
-        if ids.max() >= self.vocab_size:
-            at = piece.first + int(ids.argmax())
-            raise UserError(
-                f"{self._paths[piece.shard]}: token {at}: expected an id below {self.vocab_size}, found {ids.max()}"
-            )
-        return ids.astype(np.int32)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from memoryllm_jax.checkpoint import store
+from memoryllm_jax.checkpoint import run_data, store
 from memoryllm_jax.checkpoint.store import Checkpoints
 from memoryllm_jax.checkpoint.warm_start import starting_params
 from memoryllm_jax.common import hosts, storage
@@ -17,6 +17,7 @@ from memoryllm_jax.common.hosts import STOPPED, StopSignal
 from memoryllm_jax.config import Config
 from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.data.documents import EMBEDDED
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.model import attention, sharding
 from memoryllm_jax.training import summary
@@ -87,7 +88,10 @@ def open_run(config: Config, workdir: str, devices: list[jax.Device] | None, at_
     sharding.check_mesh(config, mesh)
     tokenizer = dataset.tokenizer()
     if config.data.verify:
-        dataset.verify(jax.process_index(), jax.process_count())
+        dataset.verify(jax.process_index(), jax.process_count(), show=hosts.is_first())
+        hosts.wait_for_all("the data is verified")  # each host has verified its share alone
+        if hosts.is_first():
+            dataset.remember_verified()
     trainer = Trainer(config, mesh)
     local = local_shards(trainer.batch_sharding, trainer.shards)
     batches = TrainBatches(config, dataset, trainer.shards, local)
@@ -130,20 +134,19 @@ def open_dataset(config: Config, workdir: str) -> Dataset:
 
     Raises: UserError.
     """
-    path = config.data.path
-    if path == "embedded":
+    path = run_data.path_of(config, workdir)
+    if config.data.path == EMBEDDED:
         if storage.is_url(workdir):
             raise UserError(
                 f"config.data.path: embedded is prepared in the workdir: expected a workdir on a disk, found {workdir}"
             )
-        path = os.path.join(workdir, "data")
         if hosts.is_first() and not os.path.exists(os.path.join(path, "dataset.json")):
             print("preparing the embedded corpus: Python's documentation topics and standard library", flush=True)
-            shards.prepare("embedded", "sentencepiece:train:4096", path, validation_fraction=0.02)
+            shards.prepare(EMBEDDED, "sentencepiece:train:4096", path, validation_fraction=0.02)
         # The other hosts wait for the file, as a barrier of JAX could time out while the first host prepares the data.
         while not os.path.exists(os.path.join(path, "dataset.json")):
             time.sleep(1)
-    return Dataset(path)
+    return Dataset(path, workdir)
 
 
 def complete(config: Config, dataset: Dataset) -> Config:

@@ -219,4 +219,4 @@ def test_data_checkpoints_and_records_on_object_storage(make_config, corpus, dat
     assert [(r["step"], r["kind"]) for r in records] == [(i, "train") for i in range(1, 5)]
     names = {os.path.basename(path) for path in fs.ls(workdir, detail=False)}
     assert names == {".lock", "3", "metrics.jsonl", "own", "tensorboard"}
-    assert len(storage.sizes(f"{workdir}/tensorboard")) == 2
+    assert len(storage.files(f"{workdir}/tensorboard")) == 2

@@ -1,8 +1,11 @@
 """Opening prepared data: what is damaged or missing is named."""
 
+import hashlib
 import json
 
+import numpy as np
 import pytest
+from lab import read_all
 
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data import tokenizer
@@ -108,3 +111,61 @@ def test_a_dataset_json_that_is_no_description_is_refused(tmp_path, text):
     (tmp_path / "dataset.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=f"^{tmp_path}/dataset.json: .*expected"):
         Dataset(str(tmp_path))
+
+
+def test_several_folders_are_one_stream_in_their_order(data_path, copied, tmp_path):
+    """The second folder has its splits swapped, and uint32 ids."""
+    tree = json.loads((copied / "dataset.json").read_text())
+    tree["splits"] = {"train": tree["splits"]["validation"], "validation": tree["splits"]["train"]}
+    tree["dtype"] = "uint32"
+    for split in tree["splits"].values():
+        for shard in split["shards"]:
+            ids = np.fromfile(copied / shard["file"], "<u2").astype("<u4").tobytes()
+            (copied / shard["file"]).write_bytes(ids)
+            shard["sha256"] = hashlib.sha256(ids).hexdigest()
+    (copied / "dataset.json").write_text(json.dumps(tree))
+    one, two = Dataset(data_path), Dataset(str(copied))
+    both, reversed_ = Dataset(f"{data_path},{copied}"), Dataset(f"{copied},{data_path}")
+    both.verify()
+    for split in ("train", "validation"):
+        expected = np.concatenate([read_all(one, split), read_all(two, split)])
+        np.testing.assert_array_equal(read_all(both, split), expected)
+        parts = [getattr(dataset, split) for dataset in (one, two)]
+        assert getattr(both, split).bytes == sum(part.bytes for part in parts)
+        assert getattr(both, split).documents == sum(part.documents for part in parts)
+    assert len({one.digest, two.digest, both.digest, reversed_.digest}) == 4
+    assert both.tokenizer().digest == one.tokenizer().digest
+
+    # The name of a single folder may have a comma.
+    (tmp_path / "with, comma").symlink_to(data_path)
+    assert Dataset(f"{tmp_path}/with, comma").digest == one.digest
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        ("tokenizer.digest", "0" * 64, "^COPY: expected data of the same tokenizer as in DATA, found another one's$"),
+        ("tokenizer.eos_id", None, "^COPY/dataset.json: tokenizer.eos_id: expected 2 as in DATA, found None$"),
+        ("vocab_size", 513, "^COPY/dataset.json: vocab_size: expected 512 as in DATA, found 513$"),
+    ],
+)
+def test_folders_of_different_tokenizers_are_refused(data_path, copied, place, value, message):
+    tree = json.loads((copied / "dataset.json").read_text())
+    set_field(tree, place, value)
+    (copied / "dataset.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=message.replace("COPY", str(copied)).replace("DATA", data_path)):
+        Dataset(f"{data_path},{copied}")
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ("DATA,", "found an empty name"),
+        ("DATA,DATA", "expected each folder once, found .* 2 times"),
+        ("DATA,embedded", "expected folders of prepared data in a list, found embedded"),
+        ("DATA,none", "expected folders, separated by commas and without commas in their names, found no 'none'"),
+    ],
+)
+def test_lists_of_folders_that_are_refused(data_path, names, message):
+    with pytest.raises(UserError, match=message):
+        Dataset(names.replace("DATA", data_path))
