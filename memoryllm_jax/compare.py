@@ -21,9 +21,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from memoryllm_jax import config
-from memoryllm_jax.common import cli
+from memoryllm_jax.common import cli, plots
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
+from memoryllm_jax.data.verification import Verification
 from memoryllm_jax.experiments import curves
 
 
@@ -45,6 +46,8 @@ def main(
     names = [only] if only else list(architectures)
     for name in names:
         config.parse_architecture(name, "only" if only else "architectures")
+    if not only:
+        plots.check_available()  # before days of training
     if not report:
         code = _train(path, names, workdir)
         if code or only:
@@ -57,8 +60,11 @@ def _train(path: str, names: list[str], workdir: str) -> int:
     """Trains one architecture after the other. Returns: the exit code of the first run that fails, or 0."""
     changed = config_flags.get_override_values(flags.FLAGS["config"])
     overrides = [f"--config.{field}={value}" for field, value in changed.items()]
+    workdirs = {name: os.path.join(workdir, name) for name in names}
     for name in names:
-        code = curves.train(path, name, os.path.join(workdir, name), overrides)
+        # All read the same data, which only the first of them needs to verify.
+        Verification(workdirs[name]).remember_from(workdirs.values())
+        code = curves.train(path, name, workdirs[name], overrides)
         if code:
             print(f"error: {name}: training ended with exit code {code}", file=sys.stderr)
             return code

@@ -20,7 +20,7 @@ import multiprocessing
 from typing import Annotated
 
 from memoryllm_jax import config
-from memoryllm_jax.common import cli, report
+from memoryllm_jax.common import cli, plots, report
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.evaluation import record
@@ -41,6 +41,8 @@ def main(
         raise UserError(f"expected --data=TEXT or --tasks=NAMES, found {'both' if text.data else 'neither'}")
     record.check_output("output", output)
     record.check_output("save_tokens", text.save_tokens)
+    if page:
+        plots.check_available()
     if text.data:
         text.check_data()
     opened_tasks = tasks.open() if tasks.tasks else None

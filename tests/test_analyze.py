@@ -96,6 +96,13 @@ def test_the_command_ends_with_a_line_that_names_the_page(lab, tmp_path):
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith(f"{tmp_path}/triggers.html: ")
 
 
+def test_an_option_of_other_analyses_is_refused_by_name():
+    line = [sys.executable, "-m", "memoryllm_jax.analyze", "clustering", "--workdir=w", "--output=o", "--data=d"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch("error: clustering: takes no --data, which is an option of coefficients, .*\n", done.stderr)
+
+
 def test_an_unknown_command_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["analyze", "trigers", "--help"])
     with pytest.raises(SystemExit, match="1"):

@@ -81,7 +81,7 @@ def next_tokens(model: KeyValueModel, page: Report, corpus: Corpus | None, data:
     Args:
       page: its facts say where next tokens come from, if that is not the corpus.
       corpus: the text of the triggers; None for FFN-M, whose triggers are token ids.
-      data: prepared data, in which the successors of token ids are counted.
+      data: prepared data, in which the successors of token ids are counted; "": that of the model's run.
     Raises: UserError if `data` is needed and cannot be opened.
     """
     if corpus is not None:
@@ -89,7 +89,7 @@ def next_tokens(model: KeyValueModel, page: Report, corpus: Corpus | None, data:
     dataset = model.open_data(data)
     successors = statistics.likely_successors(dataset, model.config.vocab_size)
     pairs = f"{successors.pairs:,} pairs of the training text, at even distances"
-    page.facts["next tokens"] = f"{data}, the most frequent successor in {pairs}"
+    page.facts["next tokens"] = f"{dataset.path}, the most frequent successor in {pairs}"
     return lambda label: int(successors.ids[label]) if label >= 0 else -1
 
 

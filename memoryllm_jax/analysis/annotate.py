@@ -12,7 +12,17 @@ import numpy as np
 from memoryllm_jax.analysis import token_classes
 from memoryllm_jax.analysis.corpus import CorpusOptions
 from memoryllm_jax.analysis.key_values import FFN, KeyValueModel
-from memoryllm_jax.analysis.triggers import Key, Keys, Top, each_trigger, find, open_corpus, sample_keys, tokens_of
+from memoryllm_jax.analysis.triggers import (
+    Key,
+    Keys,
+    Top,
+    each_trigger,
+    find,
+    note_unread,
+    open_corpus,
+    sample_keys,
+    tokens_of,
+)
 from memoryllm_jax.common import plots
 from memoryllm_jax.common.report import Report
 
@@ -49,6 +59,7 @@ def annotate(
     last 8 tokens and less the mean embedding of the vocabulary.
     """
     ffn = model.ffn(ffn)
+    note_unread(ffn, text)
     chosen = sample_keys(model, ffn, keys, key, text.seed)
     corpus = open_corpus(model, ffn, text, page)
     found = find(model, ffn, chosen, top, corpus)

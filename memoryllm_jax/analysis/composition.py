@@ -13,6 +13,7 @@ from memoryllm_jax.analysis import values
 from memoryllm_jax.analysis.corpus import ExampleOptions, example_states
 from memoryllm_jax.analysis.key_values import FFN, KeyValueModel, coefficients
 from memoryllm_jax.analysis.residual import top_of_update
+from memoryllm_jax.analysis.triggers import note_unread
 from memoryllm_jax.common import errors, plots
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
@@ -42,6 +43,7 @@ def active(
     vocabulary, each counted once.
     """
     ffn = model.ffn(ffn)
+    note_unread(ffn, text)
     if not 0 < mass < 1:
         raise ArgumentError("mass", f"expected a share between 0 and 1, found {mass}")
     L, F = model.config.layers, model.width(ffn)

@@ -30,7 +30,7 @@ Limit = Annotated[int, Option("tokens of text to read, in windows at even distan
 class CorpusOptions:
     """The text that a model is run over, and the seed of random draws. Raises: ArgumentError."""
 
-    data: Annotated[str, Option("prepared data, made with the model's tokenizer; most analyses of FFN-M need none")] = (
+    data: Annotated[str, Option("prepared data of the model's tokenizer; by default what the model was trained on")] = (
         ""
     )
     split: Split = "train"
@@ -82,11 +82,12 @@ class Corpus:
         context = model.trained.context
         if text.length > context:
             raise ArgumentError("length", f"expected from 2 to the model's {context} positions, found {text.length}")
-        self.path, self.split, self.length = text.data, text.split, text.length
-        self._stream = getattr(model.open_data(text.data), text.split)
+        opened = model.open_data(text.data)
+        self.path, self.split, self.length = opened.path, text.split, text.length
+        self._stream = getattr(opened, text.split)
         windows = (self._stream.tokens - 1) // text.length  # `next` needs a token after the last window
         if not windows:
-            found = f"{self._stream.tokens} in {text.data}"
+            found = f"{self._stream.tokens} in {self.path}"
             raise ArgumentError("data", f"expected more than {text.length} {text.split} tokens, found {found}")
         count = min(windows, -(-text.limit // text.length)) if text.limit else windows
         # At even distances: the first windows alone would come from few documents.
@@ -94,6 +95,7 @@ class Corpus:
         self.positions = count * text.length
         if self.positions >= 1 << 31:  # labels are int32
             raise ArgumentError("limit", f"expected fewer than {1 << 31:,} tokens, found {self.positions:,}")
+        self._stream.verify(self._starts.tolist(), text.length + 1)
         self._windows_at_a_time = max(1, min(count, model.sizes.positions // text.length))
 
     @property

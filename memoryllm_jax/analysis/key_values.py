@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memoryllm_jax.checkpoint import run_data
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
-from memoryllm_jax.data import dataset
+from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.tokenizer import token_texts
 from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.model import transformer
@@ -214,11 +215,9 @@ class KeyValueModel:
                 ids.append(self.tokenizer.token(name, "token", self.config.vocab_size))
         return np.array(ids, np.int32)
 
-    def open_data(self, path: str) -> dataset.Dataset:
-        """Opens prepared data. Raises: UserError if `path` is empty, or the data was made with another tokenizer."""
-        if not path:
-            raise ArgumentError("data", "expected a folder that `prepare` wrote, as this analysis needs text")
-        return dataset.open_for(path, self.tokenizer.digest)
+    def open_data(self, path: str) -> Dataset:
+        """Opens prepared data, by default that of the model's run. Arguments and errors are those of `open_data`."""
+        return run_data.open_data(self.trained, path)
 
 
 def coefficients(q_ND, ffn: dict, keys=None) -> jax.Array:

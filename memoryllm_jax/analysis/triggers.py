@@ -67,6 +67,12 @@ def open_corpus(model: KeyValueModel, ffn: str, text: CorpusOptions, page: Repor
     return corpus
 
 
+def note_unread(ffn: str, text: CorpusOptions) -> None:
+    """Prints that `text` is not read, if data is given where none is needed: for FFN-M, whose triggers are tokens."""
+    if ffn == "memory" and text.data:
+        print(f"data: {text.data} is not read, as FFN-M is looked at, whose keys single tokens trigger", flush=True)
+
+
 def find(
     model: KeyValueModel, ffn: str, keys: dict[int, np.ndarray], top: int, corpus: Corpus | None
 ) -> dict[int, topk.Triggers]:
@@ -146,6 +152,7 @@ def triggers(
     and exact over the whole vocabulary.
     """
     ffn = model.ffn(ffn)
+    note_unread(ffn, text)
     chosen = sample_keys(model, ffn, keys, key, text.seed)
     corpus = open_corpus(model, ffn, text, page)
     found = find(model, ffn, chosen, top, corpus)

@@ -31,6 +31,9 @@ def chosen_tokens(model: KeyValueModel, page: Report, token: Sequence[str], coun
     Raises: UserError if a name is no token, or `path` is no prepared data of this tokenizer.
     """
     size = model.config.vocab_size
+    if path and (token or not count or count >= size):
+        reason = "tokens are named" if token else "all tokens are shown"
+        print(f"data: {path} is not read, as {reason}", flush=True)
     if token:
         ids, fact = model.tokens(token), "named"
     elif not count or count >= size:

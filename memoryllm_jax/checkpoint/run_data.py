@@ -21,19 +21,17 @@ def open_data(trained: TrainedModel, path: str = "", argument: str = "data") -> 
     """Opens prepared data for a trained model. Its workdir remembers which file shards are verified.
 
     Args:
-      path: the data, as of `Dataset`; "": that of the model's run, which is named in a printed line.
+      path: the data, as of `Dataset`; "": that of the model's run (`own_path`).
       argument: the argument that `path` is the value of, for error messages.
     Raises: UserError if the data was made with another tokenizer, or the run's own data is gone or has changed.
     """
     if path:
         return dataset.open_for(path, trained.tokenizer.digest, trained.workdir)
-    own = own_path(trained, argument)
-    print(f"{argument}: none is given, so the data that the model was trained on is read: {own}", flush=True)
-    return dataset.open_for(own, trained.tokenizer.digest, trained.workdir)
+    return dataset.open_for(own_path(trained, argument), trained.tokenizer.digest, trained.workdir)
 
 
 def own_path(trained: TrainedModel, argument: str = "data") -> str:
-    """The data that a model was trained on.
+    """The data that a model was trained on, which a printed line names.
 
     Args:
       argument: the argument that names other data, for error messages.
@@ -54,4 +52,5 @@ def own_path(trained: TrainedModel, argument: str = "data") -> str:
         raise ArgumentError(
             argument, f"none is given, and {path} has changed since the model was trained on it; name the data to read"
         )
+    print(f"{argument}: none is given, so the data that the model was trained on is read: {path}", flush=True)
     return path

@@ -70,7 +70,7 @@ def run_commands(commands: Mapping[str, Callable], through: Callable[[str], Call
             print(text)
         return 0
 
-    _run(call_named)
+    _run(call_named, lambda argv: _refuse_options_of_others(name, commands, argv))
 
 
 def print_error(error: Exception) -> None:
@@ -126,6 +126,20 @@ def _check_positional(name, parameters, arguments) -> None:
         raise UserError(
             f"{name}: expected {expected or 'no argument but options'}, found {' '.join(arguments) or 'none'}"
         )
+
+
+def _refuse_options_of_others(name: str, commands: Mapping[str, Callable], argv: list[str]) -> list[str]:
+    """Returns argv. Raises: UserError for an option that command `name` lacks and others have.
+
+    absl would call it unknown, though --help of another command, or its documentation, shows it.
+    """
+    for argument in argv[1:]:
+        flag = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("-") and flag not in flags.FLAGS:
+            having = [other for other, function in commands.items() if flag in options.names(function)]
+            if having:
+                raise UserError(f"{name}: takes no --{flag}, which is an option of {', '.join(having)}")
+    return argv
 
 
 def _help_of(name, function, positional) -> str:

@@ -107,6 +107,11 @@ def check(options) -> None:
         parameter.option.check(parameter.name, getattr(options, parameter.name))
 
 
+def names(target: Callable) -> set[str]:
+    """The names of the flags that `define` defines, without dashes."""
+    return {parameter.flag for parameter in _parameters(target)}
+
+
 def given(name: str) -> bool:
     """Whether the flag was given on the command line."""
     return flags.FLAGS[name].present > 0

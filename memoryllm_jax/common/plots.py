@@ -29,6 +29,11 @@ def new_figure(width: float = 7.0, height: float = 3.6, columns: int = 1):
     return figure, axes
 
 
+def check_available() -> None:
+    """Raises: UserError if matplotlib is not installed. Called before long work whose result is drawn."""
+    errors.require("matplotlib.figure", "analyze", "pictures")
+
+
 def legend(ax, **options) -> None:
     """Adds a legend outside the axes, on the right, where it covers no data."""
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), **options)

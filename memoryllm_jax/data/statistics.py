@@ -17,8 +17,10 @@ def _blocks(dataset: Dataset, limit: int) -> Iterator[np.ndarray]:
     """Yields evenly spread blocks of the training text, int32 [_BLOCK], with about `limit` tokens together."""
     count = math.ceil(dataset.train.tokens / _BLOCK)
     step = max(1, count * _BLOCK // limit)
-    for number in range(0, count, step):
-        yield dataset.train.read(number * _BLOCK, _BLOCK)
+    starts = range(0, count * _BLOCK, step * _BLOCK)
+    dataset.train.verify(starts, _BLOCK)
+    for start in starts:
+        yield dataset.train.read(start, _BLOCK)
 
 
 def token_counts(dataset: Dataset, vocab_size: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import concurrent.futures
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import fsspec
@@ -94,9 +94,22 @@ class Verification:
         With several hosts, one calls it when all have verified their shares.
         """
         # Storage that names no version could change a file unnoticed, so it is read again the next time.
-        new = {_key(shard): _Verified(version=shard.version, sha256=shard.sha256) for shard in shards if shard.version}
+        self._add(
+            {_key(shard): _Verified(version=shard.version, sha256=shard.sha256) for shard in shards if shard.version}
+        )
+
+    def remember_from(self, workdirs: Iterable[str]) -> None:
+        """Writes into the workdir what other workdirs remember, such as those of earlier runs on the same data."""
+        new: dict[str, _Verified] = {}
+        for other in workdirs:
+            new |= Verification(other)._verified
+        if new and not storage.is_url(self._path):
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)  # the run has not begun yet
+        self._add(new)
+
+    def _add(self, new: dict[str, _Verified]) -> None:
         before = self._read()  # anew, as another process may have written it since
-        if not self._path or new.items() <= before.items():
+        if not self._path or all(before.get(path) == verified for path, verified in new.items()):
             return
         try:
             storage.write_json(self._path, records.to_json(_Memory(format=1, files=before | new)))

@@ -39,11 +39,16 @@ class TextOptions:
         else:
             dataset.Dataset(self.data)
 
-    def open(self, tokenizer, windows: Windows) -> Text:
-        """Opens the text as ids of this tokenizer. Raises: UserError if it is missing or too short."""
+    def open(self, tokenizer, windows: Windows, workdir: str = "") -> Text:
+        """Opens the text as ids of this tokenizer.
+
+        Args:
+          workdir: remembers which file shards of prepared data are verified; "": nothing does.
+        Raises: UserError if the text is missing, damaged or too short.
+        """
         if documents.is_text(self.data):
             return perplexity.raw_text(self.data, self.text_key, tokenizer, windows)
-        return perplexity.prepared_text(self.data, self.split, tokenizer, windows)
+        return perplexity.prepared_text(self.data, self.split, tokenizer, windows, workdir)
 
     def source(self) -> dict[str, str]:
         """The fields of a record that say which text was scored: data and, for prepared data, split."""
@@ -140,7 +145,7 @@ class Measure:
         """Perplexity of the text's tokens, in windows of the model's context."""
         # Windows that do not overlap: experiments measure many variants, and need differences more than the last digit.
         windows = Windows(model.context, model.context, self.text.max_tokens)
-        text = self._opened_text(model.tokenizer, windows)
+        text = self._opened_text(model.trained, windows)
         return perplexity.perplexity(model, text, windows)["perplexity"]
 
     # Opened when first needed and then kept: an experiment measures many variants on the same text and tasks.
@@ -153,11 +158,11 @@ class Measure:
     def _opened(self) -> dict[tuple[str, Windows], Text]:
         return {}
 
-    def _opened_text(self, tokenizer, windows):
-        """The text in a tokenizer's ids, kept for further models with the same tokenizer and context."""
-        key = tokenizer.digest, windows
+    def _opened_text(self, trained, windows):
+        """The text in a model's ids, kept for further models with the same tokenizer and context."""
+        key = trained.tokenizer.digest, windows
         if key not in self._opened:
-            self._opened[key] = self.text.open(tokenizer, windows)
+            self._opened[key] = self.text.open(trained.tokenizer, windows, trained.workdir)
         return self._opened[key]
 
 

@@ -149,20 +149,22 @@ def _by_context(nats_T: np.ndarray, predicted_T: np.ndarray) -> list[dict]:
     ]
 
 
-def prepared_text(path: str, split: str, tokenizer, windows: Windows) -> Text:
-    """Opens a split of prepared data.
+def prepared_text(path: str, split: str, tokenizer, windows: Windows, workdir: str = "") -> Text:
+    """Opens a split of prepared data, and verifies what is used of it.
 
     Bytes are in proportion to the tokens used; words are counted in the decoded tokens.
 
     Args:
-      path: folder or URL of the data.
+      path: folder or URL of the data, or several, separated by commas.
       split: "train" or "validation".
       tokenizer: the model's, which the data must have been prepared with.
       windows: how the text is cut, and how much of it is used.
+      workdir: remembers which file shards are verified; "": nothing does.
     Raises: UserError.
     """
-    stream = getattr(dataset.open_for(path, tokenizer.digest), split)
+    stream = getattr(dataset.open_for(path, tokenizer.digest, workdir), split)
     tokens = windows.used(stream.tokens, path)
+    stream.verify([0], tokens)
     share = (tokens - 1) / (stream.tokens - 1)
     return Text(stream.read_each, tokens, stream.bytes * share, _count_words(stream, tokens, tokenizer))
 

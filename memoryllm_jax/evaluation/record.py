@@ -54,7 +54,7 @@ def on_text(
     Returns: the record. Raises: UserError.
     """
     windows = chosen.windows(model.context)
-    text = chosen.open(model.tokenizer, windows)
+    text = chosen.open(model.tokenizer, windows, model.trained.workdir)
     result = perplexity(model, text, windows, chosen.save_tokens)
     print(summary(result), flush=True)
     result |= chosen.source() | {"model": about, "rows": model.rows.stats()}

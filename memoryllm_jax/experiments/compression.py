@@ -6,10 +6,11 @@ from typing import Annotated, NamedTuple
 import jax
 import numpy as np
 
+from memoryllm_jax.checkpoint import run_data
 from memoryllm_jax.common import plots, report
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
-from memoryllm_jax.data import dataset, statistics
+from memoryllm_jax.data import statistics
 from memoryllm_jax.evaluation.measure import Measure, change
 from memoryllm_jax.experiments.models import Models
 from memoryllm_jax.inference.engine import Engine
@@ -75,7 +76,7 @@ def compression(
     page: report.Report,
     *,
     measure: Measure,
-    calibration: Annotated[str, Option("prepared data of the model's tokenizer, to plan a budget on")] = "",
+    calibration: Annotated[str, Option("prepared data to plan a budget on; by default that of the training")] = "",
     bits: Annotated[tuple[str, ...], Option("uniform bits of an element")] = BITS,
     ranks: Annotated[tuple[str, ...], Option("shares of the singular vectors that are kept, at 16 bits")] = RANKS,
 ) -> dict:
@@ -93,8 +94,7 @@ def compression(
         raise ArgumentError("workdir", f"expected one model, found {len(models.workdirs)}")
     if not models.configs[0].memory_dim:
         raise ArgumentError("workdir", f"expected memory or flex, found {models.labels[0]}, which has no FFN-M")
-    if not calibration:
-        raise ArgumentError("calibration", "expected prepared data of the model's tokenizer, found nothing")
+    calibration = calibration or models.data_of(models.labels[0], "calibration")
     page.facts |= {"calibration": calibration}
     with contextlib.closing(models.open(models.workdirs[0])) as model:
         source = LiveSource(model.trained)
@@ -123,7 +123,7 @@ class _Trial:
     def __init__(self, source: LiveSource, model: Engine, calibration: str):
         self.source, self.model = source, model
         trained = model.trained
-        counts = statistics.token_counts(dataset.open_for(calibration, model.tokenizer.digest), source.vocab_size)
+        counts = statistics.token_counts(run_data.open_data(trained, calibration), source.vocab_size)
         self.planner = budget.Planner(source, budget.scorer(trained, calibration), counts)
         values, self.bases = self.planner.even_bases()
         self.singular = [v / v.max() for v in values.values()]

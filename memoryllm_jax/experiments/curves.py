@@ -2,13 +2,11 @@
 
 import contextlib
 import os
-import signal
-import subprocess
 import sys
 from typing import NamedTuple
 
 from memoryllm_jax.checkpoint import store
-from memoryllm_jax.common import plots, report, storage
+from memoryllm_jax.common import child, plots, report, storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import RESUMABLE_FIELDS, Config, flatten, from_saved
 from memoryllm_jax.model.flops import parameters
@@ -29,16 +27,7 @@ def train(config: str, architecture: str, workdir: str, overrides: list[str]) ->
     """
     command = [sys.executable, "-m", "memoryllm_jax.train", f"--config={config}:{architecture}"]
     print(f"--- {architecture}", flush=True)
-    with subprocess.Popen([*command, f"--workdir={workdir}", *overrides]) as process:
-        # When stopped by a signal, training first saves its state, so this process waits for its end. SIGTERM is
-        # passed on; a terminal sends SIGINT (Ctrl-C) to both processes by itself.
-        handlers = {signal.SIGTERM: lambda *_: process.terminate(), signal.SIGINT: lambda *_: None}
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
-            return process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    return child.run([*command, f"--workdir={workdir}", *overrides])
 
 
 def compare(config: str, names: list[str], folder: str) -> str:

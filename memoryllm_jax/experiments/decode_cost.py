@@ -10,10 +10,10 @@ from typing import Annotated, NamedTuple
 import jax
 import numpy as np
 
+from memoryllm_jax.checkpoint import run_data
 from memoryllm_jax.common import options, plots, report
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
-from memoryllm_jax.data import dataset
 from memoryllm_jax.experiments.models import Models
 from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.tol import compress, serving
@@ -23,7 +23,9 @@ def decode_cost(
     models: Models,
     page: report.Report,
     *,
-    data: Annotated[str, Option("prepared data of the models' tokenizer, whose held-out tokens are decoded")] = "",
+    data: Annotated[
+        str, Option("prepared data, whose held-out tokens are decoded; by default that of the first model")
+    ] = "",
     steps: Annotated[int, Option("tokens that a side decodes in a round", least=1)] = 128,
     rounds: Annotated[int, Option("times that each side takes its turn", least=1)] = 5,
     places: Annotated[tuple[str, ...], Option(f"where rows are served from: {', '.join(serving.PLACES)}")] = ("disk",),
@@ -40,11 +42,10 @@ def decode_cost(
     """
     if models.tol:
         raise ArgumentError("tol", f"expected none, as the experiment makes its own ToL files, found {models.tol}")
-    if not data:
-        raise ArgumentError("data", "expected prepared data of the models' tokenizer, found nothing")
     for place in places:
         if place not in serving.PLACES:
             raise ArgumentError("places", f"expected some of {', '.join(serving.PLACES)}, found {place}")
+    data = data or models.data_of(models.labels[0], "data")
     page.facts |= {"text": f"{data}, validation", "device": jax.devices()[0].device_kind}
     cache_bytes = options.size(cache, "cache")
     with contextlib.ExitStack() as stack:
@@ -85,11 +86,12 @@ class _Side:
 
     def __init__(self, model: Engine, path: str, steps: int, rounds: int):
         self.model, self.steps = model, min(steps, model.trained.context)
-        self.stream = dataset.open_for(path, model.tokenizer.digest).validation
+        self.stream = run_data.open_data(model.trained, path).validation
         needed = (rounds + 1) * self.steps
         if self.stream.tokens < needed:
             found = f"{self.stream.tokens:,}"
             raise ArgumentError("data", f"expected {needed:,} held-out tokens for all rounds, found {found}")
+        self.stream.verify([0], needed)
         # All rounds use one cache. Each starts at position 0 again, and a step attends to no later position, so it sees
         # nothing of the round before.
         self.cache = model.decoder.empty_cache(1, model.trained.context)

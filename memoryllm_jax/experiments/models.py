@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
 from memoryllm_jax import config
+from memoryllm_jax.checkpoint import run_data
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common import report
 from memoryllm_jax.common.errors import ArgumentError
@@ -60,6 +61,12 @@ class Models:
         for label, workdir in zip(self.labels, self.workdirs):
             with contextlib.closing(self.open(workdir)) as engine:
                 yield label, engine
+
+    def data_of(self, label: str, argument: str) -> str:
+        """The prepared data that a model was trained on, as `run_data.own_path` finds it. Raises: UserError."""
+        workdir = self.workdirs[self.labels.index(label)]
+        with contextlib.closing(TrainedModel(workdir, dtype=self.dtype)) as trained:
+            return run_data.own_path(trained, argument)
 
     def open(self, workdir: str) -> Engine:
         """Loads one of the models. Raises: UserError."""

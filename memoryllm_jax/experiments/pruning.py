@@ -5,11 +5,11 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
+from memoryllm_jax.checkpoint import run_data
 from memoryllm_jax.common import plots, report
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import Config
-from memoryllm_jax.data import dataset
 from memoryllm_jax.evaluation.measure import Measure
 from memoryllm_jax.experiments import sparsity
 from memoryllm_jax.experiments.models import Models
@@ -41,7 +41,7 @@ def pruning(
     page: report.Report,
     *,
     measure: Measure,
-    calibration: Annotated[str, Option("prepared data of the model's tokenizer to calibrate pruning on")] = "",
+    calibration: Annotated[str, Option("prepared data to calibrate pruning on; by default that of the training")] = "",
     windows: Annotated[int, Option("windows of calibration text, each as long as the model's context", least=0)] = 128,
     methods: Annotated[tuple[str, ...], Option(f"methods to compare: {', '.join(METHODS)}")] = METHODS,
 ) -> dict:
@@ -59,8 +59,7 @@ def pruning(
     bases = [label for label, config in zip(models.labels, models.configs) if config.architecture == "base"]
     if len(bases) != 1:
         raise ArgumentError("workdir", f"expected one base among the models, to be pruned, found {len(bases)}")
-    if not calibration:
-        raise ArgumentError("calibration", "expected prepared data of the model's tokenizer, found nothing")
+    calibration = calibration or models.data_of(bases[0], "calibration")
     page.facts |= {"calibration": f"{calibration}, {windows} windows"}
     points = []
     for label, model in models:
@@ -78,10 +77,11 @@ def _calibration(path: str, windows: int, model: Engine) -> np.ndarray:
     shards = model.decoder.shards
     if windows % shards:
         raise ArgumentError("windows", f"expected a multiple of the {shards} devices, found {windows}")
-    stream, length = dataset.open_for(path, model.tokenizer.digest).train, model.trained.context
+    stream, length = run_data.open_data(model.trained, path).train, model.trained.context
     most = stream.tokens // length
     if not 0 < windows <= most:
         raise ArgumentError("windows", f"expected 1 to {most}, as {path} has, found {windows}")
+    stream.verify([0], windows * length)
     return stream.read(0, windows * length).reshape(windows, length)
 
 

@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memoryllm_jax.checkpoint import run_data
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.progress import Progress
-from memoryllm_jax.data import dataset
 from memoryllm_jax.inference.decoder import Decoder
 from memoryllm_jax.model.token_memory import TokenRows
 from memoryllm_jax.tol import codec
@@ -51,18 +51,20 @@ def scorer(trained: TrainedModel, path: str, tokens: int = CALIBRATION_TOKENS, h
 
     Args:
       trained: the model, whose FFN-M weights are not loaded.
-      path: folder of prepared data.
+      path: prepared data, as of `open_data`.
       tokens: number of tokens to score, at most.
       half: 0 or 1: which of every two windows is used, so that settings chosen on one half are judged on the other.
-    Raises: UserError if the text is too short.
+    Raises: UserError if the text is too short, or of another tokenizer.
     """
-    stream, length = dataset.Dataset(path).validation, trained.context
+    stream, length = run_data.open_data(trained, path).validation, trained.context
     chosen = np.arange(half, (stream.tokens - 1) // length, 2)
     if not len(chosen):
         raise UserError(f"{path}: expected at least {(half + 1) * length + 1} held-out tokens, found {stream.tokens}")
     count = min(max(1, tokens // length), len(chosen))
     chosen = chosen[np.linspace(0, len(chosen) - 1, count).astype(int)]  # spread evenly over the whole text
-    windows = np.stack([stream.read(int(number) * length, length + 1) for number in chosen])
+    starts = [int(number) * length for number in chosen]
+    stream.verify(starts, length + 1)
+    windows = np.stack(stream.read_each(starts, length + 1))
     params, _ = trained.load(lambda name: not trained.is_memory(name))
     embedding = params["embedding"] if trained.config.tie_embeddings else None
     decoder = Decoder(trained.config, params, trained.mesh)

@@ -86,7 +86,7 @@ def precompute(
             expected = f"expected a number of devices that divides the width {trained.config.dim}"
             raise UserError(f"{workdir}: {expected}, found {mesh.size}")
         scorer = budget.scorer(trained, choices.data) if choices.has_budget and choices.data else None
-        return write(LiveSource(trained), choices, output, scorer, chunk_rows=chunk_rows)
+        return write(LiveSource(trained), choices, output, scorer, chunk_rows=chunk_rows, workdir=trained.workdir)
 
 
 def compress_file(tol: TolFile, choices: Options, output: str, workdir: str = "") -> str:
@@ -116,7 +116,7 @@ def compress_file(tol: TolFile, choices: Options, output: str, workdir: str = ""
         with contextlib.closing(TrainedModel(workdir, tol.step, tol.metadata["dtype"])) as trained:
             tol.check_model(trained.config, trained.tokenizer.digest, None)
             scorer = budget.scorer(trained, choices.data) if choices.data else None
-    return write(FileSource(tol), choices, output, scorer, "compress")
+    return write(FileSource(tol), choices, output, scorer, "compress", workdir=workdir)
 
 
 def write(
@@ -126,6 +126,7 @@ def write(
     scorer: Scorer | None = None,
     label: str = "precompute",
     chunk_rows: int = build.CHUNK_ROWS,
+    workdir: str = "",
 ) -> str:
     """Writes the file that the options ask for.
 
@@ -135,12 +136,13 @@ def write(
       output: path of the file.
       scorer: measures the model's loss, which a budget needs; else None.
       label, chunk_rows: as of `build.build`.
+      workdir: remembers which file shards of the data are verified; "": nothing does.
     Returns: one line on what was written. Raises: UserError.
     """
     _check_output(output, source.identity)
     counts = source.counts
     if choices.data:
-        dataset = open_for(choices.data, source.identity.tokenizer.digest)
+        dataset = open_for(choices.data, source.identity.tokenizer.digest, workdir)
         counts = statistics.token_counts(dataset, source.vocab_size)
     # Stable, so that tokens that are equally frequent stay in the order of their ids on any machine.
     order = np.arange(source.vocab_size) if counts is None else np.argsort(-counts, kind="stable")

@@ -43,7 +43,7 @@ def test_triggers_are_the_strongest_of_all_queries(in_numpy, run, architecture, 
     "options, message",
     [
         ({"ffn": "memory"}, "ffn: expected compute, which base has, found memory"),
-        ({"length": 8, "data": ""}, "data: expected a folder"),
+        ({"length": 8, "data": "none"}, "none/dataset.json: expected a folder that `prepare` finished"),
         ({"length": 64}, "length: expected from 2 to the model's 32 positions, found 64"),
         ({"length": 1}, "length: expected at least 2, found 1"),
         (

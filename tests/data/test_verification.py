@@ -47,6 +47,9 @@ def test_what_is_verified_is_remembered_until_a_file_changes(copied, tmp_path, r
     read.clear()
     Dataset(str(copied), str(workdir)).verify()
     assert read == []
+    other = verification.Verification(str(tmp_path / "other"))
+    other.remember_from([str(workdir), str(tmp_path / "none")])
+    assert (tmp_path / "other" / verification.FILE).read_text() == (workdir / verification.FILE).read_text()
     flip(copied / both[0], keep_time=True)
     Dataset(str(copied), str(workdir)).verify()  # which only reading the file could find
     flip(copied / both[0])
