@@ -171,10 +171,14 @@ def _user_defined(tokenizer):
 
 
 def _proto(content):
-    """The ModelProto in a SentencePiece model file."""
+    """The ModelProto in a SentencePiece model file. Raises: UserError for a damaged piece, which the library reads."""
     from sentencepiece import sentencepiece_model_pb2
 
-    return sentencepiece_model_pb2.ModelProto.FromString(content)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(content)
+    for i, piece in enumerate(proto.pieces):
+        if not isinstance(piece.piece, str):
+            raise UserError(f"tokenizer: piece {i}: expected UTF-8, found {piece.piece[:100]!r}")
+    return proto
 
 
 def _of_kind(proto, *kinds):

@@ -47,14 +47,17 @@ def path_in(folder: str, name: str, what: str = "") -> str:
       folder: the model's folder.
       name: the file's name.
       what: the file, and the place in it, that holds the name, for error messages; "": import knows the name itself.
-    Raises: UserError if the path leaves the folder.
+    Raises: UserError if the path leaves the folder, or something else than a file is there.
     """
     real = os.path.realpath(folder)
     repository = os.path.dirname(os.path.dirname(real))
     is_snapshot = os.path.basename(os.path.dirname(real)) == "snapshots"
     is_cached = is_snapshot and os.path.basename(repository).startswith("models--")
     blobs = (os.path.join(repository, "blobs"),) if is_cached else ()
-    return storage.inside(folder, name, what or os.path.join(folder, name), blobs)
+    path = storage.inside(folder, name, what or os.path.join(folder, name), blobs)
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would wait for ever
+        raise UserError(f"{path}: expected a file, found a folder, pipe or device")
+    return path
 
 
 def read_headers(folder: str) -> dict[str, Stored]:

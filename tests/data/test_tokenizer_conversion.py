@@ -66,6 +66,13 @@ def test_a_sentencepiece_model_that_tokenizer_json_cannot_express_stays_as_it_is
     assert re.match(f"tokenizer.model stays a SentencePiece model, as {problem}", made.note), made.note
 
 
+def test_a_piece_that_is_not_utf8_is_refused(tmp_path):
+    write_sentencepiece(tmp_path / "tokenizer.model", user_defined_symbols=["<sep>"])
+    damaged = (tmp_path / "tokenizer.model").read_bytes().replace(b"<sep>", b"<s\xffp>")
+    with pytest.raises(UserError, match=r"tokenizer: piece 3: expected UTF-8, found b'<s\\xffp>'"):
+        tokenizer_conversion.to_files(tokenizer.Tokenizer("sentencepiece", damaged, "file"), 64)
+
+
 def test_compared_texts_hold_each_user_defined_symbol_and_stay_the_same(tmp_path):
     write_sentencepiece(tmp_path / "tokenizer.model", user_defined_symbols=["<sep>", "A B"])
     ours = tokenizer.load(f"sentencepiece:{tmp_path}/tokenizer.model")

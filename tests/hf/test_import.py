@@ -158,6 +158,7 @@ def whole_numbers(tensors):
             lambda folder: (folder / "tokenizer_config.json").symlink_to("/dev/null"),
             "tokenizer_config.json: expected a file in .*, a symbolic link to /dev/null",
         ),
+        (lambda folder: os.mkfifo(folder / "NOTICE"), "NOTICE: expected a file, found a folder, pipe or device"),
         (lambda folder: os.remove(folder / "tokenizer.json"), "expected tokenizer.json or tokenizer.model"),
         (lambda folder: os.remove(folder / "model.safetensors"), "expected model.safetensors or"),
     ],
