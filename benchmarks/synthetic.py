@@ -10,9 +10,16 @@ import os
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
-from memoryllm_jax.common import storage
+from memoryllm_jax.common import records, storage
 from memoryllm_jax.data import tokenizer
-from memoryllm_jax.data.dataset import FORMAT
+from memoryllm_jax.data.dataset import (
+    FORMAT,
+    DatasetRecord,
+    ShardRecord,
+    SplitRecord,
+    SplitRecords,
+    TokenizerRecord,
+)
 
 LAW = "independent ids, p(rank r) ~ 1 / (r + 8)^1.28"
 _HELD_OUT = 100_000
@@ -26,7 +33,7 @@ def write(path: str, vocab_size: int, tokens: int) -> None:
     for i in range(1, vocab_size):
         model.pieces.add(piece=f"t{i}", score=-i)
     storage.write_bytes(os.path.join(path, "tokenizer.model"), model.SerializeToString())
-    digest = tokenizer.load(f"sentencepiece:{path}/tokenizer.model").digest
+    model = tokenizer.load(f"sentencepiece:{path}/tokenizer.model")
 
     rng = np.random.default_rng(0)
     cumulative = np.cumsum((np.arange(vocab_size) + 9.0) ** -1.28)
@@ -36,13 +43,20 @@ def write(path: str, vocab_size: int, tokens: int) -> None:
         ranks = np.searchsorted(cumulative, rng.random(count) * cumulative[-1])
         name = f"{split}-00000.bin"
         id_of_rank[ranks].astype("<u4").tofile(os.path.join(path, name))
-        shard = {"file": name, "tokens": count, "sha256": storage.sha256(os.path.join(path, name))}
-        splits[split] = {"tokens": count, "bytes": 4 * count, "documents": 1, "shards": [shard]}
-    tree = {
-        "format": FORMAT,
-        "tokenizer": {"kind": "sentencepiece", "file": "tokenizer.model", "digest": digest},
-        "vocab_size": vocab_size,
-        "dtype": "uint32",
-        "splits": splits,
-    }
-    storage.write_json(os.path.join(path, "dataset.json"), tree)
+        sizes = {"documents": 1, "tokens": count, "bytes": 4 * count}
+        shard = ShardRecord(file=name, sha256=storage.sha256(os.path.join(path, name)), **sizes)
+        splits[split] = SplitRecord(shards=(shard,), **sizes)
+    record = DatasetRecord(
+        format=FORMAT,
+        tokenizer=TokenizerRecord(
+            kind="sentencepiece",
+            file="tokenizer.model",
+            digest=model.digest,
+            bos_id=model.bos_id,
+            eos_id=model.eos_id,
+        ),
+        vocab_size=vocab_size,
+        dtype="uint32",
+        splits=SplitRecords(**splits),
+    )
+    storage.write_json(os.path.join(path, "dataset.json"), records.to_json(record))

@@ -6,12 +6,12 @@
     python -m memoryllm_jax.evaluate --workdir=DIR --tasks=lambada_local,piqa_local --task_data=FOLDER
 
 --output is for machines; --page=FOLDER gets evaluate.html for people, with evaluate.json, CSV and PNG files beside it.
-The work is spread over all devices of this machine. --data is prepared data (folder or URL), or text files (.json,
-.jsonl, .txt, each also .gz or .zst, or .parquet). Text files become one stream of tokens, as in `prepare`: all
-documents in order, each between bos and eos. The stream is cut into windows of the model's context, as in training, and
-every token but the first is predicted once, from the tokens before it in its window. With --stride=S below the context
-T, windows start every S tokens, and all windows but the first score their last S tokens only, so that each token is
-predicted from at least T-S tokens.
+The work is spread over all devices of this machine. --data is prepared data (folders or URLs), or text files (.json,
+.jsonl, .txt, each also .gz or .zst, or .parquet); without it and --tasks, it is the data that the model was trained on.
+Text files become one stream of tokens, as in `prepare`: all documents in order, each between bos and eos. The stream is
+cut into windows of the model's context, as in training, and every token but the first is predicted once, from the
+tokens before it in its window. With --stride=S below the context T, windows start every S tokens, and all windows but
+the first score their last S tokens only, so that each token is predicted from at least T-S tokens.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ from typing import Annotated
 
 from memoryllm_jax import config
 from memoryllm_jax.common import cli, plots, report
-from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.evaluation import record
 from memoryllm_jax.evaluation.record import LoggedTasks, WindowedText
@@ -37,8 +36,7 @@ def main(
     output: Annotated[str, Option("JSON file for the result; for tasks in the harness's format")] = "",
     page: Annotated[str, Option("folder for evaluate.html, evaluate.json, and CSV and PNG files")] = "",
 ) -> None:
-    if bool(text.data) == bool(tasks.tasks):
-        raise UserError(f"expected --data=TEXT or --tasks=NAMES, found {'both' if text.data else 'neither'}")
+    text = record.text_or_own(text, tasks, engine.workdir, engine.step)
     record.check_output("output", output)
     record.check_output("save_tokens", text.save_tokens)
     if page:

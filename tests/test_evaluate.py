@@ -44,7 +44,8 @@ def test_the_command_writes_record_and_page_of_a_text(lab, tmp_path):
 
 def test_the_command_refuses_in_one_line():
     for arguments, words in (
-        ((), "error: expected --data=TEXT or --tasks=NAMES, found neither\n"),
+        (("--data=a", "--tasks=b"), "error: expected --data=TEXT or --tasks=NAMES, found both\n"),
+        (("--stride=3", "--tasks=b"), "error: --stride: expected data too, without which it has no effect\n"),
         (("--limit=3",), "error: --limit: expected tasks too, without which it has no effect\n"),
     ):
         refused = evaluate("--workdir=nowhere", *arguments)

@@ -28,9 +28,12 @@ class TextOptions:
 
     def __post_init__(self):
         options.check(self)
-        _refuse_unused(self, "data")
+        self._check_data()
         if self.split == "train" and documents.is_text(self.data):
             raise ArgumentError("split", f"expected prepared data, which has splits, found text files: {self.data}")
+
+    def _check_data(self) -> None:
+        refuse_unused(self, "data")
 
     def check_data(self) -> None:
         """Finds missing data before time is spent on loading a model. Raises: UserError."""
@@ -81,7 +84,7 @@ class TaskOptions:
 
     def __post_init__(self):
         options.check(self)
-        _refuse_unused(self, "tasks")
+        refuse_unused(self, "tasks")
 
     def open(self):
         """Finds the tasks, as `harness.Tasks`. Raises: UserError, also if the harness is not installed."""
@@ -102,7 +105,7 @@ class TaskOptions:
         return {"tasks": text}
 
 
-def _refuse_unused(chosen, needed: str) -> None:
+def refuse_unused(chosen, needed: str) -> None:
     """Raises: ArgumentError if the option `needed` is empty, but another one is set, which has no effect then."""
     if getattr(chosen, needed):
         return

@@ -1,14 +1,17 @@
 """The work of `evaluate`: measures a model, prints the result, and writes it as JSON and as a page."""
 
+import contextlib
 import dataclasses
 import os
 from typing import Annotated
 
+from memoryllm_jax.checkpoint import run_data
+from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common import report, storage
-from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.evaluation import page as pages
-from memoryllm_jax.evaluation.measure import TaskOptions, TextOptions
+from memoryllm_jax.evaluation.measure import TaskOptions, TextOptions, refuse_unused
 from memoryllm_jax.evaluation.perplexity import Windows, perplexity, summary
 from memoryllm_jax.inference.engine import Engine
 
@@ -23,6 +26,9 @@ class WindowedText(TextOptions):
     save_tokens: Annotated[
         str, Option(".npy file for the scored [windows, context + 1] ids; a last window that is not full is left out")
     ] = ""
+
+    def _check_data(self) -> None:
+        """Allows the other options without `data`: `text_or_own` names the data then."""
 
     def windows(self, context: int) -> Windows:
         """The windows for a model's context. Raises: ArgumentError for a stride above it, which would skip tokens."""
@@ -40,6 +46,23 @@ class LoggedTasks(TaskOptions):
     log_samples: Annotated[
         bool, Option("write each document's result beside --output, in files of the harness's format")
     ] = False
+
+
+def text_or_own(text: WindowedText, tasks: LoggedTasks, workdir: str, step: int | None) -> WindowedText:
+    """The text to score: if neither text nor tasks are named, the data that the model was trained on.
+
+    Args:
+      workdir, step: the model's checkpoint; None: the newest.
+    Raises: UserError if both are named, or options of a text that is not.
+    """
+    if tasks.tasks:
+        if text.data:
+            raise UserError("expected --data=TEXT or --tasks=NAMES, found both")
+        refuse_unused(text, "data")
+    if text.data or tasks.tasks:
+        return text
+    with contextlib.closing(TrainedModel(workdir, step)) as trained:
+        return dataclasses.replace(text, data=run_data.own_path(trained))
 
 
 def on_text(

@@ -5,6 +5,7 @@ import pytest
 import reference
 
 from memoryllm_jax.analysis import corpus
+from memoryllm_jax.common.errors import UserError
 
 
 @pytest.mark.parametrize("architecture", ["base", "memory", "flex-3"])
@@ -29,3 +30,10 @@ def test_states_are_those_of_the_equations(in_numpy, architecture):
     np.testing.assert_allclose(
         logits, reference.logits(p | stacked, trained.windows, trained.config), rtol=1e-4, atol=1e-4
     )
+
+
+def test_text_that_is_read_is_verified(token_keys, copied):
+    shard = next(copied.glob("train-*.bin"))
+    shard.write_bytes(bytes(200) + shard.read_bytes()[200:])
+    with pytest.raises(UserError, match=rf"{shard.name}: checksum differs"):
+        corpus.CorpusOptions(str(copied), length=8, limit=8).open(token_keys)

@@ -15,7 +15,6 @@ from memoryllm_jax.evaluation.record import WindowedText
     "make, message",
     [
         (lambda: TextOptions(max_tokens=3), "max_tokens: expected data too, without which it has no effect"),
-        (lambda: WindowedText(save_tokens="x.npy"), "save_tokens: expected data too"),
         (lambda: TaskOptions(num_fewshot=0), "num_fewshot: expected tasks too"),
         (lambda: TextOptions("DATA", max_tokens=-1), "max_tokens: expected at least 0, found -1"),
         (lambda: TextOptions("DATA", split="test"), "split: expected one of train, validation, found 'test'"),
@@ -52,3 +51,10 @@ def test_windows_of_options_and_their_description():
 
 def test_changes_are_relative_in_percent():
     assert change(3.0, 2.0) == 50 and math.isnan(change(1.0, 0.0))
+
+
+def test_without_data_the_models_own_is_scored(lab):
+    no_tasks, chosen = record.LoggedTasks(), WindowedText(stride=16, max_tokens=90)
+    own = record.text_or_own(chosen, no_tasks, lab.workdir("memory"), None)
+    assert own == WindowedText(lab.data_path, stride=16, max_tokens=90)
+    assert record.text_or_own(own, no_tasks, "nowhere", None) is own

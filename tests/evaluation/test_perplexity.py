@@ -90,3 +90,14 @@ def test_texts_and_limits_below_a_window_are_refused():
         Windows(CONTEXT, CONTEXT, whole=True).used(32, "DATA")
     with pytest.raises(UserError, match="DATA: expected at least 2 tokens, found 1"):
         Windows(CONTEXT, CONTEXT).used(1, "DATA")
+
+
+def test_what_is_read_is_verified(lab, copied):
+    """A damaged training split is found when it is scored, and does not stand in the way of the held-out one."""
+    shard = next(copied.glob("train-*.bin"))
+    shard.write_bytes(bytes(200) + shard.read_bytes()[200:])
+    with lab.model("memory") as model:
+        quality(model, str(copied))
+        windows = Windows(CONTEXT, CONTEXT, 90)
+        with pytest.raises(UserError, match=rf"{shard.name}: checksum differs"):
+            perplexity.prepared_text(str(copied), "train", model.tokenizer, windows)

@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 from lab import CONTEXT, with_devices
 
+from memoryllm_jax import compare
 from memoryllm_jax.checkpoint import trained
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import flatten
@@ -46,6 +48,15 @@ def test_runs_are_drawn_if_their_recipes_agree(lab, tmp_path):
         curves.common_recipe(runs | {"memory": other})
     with pytest.raises(UserError, match="expected runs of flex-9, found none"):
         curves.compare("tiny.py", ["flex-9"], str(tmp_path))
+
+
+def test_a_missing_matplotlib_ends_the_command_before_it_trains(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it raises ImportError
+    given = {"config": types.SimpleNamespace(config_filename="configs/tiny.py")}
+    monkeypatch.setattr(compare, "flags", types.SimpleNamespace(FLAGS=given))
+    with pytest.raises(UserError, match=r"pictures: needs matplotlib: pip install 'memoryllm_jax\[analyze\]'"):
+        compare.main(str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
