@@ -12,7 +12,7 @@ _USE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(DIR)
+tokenizer = AutoTokenizer.from_pretrained(DIR{no_code})
 model = AutoModelForCausalLM.from_pretrained(DIR{trust})
 inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
@@ -47,7 +47,10 @@ def text(trained: TrainedModel, dtype: str) -> str:
     ]
     facts = _about_model(trained, dtype) | _about_training(trained) | _held_out_loss(trained)
     lines += [f"- {name}: {value}" for name, value in facts.items()]
-    use = _USE.format(trust=", trust_remote_code=True" if has_memory else "")
+    code = {"trust": "", "no_code": ""}
+    if has_memory:  # without the second, transformers asks whether to run the model's code for the tokenizer
+        code = {"trust": ", trust_remote_code=True", "no_code": ", trust_remote_code=False"}
+    use = _USE.format(**code)
     return "\n".join([*lines, "", use]) + (_TOL if has_memory else "")
 
 

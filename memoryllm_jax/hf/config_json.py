@@ -79,6 +79,7 @@ def to_json(c: ModelConfig, context: int, dtype: str, special: dict) -> dict:
             "model_type": "memoryllm",
             "auto_map": {
                 "AutoConfig": "modeling_memoryllm.MemoryLLMConfig",
+                "AutoModel": "modeling_memoryllm.MemoryLLMModel",
                 "AutoModelForCausalLM": "modeling_memoryllm.MemoryLLMForCausalLM",
             },
             "beta": c.beta,

@@ -7,7 +7,9 @@ import os
 import shutil
 from importlib import resources
 
-from memoryllm_jax.checkpoint.trained import TrainedModel
+import numpy as np
+
+from memoryllm_jax.checkpoint.trained import Digest, TrainedModel
 from memoryllm_jax.common import records, storage
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.progress import Progress
@@ -24,7 +26,7 @@ def export_model(
     """Writes a checkpoint as a Hugging Face directory.
 
     Safetensors files are written one after another: the host holds the tensors of one file and, beside them, one
-    parameter in float32, stacked over the layers. Before that, the digest of a memory or flex model needs two copies of
+    parameter in float32, stacked over the layers. Before that, the digests of a memory or flex model need two copies of
     the decoder's largest parameter. An imported model keeps its dtype, its special token ids and the files that
     `import_model` kept.
 
@@ -67,8 +69,8 @@ def _write(trained, folder, dtype, file_bytes):
     settings = _settings(trained, dtype, source)
     about_tokenizer = _write_tokenizer(trained, folder, source)
     if trained.config.memory_dim:
-        # The digest comes before the weights, as the allocator may not yet have returned their last file's memory.
-        settings["decoder_digest"] = trained.digest(lambda name: not trained.is_memory(name))
+        # The digests come before the weights, as the allocator may not yet have returned their last file's memory.
+        settings["float16_digests"] = _float16_digests(trained, dtype)
         code = resources.files("memoryllm_jax.hf").joinpath("modeling_memoryllm.py").read_bytes()
         storage.write_bytes(os.path.join(folder, "modeling_memoryllm.py"), code)
     storage.write_json(os.path.join(folder, "config.json"), settings)
@@ -102,6 +104,27 @@ def _settings(trained, dtype, source):
 
 def _special_ids(tokenizer):
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
+def _float16_digests(trained, dtype):
+    """{digest of the decoder's weights as float16: their digest}, by which the modeling file recognises ToL files.
+
+    The digest rounds float32 and bfloat16 weights alike, so that the modeling file can compute it from either. From
+    float16 it cannot: values that were rounded to float16 first may then round to another bfloat16.
+
+    Args:
+      dtype: of the exported weights.
+    """
+    exact, rounded = Digest(), Digest()
+    for name in trained.names():
+        if not trained.is_memory(name):
+            value = trained.leaf_on_host(name)
+            with np.errstate(over="ignore"):  # no warning: transformers gives the same infinities
+                in_float16 = value.astype(shards.DTYPES[dtype]).astype(np.float16)
+            for digest, leaf in ((exact, value), (rounded, in_float16)):
+                digest.add(name, list(leaf) if name.startswith("layers/") else leaf)
+            del value, in_float16, leaf  # frees the parameter before the next one is read
+    return {rounded.text(): exact.text()}
 
 
 def _write_weights(trained, folder, files, tensors, dtype):
@@ -152,10 +175,12 @@ def _write_tokenizer(trained, folder, source):
         "generation_config.json": {name: i for name, i in ids.items() if i is not None},
     }
     texts = {name: json.dumps(tree, indent=2) + "\n" for name, tree in ours.items()} | source.files
-    if trained.tokenizer.kind != "hf" and "tokenizer_config.json" in source.files:
-        # The import had another tokenizer file, so its settings name a class that reads that file.
+    if "tokenizer_config.json" in source.files:
         tree = records.parse(dict, source.files["tokenizer_config.json"], f"{trained.workdir}: tokenizer_config.json")
-        kept = {name: value for name, value in tree.items() if name not in tokenizer_conversion.DECIDE_IDS}
-        texts["tokenizer_config.json"] = json.dumps(kept | converted.settings, indent=2) + "\n"
+        # Its class stays if this is the import's own tokenizer.json, and transformers knows a class for it. It knows
+        # none for memory and flex models, and code that the import brought along is not exported.
+        if trained.tokenizer.kind != "hf" or trained.config.memory_dim or "auto_map" in tree:
+            kept = {name: value for name, value in tree.items() if name not in tokenizer_conversion.DECIDE_IDS}
+            texts["tokenizer_config.json"] = json.dumps(kept | converted.settings, indent=2) + "\n"
     source_lib.write_texts(folder, texts)
     return converted.note

@@ -76,15 +76,6 @@ def test_another_dtype_rounds_each_tensor(imported, tmp_path, dtype):
     assert json.load(open(f"{out}/config.json"))["torch_dtype"] == dtype
 
 
-def test_config_json_holds_the_digest_of_the_decoder(imported, tmp_path):
-    """A ToL file of the model holds the same digest."""
-    out = str(tmp_path / "out")
-    export_model(imported, out)
-    with contextlib.closing(TrainedModel(imported)) as model:
-        _, digest = model.load(lambda name: not model.is_memory(name))
-    assert json.load(open(f"{out}/config.json"))["decoder_digest"] == digest
-
-
 @pytest.mark.parametrize("symbols, name", [([], "tokenizer.json"), (["<sep>"], "tokenizer.model")])
 def test_transformers_makes_the_same_ids_of_a_text(transformers, tmp_path, symbols, name):
     """Also where the imported tokenizer_config.json names a class for another tokenizer file."""
@@ -111,6 +102,21 @@ def test_transformers_makes_the_same_ids_of_a_text(transformers, tmp_path, symbo
     spelled = " a".join(["x", *ours.special_tokens, "", "y"])
     for text in [spelled, *tokenizer_conversion.compared_texts(ours)]:
         assert theirs(text)["input_ids"] == [ours.bos_id, *ours.encode_special(text)], text
+
+
+def test_the_tokenizer_of_a_memory_model_needs_no_code(transformers, tmp_path):
+    """An imported tokenizer_config.json may name a class in code that is not exported, or one that makes other ids."""
+    tokenizers = pytest.importorskip("tokenizers")
+    source, out = str(tmp_path / "source"), str(tmp_path / "out")
+    shutil.copytree(f"{GOLDEN}/memory", source)
+    kept = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}, "chat_template": "hello"}
+    json.dump(kept, open(f"{source}/tokenizer_config.json", "w"))
+    import_model(source, str(tmp_path / "work"))
+    export_model(str(tmp_path / "work"), out)
+    theirs = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+    text = "AB  C"
+    assert theirs(text).input_ids == tokenizers.Tokenizer.from_file(f"{source}/tokenizer.json").encode(text).ids
+    assert theirs.chat_template == "hello"
 
 
 def test_an_import_of_an_earlier_version_opens_and_exports(tmp_path):
