@@ -5,10 +5,13 @@ Both go through the interface of concurrent.futures.
 
 import concurrent.futures
 import concurrent.futures.process
+import contextlib
 import functools
+import logging
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import socket
 import threading
@@ -23,6 +26,7 @@ Report = Callable[..., None]  # a function for progress; its arguments can be pi
 
 _POLL_S = 0.2  # seconds between two looks at progress while no task is finished
 _CONNECT_S = 30  # seconds in which a scheduler must answer
+_ADDRESS = re.compile(r"[a-z]+://.+:\d+")
 
 
 def in_processes(
@@ -51,34 +55,61 @@ def in_processes(
             ) from error
 
 
-def on_cluster(work: Callable[[T, Report], R], tasks: Iterable[T], scheduler: str) -> Iterator[tuple[T, R]]:
+@contextlib.contextmanager
+def connected(scheduler: str) -> Iterator:
+    """Yields a connection to a Dask cluster, a distributed.Client; None for "".
+
+    Args:
+      scheduler: address of the cluster's scheduler, such as tcp://HOST:8786.
+    Raises: UserError if the scheduler cannot be reached.
+    """
+    if not scheduler:
+        yield None
+        return
+    distributed = require("distributed", "dask", "scheduler")
+    # Clients with an address that Dask cannot parse are not closed for a minute.
+    if not _ADDRESS.fullmatch(scheduler):
+        raise ArgumentError("scheduler", f"expected tcp://HOST:PORT, found {scheduler!r}")
+    for name in ("distributed.client", "distributed.utils"):
+        # They log tracebacks of errors that they also raise, and that become one sentence here.
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        client = distributed.Client(scheduler, timeout=_CONNECT_S, set_as_default=False)
+    except (OSError, ValueError) as error:
+        reason = one_line(error, 200) or type(error).__name__
+        raise ArgumentError("scheduler", f"expected a Dask scheduler at {scheduler}: {reason}") from error
+    with client:
+        yield client
+
+
+def on_cluster(work: Callable[[T, Report], R], tasks: Iterable[T], client) -> Iterator[tuple[T, R]]:
     """Yields (task, result) of `work(task, report)`, as tasks are finished by the workers of a Dask cluster.
 
     A worker that is lost is replaced by another one: `work` may run several times, even at the same time, for one task.
 
     Args:
       work: a function of a module of this package, which is installed on the workers. What it reports is dropped.
-      scheduler: address of the scheduler, such as tcp://HOST:8786.
-    Raises: UserError of the first task that fails, or if the scheduler cannot be reached.
+      client: of `connected`.
+    Raises: UserError of the first task that fails, or if the connection is lost.
     """
     distributed = require("distributed", "dask", "scheduler")
-    try:
-        client = distributed.Client(scheduler, timeout=_CONNECT_S, set_as_default=False)
-    except (OSError, ValueError, TypeError) as error:  # TypeError: for an address without a port
-        reason = one_line(error, 200) or type(error).__name__
-        raise ArgumentError("scheduler", f"expected a Dask scheduler at {scheduler}: {reason}") from error
-    with client:
-        cores = client.ncores()
-        print(f"{scheduler}: {len(cores)} workers with {sum(cores.values())} threads", flush=True)
-        # pure=False: the results of an earlier run with equal arguments are not reused, as its files may be gone.
-        with client.get_executor(pure=False) as pool:
-            try:
-                yield from _finished(pool, functools.partial(_on_host, work), tasks, lambda: None)
-            except distributed.KilledWorker as error:
-                problem = "several workers were killed at the same input file, perhaps for lack of memory"
-                raise UserError(f"{scheduler}: {problem}: {one_line(error, 200)}") from error
-            except (concurrent.futures.CancelledError, distributed.CancelledError) as error:
-                raise UserError(f"{scheduler}: the connection was lost; run the same line again to go on") from error
+    where = client.scheduler.address
+    threads = client.nthreads()
+    print(f"{where}: {len(threads)} workers with {sum(threads.values())} threads, one file each", flush=True)
+    # pure=False: the results of an earlier run with equal arguments are not reused, as its files may be gone.
+    with client.get_executor(pure=False) as pool:
+        try:
+            yield from _finished(pool, functools.partial(_on_host, work), tasks, lambda: None)
+        except distributed.KilledWorker as error:
+            problem = "several workers were killed at the same input file, perhaps for lack of memory"
+            raise UserError(f"{where}: {problem}: {one_line(error, 200)}") from error
+        except (concurrent.futures.CancelledError, distributed.CancelledError) as error:
+            raise UserError(f"{where}: the connection was lost; run the same line again to go on") from error
+        except (RuntimeError, ImportError) as error:
+            if isinstance(error, RuntimeError) and "deserializ" not in str(error):
+                raise
+            problem = "expected this version of memoryllm_jax in the environment of the scheduler and of all workers"
+            raise UserError(f"{where}: {problem}: {one_line(error, 200)}") from error
 
 
 def _finished(pool: concurrent.futures.Executor, work, tasks, while_waiting: Callable[[], None]) -> Iterator[tuple]:

@@ -100,8 +100,8 @@ def prepare(
     )
     # Workers on other machines may have another working folder.
     output = storage.absolute(output)
-    with _held(output) as check_held:
-        return _prepare(plan, output, workers, scheduler, check_held)
+    with executors.connected(scheduler) as client, _held(output) as check_held:
+        return _prepare(plan, output, workers, client, check_held)
 
 
 @contextlib.contextmanager
@@ -157,7 +157,7 @@ def _has_results(output: str) -> bool:
     return storage.exists(os.path.join(output, "dataset.json")) or bool(plan_lib.finished(output))
 
 
-def _prepare(plan: Plan, output: str, workers: int, scheduler: str, check_held: Callable[[], None]) -> DatasetRecord:
+def _prepare(plan: Plan, output: str, workers: int, client, check_held: Callable[[], None]) -> DatasetRecord:
     """`prepare` in a folder that belongs to this run. Returns: the contents of dataset.json."""
     plan, model = _begin(plan, output, check_held)
     _remove_parts(output)
@@ -165,7 +165,7 @@ def _prepare(plan: Plan, output: str, workers: int, scheduler: str, check_held: 
         plan_lib.remove_records(output)  # of a run that was killed after it had written dataset.json
         print(f"{output}: already prepared")
         return dataset_lib.read_record(output)
-    shards_of_files = _tokenize(plan, output, workers, scheduler, check_held)
+    shards_of_files = _tokenize(plan, output, workers, client, check_held)
     splits = {}
     for split in SPLITS:
         splits[split] = _merged([shards[split] for shards in shards_of_files if split in shards])
@@ -291,7 +291,7 @@ class _Report:
         self._progress.close()
 
 
-def _tokenize(plan, output, workers, scheduler, check_held) -> list[dict[str, ShardRecord]]:
+def _tokenize(plan, output, workers, client, check_held) -> list[dict[str, ShardRecord]]:
     """Tokenizes all files but those that an earlier run finished, which are checked.
 
     Returns: {split: its file shard} of each file, in order.
@@ -299,14 +299,14 @@ def _tokenize(plan, output, workers, scheduler, check_held) -> list[dict[str, Sh
     cores = os.cpu_count() or 1
     count = min(workers or cores, len(plan.sources))
     # On a cluster each thread of a Dask worker has a file of its own.
-    threads = 1 if scheduler else max(1, cores // count)
-    wait_s = _SHARED_WAIT_S if scheduler else 0
+    threads = 1 if client else max(1, cores // count)
+    wait_s = _SHARED_WAIT_S if client else 0
     digest = plan_lib.digest(output)
     tasks = [Task(index, output, digest, threads, wait_s) for index in range(len(plan.sources))]
     finished = plan_lib.finished(output) & set(range(len(tasks)))
     report = _Report(plan.sources, finished)
-    if scheduler:
-        results = executors.on_cluster(tokenize_file, tasks, scheduler)
+    if client:
+        results = executors.on_cluster(tokenize_file, tasks, client)
     else:
         results = executors.in_processes(tokenize_file, tasks, count, report)
     out = {}
