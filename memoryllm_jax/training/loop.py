@@ -87,11 +87,6 @@ def open_run(config: Config, workdir: str, devices: list[jax.Device] | None, at_
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_mesh(config, mesh)
     tokenizer = dataset.tokenizer()
-    if config.data.verify:
-        dataset.verify(jax.process_index(), jax.process_count(), show=hosts.is_first())
-        hosts.wait_for_all("the data is verified")  # each host has verified its share alone
-        if hosts.is_first():
-            dataset.remember_verified()
     trainer = Trainer(config, mesh)
     local = local_shards(trainer.batch_sharding, trainer.shards)
     batches = TrainBatches(config, dataset, trainer.shards, local)
@@ -115,6 +110,8 @@ def open_run(config: Config, workdir: str, devices: list[jax.Device] | None, at_
         store.check_matches(saved, description, f"{workdir}/{newest}")
         description["source"] = saved.get("source", {})  # the model that the run started from
         state = checkpoints.restore(newest, trainer.state_shape)
+    if config.data.verify:  # last, as it can take long, and what is refused should be refused before
+        _verify(dataset)
     return Run(
         workdir=workdir,
         config=config,
@@ -127,6 +124,14 @@ def open_run(config: Config, workdir: str, devices: list[jax.Device] | None, at_
         start=newest or 0,
         state=state,
     )
+
+
+def _verify(dataset: Dataset) -> None:
+    """Verifies the data, each host its share, and lets the workdir remember it. Raises: UserError."""
+    dataset.verify(jax.process_index(), jax.process_count(), show=hosts.is_first())
+    hosts.wait_for_all("the data is verified")  # a host whose share is damaged does not get here, and so no other
+    if hosts.is_first():
+        dataset.remember_verified()
 
 
 def open_dataset(config: Config, workdir: str) -> Dataset:
