@@ -51,6 +51,16 @@ def text_checksum(array: np.ndarray) -> str:
     return f"{checksum(array.reshape(-1).view(np.uint8)):016x}"
 
 
+def open_regular(path: str, expected: str) -> int:
+    """Opens a file for reading. Returns: its descriptor. Raises: UserError, also for a folder or a pipe."""
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
+        raise UserError(f"{path}: expected {expected}, found a folder or a special file")
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{path}: expected {expected}: {error.strerror}") from error
+
+
 def _short(layers: list[int]) -> str:
     """A list of layers for an error message, cut to its first ones."""
     return str(layers) if len(layers) <= 16 else f"{layers[:16]} and {len(layers) - 16} more"
@@ -82,10 +92,7 @@ class TolFile:
         self._checksums: np.ndarray | None = None
         if path.endswith(".part"):
             raise UserError(f"{path}: expected a whole ToL file, found one that precompute has not finished")
-        try:
-            self.fd = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"{path}: expected a ToL file: {error.strerror}") from error
+        self.fd = open_regular(path, "a ToL file")
         try:
             self._read_header()
             self.row_of_token = self.read("row_of_token")

@@ -20,7 +20,7 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.records import Count, Record
 from memoryllm_jax.common.safetensors_header import Header, read_header
 from memoryllm_jax.tol import header
-from memoryllm_jax.tol.format import TolFile, text_checksum
+from memoryllm_jax.tol.format import TolFile, open_regular, text_checksum
 from memoryllm_jax.tol.header import Place
 
 _EXPECTED = "an overlay that `tol edit` wrote"
@@ -76,11 +76,7 @@ class Overlay:
         """
         if missing_ok and not os.path.exists(path):
             return cls(tol, [])
-        try:
-            file = open(path, "rb")
-        except OSError as error:
-            raise UserError(f"{path}: expected {_EXPECTED}: {error.strerror}") from error
-        with file:
+        with os.fdopen(open_regular(path, _EXPECTED), "rb") as file:
             found = read_header(file.fileno(), path, _EXPECTED)
             meta = found.metadata
             if meta.get("format") != "memoryllm_overlay" or not meta.keys() >= _METADATA:

@@ -20,6 +20,7 @@ from tol_files import CHUNK, DIM, LAYERS, TYPES, VOCAB, Reader, Source, bfloat16
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.tol import build, verify
 from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.sources import FileSource
 
 
@@ -223,6 +224,15 @@ def test_every_flipped_bit_of_the_data_is_found(mixed_file, tmp_path):
     bits = [*bits, *(8 * reader.at(name) + 3 for name in reader.header)]
     missed = {reader.tensor_at(bit // 8) for bit in missed_flips(path, bits, verified)}
     assert missed == {"padding", "padding.1"}  # nobody uses them
+
+
+def test_folder_and_pipe_are_refused(mixed_file, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with opened(mixed_file[0]) as tol:
+        for path in (str(tmp_path), str(tmp_path / "pipe")):
+            for read in (TolFile, lambda path: Overlay.open(path, tol)):
+                with pytest.raises(UserError, match=f"{path}: expected .*, found a folder or a special file"):
+                    read(path)
 
 
 def test_file_without_a_header_checksum_opens(mixed_file, tmp_path):
