@@ -15,11 +15,8 @@ from memoryllm_jax.data.tokenizer import Tokenizer
 
 COMPARED = 300  # texts on which a converted tokenizer is compared with the original
 
-# Settings in tokenizer_config.json that decide how transformers makes ids of a text
-DECIDE_IDS = (
-    "tokenizer_class", "auto_map", "backend", "legacy", "from_slow", "add_prefix_space", "add_bos_token",
-    "add_eos_token", "sp_model_kwargs", "special_tokens_pattern", "do_lower_case",
-)  # fmt: skip
+# Settings in another tokenizer_config.json that would change the ids, besides those that `to_files` sets
+CHANGE_IDS = ("auto_map", "sp_model_kwargs")
 
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 # Places where normalizers and dummy prefixes differ: white space of each kind at each place

@@ -180,7 +180,7 @@ def _write_tokenizer(trained, folder, source):
         # Its class stays if this is the import's own tokenizer.json, and transformers knows a class for it. It knows
         # none for memory and flex models, and code that the import brought along is not exported.
         if trained.tokenizer.kind != "hf" or trained.config.memory_dim or "auto_map" in tree:
-            kept = {name: value for name, value in tree.items() if name not in tokenizer_conversion.DECIDE_IDS}
+            kept = {name: value for name, value in tree.items() if name not in tokenizer_conversion.CHANGE_IDS}
             texts["tokenizer_config.json"] = json.dumps(kept | converted.settings, indent=2) + "\n"
     source_lib.write_texts(folder, texts)
     return converted.note

@@ -89,7 +89,7 @@ def test_transformers_makes_the_same_ids_of_a_text(transformers, tmp_path, symbo
     save_file(tensors, f"{source}/model.safetensors", {"format": "pt"})
     settings = json.load(open(f"{source}/config.json"))
     json.dump(settings | {"vocab_size": 400}, open(f"{source}/config.json", "w"))
-    kept = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": False, "chat_template": "hello"}
+    kept = {"tokenizer_class": "LlamaTokenizer", "sp_model_kwargs": {"add_bos": True}, "chat_template": "hello"}
     json.dump(kept, open(f"{source}/tokenizer_config.json", "w"))
     write_sentencepiece(f"{source}/tokenizer.model", control_symbols=["<ctl>"], user_defined_symbols=symbols)
     import_model(source, work)
