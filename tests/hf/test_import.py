@@ -242,7 +242,7 @@ def test_prepare_finds_the_special_tokens_of_an_import(prepared):
 
 
 def test_a_model_trained_from_an_import_and_resumed_keeps_its_files(with_files, prepared, tmp_path):
-    """Only config.json and the model card are new, as they describe the weights."""
+    """New are config.json and the model card, which describe the weights, and the class in tokenizer_config.json."""
     _, work = with_files
     c = config_lib.load(f"configs/start.py:memory@{work}")
     c.steps, c.batch_size, c.seq_len, c.checkpoint.every, c.log.tensorboard = 2, 2, 32, 1, False
@@ -253,5 +253,8 @@ def test_a_model_trained_from_an_import_and_resumed_keeps_its_files(with_files, 
         export_model(run, str(tmp_path / out))
         shutil.rmtree(f"{run}/2")  # so that the second goes on from step 1
         for name, content in KEPT_FILES.items():
-            assert (tmp_path / out / name).read_bytes() == content
+            if name != "tokenizer_config.json":
+                assert (tmp_path / out / name).read_bytes() == content
+        settings = json.load(open(tmp_path / out / "tokenizer_config.json"))
+        assert (settings["tokenizer_class"], settings["eos_token"]) == ("PreTrainedTokenizerFast", "<b>")
         assert json.load(open(tmp_path / out / "config.json"))["model_type"] == "memoryllm"
