@@ -16,7 +16,7 @@ import common
 import lm_eval
 from lm_eval.tasks import TaskManager
 
-from memoryllm_jax.checkpoint import trained
+from memoryllm_jax.checkpoint.description import config_of
 from memoryllm_jax.common import cli, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
@@ -136,7 +136,7 @@ def main(
 ) -> None:
     runs, results = Harness(task_data, limit or None), {}
     for path in workdir:
-        name = trained.config_of(path).model.architecture
+        name = config_of(path).model.architecture
         if f"{name}, live" in results:
             raise ArgumentError("workdir", f"expected one model of each architecture, found two of {name}")
         folder = os.path.join(scratch, name)

@@ -28,6 +28,7 @@ import common
 import jax
 
 from memoryllm_jax.checkpoint import store
+from memoryllm_jax.checkpoint.description import describe
 from memoryllm_jax.common import cli
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.options import Option
@@ -94,7 +95,7 @@ def stalls(dataset, path):
     batches = TrainBatches(config, dataset, 1, [0])
     size = batches.sizes()[0]
     state = trainer.init(jax.random.key(0))
-    description = store.describe(config, dataset, dataset.tokenizer())
+    description = describe(config, dataset.digest, dataset.tokenizer())
     placing, steps, held, written = [], [], [], []
     with tempfile.TemporaryDirectory() as workdir:
         checkpoints = store.Checkpoints(workdir, keep=1)

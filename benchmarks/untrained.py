@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from memoryllm_jax import config as configs
 from memoryllm_jax.checkpoint import store
+from memoryllm_jax.checkpoint.description import describe
 from memoryllm_jax.common import cli
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import MeshConfig, resolve
@@ -35,7 +36,7 @@ def main(
     drawn = [draw(number, path, shape, config.model.init_std) for number, (path, shape) in enumerate(leaves)]
     checkpoints = store.Checkpoints(workdir)
     state = {"params": jax.tree.unflatten(tree, drawn)}
-    checkpoints.save(0, state, store.describe(config, dataset, dataset.tokenizer()))
+    checkpoints.save(0, state, describe(config, dataset.digest, dataset.tokenizer()))
     checkpoints.wait()
     checkpoints.close()
 

@@ -11,7 +11,7 @@ explains how base is converted, and what to expect.
 import dataclasses
 
 from memoryllm_jax import config
-from memoryllm_jax.checkpoint import trained
+from memoryllm_jax.checkpoint.description import config_of
 from memoryllm_jax.common.errors import ArgumentError
 
 
@@ -21,7 +21,7 @@ def get_config(start=""):
         raise ArgumentError("config", f"expected ARCHITECTURE@WORKDIR after the colon, found {start or 'nothing'}")
     c = config.default(architecture)
     asked = {name: c.model[name] for name in ("beta", "token_memory", "compute_input")}
-    trained_model = trained.config_of(workdir).model
+    trained_model = config_of(workdir).model
     c.model.update(dataclasses.asdict(trained_model))
     if (asked["beta"], asked["token_memory"]) != (trained_model.beta, trained_model.token_memory):
         c.model.update(asked)  # a conversion: it keeps the sizes of the trained model, but not its architecture

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ml_collections
 
-from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.errors import ArgumentError, UserError, shown
 
 ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn", "splash")
 # {what each layer looks up by token id: the name of the architectures that do, as in flex-B or value-B}
@@ -30,6 +30,11 @@ _PAPER_MEMORY_WIDTHS = {
     (5464, 2): 4096,
     (5464, 3): 3418,
 }
+
+# Larger sizes are mistakes or damage: they are refused before memory is allocated for them.
+_MOST_LAYERS = 10_000
+_MOST_WIDTH = 10_000_000
+_MOST_IDS = 2**31 - 1  # ids and positions are int32
 
 TEMPERATURES = "0 (greedy), or from 0.001 to 1000"  # the valid values, for help texts and error messages
 
@@ -80,7 +85,7 @@ class Rule:
             "more than": self.above,
             "less than": self.below,
         }
-        return " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)
+        return " and ".join(f"{words} {bound:,.10g}" for words, bound in bounds.items() if bound is not None)
 
 
 def field(default, **rule):
@@ -92,18 +97,20 @@ def field(default, **rule):
 class ModelConfig:
     """The architecture and its sizes, and how the model is computed."""
 
-    dim: int = field(256, least=1)  # h, the width of the residual stream
-    layers: int = field(4, least=1)
-    heads: int = field(8, least=1)
-    kv_heads: int = field(0, least=0)  # key-value heads, each for heads / kv_heads query heads; 0: as many as heads
-    ffn_dim: int = field(688, least=1)  # base width W, the widths of FFN-C and FFN-M together; by default 8/3 of dim
-    vocab_size: int = field(0, least=0)  # number of token ids; 0: that of the prepared data
+    dim: int = field(256, least=1, most=_MOST_WIDTH)  # h, the width of the residual stream
+    layers: int = field(4, least=1, most=_MOST_LAYERS)
+    heads: int = field(8, least=1, most=_MOST_WIDTH)
+    # Key-value heads, each for heads / kv_heads query heads; 0: as many as heads
+    kv_heads: int = field(0, least=0, most=_MOST_WIDTH)
+    # Base width W, the widths of FFN-C and FFN-M together; by default 8/3 of dim
+    ffn_dim: int = field(688, least=1, most=_MOST_WIDTH)
+    vocab_size: int = field(0, least=0, most=_MOST_IDS)  # number of token ids; 0: that of the prepared data
     beta: float = field(0.0, least=0, most=8)  # FFN-C holds beta of the FFN's 8 h^2 parameters: 0 is memory, 8 is base
     # What each layer looks up by token id. ffn: the output of FFN-M. The others are baselines. value: an embedding that
     # is added to the values of attention; per_layer: an embedding that the residual stream gates, as in Gemma 3n;
     # none: nothing, so that FFN-C is alone
     token_memory: str = field("ffn", choices=tuple(TOKEN_MEMORIES))
-    table_dim: int = 32  # width P of per_layer's embeddings; by default an eighth of dim
+    table_dim: int = field(32, most=_MOST_WIDTH)  # width P of per_layer's embeddings; by default an eighth of dim
     # FFN-C reads X_l (block_input) or X_l + Attn (after_attention)
     compute_input: str = field("block_input", choices=("block_input", "after_attention"))
     norm: str = field("rmsnorm", choices=("rmsnorm", "layernorm"))  # both with a scale only: the model has no biases
@@ -276,9 +283,9 @@ class Config:
 
     seed: int = field(0, least=0)
     steps: int = field(100_000, least=1)  # optimizer steps
-    batch_size: int = field(512, least=1)  # sequences of one optimizer step, over all devices
+    batch_size: int = field(512, least=1, most=_MOST_IDS)  # sequences of one optimizer step, over all devices
     accumulate: int = field(1, least=1, resumable=True)  # micro-batches that the batch of a step is split into
-    seq_len: int = field(2048, least=2)  # tokens
+    seq_len: int = field(2048, least=2, most=_MOST_IDS)  # tokens
     model: ModelConfig = ModelConfig()
     start: StartConfig = StartConfig()
     data: DataConfig = DataConfig()
@@ -358,9 +365,11 @@ def resolve(config: ml_collections.ConfigDict | dict) -> Config:
 def from_saved(tree: dict) -> Config:
     """The `Config` saved in a checkpoint. Fields that did not exist when it was saved get their defaults.
 
-    Raises: UserError that names a field that is unknown or has a value of the wrong type.
+    Raises: UserError that names a field that is unknown, or has a value of the wrong type or out of its range.
     """
-    return _build(Config, tree, "config")
+    saved = _build(Config, tree, "config")
+    validate(saved)
+    return saved
 
 
 def flatten(config: Config) -> dict[str, object]:
@@ -377,12 +386,12 @@ def flatten(config: Config) -> dict[str, object]:
 def _build(group: type, tree, path: str):
     """An instance of the dataclass `group` from a tree of its fields; `path` is its dotted name, for error messages."""
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a group of fields, found {tree!r}")
+        raise UserError(f"{path}: expected a group of fields, found {shown(tree)}")
     types = {f.name: f.type for f in dataclasses.fields(group)}
     values = {}
     for name, value in tree.items():
         if name not in types:
-            raise UserError(f"{path}.{name}: no such field{_did_you_mean(name, types)}")
+            raise UserError(f"{path}.{name[:60]}: no such field{_did_you_mean(name, types)}")
         kind = types[name]
         if dataclasses.is_dataclass(kind):
             values[name] = _build(kind, value, f"{path}.{name}")
@@ -391,7 +400,7 @@ def _build(group: type, tree, path: str):
         elif type(value) is kind and (kind is not float or math.isfinite(value)):
             values[name] = value
         else:
-            raise UserError(f"{path}.{name}: expected {kind.__name__}, found {value!r}")
+            raise UserError(f"{path}.{name}: expected {kind.__name__}, found {shown(value)}")
     return group(**values)
 
 
@@ -409,7 +418,7 @@ def validate(config: Config) -> None:
 
     def need(condition: bool, name: str, expected: str) -> None:
         if not condition:
-            raise UserError(f"config.{name}: expected {expected}, found {values[name]!r}")
+            raise UserError(f"config.{name}: expected {expected}, found {shown(values[name])}")
 
     for name, rule in RULES.items():
         need(rule.takes(values[name]), name, rule.expected())

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ import numpy as np
 import reference
 
 from memoryllm_jax.checkpoint import store, trained
+from memoryllm_jax.checkpoint.description import Data, Description, SavedTokenizer, config_of, describe
 from memoryllm_jax.config import Config, MeshConfig, ModelConfig, default, resolve
 from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
@@ -26,8 +28,14 @@ from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.model import sharding, transformer
 from memoryllm_jax.tol import compress, serving
 from memoryllm_jax.tol.format import TolFile
-from memoryllm_jax.training import loop, metrics
+from memoryllm_jax.training import loop
 
+# For checkpoints of arrays that belong to no model
+DESCRIPTION = Description(
+    config={},
+    data=Data(digest="0"),
+    tokenizer=SavedTokenizer(kind="hf", digest=hashlib.sha256(b"").hexdigest(), content=b""),
+)
 CONTEXT = 32  # context of the models that `Lab` trains, in tokens
 TOKENS = 12 * CONTEXT  # length of the text that models are compared on: whole windows, so that only one shape compiles
 GREEDY = Sampling(temperature=0)
@@ -97,7 +105,7 @@ def write_untrained(config: Config, workdir: str, tensor: int = 1) -> str:
     mesh = sharding.make_mesh(MeshConfig(1, 1, tensor), jax.devices()[:tensor])
     params, _ = random_params(config.model, mesh, std=0.2)
     with contextlib.closing(store.Checkpoints(workdir)) as checkpoints:
-        checkpoints.save(0, {"params": params}, store.describe(config, prepared, prepared.tokenizer()))
+        checkpoints.save(0, {"params": params}, describe(config, prepared.digest, prepared.tokenizer()))
         checkpoints.wait()
     return workdir
 
@@ -165,7 +173,8 @@ MODELS = {
 
 def records(workdir, kind: str = "train") -> list[dict]:
     """The records of one kind, train or validation, in the metrics.jsonl of a run."""
-    return [record for record in metrics.records(f"{workdir}/metrics.jsonl") if record["kind"] == kind]
+    with open(f"{workdir}/metrics.jsonl") as file:
+        return [record for record in map(json.loads, file) if record["kind"] == kind]
 
 
 def opened(path) -> contextlib.closing[TolFile]:
@@ -268,7 +277,7 @@ class Lab:
 
     def run(self, name):
         """The Config of the model's run."""
-        return trained.config_of(self.workdir(name))
+        return config_of(self.workdir(name))
 
     def config(self, name):
         """The ModelConfig of a model."""

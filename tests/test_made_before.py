@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from memoryllm_jax.checkpoint.trained import config_of
+from memoryllm_jax.checkpoint.description import config_of
 from memoryllm_jax.config import MeshConfig
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.evaluation.perplexity import Windows, perplexity, prepared_text

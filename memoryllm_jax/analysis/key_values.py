@@ -74,6 +74,7 @@ class KeyValueModel:
         self.config, self.tokenizer, self.mesh = self.trained.config, self.trained.tokenizer, self.trained.mesh
         if self.config.token_memory in ("value", "per_layer"):
             # Their rows are parameters of their own, and not sums of coefficients times values.
+            self.trained.close()
             raise UserError(f"{workdir}: expected base, memory or flex, found {self.config.architecture}")
         self.sizes = sizes
         self.texts = token_texts(self.tokenizer, range(self.config.vocab_size))

@@ -37,7 +37,7 @@ def own_path(trained: TrainedModel, argument: str = "data") -> str:
       argument: the argument that names other data, for error messages.
     Raises: UserError if it is not known, is gone, or has changed.
     """
-    if trained.description["data"]["digest"] == trained.run.data.path:
+    if trained.description.data.digest == trained.run.data.path:
         # hf/import_.py writes one word in place of both.
         raise ArgumentError(argument, "expected prepared data, as the model is imported and its own is not known")
     path = path_of(trained.run, trained.workdir)
@@ -48,7 +48,7 @@ def own_path(trained: TrainedModel, argument: str = "data") -> str:
         raise ArgumentError(
             argument, f"none is given, and the model's training data{where} cannot be opened: {error}"
         ) from error
-    if found.digest != trained.description["data"]["digest"]:
+    if found.digest != trained.description.data.digest:
         raise ArgumentError(
             argument, f"none is given, and {path} has changed since the model was trained on it; name the data to read"
         )

@@ -20,10 +20,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from memoryllm_jax import config
-from memoryllm_jax.checkpoint import store
-from memoryllm_jax.common import storage
+from memoryllm_jax.checkpoint import description as description_lib
+from memoryllm_jax.checkpoint import digest as digest_lib
+from memoryllm_jax.checkpoint.reader import Reader
 from memoryllm_jax.common.errors import ArgumentError, UserError
-from memoryllm_jax.config import Config, ModelConfig
+from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.model import attention, sharding, transformer
 
@@ -46,19 +47,21 @@ class TrainedModel:
       context: largest number of positions in a sequence.
       tokenizer: Tokenizer of the training data.
       mesh: mesh of the parameters.
-      description: the JSON beside the arrays (`store.describe`).
+      description: the Description beside the arrays.
     Raises: UserError.
     """
 
     def __init__(self, workdir: str, step: int | None = None, dtype: str = "", mesh=None):
-        self._checkpoints, self.step = _open(workdir, step)
+        self.workdir = description_lib.folder(workdir)
+        self.step = description_lib.choose_step(self.workdir, step)
+        self._reader = Reader(self.workdir)
         with contextlib.ExitStack() as on_error:
-            on_error.callback(self._checkpoints.close)
-            self.workdir = self._checkpoints.workdir
-            self.description = self._checkpoints.description(self.step)
-            self.run = config.from_saved(self.description["config"])
+            on_error.callback(self._reader.close)
+            self.description = self._reader.description(self.step)
+            self.run = self.description.run()
             self.context = self.run.seq_len
-            self.tokenizer = Tokenizer.from_json(self.description["tokenizer"])
+            self.tokenizer = self.description.open_tokenizer()
+            _check_tokenizer(self.tokenizer, self.run.model, f"{self.workdir}/{self.step}")
             self.config = for_this_machine(self.run.model, dtype or self.run.model.dtype)
             self.mesh = mesh or sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
             sharding.check_heads(self.config, self.mesh)
@@ -66,7 +69,8 @@ class TrainedModel:
             self._leaves = {
                 parameter_name(path): _Leaf(path, like) for path, like in jax.tree_util.tree_leaves_with_path(shapes)
             }
-            on_error.pop_all()  # all is well: `close` closes the checkpoints
+            self._reader.check_shapes(self.step, _without_padding(self.config))
+            on_error.pop_all()  # all is well: `close` closes the reader
 
     def facts(self) -> dict[str, str]:
         """The caption of a page about this model: {name: text}."""
@@ -127,7 +131,7 @@ class TrainedModel:
         path, default = self._leaves[name]
         like = default if like is None else like
         wanted = jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
-        return self._checkpoints.restore_leaf(self.step, path, wanted)
+        return self._reader.leaf(self.step, path, wanted)
 
     def leaf_on_host(self, name: str) -> np.ndarray:
         """Reads one parameter as float32 into host memory, without padding and without a copy on a device.
@@ -135,7 +139,7 @@ class TrainedModel:
         Raises: UserError.
         """
         path, like = self._leaves[name]
-        saved = self._checkpoints.restore_on_host(self.step, path)
+        saved = self._reader.leaf_on_host(self.step, path)
         without_padding = saved[tuple(slice(size) for size in like.shape)]
         return without_padding.astype(np.float32, copy=False)
 
@@ -143,8 +147,8 @@ class TrainedModel:
         return _for_serving(name, self.leaf(name, _serving_dtype(name, self.config)), self.config)
 
     def close(self) -> None:
-        """Closes the checkpoints: no parameter can be read any more."""
-        self._checkpoints.close()
+        """Closes the reader: no parameter can be read any more."""
+        self._reader.close()
 
 
 class _Leaf(typing.NamedTuple):
@@ -154,39 +158,21 @@ class _Leaf(typing.NamedTuple):
     like: jax.ShapeDtypeStruct
 
 
-def config_of(workdir: str, step: int | None = None) -> Config:
-    """The config that a checkpoint of a workdir was trained with; step None is the newest. Raises: UserError."""
-    checkpoints, step = _open(workdir, step)
-    try:
-        return config.from_saved(checkpoints.description(step)["config"])
-    finally:
-        checkpoints.close()
+def _without_padding(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """{name of an array in a checkpoint: its shape} of all parameters; on one device nothing is padded."""
+    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.local_devices()[:1])
+    shapes = transformer.abstract_params(transformer.LanguageModel(model), mesh)
+    return {f"params/{parameter_name(path)}": leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
 
 
-def _open(workdir, step):
-    """(the checkpoints of a workdir, `step` or else their newest step). Raises: UserError."""
-    workdir = store.folder(workdir)
-    if not storage.exists(workdir):
-        raise UserError(f"{workdir}: expected a folder with checkpoints, found none")
-    checkpoints = store.Checkpoints(workdir, read_only=True)
-    try:
-        return checkpoints, _choose_step(checkpoints, step)
-    except UserError:
-        checkpoints.close()
-        raise
-
-
-def _choose_step(checkpoints, step):
-    """`step`, or the newest if it is None. Raises: UserError if there is none."""
-    steps = checkpoints.steps()
-    if not steps:
-        raise UserError(f"{checkpoints.workdir}: expected a checkpoint, found none")
-    if step is None:
-        return steps[-1]
-    if step not in steps:
-        expected = f"expected one of {', '.join(map(str, steps))} in {checkpoints.workdir}"
-        raise ArgumentError("step", f"{expected}, found {step}")
-    return step
+def _check_tokenizer(tokenizer: Tokenizer, model: ModelConfig, where: str) -> None:
+    """Raises: UserError if the tokenizer has ids that the model has no embedding for."""
+    special = [i for i in (tokenizer.bos_id, *tokenizer.stop_ids) if i is not None]
+    largest = max([tokenizer.vocab_size - 1, *special])
+    if largest >= model.vocab_size:
+        raise UserError(
+            f"{where}: tokenizer: expected ids below {model.vocab_size}, the model's vocab_size, found {largest}"
+        )
 
 
 class Digest:
@@ -294,7 +280,4 @@ def _fingerprint(x, origin, strides):
     for axis, stride in enumerate(strides):
         place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    h = bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return (h ^ (h >> 16)).sum(dtype=jnp.uint32)
+    return digest_lib.mixed(bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))).sum(dtype=jnp.uint32)

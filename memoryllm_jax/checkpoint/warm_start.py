@@ -33,7 +33,7 @@ def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
       tokenizer: Tokenizer of the data to train on.
       params: freshly initialised parameters on the mesh, float32. The result has their shapes and shardings.
       mesh: devices of the run.
-    Returns: (the parameters, the entries of the description's `source` that also hold for a model trained from it).
+    Returns: (the parameters, the parts of the description's `source` that also hold for a model trained from it).
     Raises: UserError that names a field or a tokenizer which does not fit.
     """
     start = config.start
@@ -47,7 +47,7 @@ def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
             _convert(trained, config, leaves)
         else:
             leaves = {name: trained.leaf(name, jnp.float32, leaf) for name, leaf in leaves.items()}
-        source = trained.description.get("source", {})
+        source = trained.description.source
         kept = {key: source[key] for key in ("special", "files") if key in source}
         return jax.tree.unflatten(tree, leaves.values()), kept
     finally:

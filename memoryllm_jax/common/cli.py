@@ -84,8 +84,6 @@ def _run(call, check=None):
     """Runs `call(positional arguments)` as an absl command, and turns errors into a line on stderr and an exit code."""
 
     def main(argv):
-        if not any(argument.startswith(("--verbosity", "-v")) for argument in sys.argv):
-            logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and also the errors that it raises
         try:
             return call(argv[1:])
         except (UserError, OSError) as error:
@@ -96,6 +94,10 @@ def _run(call, check=None):
             return 130
 
     def parse_flags(argv):
+        # Before the flags are parsed, as a config file may read a checkpoint.
+        if not any(argument.startswith(("--verbosity", "-v")) for argument in sys.argv):
+            logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and also the errors that it raises
+            sys.unraisablehook = _without_late_reports(sys.unraisablehook)
         try:
             if check:
                 argv = check(argv)
@@ -110,6 +112,20 @@ def _run(call, check=None):
         if _HELP & set(sys.argv):
             sys.exit(0)  # absl exits with 1 after --help
         raise
+
+
+def _without_late_reports(hook):
+    """The hook without what TensorStore reports of reads and writes that end after Orbax has failed.
+
+    Orbax closes its event loop at the first error, which it raises. TensorStore cannot tell the loop of the ends of the
+    other reads and writes, and Python would print a traceback for each.
+    """
+
+    def call(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return call
 
 
 def _positional(function) -> list[inspect.Parameter]:

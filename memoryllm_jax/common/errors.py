@@ -30,6 +30,12 @@ def one_line(error: Exception, most: int | None = None) -> str:
     return " ".join(str(error).split())[:most]
 
 
+def shown(value, most: int = 60) -> str:
+    """A value as a message shows it, at most `most` characters."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def require(module: str, extra: str, what: str) -> types.ModuleType:
     """Imports a module of a package that only an optional extra installs.
 

@@ -49,8 +49,14 @@ class Progress:
         if self._bar is None and time.monotonic() - self._last_line >= self.every_s:
             self.line(f"{self.label} {100 * done / max(self.total, 1):.1f}%  {note}  ETA {self.eta()}")
 
+    def restart(self) -> None:
+        """Measures the rate from here on: what was done so far took a time that the rest will not take."""
+        self._initial, self._start = self.done, time.monotonic()
+        if self._bar is not None:
+            self._bar.unpause()
+
     def eta(self) -> str:
-        """Time left at the mean rate of this process, such as 1h05m."""
+        """Time left at the mean rate since the start or `restart`, such as 1h05m; unknown if nothing was done since."""
         done_here = self.done - self._initial
         if done_here <= 0:
             return "unknown"

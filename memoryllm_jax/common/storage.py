@@ -34,6 +34,8 @@ def absolute(path: str) -> str:
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """(the file system of a path or URL, the path in the form that this file system expects). Raises: UserError."""
+    if not is_url(path):  # not by fsspec's rules, in which "::" in a name would join two URLs
+        return LocalFileSystem(), os.path.abspath(path)
     try:
         # TensorStore and other hosts write to the same folders, so a cached listing would be out of date.
         return fsspec.core.url_to_fs(path, use_listings_cache=False)
@@ -231,8 +233,8 @@ def lock_byte(fd: int, path: str, number: int) -> None:
     """Locks byte `number` of an open file for this process. Raises: UserError if another process holds the lock."""
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-    except (BlockingIOError, PermissionError) as error:
-        raise UserError(f"{path}: in use by another run") from error
+    except OSError as error:
+        raise _cannot_lock(path, error) from error
 
 
 def lock_folder(path: str):
@@ -254,7 +256,7 @@ def lock_folder(path: str):
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()
-        raise UserError(f"{path}: in use by another run ({holder})") from error
+        raise _cannot_lock(path, error, f" ({holder})") from error
     if not os.path.exists(name) or not os.path.samestat(os.stat(name), os.fstat(file.fileno())):
         # `discard_lock` of another run has removed the file between the two calls above. A lock on it means nothing.
         file.close()
@@ -263,6 +265,23 @@ def lock_folder(path: str):
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
+
+
+def _cannot_lock(path: str, error: OSError, holder: str = "") -> UserError:
+    """Why a lock was refused: another process has it, or the file system has no locks."""
+    if isinstance(error, BlockingIOError | PermissionError):
+        return UserError(f"{path}: in use by another run{holder}")
+    return UserError(
+        f"{path}: cannot be locked against a second run, as the file system refuses locks ({error.strerror}); choose a "
+        "folder elsewhere, or mount this one with locks (Lustre: the option flock; NFS: without nolock)"
+    )
+
+
+def release_lock(lock, path: str) -> None:
+    """Unlocks a folder; if nothing but the lock file is in it, removes both."""
+    if names(path) <= {".lock"}:
+        discard_lock(lock, path)
+    lock.close()
 
 
 def discard_lock(lock, path: str) -> None:

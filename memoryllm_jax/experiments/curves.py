@@ -1,14 +1,13 @@
 """Trains architectures with one recipe and compares their curves (MemoryLLM, Table 2, Figures 9 and 10)."""
 
-import contextlib
 import os
 import sys
 from typing import NamedTuple
 
-from memoryllm_jax.checkpoint import store
+from memoryllm_jax.checkpoint import description as description_lib
 from memoryllm_jax.common import child, plots, report, storage
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.config import RESUMABLE_FIELDS, Config, flatten, from_saved
+from memoryllm_jax.config import RESUMABLE_FIELDS, Config, flatten
 from memoryllm_jax.model.flops import parameters
 from memoryllm_jax.training import metrics
 
@@ -65,12 +64,12 @@ def run_of(workdir: str) -> dict | None:
     path = os.path.join(workdir, "metrics.jsonl")
     if not storage.exists(path):
         return None
-    with contextlib.closing(store.Checkpoints(store.folder(workdir), read_only=True)) as checkpoints:
-        steps = checkpoints.steps()
-        if not steps:
-            return None
-        description = checkpoints.description(max(steps))
-    config = from_saved(description["config"])
+    workdir = description_lib.folder(workdir)
+    steps = description_lib.steps(workdir)
+    if not steps:
+        return None
+    description = description_lib.read(workdir, steps[-1])
+    config = description.run()
     curve = _curve(config, path)
     if not curve:
         return None
@@ -80,7 +79,7 @@ def run_of(workdir: str) -> dict | None:
     return {
         "parameters": parameters(config),
         "curve": curve,
-        "recipe": recipe | {"data's digest": description["data"]["digest"]},
+        "recipe": recipe | {"data's digest": description.data.digest},
         "data": config.data.path,
         "finished": curve[-1]["step"] == config.steps,
     }
@@ -92,15 +91,15 @@ def _curve(config: Config, path: str) -> list[dict]:
     # does not count compiling, evaluating and saving.
     curve, tokens, seconds, flops = [], 0, 0.0, 0.0
     for record in metrics.records(path):
-        if record["kind"] == "train":
-            lap = (record["tokens"] - tokens) / record["tokens_per_second"]
-            tokens, seconds = record["tokens"], seconds + lap
-            flops += lap * record["model_flops_per_second"]
+        if isinstance(record, metrics.TrainRecord):
+            lap = (record.tokens - tokens) / record.tokens_per_second
+            tokens, seconds = record.tokens, seconds + lap
+            flops += lap * record.model_flops_per_second
         else:
-            quality = {name: record[name] for name in ("loss", "perplexity", "bits_per_byte")}
             # Computed from the step, as `tokens` is that of the last training record, up to log.every steps ago.
-            seen = record["step"] * config.batch_size * config.seq_len
-            curve.append({"step": record["step"], "tokens": seen, "seconds": seconds, "flops": flops} | quality)
+            seen = record.step * config.batch_size * config.seq_len
+            quality = {name: getattr(record, name) for name in ("loss", "perplexity", "bits_per_byte")}
+            curve.append({"step": record.step, "tokens": seen, "seconds": seconds, "flops": flops} | quality)
     return curve
 
 

@@ -1,12 +1,12 @@
 """The model card (README.md) of an exported model, filled in from its checkpoint and its training run."""
 
-import json
 import os
 
 from memoryllm_jax import config
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common import storage
 from memoryllm_jax.model import flops
+from memoryllm_jax.training import metrics
 
 _USE = """\
 ```python
@@ -69,7 +69,7 @@ def _about_model(trained, dtype):
         "dtype": dtype,
         "context": f"{trained.context:,} tokens",
         "tokenizer": f"{trained.tokenizer.kind}, SHA-256 {trained.tokenizer.digest}",
-        "data": f"digest {trained.description['data']['digest']}",
+        "data": f"digest {trained.description.data.digest}",
     }
 
 
@@ -89,12 +89,8 @@ def _held_out_loss(trained):
     path = os.path.join(trained.workdir, "metrics.jsonl")
     if not storage.exists(path):
         return {}
-    lines = storage.read_bytes(path, "metrics").decode().splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith("\n")]  # a killed run may have cut off the last line
-    records = [json.loads(line) for line in complete]
     # A run validates a step again when it resumes from it: the last record counts.
-    found = [r for r in records if r.get("kind") == "validation" and r.get("step") == trained.step]
+    found = [r for r in metrics.records(path) if isinstance(r, metrics.ValidationRecord) and r.step == trained.step]
     if not found:
         return {}
-    loss, bits = found[-1]["loss"], found[-1]["bits_per_byte"]
-    return {"held-out text": f"{loss:.4f} nats a token, {bits:.4f} bits per byte"}
+    return {"held-out text": f"{found[-1].loss:.4f} nats a token, {found[-1].bits_per_byte:.4f} bits per byte"}

@@ -58,7 +58,7 @@ def export_model(
 
 def _write(trained, folder, dtype, file_bytes):
     """Writes all files of the directory. Returns: a text about model, files and tokenizer."""
-    source = source_lib.of(trained.description, trained.workdir)
+    source = source_lib.of(trained.description.source, trained.workdir)
     imported_dtype = _dtype_of(source)
     dtype = dtype or imported_dtype
     tensors = tensor_names.tensors(trained.config)

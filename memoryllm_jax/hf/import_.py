@@ -1,7 +1,6 @@
 """Reads a Hugging Face directory into a workdir."""
 
 import contextlib
-import dataclasses
 import os
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 from msgspec import UNSET, UnsetType
 
 from memoryllm_jax import config
+from memoryllm_jax.checkpoint import description as description_lib
 from memoryllm_jax.checkpoint import store
 from memoryllm_jax.checkpoint.trained import parameter_name
 from memoryllm_jax.common import records, storage
@@ -57,12 +57,7 @@ def import_model(source: str, workdir: str) -> str:
         )
 
     run = Config(seq_len=context, model=model, data=DataConfig(path=IMPORTED))
-    description = {
-        "config": dataclasses.asdict(run),
-        "data": {"digest": IMPORTED},
-        "tokenizer": tokenizer.to_json(),
-        "source": _source(source, settings, model, stored),
-    }
+    description = description_lib.describe(run, IMPORTED, tokenizer, _source(source, settings, model, stored))
     params = _read_params(source, stored, tensors, model)
     with contextlib.closing(store.Checkpoints(workdir)) as checkpoints:
         checkpoints.save(0, {"params": params}, description)
@@ -76,12 +71,9 @@ def import_model(source: str, workdir: str) -> str:
 
 def _check_can_hold_a_checkpoint(workdir):
     """Refuses a workdir that is taken or out of reach, before the weights are read."""
-    workdir = store.folder(workdir)
-    if not storage.exists(workdir):
-        return
-    with contextlib.closing(store.Checkpoints(workdir, read_only=True)) as checkpoints:
-        if checkpoints.steps():
-            raise ArgumentError("workdir", f"expected a folder without checkpoints, found some in {workdir}")
+    workdir = description_lib.folder(workdir)
+    if storage.exists(workdir) and description_lib.steps(workdir):
+        raise ArgumentError("workdir", f"expected a folder without checkpoints, found some in {workdir}")
 
 
 def _source(folder, settings, model, stored):

@@ -54,16 +54,16 @@ class Source(records.Record):
                 raise ValueError(f"expected files among {', '.join(known)} in {field}, found {other[0][:200]!r}")
 
 
-def of(description: dict, where: str) -> Source:
+def of(tree: dict, where: str) -> Source:
     """The source in a checkpoint's description; an empty one for a model that was trained from scratch.
 
     Args:
-      description: as the checkpoint holds it.
+      tree: `Description.source`.
       where: the checkpoint's folder, for error messages.
     Raises: UserError.
     """
     try:
-        return msgspec.convert(description.get("source", {}), Source)
+        return msgspec.convert(tree, Source)
     except msgspec.ValidationError as error:
         raise UserError(f"{where}: source: {error}") from error
 

@@ -1,5 +1,6 @@
 """Opens a trained model for use, its rows computed live or looked up in a ToL file."""
 
+import contextlib
 import dataclasses
 from typing import Annotated
 
@@ -43,21 +44,25 @@ def open_engine(
     """
     if overlay and not tol:
         raise ArgumentError("overlay", "expected a ToL file too, as edits are those of one")
-    if not tol:
-        trained = TrainedModel(workdir, step, dtype, mesh)
-        params, _ = trained.load(lambda name: True)
-        return Engine(trained, params, LiveRows(trained.config, params, trained.mesh))
     place = rows or "disk"
-    if place not in PLACES:
+    if tol and place not in PLACES:
         raise ArgumentError("rows", f"expected one of {', '.join(PLACES)}, found {rows!r}")
-    # What is wrong shows before the weights are read, which takes longest: first the file, then the configuration.
-    file = TolFile(tol)
-    trained = TrainedModel(workdir, step, dtype, mesh)
-    file.check_model(trained.config, trained.tokenizer.digest, None)
-    edits = Overlay.open(overlay, file) if overlay else None
-    params, digest = trained.load(lambda name: not trained.is_memory(name))
-    file.check_model(trained.config, trained.tokenizer.digest, digest)
-    return Engine(trained, params, _open_rows(file, place, cache, trained, params.get("embedding"), edits))
+    with contextlib.ExitStack() as on_error:
+        # What is wrong shows before the weights are read, which takes longest: first the file, then the configuration.
+        file = on_error.enter_context(contextlib.closing(TolFile(tol))) if tol else None
+        trained = on_error.enter_context(contextlib.closing(TrainedModel(workdir, step, dtype, mesh)))
+        if file is None:
+            params, _ = trained.load(lambda name: True)
+            source = LiveRows(trained.config, params, trained.mesh)
+        else:
+            file.check_model(trained.config, trained.tokenizer.digest, None)
+            edits = Overlay.open(overlay, file) if overlay else None
+            params, digest = trained.load(lambda name: not trained.is_memory(name))
+            file.check_model(trained.config, trained.tokenizer.digest, digest)
+            source = _open_rows(file, place, cache, trained, params.get("embedding"), edits)
+        engine = Engine(trained, params, source)
+        on_error.pop_all()  # all is well: the engine closes the checkpoint and the rows, which close the file
+    return engine
 
 
 def _open_rows(file: TolFile, place: str, cache: int | None, trained: TrainedModel, embedding, edits):
@@ -110,13 +115,16 @@ class EngineOptions:
             dtype=self.dtype,
             mesh=mesh,
         )
-        contribution = Contribution(
-            alpha=self.alpha,
-            alpha_compute=self.alpha_compute,
-            drop_layers=options.layers(self.drop_layers, "drop_layers", engine.config.layers),
-            drop_compute=options.layers(self.drop_compute, "drop_compute", engine.config.layers),
-        )
-        # Weights are scaled only if asked for: the plain engine needs no scaled copies of them.
-        if contribution != Contribution():
-            engine.contribute(contribution)
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(engine.close)
+            contribution = Contribution(
+                alpha=self.alpha,
+                alpha_compute=self.alpha_compute,
+                drop_layers=options.layers(self.drop_layers, "drop_layers", engine.config.layers),
+                drop_compute=options.layers(self.drop_compute, "drop_compute", engine.config.layers),
+            )
+            # Weights are scaled only if asked for: the plain engine needs no scaled copies of them.
+            if contribution != Contribution():
+                engine.contribute(contribution)
+            on_error.pop_all()  # all is well: the caller closes the engine
         return engine

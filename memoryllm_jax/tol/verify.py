@@ -64,7 +64,8 @@ def compare_with_weights(tol: TolFile, workdir: str) -> "Comparison":
         tol.check_model(trained.config, trained.tokenizer.digest, live.identity.decoder_digest)
         if live.identity.rows_digest != tol.metadata["rows_digest"]:
             raise UserError(f"{tol.path}: made from other weights than {workdir} has, or edited")
-        return compare(live, FileSource(tol))
+        with contextlib.closing(FileSource(tol)) as source:
+            return compare(live, source)
 
 
 def compare_files(tol: TolFile, other: TolFile, overlay_path: str = "") -> "Comparison":
@@ -79,7 +80,8 @@ def compare_files(tol: TolFile, other: TolFile, overlay_path: str = "") -> "Comp
     overlay = Overlay.open(overlay_path, tol) if overlay_path else None
     if other.vocab_size != tol.vocab_size or other.layout.layers != tol.layout.layers:
         raise UserError(f"{other.path}: expected the vocabulary and layers of {tol.path}")
-    return compare(FileSource(tol), FileSource(other, overlay))
+    with contextlib.closing(FileSource(tol)) as first, contextlib.closing(FileSource(other, overlay)) as second:
+        return compare(first, second)
 
 
 class Change(NamedTuple):

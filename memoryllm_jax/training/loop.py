@@ -7,8 +7,11 @@ import time
 from typing import NamedTuple
 
 import jax
+import msgspec
 
-from memoryllm_jax.checkpoint import run_data, store
+from memoryllm_jax.checkpoint import description as description_lib
+from memoryllm_jax.checkpoint import run_data
+from memoryllm_jax.checkpoint.description import Description
 from memoryllm_jax.checkpoint.store import Checkpoints
 from memoryllm_jax.checkpoint.warm_start import starting_params
 from memoryllm_jax.common import hosts, storage
@@ -38,10 +41,11 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
     Returns: the exit code: 0, or hosts.STOPPED after a signal.
     Raises: UserError, if this is the only process of the run. With several processes an error ends this process.
     """
-    workdir = store.folder(workdir)
+    workdir = description_lib.folder(workdir)
     with contextlib.ExitStack() as at_exit:
         if hosts.is_first() and not storage.is_url(workdir):
-            at_exit.enter_context(storage.lock_folder(workdir))
+            # A start that fails before it writes anything leaves no folder.
+            at_exit.callback(storage.release_lock, storage.lock_folder(workdir), workdir)
         stop = StopSignal()
         at_exit.callback(stop.restore)
         try:
@@ -68,7 +72,7 @@ class Run(NamedTuple):
     batches: TrainBatches
     validation_batches: ValidationBatches
     checkpoints: Checkpoints
-    description: dict  # saved with each checkpoint
+    description: Description  # saved with each checkpoint
     start: int  # steps done before this process
     state: dict  # the trainer's state after `start` steps
 
@@ -77,7 +81,7 @@ def open_run(config: Config, workdir: str, devices: list[jax.Device] | None, at_
     """Opens data, devices and checkpoints, and initialises or restores the state.
 
     Args:
-      workdir: absolute path or URL, as `store.folder` returns it.
+      workdir: absolute path or URL, as `description.folder` returns it.
       devices: devices to train on; None: all.
       at_exit: gets what must be closed when the run ends.
     Raises: UserError.
@@ -91,7 +95,7 @@ def open_run(config: Config, workdir: str, devices: list[jax.Device] | None, at_
     local = local_shards(trainer.batch_sharding, trainer.shards)
     batches = TrainBatches(config, dataset, trainer.shards, local)
     validation_batches = ValidationBatches(config, dataset, trainer.shards, local)
-    description = store.describe(config, dataset, tokenizer)
+    description = description_lib.describe(config, dataset.digest, tokenizer)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
     at_exit.callback(checkpoints.close)
     newest = checkpoints.latest()
@@ -104,11 +108,13 @@ def open_run(config: Config, workdir: str, devices: list[jax.Device] | None, at_
     if newest is None:
         state = trainer.init(jax.random.key(config.seed))
         if config.start.workdir:
-            state["params"], description["source"] = starting_params(config, tokenizer, state["params"], mesh)
+            state["params"], source = starting_params(config, tokenizer, state["params"], mesh)
+            description = msgspec.structs.replace(description, source=source)
     else:
         saved = checkpoints.description(newest)
-        store.check_matches(saved, description, f"{workdir}/{newest}")
-        description["source"] = saved.get("source", {})  # the model that the run started from
+        description_lib.check_matches(saved, description, f"{workdir}/{newest}")
+        # The model that the run started from
+        description = msgspec.structs.replace(description, source=saved.source)
         state = checkpoints.restore(newest, trainer.state_shape)
     if config.data.verify:  # last, as it can take long, and what is refused should be refused before
         _verify(dataset)

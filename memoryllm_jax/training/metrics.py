@@ -12,17 +12,21 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Annotated, Literal
 
 import jax
+import msgspec
 
+from memoryllm_jax.checkpoint.description import Description
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError, require
+from memoryllm_jax.common.records import Count, Record, parse
 from memoryllm_jax.config import Config
 from memoryllm_jax.model.flops import train_flops
 from memoryllm_jax.training import chips
 
+_A_RECORD = "a record of an earlier run"
 _SYNC_S = 60  # seconds between copies of the records to a workdir behind a URL
 
 
@@ -100,34 +104,50 @@ class Trace:
         )
 
 
-class _Line(NamedTuple):
-    """A line of metrics.jsonl, as it is written and as it is read."""
+class TrainRecord(Record, tag_field="kind", tag="train"):
+    """What later readers need of a record of training.
 
-    text: str
-    record: dict
+    step: steps done.
+    tokens: tokens seen.
+    tokens_per_second, model_flops_per_second: speed since the record before.
+    """
+
+    step: Count
+    tokens: Count
+    tokens_per_second: Annotated[float, msgspec.Meta(gt=0)]
+    model_flops_per_second: Annotated[float, msgspec.Meta(ge=0)]
 
 
-def _lines(path: str) -> list[_Line]:
-    """The complete lines of a metrics.jsonl: a killed run may have left half a line at the end. Raises: UserError."""
+class ValidationRecord(Record, tag_field="kind", tag="validation"):
+    """A validation after `step` steps: means over the held-out tokens."""
+
+    step: Count
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+
+
+class _Place(Record):
+    """Where a record belongs in a run."""
+
+    step: Count
+    kind: Literal["train", "validation"]
+
+
+def _lines(path: str) -> Iterator[tuple[str, str]]:
+    """Yields (a complete line of a metrics.jsonl, where it stands).
+
+    A killed run may have left half a line at the end. Raises: UserError.
+    """
     text = storage.read_bytes(path, "records of an earlier run").decode("utf-8", errors="replace")
-    lines = []
     for number, line in enumerate(text.splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            record = json.loads(line)
-            record["step"], record["kind"]  # every record has both
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: line {number}: expected a record of an earlier run, found {line[:40]!r}"
-            ) from error
-        lines.append(_Line(line, record))
-    return lines
+        if line.endswith("\n"):
+            yield line, f"{path}: line {number}"
 
 
-def records(path: str) -> list[dict]:
-    """The records of a metrics.jsonl, in the order of the file. Raises: UserError."""
-    return [line.record for line in _lines(path)]
+def records(path: str) -> list[TrainRecord | ValidationRecord]:
+    """The records of a metrics.jsonl, in the order of the file. Raises: UserError that names a line."""
+    return [parse(TrainRecord | ValidationRecord, line, where, _A_RECORD) for line, where in _lines(path)]
 
 
 def _kept_lines(path: str, start: int) -> list[str]:
@@ -138,10 +158,10 @@ def _kept_lines(path: str, start: int) -> list[str]:
     if not storage.exists(path):
         return []
     kept = []
-    for text, record in _lines(path):
-        before = record["step"] < start
-        if before or (record["step"] == start and record["kind"] == "train"):
-            kept.append(text)
+    for line, where in _lines(path):
+        record = parse(_Place, line, where, _A_RECORD)
+        if record.step < start or (record.step == start and record.kind == "train"):
+            kept.append(line)
     return kept
 
 
@@ -159,7 +179,7 @@ class Writer:
     Raises: UserError.
     """
 
-    def __init__(self, config: Config, description: dict, workdir: str, start: int, enabled: bool):
+    def __init__(self, config: Config, description: Description, workdir: str, start: int, enabled: bool):
         self._file = self._tensorboard = self._wandb = self._claim = None
         if not enabled:
             return
@@ -191,6 +211,8 @@ class Writer:
         """
         if self._file is None:
             return
+        if not os.path.exists(self._path):  # writing to a file that was removed would succeed, and be lost
+            raise UserError(f"{os.path.dirname(self._path)}: was removed while the run was using it")
         try:
             self._file.write(json.dumps({"step": step, "kind": kind} | values) + "\n")
             self._file.flush()
@@ -232,7 +254,7 @@ class Writer:
             self._scratch.cleanup()
 
 
-def _open_wandb(workdir: str, folder: str, description: dict):
+def _open_wandb(workdir: str, folder: str, description: Description):
     """Opens a run in Weights & Biases. Its id is kept in the workdir, so that a resumed run continues the same one."""
     wandb = require("wandb", "wandb", "config.log.wandb")
     id_path = os.path.join(workdir, "wandb_id")
@@ -244,7 +266,7 @@ def _open_wandb(workdir: str, folder: str, description: dict):
         id=storage.read_bytes(id_path, "the id of the run").decode(),
         resume="allow",
         dir=folder,
-        config=description["config"],
+        config=description.config,
     )
     run.define_metric("*", step_metric="step")
     return run

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 
+from memoryllm_jax.checkpoint.description import Description
 from memoryllm_jax.checkpoint.store import Checkpoints
 from memoryllm_jax.common import hosts
 from memoryllm_jax.common.errors import UserError
@@ -71,7 +72,7 @@ class Recorder:
         start: int,
         batches: TrainBatches,
         checkpoints: Checkpoints,
-        description: dict,
+        description: Description,
         profile_steps: int = 0,
     ):
         self._config, self._batches, self._checkpoints = config, batches, checkpoints
@@ -79,6 +80,7 @@ class Recorder:
         self._progress = Progress("train", config.steps, "step", initial=start, enabled=hosts.is_first())
         self._trace = metrics.Trace(workdir, profile_steps, self._progress.line)
         self._clock = Clock()
+        self._first = start  # number of the first step of this process
         self._peak_flops = metrics.peak_flops(config)
         self._tokens_a_step = config.batch_size * config.seq_len
         self._bytes_a_token = batches.tokens.bytes / batches.tokens.tokens
@@ -137,6 +139,8 @@ class Recorder:
         if done % self._config.log.every == 0 or done == self._config.steps:
             self._record(done, rows, loss, values)
         self._progress.update(done, f"loss {loss:.3f}")
+        if step == self._first:
+            self._progress.restart()  # the first step compiled, which the others do not
 
     def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
         # The gradient too: it can overflow where the loss is still finite. The sum is finite only if both are.

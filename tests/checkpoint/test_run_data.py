@@ -4,9 +4,12 @@ import json
 import shutil
 import types
 
+import msgspec
 import pytest
+from lab import DESCRIPTION
 
 from memoryllm_jax.checkpoint import run_data
+from memoryllm_jax.checkpoint.description import Data
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.config import Config, DataConfig
 from memoryllm_jax.data.dataset import Dataset
@@ -25,7 +28,7 @@ def trained_on(tmp_path, data_path):
             run=Config(data=DataConfig(path=path)),
             workdir=str(workdir),
             tokenizer=dataset.tokenizer(),
-            description={"data": {"digest": digest}},
+            description=msgspec.structs.replace(DESCRIPTION, data=Data(digest=digest)),
         )
 
     return trained_on

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from lab import write_untrained
 
-from memoryllm_jax.checkpoint import trained
+from memoryllm_jax.checkpoint.description import config_of
 from memoryllm_jax.checkpoint.trained import Digest, TrainedModel
 from memoryllm_jax.common.errors import ArgumentError, UserError
 
@@ -88,7 +88,7 @@ def test_folders_without_checkpoints_are_refused(tmp_path):
         TrainedModel(str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=f"^{tmp_path}/empty: expected a checkpoint, found none"):
-        trained.config_of(str(tmp_path / "empty"))
+        config_of(str(tmp_path / "empty"))
 
 
 def test_a_missing_step_and_another_dtype_are_refused(make_config, tmp_path):

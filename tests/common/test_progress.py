@@ -36,6 +36,18 @@ def test_a_log_gets_a_line_every_few_seconds(clock):
     assert log.getvalue() == "rows 25.0%  25 done  ETA 0m30s\nrows 50.0%  50 done  ETA 0m20s\n"
 
 
+def test_the_time_left_is_computed_from_the_restart_on(clock):
+    """The first step takes 90 s, as it compiles, and the others 2 s each."""
+    progress = Progress("steps", 100, "step", stream=io.StringIO())
+    clock.now += 90
+    progress.update(1)
+    progress.restart()
+    assert progress.eta() == "unknown"
+    clock.now += 2
+    progress.update(2)
+    assert progress.eta() == "3m16s"
+
+
 def test_the_time_left_is_computed_without_what_was_done_before(clock):
     progress = Progress("steps", 100, "step", initial=60, stream=io.StringIO())
     assert progress.eta() == "unknown"

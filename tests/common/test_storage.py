@@ -1,5 +1,7 @@
 """Data and workdirs behind URLs: the same batches, runs and messages as on a disk."""
 
+import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -12,8 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lab import DESCRIPTION
 
 from memoryllm_jax.checkpoint import store
+from memoryllm_jax.checkpoint.description import steps
+from memoryllm_jax.checkpoint.reader import Reader
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data.dataset import Dataset
@@ -49,6 +54,37 @@ def test_a_name_in_a_file_stays_in_its_folder(tmp_path):
     for name in ("", ".", "../a", "sub/../../a", "/etc/a", "gs://a", "a\0", "..\\a", "outer/a", "a//b"):
         with pytest.raises(UserError, match=r"index: expected .*found"):
             storage.inside(str(folder), name, "index")
+
+
+@pytest.mark.parametrize(
+    "number, message",
+    [
+        (errno.EWOULDBLOCK, r"in use by another run \(process 1 on host\)$"),
+        (
+            errno.ENOLCK,
+            r"cannot be locked against a second run, as the file system refuses locks \(No locks available\);",
+        ),
+        (errno.EOPNOTSUPP, r"cannot be locked .* \(Operation not supported\); choose a folder elsewhere, or mount"),
+    ],
+)
+def test_a_file_system_without_locks_is_not_another_run(tmp_path, monkeypatch, number, message):
+    (tmp_path / ".lock").write_text("process 1 on host")
+    monkeypatch.setattr(fcntl, "flock", raises(OSError(number, os.strerror(number))))
+    monkeypatch.setattr(fcntl, "lockf", fcntl.flock)
+    with pytest.raises(UserError, match=f"^{tmp_path}: {message}"):
+        storage.lock_folder(str(tmp_path))
+    with pytest.raises(UserError, match=r"^file: (in use|cannot be locked)"):
+        storage.lock_byte(0, "file", 0)
+
+
+def test_a_folder_with_nothing_but_its_lock_is_removed(tmp_path):
+    for name, files in (("empty", []), ("used", ["metrics.jsonl"])):
+        lock = storage.lock_folder(str(tmp_path / name))
+        for file in files:
+            (tmp_path / name / file).touch()
+        storage.release_lock(lock, str(tmp_path / name))
+    assert os.listdir(tmp_path) == ["used"]
+    storage.lock_folder(str(tmp_path / "used")).close()  # it is free again
 
 
 @pytest.fixture
@@ -190,26 +226,26 @@ def test_data_checkpoints_and_records_on_object_storage(make_config, corpus, dat
     fs.pipe_file(f"{workdir}/9/state", b"half")
     fs.pipe_file(f"{workdir}/own/notes", b"ours")
     state = {"params": {"a": jnp.arange(6.0)}, "step": jnp.int32(3)}
-    checkpoints, writer = store.Checkpoints(workdir, keep=1), metrics.Writer(config, {}, workdir, 0, True)
+    checkpoints, writer = store.Checkpoints(workdir, keep=1), metrics.Writer(config, DESCRIPTION, workdir, 0, True)
     for step in (1, 2, 3):
         writer.write(step, "train", {"loss": 1 / step})
         if step > 1:
             writer.sync()
-            checkpoints.save(step, state, {"of": step})
+            checkpoints.save(step, state, DESCRIPTION)
     checkpoints.close()
     for step in (3, 4):
         writer.write(step, "validation", {"loss": 0.5})
     writer.close()
 
     # A run resumes from step 3, and then another run does, which takes the folder over.
-    later = store.Checkpoints(workdir, read_only=True)
-    assert later.steps() == [3] and later.description(3) == {"of": 3}
+    later = store.Checkpoints(workdir)
+    assert later.steps() == steps(workdir) == [3] and later.description(3).data == DESCRIPTION.data
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     jax.tree.map(np.testing.assert_array_equal, later.restore(3, shapes), state)
     path, shape = jax.tree_util.tree_leaves_with_path(shapes["params"])[0]
-    np.testing.assert_array_equal(later.restore_leaf(3, path, shape), state["params"]["a"])
+    np.testing.assert_array_equal(Reader(workdir).leaf(3, path, shape), state["params"]["a"])
     time.sleep(1)  # TensorBoard names its files after the time in seconds
-    first, second = (metrics.Writer(config, {}, workdir, 3, True) for _ in range(2))
+    first, second = (metrics.Writer(config, DESCRIPTION, workdir, 3, True) for _ in range(2))
     second.write(4, "train", {"loss": 0.25})
     with pytest.raises(UserError, match=rf"another run has taken over \(process {os.getpid()} on .* so this one ends"):
         first.sync()

@@ -11,7 +11,7 @@ import pytest
 from lab import CONTEXT, with_devices
 
 from memoryllm_jax import compare
-from memoryllm_jax.checkpoint import trained
+from memoryllm_jax.checkpoint.description import config_of
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import flatten
 from memoryllm_jax.experiments import curves
@@ -68,6 +68,6 @@ def test_the_command_trains_with_its_overrides(lab, tmp_path):
     command += ["--architectures=value-0", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=with_devices(1))
     assert done.returncode == 0, done.stderr
-    found = flatten(trained.config_of(str(tmp_path / "value-0")))
+    found = flatten(config_of(str(tmp_path / "value-0")))
     assert {field: found[field] for field in sizes} == sizes and not found["log.tensorboard"]
     assert json.load(open(tmp_path / "comparison.json"))["results"]["value-0"]["finished"]

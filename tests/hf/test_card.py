@@ -11,7 +11,7 @@ def test_the_card_has_sizes_recipe_and_held_out_loss(lab):
     loss = json.load(open(f"{lab.workdir('memory')}/result.json"))["validation"]["loss"]
     with contextlib.closing(TrainedModel(lab.workdir("memory"))) as model:
         text = card.text(model, "bfloat16")
-        data = model.description["data"]["digest"]
+        data = model.description.data.digest
     head, _, body = text.removeprefix("---\n").partition("---\n")
     assert head.splitlines()[-2:] == ["- memoryllm", "- memoryllm_jax"]
     for line in (

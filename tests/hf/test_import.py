@@ -145,8 +145,8 @@ def whole_numbers(tensors):
         (changed_tensors(whole_numbers), "tensor model.norm.weight: expected a dtype among F32, BF16, F16, found I32"),
         (cut_file, "model.safetensors: expected 32104 bytes, found 32095; it is truncated or damaged"),
         (
-            settings(num_hidden_layers=2**31 - 1),
-            "num_hidden_layers: expected at most 21, the number of tensors, found 2147483647",
+            settings(num_hidden_layers=10_000),
+            "num_hidden_layers: expected at most 21, the number of tensors, found 10000",
         ),
         (settings(vocab_size=2**30), r"lm_head.weight: expected the shape \(1073741824, 16\), found \(64, 16"),
         (settings(eos_token_id=64), "config.json: eos_token_id: expected ids below vocab_size = 64, found 64"),

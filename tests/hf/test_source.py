@@ -23,7 +23,7 @@ from memoryllm_jax.hf import source
 )
 def test_a_description_decides_neither_where_export_writes_nor_what_code(part, problem):
     with pytest.raises(UserError, match=f"^DIR: source: .*{problem}"):
-        source.of({"source": part}, "DIR")
+        source.of(part, "DIR")
 
 
 def test_a_model_without_a_source_has_an_empty_one():

@@ -46,7 +46,7 @@ def assert_padding_is_zero(config, workdir):
     one_device = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     unpadded = transformer.abstract_params(transformer.LanguageModel(config.model), one_device)
     trainer = Trainer(config, sharding.make_mesh(config.mesh))
-    checkpoints = store.Checkpoints(str(workdir), read_only=True)
+    checkpoints = store.Checkpoints(str(workdir), keep=10)
     state = checkpoints.restore(4, trainer.state_shape)
     checkpoints.close()
     adam = state["opt_state"][1][0]

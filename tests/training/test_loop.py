@@ -5,6 +5,7 @@ Runs of four steps share their compiled steps: the number of steps is a constant
 
 import gzip
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -230,6 +231,35 @@ def test_profile_leaves_a_trace_of_the_steps_asked_for(make_config, tmp_path, ca
     events = json.load(gzip.open(trace))["traceEvents"]
     steps = {e["args"]["step_num"] for e in events if e.get("name") == "train" and "step_num" in e.get("args", {})}
     assert steps == {"5", "6"} and "profile from step 6 on in" in capfd.readouterr().out
+
+
+def test_a_failed_start_leaves_no_workdir(make_config, tmp_path):
+    with pytest.raises(UserError, match=r"config.model.vocab_size: expected at least"):
+        run(make_config("memory", **{"model.vocab_size": 500}), tmp_path / "w")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_workdir_that_is_removed_ends_the_run(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(hosts.StopSignal, "after_step", lambda self, done: shutil.rmtree(tmp_path / "w", True))
+    with pytest.raises(UserError, match=f"^{tmp_path}/w: was removed while the run was using it$"):
+        run(make_config("memory"), tmp_path / "w")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_named(make_config, tmp_path):
+    """Damage in the optimizer's state, which no reader of parameters would see."""
+    config = make_config("memory", **{"checkpoint.every": 2})
+    assert run(config, tmp_path) == 0
+    path = tmp_path / "4/description/metadata"
+    tree = json.loads(path.read_text())
+    tree["digests"]["opt_state/1/0/nu/embedding"] = "0" * 16
+    del tree["checksum"]
+    path.write_text(json.dumps(tree))
+    message = (
+        rf"^{tmp_path}/4: array opt_state/1/0/nu/embedding is damaged: .*; the newest good checkpoint is {tmp_path}/2$"
+    )
+    with pytest.raises(UserError, match=message):
+        run(config, tmp_path)
 
 
 def test_unwritable_workdir(make_config, tmp_path):
