@@ -143,6 +143,11 @@ class TolFile:
         return records.parse(kind, self.metadata[key], f"{self.path}: {key}")
 
     def _check_layers(self):
+        dropped = self._metadata_json("dropped_layers", list[Count])
+        # Counted first: a list of as many layers as the layout claims might be far larger than the file.
+        if len(dropped) != self.layout.dropped_count:
+            expected = f"{self.layout.dropped_count} layers, as many as some tier of the layout lacks"
+            raise UserError(f"{self.path}: dropped_layers: expected {expected}, found {len(dropped)}")
         for key, expected in (
             ("kept_layers", self.layout.kept_layers()),
             ("dropped_layers", self.layout.dropped_layers()),

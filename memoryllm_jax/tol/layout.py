@@ -113,6 +113,11 @@ class Layout:
         tiers_of = self._tiers_of_layer()
         return [layer for layer in range(self.layers) if tiers_of[layer] < len(self.tiers)]
 
+    @property
+    def dropped_count(self) -> int:
+        """Number of the layers that at least one tier lacks."""
+        return self.layers - list(self._tiers_of_layer().values()).count(len(self.tiers))
+
     def _tiers_of_layer(self) -> collections.Counter[int]:
         """{layer: number of tiers that hold it}."""
         return collections.Counter(part.layer for tier in self.tiers for part in tier.parts if part.layer is not None)
@@ -139,10 +144,11 @@ class Layout:
         return layout
 
     def _check_parts(self, tier: Tier, where: str) -> None:
-        names = collections.Counter(part.name for part in tier.parts)
-        if len(names) < len(tier.parts):
-            raise UserError(f"{where}: expected each part once, found {names.most_common(1)[0][0]} twice")
-        if ("x0" in names) != self.has_x0:
+        order = [-1 if part.layer is None else part.layer for part in tier.parts]  # x0 comes first
+        for (before, after), part in zip(itertools.pairwise(order), tier.parts[1:]):
+            if before >= after:
+                raise UserError(f"{where}: expected x0 and then layers upwards, each once, found {part.name} too late")
+        if (-1 in order) != self.has_x0:
             problem = "with x0, found none" if self.has_x0 else "without x0, found one"
             raise UserError(f"{where}: expected a row {problem}")
         for part in tier.parts:
