@@ -2,10 +2,10 @@
 
     python -m memoryllm_jax.prepare --input='c4/*.json.gz' --tokenizer=llama3:tokenizer.model --output=DIR
 
-Reads .json, .jsonl and .txt (each also .gz or .zst) and .parquet, from any path that fsspec reads. A document is one
-line, one row, or one .txt file. Each is written as bos, its tokens, eos, as far as the tokenizer has bos and eos. Kill
-it at any time and run the same line again: it skips the files that are done. A process works on whole files, so only a
-corpus of several files uses several processes.
+Reads .json, .jsonl and .txt (each also .gz or .zst) and .parquet, from any path that fsspec reads, such as
+s3://BUCKET/*.jsonl or zip://*.jsonl::FILE.zip. A document is one line, one row, or one .txt file. Each is written as
+bos, its tokens, eos, as far as the tokenizer has bos and eos. Kill it at any time and run the same line again: it skips
+the files that are done. A process works on whole files, so only a corpus of several files uses several processes.
 
 Writes DIR/dataset.json, DIR/tokenizer.model, and DIR/{train,validation}-NNNNN.bin: little-endian token ids, one
 file shard for each input file. The hash of its text decides whether a document is held out for validation, so that
@@ -23,7 +23,7 @@ from memoryllm_jax.data import shards
 
 
 def main(
-    input: Annotated[str, Option("comma-separated globs of text files, or `embedded`: Python's own texts")],
+    input: Annotated[str, Option("comma-separated globs or folders of text files, or `embedded`: Python's own texts")],
     tokenizer: Annotated[
         str,
         Option(
@@ -35,6 +35,14 @@ def main(
     validation_fraction: Annotated[float, Option("share of the documents that is held out")] = 0.005,
     text_key: Annotated[str, Option("JSON field or parquet column that holds the text")] = "text",
     workers: Annotated[int, Option("processes; 0: one for each core, at most one for each file", least=0)] = 0,
+    on_bad_record: Annotated[
+        str,
+        Option("at a line, row or .txt file without text: skip counts and leaves it out", choices=("stop", "skip")),
+    ] = "stop",
+    special_tokens_in_text: Annotated[
+        str,
+        Option("spellings of special tokens in documents stay text, or parse: become ids", choices=("text", "parse")),
+    ] = "text",
     scheduler: Annotated[str, Option("tcp://HOST:PORT of a Dask cluster, which then does the work")] = "",
 ) -> None:
     shards.prepare(
@@ -46,6 +54,8 @@ def main(
         text_key=text_key,
         workers=workers,
         scheduler=scheduler,
+        on_bad_record=on_bad_record,
+        special_tokens_in_text=special_tokens_in_text,
     )
 
 

@@ -12,7 +12,7 @@ class Progress:
 
     Args:
       label: what is being done; each line begins with it.
-      total: amount of work, in units of `unit`.
+      total: amount of work, in units of `unit`; None: unknown.
       unit: name of the unit; "B" is shown as kB, MB and so on.
       initial: amount that was done before this process started. The ETA is computed without it.
       every_s: seconds between lines in a log.
@@ -23,14 +23,14 @@ class Progress:
     def __init__(
         self,
         label: str,
-        total: int,
+        total: int | None,
         unit: str,
         initial: int = 0,
         every_s: float = 10.0,
         enabled: bool = True,
         stream: TextIO | None = None,
     ):
-        self.label, self.total = label, total
+        self.label, self.total, self.unit = label, total, unit
         self.every_s, self.enabled, self.stream = every_s, enabled, stream
         self.done = self._initial = initial
         self._start = self._last_line = time.monotonic()
@@ -47,7 +47,10 @@ class Progress:
             self._bar.update(done - self.done)
         self.done = done
         if self._bar is None and time.monotonic() - self._last_line >= self.every_s:
-            self.line(f"{self.label} {100 * done / max(self.total, 1):.1f}%  {note}  ETA {self.eta()}")
+            if self.total is None:
+                self.line(f"{self.label} {done:,} {self.unit}  {note}")
+            else:
+                self.line(f"{self.label} {100 * done / max(self.total, 1):.1f}%  {note}  ETA {self.eta()}")
 
     def restart(self) -> None:
         """Measures the rate from here on: what was done so far took a time that the rest will not take."""
@@ -58,7 +61,7 @@ class Progress:
     def eta(self) -> str:
         """Time left at the mean rate since the start or `restart`, such as 1h05m; unknown if nothing was done since."""
         done_here = self.done - self._initial
-        if done_here <= 0:
+        if done_here <= 0 or self.total is None:
             return "unknown"
         return duration((time.monotonic() - self._start) / done_here * (self.total - self.done))
 

@@ -74,6 +74,7 @@ class TokenizerRecord(Record):
     file: its name in the folder.
     digest: SHA-256 of the file.
     bos_id, eos_id: ids before and after each document; None if there are none.
+    special_tokens_in_text: as of `tokenizer.load`; None in data of version 0.1.0.
     """
 
     kind: Literal["sentencepiece", "llama3", "hf"]
@@ -81,6 +82,7 @@ class TokenizerRecord(Record):
     digest: Sha256
     bos_id: TokenId | None
     eos_id: TokenId | None
+    special_tokens_in_text: tokenizer_lib.SpecialTokens | None = None
 
 
 class DatasetRecord(Record):
@@ -89,6 +91,7 @@ class DatasetRecord(Record):
     format: FORMAT.
     vocab_size: number of token ids.
     dtype: type of the token ids in the file shards, which are little-endian.
+    skipped_records: {cause: number of records without text that `prepare` skipped}.
     """
 
     format: Count
@@ -96,6 +99,7 @@ class DatasetRecord(Record):
     vocab_size: Size
     dtype: Literal["uint16", "uint32"]
     splits: SplitRecords
+    skipped_records: dict[str, Count] = msgspec.field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("bos_id", "eos_id"):
@@ -135,7 +139,8 @@ def read_record(folder: str) -> DatasetRecord:
 def load_tokenizer(folder: str, expected: TokenizerRecord) -> Tokenizer:
     """The tokenizer in a folder of prepared data. Raises: UserError if it has another checksum than recorded."""
     path = storage.inside(folder, expected.file, f"{folder}: the tokenizer's file")
-    model = tokenizer_lib.load(f"{expected.kind}:{path}")
+    special = expected.special_tokens_in_text or tokenizer_lib.default_special_tokens(expected.kind)
+    model = tokenizer_lib.load(f"{expected.kind}:{path}", special)
     if model.digest != expected.digest:
         raise UserError(
             f"{path}: the tokenizer does not match the data: "

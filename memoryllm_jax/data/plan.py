@@ -17,6 +17,7 @@ from memoryllm_jax.common import records, storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.records import Count, Record
 from memoryllm_jax.data.dataset import ShardRecord, TokenizerRecord
+from memoryllm_jax.data.tokenizer import SpecialTokens, default_special_tokens
 
 PLAN = ".plan.json"
 DONE = ".done"
@@ -27,7 +28,7 @@ class Source(NamedTuple):
     """An input file."""
 
     path: str
-    size: Count  # bytes as stored
+    size: Count | None  # bytes as stored; None: the server does not say
     held_out: bool  # whether the whole file is held out for validation
 
 
@@ -36,7 +37,7 @@ class Plan(Record):
 
     format: FORMAT of the file shards.
     tokenizer: the spec of the tokenizer, as the user gave it.
-    text_key, validation_fraction: as of `prepare`.
+    text_key, validation_fraction, special_tokens_in_text: as of `prepare`.
     sources: the input files; an index into them names the file shards of each.
     model: the tokenizer in the output folder; None until it is there.
     """
@@ -47,6 +48,7 @@ class Plan(Record):
     validation_fraction: Annotated[float, msgspec.Meta(ge=0, lt=1)]
     sources: tuple[Source, ...]
     model: TokenizerRecord | None = None
+    special_tokens_in_text: SpecialTokens | None = None  # None in plans of version 0.1.0
 
     def with_model(self, model: TokenizerRecord) -> "Plan":
         """This plan with the tokenizer in the output folder."""
@@ -65,6 +67,10 @@ class Plan(Record):
         elif {s.path for s in other.sources} != {s.path for s in self.sources}:
             raise UserError(f"{output}: was begun with other input files; {hint}")
         different = [f for f in self.__struct_fields__ if f != "model" and getattr(self, f) != getattr(other, f)]
+        if self.special_tokens_in_text is None and other.special_tokens_in_text == default_special_tokens(
+            self.tokenizer
+        ):
+            different.remove("special_tokens_in_text")
         if different:
             raise UserError(f"{output}: was begun with another {', '.join(different)}; {hint}")
 
@@ -74,20 +80,22 @@ class FileRecord(Record):
 
     plan: digest of the plan that it was tokenized by.
     shards: {split: its file shard}; a split without a token has none.
+    skipped: {cause: number of records that were skipped}.
     checksum: SHA-256 over the other fields.
     """
 
     plan: records.Digest
     shards: dict[Literal["train", "validation"], ShardRecord]
+    skipped: dict[str, Count] = msgspec.field(default_factory=dict)
     checksum: str = ""
 
     def __post_init__(self):
-        if self.checksum and self.checksum != _checksum(self.plan, self.shards):
+        if self.checksum and self.checksum != _checksum(self):
             raise ValueError("expected the checksum of this record, found another: it was damaged or edited")
 
 
-def _checksum(plan, shards) -> str:
-    return hashlib.sha256(msgspec.json.encode([plan, shards])).hexdigest()
+def _checksum(record: FileRecord) -> str:
+    return hashlib.sha256(msgspec.json.encode([record.plan, record.shards, record.skipped])).hexdigest()
 
 
 def read_plan(output: str) -> Plan:
@@ -111,10 +119,9 @@ def record_path(index: int, output: str) -> str:
     return os.path.join(output, DONE, f"{index:05}.json")
 
 
-def encode_record(plan: str, shards: dict[str, ShardRecord]) -> bytes:
-    """The content of a record: its fields are those of `FileRecord`."""
-    record = FileRecord(plan=plan, shards=shards, checksum=_checksum(plan, shards))
-    return _encoded(record)
+def encode_record(record: FileRecord) -> bytes:
+    """The content of a record, with its checksum."""
+    return _encoded(msgspec.structs.replace(record, checksum=_checksum(record)))
 
 
 def _encoded(record: Record) -> bytes:
@@ -136,13 +143,13 @@ def remove_records(output: str) -> None:
             os.rmdir(os.path.join(output, DONE))
 
 
-def finished_shards(index: int, plan: str, source: Source, output: str) -> dict[str, ShardRecord] | None:
-    """The file shards of an input file that an earlier run finished, checked against the record it left.
+def finished_record(index: int, plan: str, source: Source, output: str) -> FileRecord | None:
+    """The record of an input file that an earlier run finished, after a check of its file shards.
 
     Args:
       index: of the input file.
       plan: digest of the plan.
-    Returns: {split: its file shard}, or None if there is no record.
+    Returns: None if there is no record.
     Raises: UserError if the record or a file shard has changed since then.
     """
     path = record_path(index, output)
@@ -159,7 +166,7 @@ def finished_shards(index: int, plan: str, source: Source, output: str) -> dict[
             _check_shard(storage.inside(output, shard.file, path), shard)
     except UserError as error:
         raise UserError(f"{error}; {hint}") from error
-    return record.shards
+    return record
 
 
 def _check_shard(path: str, shard: ShardRecord) -> None:

@@ -5,6 +5,7 @@ Each worker tokenizes whole input files, in processes of this machine or on a Da
 with the other files. `dataset.json` is written last.
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -35,7 +36,7 @@ from memoryllm_jax.data.dataset import (
     SplitRecords,
     TokenizerRecord,
 )
-from memoryllm_jax.data.plan import PLAN, Plan, Source, shard_name
+from memoryllm_jax.data.plan import PLAN, FileRecord, Plan, Source, shard_name
 from memoryllm_jax.data.tokenizer import Tokenizer
 
 SENTENCEPIECE_CHARS = 50_000_000  # characters that a SentencePiece model is trained on, at most
@@ -56,6 +57,7 @@ class Task(NamedTuple):
     output: str
     plan: str  # digest of the plan
     threads: int  # threads of the tokenizer
+    on_bad_record: str  # as of `prepare`
     wait_s: float  # how long the plan may take to become visible on the worker's machine
 
 
@@ -69,6 +71,8 @@ def prepare(
     text_key: str = "text",
     workers: int = 0,
     scheduler: str = "",
+    on_bad_record: str = "stop",
+    special_tokens_in_text: str = "text",
 ) -> DatasetRecord:
     """Writes file shards into a folder, or finishes what an earlier run with the same arguments left unfinished.
 
@@ -81,6 +85,8 @@ def prepare(
       text_key: JSON field or parquet column that holds the text.
       workers: processes; 0: one for each core, at most one for each file.
       scheduler: address of a Dask scheduler, whose workers tokenize the files and share the folder; "": this machine.
+      on_bad_record: "stop" at a record without text, or "skip" it; dataset.json then holds the number by cause.
+      special_tokens_in_text: "text" or "parse", as of `tokenizer.load`.
     Returns: the contents of dataset.json.
     Raises: UserError.
     """
@@ -88,6 +94,12 @@ def prepare(
         raise ArgumentError("validation_fraction", f"expected a number between 0 and 1, found {validation_fraction}")
     if workers < 0:
         raise ArgumentError("workers", f"expected at least 0, found {workers}")
+    for name, value, choices in (
+        ("on_bad_record", on_bad_record, ("stop", "skip")),
+        ("special_tokens_in_text", special_tokens_in_text, ("text", "parse")),
+    ):
+        if value not in choices:
+            raise ArgumentError(name, f"expected one of {', '.join(choices)}, found {value!r}")
     if workers and scheduler:
         raise ArgumentError("workers", f"expected 0 with a scheduler, which has workers of its own, found {workers}")
     sources = _sources(pattern, validation_pattern)
@@ -97,11 +109,12 @@ def prepare(
         text_key=text_key,
         validation_fraction=0.0 if validation_pattern else validation_fraction,
         sources=sources,
+        special_tokens_in_text=special_tokens_in_text,
     )
     # Workers on other machines may have another working folder.
     output = storage.absolute(output)
     with executors.connected(scheduler) as client, _held(output) as check_held:
-        return _prepare(plan, output, workers, client, check_held)
+        return _prepare(plan, output, workers, client, check_held, on_bad_record)
 
 
 @contextlib.contextmanager
@@ -157,21 +170,34 @@ def _has_results(output: str) -> bool:
     return storage.exists(os.path.join(output, "dataset.json")) or bool(plan_lib.finished(output))
 
 
-def _prepare(plan: Plan, output: str, workers: int, client, check_held: Callable[[], None]) -> DatasetRecord:
+def _prepare(
+    plan: Plan, output: str, workers: int, client, check_held: Callable[[], None], on_bad_record: str
+) -> DatasetRecord:
     """`prepare` in a folder that belongs to this run. Returns: the contents of dataset.json."""
-    plan, model = _begin(plan, output, check_held)
+    plan, model = _begin(plan, output, check_held, on_bad_record)
     _remove_parts(output)
     if storage.exists(os.path.join(output, "dataset.json")):
         plan_lib.remove_records(output)  # of a run that was killed after it had written dataset.json
         print(f"{output}: already prepared")
-        return dataset_lib.read_record(output)
-    shards_of_files = _tokenize(plan, output, workers, client, check_held)
+        record = dataset_lib.read_record(output)
+        _check_skipped(record.skipped_records, on_bad_record, output)
+        return record
+    files = _tokenize(plan, output, workers, client, check_held, on_bad_record)
     splits = {}
     for split in SPLITS:
-        splits[split] = _merged([shards[split] for shards in shards_of_files if split in shards])
+        splits[split] = _merged([file.shards[split] for file in files if split in file.shards])
+    skipped = sum((collections.Counter(file.skipped) for file in files), collections.Counter())
+    causes = "; ".join(f"{cause}: {count:,}" for cause, count in skipped.most_common())
+    if skipped:
+        print(f"skipped {skipped.total():,} records ({causes})")
     if not splits["train"].tokens:
-        raise UserError(f"{output}: expected documents to train on, found none; check input and validation_fraction")
+        if not any(file.shards for file in files):
+            plan_lib.remove_records(output)  # so that the folder is left as it was
+        found = f"only records that were skipped ({causes})" if skipped else "none"
+        raise UserError(f"{output}: expected documents to train on, found {found}; check input and validation_fraction")
     if not splits["validation"].tokens:
+        if not plan.validation_fraction:
+            raise ArgumentError("validation_input", "expected documents, found none in these files")
         splits = _hold_out_the_end(splits["train"].shards, plan.validation_fraction, output, model)
     record = DatasetRecord(
         format=FORMAT,
@@ -179,6 +205,7 @@ def _prepare(plan: Plan, output: str, workers: int, client, check_held: Callable
         vocab_size=model.vocab_size,
         dtype=_dtype(model).name,
         splits=SplitRecords(**splits),
+        skipped_records=dict(skipped),
     )
     check_held()
     storage.write_json(os.path.join(output, "dataset.json"), records.to_json(record))
@@ -193,7 +220,14 @@ def _prepare(plan: Plan, output: str, workers: int, client, check_held: Callable
     return record
 
 
-def _begin(plan: Plan, output: str, check_held: Callable[[], None]) -> tuple[Plan, Tokenizer]:
+def _check_skipped(skipped: dict[str, int], on_bad_record: str, where: str) -> None:
+    """Raises: UserError if an earlier run skipped records and this one is to stop at them."""
+    if skipped and on_bad_record == "stop":
+        count = sum(skipped.values())
+        raise UserError(f"{where}: expected no skipped records, found {count:,}; give on_bad_record=skip, as before")
+
+
+def _begin(plan: Plan, output: str, check_held: Callable[[], None], on_bad_record: str) -> tuple[Plan, Tokenizer]:
     """Writes the tokenizer and then the plan that names it, or checks those of an earlier run.
 
     Returns: (the plan with its tokenizer, the tokenizer).
@@ -211,7 +245,11 @@ def _begin(plan: Plan, output: str, check_held: Callable[[], None]) -> tuple[Pla
     # Written before the tokenizer too, as the plan shows that tokenizer.model is not the user's own file.
     plan_lib.write_plan(plan, output)
     is_trained = plan.tokenizer.startswith(_TRAIN_SPEC)
-    model = _train_tokenizer(plan) if is_trained else tokenizer_lib.load(plan.tokenizer)
+    model = (
+        _train_tokenizer(plan, on_bad_record)
+        if is_trained
+        else tokenizer_lib.load(plan.tokenizer, plan.special_tokens_in_text)
+    )
     check_held()
     storage.write_bytes(os.path.join(output, _TOKENIZER), model.content)
     plan = plan.with_model(_tokenizer_record(model))
@@ -229,7 +267,7 @@ def _resume(plan: Plan, before: Plan, output: str) -> tuple[Plan, Tokenizer]:
         raise UserError(f"{output}: was begun by an earlier version of `prepare`; use a new folder")
     model = dataset_lib.load_tokenizer(output, before.model)
     if not plan.tokenizer.startswith(_TRAIN_SPEC):
-        given = _tokenizer_record(tokenizer_lib.load(plan.tokenizer))
+        given = _tokenizer_record(tokenizer_lib.load(plan.tokenizer, plan.special_tokens_in_text))
         if given != before.model:
             raise UserError(f"{output}: was begun with another tokenizer than {plan.tokenizer}; use a new folder")
     return before, model
@@ -237,26 +275,31 @@ def _resume(plan: Plan, before: Plan, output: str) -> tuple[Plan, Tokenizer]:
 
 def _tokenizer_record(model: Tokenizer) -> TokenizerRecord:
     return TokenizerRecord(
-        kind=model.kind, file=_TOKENIZER, digest=model.digest, bos_id=model.bos_id, eos_id=model.eos_id
+        kind=model.kind,
+        file=_TOKENIZER,
+        digest=model.digest,
+        bos_id=model.bos_id,
+        eos_id=model.eos_id,
+        special_tokens_in_text=model.special_tokens_in_text,
     )
 
 
-def _train_tokenizer(plan: Plan) -> Tokenizer:
+def _train_tokenizer(plan: Plan, on_bad_record: str) -> Tokenizer:
     size = plan.tokenizer.removeprefix(_TRAIN_SPEC)
     if not size.isdecimal():
         raise ArgumentError("tokenizer", f"expected a vocabulary size at the end of {plan.tokenizer}, found {size!r}")
     print(f"training a SentencePiece model of {size} ids", flush=True)
-    return tokenizer_lib.train_sentencepiece(_sample(plan), int(size), os.cpu_count())
+    return tokenizer_lib.train_sentencepiece(_sample(plan, on_bad_record), int(size), os.cpu_count())
 
 
-def _sample(plan: Plan) -> Iterator[str]:
+def _sample(plan: Plan, on_bad_record: str) -> Iterator[str]:
     """Documents to train a tokenizer on: about equally many characters from each of some evenly spread files."""
     sources = [source for source in plan.sources if not source.held_out]
     every = math.ceil(len(sources) / _SAMPLED_FILES)
     chosen = sources[::every]
     for source in chosen:
         left = SENTENCEPIECE_CHARS // len(chosen)
-        for text, _ in documents.read(source.path, plan.text_key):
+        for text, _ in _documents(source, plan, on_bad_record, collections.Counter()):
             yield text
             left -= len(text)
             if left < 0:
@@ -267,34 +310,38 @@ class _Report:
     """Progress over all files. A worker reports (index of its file, bytes of it read so far, tokens written so far)."""
 
     def __init__(self, sources: tuple[Source, ...], finished: set[int]):
-        self._sizes = [source.size for source in sources]
+        self._sizes = [source.size for source in sources]  # None where a server does not say
+        total = None if None in self._sizes else sum(self._sizes)
         self._finished = finished  # by an earlier run, whose bytes and tokens say nothing about the rate of this one
-        self._bytes = {index: self._sizes[index] for index in finished}
+        self._bytes = {index: self._sizes[index] or 0 for index in finished}
         self._tokens: dict[int, int] = {}
         self._start = time.monotonic()
-        self._progress = Progress("prepare", sum(self._sizes), "B", initial=sum(self._bytes.values()))
+        self._progress = Progress("prepare", total, "B", initial=sum(self._bytes.values()))
 
     def __call__(self, index: int, position: int, tokens: int) -> None:
         if index in self._finished:
             return
+        size = self._sizes[index]
         # A buffered reader may be past the size that was measured.
-        self._bytes[index] = min(position, self._sizes[index])
+        self._bytes[index] = position if size is None else min(position, size)
         self._tokens[index] = tokens
         rate = sum(self._tokens.values()) / (time.monotonic() - self._start)
         self._progress.update(sum(self._bytes.values()), f"{rate / 1e3:,.0f} k tokens/s")
 
-    def finish(self, index: int, shards: dict[str, ShardRecord]) -> None:
+    def finish(self, index: int, record: FileRecord) -> None:
         """Reports that a file is finished."""
-        self(index, self._sizes[index], sum(shard.tokens for shard in shards.values()))
+        size = self._sizes[index]
+        position = self._bytes.get(index, 0) if size is None else size
+        self(index, position, sum(shard.tokens for shard in record.shards.values()))
 
     def close(self) -> None:
         self._progress.close()
 
 
-def _tokenize(plan, output, workers, client, check_held) -> list[dict[str, ShardRecord]]:
+def _tokenize(plan, output, workers, client, check_held, on_bad_record) -> list[FileRecord]:
     """Tokenizes all files but those that an earlier run finished, which are checked.
 
-    Returns: {split: its file shard} of each file, in order.
+    Returns: the records of all files, in order.
     """
     cores = os.cpu_count() or 1
     count = min(workers or cores, len(plan.sources))
@@ -302,7 +349,7 @@ def _tokenize(plan, output, workers, client, check_held) -> list[dict[str, Shard
     threads = 1 if client else max(1, cores // count)
     wait_s = _SHARED_WAIT_S if client else 0
     digest = plan_lib.digest(output)
-    tasks = [Task(index, output, digest, threads, wait_s) for index in range(len(plan.sources))]
+    tasks = [Task(index, output, digest, threads, on_bad_record, wait_s) for index in range(len(plan.sources))]
     finished = plan_lib.finished(output) & set(range(len(tasks)))
     report = _Report(plan.sources, finished)
     if client:
@@ -312,9 +359,9 @@ def _tokenize(plan, output, workers, client, check_held) -> list[dict[str, Shard
     out = {}
     # closing: an error here stops the workers at once, not when the generator is collected.
     with contextlib.closing(results):
-        for task, shards in results:
-            out[task.index] = shards
-            report.finish(task.index, shards)
+        for task, record in results:
+            out[task.index] = record
+            report.finish(task.index, record)
             check_held()
     report.close()
     return [out[index] for index in range(len(tasks))]
@@ -386,7 +433,7 @@ class _ShardWriter:
             os.remove(self.path)
 
 
-def tokenize_file(task: Task, report: Callable[[int, int, int], None]) -> dict[str, ShardRecord]:
+def tokenize_file(task: Task, report: Callable[[int, int, int], None]) -> FileRecord:
     """Tokenizes one input file, and records in `.done` that it is finished; runs in a worker.
 
     Several workers may do so for the same file at the same time: a cluster gives the file of a worker that it has lost
@@ -394,54 +441,55 @@ def tokenize_file(task: Task, report: Callable[[int, int, int], None]) -> dict[s
 
     Args:
       report: takes (index of the file, bytes of it read so far, tokens written so far).
-    Returns: {split: its file shard}; a split without a token has none. An earlier run may have finished the file.
+    Returns: the record of the file, which an earlier run may have finished.
     Raises: UserError; nothing unfinished is left behind.
     """
     _check_plan(task)
     plan, model = _open_plan(task.output, task.plan)
     source = plan.sources[task.index]
-    shards = plan_lib.finished_shards(task.index, task.plan, source, task.output)
-    if shards is not None:
-        return shards
+    record = plan_lib.finished_record(task.index, task.plan, source, task.output)
+    if record is not None:
+        _check_skipped(record.skipped, task.on_bad_record, source.path)
+        return record
     if (found := documents.size(source.path)) != source.size:
         raise UserError(f"{source.path}: expected {source.size} bytes, as when this run began, found {found}")
     with _scratch(task.output) as folder:
         return _write_shards(task, plan, model, folder, report)
 
 
-def _write_shards(task: Task, plan: Plan, model: Tokenizer, folder: str, report) -> dict[str, ShardRecord]:
+def _write_shards(task: Task, plan: Plan, model: Tokenizer, folder: str, report) -> FileRecord:
     """Tokenizes one input file into files of `folder`, and publishes them; results as of `tokenize_file`."""
     source = plan.sources[task.index]
+    skipped: collections.Counter = collections.Counter()
     writers: dict[str, _ShardWriter] = {}
     try:
         for split in ("validation",) if source.held_out else SPLITS:
             writers[split] = _ShardWriter(split, task.index, folder, model)
-        for texts, position in _batches(source.path, plan.text_key):
+        for texts, position in _batches(_documents(source, plan, task.on_bad_record, skipped)):
             _write_batch(texts, source, plan, model, writers, task.threads)
             report(task.index, position, sum(writer.tokens for writer in writers.values()))
-        if not any(writer.documents for writer in writers.values()):
-            raise UserError(f"{source.path}: expected documents, found none")
         shards = {split: writer.close() for split, writer in writers.items()}
         shards = {split: shard for split, shard in shards.items() if shard.tokens}
         # Another run may have begun meanwhile, with other arguments: its file shards have the same names.
         _check_plan(task)
         for split, shard in shards.items():
             _publish(writers[split].path, os.path.join(task.output, shard.file))
-        _publish_record(task, shards, folder)
+        record = FileRecord(plan=task.plan, shards=shards, skipped=dict(skipped))
+        _publish_record(task, record, folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
     finally:
         for writer in writers.values():
             writer.abandon()
-    return shards
+    return record
 
 
-def _publish_record(task: Task, shards: dict[str, ShardRecord], folder: str) -> None:
+def _publish_record(task: Task, record: FileRecord, folder: str) -> None:
     """Writes the record of a finished file."""
     path = _part_path("record", task.index, folder)
     try:
         with open(path, "xb") as file:
-            file.write(plan_lib.encode_record(task.plan, shards))
+            file.write(plan_lib.encode_record(record))
             file.flush()
             os.fsync(file.fileno())
         _publish(path, plan_lib.record_path(task.index, task.output))
@@ -483,10 +531,20 @@ def _remove_parts(output: str) -> None:
             storage.remove(os.path.join(output, name))
 
 
-def _batches(path, text_key) -> Iterator[tuple[list[str], int]]:
+def _documents(
+    source: Source, plan: Plan, on_bad_record: str, skipped: collections.Counter
+) -> Iterator[tuple[str, int]]:
+    """`documents.read` of an input file; `skipped` counts the records that it skips."""
+    try:
+        yield from documents.read(source.path, plan.text_key, skipped if on_bad_record == "skip" else None)
+    except documents.RecordError as error:
+        raise UserError(f"{error} (on_bad_record=skip leaves such records out and counts them)") from error
+
+
+def _batches(read: Iterator[tuple[str, int]]) -> Iterator[tuple[list[str], int]]:
     """Yields (documents of about _BATCH_CHARS characters together, bytes of the file read so far)."""
     batch, chars, position = [], 0, 0
-    for text, position in documents.read(path, text_key):
+    for text, position in read:
         batch.append(text)
         chars += len(text)
         if chars >= _BATCH_CHARS:

@@ -6,8 +6,11 @@ import hashlib
 import io
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+import msgspec
 
 from memoryllm_jax.common import records, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError, one_line, require
@@ -35,6 +38,8 @@ HF_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
 HF_EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[EOS]")
 
 
+# Whether spellings of special tokens in a document stay plain text, or become those tokens.
+SpecialTokens = Literal["text", "parse"]
 MAX_VOCAB = 2**24  # ids of a tokenizer.json; the largest vocabularies have 2^18
 
 
@@ -46,21 +51,29 @@ class Tokenizer:
       content: bytes of the model file.
       origin: where the content comes from, for error messages.
       special: (bos id, ids that end a text), if they are named by another file than the model file; else None.
+      special_tokens_in_text: what `encode` and `encode_batch` make of special tokens that a document spells.
     Attributes:
-      kind, content: as given.
+      kind, content, special_tokens_in_text: as given.
       digest: SHA-256 of the content.
       vocab_size: number of ids.
       bos_id, eos_id: ids before and after each document, or None.
       stop_ids: ids that end a text, eos among them.
       put_before: id that the post-processor of a tokenizer.json puts before each text, or None.
-      special_tokens: {spelling: id} of special tokens whose spelling `encode` treats as plain text.
+      special_tokens: {spelling: id} of special tokens.
     Raises: UserError if the tokenizer library refuses the content.
     """
 
-    def __init__(self, kind: str, content: bytes, origin: str, special: tuple | None = None):
+    def __init__(
+        self,
+        kind: str,
+        content: bytes,
+        origin: str,
+        special: tuple | None = None,
+        special_tokens_in_text: SpecialTokens = "text",
+    ):
         if kind not in _LOADERS:
             raise UserError(f"tokenizer {kind}:{origin}: expected one of {', '.join(_LOADERS)} before the colon")
-        self.kind, self.content = kind, content
+        self.kind, self.content, self.special_tokens_in_text = kind, content, special_tokens_in_text
         self.digest = hashlib.sha256(content).hexdigest()
         try:
             loaded = _LOADERS[kind](content)
@@ -71,7 +84,8 @@ class Tokenizer:
         self.vocab_size, self.put_before = loaded.vocab_size, loaded.put_before
         self.bos_id, self.eos_id = loaded.bos_id, loaded.eos_id
         self.special_tokens = loaded.special_tokens
-        self._encode_batch, self._decode = loaded.encode_batch, loaded.decode
+        self._encode_text, self._parse, self._decode = loaded.encode_batch, loaded.parse_batch, loaded.decode
+        self._plain_encoder = loaded.plain_encoder
         self.stop_ids = frozenset() if self.eos_id is None else frozenset({self.eos_id})
         self._special = None
         if special is not None:
@@ -83,12 +97,44 @@ class Tokenizer:
         self.eos_id = ends[0] if ends else None
         self.stop_ids = frozenset(ends)
         self._special = bos_id, tuple(ends)
+        if self._plain_encoder is not None:
+            self._encode_text = None  # it depends on which tokens are special
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        """The ids of each text, without bos and eos."""
+        """The ids of each document, without bos and eos, by the rule of `special_tokens_in_text`."""
+        if self.special_tokens_in_text == "parse":
+            return self._parse_batch(texts, threads)
+        return self._whole_ids(self._plain, texts, threads)
+
+    def _plain(self, texts: list[str], threads: int) -> list[list[int]]:
+        """The library's ids of short texts, in which spellings of special tokens stay text."""
+        if self._encode_text is None:
+            self._encode_text = self._plain_encoder({self.bos_id, *self.stop_ids} - {None})
+        return self._encode_text(texts, threads)
+
+    def _parse_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        """The ids of each text, in which spellings of special tokens become those tokens, as in transformers."""
+        if self._parse is not None:
+            return self._whole_ids(self._parse, texts, threads)
+        if not self.special_tokens:
+            return self._whole_ids(self._plain, texts, threads)
+        # Longest first: a spelling may begin with another one, and the regular expression takes the first that matches.
+        spellings = "|".join(sorted(map(re.escape, self.special_tokens), key=len, reverse=True))
+        parts_of_texts = [re.split(f"({spellings})", text) for text in texts]
+        plain = iter(self._whole_ids(self._plain, [p for parts in parts_of_texts for p in parts[::2]], threads))
+        out = []
+        for parts in parts_of_texts:
+            ids: list[int] = []
+            for part in parts:
+                ids += [self.special_tokens[part]] if part in self.special_tokens else next(plain)
+            out.append(ids)
+        return out
+
+    def _whole_ids(self, encode: Callable, texts: list[str], threads: int) -> list[list[int]]:
+        """The ids of each text, by a library that cannot take long ones."""
         pieces_of_texts = [list(_pieces(text)) for text in texts]
         # One call for the pieces of all texts, so that the threads share the work evenly.
-        ids_of_pieces = iter(self._encode_batch([piece for pieces in pieces_of_texts for piece in pieces], threads))
+        ids_of_pieces = iter(encode([piece for pieces in pieces_of_texts for piece in pieces], threads))
         out = []
         for pieces in pieces_of_texts:
             ids: list[int] = []
@@ -103,15 +149,11 @@ class Tokenizer:
 
     def encode_special(self, text: str) -> list[int]:
         """The ids of a text in which spellings of special tokens become those tokens, as in transformers."""
-        special = self.special_tokens
-        if not special:
-            return self.encode(text)
-        # Longest first: a spelling may begin with another one, and the regular expression takes the first that matches.
-        spellings = "|".join(sorted(map(re.escape, special), key=len, reverse=True))
-        ids: list[int] = []
-        for part in re.split(f"({spellings})", text):
-            ids += [special[part]] if part in special else self.encode(part)
-        return ids
+        return self._parse_batch([text])[0]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a prompt. A tokenizer.json parses special tokens in it, as its models' chat formats need them."""
+        return self.encode_special(text) if self.kind == "hf" else self.encode(text)
 
     def token(self, text: str, argument: str, vocab_size: int) -> int:
         """The id of one token.
@@ -126,7 +168,7 @@ class Tokenizer:
             if int(text[1:]) >= vocab_size:
                 raise ArgumentError(argument, f"expected an id below {vocab_size}, found {text}")
             return int(text[1:])
-        ids = self.encode(text)
+        ids = self.encode_prompt(text)
         if len(ids) != 1:
             pieces = ", ".join(f"#{i} {self.decode([i])!r}" for i in ids) or "none"
             raise ArgumentError(argument, f"expected one token, found {text!r} = {pieces}; name one as #ID")
@@ -139,21 +181,44 @@ class Tokenizer:
     def to_json(self) -> dict:
         """The whole tokenizer, for checkpoints."""
         content = base64.b64encode(self.content).decode()
-        tree = {"kind": self.kind, "digest": self.digest, "content": content}
+        tree = {
+            "kind": self.kind,
+            "digest": self.digest,
+            "content": content,
+            "special_tokens_in_text": self.special_tokens_in_text,
+        }
         return tree if self._special is None else tree | {"special": self._special}
 
     @classmethod
     def from_json(cls, tree: dict) -> "Tokenizer":
         """The tokenizer that `to_json` described. Raises: UserError."""
-        return cls(tree["kind"], base64.b64decode(tree["content"]), "of the checkpoint", tree.get("special"))
+        return cls(
+            tree["kind"],
+            base64.b64decode(tree["content"]),
+            "of the checkpoint",
+            tree.get("special"),
+            tree.get("special_tokens_in_text") or default_special_tokens(tree["kind"]),
+        )
 
 
-def load(spec: str) -> Tokenizer:
-    """Loads the tokenizer that `KIND:FILE` names. Raises: UserError."""
+def default_special_tokens(kind: str) -> SpecialTokens:
+    """What version 0.1.0 made of special tokens that a document spells, by the kind or spec of the tokenizer."""
+    return "parse" if kind.partition(":")[0] == "hf" else "text"
+
+
+def load(spec: str, special_tokens_in_text: SpecialTokens = "text") -> Tokenizer:
+    """Loads the tokenizer that `KIND:FILE` names.
+
+    Args:
+      special_tokens_in_text: whether special tokens that a document spells stay plain text ("text"), as they should in
+        text of others, or become those tokens ("parse").
+    Raises: UserError.
+    """
     kind, _, path = spec.partition(":")
     if not path:
         raise UserError(f"tokenizer {spec!r}: expected KIND:FILE with KIND one of {', '.join(_LOADERS)}")
-    loaded = Tokenizer(kind, storage.read_bytes(path, "a tokenizer"), path)
+    content = storage.read_bytes(path, "a tokenizer")
+    loaded = Tokenizer(kind, content, path, special_tokens_in_text=special_tokens_in_text)
     config_path = os.path.join(os.path.dirname(path), "tokenizer_config.json")
     if kind == "hf" and storage.exists(config_path):
         # A tokenizer.json does not say which of its tokens is eos.
@@ -262,10 +327,15 @@ class _Loaded(NamedTuple):
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
-    encode_batch: Callable[[list[str], int], list[list[int]]]  # (texts, threads) -> ids
+    encode_batch: Callable[[list[str], int], list[list[int]]] | None  # (texts, threads) -> ids
     decode: Callable[[list[int]], str]
     put_before: int | None
     special_tokens: dict[str, int]
+    parse_batch: Callable[[list[str], int], list[list[int]]] | None = (
+        None  # as encode_batch, with special tokens parsed
+    )
+    # (ids that are special as well) -> encode_batch, for a library whose own call parses special tokens
+    plain_encoder: Callable[[set[int]], Callable] | None = None
 
 
 def _load_sentencepiece(content):
@@ -361,9 +431,7 @@ def _load_hf(content):
             f"tokenizer: expected ids below {vocab_size} in tokenizer.json's post_processor, found {put_before}"
         )
 
-    @_panics_as_errors()
-    def encode_batch(texts, threads):
-        return [found.ids for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
     @_panics_as_errors()
     def decode(ids):
@@ -373,11 +441,64 @@ def _load_hf(content):
         vocab_size=vocab_size,
         bos_id=first_known(HF_BOS) if put_before is None else put_before,
         eos_id=first_known(HF_EOS),
-        encode_batch=encode_batch,
+        encode_batch=None,
         decode=decode,
         put_before=put_before,
-        special_tokens={},  # empty, as encode_batch already turns their spellings into special tokens
+        special_tokens=special,
+        parse_batch=_hf_encoder(tokenizer),
+        plain_encoder=lambda others: _hf_plain_encoder(tokenizer, {*special.values(), *others}),
     )
+
+
+def _hf_encoder(tokenizer) -> Callable[[list[str], int], list[list[int]]]:
+    @_panics_as_errors()
+    def encode_batch(texts, threads):
+        return [found.ids for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return encode_batch
+
+
+def _hf_plain_encoder(tokenizer, special: set[int]) -> Callable[[list[str], int], list[list[int]]]:
+    """An encoder that never gives the special ids, whatever a text spells.
+
+    `encode_special_tokens` of tokenizers is not enough: a Unigram or WordLevel model then finds the spelling in its
+    vocabulary. So a copy of the tokenizer has names for these ids that no text can hold.
+    """
+    tree = msgspec.json.decode(tokenizer.to_str())
+    tree |= {"post_processor": None, "truncation": None, "padding": None}  # they would name missing tokens
+    model = tree["model"]
+    # Merges of such a token need its name.
+    merged = {"".join(merge if isinstance(merge, list) else merge.split(" ", 1)) for merge in model.get("merges", ())}
+    names = {}
+    for i in special:
+        name = tokenizer.id_to_token(i)
+        if name is not None and name not in merged:
+            names[name] = f"\0{uuid.uuid4()}"
+    for token in tree["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    if isinstance(model["vocab"], list):  # Unigram: pairs of a piece and its score
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    plain = type(tokenizer).from_str(msgspec.json.encode(tree).decode())
+    plain.encode_special_tokens = True
+    encode = _hf_encoder(plain)
+    left = {i for i in special if tokenizer.id_to_token(i) in merged}
+
+    def encode_batch(texts, threads):
+        ids_of_texts = encode(texts, threads)
+        for ids in ids_of_texts if left else ():
+            if not left.isdisjoint(ids):
+                spelled = tokenizer.id_to_token(next(i for i in ids if i in left))
+                raise UserError(
+                    f"tokenizer: expected that {spelled!r} in a document can stay text, found merges that make it a "
+                    "special token; special_tokens_in_text=parse accepts it"
+                )
+        return ids_of_texts
+
+    return encode_batch
 
 
 _LOADERS = {"sentencepiece": _load_sentencepiece, "llama3": _load_llama3, "hf": _load_hf}

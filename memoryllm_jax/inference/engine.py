@@ -98,7 +98,7 @@ class Engine:
 
     def prompt(self, text: str) -> list[int]:
         """Token ids of a prompt, after the id that begins a document if the tokenizer has one."""
-        ids = self.tokenizer.encode(text)
+        ids = self.tokenizer.encode_prompt(text)
         if self.tokenizer.bos_id is not None:
             ids = [self.tokenizer.bos_id, *ids]
         return ids

@@ -63,7 +63,7 @@ def finish(trainer: Trainer, params, tokenizer: Tokenizer, validation: dict | No
 def sample(trainer: Trainer, params, tokenizer: Tokenizer) -> str:
     """The prompt of config.sample, continued by the model."""
     config = trainer.config
-    prompt = tokenizer.encode(config.sample.prompt)
+    prompt = tokenizer.encode_prompt(config.sample.prompt)
     if tokenizer.bos_id is not None:
         prompt = [tokenizer.bos_id, *prompt]
     prompt = (prompt or [0])[: config.seq_len - 1]  # a decoder needs a token to start from, and room for the next

@@ -1,5 +1,6 @@
 """Preparing text: every format gives the same tokens, a killed run goes on, bad input is named."""
 
+import functools
 import gzip
 import json
 import os
@@ -12,6 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 from lab import read_all
+from sides import write_tokenizer
 
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError
@@ -232,7 +234,7 @@ def test_a_dask_cluster_that_loses_a_worker_writes_the_same_bytes(corpus, data_p
 
 def test_a_worker_that_does_not_see_the_folder_says_so(corpus, data_path, tmp_path):
     """In a working folder on another machine, or with a plan that is not the one of this run."""
-    task = shards.Task(0, str(tmp_path), "0" * 64, 1, 0)
+    task = shards.Task(0, str(tmp_path), "0" * 64, 1, "stop", 0)
     with pytest.raises(UserError, match=r"expected the plan of this run, which all workers see, found none"):
         shards.tokenize_file(task, print)
     prepare(corpus, f"sentencepiece:{data_path}/tokenizer.model", str(tmp_path / "out"), workers=1)
@@ -251,7 +253,7 @@ CUT_OFF = gzip.compress(b'{"text": "abc"}\n' * 100, mtime=0)[
         ("a.json.gz", CUT_OFF, "a.json.gz: the compressed file is cut off"),
         ("a.json.gz", b"\x1f\x8b plain text", "a.json.gz: damaged compressed data"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl: line 2: invalid JSON"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"txt": "b"}\n', "a.jsonl: line 3: expected text under 'text', found NoneType"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"txt": "b"}\n', "a.jsonl: line 3: expected text under 'text', found none"),
         (
             "a.jsonl",
             b'{"text": "a"}\n{"text": "\xff"}\n',
@@ -259,8 +261,8 @@ CUT_OFF = gzip.compress(b'{"text": "abc"}\n' * 100, mtime=0)[
         ),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl: line 1: expected Unicode text, found half a surrogate"),
         ("a.txt", b"abc\xff", "a.txt: expected UTF-8, found byte 0xff at offset 3"),
-        ("a.jsonl", b"", "a.jsonl: the file is empty"),
-        ("a.jsonl", b"\n\n", "a.jsonl: expected documents, found none"),
+        ("a.jsonl", b"\n\n", "expected documents to train on, found none"),
+        ("a.json", b' [\n{"text": "a"}]', "a.json: line 1: expected one JSON object a line, found a JSON array"),
         ("a.parquet", b"PAR1 not really", "a.parquet: damaged parquet"),
         ("a.csv", b"text", "a.csv: expected a name ending in .json"),
     ],
@@ -287,6 +289,59 @@ def test_a_bad_tokenizer_is_refused_and_leaves_nothing(corpus, tmp_path, spec, m
     with pytest.raises(UserError, match=message):
         prepare(corpus, spec.format(corpus=corpus), str(tmp_path / "out"))
     assert os.listdir(tmp_path) == []
+
+
+def test_bad_records_are_skipped_and_counted(corpus, data_path, tmp_path):
+    """Stopping is the default and names the option. Files without documents count as zero documents."""
+    bad = [b'{"text": null}', b'{"content": "x"}', b'{"text": "half \\ud83d"}', b"{", b"[]"]
+    lines = open(corpus, "rb").read().splitlines()
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines[:40]))
+    (tmp_path / "b.jsonl").write_bytes(b"\n".join(lines[40:] + bad))
+    (tmp_path / "c.jsonl").write_bytes(b"")
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b""))
+    run = functools.partial(
+        prepare,
+        f"{tmp_path}/*.jsonl*",
+        f"sentencepiece:{data_path}/tokenizer.model",
+        f"{tmp_path}/out",
+        validation_fraction=0.05,
+        workers=1,
+    )
+    with pytest.raises(UserError, match=r"b.jsonl: line 41: expected text .* found null \(on_bad_record=skip leaves"):
+        run()
+    record = run(on_bad_record="skip")
+    assert record.skipped_records == {
+        "no text": 2,
+        "half a surrogate pair": 1,
+        "invalid JSON": 1,
+        "not an object": 1,
+    }
+    assert record.splits.train.documents + record.splits.validation.documents == len(lines)
+    assert Dataset(f"{tmp_path}/out").record == record
+    with pytest.raises(UserError, match="expected no skipped records, found 5"):
+        run()
+
+
+def test_special_tokens_in_documents_stay_text_unless_parsed(tmp_path):
+    """dataset.json says which; a run that goes on with the other rule is refused."""
+    write_tokenizer(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "A <s>B</s>"}\n' * 9)
+    (tmp_path / "b.jsonl").write_text('{"text": "B"}\n')
+    run = functools.partial(
+        prepare,
+        f"{tmp_path}/a.jsonl",
+        f"hf:{tmp_path}/tokenizer.json",
+        validation_pattern=f"{tmp_path}/b.jsonl",
+        workers=1,
+    )
+    for rule, inside in (("text", 0), ("parse", 9)):
+        run(output=f"{tmp_path}/{rule}", special_tokens_in_text=rule)
+        dataset = Dataset(f"{tmp_path}/{rule}")
+        ids = read_all(dataset)
+        assert ((ids == 62).sum(), (ids == 63).sum()) == (9 + inside, 9 + inside)
+        assert dataset.tokenizer().special_tokens_in_text == rule
+    with pytest.raises(UserError, match="begun with another special_tokens_in_text"):
+        run(output=f"{tmp_path}/parse")
 
 
 def test_input_without_files_is_refused(data_path, tmp_path):
