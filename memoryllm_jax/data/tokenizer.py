@@ -14,11 +14,7 @@ import msgspec
 
 from memoryllm_jax.common import records, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError, one_line, require
-
-# Texts are tokenized in pieces of at most this many characters, as tiktoken's regular expressions and SentencePiece's
-# lattices fail on longer ones. Llama 3's own tokenizer cuts at the same length.
-PIECE_CHARS = 400_000
-RUN_CHARS = 25_000  # longest run of white space, or of other characters, that tiktoken can handle
+from memoryllm_jax.data import long_texts
 
 LLAMA3_PATTERN = "|".join(
     (
@@ -104,7 +100,7 @@ class Tokenizer:
         """The ids of each document, without bos and eos, by the rule of `special_tokens_in_text`."""
         if self.special_tokens_in_text == "parse":
             return self._parse_batch(texts, threads)
-        return self._whole_ids(self._plain, texts, threads)
+        return long_texts.encode_batch(texts, self._plain, threads)
 
     def _plain(self, texts: list[str], threads: int) -> list[list[int]]:
         """The library's ids of short texts, in which spellings of special tokens stay text."""
@@ -115,31 +111,20 @@ class Tokenizer:
     def _parse_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """The ids of each text, in which spellings of special tokens become those tokens, as in transformers."""
         if self._parse is not None:
-            return self._whole_ids(self._parse, texts, threads)
+            return long_texts.encode_batch(texts, self._parse, threads)
         if not self.special_tokens:
-            return self._whole_ids(self._plain, texts, threads)
+            return long_texts.encode_batch(texts, self._plain, threads)
         # Longest first: a spelling may begin with another one, and the regular expression takes the first that matches.
         spellings = "|".join(sorted(map(re.escape, self.special_tokens), key=len, reverse=True))
         parts_of_texts = [re.split(f"({spellings})", text) for text in texts]
-        plain = iter(self._whole_ids(self._plain, [p for parts in parts_of_texts for p in parts[::2]], threads))
+        plain = iter(
+            long_texts.encode_batch([part for parts in parts_of_texts for part in parts[::2]], self._plain, threads)
+        )
         out = []
         for parts in parts_of_texts:
             ids: list[int] = []
             for part in parts:
                 ids += [self.special_tokens[part]] if part in self.special_tokens else next(plain)
-            out.append(ids)
-        return out
-
-    def _whole_ids(self, encode: Callable, texts: list[str], threads: int) -> list[list[int]]:
-        """The ids of each text, by a library that cannot take long ones."""
-        pieces_of_texts = [list(_pieces(text)) for text in texts]
-        # One call for the pieces of all texts, so that the threads share the work evenly.
-        ids_of_pieces = iter(encode([piece for pieces in pieces_of_texts for piece in pieces], threads))
-        out = []
-        for pieces in pieces_of_texts:
-            ids: list[int] = []
-            for _ in pieces:
-                ids += next(ids_of_pieces)
             out.append(ids)
         return out
 
@@ -293,32 +278,6 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, threads: int) -> 
         reason = f"this text allows at most {most[1]} ids" if most else one_line(error)
         raise UserError(f"tokenizer sentencepiece:train:{vocab_size}: training failed: {reason}") from error
     return Tokenizer("sentencepiece", model.getvalue(), f"sentencepiece:train:{vocab_size}")
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cuts a text into pieces that all tokenizer libraries can handle, at ends of lines if possible."""
-    start = 0
-    while start < len(text):
-        end = min(start + PIECE_CHARS, len(text))
-        if end < len(text):
-            line_end = text.rfind("\n", start, end) + 1
-            if line_end > start:
-                end = line_end
-        yield from _cut_runs(text[start:end])
-        start = end
-
-
-def _cut_runs(piece: str) -> Iterator[str]:
-    """Cuts a piece so that no run of white space, or of other characters, is longer than RUN_CHARS."""
-    # On longer runs, tiktoken's regular expressions overflow their stack.
-    if len(piece) > RUN_CHARS and re.search(rf"\S{{{RUN_CHARS + 1}}}|\s{{{RUN_CHARS + 1}}}", piece):
-        cut = 0
-        for run in re.finditer(rf"\S{{{RUN_CHARS}}}|\s{{{RUN_CHARS}}}", piece):
-            yield piece[cut : run.end()]
-            cut = run.end()
-        piece = piece[cut:]
-    if piece:
-        yield piece
 
 
 class _Loaded(NamedTuple):
