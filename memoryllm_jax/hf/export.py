@@ -120,7 +120,7 @@ def _float16_digests(trained, dtype):
         if not trained.is_memory(name):
             value = trained.leaf_on_host(name)
             with np.errstate(over="ignore"):  # no warning: transformers gives the same infinities
-                in_float16 = value.astype(shards.DTYPES[dtype]).astype(np.float16)
+                in_float16 = value.astype(shards.DTYPES[dtype], copy=False).astype(np.float16, copy=False)
             for digest, leaf in ((exact, value), (rounded, in_float16)):
                 digest.add(name, list(leaf) if name.startswith("layers/") else leaf)
             del value, in_float16, leaf  # frees the parameter before the next one is read

@@ -117,7 +117,7 @@ class MemoryLLMDecoderLayer(GradientCheckpointingLayer):
         self.memory = TokenMemory(config) if config.tol is None else None
 
     def __call__(self, hidden_states, x0=None, rows=None, **kwargs):
-        # Llama's forward passes x0 by keyword, and reentrant checkpointing drops gradients of keyword arguments.
+        # Llama's forward passes x0 by keyword. Reentrant checkpointing takes gradients of positional arguments alone.
         return super().__call__(hidden_states, x0, rows, **kwargs)
 
     def forward(self, hidden_states, x0=None, rows=None, **kwargs):
