@@ -34,7 +34,7 @@ from memoryllm_jax.model.token_memory import TokenRows
 from memoryllm_jax.tol import codec
 from memoryllm_jax.tol.build import Basis, singular_bases
 from memoryllm_jax.tol.codec import GROUP, Band, Part
-from memoryllm_jax.tol.layout import Layout, Tier, decode_rows
+from memoryllm_jax.tol.layout import Layout, Tier
 from memoryllm_jax.tol.sources import Source, full_vectors
 
 CALIBRATION_TOKENS = 1 << 15  # held-out tokens that a budget is measured on
@@ -142,7 +142,6 @@ def _batches(index, targets, batch) -> list[_Batch]:
     return [_Batch(*(array[start : start + batch] for array in padded)) for start in range(0, len(padded[0]), batch)]
 
 
-@functools.partial(jax.jit, static_argnames="layout")
 def as_stored(layout: Layout, vectors: dict, tier_U, bases: dict) -> dict:
     """Encodes and decodes full rows: what a file of this layout would give back for them.
 
@@ -152,13 +151,31 @@ def as_stored(layout: Layout, vectors: dict, tier_U, bases: dict) -> dict:
       bases: {part name: [rank, D]} of rotated parts.
     Returns: as `decode_rows`.
     """
-    raw = None
-    # Shapes must be static: every row is encoded for every tier, and its own tier's bytes are selected.
+    out: dict = {}
     for number, tier in enumerate(layout.tiers):
-        encoded = codec.encode(tier.parts, vectors, bases) if tier.parts else jnp.zeros((len(tier_U), 0), jnp.uint8)
-        encoded = jnp.pad(encoded, ((0, 0), (0, layout.stride - tier.stride)))
-        raw = encoded if raw is None else jnp.where((tier_U == number)[:, None], encoded, raw)
-    return decode_rows(layout, raw, tier_U, bases)
+        for part in tier.parts:
+            x_UD = _part_as_stored(part, vectors[part.name], bases)
+            # Shapes must be static: every row is encoded for every tier, and its own tier's result is selected.
+            if len(layout.tiers) > 1:
+                x_UD = jnp.where((tier_U == number)[:, None], x_UD.astype(jnp.float32), out.get(part.name, 0.0))
+            out[part.name] = x_UD
+    return out
+
+
+def _part_as_stored(part: Part, x_UD, bases: dict):
+    """A part's vectors as they come back from a file, [U, D]."""
+    if not part.rotated:
+        return _bands_as_stored(part.bands, x_UD)
+    basis_RD = bases[part.name][: part.rank]
+    return codec.combined(_bands_as_stored(part.bands, codec.coefficients(x_UD, basis_RD)), basis_RD)
+
+
+def _bands_as_stored(bands: tuple[Band, ...], x_Un):
+    """Elements as they come back from a file, [U, n]. A band is compiled alone, so that other layouts can reuse it."""
+    ends = np.cumsum([band.size for band in bands])
+    pieces = [_through(band, x_Un[:, end - band.size : end]) for band, end in zip(bands, ends)]
+    # A single band keeps its dtype, as in `codec.decode`.
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate([piece.astype(jnp.float32) for piece in pieces], 1)
 
 
 def tiers_of(counts: np.ndarray) -> list[int]:
@@ -370,8 +387,8 @@ def _importance(source, scorer, names) -> tuple[dict[str, float], dict[str, floa
 
 @functools.partial(jax.jit, static_argnames="band")
 def _through(band: Band, x_Un):
-    """The elements as they come back after encoding and decoding, float32 [U, n]."""
-    return codec.decode_band(band, codec.encode_band(band, x_Un)).astype(jnp.float32)
+    """The elements as they come back after encoding and decoding, [U, n] in the dtype of `codec.decode_band`."""
+    return codec.decode_band(band, codec.encode_band(band, x_Un.astype(jnp.float32)))
 
 
 def _mean_error(band, x_Un, weights, squares_n=1.0) -> float:

@@ -131,7 +131,7 @@ def _decode_part(part, raw, bases):
     if len(pieces) > 1:
         x = jnp.concatenate([piece.astype(jnp.float32) for piece in pieces], 1)
     if part.rotated:
-        x = _product(x, bases[part.name][: part.rank])
+        x = combined(x, bases[part.name][: part.rank])
     return x
 
 
@@ -140,6 +140,11 @@ def coefficients(x_UD, basis_RD):
     squares_R = jnp.square(basis_RD.astype(jnp.float32)).sum(1)
     # A basis vector of zeros adds nothing, whatever its coefficient is: it is divided by 1 instead.
     return _product(x_UD, basis_RD.T) / jnp.where(squares_R > 0, squares_R, 1)
+
+
+def combined(coefficients_UR, basis_RD):
+    """The vectors that coefficients in a basis stand for, float32 [U, D]."""
+    return _product(coefficients_UR, basis_RD)
 
 
 def _product(x, w):
