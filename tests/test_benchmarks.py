@@ -1,10 +1,12 @@
-"""Benchmarks at a small size: speed.py whole on a CPU, and the table of quality_by_size.py."""
+"""Benchmarks at a small size: speed.py whole on a CPU, and the errors and tables of quality_by_size.py."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lab import with_devices
 
@@ -27,15 +29,27 @@ def test_speed_measures_training_decoding_and_the_tol_build(tmp_path):
     assert "| memory/accumulate=2 |" in printed and "ToL build: 0.0 GB" in printed
 
 
-def test_settings_smaller_than_every_budget_have_none_in_the_table(monkeypatch):
+@pytest.fixture
+def quality_by_size(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import quality_by_size
+    return importlib.import_module("quality_by_size")
 
-    rows = [
-        {"kind": "bits", "setting": "2 bits", "bytes": 50, "perplexity": 9.0},
-        {"kind": "bits", "setting": "4 bits", "bytes": 90, "perplexity": 8.0},
-        {"kind": "budget", "setting": "budget of 90", "bytes": 88, "perplexity": 7.5, "budget": 90},
-    ]
-    _, _, _, small, large = quality_by_size.table(rows, 7.0).splitlines()
-    assert small == "| 2 bits | 50 | 9.000 |  |  |" and large == "| 4 bits | 90 | 8.000 | 7.500 | 88 |"
-    assert quality_by_size.compare(rows) == {"budget_better_than": 1, "budget_not_better_than": []}
+
+def test_error_of_a_paired_difference_is_that_of_the_mean_over_batches(quality_by_size):
+    rng = np.random.default_rng(0)
+    losses_N, gains_N, tokens_N = rng.uniform(50, 90, 20), rng.normal(0.3, 0.1, 20), np.full(20, 10)
+    found = quality_by_size.difference(losses_N + gains_N, losses_N, tokens_N)
+    assert found == pytest.approx((gains_N.mean() / 10, gains_N.std(ddof=1) / np.sqrt(20) / 10))
+    tokens_N[-1] = 1  # a short last batch with a gain in proportion changes nothing
+    assert quality_by_size.difference(tokens_N * 0.5, tokens_N * 0.2, tokens_N) == pytest.approx((0.3, 0), abs=1e-9)
+
+
+def test_table_claims_only_what_the_errors_separate(quality_by_size):
+    row = {"kind": "bits", "setting": "4 bits", "bytes": 90, "rise": 0.004, "error": 0.001}
+    pair = {"uniform": row, "bytes": 88, "rise": 0.001, "error": 0.001, "difference": -0.003, "difference_error": 0.001}
+    text = quality_by_size.tables([row], [pair, pair | {"difference_error": 0.002}])
+    separated, noise = [line for line in text.splitlines() if line.startswith("| 90 |")]
+    assert separated == "| 90 | 4 bits | +0.401 ± 0.100 | +0.100 ± 0.100 | -0.300 ± 0.100 | budget better |"
+    assert noise.endswith("| -0.300 ± 0.199 | no |")
+    # The second setting is larger than the first, and no better.
+    assert quality_by_size.frontier([(10, 3.0), (20, 3.5), (30, 1.0)]) == [0, 2]
