@@ -4,6 +4,7 @@ K-means and the projections are scikit-learn's. Vectors are brought to unit leng
 and not in size. The paper does not say whether it does the same.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
@@ -74,10 +75,17 @@ def chosen_layers(model: KeyValueModel, texts: tuple[str, ...]) -> list[int]:
     return list(options.layers(texts, "layers", L))
 
 
-def fit(model: KeyValueModel, layer: int, count: int, seed: int, step: Callable[[], None] = lambda: None):
-    """Fits K-means to the unit coefficients of all tokens, a chunk of the vocabulary at a time.
+def fit(
+    model: KeyValueModel,
+    vectors: Callable[[np.ndarray], jax.Array],
+    count: int,
+    seed: int,
+    step: Callable[[], None] = lambda: None,
+):
+    """Fits K-means to the vectors of all tokens, a chunk of the vocabulary at a time.
 
     Args:
+      vectors: a function ids [n] -> [n, F], such as `unit_coefficients` of one layer.
       step: called after each chunk.
     Returns: (cluster of each token [V], scikit-learn's fitted MiniBatchKMeans).
     """
@@ -87,12 +95,12 @@ def fit(model: KeyValueModel, layer: int, count: int, seed: int, step: Callable[
     for _ in range(_EPOCHS):
         # Ids that are close are alike, such as all bytes or all rare words, so chunks are drawn in random order.
         for ids_C, is_real_C in model.chunks(draw.permutation(model.every_id)):
-            kmeans.partial_fit(np.asarray(unit_coefficients(model, layer, ids_C))[is_real_C])
+            kmeans.partial_fit(np.asarray(vectors(ids_C))[is_real_C])
             step()
     labels = []
     # A pass of its own, because centres moved until the end of the last one.
     for ids_C, is_real_C in model.chunks(model.every_id):
-        labels.append(kmeans.predict(np.asarray(unit_coefficients(model, layer, ids_C)))[is_real_C])
+        labels.append(kmeans.predict(np.asarray(vectors(ids_C)))[is_real_C])
         step()
     return np.concatenate(labels), kmeans
 
@@ -130,7 +138,8 @@ def clusters(
     rows, examples, pictures = [], [], {}
     with page.csv("tokens", ["layer", "token", "text", "cluster"]) as write:
         for layer in chosen:
-            labels_V, kmeans = fit(model, layer, clusters, seed, lambda: progress.update(progress.done + 1))
+            vectors = functools.partial(unit_coefficients, model, layer)
+            labels_V, kmeans = fit(model, vectors, clusters, seed, lambda: progress.update(progress.done + 1))
             write([layer, t, text, k] for t, (text, k) in enumerate(zip(model.texts, labels_V)))
             rows.append({"layer": layer} | _purities(labels_V, draw.permutation(labels_V), classes))
             nearest = nearest_to_centres(model, layer, labels_V, kmeans, lambda: progress.update(progress.done + 1))

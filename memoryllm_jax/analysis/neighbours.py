@@ -45,12 +45,12 @@ def neighbours_of(
       vectors: a function (layer, ids [n]) -> [n, W]. All layers together mean these vectors side by side.
       layers: layers to compare tokens in.
       k: neighbours of each token, at most one less than the tokens ids_N.
-      label: name of the progress that is shown.
+      label: name of the progress that is shown; "" to show none.
     """
     size = model.sizes.neighbours
     # Each block makes its own pass over ids_N: only the queries of one block are kept on the device.
     blocks = [chunk.real_ids for chunk in vocabulary.chunks(queries_Q, size)]
-    progress = Progress(label, len(blocks) * model.chunk_count(len(ids_N)) * len(layers), "chunk")
+    progress = Progress(label, len(blocks) * model.chunk_count(len(ids_N)) * len(layers), "chunk", enabled=bool(label))
     found = []
     for block_Q in blocks:
         tops = _neighbours_of_block(model, vectors, layers, block_Q, ids_N, k, progress)
