@@ -267,8 +267,9 @@ def _resume(plan: Plan, before: Plan, output: str) -> tuple[Plan, Tokenizer]:
         raise UserError(f"{output}: was begun by an earlier version of `prepare`; use a new folder")
     model = dataset_lib.load_tokenizer(output, before.model)
     if not plan.tokenizer.startswith(_TRAIN_SPEC):
-        given = _tokenizer_record(tokenizer_lib.load(plan.tokenizer, plan.special_tokens_in_text))
-        if given != before.model:
+        given = tokenizer_lib.load(plan.tokenizer, plan.special_tokens_in_text)
+        # Not `before.model`, which lacks what version 0.1.0 did not record; `model` has it.
+        if _tokenizer_record(given) != _tokenizer_record(model):
             raise UserError(f"{output}: was begun with another tokenizer than {plan.tokenizer}; use a new folder")
     return before, model
 

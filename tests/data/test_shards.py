@@ -179,6 +179,19 @@ def test_what_changed_since_a_run_began_is_refused(halves, tmp_path, name, chang
     assert files_of(tmp_path / "out") == before
 
 
+def test_data_of_version_0_1_0_is_finished(halves, tmp_path, capsys):
+    """Its plan lacks the tokenizer, and its dataset.json what became of special tokens."""
+    record = halves()
+    for name, inner, field in ((".plan.json", None, "model"), ("dataset.json", "tokenizer", "special_tokens_in_text")):
+        path = tmp_path / "out" / name
+        tree = json.loads(path.read_text())
+        del (tree[inner] if inner else tree)[field]
+        tree.pop("special_tokens_in_text", None)
+        path.write_text(json.dumps(tree))
+    assert halves().splits == record.splits
+    assert "already prepared" in capsys.readouterr().out
+
+
 def test_a_url_holds_the_same_files_as_a_disk(halves, tmp_path):
     """Also where an earlier run was interrupted, on both."""
     halves()
