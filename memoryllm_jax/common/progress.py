@@ -52,9 +52,10 @@ class Progress:
             else:
                 self.line(f"{self.label} {100 * done / max(self.total, 1):.1f}%  {note}  ETA {self.eta()}")
 
-    def restart(self) -> None:
-        """Measures the rate from here on: what was done so far took a time that the rest will not take."""
-        self._initial, self._start = self.done, time.monotonic()
+    def restart(self, done: int, note: str = "") -> None:
+        """`update`, and measures the rate from here on: what was done so far took a time that the rest will not."""
+        self._initial, self._start = done, time.monotonic()
+        self.update(done, note)
         if self._bar is not None:
             self._bar.unpause()
 

@@ -138,9 +138,9 @@ class Recorder:
         done = step + 1
         if done % self._config.log.every == 0 or done == self._config.steps:
             self._record(done, rows, loss, values)
-        self._progress.update(done, f"loss {loss:.3f}")
-        if step == self._first:
-            self._progress.restart()  # the first step compiled, which the others do not
+        # The first step compiled, which the others do not: no time left follows from it.
+        show = self._progress.restart if step == self._first else self._progress.update
+        show(done, f"loss {loss:.3f}")
 
     def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
         # The gradient too: it can overflow where the loss is still finite. The sum is finite only if both are.

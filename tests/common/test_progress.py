@@ -38,11 +38,11 @@ def test_a_log_gets_a_line_every_few_seconds(clock):
 
 def test_the_time_left_is_computed_from_the_restart_on(clock):
     """The first step takes 90 s, as it compiles, and the others 2 s each."""
-    progress = Progress("steps", 100, "step", stream=io.StringIO())
+    log = io.StringIO()
+    progress = Progress("steps", 100, "step", stream=log)
     clock.now += 90
-    progress.update(1)
-    progress.restart()
-    assert progress.eta() == "unknown"
+    progress.restart(1, "loss 3")
+    assert log.getvalue() == "steps 1.0%  loss 3  ETA unknown\n"
     clock.now += 2
     progress.update(2)
     assert progress.eta() == "3m16s"
