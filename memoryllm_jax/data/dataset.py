@@ -139,13 +139,15 @@ def read_record(folder: str) -> DatasetRecord:
 def load_tokenizer(folder: str, expected: TokenizerRecord) -> Tokenizer:
     """The tokenizer in a folder of prepared data. Raises: UserError if it has another checksum than recorded."""
     path = storage.inside(folder, expected.file, f"{folder}: the tokenizer's file")
-    special = expected.special_tokens_in_text or tokenizer_lib.default_special_tokens(expected.kind)
-    model = tokenizer_lib.load(f"{expected.kind}:{path}", special)
-    if model.digest != expected.digest:
+    # Before the tokenizer library reads the file: it may refuse a damaged one with a message of its own.
+    found = storage.sha256(path)
+    if found != expected.digest:
         raise UserError(
             f"{path}: the tokenizer does not match the data: "
-            f"expected SHA-256 {expected.digest[:12]}..., found {model.digest[:12]}..."
+            f"expected SHA-256 {expected.digest[:12]}..., found {found[:12]}..."
         )
+    special = expected.special_tokens_in_text or tokenizer_lib.default_special_tokens(expected.kind)
+    model = tokenizer_lib.load(f"{expected.kind}:{path}", special)
     if model.kind == "hf":
         # `prepare` may have read bos and eos from a tokenizer_config.json, which is not beside the file shards.
         model.name_special(expected.bos_id, [] if expected.eos_id is None else [expected.eos_id])

@@ -154,7 +154,7 @@ def replace(path, old, new):
     "name, change, message",
     [
         ("tokenizer.model", flip, "tokenizer.model: the tokenizer does not match the data: expected SHA-256"),
-        ("tokenizer.model", os.remove, "tokenizer.model: expected a tokenizer: No such file"),
+        ("tokenizer.model", os.remove, "tokenizer.model: expected a file: No such file"),
         ("train-00000.bin", flip, "train-00000.bin: changed since it was finished: expected SHA-256 .* found"),
         ("train-00000.bin", os.remove, "train-00000.bin: expected a file: No such file"),
         (
