@@ -395,6 +395,8 @@ def _build(group: type, tree, path: str):
         kind = types[name]
         if dataclasses.is_dataclass(kind):
             values[name] = _build(kind, value, f"{path}.{name}")
+        elif type(value) is int and abs(value) >= 2**63:
+            raise UserError(f"{path}.{name}: expected a number of at most 64 bits, found {shown(value)}")
         elif kind is float and type(value) is int:
             values[name] = float(value)
         elif type(value) is kind and (kind is not float or math.isfinite(value)):

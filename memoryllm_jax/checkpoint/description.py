@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -36,7 +36,7 @@ class SavedTokenizer(Record):
     special: bos and the ids that end a text, where they are not those in the content.
     """
 
-    kind: str
+    kind: Literal["sentencepiece", "llama3", "hf"]
     digest: records.Digest
     content: bytes
     special: tuple[Count | None, list[Count]] | None = None
