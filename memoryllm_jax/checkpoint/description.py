@@ -15,7 +15,7 @@ from memoryllm_jax.common import records, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError, one_line
 from memoryllm_jax.common.records import Count, Record
 from memoryllm_jax.config import Config
-from memoryllm_jax.data.tokenizer import Tokenizer
+from memoryllm_jax.data.tokenizer import SpecialTokens, Tokenizer
 
 ITEM, FILE = "description", "metadata"  # Orbax's names: STEP/description/metadata holds the JSON
 COMMITTED = "commit_success.txt"  # a file that Orbax writes last into a checkpoint on gs://
@@ -34,12 +34,14 @@ class SavedTokenizer(Record):
     digest: SHA-256 of the content.
     content: the tokenizer's file.
     special: bos and the ids that end a text, where they are not those in the content.
+    special_tokens_in_text: as of `tokenizer.load`; None in a checkpoint of version 0.1.0.
     """
 
     kind: Literal["sentencepiece", "llama3", "hf"]
     digest: records.Digest
     content: bytes
     special: tuple[Count | None, list[Count]] | None = None
+    special_tokens_in_text: SpecialTokens | None = None
 
     def __post_init__(self):
         found = hashlib.sha256(self.content).hexdigest()
