@@ -56,3 +56,18 @@ def _bytes_to_unicode():
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return {b: chr(b) if b in printable else chr(next(others)) for b in range(256)}
+
+
+def test_spellings_in_the_vocabulary_of_a_unigram_model_stay_text(tmp_path):
+    """The library's own option would still find them there; a prompt parses them."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((piece, -3.0) for piece in ("▁", "a", "<", "/", "s", ">"))]
+    library = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    library.add_special_tokens(["</s>", "<unk>"])
+    library.save(f"{tmp_path}/tokenizer.json")
+    ours = tokenizer.load(f"hf:{tmp_path}/tokenizer.json")
+    assert ours.encode("a</s>") == [2, 3, 4, 5, 6, 7] and ours.encode_prompt("a</s>") == [2, 3, 1]
+    assert tokenizer.Tokenizer.from_json(ours.to_json()).encode("a</s>") == ours.encode("a</s>")
+    before = {key: value for key, value in ours.to_json().items() if key != "special_tokens_in_text"}
+    assert tokenizer.Tokenizer.from_json(before).encode("a</s>") == [2, 3, 1]  # as checkpoints of version 0.1.0
