@@ -30,6 +30,11 @@ from memoryllm_jax.config import default, resolve
 from memoryllm_jax.data import documents, shards
 
 
+def pytest_collection_modifyitems(config, items):
+    if "long" not in config.option.markexpr:
+        items[:] = [item for item in items if "long" not in item.keywords]
+
+
 def pytest_sessionfinish():
     if "PYTEST_XDIST_WORKER" not in os.environ and "TESTS_CACHE" in os.environ:
         shutil.rmtree(os.environ["TESTS_CACHE"], ignore_errors=True)
