@@ -395,11 +395,14 @@ def _after_full(command, folder, full, again, expected) -> str:
 def load(lab: Lab, tries: int, draw: random.Random) -> dict:
     """Starts many processes at once, `tries` of them readers of one ToL file. Returns: {kind: {outcome: count}}."""
     prompts = ["The file", "def main", "A class is", "import os"]
-    read = "generate --workdir={made}/run --tol={made}/tol.safetensors --rows=disk --cache_rows=64 --max_tokens=40 "
+    read = "generate --workdir={made}/run --tol={made}/tol.safetensors --rows=disk --cache=64KiB --max_tokens=40 "
     read += "--temperature=0 --prompt="
     alone = {}
     for prompt in prompts:
-        alone[prompt] = lab.run(read + prompt.replace(" ", "_"), lab.work).printed
+        done = lab.run(read + prompt.replace(" ", "_"), lab.work)
+        if done.status:
+            raise UserError(f"generate failed: {done.printed[-1000:]}")
+        alone[prompt] = done.printed
     folder = lab.fresh("load")
     writers = {
         name: lab.command(COMMANDS[name].arguments, folder / name.replace(" ", "_")) for name in ("train", "prepare")
