@@ -106,20 +106,20 @@ def read_texts(folder):
 
 
 def make_unfinished(folder):
-    """A folder of `prepare` that was killed before dataset.json was written."""
-    (folder / "a.jsonl").write_bytes(lines_of(*[{"text": f"words of document {i}"} for i in range(60)]))
-    prepare(folder)
-    data = json.loads((folder / "out" / "dataset.json").read_bytes())
-    os.remove(folder / "out" / "dataset.json")
-    (folder / "out" / ".done").mkdir()
-    record = {split: entry["shards"][0] for split, entry in data["splits"].items()}
-    (folder / "out" / ".done" / "00000.json").write_text(json.dumps(record))
+    """A folder of `prepare` that stopped at the second of two files."""
+    # Beside the folder, as the plan holds absolute paths.
+    (folder.parent / "a.jsonl").write_bytes(lines_of(*[{"text": f"words of document {i}"} for i in range(60)]))
+    whole = lines_of({"text": "words"})
+    (folder.parent / "b.jsonl").write_bytes(whole.replace(b"{", b"["))
+    with pytest.raises(UserError, match=r"b.jsonl: line 1"):
+        prepare(folder)
+    (folder.parent / "b.jsonl").write_bytes(whole)  # as long as before, so that the run may go on
 
 
 def prepare(folder):
     with contextlib.redirect_stdout(None):
         spec = f"sentencepiece:{MADE_BEFORE / 'data' / 'tokenizer.model'}"
-        shards.prepare(str(folder / "a.jsonl"), spec, str(folder / "out"), validation_fraction=0.2, workers=1)
+        shards.prepare(str(folder.parent / "?.jsonl"), spec, str(folder), validation_fraction=0.2, workers=1)
 
 
 def make_hf(folder):
@@ -146,8 +146,8 @@ def hf(name, damaged=damage.json_files, tries=15):
 
 READERS = {
     "dataset.json": Reader(copy_of(MADE_BEFORE / "data"), "dataset.json", damage.json_files, read_data),
-    "plan": Reader(make_unfinished, "out/.plan.json", damage.json_files, prepare, 15),
-    "record": Reader(make_unfinished, "out/.done/00000.json", damage.json_files, prepare, 15),
+    "plan": Reader(make_unfinished, ".plan.json", damage.json_files, prepare, 15),
+    "record": Reader(make_unfinished, ".done/00000.json", damage.json_files, prepare, 15),
     "description": Reader(
         copy_of(MADE_BEFORE / "memory"), "40/description/metadata", damage.json_files, read_model, 20
     ),
