@@ -168,6 +168,12 @@ READERS = {
     "gzip": Reader(
         with_file("a.jsonl.gz", gzip.compress(lines_of(*LINES))), "a.jsonl.gz", damage.bytes_files, read_texts
     ),
+    "task": Reader(
+        with_file("piqa.jsonl", lines_of({"goal": "Open it.", "sol1": "Pull.", "sol2": "Push.", "label": 1})),
+        "piqa.jsonl",
+        damage.lines_files,
+        lambda folder: pytest.importorskip("memoryllm_jax.evaluation.tasks.local").piqa(str(folder)),
+    ),
     "metrics": Reader(
         with_file("metrics.jsonl", lines_of({"step": 1, "kind": "train", "loss": 2.5}, {"step": 2, "kind": "eval"})),
         "metrics.jsonl",
