@@ -34,6 +34,8 @@ from memoryllm_jax.training import metrics
 MADE_BEFORE = pathlib.Path(__file__).parent / "made_before"
 SECONDS = 10  # of CPU time, which a reader may take for one small file
 MEGABYTES = 16  # that a reader may take beside twice the size of its file
+TRAINED = {"step": 1, "kind": "train", "tokens": 64, "tokens_per_second": 9.5, "model_flops_per_second": 1e6}
+VALIDATED = {"step": 1, "kind": "validation", "loss": 2.5, "perplexity": 12.2, "bits_per_byte": 1.1}
 LINES = [{"text": "Some words.", "n": 1}, {"text": "More of them."}, {"text": "Umlauts: ä ö ü", "meta": {"a": [1, 2]}}]
 
 
@@ -175,7 +177,7 @@ READERS = {
         lambda folder: pytest.importorskip("memoryllm_jax.evaluation.tasks.local").piqa(str(folder)),
     ),
     "metrics": Reader(
-        with_file("metrics.jsonl", lines_of({"step": 1, "kind": "train", "loss": 2.5}, {"step": 2, "kind": "eval"})),
+        with_file("metrics.jsonl", lines_of(TRAINED, VALIDATED)),
         "metrics.jsonl",
         damage.lines_files,
         lambda folder: metrics.records(str(folder / "metrics.jsonl")),
