@@ -6,6 +6,7 @@ flags follow from the functions' signatures (common/options.py).
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 
 from absl import app, flags, logging
@@ -98,6 +99,8 @@ def _run(call, check=None):
         if not any(argument.startswith(("--verbosity", "-v")) for argument in sys.argv):
             logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and also the errors that it raises
             sys.unraisablehook = _without_late_reports(sys.unraisablehook)
+            # Orbax drops what it has not begun to read when it fails.
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         try:
             if check:
                 argv = check(argv)
