@@ -26,6 +26,7 @@ from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.common.report import Report
 
 _BLOCK = 4096  # rows of the graph's square that are computed at a time
+_COMPARED = 3  # tokens that are compared with the whole vocabulary for each node and nearest neighbour, about
 _SLACK = 1e-5  # more than what rounding may move a cosine by
 
 
@@ -47,7 +48,8 @@ def clustering(
     coefficient (Watts and Strogatz 1998) of the graph that joins two tokens if either is among the other's k nearest by
     cosine of c: of the pairs of a token's neighbours, the share that are joined themselves. It is compared with that of
     a random graph of as many edges, which is the share of all pairs that are joined. The graph is that of the whole
-    vocabulary. The mean is over --nodes tokens, with its standard error, or with --exact over all of them.
+    vocabulary. The mean is over --nodes tokens, with its standard error; or over all of them, with --exact or where the
+    vocabulary is so small that this takes less time.
 
     The silhouette (Rousseeuw 1987, scikit-learn's) is that of the K-means clusters of `clusters`, Euclidean on vectors
     of unit length, on a sample of tokens if there are more.
@@ -60,7 +62,9 @@ def clustering(
         raise ArgumentError("neighbours", f"expected from 2 to fewer than the {V} tokens, found {neighbours}")
     draw = np.random.default_rng(seed)
     nodes_S = None
-    if nodes < V and not exact:
+    # Of a small vocabulary all nodes take less time: some nodes need the nearest tokens of their neighbours, and of
+    # about as many tokens that turn out not to be neighbours.
+    if not exact and nodes * _COMPARED * neighbours < V:
         nodes_S = np.sort(draw.choice(V, nodes, replace=False)).astype(np.int32)
     sampled = np.sort(draw.choice(V, min(sample, V), replace=False)).astype(np.int32)
     progress = Progress("clustering", len(chosen), "layer")
