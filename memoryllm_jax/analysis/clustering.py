@@ -73,7 +73,7 @@ def clustering(
         # Made once a layer, because several passes read it. It is the largest array of this analysis.
         unit_VF = jnp.asarray(unit_on_host(model, layer, model.every_id))
         labels_V, _ = fit(model, unit_VF.__getitem__, clusters, seed)
-        graph = _graph(model, unit_VF, labels_V, nodes_S, neighbours, f"layer {layer}")
+        graph = nodes_of(model, unit_VF, labels_V, nodes_S, neighbours, f"layer {layer}")
         coefficient, error = mean_and_error(graph.coefficient_S, V)
         silhouette = _silhouette(np.asarray(unit_VF[sampled]), labels_V[sampled])
         chance = float(graph.degree_S.mean() / (V - 1))
@@ -85,8 +85,15 @@ def clustering(
     return {"layers": rows, "nodes": len(graph.degree_S), "neighbours": neighbours}
 
 
-def _graph(model, unit_VF, labels_V, nodes_S, k, label) -> "Nodes":
-    """The sampled nodes of a layer's graph, or all of them if nodes_S is None."""
+def nodes_of(model, unit_VF, labels_V, nodes_S, k, label) -> "Nodes":
+    """The nodes of a layer's graph: those of tokens nodes_S, or all of them if it is None.
+
+    Args:
+      unit_VF: vectors of unit length of all tokens.
+      labels_V: as of `some_nodes`; not read if nodes_S is None.
+      k: nearest neighbours that each token is joined with.
+      label: name of the progress that is shown where every pair of tokens is compared; "" to show none.
+    """
     nearest = Nearest(model, lambda _, ids: unit_VF[ids], k)
     if nodes_S is None:
         return all_nodes(nearest(model.every_id, model.every_id, label).ids[0])

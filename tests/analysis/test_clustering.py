@@ -30,8 +30,8 @@ def test_some_nodes_are_those_of_the_whole_graph(make_model, clusters):
     x = rng.standard_normal((V, 6)) + 2 * (np.arange(V)[:, None] % 50 == 0)
     unit = jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), jnp.float32)
     labels, nodes = rng.integers(clusters, size=V), np.sort(rng.choice(V, 40, replace=False)).astype(np.int32)
-    whole = clustering._graph(model, unit, labels, None, 5, "")
-    found = clustering._graph(model, unit, labels, nodes, 5, "")
+    whole = clustering.nodes_of(model, unit, labels, None, 5, "")
+    found = clustering.nodes_of(model, unit, labels, nodes, 5, "")
     np.testing.assert_array_equal(found.degree_S, whole.degree_S[nodes])
     np.testing.assert_allclose(found.coefficient_S, whole.coefficient_S[nodes])
     assert whole.degree_S.max() > 10 and 0 < whole.coefficient_S.mean() < 1
