@@ -19,6 +19,7 @@ if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import gc
 import itertools
 import json
 import shutil
@@ -36,6 +37,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_sessionfinish():
+    # execnet interrupts a worker that takes more than 5 seconds to end after its last test. In that time pytest
+    # collects garbage twice, and Python again at its exit: seconds each on a busy machine. So garbage is collected
+    # here, before the worker reports that it is done, and what is left is not searched again.
+    gc.collect()
+    gc.freeze()
     if "PYTEST_XDIST_WORKER" not in os.environ and "TESTS_CACHE" in os.environ:
         shutil.rmtree(os.environ["TESTS_CACHE"], ignore_errors=True)
 
