@@ -77,19 +77,22 @@ class Header(NamedTuple):
     size: int
 
 
-def read_header(fd: int, path: str, expected: str = "a safetensors file") -> Header:
+def read_header(fd: int, path: str, expected: str = "a safetensors file", most: int = MAX_HEADER) -> Header:
     """Reads and checks the header of an open file.
 
     Args:
       fd: descriptor of the file, open for reading; its position does not matter and is kept.
       path, expected: the file and what it should be, for error messages.
+      most: bytes that the header may have. The objects that JSON becomes take many times its size.
     Raises: UserError if the header is damaged, or its tensors do not fill the file exactly.
     """
     try:
         size = os.fstat(fd).st_size
         length = int.from_bytes(os.pread(fd, 8, 0), "little")
-        if size < 8 or not 0 < length <= min(MAX_HEADER, size - 8):
+        if size < 8 or not 0 < length <= size - 8:
             raise UserError(f"{path}: expected {expected}, found a header of {length} bytes in a file of {size}")
+        if length > most:
+            raise UserError(f"{path}: expected {expected} with a header of at most {most} bytes, found {length}")
         text = os.pread(fd, length, 8)
     except OSError as error:
         raise UserError(f"{path}: expected {expected}: {error.strerror}") from error

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import xxhash
 
-from memoryllm_jax.common import records
+from memoryllm_jax.common import records, storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.records import Count, Size
 from memoryllm_jax.common.safetensors_header import Tensor, read_header
@@ -52,7 +52,9 @@ def text_checksum(array: np.ndarray) -> str:
 
 
 def open_regular(path: str, expected: str) -> int:
-    """Opens a file for reading. Returns: its descriptor. Raises: UserError, also for a folder or a pipe."""
+    """Opens a local file for reading. Returns: its descriptor. Raises: UserError, also for a folder or a pipe."""
+    if storage.is_url(path):
+        raise UserError(f"{path}: expected {expected} on a disk, found a URL; copy the file to a disk first")
     if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
         raise UserError(f"{path}: expected {expected}, found a folder or a special file")
     try:
@@ -114,7 +116,7 @@ class TolFile:
 
     def _read_header(self):
         expected = "a ToL file"
-        found = read_header(self.fd, self.path, expected)
+        found = read_header(self.fd, self.path, expected, header.MOST_BYTES)
         self.size, self.data_start = found.size, found.data_start
         self.tensors, self.metadata = found.tensors, found.metadata
         kind, version = (self.metadata.get(key, "")[:100] for key in ("format", "version"))

@@ -10,6 +10,7 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.safetensors_header import Header
 
 KEY = "header_checksum"
+MOST_BYTES = 16 << 20  # a header of all that the layout may hold in practice has less than a megabyte
 _DIGITS = "[0-9a-f]{16}"
 _ZEROS = "0" * 16
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 from typing import Annotated
 
@@ -24,7 +25,7 @@ class Tier:
     rows: Size
     parts: tuple[Part, ...]
 
-    @property
+    @functools.cached_property  # a sum over all parts, which every read of rows asks for
     def stride(self) -> int:
         """Bytes of a row."""
         return sum(part.bytes for part in self.parts)
@@ -51,10 +52,12 @@ class Layout:
       tiers: Tiers, in the order of the rows.
     """
 
-    dim: Annotated[int, Meta(ge=1, le=1 << 24)]
-    layers: Annotated[int, Meta(ge=1, le=1 << 16)]
+    # Far more than any model has. Readers hold rows of all layers, also of those that the file drops.
+    dim: Annotated[int, Meta(ge=1, le=1 << 16)]
+    layers: Annotated[int, Meta(ge=1, le=1 << 12)]
     has_x0: bool
-    tiers: Annotated[tuple[Tier, ...], Meta(min_length=1)]
+    # `decode_rows` decodes every row in the encoding of every tier. A budget makes three.
+    tiers: Annotated[tuple[Tier, ...], Meta(min_length=1, max_length=64)]
 
     @property
     def rows(self) -> int:
@@ -65,7 +68,7 @@ class Layout:
         """Number of the first row of each tier."""
         return [0, *itertools.accumulate(tier.rows for tier in self.tiers[:-1])]
 
-    @property
+    @functools.cached_property
     def stride(self) -> int:
         """Bytes of the longest row."""
         return max(tier.stride for tier in self.tiers)
@@ -90,7 +93,7 @@ class Layout:
         """Bytes of all rows and of the bases, which are bfloat16: what a budget limits."""
         return self.row_bytes + sum(rank * self.dim * 2 for rank in self.rotated.values())
 
-    @property
+    @functools.cached_property
     def row_type(self) -> tuple[np.dtype, tuple[int, ...]]:
         """dtype and shape of an encoded row in memory: [parts, D] where it is floats only, else bytes."""
         bits = self.tiers[0].float_bits if len(self.tiers) == 1 else 0

@@ -77,7 +77,7 @@ class Overlay:
         if missing_ok and not os.path.exists(path):
             return cls(tol, [])
         with os.fdopen(open_regular(path, _EXPECTED), "rb") as file:
-            found = read_header(file.fileno(), path, _EXPECTED)
+            found = read_header(file.fileno(), path, _EXPECTED, header.MOST_BYTES)
             meta = found.metadata
             if meta.get("format") != "memoryllm_overlay" or not meta.keys() >= _METADATA:
                 raise UserError(f"{path}: expected {_EXPECTED}, found another safetensors file")
@@ -85,8 +85,8 @@ class Overlay:
             arrays = _read_arrays(file, path, found)
         if meta["rows_digest"] != tol.metadata["rows_digest"]:
             raise UserError(
-                f"{path}: made for other rows than those of {tol.path}: "
-                f"{meta['rows_digest'][:12]!r}, found {tol.metadata['rows_digest'][:12]!r}"
+                f"{path}: made for other rows than those of {tol.path}: expected rows_digest "
+                f"{tol.metadata['rows_digest'][:12]}..., found {meta['rows_digest'][:12]}..."
             )
         entries = records.parse(list[_Entry], meta["edits"], f"{path}: edits")
         edits = [_edit(entry, k, arrays, tol, path) for k, entry in enumerate(entries)]
@@ -227,6 +227,9 @@ def _misfit(entry: _Entry, stored: dict[str, np.ndarray], V: int, L: int) -> str
         return "expected a mix of rows or a layer, found neither"
     if len(np.unique(ids)) < len(ids) or ids.min() < 0 or ids.max() >= V:
         return f"expected distinct ids from 0 to {V - 1}"
+    longest = max(map(len, entry.mix))
+    if longest > V:
+        return f"expected rows that are mixed from at most {V} tokens, found {longest}"
     for token, weight in (pair for pairs in entry.mix for pair in pairs):
         if token >= V or not math.isfinite(weight):
             return f"expected a mix of tokens below {V} with finite weights, found {token} with {weight}"

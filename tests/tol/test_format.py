@@ -184,9 +184,11 @@ def with_entry(name, **values):
         (with_metadata(layout="[" * 50_000), "layout: "),
         (other_part, "layout: tiers[0]: expected x0 and then layers upwards, each once, found ffn.2"),
         (with_layout(lambda tree: tree.update(layers=6)), "layout: tiers[0]: expected layers below 6, found ffn.6"),
-        (with_layout(lambda tree: tree.update(layers=5_000_000)), "layout: layers: expected int <= 65536"),
+        (with_layout(lambda tree: tree.update(layers=5_000_000)), "layout: layers: expected int <= 4096"),
         (with_layout(lambda tree: tree.update(dim=96.0)), "layout: dim: expected int, found float"),
         (with_layout(lambda tree: tree.update(tiers=None)), "layout: tiers: expected array, found null"),
+        (with_layout(lambda tree: tree.update(tiers=tree["tiers"] * 33)), "tiers: expected array of length <= 64"),
+        (with_metadata(codec=" " * (16 << 20)), "expected a ToL file with a header of at most 16777216 bytes, found "),
         (with_layout(lambda tree: tree["tiers"][0].update(rows=111)), "found 300"),
         (with_layout(lambda tree: tree["tiers"][1].update(rows=-190)), "tiers[1].rows: expected int >= 1"),
         (with_layout(lambda tree: part(tree).update(bands=[])), "expected array of length >= 1"),
@@ -238,6 +240,11 @@ def test_folder_and_pipe_are_refused(mixed_file, tmp_path):
             for read in (TolFile, lambda path: Overlay.open(path, tol)):
                 with pytest.raises(UserError, match=f"{path}: expected .*, found a folder or a special file"):
                     read(path)
+
+
+def test_url_is_refused():
+    with pytest.raises(UserError, match="gs://b/t: expected a ToL file on a disk, found a URL"):
+        TolFile("gs://b/t")
 
 
 def test_file_without_a_header_checksum_opens(mixed_file, tmp_path):
