@@ -110,6 +110,7 @@ def build(
     extra = {name: (_TYPES[array.dtype.name], array.shape) for name, array in arrays.items()}
     writer = TolWriter(output, layout, extra, metadata, f"{source.mesh.size} devices, chunks of {chunk_rows} rows")
     if writer.is_there():
+        writer.remove_leftover()
         return f"{output}: is there already, from the same weights; remove it to build it again"
     try:
         writer.begin()

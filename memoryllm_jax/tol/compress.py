@@ -101,6 +101,7 @@ def compress_file(tol: TolFile, choices: Options, output: str, workdir: str = ""
     """
     if os.path.exists(output) and os.path.samefile(output, tol.path):
         raise ArgumentError("output", f"expected another file than the one that is compressed, found {output}")
+    to_replace(output)  # before the weights are read
     # Integers would be quantised twice, and dropped layers are read as zeros, which would be stored like other rows.
     parts = [part for tier in tol.layout.tiers for part in tier.parts]
     is_exact = all(band.bits in FLOATS and not part.rotated for part in parts for band in part.bands)
@@ -116,7 +117,8 @@ def compress_file(tol: TolFile, choices: Options, output: str, workdir: str = ""
         with contextlib.closing(TrainedModel(workdir, tol.step, tol.metadata["dtype"])) as trained:
             tol.check_model(trained.config, trained.tokenizer.digest, None)
             scorer = budget.scorer(trained, choices.data) if choices.data else None
-    return write(FileSource(tol), choices, output, scorer, "compress", workdir=workdir)
+    with contextlib.closing(FileSource(tol)) as source:
+        return write(source, choices, output, scorer, "compress", workdir=workdir)
 
 
 def write(
@@ -160,7 +162,7 @@ def _check_output(output: str, identity: Identity) -> None:
     found = to_replace(output)
     if found and any(found[key] != getattr(identity, key) for key in ("rows_digest", "decoder_digest")):
         expected = "expected a name that is free, or a ToL file of the same weights"
-        other = f"a file of other weights ({found['architecture']} at step {found['step']})"
+        other = f"a file of other weights or with edits ({found['architecture']} at step {found['step']})"
         raise ArgumentError("output", f"{expected}, found {other}: {output}; remove it or choose another name")
 
 

@@ -76,6 +76,8 @@ class Result(NamedTuple):
 def fulfil(tol: TolFile, request: Request) -> Result:
     """Adds edits to an overlay or takes some back, and writes the edited file where one is named. Raises: UserError."""
     operations = request.operations()
+    if request.output and os.path.abspath(request.output) == os.path.abspath(request.overlay):
+        raise ArgumentError("output", f"expected another file than the overlay, found {request.output}")
     if request.undo and operations:
         raise ArgumentError("undo", f"expected no edit on the same line, found {operations[0][0]}")
     overlay = Overlay.open(request.overlay, tol, missing_ok=bool(operations))

@@ -1,8 +1,10 @@
 """Writes ToL files, in any order of their rows; a file that was left unfinished goes on."""
 
+import contextlib
 import hashlib
 import math
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -70,8 +72,13 @@ def plan(layout: Layout, extra: dict[str, tuple[str, tuple[int, ...]]], metadata
 def to_replace(path: str) -> dict[str, str] | None:
     """The metadata of the ToL file that a new one at `path` would replace; None where there is no file.
 
-    Raises: ArgumentError for the output, if something other than a ToL file is there.
+    Raises: ArgumentError for the output, if something other than a ToL file is there or no file can be.
     """
+    if storage.is_url(path):
+        raise ArgumentError("output", f"expected a path on a disk, found the URL {path}")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.access(folder, os.W_OK):
+        raise ArgumentError("output", f"expected a path in a folder that can be written to, found {path}")
     if not os.path.exists(path):
         return None
     try:
@@ -124,6 +131,11 @@ class TolWriter:
             return False
         with open(self.path, "rb") as file:
             return file.read(len(self._header)) == self._header
+
+    def remove_leftover(self) -> None:
+        """Removes the note of progress that a writer left that was killed after it had given the file its name."""
+        if not os.path.exists(self._part) and self.done() is not None:
+            storage.remove(self._progress)
 
     def begin(self) -> None:
         """Opens the partial file; makes it, unless an earlier writer with this plan left it unfinished."""
@@ -200,25 +212,30 @@ class TolWriter:
 
     def _write(self, array, start):
         view, done = memoryview(array.reshape(-1).view(np.uint8)), 0
-        try:
+        with self._resumable():
             while done < len(view):
                 done += os.pwrite(self._fd, view[done:], start + done)
+
+    @contextlib.contextmanager
+    def _resumable(self) -> Iterator[None]:
+        """Turns an OSError into a UserError; the partial file stays."""
+        try:
+            yield
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}; run the same line again") from error
 
     def record(self, chunks: int) -> None:
         """Notes that the first `chunks` chunks are written."""
-        try:
+        with self._resumable():
             os.fdatasync(self._fd)  # before the note: a chunk that it counts is never written again
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}; run the same line again") from error
         storage.write_json(self._progress, {"plan": self._plan_digest, "chunks": chunks})
 
     def finish(self) -> None:
         """Gives the whole file its name."""
-        os.fsync(self._fd)
-        os.replace(self._part, self.path)
-        os.remove(self._progress)
+        with self._resumable():
+            os.fsync(self._fd)
+            os.replace(self._part, self.path)
+        storage.remove(self._progress)
         self.close()
 
     def close(self) -> None:

@@ -81,11 +81,15 @@ def test_killed_build_goes_on(tokenizer, tmp_path):
         build.build(Source(tokenizer, stop=3), small(), path, **more())
     assert sorted(os.listdir(tmp_path)) == ["killed.safetensors.part", "killed.safetensors.part.progress"]
     assert os.path.getsize(f"{path}.part") == len(whole)
-    done = json.loads(content(f"{path}.part.progress"))["chunks"]
+    note = content(f"{path}.part.progress")
+    done = json.loads(note)["chunks"]
     assert done == 2  # the third was computed, and not yet written
     source = Source(tokenizer)
     build.build(source, small(), path, **more())
     assert source.calls == work - done
+    # A kill may also come between the last two steps: the file has its name, and the note of progress is there.
+    (tmp_path / "killed.safetensors.part.progress").write_bytes(note)
+    assert "is there already" in build.build(source, small(), path, **more())
     assert os.listdir(tmp_path) == ["killed.safetensors"] and content(path) == whole
 
 

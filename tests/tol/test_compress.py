@@ -120,13 +120,16 @@ def test_only_a_tol_file_of_the_same_weights_is_replaced(lab, tmp_path):
         compress.compress_file(tol, compress.Options(), tol.path)
     for there, found in (
         (b"a text", "found another file: .* expected a ToL file"),
-        (content(lab.tol("flex-3")), r"found a file of other weights \(flex-3 at step 16\)"),
+        (content(lab.tol("flex-3")), r"found a file of other weights or with edits \(flex-3 at step 16\)"),
     ):
         with open(out, "wb") as file:
             file.write(there)
         with pytest.raises(UserError, match=f"output: expected a name that is free, or .*{found}"):
             compress.write(source, compress.Options(bits="8"), out)
         assert content(out) == there
+    for nowhere, found in (("gs://b/t", "a path on a disk, found the URL"), (f"{out}.d/t", "a folder that can be wri")):
+        with pytest.raises(UserError, match=f"output: expected .*{found}.*{nowhere}"):
+            compress.write(source, compress.Options(bits="8"), nowhere)
     shutil.copy(lab.tol("memory"), out)
     compress.write(source, compress.Options(bits="8"), out)
     with opened(out) as tol:

@@ -101,6 +101,7 @@ def deep(entries):
         (lambda entries: entries[1].update(layer=-1), r"edits: \[1\].layer: expected int >= 0"),
         (lambda entries: entries[0]["mix"].pop(), r"tensor 0.ids: expected int32 \(1,\) .*, found int32 \(2,\)"),
         (lambda entries: entries[0]["mix"][0].append([512, 1.0]), "mix of tokens below 512 .*, found 512 with 1.0"),
+        (lambda entries: entries[0]["mix"][0].extend([[1, 0.0]] * 512), "from at most 512 tokens, found 513"),
         (deep, "edits: "),
         (lambda entries: entries.pop(), "expected no tensor but those of its edits, found '1.coefficients'"),
     ],
@@ -282,6 +283,13 @@ def test_only_an_edited_file_is_replaced(lab, edited_file, tmp_path):
         shutil.copy(edited_file[0], out)
         edit.write_edited(tol, overlay, out)
     assert content(out) == content(edited_file[0])
+
+
+def test_overlay_is_not_the_output(lab, tmp_path):
+    name = str(tmp_path / "same")
+    with opened(lab.tol("flex-3")) as tol, pytest.raises(UserError, match="expected another file than the overlay"):
+        edit.fulfil(tol, edit.Request(overlay=name, zero=("#7",), output=name))
+    assert os.listdir(tmp_path) == []
 
 
 def test_edit_of_a_layer_that_a_tier_drops_is_not_written(lab, tmp_path):
