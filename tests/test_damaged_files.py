@@ -3,6 +3,7 @@
 The suite tries a few files for each reader, the same in every run. `-m long` tries many, drawn anew in every run.
 """
 
+import base64
 import contextlib
 import gzip
 import json
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import damage
 import hypothesis
 import pytest
+import zstandard
 from hypothesis import HealthCheck
 from lab import GOLDEN
 
@@ -138,11 +140,37 @@ def read_hf(folder):
     import_.import_model(str(folder), str(folder / "work"))
 
 
-def read_tokenizer(folder):
-    tokenizer.load(f"hf:{folder / 'tokenizer.json'}").encode("Some words.")
+def tokenizer_of(kind, name):
+    return lambda folder: tokenizer.load(f"{kind}:{folder / name}").encode("Some words.")
 
 
-def hf(name, damaged=damage.json_files, tries=15):
+def make_llama3(folder):
+    """A tokenizer.model of Llama 3 with a token for each byte."""
+    first = b"!" + bytes(b for b in range(256) if b != ord("!"))
+    lines = [base64.b64encode(bytes([byte])) + b" %d\n" % rank for rank, byte in enumerate(first)]
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+
+
+def make_parquet(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": [line["text"] for line in LINES]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, folder / "a.parquet")
+
+
+def make_verified(folder):
+    """Data that a workdir, the same folder, remembers as verified."""
+    copy_of(MADE_BEFORE / "data")(folder)
+    data = Dataset(str(folder), str(folder))
+    data.verify()
+    data.remember_verified()
+
+
+def read_verified(folder):
+    with contextlib.redirect_stdout(None):  # a line says that damage is ignored
+        Dataset(str(folder), str(folder)).verify()
+
+
+def hf(name, damaged=damage.json_files, tries=12):
     return Reader(make_hf, name, damaged, read_hf, tries)
 
 
@@ -164,12 +192,26 @@ READERS = {
     "index": hf("model.safetensors.index.json"),
     "safetensors": hf("model-1.safetensors", damage.safetensors_files),
     "generation_config.json": hf("generation_config.json"),
-    "tokenizer_config.json": Reader(make_hf, "tokenizer_config.json", damage.json_files, read_tokenizer, 20),
-    "tokenizer.json": Reader(make_hf, "tokenizer.json", damage.json_files, read_tokenizer),
+    "tokenizer_config.json": Reader(
+        make_hf, "tokenizer_config.json", damage.json_files, tokenizer_of("hf", "tokenizer.json"), 20
+    ),
+    "tokenizer.json": Reader(make_hf, "tokenizer.json", damage.json_files, tokenizer_of("hf", "tokenizer.json")),
+    "SentencePiece": Reader(
+        copy_of(MADE_BEFORE / "data", "tokenizer.model"),
+        "tokenizer.model",
+        damage.bytes_files,
+        tokenizer_of("sentencepiece", "tokenizer.model"),
+    ),
+    "Llama 3": Reader(make_llama3, "tokenizer.model", damage.bytes_files, tokenizer_of("llama3", "tokenizer.model")),
+    "verified_data.json": Reader(make_verified, "verified_data.json", damage.json_files, read_verified),
     "JSON lines": Reader(with_file("a.jsonl", lines_of(*LINES)), "a.jsonl", damage.lines_files, read_texts),
     "gzip": Reader(
         with_file("a.jsonl.gz", gzip.compress(lines_of(*LINES))), "a.jsonl.gz", damage.bytes_files, read_texts
     ),
+    "Zstandard": Reader(
+        with_file("a.jsonl.zst", zstandard.compress(lines_of(*LINES))), "a.jsonl.zst", damage.bytes_files, read_texts
+    ),
+    "parquet": Reader(make_parquet, "a.parquet", damage.bytes_files, read_texts),
     "task": Reader(
         with_file("piqa.jsonl", lines_of({"goal": "Open it.", "sol1": "Pull.", "sol2": "Push.", "label": 1})),
         "piqa.jsonl",
@@ -242,6 +284,6 @@ def test_a_damaged_file_gives_a_value_or_one_error(name, tmp_path, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("name", READERS)
 def test_many_damaged_files_give_values_or_errors(name, tmp_path, monkeypatch, record_property):
-    tries = 100 * READERS[name].tries
+    tries = 50 * READERS[name].tries
     record_property("tries", tries)
     check(name, tmp_path, monkeypatch, max_examples=tries)
