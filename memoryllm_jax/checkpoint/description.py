@@ -119,9 +119,9 @@ def _decode(data: bytes, path: str) -> tuple[dict, Description]:
     # Imports keep bytes of texts that are not UTF-8 as lone surrogates, which msgspec refuses to decode.
     try:
         tree = json.loads(data)
-        return tree, msgspec.convert(tree, Description)
-    except (ValueError, RecursionError, msgspec.ValidationError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected the description of a checkpoint: {one_line(error, 200)}") from error
+    return tree, records.convert(Description, tree, path)
 
 
 def _checksum(tree: dict) -> str:

@@ -11,6 +11,7 @@ Fields that a structure does not name are ignored, so that files of later versio
 """
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -48,7 +49,7 @@ def parse(kind: type[T], data: bytes | str, where: str, expected: str = "") -> T
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
-        raise UserError(f"{where}: {_explained(error, data)}") from error
+        raise UserError(f"{where}: {_explained(error, lambda: _untyped(data))}") from error
     except RecursionError as error:
         raise UserError(f"{where}: {wanted or 'expected JSON, found '}JSON that is nested too deeply") from error
     except (msgspec.DecodeError, UnicodeError) as error:
@@ -66,13 +67,38 @@ def read(kind: type[T], path: str, expected: str) -> T:
     return parse(kind, storage.read_bytes(path, expected), path, expected)
 
 
+def convert(kind: type[T], tree: Any, where: str) -> T:
+    """The typed value of decoded JSON, which is a tree of dicts and lists.
+
+    Args:
+      kind, where: as of `parse`.
+    Raises: UserError that names the field, what was expected there and what was found.
+    """
+    try:
+        return msgspec.convert(tree, kind)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{where}: {_explained(error, lambda: tree)}") from error
+
+
 def to_json(value: Any) -> Any:
     """A Record as the tree of dicts and lists that `storage.write_json` takes."""
     return msgspec.to_builtins(value)
 
 
-def _explained(error: msgspec.ValidationError, data) -> str:
-    """msgspec's message in our form: FIELD: expected ..., found ..."""
+def _untyped(data: bytes | str) -> Any:
+    """JSON as a tree; None if it is too odd to decode without a type."""
+    try:
+        return msgspec.json.decode(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _explained(error: msgspec.ValidationError, tree_of: Callable[[], Any]) -> str:
+    """msgspec's message in our form: FIELD: expected ..., found ...
+
+    Args:
+      tree_of: returns the JSON as a tree. It is called only if the message lacks the value that was found.
+    """
     match = _AT_FIELD.fullmatch(str(error))
     problem, place = match["problem"], (match["place"] or "").removeprefix("$").removeprefix(".")
     name = f"{place}: " if place else ""
@@ -87,18 +113,16 @@ def _explained(error: msgspec.ValidationError, data) -> str:
     problem = re.sub("^Invalid enum value '?(.*?)'?$", r"expected a known value, found '\1'", problem)
     # msgspec writes [...] for keys of a dict, so the value cannot be looked up.
     if "found" not in problem and "[...]" not in place:
-        problem += _found(data, place)
+        problem += _found(tree_of(), place)
     return f"{name}{problem}"
 
 
-def _found(data, place: str) -> str:
+def _found(value, place: str) -> str:
     """The clause ", found VALUE" for a value out of its bounds; "" where the place names no single value."""
     try:
-        value = msgspec.json.decode(data)
         for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", place):
             value = value[key] if key else value[int(index)]
-    # The JSON around the value may be too odd to decode without a type.
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (LookupError, TypeError):
         return ""
     text = repr(value)
     return f", found {text}" if len(text) <= _MOST_FOUND else f", found {text[:_MOST_FOUND]}..."

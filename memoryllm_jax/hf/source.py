@@ -62,10 +62,7 @@ def of(tree: dict, where: str) -> Source:
       where: the checkpoint's folder, for error messages.
     Raises: UserError.
     """
-    try:
-        return msgspec.convert(tree, Source)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{where}: source: {error}") from error
+    return records.convert(Source, tree, f"{where}: source")
 
 
 def texts(folder: str, names: tuple[str, ...]) -> dict[str, str]:

@@ -57,3 +57,9 @@ def test_a_message_names_field_expectation_and_value(text, problem):
     with pytest.raises(UserError) as error:
         records.parse(Model, text, "file", "a model")
     assert str(error.value) == problem
+
+
+def test_a_tree_is_converted_with_the_same_messages():
+    assert records.convert(Model, {"steps": 3}, "file") == Model(steps=3)
+    with pytest.raises(UserError, match=r"^file: steps: expected int >= 0, found -1$"):
+        records.convert(Model, {"steps": -1}, "file")

@@ -16,9 +16,9 @@ from memoryllm_jax.hf import source
         ({"files": {"/tmp/victim": "text"}}, "found '/tmp/victim'"),
         ({"files": {"modeling_memoryllm.py": "import os"}}, "found 'modeling_memoryllm.py'"),
         ({"of_these_weights": {"model.safetensors": ""}}, "in of_these_weights, found 'model.safetensors'"),
-        ({"files": {"LICENSE": None}}, "Expected `str`, got `null`"),
+        ({"files": {"LICENSE": None}}, "expected str, found null"),
         ({"dtypes": ["int8"]}, "dtypes"),
-        ([], "Expected `object`, got `array`"),
+        ([], "expected object, found array"),
     ],
 )
 def test_a_description_decides_neither_where_export_writes_nor_what_code(part, problem):
