@@ -104,7 +104,7 @@ def _rope_to_json(c):
     return out
 
 
-_Positive = Annotated[float, msgspec.Meta(gt=0, le=2.0**127)]  # as float32 holds it
+_Positive = Annotated[float, msgspec.Meta(ge=2.0**-126, le=2.0**127)]  # as float32 holds it
 
 
 class Settings(records.Record):

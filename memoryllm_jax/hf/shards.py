@@ -55,8 +55,9 @@ def path_in(folder: str, name: str, what: str = "") -> str:
     is_cached = is_snapshot and os.path.basename(repository).startswith("models--")
     blobs = (os.path.join(repository, "blobs"),) if is_cached else ()
     path = storage.inside(folder, name, what or os.path.join(folder, name), blobs)
-    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would wait for ever
-        raise UserError(f"{path}: expected a file, found a folder, pipe or device")
+    # Reading a pipe would wait for ever. A link to nothing must not look like a file that the model lacks.
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: expected a file, found a folder, pipe, device or broken link")
     return path
 
 

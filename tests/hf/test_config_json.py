@@ -60,6 +60,7 @@ def llama(**changes):
         ({"torch_dtype": "int8", "dtype": None}, "torch_dtype: expected one of float32, .*, found 'int8'"),
         ({"rope_scaling": "linear"}, "rope_scaling: expected object | null, found str"),
         ({"rope_parameters": {"rope_theta": "large"}}, "rope_parameters: rope_theta: expected .*, found str"),
+        ({"rope_theta": 1e-300}, "rope_theta: expected float >= .*, found 1e-300"),  # float32 would round it to 0
         (
             {"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": "all"}},
             "rope_parameters: original_max_position_embeddings: expected .*, found str",
