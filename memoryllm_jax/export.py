@@ -4,7 +4,7 @@
     python -m memoryllm_jax.export --import=HF_DIR --workdir=DIR
 
 A base model becomes an ordinary Llama. memory and flex-B keep Llama's tensor names and add `model.layers.N.memory.*`.
-The directory then holds a modeling file, so that transformers loads it with
+The directory then holds modeling files, so that transformers loads it with
 AutoModelForCausalLM.from_pretrained(HF_DIR, trust_remote_code=True), and with tol="FILE" from a ToL file.
 
 --import reads Llama models in safetensors files, and directories that this command wrote. evaluate, generate,

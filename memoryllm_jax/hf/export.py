@@ -18,6 +18,7 @@ from memoryllm_jax.hf import card, config_json, shards, tensor_names
 from memoryllm_jax.hf import source as source_lib
 
 FILE_BYTES = 5 * 10**9  # largest safetensors file, as in transformers before 5
+_CODE = ("modeling_memoryllm.py", "modeling_digest.py", "modeling_tol.py")  # of memory and flex models
 
 
 def export_model(
@@ -71,8 +72,9 @@ def _write(trained, folder, dtype, file_bytes):
     if trained.config.memory_dim:
         # The digests come before the weights, as the allocator may not yet have returned their last file's memory.
         settings["float16_digests"] = _float16_digests(trained, dtype)
-        code = resources.files("memoryllm_jax.hf").joinpath("modeling_memoryllm.py").read_bytes()
-        storage.write_bytes(os.path.join(folder, "modeling_memoryllm.py"), code)
+        for file in _CODE:
+            content = resources.files("memoryllm_jax.hf").joinpath(file).read_bytes()
+            storage.write_bytes(os.path.join(folder, file), content)
     storage.write_json(os.path.join(folder, "config.json"), settings)
     _write_weights(trained, folder, files, tensors, dtype)
     if len(files) > 1:
@@ -107,9 +109,9 @@ def _special_ids(tokenizer):
 
 
 def _float16_digests(trained, dtype):
-    """{digest of the decoder's weights as float16: their digest}, by which the modeling file recognises ToL files.
+    """{digest of the decoder's weights as float16: their digest}, by which the modeling code recognises ToL files.
 
-    The digest rounds float32 and bfloat16 weights alike, so that the modeling file can compute it from either. From
+    The digest rounds float32 and bfloat16 weights alike, so that the modeling code can compute it from either. From
     float16 it cannot: values that were rounded to float16 first may then round to another bfloat16.
 
     Args:

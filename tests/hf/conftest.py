@@ -6,6 +6,7 @@ import pytest
 from lab import made_once, shared_folder, write_untrained
 
 from memoryllm_jax.config import default, resolve
+from memoryllm_jax.tol import compress
 
 MODELS = {
     "memory": ("memory", {}),
@@ -45,5 +46,18 @@ def untrained(data_path, tmp_path_factory):
             if to_make:
                 write_untrained(resolve(c), str(path))
         return str(path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tol_of(untrained, tmp_path_factory):
+    """tol_of(name): a ToL file of one of MODELS, in bfloat16."""
+
+    @functools.cache
+    def make(name):
+        path = str(tmp_path_factory.mktemp("tol") / name)
+        compress.precompute(untrained(name), path, compress.Options())
+        return path
 
     return make

@@ -37,8 +37,8 @@ def keep(name, logits_of):
         text = np.append(text, logits_of(text)[:, -1:].argmax(-1), 1)
     np.save(f"{HERE}/{name}/logits.npy", logits_of(IDS))
     np.save(f"{HERE}/{name}/text.npy", text[0, IDS.shape[1] :])
-    for file in ("generation_config.json", "README.md", "modeling_memoryllm.py", "tokenizer_config.json"):
-        if os.path.exists(f"{HERE}/{name}/{file}"):
+    for file in os.listdir(f"{HERE}/{name}"):
+        if file in ("generation_config.json", "README.md", "tokenizer_config.json") or file.endswith(".py"):
             os.remove(f"{HERE}/{name}/{file}")
 
 
