@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 from importlib import resources
 
 import numpy as np
@@ -46,15 +45,27 @@ def export_model(
         raise ArgumentError("output", f"expected a local folder, found the URL {output}")
     if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
         raise ArgumentError("output", f"expected a folder that does not exist yet or is empty, found {output}")
-    trained = TrainedModel(workdir, step, "float32")
-    try:
-        with storage.replaced(output.rstrip("/")) as part:
-            shutil.rmtree(part, ignore_errors=True)  # left by an export that was killed
-            os.makedirs(part)
+    path = output.rstrip("/")
+    with contextlib.closing(TrainedModel(workdir, step, "float32")) as trained:
+        lock = _claim(f"{path}.part")
+        with contextlib.closing(lock), storage.replaced(path) as part:
             text = _write(trained, part, dtype, file_bytes)
-    finally:
-        trained.close()
+            storage.discard_lock(lock, part)
     return f"{output}: {text}"
+
+
+def _claim(part):
+    """Makes and locks the folder that an export fills before it is renamed; empties one that a killed export left.
+
+    Returns: the lock. Raises: UserError if another export fills the folder, or if something else is there.
+    """
+    found = storage.names(part)
+    if os.path.islink(part) or (found and ".lock" not in found):
+        raise ArgumentError("output", f"expected nothing at {part}, where export writes first, found a file or folder")
+    lock = storage.lock_folder(part)
+    for name in storage.names(part) - {".lock"}:
+        os.remove(os.path.join(part, name))
+    return lock
 
 
 def _write(trained, folder, dtype, file_bytes):

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from sides import write_sentencepiece
 
 from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data import tokenizer_conversion
 from memoryllm_jax.hf import tensor_names
@@ -168,6 +169,21 @@ def test_arguments_are_refused_by_name(imported, tmp_path, name, value, message)
     arguments = {"workdir": imported, "output": str(tmp_path / "out"), name: value}
     with pytest.raises(UserError, match=message):
         export_model(**arguments)
+
+
+def test_only_what_an_export_left_is_removed_from_the_folder_that_is_filled_first(imported, tmp_path):
+    out, part = str(tmp_path / "out"), tmp_path / "out.part"
+    part.mkdir()
+    (part / "notes.txt").write_text("not from an export")
+    with pytest.raises(UserError, match=r"^output: expected nothing at .*out.part, where export writes first"):
+        export_model(imported, out)
+    lock = storage.lock_folder(str(part))
+    with pytest.raises(UserError, match=r"out.part: in use by another run"):
+        export_model(imported, out)
+    assert not os.path.exists(out) and (part / "notes.txt").exists()
+    lock.close()  # as after a kill
+    export_model(imported, out)
+    assert "notes.txt" not in os.listdir(out) and ".lock" not in os.listdir(out) and not part.exists()
 
 
 def test_a_base_that_is_no_llama_is_refused(make_config, tmp_path):
