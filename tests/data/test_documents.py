@@ -11,7 +11,8 @@ import fsspec
 import pytest
 
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.data import documents
+from memoryllm_jax.data import documents, text_file
+from memoryllm_jax.data.text_file import TextFile
 
 LINE = b'{"text": "a"}\n'
 
@@ -110,7 +111,7 @@ def test_a_text_key_may_be_any_name(tmp_path, key):
     ],
 )
 def test_bad_records_are_named_or_counted(tmp_path, monkeypatch, line, message, cause):
-    monkeypatch.setattr(documents, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(text_file, "MOST_BYTES", 2**20)
     (tmp_path / "a.jsonl").write_bytes(LINE + line + b"\n" + LINE)
     with pytest.raises(documents.RecordError, match=rf"a\.jsonl: line 2: .*{message}"):
         texts(tmp_path / "a.jsonl")
@@ -129,7 +130,7 @@ def test_zstd_is_decompressed_in_bounded_pieces_with_any_window(tmp_path):
     path = tmp_path / "large.jsonl.zst"
     path.write_bytes(b"".join(stream.compress(bytes(10**7)) for _ in range(15)) + stream.flush())
     with open(path, "rb") as file:
-        pieces = [len(piece) for piece in documents._Source(str(path), file, None).chunks()]
+        pieces = [len(piece) for piece in TextFile(str(path), file, None).chunks()]
     assert sum(pieces) == 15 * 10**7 and max(pieces) <= 2**20
     with pytest.raises(UserError, match="expected a line of at most 134,217,728 bytes"):
         texts(path)

@@ -17,7 +17,7 @@ from sides import write_tokenizer
 
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.data import shards
+from memoryllm_jax.data import input_file, shards
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.shards import prepare
 
@@ -247,12 +247,12 @@ def test_a_dask_cluster_that_loses_a_worker_writes_the_same_bytes(corpus, data_p
 
 def test_a_worker_that_does_not_see_the_folder_says_so(corpus, data_path, tmp_path):
     """In a working folder on another machine, or with a plan that is not the one of this run."""
-    task = shards.Task(0, str(tmp_path), "0" * 64, 1, "stop", 0)
+    task = input_file.Task(0, str(tmp_path), "0" * 64, 1, "stop", 0)
     with pytest.raises(UserError, match=r"expected the plan of this run, which all workers see, found none"):
-        shards.tokenize_file(task, print)
+        input_file.tokenize_file(task, print)
     prepare(corpus, f"sentencepiece:{data_path}/tokenizer.model", str(tmp_path / "out"), workers=1)
     with pytest.raises(UserError, match=r"expected the plan of this run, .* found the plan of another run"):
-        shards.tokenize_file(task._replace(output=str(tmp_path / "out")), print)
+        input_file.tokenize_file(task._replace(output=str(tmp_path / "out")), print)
 
 
 CUT_OFF = gzip.compress(b'{"text": "abc"}\n' * 100, mtime=0)[
@@ -275,7 +275,7 @@ CUT_OFF = gzip.compress(b'{"text": "abc"}\n' * 100, mtime=0)[
         ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl: line 1: expected Unicode text, found half a surrogate"),
         ("a.txt", b"abc\xff", "a.txt: expected UTF-8, found byte 0xff at offset 3"),
         ("a.jsonl", b"\n\n", "expected documents to train on, found none"),
-        ("a.json", b' [\n{"text": "a"}]', "a.json: line 1: expected one JSON object a line, found a JSON array"),
+        ("a.json", b' [\n{"text": "a"}]', "a.json: expected one JSON object a line, found a JSON array"),
         ("a.parquet", b"PAR1 not really", "a.parquet: damaged parquet"),
         ("a.csv", b"text", "a.csv: expected a name ending in .json"),
     ],
