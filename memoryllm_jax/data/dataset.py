@@ -7,6 +7,7 @@ import collections
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import msgspec
@@ -237,15 +238,18 @@ class Dataset:
         """The tokenizer that made the data. Raises: UserError if the file has another checksum than recorded."""
         return self._folders[0].tokenizer()
 
-    def verify(self, part: int = 0, parts: int = 1, show: bool = True) -> None:
+    def verify(
+        self, part: int = 0, parts: int = 1, show: bool = True, stopped: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Compares all file shards with their checksums, but for those that the workdir remembers as verified.
 
         Args:
           part, parts: the share to check: every `parts`-th file shard, from index `part` on. Each host takes one share.
-          show: whether to show progress.
+          show, stopped: as of `Verification.check`.
+        Returns: whether all are verified; False if the reading was stopped.
         Raises: UserError that names the file shard.
         """
-        self._verification.check(self._all_shards()[part::parts], show)
+        return self._verification.check(self._all_shards()[part::parts], show, stopped)
 
     def remember_verified(self) -> None:
         """Writes into the workdir that all file shards are verified; call it when all shares have been."""

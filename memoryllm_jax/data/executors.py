@@ -46,13 +46,17 @@ def in_processes(
     # Not "fork", which would copy JAX's locks but not the threads that hold them.
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()
-    with concurrent.futures.ProcessPoolExecutor(count, context, _start_worker, (reports,)) as pool:
+    # Not an Event, whose lock a killed worker could hold.
+    stopped = context.RawValue("b", False)
+    with concurrent.futures.ProcessPoolExecutor(count, context, _start_worker, (reports, stopped)) as pool:
         try:
             yield from _finished(pool, functools.partial(_in_worker, work), tasks, lambda: _drain(reports, report))
         except concurrent.futures.process.BrokenProcessPool as error:
             raise UserError(
                 f"a worker process was killed, perhaps for lack of memory; try fewer workers than {count}"
             ) from error
+        finally:
+            stopped.value = True  # after an error or Ctrl-C, no worker goes on to the end of its task
 
 
 @contextlib.contextmanager
@@ -148,12 +152,13 @@ def _drain(reports: multiprocessing.Queue, report: Report) -> None:
             return
 
 
-_reports = None  # in a worker process: the multiprocessing.Queue for progress
+# In a worker process: the multiprocessing.Queue for progress, and the shared value that says whether to stop.
+_reports = _stopped = None
 
 
-def _start_worker(reports: multiprocessing.Queue) -> None:
+def _start_worker(reports: multiprocessing.Queue, stopped) -> None:
     """Sets up a worker process, before it gets any task."""
-    global _reports
+    global _reports, _stopped
 
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -164,12 +169,18 @@ def _start_worker(reports: multiprocessing.Queue) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent stops its workers
     # A worker normally waits at its end until its reports are read. A parent that fails no longer reads them.
     reports.cancel_join_thread()
-    _reports = reports
+    _reports, _stopped = reports, stopped
 
 
 def _in_worker(work: Callable, task):
-    """Runs a task in a worker process."""
-    return work(task, lambda *progress: _reports.put(progress))
+    """Runs a task in a worker process. It ends at its next report after the parent has failed or was interrupted."""
+
+    def report(*progress):
+        if _stopped.value:
+            raise UserError("stopped")  # which nobody waits for
+        _reports.put(progress)
+
+    return work(task, report)
 
 
 def _on_host(work: Callable, task):

@@ -8,7 +8,7 @@ import concurrent.futures
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import fsspec
@@ -76,17 +76,23 @@ class Verification:
         self._path = os.path.join(workdir, FILE) if workdir else ""
         self._verified = self._read()
 
-    def check(self, shards: Sequence[FileShard], show: bool = True) -> None:
+    def check(
+        self, shards: Sequence[FileShard], show: bool = True, stopped: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Verifies those file shards that are not known to be right.
 
         Args:
           show: whether to show progress.
+          stopped: called for each piece that is read; if it returns True, the reading ends.
+        Returns: whether all are verified; False if the reading was stopped.
         Raises: UserError that names a file shard whose checksum differs.
         """
         unknown = [shard for shard in shards if not self._is_known(shard)]
         if unknown:
-            _compare_checksums(unknown, show)
+            if not _compare_checksums(unknown, show, stopped):
+                return False
             self._verified |= {_key(shard): _Verified(version=shard.version, sha256=shard.sha256) for shard in unknown}
+        return True
 
     def remember(self, shards: Sequence[FileShard]) -> None:
         """Writes into the workdir that these file shards are right. A workdir that cannot be written to is left alone.
@@ -137,12 +143,18 @@ def _key(shard: FileShard) -> str:
     return storage.absolute(shard.path)
 
 
-def _compare_checksums(shards: Sequence[FileShard], show: bool) -> None:
-    """Raises: UserError that names a file shard whose checksum differs."""
+class _StoppedError(UserError):
+    """Ends the reading of a file shard. A UserError, as `storage.sha256` turns others into one."""
+
+
+def _compare_checksums(shards: Sequence[FileShard], show: bool, stopped: Callable[[], bool]) -> bool:
+    """Arguments and results as of `Verification.check`."""
     progress = Progress("verify data", sum(shard.size for shard in shards), "B", enabled=show)
-    lock = threading.Lock()
+    lock, ended = threading.Lock(), threading.Event()
 
     def step(count: int) -> None:
+        if ended.is_set() or stopped():
+            raise _StoppedError
         with lock:
             progress.update(progress.done + count)
 
@@ -152,5 +164,11 @@ def _compare_checksums(shards: Sequence[FileShard], show: bool) -> None:
             raise UserError(f"{shard.path}: checksum differs: expected {shard.sha256[:12]}..., found {found[:12]}...")
 
     with contextlib.closing(progress), concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        # list() waits for all and raises the first error.
-        list(pool.map(check, shards))
+        try:
+            # list() waits for all and raises the first error.
+            list(pool.map(check, shards))
+        except _StoppedError:
+            return False
+        finally:
+            ended.set()  # after an error or Ctrl-C, the other threads do not read their file shards to the end
+    return True

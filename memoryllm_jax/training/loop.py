@@ -49,7 +49,7 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
         stop = StopSignal()
         at_exit.callback(stop.restore)
         try:
-            run = open_run(config, workdir, devices, at_exit)
+            run = open_run(config, workdir, devices, stop, at_exit)
             return _train(run, profile, stop, at_exit)
         except Exception as error:
             if hosts.is_out_of_memory(error):
@@ -77,12 +77,19 @@ class Run(NamedTuple):
     state: dict  # the trainer's state after `start` steps
 
 
-def open_run(config: Config, workdir: str, devices: list[jax.Device] | None, at_exit: contextlib.ExitStack) -> Run:
+def open_run(
+    config: Config,
+    workdir: str,
+    devices: list[jax.Device] | None,
+    stop: StopSignal,
+    at_exit: contextlib.ExitStack,
+) -> Run:
     """Opens data, devices and checkpoints, and initialises or restores the state.
 
     Args:
       workdir: absolute path or URL, as `description.folder` returns it.
       devices: devices to train on; None: all.
+      stop: ends the verification of the data. The run is opened all the same, and ends before its first step.
       at_exit: gets what must be closed when the run ends.
     Raises: UserError.
     """
@@ -117,7 +124,7 @@ def open_run(config: Config, workdir: str, devices: list[jax.Device] | None, at_
         description = msgspec.structs.replace(description, source=saved.source)
         state = checkpoints.restore(newest, trainer.state_shape)
     if config.data.verify:  # last, as it can take long, and what is refused should be refused before
-        _verify(dataset)
+        _verify(dataset, stop)
     return Run(
         workdir=workdir,
         config=config,
@@ -132,11 +139,11 @@ def open_run(config: Config, workdir: str, devices: list[jax.Device] | None, at_
     )
 
 
-def _verify(dataset: Dataset) -> None:
+def _verify(dataset: Dataset, stop: StopSignal) -> None:
     """Verifies the data, each host its share, and lets the workdir remember it. Raises: UserError."""
-    dataset.verify(jax.process_index(), jax.process_count(), show=hosts.is_first())
+    is_verified = dataset.verify(jax.process_index(), jax.process_count(), hosts.is_first(), stop.now)
     hosts.wait_for_all("the data is verified")  # a host whose share is damaged does not get here, and so no other
-    if hosts.is_first():
+    if hosts.is_first() and is_verified:
         dataset.remember_verified()
 
 

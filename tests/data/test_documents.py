@@ -5,13 +5,14 @@ import gzip
 import http.server
 import json
 import threading
+import tracemalloc
 import zipfile
 
 import fsspec
 import pytest
 
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.data import documents, text_file
+from memoryllm_jax.data import documents, json_lines, text_file
 from memoryllm_jax.data.text_file import TextFile
 
 LINE = b'{"text": "a"}\n'
@@ -117,6 +118,35 @@ def test_bad_records_are_named_or_counted(tmp_path, monkeypatch, line, message, 
         texts(tmp_path / "a.jsonl")
     skipped = collections.Counter()
     assert texts(tmp_path / "a.jsonl", skipped=skipped) == ["a", "a"] and skipped == {cause: 1}
+
+
+def test_a_text_file_is_one_document_of_any_size_unless_a_small_file_becomes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_file, "MOST_BYTES", 2**20)
+    (tmp_path / "a.txt").write_bytes(bytes(2**22))
+    assert len(texts(tmp_path / "a.txt")[0]) == 2**22
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(bytes(2**22)))
+    with pytest.raises(documents.RecordError, match=r"a.txt.gz: expected a document of at most 1,048,576 bytes"):
+        texts(tmp_path / "a.txt.gz")
+
+
+def test_blank_lines_are_counted(tmp_path):
+    """Some chunks of the file hold nothing else, others a part of a line too."""
+    (tmp_path / "a.jsonl").write_bytes(
+        b" \n" * 2**20 + LINE + b"\r\n\n" * 2**19 + b'{"text": \n' + b"\n" * 2**21 + LINE + b" "
+    )
+    skipped = collections.Counter()
+    assert texts(tmp_path / "a.jsonl", skipped=skipped) == ["a", "a"] and skipped == {"invalid JSON": 1}
+    with pytest.raises(documents.RecordError, match=f"line {2**20 + 1 + 2**20 + 1}: invalid JSON"):
+        texts(tmp_path / "a.jsonl")
+
+
+def test_odd_values_of_a_line_are_replaced_in_little_memory():
+    line = b'{"text": "a", "n": [%sNaN]}' % (b'"\\ud800",' * 10**4)
+    tracemalloc.start()
+    repaired, _ = json_lines._repaired(line)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert repaired == line.replace(b"d800", b"fffd").replace(b"NaN", b"0  ") and peak < 4 * len(line)
 
 
 def test_zstd_is_decompressed_in_bounded_pieces_with_any_window(tmp_path):

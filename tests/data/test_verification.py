@@ -60,6 +60,13 @@ def test_what_is_verified_is_remembered_until_a_file_changes(copied, tmp_path, r
         Dataset(str(copied), str(workdir)).verify()
 
 
+def test_verification_that_is_stopped_is_made_again(copied, tmp_path, read):
+    dataset = Dataset(str(copied), str(tmp_path))
+    assert not dataset.verify(stopped=lambda: True)
+    read.clear()
+    assert dataset.verify() and len(read) == 2
+
+
 def test_only_the_file_shards_of_the_ranges_are_verified(copied, tmp_path, read):
     flip(copied / "train-00000.bin")
     dataset = Dataset(str(copied), str(tmp_path))
