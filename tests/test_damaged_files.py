@@ -115,7 +115,7 @@ def make_unfinished(folder):
     (folder.parent / "a.jsonl").write_bytes(lines_of(*[{"text": f"words of document {i}"} for i in range(60)]))
     whole = lines_of({"text": "words"})
     (folder.parent / "b.jsonl").write_bytes(whole.replace(b"{", b"["))
-    with pytest.raises(UserError, match=r"b.jsonl: line 1"):
+    with pytest.raises(UserError, match=r"b.jsonl: expected one JSON object a line"):
         prepare(folder)
     (folder.parent / "b.jsonl").write_bytes(whole)  # as long as before, so that the run may go on
 

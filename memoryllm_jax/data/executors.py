@@ -99,7 +99,8 @@ def on_cluster(work: Callable[[T, Report], R], tasks: Iterable[T], client) -> It
     distributed = require("distributed", "dask", "scheduler")
     where = client.scheduler.address
     threads = client.nthreads()
-    print(f"{where}: {len(threads)} workers with {sum(threads.values())} threads, one file each", flush=True)
+    found = f"{len(threads)} workers with {sum(threads.values())} threads, one file each"
+    print(f"{where}: {found if threads else 'waits for workers'}", flush=True)
     # pure=False: the results of an earlier run with equal arguments are not reused, as its files may be gone.
     with client.get_executor(pure=False) as pool:
         try:
