@@ -173,8 +173,7 @@ class Editor:
             raise ArgumentError("suppress", f"expected a key that is not suppressed yet, found {spec!r}")
         coefficients, value = _key(trained, layer, key, self.tol.metadata["rows_digest"])
         # A tier that drops the layer holds nothing of the key that could be taken away.
-        holds_K = [any(part.layer == layer for part in tier.parts) for tier in self.tol.layout.tiers]
-        coefficients[~np.array(holds_K)[self.tol.tier_of_row[self.tol.row_of_token]]] = 0
+        coefficients[~self.tol.holds(layer)] = 0
         coefficients = self.overlay.mixed(coefficients)
         self.overlay.edits.append(Edit(text, layer=layer, coefficients=coefficients, value=value))
 
@@ -270,7 +269,7 @@ def write_edited(tol: TolFile, overlay: Overlay, output: str) -> str:
         file.flush()
         _write_changed_rows(tol, overlay, source, file.fileno(), len(first) - tol.data_start)
         os.fsync(file.fileno())
-    return f"{output}: {len(overlay.edits)} edits in a copy of {tol.path}"
+    return f"{output}: a copy of {tol.path} with these edits"
 
 
 def _write_changed_rows(tol: TolFile, overlay: Overlay, source: FileSource, fd: int, shift: int) -> None:

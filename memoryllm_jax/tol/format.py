@@ -240,6 +240,11 @@ class TolFile:
         """int32 [V], the token id of each row."""
         return np.argsort(self.row_of_token).astype(np.int32)
 
+    def holds(self, layer: int) -> np.ndarray:
+        """bool [V], whether each token's row holds a vector of this layer."""
+        tiers = [any(part.layer == layer for part in tier.parts) for tier in self.layout.tiers]
+        return np.array(tiers)[self.tier_of_row[self.row_of_token]]
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in the file. Raises: UserError if it is damaged."""
         model = Tokenizer(self.metadata["tokenizer_kind"], self.read("tokenizer").tobytes(), f"of {self.path}")

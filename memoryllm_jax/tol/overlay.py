@@ -92,6 +92,7 @@ class Overlay:
         edits = [_edit(entry, k, arrays, tol, path) for k, entry in enumerate(entries)]
         if arrays:
             raise UserError(f"{path}: expected no tensor but those of its edits, found {next(iter(arrays))[:100]!r}")
+        _check_suppressed(edits, tol, path)
         return cls(tol, edits)
 
     def save(self, path: str) -> None:
@@ -216,6 +217,24 @@ def _edit(entry: _Entry, k: int, arrays: dict[str, np.ndarray], tol: TolFile, pa
         raise UserError(f"{path}: edits[{k}]: {problem}")
     mix = entry.mix if entry.layer is None else None
     return Edit(entry.text, mix=mix, layer=entry.layer, **stored)
+
+
+def _check_suppressed(edits: list[Edit], tol: TolFile, path: str) -> None:
+    """Refuses edits that take a key away from rows that hold nothing of its layer.
+
+    An overlay of the full file fits a compressed one too, which may have dropped the layer. Raises: UserError.
+    """
+    has_new_row = np.zeros(tol.vocab_size, bool)  # of all layers, also of dropped ones
+    for k, edit in enumerate(edits):
+        if edit.gives_rows:
+            has_new_row[edit.ids] = True
+            continue
+        lost = np.nonzero((edit.coefficients != 0) & ~has_new_row & ~tol.holds(edit.layer))[0]
+        if len(lost):
+            raise UserError(
+                f"{path}: edits[{k}]: expected coefficients of 0 where rows of {tol.path} drop layer {edit.layer}, "
+                f"found {edit.coefficients[lost[0]]:.3g} for token #{lost[0]}; make the edits for this file again"
+            )
 
 
 def _misfit(entry: _Entry, stored: dict[str, np.ndarray], V: int, L: int) -> str:

@@ -1,5 +1,6 @@
 """Edits of rows: what they do to rows and logits, and files with the edits in them."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -310,6 +311,21 @@ def test_a_key_is_suppressed_where_tiers_hold_its_layer(mixed_file, monkeypatch)
         editor = edit.Editor(tol, Overlay(tol, []))
         editor._suppress_key(trained, 6, 3, "6:3")
         np.testing.assert_array_equal(editor.overlay.edits[0].coefficients == 1, tol.row_of_token < 110)
+
+
+def test_a_key_of_a_layer_that_the_file_drops_is_not_suppressed(lab, overlay_file):
+    """Overlays of the full file fit the compressed one, whose rows may lack what an edit takes away."""
+    _, path = overlay_file
+    with opened(lab.tol("flex-3", drop_layers=("1",))) as tol:
+        with pytest.raises(
+            UserError, match=r"o.*: edits\[1\]: expected coefficients of 0 .* drop layer 1, found 1 .* #0"
+        ):
+            Overlay.open(path, tol)
+        coefficients = np.zeros(512, np.float32)
+        coefficients[40] = 1  # a token to which the edit before gives a row of all layers
+        edits = Overlay.open(path, TolFile(lab.tol("flex-3"))).edits
+        Overlay(tol, [edits[0], dataclasses.replace(edits[1], coefficients=coefficients)]).save(path)
+        assert len(Overlay.open(path, tol).edits) == 2
 
 
 def test_edited_copy_of_a_file_of_an_earlier_version(lab, edited_file, tmp_path):

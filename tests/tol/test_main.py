@@ -59,7 +59,7 @@ def test_edit_lists_undoes_and_applies(lab, tmp_path):
     tol, overlay, output = lab.tol("flex-3"), str(tmp_path / "o"), str(tmp_path / "edited")
     text = edit_rows(tol, edit.Request(overlay, swap=("#40,#41",), zero=("#50",), output=output))
     assert [line.partition("#")[0] for line in text.splitlines()[:2]] == ["1: swap ", "2: zero "]
-    assert text.splitlines()[2].startswith(f"{output}: 2 edits in a copy of {tol}")
+    assert text.splitlines()[2] == f"{output}: a copy of {tol} with these edits"
     assert "3 of 512 tokens differ" in diff_files(tol, output) == diff_files(tol, overlay=overlay)
     assert edit_rows(tol, edit.Request(overlay), list=True) == "\n".join(text.splitlines()[:2])
     undone = edit_rows(tol, edit.Request(overlay, undo=2)).splitlines()
