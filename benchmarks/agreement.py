@@ -17,7 +17,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from memoryllm_jax.checkpoint.description import config_of
-from memoryllm_jax.common import cli, storage
+from memoryllm_jax.common import cli, records, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.evaluation import harness
@@ -77,7 +77,7 @@ class Harness:
             self._run(path, open_model(), **more)
         return {
             task: {(line["doc_id"], line["doc_hash"]): _scores_of(line) for line in lines}
-            for task, lines in storage.read_json(path, "scores").items()
+            for task, lines in records.read(dict, path, "scores").items()
         }
 
     def _run(self, path, model, **more):

@@ -35,7 +35,7 @@ import numpy as np
 import synthetic
 from peers import PEERS
 
-from memoryllm_jax.common import cli, storage
+from memoryllm_jax.common import cli, records
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import default, resolve
@@ -439,7 +439,7 @@ def main(
 
 def markdown(path: str) -> str:
     """A line about the setup, the tables and the command of one record of this script."""
-    record = storage.read_json(path, "a record of speed.py")
+    record = records.read(dict, path, "a record of speed.py")
     shape, results = record["shape"], record["results"]
     tokens = shape["batch_size"] * shape["seq_len"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from memoryllm_jax.checkpoint import digest
 from memoryllm_jax.checkpoint.description import Description
 from memoryllm_jax.common import hosts
 from memoryllm_jax.common.errors import UserError, one_line
+from memoryllm_jax.common.progress import Progress
 
 ITEM = "state"  # name of the arrays' folder in that of a checkpoint
 # Along an axis, padding is less than the number of devices that the axis is split over.
@@ -158,23 +160,29 @@ class Reader:
     def newest_good(self, damaged: int) -> str:
         """A clause for error messages that names the newest checkpoint whose arrays are all as saved.
 
-        It reads whole checkpoints, one array at a time.
+        It reads whole checkpoints, one array at a time, and shows the progress.
         """
-        for step in reversed(description_lib.steps(self.workdir)):
-            if step != damaged and self._is_good(step):
-                return f"the newest good checkpoint is {self.workdir}/{step}"
+        with contextlib.suppress(UserError):  # the workdir may be what cannot be read
+            for step in reversed(description_lib.steps(self.workdir)):
+                if step != damaged and self._is_good(step):
+                    return f"the newest good checkpoint is {self.workdir}/{step}"
         return "no other checkpoint is known to be good"
 
     def _is_good(self, step):
         try:
-            names = description_lib.read(self.workdir, step).digests
-            for name in names or ():
-                self._on_host(step, name)
+            names = description_lib.read(self.workdir, step).digests or {}
+            # On stderr, as what a command prints on stdout may be read by a program.
+            label = f"check {self.workdir}/{step}"
+            progress = Progress(label, len(names), "array", enabled=hosts.is_first(), stream=sys.stderr)
+            with contextlib.closing(progress):
+                for done, name in enumerate(names, 1):
+                    self._on_host(step, name)
+                    progress.update(done)
         # Whatever cannot be read is not good; Orbax and TensorStore raise many kinds of errors.
         except Exception as error:
             raise_if_lost_peer(error)
             return False
-        return names is not None
+        return bool(names)
 
     def close(self) -> None:
         """Ends reading."""
@@ -187,7 +195,8 @@ def check_digests(found: dict[str, str], saved: dict[str, str]) -> None:
         if text != saved.get(name):
             kind, _, parameter = name.partition("/")
             what = f"parameter {parameter}" if kind == "params" else f"array {name}"
-            raise DamageError(f"{what} is damaged: expected the digest {saved.get(name)}, found {text}")
+            expected = f"the digest {saved[name]}" if name in saved else "no such array"
+            raise DamageError(f"{what} is damaged: expected {expected}, found {text}")
 
 
 def raise_if_lost_peer(error: BaseException | None) -> None:
@@ -204,4 +213,4 @@ def raise_if_lost_peer(error: BaseException | None) -> None:
 
 
 def _name(path):
-    return digest.array_name((jax.tree_util.DictKey("params"), *path))
+    return f"params/{digest.array_name(path)}"

@@ -25,9 +25,7 @@ def open_data(trained: TrainedModel, path: str = "", argument: str = "data") -> 
       argument: the argument that `path` is the value of, for error messages.
     Raises: UserError if the data was made with another tokenizer, or the run's own data is gone or has changed.
     """
-    if path:
-        return dataset.open_for(path, trained.tokenizer.digest, trained.workdir)
-    return dataset.open_for(own_path(trained, argument), trained.tokenizer.digest, trained.workdir)
+    return dataset.open_for(path or own_path(trained, argument), trained.tokenizer.digest, trained.workdir)
 
 
 def own_path(trained: TrainedModel, argument: str = "data") -> str:

@@ -67,7 +67,8 @@ class TrainedModel:
             sharding.check_heads(self.config, self.mesh)
             shapes = transformer.abstract_params(transformer.LanguageModel(self.config), self.mesh)
             self._leaves = {
-                parameter_name(path): _Leaf(path, like) for path, like in jax.tree_util.tree_leaves_with_path(shapes)
+                digest_lib.array_name(path): _Leaf(path, like)
+                for path, like in jax.tree_util.tree_leaves_with_path(shapes)
             }
             self._reader.check_shapes(self.step, _without_padding(self.config))
             on_error.pop_all()  # all is well: `close` closes the reader
@@ -119,18 +120,17 @@ class TrainedModel:
         """Shape of one parameter without padding; the layers' parameters are stacked over the layers."""
         return self._leaves[name].like.shape
 
-    def leaf(self, name: str, dtype, like: jax.ShapeDtypeStruct | None = None) -> jax.Array:
-        """Reads one parameter; the layers' parameters are stacked over the layers.
+    def leaf(self, name: str, like: jax.ShapeDtypeStruct | None = None) -> jax.Array:
+        """Reads one parameter as float32; the layers' parameters are stacked over the layers.
 
         Args:
           name: the parameter's name, such as layers/ffn/gate.
-          dtype: dtype of the result.
           like: shape and sharding of the result; None: those of the model on `mesh`.
         Raises: UserError.
         """
         path, default = self._leaves[name]
         like = default if like is None else like
-        wanted = jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
+        wanted = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.sharding)
         return self._reader.leaf(self.step, path, wanted)
 
     def leaf_on_host(self, name: str) -> np.ndarray:
@@ -144,7 +144,7 @@ class TrainedModel:
         return without_padding.astype(np.float32, copy=False)
 
     def _leaf_for_serving(self, name):
-        return _for_serving(name, self.leaf(name, _serving_dtype(name, self.config)), self.config)
+        return _for_serving(name, self.leaf(name), self.config)
 
     def close(self) -> None:
         """Closes the reader: no parameter can be read any more."""
@@ -162,7 +162,10 @@ def _without_padding(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{name of an array in a checkpoint: its shape} of all parameters; on one device nothing is padded."""
     mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.local_devices()[:1])
     shapes = transformer.abstract_params(transformer.LanguageModel(model), mesh)
-    return {f"params/{parameter_name(path)}": leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    return {
+        f"params/{digest_lib.array_name(path)}": leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    }
 
 
 def _check_tokenizer(tokenizer: Tokenizer, model: ModelConfig, where: str) -> None:
@@ -218,18 +221,14 @@ def for_serving(params, config: ModelConfig) -> dict:
     """
     out = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = parameter_name(path)
+        name = digest_lib.array_name(path)
         _put(out, name.split("/"), _for_serving(name, leaf, config))
     return out
 
 
-def _serving_dtype(name, config):
-    return jnp.float32 if name.endswith("scale") else jnp.dtype(config.dtype)
-
-
 def _for_serving(name, leaf, config):
     """The leaf in the dtype for inference; stacked layers become a list of one array per layer."""
-    dtype = _serving_dtype(name, config)
+    dtype = jnp.float32 if name.endswith("scale") else jnp.dtype(config.dtype)
     where = leaf.sharding
     if not name.startswith(("layers/", "memory/")):
         if leaf.dtype == dtype:
@@ -247,11 +246,6 @@ def for_this_machine(config: ModelConfig, dtype: str) -> ModelConfig:
     if dtype not in ("float32", "bfloat16"):
         raise ArgumentError("dtype", f"expected float32 or bfloat16, found {dtype!r}")
     return dataclasses.replace(config, dtype=dtype, attention=attention.resolve_backend("auto", dtype))
-
-
-def parameter_name(path) -> str:
-    """The name of a parameter, such as layers/ffn/gate, from its path in the tree of parameters."""
-    return "/".join(key.key for key in path)
 
 
 def _put(tree: dict, path: list[str], value) -> None:

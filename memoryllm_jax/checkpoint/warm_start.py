@@ -14,7 +14,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from memoryllm_jax.checkpoint.trained import TrainedModel, parameter_name
+from memoryllm_jax.checkpoint.digest import array_name
+from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data.tokenizer import Tokenizer
@@ -42,11 +43,11 @@ def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
         converts = trained.config.architecture == "base" and config.model.memory_dim > 0
         _check(config, tokenizer, trained, converts)
         flat, tree = jax.tree_util.tree_flatten_with_path(params)
-        leaves = {parameter_name(path): leaf for path, leaf in flat}
+        leaves = {array_name(path): leaf for path, leaf in flat}
         if converts:
             _convert(trained, config, leaves)
         else:
-            leaves = {name: trained.leaf(name, jnp.float32, leaf) for name, leaf in leaves.items()}
+            leaves = {name: trained.leaf(name, leaf) for name, leaf in leaves.items()}
         source = trained.description.source
         kept = {key: source[key] for key in ("special", "files") if key in source}
         return jax.tree.unflatten(tree, leaves.values()), kept
@@ -74,9 +75,9 @@ def _convert(trained, config, leaves):
     m = config.model
     for name in leaves:
         if not name.startswith(("layers/ffn", "memory/")):
-            leaves[name] = trained.leaf(name, jnp.float32, leaves[name])
-    scale = trained.leaf("layers/ffn_norm/scale", jnp.float32)
-    ffn = {part: trained.leaf(f"layers/ffn/{part}", jnp.float32) for part in _PARTS}
+            leaves[name] = trained.leaf(name, leaves[name])
+    scale = trained.leaf("layers/ffn_norm/scale")
+    ffn = {part: trained.leaf(f"layers/ffn/{part}") for part in _PARTS}
     with jax.set_mesh(trained.mesh):
         keys_LW = jax.jit(_keys_by_size)(ffn)
         if m.compute_dim:

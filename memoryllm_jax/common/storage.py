@@ -4,6 +4,7 @@ gcsfs and s3fs retry transient errors (five times); what still fails becomes a U
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from memoryllm_jax.common.errors import UserError, one_line
 
 _PIECE = 1 << 20  # bytes of a file read at a time
+_LOCK_TRIES = 100  # to lock a folder that another run is removing
 
 
 def is_url(path: str) -> bool:
@@ -149,14 +151,6 @@ def read_bytes(path: str, expected: str) -> bytes:
         return fs.cat_file(name)
 
 
-def read_json(path: str, expected: str):
-    """The tree in a JSON file. Raises: UserError that names the file and what was expected there."""
-    try:
-        return json.loads(read_bytes(path, expected))
-    except ValueError as error:
-        raise UserError(f"{path}: expected {expected}, found invalid JSON: {error}") from error
-
-
 def exists(path: str) -> bool:
     fs, name = filesystem(path)
     with user_errors(path):
@@ -243,28 +237,38 @@ def lock_folder(path: str):
     Returns: the open lock file. Keep a reference: closing or garbage-collecting it releases the lock.
     Raises: UserError if another process has locked the folder.
     """
+    for _ in range(_LOCK_TRIES):
+        try:
+            return _locked_file(path)
+        except (FileNotFoundError, FileExistsError) as error:  # perhaps `discard_lock` of another run is at work
+            problem = error
+        except OSError as error:
+            problem = error
+            break
+    raise UserError(f"{path}: cannot be written: {problem.strerror}") from problem
+
+
+def _locked_file(path: str):
+    """The lock file of a folder, locked. Raises: UserError as `lock_folder`, and OSError where something is missing."""
+    os.makedirs(path, exist_ok=True)
     name = os.path.join(path, ".lock")
-    try:
-        os.makedirs(path, exist_ok=True)
+    with contextlib.ExitStack() as on_error:
         # Not "w", which would erase the name of the process that holds the lock; the error message needs it.
-        file = open(name, "a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise _cannot_lock(path, error, f" ({holder})") from error
-    if not os.path.exists(name) or not os.path.samestat(os.stat(name), os.fstat(file.fileno())):
-        # `discard_lock` of another run has removed the file between the two calls above. A lock on it means nothing.
-        file.close()
-        return lock_folder(path)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
+        file = on_error.enter_context(open(name, "a+", encoding="utf-8"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise _cannot_lock(path, error, f" ({holder})") from error
+        if not os.path.samestat(os.stat(name), os.fstat(file.fileno())):
+            # It was removed after it was opened, and another one is there: a lock on this one means nothing.
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        on_error.pop_all()
+        return file
 
 
 def _cannot_lock(path: str, error: OSError, holder: str = "") -> UserError:

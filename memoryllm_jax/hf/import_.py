@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType
 from memoryllm_jax import config
 from memoryllm_jax.checkpoint import description as description_lib
 from memoryllm_jax.checkpoint import store
-from memoryllm_jax.checkpoint.trained import parameter_name
+from memoryllm_jax.checkpoint.digest import array_name
 from memoryllm_jax.common import records, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.progress import Progress
@@ -128,7 +128,7 @@ def _read_params(folder, stored, tensors, model):
     mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
     shapes = transformer.abstract_params(transformer.LanguageModel(model), mesh)
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
-    leaves = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = {array_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     with contextlib.closing(Progress("import", len(tensors), "tensor")) as progress:
         for done, (name, tensor) in enumerate(tensors.items(), 1):
             leaf = leaves[tensor.leaf]

@@ -211,8 +211,7 @@ class Writer:
         """
         if self._file is None:
             return
-        if not os.path.exists(self._path):  # writing to a file that was removed would succeed, and be lost
-            raise UserError(f"{os.path.dirname(self._path)}: was removed while the run was using it")
+        self._check_there()
         try:
             self._file.write(json.dumps({"step": step, "kind": kind} | values) + "\n")
             self._file.flush()
@@ -228,7 +227,12 @@ class Writer:
             self.sync()
 
     def sync(self) -> None:
-        """Copies the records to a workdir behind a URL. Raises: UserError, also if another run now uses it."""
+        """Copies the records to a workdir behind a URL.
+
+        Raises: UserError, also if another run now uses the workdir, or the records were removed.
+        """
+        if self._file is not None:
+            self._check_there()
         if self._claim is None:
             return
         self._claim.check()
@@ -238,6 +242,11 @@ class Writer:
         for path in [self._path, *glob.glob(os.path.join(folder, "tensorboard", "*"))]:
             storage.upload(path, os.path.join(self._workdir, os.path.relpath(path, folder)))
         self._synced = time.monotonic()
+
+    def _check_there(self) -> None:
+        # Writing to a removed file succeeds, and is lost. The workdir may be there again: saving a checkpoint makes it.
+        if not os.path.exists(self._path):
+            raise UserError(f"{os.path.dirname(self._path)}: was removed while the run was using it")
 
     def close(self) -> None:
         """Closes all files, and copies them to a workdir behind a URL. Raises nothing: it may run after an error."""

@@ -46,7 +46,7 @@ def test_parameters_for_serving_are_those_of_the_checkpoint(make_config, tmp_pat
         assert model.digest(lambda name: True) == digest != model.digest(model.is_memory)
         assert len(params["layers"]) == len(params["memory"]) == model.config.layers
         for name in ("layers/ffn/gate", "memory/norm/scale"):
-            stacked = model.leaf(name, jnp.float32)
+            stacked = model.leaf(name)
             assert stacked.shape == model.shape(name)
             np.testing.assert_array_equal(model.leaf_on_host(name), stacked, strict=True)
             part, *path = name.split("/")
@@ -54,7 +54,7 @@ def test_parameters_for_serving_are_those_of_the_checkpoint(make_config, tmp_pat
                 for key in path:
                     tree = tree[key]
                 np.testing.assert_array_equal(tree, stacked[layer])
-        np.testing.assert_array_equal(params["embedding"], model.leaf("embedding", jnp.float32))
+        np.testing.assert_array_equal(params["embedding"], model.leaf("embedding"))
 
 
 def test_padding_of_the_mesh_that_saved_is_cut_off(make_config, tmp_path):
@@ -71,7 +71,7 @@ def test_padding_of_the_mesh_that_saved_is_cut_off(make_config, tmp_path):
             expected = whole.leaf_on_host(name)
             assert expected.shape == whole.shape(name)
             np.testing.assert_array_equal(padded.leaf_on_host(name), expected)
-            np.testing.assert_array_equal(padded.leaf(name, jnp.float32), expected)
+            np.testing.assert_array_equal(padded.leaf(name), expected)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -4,7 +4,6 @@ import contextlib
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
@@ -12,7 +11,8 @@ from lab import GOLDEN, random_params, write_untrained
 
 from memoryllm_jax import config as config_lib
 from memoryllm_jax.checkpoint import warm_start
-from memoryllm_jax.checkpoint.trained import TrainedModel, parameter_name
+from memoryllm_jax.checkpoint.digest import array_name
+from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import resolve
 from memoryllm_jax.data.dataset import Dataset
@@ -27,14 +27,14 @@ def test_converted_ffns_add_up_to_that_of_base(make_config, data_path, tmp_path,
     dataset = Dataset(data_path)
     workdir = write_untrained(make_config("base"), str(tmp_path / "base"))
     with contextlib.closing(TrainedModel(workdir)) as trained:
-        base = {n: np.asarray(trained.leaf(n, jnp.float32)) for n in trained.names()}
+        base = {n: np.asarray(trained.leaf(n)) for n in trained.names()}
 
     config = make_config(name, **{"start.workdir": workdir, "mesh.fsdp": 1, "mesh.tensor": tensor})
     config = loop.complete(config, dataset)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:tensor])
     m = config.model
     params, _ = warm_start.starting_params(config, dataset.tokenizer(), random_params(m, mesh)[0], mesh)
-    found = {parameter_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    found = {array_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
     x = np.random.default_rng(0).normal(size=(7, m.dim)).astype(np.float32)
 
     def ffn(params, where, layer):

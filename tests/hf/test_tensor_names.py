@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from memoryllm_jax.checkpoint.trained import parameter_name
+from memoryllm_jax.checkpoint.digest import array_name
 from memoryllm_jax.config import MeshConfig
 from memoryllm_jax.hf import tensor_names
 from memoryllm_jax.model import sharding, transformer
@@ -14,7 +14,7 @@ def test_tensors_cover_every_parameter(make_config):
         m = make_config(architecture, **{"model.vocab_size": 10}).model
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         shapes = jax.tree_util.tree_leaves_with_path(transformer.abstract_params(transformer.LanguageModel(m), mesh))
-        sizes = {parameter_name(path): leaf.size for path, leaf in shapes}
+        sizes = {array_name(path): leaf.size for path, leaf in shapes}
         held = dict.fromkeys(sizes, 0)
         for tensor in tensor_names.tensors(m).values():
             held[tensor.leaf] += int(np.prod(tensor.shape))

@@ -5,6 +5,7 @@ Runs of four steps share their compiled steps: the number of steps is a constant
 
 import gzip
 import json
+import os
 import shutil
 
 import jax
@@ -242,11 +243,19 @@ def test_a_failed_start_leaves_no_workdir(make_config, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_workdir_that_is_removed_ends_the_run(make_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(hosts.StopSignal, "after_step", lambda self, done: shutil.rmtree(tmp_path / "w", True))
+@pytest.mark.parametrize("again", [False, True])
+def test_a_workdir_that_is_removed_ends_the_run(make_config, tmp_path, monkeypatch, again):
+    """Also where a folder of this name is there again, as saving a checkpoint would make one."""
+
+    def remove(self, done):
+        shutil.rmtree(tmp_path / "w")
+        if again:
+            os.mkdir(tmp_path / "w")
+
+    monkeypatch.setattr(hosts.StopSignal, "after_step", remove)
     with pytest.raises(UserError, match=f"^{tmp_path}/w: was removed while the run was using it$"):
-        run(make_config("memory"), tmp_path / "w")
-    assert not list(tmp_path.iterdir())
+        run(make_config("memory", **{"log.every": 1000, "checkpoint.every": 1}), tmp_path / "w")
+    assert not list(tmp_path.rglob("*/*"))
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_named(make_config, tmp_path):
