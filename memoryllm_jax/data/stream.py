@@ -156,7 +156,8 @@ class Tokens:
             except OSError as error:
                 raise UserError(f"{shard.path}: cannot be read: {storage.reason(error)}") from error
             if not part:
-                raise UserError(f"{shard.path}: expected bytes up to {end}, found its end at {start}")
+                found = os.fstat(file.fd).st_size
+                raise UserError(f"{shard.path}: expected {shard.size} bytes, as when it was opened, found {found}")
             parts.append(part)
             start += len(part)
         return np.frombuffer(b"".join(parts), shard.dtype)

@@ -50,6 +50,9 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
         at_exit.callback(stop.restore)
         try:
             run = open_run(config, workdir, devices, stop, at_exit)
+            if stop.now():  # while the data was verified
+                print(_stopped(run, run.start), flush=True)
+                return STOPPED
             return _train(run, profile, stop, at_exit)
         except Exception as error:
             if hosts.is_out_of_memory(error):
@@ -89,7 +92,7 @@ def open_run(
     Args:
       workdir: absolute path or URL, as `description.folder` returns it.
       devices: devices to train on; None: all.
-      stop: ends the verification of the data. The run is opened all the same, and ends before its first step.
+      stop: ends the verification of the data. The run is opened all the same.
       at_exit: gets what must be closed when the run ends.
     Raises: UserError.
     """
@@ -211,12 +214,17 @@ def _train(run: Run, profile: int, stop: StopSignal, at_exit: contextlib.ExitSta
     recorder.sync()
     run.checkpoints.wait()  # the last one may still be on its way to disk
     if end.stopped:
-        saved = f"saved {run.workdir}/{end.done}" if end.done else "nothing to save yet"
-        recorder.line(f"stopped by a signal after step {end.done}; {saved}; run the same line to go on")
+        recorder.line(_stopped(run, end.done))
         return STOPPED
     recorder.end_progress()
     summary.finish(run.trainer, end.state["params"], run.tokenizer, end.validation, run.workdir)
     return 0
+
+
+def _stopped(run: Run, done: int) -> str:
+    """The line that says that a signal has stopped the run after `done` steps."""
+    saved = f"saved {run.workdir}/{done}" if done else "nothing to save yet"
+    return f"stopped by a signal after step {done}; {saved}; run the same line to go on"
 
 
 def _steps(run: Run, feeder: Feeder, recorder: Recorder, validation: Validation, stop: StopSignal) -> _End:

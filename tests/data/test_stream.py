@@ -62,7 +62,7 @@ def test_a_file_that_is_cut_short_or_removed_while_it_is_read_is_named(make, tmp
     tokens.read(0, 16)  # opens both files
     os.truncate(tmp_path / "1.bin", 18)
     np.testing.assert_array_equal(tokens.read(10, 2), [10, 11])  # what is left can be read
-    with pytest.raises(UserError, match=r"/1\.bin: expected bytes up to 32, found its end at 18$"):
+    with pytest.raises(UserError, match=r"/1\.bin: expected 32 bytes, as when it was opened, found 18$"):
         tokens.read_each([0, 8], 8)
     tokens = make([8, 8])
     os.remove(tmp_path / "0.bin")

@@ -17,7 +17,7 @@ from lab import records
 from memoryllm_jax.checkpoint import store
 from memoryllm_jax.common import hosts, storage
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.data import shards, verification
+from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
 from memoryllm_jax.training import loop
@@ -87,8 +87,8 @@ def test_a_signal_during_validation_saves_first_and_the_validation_is_made_again
     config = make_config("memory", **{"eval.every": 2, "data.verify": False})
     with monkeypatch.context() as patch:
         asked = []
-        # `now` is called before the first step, and then before each batch of the first validation.
-        patch.setattr(hosts.StopSignal, "now", lambda self: asked.append(0) or len(asked) == 3)
+        # `now` is called twice before the first step, and then before each batch of the first validation.
+        patch.setattr(hosts.StopSignal, "now", lambda self: asked.append(0) or len(asked) == 4)
         assert run(config, tmp_path) == hosts.STOPPED
     assert saved_steps(tmp_path) == [2] and not records(tmp_path, "validation")
     assert run(config, tmp_path) == 0
@@ -97,9 +97,8 @@ def test_a_signal_during_validation_saves_first_and_the_validation_is_made_again
 
 def test_a_signal_before_the_first_step_saves_nothing_and_says_so(make_config, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(hosts.StopSignal, "now", lambda self: True)
-    assert run(make_config("memory"), tmp_path) == hosts.STOPPED
-    assert saved_steps(tmp_path) == []
-    assert not (tmp_path / verification.FILE).exists()  # the signal ended the reading of the data
+    assert run(make_config("memory"), tmp_path / "run") == hosts.STOPPED
+    assert not (tmp_path / "run").exists()  # not even with a record of verified data, whose reading the signal ended
     assert "stopped by a signal after step 0; nothing to save yet; run the same line to go on" in capfd.readouterr().out
 
 
