@@ -141,6 +141,11 @@ class WithTol:
             # An absolute path, as the working directory may be another one when the model is saved.
             model._source = os.path.abspath(source) if os.path.isdir(source) else source
             model._source_options = {name: kwargs[name] for name in _SOURCE_OPTIONS if name in kwargs}
+            # The files in the cache, as the repository may change before the model is saved. Files in the cache need no
+            # access token, which would be pickled with the model.
+            model._source_options["local_files_only"] = True
+            if getattr(model.config, "_commit_hash", None):
+                model._source_options["revision"] = model.config._commit_hash
         return loaded
 
     def check_tol(self):
@@ -194,7 +199,7 @@ class WithTol:
 
 
 # Arguments of from_pretrained that say where the weights are.
-_SOURCE_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "use_safetensors", "variant")
+_SOURCE_OPTIONS = ("cache_dir", "revision", "subfolder", "use_safetensors", "variant")
 _LAYERS = ["MemoryLLMDecoderLayer"]
 _RECORDED = {"hidden_states": MemoryLLMDecoderLayer, "attentions": LlamaAttention}
 _REPLACED = [r"\.memory\.", r"embed_tokens"]  # weights in the safetensors files that a ToL file replaces

@@ -96,8 +96,10 @@ def test_a_model_with_a_tol_file_is_copied_saved_and_loaded_again(exported, tol_
     _, folder, load = exported(name)
     tol, source, saved = tol_of(name), str(tmp_path / "source"), str(tmp_path / "saved")
     shutil.copytree(folder, source)
-    model = load(tol, source)
-    copies = {"copy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}
+    model = load(tol, source, token="secret")
+    pickled = pickle.dumps(model)
+    assert b"secret" not in pickled
+    copies = {"copy": copy.deepcopy(model), "pickle": pickle.loads(pickled)}
     model.save_pretrained(saved)
     settings = open(f"{saved}/config.json").read()
     assert source not in settings and tol not in settings
