@@ -45,9 +45,7 @@ def test_texts_that_are_not_utf8_are_kept(written):
     files = {"LICENSE": b"\xa9 caf\xe9".decode(errors="surrogateescape")}
     folder = written(lambda tree: tree["source"].update(files=files), checked=False)
     assert description.read(folder, 1).source["files"] == files
-    with pytest.raises(
-        UserError, match=r"metadata: expected the description of a checkpoint: Expected `str`, got `int` - at `\$.data"
-    ):
+    with pytest.raises(UserError, match=r"metadata: data.digest: expected str, found int$"):
         description.read(written(lambda tree: tree.update(source=files, data={"digest": 3})), 1)
 
 
