@@ -36,10 +36,10 @@ class Command:
         return self.process.wait(seconds)
 
 
-def start_several(folder, count, fields):
-    """Starts the processes of one run, each with one device."""
+def start_several(folder, count, fields, name="process"):
+    """Starts the processes of one run, each with one device. Their output goes to the files NAME0.log, ..."""
     options = ["--multihost", f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
-    return [Command(folder, f"process{i}", fields, *options, f"--process_id={i}") for i in range(count)]
+    return [Command(folder, f"{name}{i}", fields, *options, f"--process_id={i}") for i in range(count)]
 
 
 def wait_until(condition, *commands):
@@ -91,11 +91,16 @@ def test_mistakes_in_options_are_one_sentence(arguments, message):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_sigterm_to_one_saves_both(data_path, tmp_path):
+def test_two_processes_train_as_one_and_ctrl_c_at_one_saves_both(data_path, tmp_path):
+    """Ctrl-C becomes SIGTERM, which JAX tells all processes. A second run on the workdir ends at once."""
     fields = {"steps": 120, "data.path": data_path, "checkpoint.every": 1000, "sample.tokens": 3}
     processes = start_several(tmp_path, 2, fields)
     wait_until(lambda: count_records(tmp_path / "w") >= 10, *processes)
-    processes[1].process.send_signal(signal.SIGTERM)
+    second = start_several(tmp_path, 2, fields, "second")
+    assert second[0].end() == 1 and second[1].end() in (hosts.LOST, -signal.SIGABRT)
+    assert "error: process 0 of 2: " in second[0].log.read_text() and "in use by" in second[0].log.read_text()
+    assert "another task died" in second[1].log.read_text() or "another process has ended" in second[1].log.read_text()
+    processes[1].process.send_signal(signal.SIGINT)
     assert [p.end() for p in processes] == [hosts.STOPPED] * 2
     saved = max(int(path.name) for path in (tmp_path / "w").glob("[0-9]*"))
     assert saved == records(tmp_path / "w")[-1]["step"] < 120

@@ -17,6 +17,7 @@ from memoryllm_jax.common.options import Option
 # Exit codes. 0: the run is complete. 1: another start would meet the same error, so launchers give up.
 STOPPED = 143  # 128 + SIGTERM: stopped by a signal, and a checkpoint is saved; launchers start the run again
 LOST = 134  # 128 + SIGABRT, with which JAX itself ends when it loses another process; launchers start the run again
+INTERRUPTED = 130  # 128 + SIGINT: a second Ctrl-C, which does not wait for a checkpoint
 
 # JAX takes a process for dead after this many seconds without its heartbeat, and ends the others.
 LOST_AFTER_S = 30
@@ -56,21 +57,22 @@ class StopSignal:
     """Notices signals that ask the run to stop.
 
     A single process handles SIGTERM and SIGINT itself. With several processes JAX handles SIGTERM: if one of them gets
-    it, all stop after the same step.
+    it, all stop after the same step. SIGINT to one of them becomes a SIGTERM.
     """
 
     def __init__(self):
         self._seen = False
         self._handlers_before = {}
         self._several = jax.process_count() > 1
-        if not self._several:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers_before[number] = signal.signal(number, self._note)
+        for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
+            self._handlers_before[number] = signal.signal(number, self._note)
 
     def _note(self, number, frame):
         if self._seen and number == signal.SIGINT:
             raise KeyboardInterrupt  # the user pressed Ctrl-C twice and does not want to wait for a checkpoint
         self._seen = True
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def after_step(self, step: int) -> bool:
         """Whether to stop after `step`. All processes get the same answer."""
@@ -80,7 +82,7 @@ class StopSignal:
 
     def now(self) -> bool:
         """Whether to stop now, between steps. False with several processes, which agree only after a step."""
-        return self._seen
+        return self._seen and not self._several
 
     def restore(self) -> None:
         """Restores the signal handlers from before."""
@@ -114,8 +116,11 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-def abandon(error: Exception) -> NoReturn:
+def abandon(error: BaseException) -> NoReturn:
     """Prints the error and ends this process of several without cleanup: closing files could block on dead peers."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
     reason = one_line(error, 600)
     lost = is_lost_peer(error)
     if lost:

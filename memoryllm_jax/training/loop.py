@@ -43,18 +43,21 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
     """
     workdir = description_lib.folder(workdir)
     with contextlib.ExitStack() as at_exit:
-        if hosts.is_first() and not storage.is_url(workdir):
-            # A start that fails before it writes anything leaves no folder.
-            at_exit.callback(storage.release_lock, storage.lock_folder(workdir), workdir)
         stop = StopSignal()
         at_exit.callback(stop.restore)
+        unlock = contextlib.ExitStack()
+        at_exit.enter_context(unlock)
         try:
+            if hosts.is_first() and not storage.is_url(workdir):
+                # A start that fails before it writes anything leaves no folder.
+                unlock.callback(storage.release_lock, storage.lock_folder(workdir), workdir)
+            hosts.wait_for_all("the workdir is locked")  # if it is in use, the others end here and blame nothing else
             run = open_run(config, workdir, devices, stop, at_exit)
             if stop.now():  # while the data was verified
                 print(_stopped(run, run.start), flush=True)
                 return STOPPED
             return _train(run, profile, stop, at_exit)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             if hosts.is_out_of_memory(error):
                 error = UserError(
                     f"out of memory: {' '.join(str(error).split())[:300]}; to need less, use a larger "
@@ -62,6 +65,7 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
                 )
             if jax.process_count() == 1:
                 raise error
+            unlock.close()
             hosts.abandon(error)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import jax
 import pytest
@@ -39,6 +40,26 @@ def test_a_signal_is_remembered_and_a_second_ctrl_c_interrupts():
     finally:
         stop.restore()
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_at_one_of_several_processes_is_sigterm_and_a_second_one_ends_it(monkeypatch):
+    """JAX tells all processes of a SIGTERM. Between steps they cannot agree, so `now` stays false."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    seen, codes = [], []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    stop = hosts.StopSignal()
+    try:
+        signal.raise_signal(signal.SIGINT)
+        assert seen == [signal.SIGTERM] and not stop.now()
+        with pytest.raises(KeyboardInterrupt) as interrupt:
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.restore()
+        signal.signal(signal.SIGTERM, before)
+    monkeypatch.setattr(os, "_exit", lambda code: codes.append(code) or sys.exit())
+    with pytest.raises(SystemExit):
+        hosts.abandon(interrupt.value)
+    assert codes == [130]
 
 
 def test_errors_of_joining_name_the_option():
