@@ -8,6 +8,7 @@ import collections
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import re
 import tempfile
@@ -130,8 +131,9 @@ class _ShardWriter:
         """Appends documents, each between bos and eos. Raises: UserError for an id outside the vocabulary."""
         bos = [] if self._model.bos_id is None else [self._model.bos_id]
         eos = [] if self._model.eos_id is None else [self._model.eos_id]
-        flat = [i for ids in ids_of_texts for i in (*bos, *ids, *eos)]
-        array = np.array(flat, np.int64)
+        # From an iterator: a list of all ids would hold those of a document of gigabytes once more.
+        between = (itertools.chain(bos, ids, eos) for ids in ids_of_texts)
+        array = np.fromiter(itertools.chain.from_iterable(between), np.int64)
         if array.size and array.max() >= self._model.vocab_size:
             raise UserError(f"tokenizer: expected ids below {self._model.vocab_size}, found {array.max()}")
         data = array.astype(self._dtype).tobytes()
@@ -161,7 +163,8 @@ class _ShardWriter:
             os.remove(self.path)
 
 
-def dtype_of(model) -> np.dtype:
+def dtype_of(model: Tokenizer) -> np.dtype:
+    """The type in which file shards hold the ids of a tokenizer."""
     return np.dtype("<u2") if model.vocab_size <= _UINT16_IDS else np.dtype("<u4")
 
 

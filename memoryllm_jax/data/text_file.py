@@ -1,4 +1,4 @@
-"""An open text file: its bytes in pieces of bounded size, decompressed, and its records that are no text."""
+"""An open text file: its bytes, decompressed in pieces of bounded size, and the count of its records without text."""
 
 import collections
 import urllib.parse
