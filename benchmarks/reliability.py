@@ -2,7 +2,7 @@
 
     python benchmarks/reliability.py --work=DIR --output=benchmarks/results/reliability_cpu.json
 
-Makes a small model with the commands, and then runs these parts, each of which is written as soon as it ends:
+Makes a small model with the commands, and then runs these parts. Each result is written as soon as it is there:
 
   kills: each command is started, killed with SIGKILL at a random moment, and given again. It must end as if it had not
     been killed: the same bytes, or for a training the same parameters.
@@ -12,7 +12,7 @@ Makes a small model with the commands, and then runs these parts, each of which 
   load: many processes read one ToL file at once, while others train and precompute. Each must write the same text.
   fuzz: the tests of damaged files, many for each reader (tests/test_damaged_files.py, -m long).
 
-A part that was finished by an earlier run with the same output is not repeated.
+What an earlier run with the same output has finished is not repeated.
 """
 
 import collections
@@ -200,10 +200,15 @@ class Lab:
         return folder
 
 
-def kills(lab: Lab, tries: int, draw: random.Random) -> dict:
-    """Kills each command at random moments. Returns: {command: {outcome: count}}."""
-    out = {}
+Outcomes = dict[str, int | float | str]  # {outcome: how often}
+Wanted = Callable[[str], bool]  # whether the result of a command, place or reader is still missing
+
+
+def kills(lab: Lab, tries: int, draw: random.Random, wanted: Wanted) -> Iterator[tuple[str, Outcomes]]:
+    """Kills each command at random moments."""
     for name, command in COMMANDS.items():
+        if not wanted(name):
+            continue
         whole = lab.fresh("whole")
         clean = lab.run(command.arguments, whole)
         clean = lab.run(command.arguments, lab.fresh("whole"))  # again, as the first run has compiled
@@ -211,15 +216,23 @@ def kills(lab: Lab, tries: int, draw: random.Random) -> dict:
         counts: collections.Counter = collections.Counter()
         for _ in range(tries):
             folder = lab.fresh("killed")
-            killed = lab.run(command.arguments, folder, kill_after=draw.uniform(0, clean.seconds))
-            again = lab.run(command.arguments, folder)
-            counts[_after_kill(command, folder, killed, again, expected)] += 1
-        out[name] = dict(counts) | {"seconds": round(clean.seconds, 1)}
-        print(name, out[name], flush=True)
-    return out
+            lab.run(command.arguments, folder, kill_after=draw.uniform(0, clean.seconds))
+            if _has_finished(command, folder, expected):
+                counts["finished before the kill"] += 1
+            else:
+                counts[_after_kill(command, folder, lab.run(command.arguments, folder), expected)] += 1
+        yield name, dict(counts) | {"seconds": round(clean.seconds, 1)}
 
 
-def _after_kill(command, folder, killed, again, expected) -> str:
+def _has_finished(command, folder, expected) -> bool:
+    """Whether a run has written all of its result."""
+    try:
+        return command.digest(folder) == expected != ""
+    except (UserError, OSError):
+        return False
+
+
+def _after_kill(command, folder, again, expected) -> str:
     if again.status:
         return f"second run failed: {again.printed.strip()[-200:]}"
     if command.digest(folder) != expected:
@@ -227,7 +240,7 @@ def _after_kill(command, folder, killed, again, expected) -> str:
     left = [path.name for path in folder.rglob("*") if ".part" in path.name or "orbax-checkpoint-tmp" in path.name]
     if left:
         return f"left over: {left[0]}"
-    return "ended before the kill" if killed.status == 0 else "same result"
+    return "same result"
 
 
 def _values_of_data(made: pathlib.Path) -> str:
@@ -300,10 +313,11 @@ PLACES = {
 }
 
 
-def flips(lab: Lab, tries: int, draw: random.Random) -> dict:
-    """Flips random bits. Returns: {place: {outcome: count}}."""
-    out = {}
+def flips(lab: Lab, tries: int, draw: random.Random, wanted: Wanted) -> Iterator[tuple[str, Outcomes]]:
+    """Flips random bits in each place."""
     for name, place in PLACES.items():
+        if not wanted(name):
+            continue
         left_out = set(lab.made.glob(place.but)) if place.but else set()
         files = [path for path in lab.made.glob(place.pattern) if path.is_file() and path.stat().st_size]
         files = [path for path in files if path not in left_out]
@@ -313,9 +327,7 @@ def flips(lab: Lab, tries: int, draw: random.Random) -> dict:
             (path,) = draw.choices(files, [file.stat().st_size for file in files])
             with _flipped(path, place.part, draw):
                 counts[_after_flip(place, lab.made, expected)] += 1
-        out[name] = dict(counts)
-        print(name, out[name], flush=True)
-    return out
+        yield name, dict(counts)
 
 
 @contextlib.contextmanager
@@ -348,10 +360,11 @@ def _after_flip(place: Place, made: pathlib.Path, expected: str) -> str:
     return "same values" if found == expected else "OTHER VALUES"
 
 
-def disk(lab: Lab, tries: int, draw: random.Random) -> dict:
-    """Lets each command write to a file system that is too small. Returns: {command: {outcome: count}}."""
-    out = {}
+def disk(lab: Lab, tries: int, draw: random.Random, wanted: Wanted) -> Iterator[tuple[str, Outcomes]]:
+    """Lets each command write to a file system that is too small."""
     for name, command in COMMANDS.items():
+        if not wanted(name):
+            continue
         whole = lab.fresh("whole")
         lab.run(command.arguments, whole)
         expected = command.digest(whole)
@@ -364,9 +377,7 @@ def disk(lab: Lab, tries: int, draw: random.Random) -> dict:
                 _resize(folder, needed * 4 + (64 << 20))
                 again = lab.run(command.arguments, folder)
                 counts[_after_full(command, folder, full, again, expected)] += 1
-        out[name] = dict(counts)
-        print(name, out[name], flush=True)
-    return out
+        yield name, dict(counts)
 
 
 @contextlib.contextmanager
@@ -392,8 +403,10 @@ def _after_full(command, folder, full, again, expected) -> str:
     return "one sentence, then the same result" if command.digest(folder) == expected else "another result"
 
 
-def load(lab: Lab, tries: int, draw: random.Random) -> dict:
-    """Starts many processes at once, `tries` of them readers of one ToL file. Returns: {kind: {outcome: count}}."""
+def load(lab: Lab, tries: int, draw: random.Random, wanted: Wanted) -> Iterator[tuple[str, Outcomes]]:
+    """Starts many processes at once, `tries` of them readers of one ToL file."""
+    if not wanted("readers"):
+        return
     prompts = ["The file", "def main", "A class is", "import os"]
     read = "generate --workdir={made}/run --tol={made}/tol.safetensors --rows=disk --cache=64KiB --max_tokens=40 "
     read += "--temperature=0 --prompt="
@@ -433,24 +446,22 @@ def load(lab: Lab, tries: int, draw: random.Random) -> dict:
         else:
             outcome = "ended"
         counts[f"{kind}s"][outcome] += 1
-    return {kind: dict(found) for kind, found in counts.items()}
+    yield from ((kind, dict(found)) for kind, found in counts.items())
 
 
-def fuzz(lab: Lab, tries: int, draw: random.Random) -> dict:
-    """Runs the long tests of damaged files. Returns: {reader: {"files": tried, "outcome": text}}."""
+def fuzz(lab: Lab, tries: int, draw: random.Random, wanted: Wanted) -> Iterator[tuple[str, Outcomes]]:
+    """Runs the long tests of damaged files."""
+    if not wanted("ToL"):
+        return
     record = lab.work / "fuzz.xml"
     command = [sys.executable, "-m", "pytest", "-m", "long", "tests/test_damaged_files.py", f"--junitxml={record}"]
     subprocess.run(command, cwd=ROOT, env=lab.environment, stdout=subprocess.DEVNULL)
-    out = {}
     for case in xml.etree.ElementTree.parse(record).iter("testcase"):
         reader = case.get("name").partition("[")[2].removesuffix("]")
-        files = next((int(entry.get("value")) for entry in case.iter("property") if entry.get("name") == "tries"), 0)
-        failure = next(iter([*case.iter("failure"), *case.iter("error")]), None)
-        out[reader] = {
-            "files": files,
-            "outcome": "a value or one error" if failure is None else failure.get("message")[:300],
-        }
-    return out
+        files = next(int(entry.get("value")) for entry in case.iter("property") if entry.get("name") == "tries")
+        failures = [*case.iter("failure"), *case.iter("error")]
+        outcome = failures[0].get("message")[:300] if failures else "a value or one error"
+        yield reader, {outcome: files}
 
 
 def main(
@@ -470,10 +481,11 @@ def main(
     before = json.loads(pathlib.Path(output).read_text())["results"] if os.path.exists(output) else {}
     counts = {"kills": tries, "flips": 20 * tries, "disk": max(1, tries // 2), "load": 2 * tries, "fuzz": 1}
     for part in only:
-        if part in before:
-            continue
-        before[part] = globals()[part](lab, counts[part], random.Random(seed))
-        common.write(output, before, {"tries": counts, "seed": seed})
+        done = before.setdefault(part, {})
+        for name, outcomes in globals()[part](lab, counts[part], random.Random(seed), lambda x, d=done: x not in d):
+            print(part, name, outcomes, flush=True)
+            done[name] = outcomes
+            common.write(output, before, {"tries": counts, "seed": seed})
 
 
 if __name__ == "__main__":
