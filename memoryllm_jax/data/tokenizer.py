@@ -300,7 +300,9 @@ class _Loaded(NamedTuple):
 def _load_sentencepiece(content):
     import sentencepiece
 
-    processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+    processor = sentencepiece.SentencePieceProcessor()
+    # Not `model_proto=`, which takes an empty file for no argument and leaves the processor without a model.
+    processor.LoadFromSerializedProto(content)
     size = processor.vocab_size()
     return _Loaded(
         vocab_size=size,
@@ -331,6 +333,9 @@ def llama3_tokens(content: bytes) -> tuple[dict[bytes, int], dict[str, int]]:
             ) from error
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
         raise UserError(f"tokenizer: expected ranks 0 to {len(ranks) - 1}, each once, as in Llama 3's tokenizer.model")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:  # tiktoken panics at a text that has such a byte
+        raise UserError(f"tokenizer: expected a token for each byte, found none for 0x{missing[0]:02x}")
     n = len(ranks)
     specials = {name: n + offset for name, offset in LLAMA3_SPECIALS.items()}
     taken = set(specials.values())
