@@ -35,6 +35,7 @@ import common
 import jax
 import numpy as np
 
+from memoryllm_jax.checkpoint.store import Checkpoints
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common import cli
 from memoryllm_jax.common.errors import ArgumentError, UserError
@@ -43,6 +44,7 @@ from memoryllm_jax.data.dataset import SPLITS, Dataset
 from memoryllm_jax.tol import sources, verify
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.overlay import Overlay
+from memoryllm_jax.training.step import Trainer
 
 PARTS = ("kills", "flips", "disk", "load", "fuzz")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -255,13 +257,16 @@ def _values_of_data(made: pathlib.Path) -> str:
 
 
 def _values_of_checkpoint(made: pathlib.Path) -> str:
+    """All that a resumed training and a served model read."""
+    run = made / "run"
     total = hashlib.sha256()
-    with contextlib.closing(TrainedModel(str(made / "run"))) as model:
+    with contextlib.closing(TrainedModel(str(run))) as model, contextlib.closing(Checkpoints(str(run))) as checkpoints:
         total.update(f"{model.step} {model.run} {model.tokenizer.digest}".encode())
         params, digest = model.load(lambda _: True)
         total.update(digest.encode())
-        for leaf in jax.tree.leaves(params):
-            total.update(np.asarray(leaf).tobytes())
+        state = checkpoints.restore(model.step, Trainer(model.run, model.mesh).state_shape)
+    for leaf in jax.tree.leaves([params, state]):
+        total.update(np.asarray(leaf).tobytes())
     return total.hexdigest()
 
 

@@ -5,6 +5,7 @@ flags follow from the functions' signatures (common/options.py).
 """
 
 import inspect
+import pathlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -118,14 +119,16 @@ def _run(call, check=None):
 
 
 def _without_late_reports(hook):
-    """The hook without what TensorStore reports of reads and writes that end after Orbax has failed.
+    """The hook without the reports of reads and writes that end after Orbax has failed.
 
     Orbax closes its event loop at the first error, which it raises. TensorStore cannot tell the loop of the ends of the
-    other reads and writes, and Python would print a traceback for each.
+    other reads and writes, and errors of Orbax's own coroutines reach nobody. Python would print a traceback for each.
     """
 
     def call(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
+        coroutine = unraisable.object if inspect.iscoroutine(unraisable.object) else None
+        is_orbax = coroutine is not None and "orbax" in pathlib.Path(coroutine.cr_code.co_filename).parts
+        if not is_orbax and str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
     return call
