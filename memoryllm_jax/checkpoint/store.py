@@ -115,8 +115,7 @@ class Checkpoints:
         except Exception as error:
             raise_if_lost_peer(error)
             last_good = self.last_good()
-            with contextlib.suppress(Exception):
-                self.close()
+            self.close()
             self._remove_partial()
             reason = one_line(error, 500)
             if "No space left" in str(error):
@@ -171,8 +170,9 @@ class Checkpoints:
             return state
 
     def close(self) -> None:
-        """Waits for a save in the background, and closes. May be called twice."""
+        """Waits for a save in the background, and closes. May be called twice. Only `wait` says whether it succeeded."""
         if not self._closed:
             self._closed = True
-            self._manager.close()
+            with contextlib.suppress(Exception):  # of a save; it would hide the error that ends the run
+                self._manager.close()
             self._reader.close()

@@ -244,7 +244,17 @@ def test_a_failed_start_leaves_no_workdir(make_config, tmp_path):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_workdir_that_is_removed_ends_the_run(make_config, tmp_path, monkeypatch, again):
-    """Also where a folder of this name is there again, as saving a checkpoint would make one."""
+    """Also where a folder of this name is there again, as saving a checkpoint would make one.
+
+    A save in the background, which then fails too, does not hide this error.
+    """
+
+    def fail(self):
+        close(self)
+        raise FileNotFoundError("state.orbax-checkpoint-tmp")
+
+    close = ocp.CheckpointManager.close
+    monkeypatch.setattr(ocp.CheckpointManager, "close", fail)
 
     def remove(self, done):
         shutil.rmtree(tmp_path / "w")
