@@ -170,7 +170,7 @@ class Checkpoints:
             return state
 
     def close(self) -> None:
-        """Waits for a save in the background, and closes. May be called twice. Only `wait` says whether it succeeded."""
+        """Waits for a save in the background, and closes. May be called twice. Only `wait` raises errors of a save."""
         if not self._closed:
             self._closed = True
             with contextlib.suppress(Exception):  # of a save; it would hide the error that ends the run

@@ -117,14 +117,10 @@ def refuse_unused(chosen, needed: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """Measures engines on a text, on tasks, or on both. Raises: ArgumentError for neither."""
+    """Measures engines on a text, on tasks, or on both."""
 
     text: TextOptions = TextOptions()
     tasks: TaskOptions = TaskOptions()
-
-    def __post_init__(self):
-        if not self.text.data and not self.tasks.tasks:
-            raise ArgumentError("data", "expected a text, or tasks, or both, found neither")
 
     def facts(self) -> dict[str, str]:
         """Facts for the caption of a page."""

@@ -94,13 +94,18 @@ def run(experiment: Callable[..., dict], models: Models, output: str, **chosen) 
 
     Args:
       output: folder for the page and the files beside it, which are named after the experiment.
-      chosen: the experiment's options.
+      chosen: the experiment's options. If its `measure` names neither text nor tasks, it measures on the data that the
+        first model was trained on.
     Returns: one line that says what was written. Raises: UserError.
     """
     name, facts = experiment.__name__, models.facts
     # `facts | ...` makes a copy: the models may be used for another experiment.
-    if "measure" in chosen:
-        facts = facts | chosen["measure"].facts()
+    measure = chosen.get("measure")
+    if measure and not measure.text.data and not measure.tasks.tasks:
+        text = dataclasses.replace(measure.text, data=models.data_of(models.labels[0], "data"))
+        measure = chosen["measure"] = dataclasses.replace(measure, text=text)
+    if measure:
+        facts = facts | measure.facts()
     with report.Report(output, name, f"{name}: {', '.join(models.labels)}", facts) as page:
         # The docstring is the definition of what was measured: the help text and the page give the same one.
         page.text(inspect.getdoc(experiment))

@@ -6,7 +6,7 @@ import pytest
 
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.evaluation import record
-from memoryllm_jax.evaluation.measure import Measure, TaskOptions, TextOptions, change
+from memoryllm_jax.evaluation.measure import TaskOptions, TextOptions, change
 from memoryllm_jax.evaluation.perplexity import Windows
 from memoryllm_jax.evaluation.record import WindowedText
 
@@ -23,7 +23,6 @@ from memoryllm_jax.evaluation.record import WindowedText
             lambda: WindowedText("DATA", stride=33).windows(32),
             "stride: expected 1 to 32, the model's context",
         ),
-        (Measure, "data: expected a text, or tasks, or both, found neither"),
         (lambda: record.check_output("output", "/nowhere/x.json"), "output: expected a file in a folder that exists"),
     ],
 )

@@ -5,6 +5,8 @@ import os
 import pytest
 
 from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.evaluation.measure import Measure
+from memoryllm_jax.experiments import models as models_lib
 from memoryllm_jax.experiments.models import Models
 
 
@@ -20,3 +22,15 @@ def test_a_tol_file_serves_one_model():
         Models(["a", "b"], "x")
     with pytest.raises(ArgumentError, match="rows: expected a ToL file too"):
         Models(["a"], place="host")
+
+
+def test_without_text_or_tasks_the_first_models_own_data_is_read(lab, tmp_path, capsys):
+    read = []
+
+    def experiment(models, page, measure):
+        """What is measured."""
+        read.append(measure.text.data)
+        return {}
+
+    models_lib.run(experiment, Models([lab.workdir("base")]), str(tmp_path), measure=Measure())
+    assert read == [lab.data_path] and "data: none is given" in capsys.readouterr().out
