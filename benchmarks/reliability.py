@@ -469,6 +469,15 @@ def fuzz(lab: Lab, tries: int, draw: random.Random, wanted: Wanted) -> Iterator[
         yield reader, {outcome: files}
 
 
+def table(results: dict[str, Outcomes]) -> str:
+    """The results of one part as Markdown: a row for each command, place or reader, a column for each outcome."""
+    columns = list(dict.fromkeys(outcome for outcomes in results.values() for outcome in outcomes))
+    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
+    for name, outcomes in results.items():
+        lines.append(f"| {name} | {' | '.join(str(outcomes.get(column, '')) for column in columns)} |")
+    return "\n".join(lines)
+
+
 def main(
     work: Annotated[str, Option("folder for all files, which may stay for the next run")],
     output: Annotated[str, Option("JSON file for the record")],
@@ -488,9 +497,11 @@ def main(
     for part in only:
         done = before.setdefault(part, {})
         for name, outcomes in globals()[part](lab, counts[part], random.Random(seed), lambda x, d=done: x not in d):
-            print(part, name, outcomes, flush=True)
+            print(f"{part}, {name}: {outcomes}", flush=True)
             done[name] = outcomes
             common.write(output, before, {"tries": counts, "seed": seed})
+    for part in only:
+        print(f"\n{part}\n\n{table(before[part])}")
 
 
 if __name__ == "__main__":
