@@ -78,6 +78,9 @@ def convert(kind: type[T], tree: Any, where: str) -> T:
         return msgspec.convert(tree, kind)
     except msgspec.ValidationError as error:
         raise UserError(f"{where}: {_explained(error, lambda: tree)}") from error
+    except UnicodeError as error:
+        problem = one_line(error, 200)
+        raise UserError(f"{where}: expected Unicode text, found half a surrogate pair: {problem}") from error
 
 
 def to_json(value: Any) -> Any:

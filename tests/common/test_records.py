@@ -63,3 +63,5 @@ def test_a_tree_is_converted_with_the_same_messages():
     assert records.convert(Model, {"steps": 3}, "file") == Model(steps=3)
     with pytest.raises(UserError, match=r"^file: steps: expected int >= 0, found -1$"):
         records.convert(Model, {"steps": -1}, "file")
+    with pytest.raises(UserError, match=r"^file: expected Unicode text, found half a surrogate pair"):
+        records.convert(Model, "\ud800", "file")
