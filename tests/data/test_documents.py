@@ -61,7 +61,7 @@ def test_names_of_any_form_and_folders_and_archives_are_read(tmp_path):
         (tmp_path / name).write_bytes(LINE)
     with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
         archive.writestr("a.jsonl", LINE)
-        archive.writestr("b.jsonl.gz", gzip.compress(LINE))
+        archive.writestr("b.jsonl.gz", gzip.compress(LINE, mtime=0))
     folder = [f"{tmp_path}/x,y/a.jsonl", f"{tmp_path}/x,y/deep/b.jsonl"]
     assert documents.expand(f"{tmp_path}/x,y,{tmp_path}/a[1],b.jsonl") == [*folder, f"{tmp_path}/a[1],b.jsonl"]
     assert documents.expand(f"{tmp_path}/x,y/*.jsonl,{tmp_path}/x,y") == folder
@@ -77,10 +77,14 @@ def test_names_of_any_form_and_folders_and_archives_are_read(tmp_path):
     [
         ("a.jsonl", b"\xef\xbb\xbf" + LINE, ["a"]),
         ("a.txt", b"\xef\xbb\xbfabc", ["abc"]),
-        ("a.txt.gz", gzip.compress(b"\xef\xbb\xbfabc"), ["abc"]),
-        ("a.jsonl.gz", gzip.compress(LINE) + bytes(600) + gzip.compress(LINE) + bytes(2**20), ["a", "a"]),
+        ("a.txt.gz", gzip.compress(b"\xef\xbb\xbfabc", mtime=0), ["abc"]),
+        (
+            "a.jsonl.gz",
+            gzip.compress(LINE, mtime=0) + bytes(600) + gzip.compress(LINE, mtime=0) + bytes(2**20),
+            ["a", "a"],
+        ),
         ("a.jsonl.gz", b"", []),
-        ("a.jsonl.gz", gzip.compress(b""), []),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), []),
         ("a.parquet", b"", []),
         ("a.txt", b"", []),
         ("a.jsonl", b'{"text": "a", "n": %s}' % (b"9" * 5000), ["a"]),
