@@ -18,6 +18,7 @@ What an earlier run with the same output has finished is not repeated.
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -145,15 +146,11 @@ class Lab:
             "PYTHONPATH": str(ROOT),
         }
 
-    def command(self, arguments: str, out: pathlib.Path) -> list[str]:
+    def start(self, arguments: str, out: pathlib.Path) -> subprocess.Popen:
+        """Starts a command whose output, and error messages, are piped."""
         filled = arguments.format(out=out, made=self.made, configs=ROOT / "configs").split()
-        return [sys.executable, "-m", f"memoryllm_jax.{filled[0]}", *filled[1:]]
-
-    def run(self, arguments: str, out: pathlib.Path, kill_after: float | None = None) -> Run:
-        """Runs a command, and kills it and its children after some seconds if it has not ended by then."""
-        start = time.monotonic()
-        process = subprocess.Popen(
-            self.command(arguments, out),
+        return subprocess.Popen(
+            [sys.executable, "-m", f"memoryllm_jax.{filled[0]}", *filled[1:]],
             env=self.environment,
             cwd=self.work,
             stdout=subprocess.PIPE,
@@ -161,13 +158,18 @@ class Lab:
             text=True,
             start_new_session=True,
         )
+
+    def run(self, arguments: str, out: pathlib.Path, kill_after: float | None = None) -> Run:
+        """Runs a command, and kills it and its children after some seconds if it has not ended by then."""
+        begin = time.monotonic()
+        process = self.start(arguments, out)
         try:
             printed, _ = process.communicate(timeout=kill_after)
         except subprocess.TimeoutExpired:
             # Only the process itself: its children must end by themselves.
             process.send_signal(signal.SIGKILL)
             printed, _ = process.communicate()
-        return Run(process.returncode, printed, time.monotonic() - start)
+        return Run(process.returncode, printed, time.monotonic() - begin)
 
     def make(self) -> None:
         """Makes the whole files, unless an earlier run has."""
@@ -412,35 +414,19 @@ def load(lab: Lab, tries: int, draw: random.Random, wanted: Wanted) -> Iterator[
     """Starts many processes at once, `tries` of them readers of one ToL file."""
     if not wanted("readers"):
         return
-    prompts = ["The file", "def main", "A class is", "import os"]
     read = "generate --workdir={made}/run --tol={made}/tol.safetensors --rows=disk --cache=64KiB --max_tokens=40 "
     read += "--temperature=0 --prompt="
     alone = {}
-    for prompt in prompts:
-        done = lab.run(read + prompt.replace(" ", "_"), lab.work)
+    for prompt in ("The_file", "def_main", "A_class_is", "import_os"):
+        done = lab.run(read + prompt, lab.work)
         if done.status:
             raise UserError(f"generate failed: {done.printed[-1000:]}")
         alone[prompt] = done.printed
-    folder = lab.fresh("load")
-    writers = {
-        name: lab.command(COMMANDS[name].arguments, folder / name.replace(" ", "_")) for name in ("train", "prepare")
-    }
-    start = [(name, "writer", command) for name, command in writers.items()]
-    for number in range(tries):
-        prompt = prompts[number % len(prompts)]
-        start.append((prompt, "reader", lab.command(read + prompt.replace(" ", "_"), lab.work)))
-    for name in writers:
-        (folder / name.replace(" ", "_")).mkdir()
-    running = [
-        (
-            name,
-            kind,
-            subprocess.Popen(
-                command, env=lab.environment, cwd=lab.work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            ),
-        )
-        for name, kind, command in start
-    ]
+    running = []
+    for name in ("train", "prepare"):
+        running.append((name, "writer", lab.start(COMMANDS[name].arguments, lab.fresh(f"load_{name}"))))
+    for prompt in itertools.islice(itertools.cycle(alone), tries):
+        running.append((prompt, "reader", lab.start(read + prompt, lab.work)))
     counts: dict[str, collections.Counter] = {"readers": collections.Counter(), "writers": collections.Counter()}
     for name, kind, process in running:
         printed, _ = process.communicate()

@@ -20,7 +20,7 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data.verification import FileShard, Verification
 
 _MOST_OPEN = 1024  # files that one stream keeps open, at most
-_ADVISED = 64  # windows that the disk is told of at a time, whose files are open besides those kept open
+_ADVISED = 64  # windows announced to the disk at a time; their files are open, besides those kept open
 
 
 class _Piece(NamedTuple):
