@@ -24,11 +24,13 @@ import itertools
 import json
 import shutil
 
+import jax
 import pytest
 from lab import Lab, made_once, shared_folder
 
 from memoryllm_jax.config import default, resolve
 from memoryllm_jax.data import documents, shards
+from memoryllm_jax.training import chips
 
 
 def pytest_collection_modifyitems(config, items):
@@ -99,3 +101,21 @@ def copied(data_path, tmp_path):
     for name in os.listdir(data_path):
         (path / name).write_bytes(open(f"{data_path}/{name}", "rb").read())
     return path
+
+
+@pytest.fixture
+def chip_devices(monkeypatch):
+    """A function: chip_devices("h100", 8) returns devices to compile for, ahead of time and without such a chip.
+
+    It skips the test where the chip's compiler is not installed.
+    """
+
+    def devices(name, count=1):
+        chip = chips.get(name)
+        if not chip.has_compiler():
+            pytest.skip(f"needs the extra {chip.platform}")
+        jax.devices()  # XLA for CPUs reads XLA_FLAGS now; libtpu would end the process for a flag that it does not know
+        monkeypatch.delenv("XLA_FLAGS", raising=False)
+        return chips.devices(name, count)[0]
+
+    return devices

@@ -1,4 +1,4 @@
-"""Reads the collectives of a compiled step from its HLO text, to compare formulas with."""
+"""Reads the collectives and other operations of a compiled step from its HLO text."""
 
 import collections
 import math
@@ -58,6 +58,11 @@ def operand_bytes(text: str) -> dict[tuple[str, int], int]:
                 kind = match[1].replace("reduce-scatter", "all-reduce")
                 found[kind, _group_size(instruction.rest)] += times[name] * size
     return {(kind, group): size for (kind, group), size in found.items() if group > 1}
+
+
+def results(text: str, operation: str) -> list[str]:
+    """The types of all results of an operation, such as ["bf16[64,112]{1,0}"] of pad, in the order of the text."""
+    return [i.type for body in _computations(text).values() for i in body.lines if i.operation == operation]
 
 
 def _computations(text):

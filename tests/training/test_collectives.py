@@ -74,13 +74,8 @@ def test_formulas_are_what_xla_for_cpus_compiles(architecture, overrides):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v5p", "h100"])
 @pytest.mark.parametrize("mesh", [{"mesh.data": 2}, {"mesh.tensor": 2}])
-def test_formulas_are_what_the_chips_compilers_compile(name, mesh):
-    """Ahead of time, without such a chip."""
-    chip = chips.get(name)
-    if not chip.has_compiler():
-        pytest.skip(f"needs the extra {chip.platform}")
-    devices, _ = chips.devices(name, 8)
-    check(small("flex-3", **{"mesh.fsdp": 4}, **mesh), devices, chip.platform)
+def test_formulas_are_what_the_chips_compilers_compile(chip_devices, name, mesh):
+    check(small("flex-3", **{"mesh.fsdp": 4}, **mesh), chip_devices(name, 8), chips.get(name).platform)
 
 
 def test_bytes_sent_are_those_of_rings():
