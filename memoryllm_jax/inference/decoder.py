@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoryllm_jax.config import ModelConfig
+from memoryllm_jax.inference import sequences
 from memoryllm_jax.model import attention, loss, sharding, transformer
-from memoryllm_jax.model.sharding import constrain, unpadded_embed
+from memoryllm_jax.model.sharding import constrain
 from memoryllm_jax.model.token_memory import TokenRows, take_rows
 
 _SMALLEST_BUCKET = 16
@@ -48,12 +49,8 @@ class Decoder:
         self.shards = sharding.batch_shards(mesh)
         self._params = {name: params[name] for name in ("layers", "final_norm")}
         self._params["head"] = params["embedding" if config.tie_embeddings else "head"]
-        self._prefill = jax.jit(self._prefill_body, static_argnames="length")
-        self._place = jax.jit(self._place_body, donate_argnums=0)
         self._step = jax.jit(self._step_body)
         self._append = jax.jit(self._append_body, donate_argnums=0)
-        self._score = jax.jit(self._score_body, static_argnames="length")
-        self._log_probs = jax.jit(self._log_probs_body, static_argnames="length")
 
     @property
     def weights_bytes(self) -> int:
@@ -70,7 +67,7 @@ class Decoder:
           compute_L: the factors of FFN-C by layer, or of base's FFN.
         """
         layers = []
-        # FFN-C is scaled once, in its output matrix. Rows come from the caller, so `_layer_rows` scales them each time.
+        # FFN-C is scaled once, in its output matrix. Rows come from the caller, so `layer_rows` scales them each time.
         for layer, factor in zip(self._params["layers"], compute_L.astype(np.float32)):
             if "ffn" in layer:
                 layer = layer | {"ffn": layer["ffn"] | {"down": _times(layer["ffn"]["down"], factor)}}
@@ -108,8 +105,7 @@ class Decoder:
         """
         with jax.set_mesh(self.mesh):
             index_SN = self._by_shard(index_bT)
-            logits_bV, new = self._prefill(self._params, rows, index_SN, lengths_b, length=index_bT.shape[1])
-            return logits_bV, self._place(cache, new, slots_b)
+            return sequences.prefill(self.config, self._params, rows, index_SN, lengths_b, slots_b, cache)
 
     def step(self, rows: TokenRows, index_B, position_B, cache):
         """Runs one token of each sequence through the decoder and writes its keys and values to the cache.
@@ -138,7 +134,7 @@ class Decoder:
         """
         with jax.set_mesh(self.mesh):
             batch = [self._by_shard(x) for x in (index_BT, targets_BT, weights_BT)]
-            return self._score(self._params, rows, *batch, length=index_BT.shape[1])
+            return sequences.score(self.config, self._params, rows, *batch, length=index_BT.shape[1])
 
     def log_probs(self, rows: TokenRows, index_BT, targets_BT) -> loss.TargetScores:
         """The log-probability of each target and whether it is the likeliest id, each [B, T].
@@ -147,7 +143,7 @@ class Decoder:
         """
         with jax.set_mesh(self.mesh):
             batch = [self._by_shard(x) for x in (index_BT, targets_BT)]
-            return self._log_probs(self._params, rows, *batch, length=index_BT.shape[1])
+            return sequences.log_probs(self.config, self._params, rows, *batch, length=index_BT.shape[1])
 
     def _by_shard(self, x):
         return x.reshape(self.shards, -1)
@@ -166,64 +162,19 @@ class Decoder:
         rope = transformer.rope_table(c, positions)
         keys_values = []
         for layer, layer_params in enumerate(params["layers"]):
-            ffn_SUD = _layer_rows(rows, layer, params.get("memory_scale"), c.dtype)
+            ffn_SUD = sequences.layer_rows(*sequences.rows_of_layer(rows, params, layer), c.dtype)
             layer_past = None if past is None else (past[0][layer], past[1])
             out = transformer.apply_layer(c, layer_params, x_BTD, ffn_SUD, index_SN, rope, layer_past)
             x_BTD = out.x_BTD
             keys_values.append(out.keys_values)
         return transformer.Norm(c).apply({"params": params["final_norm"]}, x_BTD), keys_values
 
-    def _logits(self, params, x_BD):
-        head_VD = unpadded_embed(params["head"], self.config.dim, ("vocab", "embed"))
-        logits_BV = jnp.einsum("bd,vd->bv", x_BD, head_VD, preferred_element_type=jnp.float32)
-        return constrain(logits_BV, None, None)  # whole on each device, so that all hosts draw the same token
-
-    def _prefill_body(self, params, rows, index_SN, lengths_b, length):
-        x_bTD, keys_values = self._hidden(params, rows, index_SN, jnp.arange(length))
-        last_bD = x_bTD[jnp.arange(len(lengths_b)), lengths_b - 1]
-        return self._logits(params, last_bD), keys_values
-
-    def _place_body(self, cache, new, slots_b):
-        def put(cache_BHCK, new_bHTK):
-            return cache_BHCK.at[slots_b, :, : new_bHTK.shape[2]].set(new_bHTK, mode="drop")
-
-        return jax.tree.map(put, cache, new)
-
     def _step_body(self, params, rows, index_SN, position_B, cache):
         x_BTD, keys_values = self._hidden(params, rows, index_SN, position_B[:, None], (cache, position_B))
-        return self._logits(params, x_BTD[:, 0]), keys_values
+        return sequences.logits(self.config, params["head"], x_BTD[:, 0]), keys_values
 
     def _append_body(self, cache, new, position_B):
         return [layer.write(added, position_B) for layer, added in zip(cache, new)]
-
-    def _score_body(self, params, rows, index_SN, targets_SN, weights_SN, length):
-        x_SND = self._states_to_score(params, rows, index_SN, length)
-        _, nll = loss.cross_entropy(x_SND, params["head"], targets_SN, weights_SN, self._loss_options)
-        return nll
-
-    def _log_probs_body(self, params, rows, index_SN, targets_SN, length):
-        x_SND = self._states_to_score(params, rows, index_SN, length)
-        found = loss.log_probs(x_SND, params["head"], targets_SN, self._loss_options)
-        return loss.TargetScores(*(x_SN.reshape(-1, length) for x_SN in found))
-
-    def _states_to_score(self, params, rows, index_SN, length):
-        x_BTD, _ = self._hidden(params, rows, index_SN, jnp.arange(length))
-        return x_BTD.reshape(*index_SN.shape, -1)
-
-    @property
-    def _loss_options(self):
-        c = self.config
-        return loss.Options(vocab_size=c.vocab_size, z_loss=0.0, chunk=c.loss_chunk, dtype=c.dtype)
-
-
-def _layer_rows(rows, layer, memory_scale, dtype):
-    """A layer's rows in the dtype of the computation, times the layer's factor unless `memory_scale` is None."""
-    if rows.ffn_LSUD is None or rows.ffn_LSUD[layer] is None:
-        return None
-    ffn_SUD = rows.ffn_LSUD[layer]
-    if memory_scale is not None:
-        ffn_SUD = ffn_SUD.astype(jnp.float32) * memory_scale[layer]
-    return ffn_SUD.astype(dtype)
 
 
 @jax.jit

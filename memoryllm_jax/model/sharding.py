@@ -44,8 +44,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
-def _parts(axis: str | None) -> int:
-    """Number of parts that the current mesh splits a logical axis into."""
+def parts(axis: str | None) -> int:
+    """Number of parts that the current mesh splits a logical axis into. Raises: ValueError outside a mesh."""
     mesh = _current_mesh()
     return math.prod(mesh.shape[name] for name in RULES[axis])
 
@@ -63,7 +63,7 @@ def padded(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[int, .
     Padding is zero and stays zero in training. A padded column of one matrix is multiplied with a padded row of the
     next; as both are zero, neither gets a gradient.
     """
-    return tuple(_round_up(size, _parts(axis)) for size, axis in zip(shape, axes))
+    return tuple(_round_up(size, parts(axis)) for size, axis in zip(shape, axes))
 
 
 def _round_up(size, multiple):
