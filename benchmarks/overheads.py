@@ -93,7 +93,7 @@ def stalls(dataset, path):
     config = loop.complete(resolve(c), dataset)
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     batches = TrainBatches(config, dataset, 1, [0])
-    size = batches.sizes()[0]
+    size = batches.sizes().planned[-1]
     state = trainer.init(jax.random.key(0))
     description = describe(config, dataset.digest, dataset.tokenizer())
     placing, steps, held, written = [], [], [], []

@@ -42,7 +42,7 @@ from memoryllm_jax.config import default, resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import flops, sharding
 from memoryllm_jax.training import loop, metrics
-from memoryllm_jax.training.batches import HostBatch, TrainBatches, place, smallest_size
+from memoryllm_jax.training.batches import HostBatch, TrainBatches, place
 from memoryllm_jax.training.step import Trainer
 
 PRESETS = {
@@ -166,7 +166,7 @@ def our_step(config, dataset: Dataset, settings: Settings):
     batches = TrainBatches(config, dataset, 1, [0])
     weights = np.ones((config.batch_size, config.seq_len))
     host = HostBatch({0: batches.shard_batch(windows_of(dataset, settings), weights)})
-    size = smallest_size(batches.sizes(), host.distinct)
+    size = batches.sizes().holding(host.distinct)
 
     def steps(count):
         nonlocal state

@@ -6,16 +6,18 @@ resumes from the number of its step alone, and any number of hosts makes the sam
 its own batch shards.
 
 Each batch shard comes with its distinct token ids, as the token memory is evaluated once for each of them. Their number
-is padded to one of a few sizes, because every size compiles a train step of its own.
+is padded to one of a few sizes (sizes.py).
 """
 
 import abc
-import bisect
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -23,9 +25,14 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model.sharding import batch_shards
+from memoryllm_jax.training import sizes
+from memoryllm_jax.training.sizes import Sizes
 
-_SAMPLES = 16  # batch shards whose distinct ids are counted to plan the sizes
-_GROWTH = 1.25  # from one size to the next
+# Tokens that are read to plan the sizes, and the bounds of the number of batch shards that they make up. Of 64 shards
+# or more, the standard deviation of the counts is known within 10%.
+_SAMPLED_TOKENS = 1 << 23
+_FEWEST_SAMPLES, _MOST_SAMPLES = 16, 256
+_READ_TOKENS = 1 << 20  # of them, read at a time
 
 
 class Batch(NamedTuple):
@@ -41,6 +48,17 @@ class Batch(NamedTuple):
     index_SAN: jax.Array
     targets_SAN: jax.Array
     weights_SAN: jax.Array
+
+
+class Windows(NamedTuple):
+    """The sequences of one batch shard, as they are read.
+
+    ids: token ids [sequences, T+1]; each sequence ends with its last target.
+    weights: weights of the targets [sequences, T].
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
 
 
 class ShardBatch(NamedTuple):
@@ -87,20 +105,17 @@ class Batches(abc.ABC):
     def __len__(self) -> int: ...
 
     def __getitem__(self, step) -> HostBatch:
-        return HostBatch({shard: self.shard_batch(*self.windows(int(step), shard)) for shard in self.local})
+        # All shards in one call, which reads them concurrently: object storage takes about one round trip for a batch.
+        windows = self.windows([(int(step), shard) for shard in self.local])
+        return HostBatch({shard: self.shard_batch(found) for shard, found in zip(self.local, windows, strict=True)})
 
     @abc.abstractmethod
-    def windows(self, step: int, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """(token ids [sequences, T+1], weights of the targets [sequences, T]) of one batch shard.
+    def windows(self, places: Sequence[tuple[int, int]]) -> list[Windows]:
+        """Reads batch shards, each given as (step, number of the shard). Raises: UserError."""
 
-        Raises: UserError.
-        """
-
-    def shard_batch(self, windows: np.ndarray, weights: np.ndarray) -> ShardBatch:
-        """Splits the sequences of one batch shard into inputs and targets, and finds the distinct ids.
-
-        Arguments as `windows` returns them.
-        """
+    def shard_batch(self, read: Windows) -> ShardBatch:
+        """Splits the sequences of one batch shard into inputs and targets, and finds the distinct ids."""
+        windows, weights = read
         inputs = np.ascontiguousarray(windows[:, :-1]).reshape(-1)
         if self.config.model.unique_tokens:
             ids, index = _distinct(inputs)
@@ -115,37 +130,33 @@ class Batches(abc.ABC):
             weights.reshape(by_micro_batch).astype(np.float32),
         )
 
-    def sizes(self) -> list[int]:
-        """Numbers of ids that distinct ids are padded to, in rising order.
+    def sizes(self) -> Sizes:
+        """Numbers of ids that distinct ids are padded to, planned for all batch shards and steps (`sizes.plan`).
 
-        The first size holds nearly every batch, the last one the most distinct ids that a batch shard can have. The
-        sizes are planned from batches spread over all steps, so they are the same on every host and after a restart.
+        They follow from batches spread over all steps, so they are the same on every host and after a restart.
         """
         positions = self.sequences * self.config.seq_len
         if not self.config.model.unique_tokens:
-            return [positions]
-        most = min(positions, self.config.model.vocab_size)
-        multiple = 128 if most >= 4096 else 8  # 128 suits the tiles of matrix units; few ids would be mostly padding
-        # Three standard deviations, because padding costs every step a little but a second size costs a compilation.
+            return Sizes((positions,), positions)
         counts = self._sampled_counts()
-        size = np.mean(counts) + 3 * np.std(counts)
-        sizes = []
-        while not sizes or sizes[-1] < most:
-            rounded_up = -(-int(size) // multiple) * multiple
-            sizes.append(min(most, rounded_up))
-            size = max(size, sizes[-1]) * _GROWTH
-        return sizes
+        most = min(positions, self.config.model.vocab_size)
+        return sizes.plan(np.mean(counts), np.std(counts), self.shards, len(self), most, self.one_size)
+
+    @property
+    def one_size(self) -> bool:
+        """Whether one size serves all steps. Without a token memory, padding costs no more than a lookup."""
+        return not self.config.model.row_dim
 
     def _sampled_counts(self) -> list[int]:
         """The number of distinct ids in each of some batch shards, spread over all steps."""
-        steps = np.unique(np.linspace(0, len(self) - 1, _SAMPLES).astype(int))
-        shards_a_step = max(1, _SAMPLES // len(steps))
-        stride = -(-self.shards // shards_a_step)
+        positions = self.sequences * self.config.seq_len
+        samples = min(max(_SAMPLED_TOKENS // positions, _FEWEST_SAMPLES), _MOST_SAMPLES)
+        numbers = np.unique(np.linspace(0, len(self) * self.shards - 1, samples).astype(int))
+        at_a_time = max(1, _READ_TOKENS // positions)
         counts = []
-        for step in steps:
-            for shard in range(0, self.shards, stride):
-                ids, _ = self.windows(int(step), shard)
-                counts.append(len(np.unique(ids[:, :-1])))
+        for first in range(0, len(numbers), at_a_time):
+            places = [divmod(int(number), self.shards) for number in numbers[first : first + at_a_time]]
+            counts += [len(_distinct(ids[:, :-1].reshape(-1))[0]) for ids, _ in self.windows(places)]
         return counts
 
 
@@ -180,11 +191,15 @@ class TrainBatches(Batches):
         """Number of passes over the training tokens that are made before this step."""
         return step * self.config.batch_size / self.windows_an_epoch
 
-    def windows(self, step, shard):
-        T = self.config.seq_len
-        first = step * self.config.batch_size + shard * self.sequences  # in the shuffled order
-        starts = [int(self._order[i]) * T for i in range(first, first + self.sequences)]
-        return np.stack(self.tokens.read_each(starts, T + 1)), np.ones((self.sequences, T), np.float32)
+    def windows(self, places):
+        T, count = self.config.seq_len, self.sequences
+        starts = []
+        for step, shard in places:
+            first = step * self.config.batch_size + shard * count  # in the shuffled order
+            starts += [int(self._order[i]) * T for i in range(first, first + count)]
+        read = self.tokens.read_each(starts, T + 1)
+        weights = np.ones((count, T), np.float32)
+        return [Windows(np.stack(read[i : i + count]), weights) for i in range(0, len(read), count)]
 
     def iterate(self, start: int) -> Iterator[HostBatch]:
         """Yields the batches of steps start, start + 1, ..., which threads read ahead."""
@@ -207,17 +222,29 @@ class ValidationBatches(Batches):
         batches = -(-(self.tokens.tokens - 1) // (self.config.batch_size * self.config.seq_len))
         return min(batches, self.config.eval.batches or batches)
 
-    def windows(self, step, shard):
+    @property
+    def one_size(self):
+        return True  # padding costs little without a backward pass
+
+    def windows(self, places):
+        T, count = self.config.seq_len, self.sequences
+        starts = []
+        for step, shard in places:
+            first = (step * self.config.batch_size + shard * count) * T
+            # A window that would begin with the last token has no target.
+            starts.append([start for start in range(first, first + count * T, T) if start < self.tokens.tokens - 1])
+        read = iter(self.tokens.read_each([start for of_shard in starts for start in of_shard], T + 1))
+        return [self._padded(list(itertools.islice(read, len(of_shard)))) for of_shard in starts]
+
+    def _padded(self, windows: list[np.ndarray]) -> Windows:
+        """The sequences of one batch shard. The last window of the split is shorter, and none follow it."""
         T, count = self.config.seq_len, self.sequences
         ids = np.zeros((count, T + 1), np.int64)
         weights = np.zeros((count, T), np.float32)
-        first = (step * self.config.batch_size + shard * count) * T
-        # A window that would begin with the last token has no target. The last window may be shorter than the others.
-        starts = [start for start in range(first, first + count * T, T) if start < self.tokens.tokens - 1]
-        for sequence, window in enumerate(self.tokens.read_each(starts, T + 1)):
+        for sequence, window in enumerate(windows):
             ids[sequence, : len(window)] = window
             weights[sequence, : len(window) - 1] = 1
-        return ids, weights
+        return Windows(ids, weights)
 
 
 def local_shards(sharding: NamedSharding, shards: int) -> list[int]:
@@ -226,9 +253,16 @@ def local_shards(sharding: NamedSharding, shards: int) -> list[int]:
     return sorted({index[0].indices(shards)[0] for index in slices})
 
 
-def smallest_size(sizes: list[int], distinct: int) -> int:
-    """The smallest of `sizes`, in rising order, that holds `distinct` ids."""
-    return sizes[bisect.bisect_left(sizes, distinct)]
+def abstract_batch(config: Config, shards: int, sharding: NamedSharding, size: int) -> Batch:
+    """The shapes, dtypes and shardings of a batch whose shards' ids are padded to `size`, to compile a step for."""
+    positions = shards, config.accumulate, config.batch_size * config.seq_len // shards // config.accumulate
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    return Batch(
+        ids_SU=array((shards, size), jnp.int32),
+        index_SAN=array(positions, jnp.int32),
+        targets_SAN=array(positions, jnp.int32),
+        weights_SAN=array(positions, jnp.float32),
+    )
 
 
 def place(batch: HostBatch, size: int, sharding: NamedSharding) -> Batch:

@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryllm_jax.training.batches import Batch, HostBatch, TrainBatches, place, smallest_size
+from memoryllm_jax.training.batches import Batch, HostBatch, TrainBatches, place
+from memoryllm_jax.training.sizes import Sizes
 from memoryllm_jax.training.step import Trainer
 
 
@@ -23,15 +24,14 @@ class Feed(NamedTuple):
 class Feeder:
     """Yields a `Feed` for each step from `start` to the last.
 
-    Threads read batches ahead. Hosts start to agree on the size of a batch one step before they place it, so that
-    placing it does not wait for the agreement.
+    Threads read batches ahead. Each batch is padded to the smallest of `sizes` that holds it. Hosts start to agree on
+    it one step before they place the batch, so that placing it does not wait for the agreement.
     """
 
-    def __init__(self, batches: TrainBatches, trainer: Trainer, start: int):
-        self.sizes = batches.sizes()
+    def __init__(self, batches: TrainBatches, trainer: Trainer, sizes: Sizes, start: int):
         self._start, self._stop = start, len(batches)
         self._sharding = trainer.batch_sharding
-        self._agreement = SizeAgreement(self.sizes, trainer.mesh)
+        self._agreement = SizeAgreement(sizes, trainer.mesh)
         self._batches = batches.iterate(start)
         if start < self._stop:
             # The first batch is read here, before the clock of the first step starts.
@@ -59,11 +59,10 @@ class SizeAgreement:
     A host proposes its number of distinct ids; a small reduction on the devices finds the largest of all hosts.
 
     Args:
-      sizes: in rising order; the last one holds every batch.
       mesh: over the devices of all hosts.
     """
 
-    def __init__(self, sizes: list[int], mesh: Mesh):
+    def __init__(self, sizes: Sizes, mesh: Mesh):
         self._sizes = sizes
         self._devices = mesh.size
         self._one_a_device = NamedSharding(mesh, P(mesh.axis_names))
@@ -79,4 +78,4 @@ class SizeAgreement:
 
     def size(self, proposal: jax.Array | int) -> int:
         """The smallest size that holds every host's distinct ids. Waits for the reduction."""
-        return smallest_size(self._sizes, int(jax.device_get(proposal)))
+        return self._sizes.holding(int(jax.device_get(proposal)))

@@ -27,7 +27,7 @@ from memoryllm_jax.training import summary
 from memoryllm_jax.training.batches import TrainBatches, ValidationBatches, local_shards
 from memoryllm_jax.training.feeder import Feeder
 from memoryllm_jax.training.recorder import Recorder
-from memoryllm_jax.training.step import Trainer
+from memoryllm_jax.training.step import NEED_LESS, Trainer
 from memoryllm_jax.training.validation import Validation
 
 
@@ -59,10 +59,7 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
             return _train(run, profile, stop, at_exit)
         except (Exception, KeyboardInterrupt) as error:
             if hosts.is_out_of_memory(error):
-                error = UserError(
-                    f"out of memory: {' '.join(str(error).split())[:300]}; to need less, use a larger "
-                    "config.accumulate, config.model.remat=full or more devices; a dry run estimates the memory"
-                )
+                error = UserError(f"out of memory: {' '.join(str(error).split())[:300]}; {NEED_LESS}")
             if jax.process_count() == 1:
                 raise error
             unlock.close()
@@ -201,8 +198,12 @@ class _End(NamedTuple):
 
 def _train(run: Run, profile: int, stop: StopSignal, at_exit: contextlib.ExitStack) -> int:
     """Trains an opened run, and reports how it ended. Returns: the exit code."""
-    feeder = Feeder(run.batches, run.trainer, run.start)
-    validation = Validation(run.validation_batches, run.trainer, stop.now)
+    sizes, validation_sizes = run.batches.sizes(), run.validation_batches.sizes()
+    if hosts.is_first():
+        print(summary.opening(run.trainer, run.batches, sizes, run.start), flush=True)
+    run.trainer.compile(sizes, validation_sizes)
+    feeder = Feeder(run.batches, run.trainer, sizes, run.start)
+    validation = Validation(run.validation_batches, run.trainer, validation_sizes, stop.now)
     recorder = Recorder(
         run.config,
         run.workdir,
@@ -210,10 +211,10 @@ def _train(run: Run, profile: int, stop: StopSignal, at_exit: contextlib.ExitSta
         batches=run.batches,
         checkpoints=run.checkpoints,
         description=run.description,
+        sizes=sizes,
         profile_steps=profile,
     )
     at_exit.callback(recorder.close)
-    recorder.line(summary.opening(run.trainer, run.batches, feeder.sizes[0], run.start))
     end = _steps(run, feeder, recorder, validation, stop)
     recorder.sync()
     run.checkpoints.wait()  # the last one may still be on its way to disk
@@ -278,8 +279,6 @@ def _after_step(
     stopped = stop.after_step(done)
     saving = stopped or _due(done, config.checkpoint.every, config.steps)
     validating = not stopped and _due(done, config.eval.every, config.steps)
-    if saving or validating:
-        recorder.read()  # this step's metrics too: a state whose loss is not finite must not be saved
     if saving:
         _save(run, recorder, done, state)
     if not validating:
@@ -296,6 +295,7 @@ def _due(done: int, every: int, last: int) -> bool:
 
 
 def _save(run: Run, recorder: Recorder, done: int, state: dict) -> None:
+    # To pause reads this step's metrics too: a state whose loss is not finite must not be saved.
     with recorder.paused():
         # Records first: a run that goes on from this checkpoint would not make the missing ones again.
         recorder.sync()

@@ -62,7 +62,7 @@ class Trace:
       say: prints a line.
     """
 
-    SKIPPED = 5  # first steps of a process that the profile leaves out, as they compile
+    SKIPPED = 5  # first steps of a process that the profile leaves out, as devices start to talk to each other in them
 
     def __init__(self, workdir: str, steps: int, say: Callable[[str], None]):
         self._folder = os.path.join(workdir, "profile")
@@ -172,6 +172,8 @@ class Writer:
     copied there whole, once a minute and by `sync`. The caller calls `sync` before it saves a checkpoint: a run that
     resumes from it then finds all records up to it.
 
+    Weights & Biases cannot drop records: what a resumed run makes again is there twice, at the same step.
+
     Args:
       description: of the run, for Weights & Biases.
       start: step that the run resumes from, 0 for a new one. Records past it, of a killed run, are dropped.
@@ -196,7 +198,12 @@ class Writer:
         if config.log.tensorboard:
             import tensorboardX  # here, as it is slow to import and optional
 
-            self._tensorboard = tensorboardX.SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=start + 1)
+            # TensorBoard drops all values from `purge_step` on, as the validation at `start` is made again. The training
+            # record at `start` is not, so it is written again.
+            self._tensorboard = tensorboardX.SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=start)
+            for record in map(json.loads, kept):
+                if record.pop("step") == start:
+                    self._add_to_tensorboard(start, record.pop("kind"), record)
         if config.log.wandb:
             self._wandb = _open_wandb(workdir, folder, description)
 
@@ -217,14 +224,16 @@ class Writer:
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written: {error.strerror}") from error
-        named = {f"{kind}/{name}": value for name, value in values.items()}
         if self._tensorboard is not None:
-            for name, value in named.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._add_to_tensorboard(step, kind, values)
         if self._wandb is not None:
-            self._wandb.log(named | {"step": step})
+            self._wandb.log({f"{kind}/{name}": value for name, value in values.items()} | {"step": step})
         if self._claim is not None and time.monotonic() - self._synced > _SYNC_S:
             self.sync()
+
+    def _add_to_tensorboard(self, step: int, kind: str, values: dict) -> None:
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
     def sync(self) -> None:
         """Copies the records to a workdir behind a URL.

@@ -13,7 +13,6 @@ sheets, not a measurement:
 
 import concurrent.futures
 import dataclasses
-import functools
 import math
 import re
 import time
@@ -28,9 +27,9 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data import dataset
 from memoryllm_jax.model import attention, flops, sharding
-from memoryllm_jax.training import chips, collectives
-from memoryllm_jax.training.batches import Batch
-from memoryllm_jax.training.step import Trainer
+from memoryllm_jax.training import chips, collectives, sizes
+from memoryllm_jax.training.batches import abstract_batch
+from memoryllm_jax.training.step import Trainer, memory_needed
 
 EFFICIENCY = 0.5  # share of peak FLOP/s that well-tuned trainers publish near 1B parameters
 VOCABULARY = 128_256  # token ids of Llama 3, assumed if neither config nor data give their number
@@ -47,6 +46,8 @@ _DISTINCT = {
     131072: 0.12,
     1048576: 0.04,
 }
+# Standard deviation of the distinct ids of one sequence of such text, over their mean (docs/performance.md)
+_DISTINCT_DEVIATION = 0.25
 # The optimizer reads and writes the parameters and two moments, and reads the gradients: 7 times the parameters' bytes.
 _UPDATES = 7
 
@@ -138,17 +139,20 @@ def _completed(config: Config, chip: chips.Chip) -> tuple[Config, list[str]]:
     return dataclasses.replace(config, model=dataclasses.replace(model, attention=backend)), assumed
 
 
-def distinct_ids(config: Config, tokens: int) -> int:
-    """The size that a batch shard's distinct ids are padded to, estimated from measured English text.
+def distinct_ids(config: Config, shards: int) -> sizes.Sizes:
+    """The sizes that a batch shard's distinct ids are padded to (`Batches.sizes`), estimated from English text.
 
     Args:
-      tokens: number of tokens of the batch shard.
+      shards: number of batch shards.
     """
+    tokens = config.batch_size * config.seq_len // shards
     if not config.model.unique_tokens:
-        return tokens
-    share = np.interp(math.log(tokens), [math.log(n) for n in _DISTINCT], list(_DISTINCT.values()))
-    with_margin = -(-int(1.05 * share * tokens) // 128) * 128  # padded as in training (Batches.sizes)
-    return min(with_margin, tokens, config.model.vocab_size)
+        return sizes.Sizes((tokens,), tokens)
+    mean = tokens * np.interp(math.log(tokens), [math.log(n) for n in _DISTINCT], list(_DISTINCT.values()))
+    # Sequences are drawn independently.
+    std = mean * _DISTINCT_DEVIATION / (tokens / config.seq_len) ** 0.5
+    most = min(tokens, config.model.vocab_size)
+    return sizes.plan(mean, std, shards, config.steps, most, only_last=not config.model.row_dim)
 
 
 class _OutOfMemoryError(Exception):
@@ -177,8 +181,8 @@ class CompiledStep:
     """The train step of a config, compiled for a mesh.
 
     Attributes:
-      executable: the jax.stages.Compiled step.
-      rows: rows of the token memory that a step evaluates, of all batch shards.
+      executable: the jax.stages.Compiled step for the largest of the planned numbers of distinct ids.
+      rows: rows of the token memory that a usual step evaluates, of all batch shards.
       sequences: sequences of a micro-batch on one device.
       memory: bytes on one device, by part.
       transfers: what the step sends.
@@ -190,34 +194,23 @@ class CompiledStep:
         if on_cpu:  # cannot compile the chip's attention kernel; `blocked` needs as little memory
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="blocked"))
         trainer = Trainer(config, mesh)
-        distinct = distinct_ids(config, config.batch_size * config.seq_len // trainer.shards)
+        planned = distinct_ids(config, trainer.shards).planned
+        usual, largest = planned[0], planned[-1]
+        batch = abstract_batch(config, trainer.shards, trainer.batch_sharding, largest)
         try:
             # An emulated step is never run, so LLVM need not optimise it.
             options = {"xla_backend_optimization_level": "0"} if on_cpu else {}
-            lowered = trainer.train.lower(trainer.state_shape, _abstract_batch(config, trainer, distinct))
+            lowered = trainer.train.lower(trainer.state_shape, batch)
             self.executable = lowered.compile(options)
         except jax.errors.JaxRuntimeError as error:
             # The TPU compiler's error for a step that does not fit is known only by this sentence.
             if used := re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm", str(error)):
                 raise _OutOfMemoryError(used[0]) from error
             raise UserError(f"the step cannot be compiled: {' '.join(str(error).split())[:600]}") from error
-        self.rows = distinct * trainer.shards if config.model.row_dim else 0
+        self.rows = usual * trainer.shards if config.model.row_dim else 0
         self.sequences = _sequences(config, mesh)
         self.memory = _memory(self.executable, trainer)
-        self.transfers = collectives.transfers(config, trainer.params_shape, mesh.shape, distinct)
-
-
-def _abstract_batch(config: Config, trainer: Trainer, distinct: int) -> Batch:
-    """The shapes, dtypes and shardings of a batch with `distinct` ids for each batch shard."""
-    tokens = config.batch_size * config.seq_len // trainer.shards
-    positions = trainer.shards, config.accumulate, tokens // config.accumulate
-    array = functools.partial(jax.ShapeDtypeStruct, sharding=trainer.batch_sharding)
-    return Batch(
-        ids_SU=array((trainer.shards, distinct), jnp.int32),
-        index_SAN=array(positions, jnp.int32),
-        targets_SAN=array(positions, jnp.int32),
-        weights_SAN=array(positions, jnp.float32),
-    )
+        self.transfers = collectives.transfers(config, trainer.params_shape, mesh.shape, largest)
 
 
 def _memory(executable, trainer: Trainer) -> dict[str, int]:
@@ -231,14 +224,7 @@ def _memory(executable, trainer: Trainer) -> dict[str, int]:
 
     parameters, moments = stored("params"), stored("opt_state")
     gradients = parameters  # they have the same shapes and shardings
-    stats = executable.memory_analysis()
-    total = (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes  # outputs that are stored in donated arguments
-        + stats.temp_size_in_bytes
-        + stats.generated_code_size_in_bytes
-    )
+    total = memory_needed(executable)
     return {
         "parameters": parameters,
         "optimizer": moments,

@@ -17,10 +17,14 @@ from memoryllm_jax.config import Config
 from memoryllm_jax.model.loss import quality
 from memoryllm_jax.training import metrics
 from memoryllm_jax.training.batches import TrainBatches
+from memoryllm_jax.training.sizes import Sizes
 
 
 class Clock:
-    """Measures seconds of training: pauses for compilation, validation and saving are left out."""
+    """Measures seconds of training: pauses for validation, saving and late compilation are left out.
+
+    The devices work on what was dispatched while the clock is paused. So the caller waits for them before a pause.
+    """
 
     def __init__(self):
         self._start = time.monotonic()
@@ -62,6 +66,7 @@ class Recorder:
       batches: training batches, which know epochs and bytes per token.
       checkpoints: the error for a loss that is not finite names the newest good one.
       description: of the run, for Weights & Biases.
+      sizes: of distinct ids; the steps of those planned are compiled.
       profile_steps: number of steps to profile; 0: none.
     """
 
@@ -73,6 +78,7 @@ class Recorder:
         batches: TrainBatches,
         checkpoints: Checkpoints,
         description: Description,
+        sizes: Sizes,
         profile_steps: int = 0,
     ):
         self._config, self._batches, self._checkpoints = config, batches, checkpoints
@@ -84,7 +90,7 @@ class Recorder:
         self._peak_flops = metrics.peak_flops(config)
         self._tokens_a_step = config.batch_size * config.seq_len
         self._bytes_a_token = batches.tokens.bytes / batches.tokens.tokens
-        self._compiled: set[int] = set()  # sizes of distinct ids whose step is compiled
+        self._compiled = set(sizes.planned)  # sizes of distinct ids whose step is compiled
         self._unread: _Unread | None = None
         self._steps = self._rows = 0  # steps, and rows of token memory that they evaluated, since the last record
 
@@ -94,18 +100,33 @@ class Recorder:
 
     @contextlib.contextmanager
     def dispatching(self, step: int, size: int) -> Iterator[None]:
-        """A context for the dispatch of a step. The first step of each size compiles, which the clock leaves out."""
+        """A context for the dispatch of a step.
+
+        Raises: UserError if the loss of the step before is not finite and this step has to be compiled.
+        """
         self._trace.before(step)
         # A dispatch returns at once, except where jit first compiles: seconds or minutes that say nothing of the speed.
-        compiling = size not in self._compiled
-        self._compiled.add(size)
-        pause_if_compiling = self.paused() if compiling else contextlib.nullcontext()
+        pause_if_compiling = contextlib.nullcontext()
+        if size not in self._compiled:
+            self._compiled.add(size)
+            self._progress.line(
+                f"step {step + 1}: more distinct ids than were planned for; compiling for {size:,} of them a shard"
+            )
+            pause_if_compiling = self.paused()
         with pause_if_compiling, jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
-    def paused(self) -> contextlib.AbstractContextManager:
-        """A context for work whose time does not count in the measured speed."""
-        return self._clock.paused()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context for work whose time does not count in the measured speed.
+
+        Raises: UserError if the loss of the last step is not finite.
+        """
+        # Waits for the last step, which is counted: else the devices would compute it while the clock stands still, and
+        # the speed of the record would be too high, once by a factor of 200.
+        self.read()
+        with self._clock.paused():
+            yield
 
     def add(self, step: int, size: int, values: dict[str, jax.Array]) -> None:
         """Keeps the metrics of a dispatched step, and reads those of the step before.
@@ -138,7 +159,7 @@ class Recorder:
         done = step + 1
         if done % self._config.log.every == 0 or done == self._config.steps:
             self._record(done, rows, loss, values)
-        # The first step compiled, which the others do not: no time left follows from it.
+        # In the first step devices start to talk to each other and kernels load: no time left follows from it.
         show = self._progress.restart if step == self._first else self._progress.update
         show(done, f"loss {loss:.3f}")
 

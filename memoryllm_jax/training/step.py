@@ -1,5 +1,6 @@
 """The compiled train and eval steps, and the state that they work on, placed on a mesh."""
 
+import concurrent.futures
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -9,10 +10,18 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.model import loss, sharding, transformer
 from memoryllm_jax.training import optimizer
-from memoryllm_jax.training.batches import Batch
+from memoryllm_jax.training.batches import Batch, abstract_batch
+from memoryllm_jax.training.sizes import Sizes
+
+# The end of an error message about memory
+NEED_LESS = (
+    "to need less, use a larger config.accumulate, config.model.remat=full or more devices; a dry run estimates the "
+    "memory"
+)
 
 
 class Micro(NamedTuple):
@@ -56,8 +65,25 @@ class Trainer:
         # Without pinned outputs jit replicates the Adam moments.
         self.init = _InMesh(jax.jit(self._init, out_shardings=state_sharding), mesh)
         train = jax.jit(self._train, donate_argnums=0, out_shardings=(state_sharding, replicated))
-        self.train = _InMesh(train, mesh)
-        self.evaluate = _InMesh(jax.jit(self._evaluate, out_shardings=replicated), mesh)
+        self.train = self._train_step = _StepInMesh(train, mesh)
+        self.evaluate = self._evaluate_step = _StepInMesh(jax.jit(self._evaluate, out_shardings=replicated), mesh)
+
+    def compile(self, train_sizes: Sizes, evaluate_sizes: Sizes) -> None:
+        """Compiles the planned sizes of both steps, so that `train` and `evaluate` do not compile them in mid-run.
+
+        Raises: UserError if a step needs more memory than its device has.
+        """
+        asked = [(self._train_step, self.state_shape, size) for size in train_sizes.planned]
+        asked += [(self._evaluate_step, self.params_shape, size) for size in evaluate_sizes.planned]
+        # In order, as JAX traces and lowers in Python; XLA releases Python's lock while it compiles.
+        lowered = []
+        for step, shapes, size in asked:
+            lowered.append(step.lower(shapes, abstract_batch(self.config, self.shards, self.batch_sharding, size)))
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            compiled = list(pool.map(lambda step: step.compile(), lowered))
+        for (step, _, size), executable in zip(asked, compiled, strict=True):
+            _check_fits(executable, size, self.mesh.local_devices[0])
+            step.keep(size, executable)
 
     def _abstract_state(self):
         """The state's shapes, dtypes and shardings. Moments are sharded as their parameters, counts are replicated."""
@@ -151,6 +177,48 @@ class _InMesh:
     def lower(self, *args):
         with jax.set_mesh(self._mesh):
             return self._function.lower(*args)
+
+
+class _StepInMesh(_InMesh):
+    """A jitted function of (state or parameters, batch), which runs the executable kept for the batch's size."""
+
+    def __init__(self, function, mesh: Mesh):
+        super().__init__(function, mesh)
+        self._kept: dict[int, jax.stages.Compiled] = {}
+
+    def keep(self, size: int, executable: jax.stages.Compiled) -> None:
+        """Keeps an executable for batches whose distinct ids are padded to `size`. A call of jit would not find it."""
+        self._kept[size] = executable
+
+    def __call__(self, first, batch: Batch):
+        executable = self._kept.get(batch.ids_SU.shape[1])
+        return executable(first, batch) if executable else super().__call__(first, batch)
+
+
+def _check_fits(executable: jax.stages.Compiled, size: int, device: jax.Device) -> None:
+    """Refuses a step that cannot be run. The GPU's compiler does not compare its memory with the device's.
+
+    Raises: UserError.
+    """
+    available = (device.memory_stats() or {}).get("bytes_limit")  # CPUs have no statistics
+    needed = memory_needed(executable)
+    if available and needed > available:
+        raise UserError(
+            f"a step for {size} distinct ids a shard needs {needed / 1e9:.2f} GB of memory a device, and "
+            f"{available / 1e9:.2f} GB can be used; {NEED_LESS}"
+        )
+
+
+def memory_needed(executable: jax.stages.Compiled) -> int:
+    """Bytes that one device needs to run a compiled function, arguments included."""
+    stats = executable.memory_analysis()
+    return (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes  # outputs that are stored in donated arguments
+        + stats.temp_size_in_bytes
+        + stats.generated_code_size_in_bytes
+    )
 
 
 def _micro_batches(batch: Batch) -> Micro:

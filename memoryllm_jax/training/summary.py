@@ -13,18 +13,20 @@ from memoryllm_jax.inference.sampling import Sampling, generate
 from memoryllm_jax.model import flops
 from memoryllm_jax.training.batches import TrainBatches
 from memoryllm_jax.training.recorder import quality_text
+from memoryllm_jax.training.sizes import Sizes
 from memoryllm_jax.training.step import Trainer
 
 
-def opening(trainer: Trainer, batches: TrainBatches, size: int, start: int) -> str:
-    """The lines that a run prints first: model, devices and length of the run.
+def opening(trainer: Trainer, batches: TrainBatches, sizes: Sizes, start: int) -> str:
+    """The lines that a run prints first, before it compiles: model, devices and length of the run.
 
     Args:
-      size: number of ids that nearly every batch shard's distinct ids are padded to.
+      sizes: what each batch shard's distinct ids are padded to.
       start: step that the run resumes from, 0 for a new one.
     """
     config, counts = trainer.config, flops.parameters(trainer.config)
     mesh = ", ".join(f"{name} {parts}" for name, parts in trainer.mesh.shape.items())
+    planned = " or ".join(f"{size:,}" for size in sizes.planned)
     lines = [
         f"{config.model.architecture}: {counts['total'] / 1e6:.1f}M parameters: {counts['active'] / 1e6:.1f}M active, "
         f"{counts['memory'] / 1e6:.1f}M in the token memory, "
@@ -32,7 +34,7 @@ def opening(trainer: Trainer, batches: TrainBatches, size: int, start: int) -> s
         f"{jax.device_count()} x {jax.devices()[0].device_kind} as {mesh}; attention {config.model.attention}, "
         f"{config.model.dtype}",
         f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens, "
-        f"{batches.epoch(config.steps):.2f} epochs; distinct ids a shard padded to {size}",
+        f"{batches.epoch(config.steps):.2f} epochs; compiling for {planned} distinct ids a shard",
     ]
     if start:
         lines.append(f"going on from step {start}")

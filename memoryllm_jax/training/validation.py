@@ -7,6 +7,7 @@ import jax
 from memoryllm_jax.model.loss import quality
 from memoryllm_jax.training.batches import ValidationBatches, place
 from memoryllm_jax.training.feeder import SizeAgreement
+from memoryllm_jax.training.sizes import Sizes
 from memoryllm_jax.training.step import Trainer
 
 
@@ -14,12 +15,13 @@ class Validation:
     """Evaluates parameters on the same batches of the held-out split each time.
 
     Args:
+      sizes: as `batches.sizes()` returns them.
       stopped: called before each batch; if it returns True, the evaluation ends without a result.
     """
 
-    def __init__(self, batches: ValidationBatches, trainer: Trainer, stopped: Callable[[], bool]):
+    def __init__(self, batches: ValidationBatches, trainer: Trainer, sizes: Sizes, stopped: Callable[[], bool]):
         self._batches, self._trainer, self._stopped = batches, trainer, stopped
-        self._agreement = SizeAgreement(batches.sizes(), trainer.mesh)
+        self._agreement = SizeAgreement(sizes, trainer.mesh)
 
     def __call__(self, params) -> dict | None:
         """Returns: {"loss" in nats per token, "perplexity", "bits_per_byte", "tokens"}; None if it was stopped."""

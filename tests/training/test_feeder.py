@@ -6,17 +6,10 @@ import numpy as np
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
 from memoryllm_jax.training import loop
-from memoryllm_jax.training.batches import TrainBatches, smallest_size
+from memoryllm_jax.training.batches import TrainBatches
 from memoryllm_jax.training.feeder import Feeder
+from memoryllm_jax.training.sizes import Sizes
 from memoryllm_jax.training.step import Trainer
-
-
-class TwoSizes(TrainBatches):
-    """Training batches whose first size is so small that some of the batches need the second."""
-
-    def sizes(self):
-        counts = [self[step].distinct for step in range(len(self))]
-        return [int(np.median(counts)), 128]
 
 
 def test_each_step_gets_its_batch_and_the_smallest_size_that_holds_it(make_config):
@@ -24,12 +17,14 @@ def test_each_step_gets_its_batch_and_the_smallest_size_that_holds_it(make_confi
     dataset = Dataset(config.data.path)
     config = loop.complete(config, dataset)
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:2]))
-    batches = TwoSizes(config, dataset, 2, [0, 1])
-    fed = list(Feeder(batches, trainer, start=3))
+    batches = TrainBatches(config, dataset, 2, [0, 1])
+    counts = [batches[step].distinct for step in range(12)]
+    sizes = Sizes((int(np.median(counts)), 128), most=128)
+    fed = list(Feeder(batches, trainer, sizes, start=3))
     assert [step for step, _, _ in fed] == list(range(3, 12))
-    assert {size for _, _, size in fed} == set(batches.sizes())
+    assert {size for _, _, size in fed} == set(sizes.planned)
     for step, batch, size in fed:
-        assert size == smallest_size(batches.sizes(), batches[step].distinct)
+        assert size == (128 if counts[step] > sizes.planned[0] else sizes.planned[0])
         assert batch.ids_SU.shape == (2, size)
         for shard, expected in batches[step].items():
             ids = np.asarray(batch.ids_SU)[shard]
@@ -52,5 +47,5 @@ def test_the_next_batch_is_read_before_a_step_is_dispatched(make_config):
             yield batch
 
     batches.iterate = watched
-    for step, _, _ in Feeder(batches, trainer, start=1):
+    for step, _, _ in Feeder(batches, trainer, batches.sizes(), start=1):
         assert read == list(range(1, min(step + 2, 4)))

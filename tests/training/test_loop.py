@@ -21,6 +21,7 @@ from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
 from memoryllm_jax.training import loop
+from memoryllm_jax.training.recorder import Recorder
 from memoryllm_jax.training.step import Trainer
 
 
@@ -207,6 +208,24 @@ def test_a_step_is_dispatched_before_the_metrics_of_the_step_before_are_read(mak
     monkeypatch.setattr(jax, "device_get", device_get)
     run(make_config("memory"), tmp_path / "w")
     assert order == ["train 0", "train 1", "read 0", "train 2", "read 1", "train 3", "read 2", "read 3"]
+
+
+def test_steps_are_compiled_before_the_clock_starts(make_config, tmp_path, monkeypatch):
+    """Those of training and of validation, each once."""
+    order = []
+
+    def note(event, seconds, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            order.extend(name for name in ("_train", "_evaluate") if name in fun_name)
+
+    start = Recorder.start
+    monkeypatch.setattr(Recorder, "start", lambda self: order.append("start") or start(self))
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        run(make_config("memory", **{"eval.every": 2, "checkpoint.every": 2}), tmp_path)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert sorted(order[:2]) == ["_evaluate", "_train"] and order[2:] == ["start"]
 
 
 def test_records_of_a_run(make_config, tmp_path):

@@ -1,13 +1,25 @@
-"""The clock of a run."""
+"""The clock of a run, and how it is paused."""
 
 import time
+import types
 
-from memoryllm_jax.training.recorder import Clock
+import jax
+import pytest
+from lab import records
+
+from memoryllm_jax.training.recorder import Clock, Recorder
+from memoryllm_jax.training.sizes import Sizes
 
 
-def test_clock_leaves_out_what_is_paused(monkeypatch):
+@pytest.fixture
+def now(monkeypatch):
+    """The time in seconds, as a list of one number."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_clock_leaves_out_what_is_paused(now):
     clock = Clock()
     now[0] += 3
     with clock.paused():
@@ -16,3 +28,32 @@ def test_clock_leaves_out_what_is_paused(monkeypatch):
     assert clock.lap() == 7
     now[0] += 2
     assert clock.lap() == 2  # the lap and the pause before do not count
+
+
+@pytest.mark.parametrize("late", ["validation or saving", "compilation"])
+def test_a_pause_begins_when_the_devices_are_done(make_config, tmp_path, now, monkeypatch, late):
+    """Each step takes a device 5 s, also while the clock is paused."""
+    config = make_config("memory", steps=3)
+    batches = types.SimpleNamespace(shards=1, epoch=lambda step: 0, tokens=types.SimpleNamespace(bytes=4, tokens=1))
+    done_at = {}
+
+    def device_get(values):
+        now[0] = max(now[0], done_at[values["loss"]])
+        return values
+
+    monkeypatch.setattr(jax, "device_get", device_get)
+    sizes = Sizes((64,), 128)
+    recorder = Recorder(config, str(tmp_path), 0, batches, checkpoints=None, description=None, sizes=sizes)
+    recorder.start()
+    for step, size in enumerate((64, 128 if late == "compilation" else 64, 64)):
+        with recorder.dispatching(step, size):
+            if size == 128:
+                now[0] += 1000
+            done_at[step] = max([now[0], *done_at.values()]) + 5
+        recorder.add(step, size, {"loss": step, "grad_norm": 1, "learning_rate": 1})
+        if step == 0 and late != "compilation":
+            with recorder.paused():
+                now[0] += 1000
+    recorder.read()
+    recorder.close()
+    assert [record["tokens_per_second"] for record in records(tmp_path)] == [8 * 32 / 5] * 3

@@ -21,7 +21,7 @@ def trainer_and_batch(make_config):
     config = loop.complete(config, dataset)
     trainer = Trainer(config, sharding.make_mesh(config.mesh))
     batches = TrainBatches(config, dataset, trainer.shards, range(trainer.shards))
-    return trainer, place(batches[0], batches.sizes()[-1], trainer.batch_sharding)
+    return trainer, place(batches[0], batches.sizes().planned[-1], trainer.batch_sharding)
 
 
 def test_state_and_batch_are_sharded_as_the_table_says_before_and_after_a_step(trainer_and_batch):
