@@ -5,15 +5,16 @@
         --command=outliers --command='clusters --layers=0,12,23'
 
 With --data, a folder that `prepare` wrote, the overheads of training are measured. Loading is that of a host with eight
-devices, with 16 sequences of 2,048 tokens a step for each device. Checkpoints are of a memory model of 8 layers of
-width 512: `save` returns when the state has left the devices, and writes to disk while training goes on. Dry runs of 1b
-compile its step with 2 and with 24 layers.
+devices, with 16 sequences of 2,048 tokens a step for each device, from the disk and from storage with a latency of
+0.1 s. Checkpoints are of a memory model of 8 layers of width 512: `save` returns when the state has left the devices,
+and writes to disk while training goes on. Dry runs of 1b compile its step with 2 and with 24 layers.
 
 With --workdir, a model's checkpoints, the time and peak memory of commands of `analyze` are measured, each in a process
 of its own; `open` is a process that only loads the checkpoint as they do. A command that is on record in --output is
 not repeated: after an interruption, run the same line again.
 """
 
+import asyncio
 import json
 import os
 import shlex
@@ -25,6 +26,7 @@ import time
 from typing import Annotated
 
 import common
+import fsspec.asyn
 import jax
 
 from memoryllm_jax.checkpoint import store
@@ -42,6 +44,7 @@ from memoryllm_jax.training.step import Trainer
 
 DEVICES = 8  # of a host
 SEQUENCES = 16  # of a device in each step
+LATENCY = 0.1  # seconds of one read from object storage
 HERE = os.path.dirname(os.path.abspath(__file__))
 # A program that loads a checkpoint as the analyses do, and ends.
 _OPEN = """
@@ -74,6 +77,52 @@ def loading(dataset, tokens_wanted):
     flops = train_flops(config, SEQUENCES * config.seq_len, distinct) / (SEQUENCES * config.seq_len)
     need = DEVICES * 0.6 * chips.get("h100").peak_flops / flops
     return {"tokens_per_second": rate, "needed": need, "times_needed": rate / need, "distinct": distinct}
+
+
+class SlowStorage(fsspec.asyn.AsyncFileSystem):
+    """Files on a disk behind a fixed latency, as of object storage. Reads of one call run concurrently."""
+
+    async def _cat_file(self, path, start=None, end=None, **_):
+        await asyncio.sleep(LATENCY)
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
+
+class ShardByShard(TrainBatches):
+    """Reads one batch shard after the other, as before."""
+
+    def windows(self, places):
+        return [read for place in places for read in super(ShardByShard, self).windows([place])]
+
+
+def remote_loading(dataset, rounds):
+    """Seconds of a batch from storage with latency, for a host of eight devices: alone, and with threads reading ahead.
+
+    All shards of the host in one call, and shard by shard, take turns.
+    """
+    c = load(f"{HERE}/../configs/1b.py:memory")
+    c.batch_size, c.data.epochs, c.steps = DEVICES * SEQUENCES, 1000, 500
+    config = loop.complete(resolve(c), dataset)
+    storage = SlowStorage()
+    dataset.train.shards = tuple(shard._replace(fs=storage) for shard in dataset.train.shards)
+    found = {}
+    for number in range(rounds):
+        for name, kind in (("one call", TrainBatches), ("shard by shard", ShardByShard)):
+            batches = kind(config, dataset, DEVICES, list(range(DEVICES)))
+            start = time.perf_counter()
+            batches[number]
+            alone = time.perf_counter() - start
+            ahead = batches.iterate(0)
+            for _ in range(8):  # until the read-ahead is steady
+                next(ahead)
+            start = time.perf_counter()
+            for _ in range(16):
+                next(ahead)
+            times = found.setdefault(name, {"alone_s": [], "read_ahead_s": []})
+            times["alone_s"].append(alone)
+            times["read_ahead_s"].append((time.perf_counter() - start) / 16)
+    return {"latency_s": LATENCY, "shards": DEVICES, "sequences_a_shard": SEQUENCES} | found
 
 
 def planning(layers):
@@ -135,6 +184,7 @@ def training(data: str, tokens: int, output: str) -> None:
     keep("loading", loading(dataset, tokens))
     keep("checkpoints", stalls(dataset, data))
     keep("dry_run", {f"{layers} layers": planning(layers) for layers in (2, 24)})
+    keep("remote_loading", remote_loading(dataset, rounds=5))  # last, as it makes the data set slow
     common.write(output, results, {"vocabulary": dataset.vocab_size})
 
 

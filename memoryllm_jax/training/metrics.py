@@ -198,8 +198,8 @@ class Writer:
         if config.log.tensorboard:
             import tensorboardX  # here, as it is slow to import and optional
 
-            # TensorBoard drops all values from `purge_step` on, as the validation at `start` is made again. The training
-            # record at `start` is not, so it is written again.
+            # TensorBoard drops all values from `purge_step` on, as the validation at `start` is made again. The step's
+            # training record is not, so it is written again.
             self._tensorboard = tensorboardX.SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=start)
             for record in map(json.loads, kept):
                 if record.pop("step") == start:
