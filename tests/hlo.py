@@ -65,6 +65,13 @@ def results(text: str, operation: str) -> list[str]:
     return [i.type for body in _computations(text).values() for i in body.lines if i.operation == operation]
 
 
+def arrays(text: str) -> set[tuple[tuple[int, ...], int]]:
+    """(sizes of its axes, its bytes) of every array that an operation results in."""
+    types = {i.type for body in _computations(text).values() for i in body.lines}
+    found = {match[0] for type_ in types for match in _ARRAY.finditer(type_)}
+    return {(tuple(int(d) for d in _ARRAY.match(a)[2].split(",") if d), _bytes(a)) for a in found}
+
+
 def _computations(text):
     bodies, current = {}, None
     for line in text.splitlines():
