@@ -3,6 +3,9 @@
 import collections
 import math
 import re
+from collections.abc import Mapping
+
+import numpy as np
 
 # The first line of a function:
 #   %fused_computation.8 (param_0.8: f32[128,64], param_1.8: f32[64,112]) -> f32[128,112] {
@@ -27,23 +30,27 @@ _ARRAY = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
 # Three notations for the devices that a collective joins. Two groups of four devices, each listed:
 #   replica_groups={{0,1,2,3},{4,5,6,7}}
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
-# Two groups of four devices, from an array of all devices:
+# The devices in an order, as the shape of all devices and its transposition, both or the first alone:
+#   [4,2]T(1,0)
+_ORDER = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+# Two groups of four devices, from all devices in an order:
 #   replica_groups=[2,4]<=[4,2]T(1,0)
-_COUNTED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
-# Groups along the axis fsdp of a mesh, whose devices may have another order:
+_COUNTED_GROUPS = re.compile(rf"replica_groups=\[\d+,(\d+)\]<={_ORDER}")
+# Groups along the axis fsdp of a mesh, whose devices may be in another order:
 #   replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}
 #   replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}
-_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}")
+_MESH_GROUPS = re.compile(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_ORDER}\))? \{{([^}}]*)\}}")
 _MESH_AXIS = re.compile(r"'(\w+)'=(\d+)")
 
 _Body = collections.namedtuple("_Body", "lines is_entry")
 _Instruction = collections.namedtuple("_Instruction", "name type operation rest")
 
 
-def operand_bytes(text: str) -> dict[tuple[str, int], int]:
-    """{(kind of collective, devices in a group): bytes of its operands on one device}; loops count once for each turn.
+def operand_bytes(text: str, mesh_shape: Mapping[str, int]) -> dict[tuple[str, tuple[str, ...]], int]:
+    """{(kind of collective, mesh axes that a group spans): bytes of its operands on one device}.
 
-    A reduce-scatter is counted as an all-reduce, as the TPU compiler writes it as an all-reduce inside a fusion.
+    Loops count once for each turn. A reduce-scatter is counted as an all-reduce, as the TPU compiler writes it as an
+    all-reduce inside a fusion.
     """
     bodies = _computations(text)
     times = _times(bodies)
@@ -56,8 +63,8 @@ def operand_bytes(text: str) -> dict[tuple[str, int], int]:
                 operands = _OPERAND.findall(instruction.rest.partition(")")[0])
                 size = sum(_bytes(types[operand]) for operand in operands if operand in types)
                 kind = match[1].replace("reduce-scatter", "all-reduce")
-                found[kind, _group_size(instruction.rest)] += times[name] * size
-    return {(kind, group): size for (kind, group), size in found.items() if group > 1}
+                found[kind, _axes(_group(instruction.rest), mesh_shape)] += times[name] * size
+    return {(kind, axes): size for (kind, axes), size in found.items() if axes}
 
 
 def results(text: str, operation: str) -> list[str]:
@@ -112,11 +119,32 @@ def _bytes(kind):
     return total
 
 
-def _group_size(rest):
+def _group(rest):
+    """The devices of the first group that a collective joins, by their place in the mesh."""
     if match := _LISTED_GROUPS.search(rest):
-        return len(match[1].split(","))
+        return _numbers(match[1])
     if match := _COUNTED_GROUPS.search(rest):
-        return int(match[1])
-    mesh, axes = _MESH_GROUPS.search(rest).groups()
-    sizes = dict(_MESH_AXIS.findall(mesh))
-    return math.prod(int(sizes[axis.strip("'")]) for axis in axes.split(","))
+        return _devices(match[2], match[3])[: int(match[1])]
+    mesh, shape, order, names = _MESH_GROUPS.search(rest).groups()
+    sizes = {name: int(size) for name, size in _MESH_AXIS.findall(mesh)}
+    devices = _devices(shape or ",".join(map(str, sizes.values())), order).reshape(list(sizes.values()))
+    along = {name.strip("'") for name in names.split(",")}
+    return devices[tuple(slice(None) if name in along else 0 for name in sizes)].ravel()
+
+
+def _devices(shape, order):
+    """The numbers of all devices in the order that `_ORDER` reads."""
+    devices = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return (devices.transpose(_numbers(order)) if order else devices).ravel()
+
+
+def _numbers(text):
+    return [int(number) for number in text.split(",")]
+
+
+def _axes(group, mesh_shape):
+    """The mesh axes along which the devices of a group differ."""
+    places = np.unravel_index(group, list(mesh_shape.values()))
+    axes = tuple(name for name, place in zip(mesh_shape, places, strict=True) if len(set(place)) > 1)
+    assert len(group) == math.prod(mesh_shape[name] for name in axes), (group, axes)
+    return axes

@@ -5,12 +5,13 @@ The shardings (model/sharding.py) leave the compiler little choice, so each tran
     fsdp     the matrices of a layer are gathered in the dtype of the computation, once for the forward pass and once
              for the backward pass; their gradients are summed and scattered in the same dtype. Decoder layers do this
              for each micro-batch, the token memory once per step.
-    data     the scattered sums of gradients are summed over the replicas.
+    data     the scattered sums of gradients are summed over the replicas: from jax 0.12 on once per step, as XLA moves
+             these sums out of the loop over micro-batches, with older versions for each micro-batch.
     tensor   each device computes a part of attention's output and of an FFN's, and the parts are summed: a
              [tokens, dim] array in the forward pass, and in the backward pass one for the gradient of the input.
     lookups  rows of embeddings and tables are sent to the batch shard that looks them up, and their gradients are sent
              back; the gradient of a table is summed over the replicas in float32.
-    head     it is gathered for each micro-batch; its gradient is summed in float32.
+    head     it is gathered for each micro-batch, and its gradient is summed in float32 for each of them, over data too.
 
 Scalars, such as the norm of the gradient, are left out. docs/plan.md says how closely the formulas agree with compiled
 steps, and where compilers choose otherwise.
@@ -25,7 +26,6 @@ import jax.numpy as jnp
 
 from memoryllm_jax.config import Config
 
-HEAD_GRADIENT = "gradient of the output head"
 _FLOAT32 = _INT32 = 4  # bytes
 
 
@@ -65,14 +65,16 @@ def transfers(config: Config, params, mesh_shape: Mapping[str, int], distinct: i
     m = config.model
     elements = _local_elements(params)
     itemsize = jnp.dtype(m.dtype).itemsize
+    sums = data_sums(config)
+    norms = sums * elements["norms"] * _FLOAT32
     found = [
-        *_matrices("layers", elements["layers"] * itemsize, mesh_shape, config.accumulate),
-        *_matrices("token memory", elements["memory"] * itemsize, mesh_shape, 1),
+        *_matrices("layers", elements["layers"] * itemsize, mesh_shape, config.accumulate, sums),
+        *_matrices("token memory", elements["memory"] * itemsize, mesh_shape, 1, 1),
         *_activations(config, mesh_shape, itemsize),
         *_rows(config, distinct, itemsize),
         *_lookups("embeddings", distinct, distinct * m.dim * itemsize, elements["embedding"]),
         *_head(config, mesh_shape, elements["embedding"] if m.tie_embeddings else elements["head"], itemsize),
-        Transfer("norms' gradients", "all-reduce", ("data", "fsdp"), config.accumulate * elements["norms"] * _FLOAT32),
+        Transfer("norms' gradients", "all-reduce", ("data", "fsdp"), norms),
     ]
     if elements["tables"]:
         # The backward pass of the norm of per-layer embeddings looks its rows up again, unless they are kept.
@@ -80,6 +82,11 @@ def transfers(config: Config, params, mesh_shape: Mapping[str, int], distinct: i
         ids = m.layers * distinct
         found += _lookups("tables", ids, ids * m.row_dim * itemsize, elements["tables"], 2 if looked_up_again else 1)
     return [t for t in found if t.operand_bytes and math.prod(mesh_shape[axis] for axis in t.axes) > 1]
+
+
+def data_sums(config: Config) -> int:
+    """How often a step sums the gradients of the decoder layers over data (compiled with jax 0.10.2 and 0.12.0.1)."""
+    return 1 if jax.__version_info__ >= (0, 12) else config.accumulate
 
 
 def _local_elements(params) -> dict[str, int]:
@@ -97,18 +104,19 @@ def _local_elements(params) -> dict[str, int]:
     return elements
 
 
-def _matrices(what: str, stored: float, mesh_shape, passes: int) -> Iterator[Transfer]:
+def _matrices(what: str, stored: float, mesh_shape, passes: int, sums: int) -> Iterator[Transfer]:
     """Gathering matrices within an fsdp group, and summing their gradients.
 
     Args:
       what: name of the matrices.
       stored: bytes of the matrices that one device stores, in the dtype of the computation.
       passes: number of forward and backward passes of a step.
+      sums: how often a step sums the gradients over data.
     """
     whole = stored * mesh_shape["fsdp"]
     yield Transfer(f"weights of the {what}", "all-gather", ("fsdp",), passes * 2 * stored)
     yield Transfer(f"gradients of the {what}", "reduce-scatter", ("fsdp",), passes * whole)
-    yield Transfer(f"gradients of the {what}", "all-reduce", ("data",), passes * stored)
+    yield Transfer(f"gradients of the {what}", "all-reduce", ("data",), sums * stored)
 
 
 def _activations(config: Config, mesh_shape, itemsize: int) -> Iterator[Transfer]:
@@ -160,8 +168,8 @@ def _head(config: Config, mesh_shape, stored: int, itemsize: int) -> Iterator[Tr
     tokens = _tokens(config, mesh_shape)
     gradient = config.accumulate * stored * _FLOAT32
     yield Transfer("output head", "all-gather", ("fsdp",), config.accumulate * stored * itemsize)
-    yield Transfer(HEAD_GRADIENT, "reduce-scatter", ("fsdp",), gradient * mesh_shape["fsdp"])
-    yield Transfer(HEAD_GRADIENT, "all-reduce", ("data",), gradient)
+    yield Transfer("gradient of the output head", "reduce-scatter", ("fsdp",), gradient * mesh_shape["fsdp"])
+    yield Transfer("gradient of the output head", "all-reduce", ("data",), gradient)
     yield Transfer("states below the head, backward", "all-reduce", ("tensor",), tokens * config.model.dim * itemsize)
     # The largest logit, the sum of the exponentials and the target's logit of each token.
     yield Transfer("softmax over the vocabulary", "all-reduce", ("tensor",), 3 * tokens * _FLOAT32)
