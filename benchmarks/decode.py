@@ -100,7 +100,7 @@ class Worker:
             return model.rows
         if side == "live":
             trained = model.trained
-            params, _ = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
+            params = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
             return LiveRows(model.config, params, mesh)
         if side == "device":
             return DeviceRows(self.tol, mesh)

@@ -37,7 +37,7 @@ import jax
 import numpy as np
 
 from memoryllm_jax.checkpoint.store import Checkpoints
-from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.checkpoint.trained import Digest, TrainedModel
 from memoryllm_jax.common import cli
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
@@ -264,8 +264,9 @@ def _values_of_checkpoint(made: pathlib.Path) -> str:
     total = hashlib.sha256()
     with contextlib.closing(TrainedModel(str(run))) as model, contextlib.closing(Checkpoints(str(run))) as checkpoints:
         total.update(f"{model.step} {model.run} {model.tokenizer.digest}".encode())
-        params, digest = model.load(lambda _: True)
-        total.update(digest.encode())
+        digest = Digest()
+        params = model.load(lambda _: True, digest)
+        total.update(digest.text().encode())
         state = checkpoints.restore(model.step, Trainer(model.run, model.mesh).state_shape)
     for leaf in jax.tree.leaves([params, state]):
         total.update(np.asarray(leaf).tobytes())

@@ -126,7 +126,7 @@ def stacked(params: dict) -> dict:
 
 def log_softmax(model, ids_BT) -> np.ndarray:
     """Log-probabilities from tests/reference.py, float64 [B, T, V]."""
-    params, _ = model.trained.load(lambda _: True)
+    params = model.trained.load(lambda _: True)
     logits = np.asarray(reference.logits(stacked(params), np.asarray(ids_BT), model.config), np.float64)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
@@ -260,7 +260,7 @@ class Lab:
     def _params(self, name):
         """(parameters as tests/reference.py takes them, ModelConfig)."""
         model = trained.TrainedModel(self.workdir(name))
-        params, _ = model.load(lambda _: True)
+        params = model.load(lambda _: True)
         return stacked(params), model.config
 
     def memory(self, name, change=lambda layer, p: p):

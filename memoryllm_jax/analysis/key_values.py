@@ -87,7 +87,7 @@ class KeyValueModel:
 
         They are read at their first use, which takes a while, so that a refused option is an error at once.
         """
-        return self.trained.load(lambda name: self._with_attention or "/attention/" not in name)[0]
+        return self.trained.load(lambda name: self._with_attention or "/attention/" not in name)
 
     def close(self) -> None:
         """Closes the checkpoint."""

@@ -18,7 +18,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from memoryllm_jax.common import threads
+
 _BLOCK = 1 << 16  # elements that NumPy hashes at once: they and their hashes fit into a core's cache
+_BLOCKS = 16  # blocks that a thread hashes before it takes the next ones
 _UNSIGNED = {1: "uint8", 2: "uint16", 4: "uint32"}  # by the bytes of an element
 
 
@@ -91,7 +94,7 @@ def _hashes(bits, place, numpy):
 
 
 def _on_host(array: np.ndarray) -> tuple[int, int]:
-    """The two sums of an array in host memory, computed block by block."""
+    """The two sums of an array in host memory, computed block by block in several threads."""
     bits = array if array.ndim else array[None]
     # A block is a run of rows along one axis: the first one whose rows are no larger than a block.
     axis = next(a for a in range(bits.ndim) if math.prod(bits.shape[a + 1 :]) <= _BLOCK or a == bits.ndim - 1)
@@ -99,12 +102,17 @@ def _on_host(array: np.ndarray) -> tuple[int, int]:
     place = np.zeros((rows, *bits.shape[axis + 1 :]), np.uint32)
     for inner in range(place.ndim):
         place += (np.indices(place.shape, np.uint32, sparse=True)[inner]) * _factor(axis + inner)
-    sums = [0, 0]
-    for outer in np.ndindex(bits.shape[:axis]):
-        for start in range(0, bits.shape[axis], rows):
+    starts = [(outer, start) for outer in np.ndindex(bits.shape[:axis]) for start in range(0, bits.shape[axis], rows)]
+
+    def sums_of(starts):
+        sums = [0, 0]
+        for outer, start in starts:
             block = bits[outer][start : start + rows]
             origin = sum(int(i) * int(_factor(a)) for a, i in enumerate((*outer, start))) % 2**32
             block = _bits(np.ascontiguousarray(block), np.ndarray.view)
             for k, hashes in enumerate(_hashes(block, place[: len(block)] + np.uint32(origin), np)):
                 sums[k] += int(hashes.sum(dtype=np.uint32))
-    return sums[0] % 2**32, sums[1] % 2**32
+        return sums
+
+    parts = threads.in_threads(sums_of, [starts[i : i + _BLOCKS] for i in range(0, len(starts), _BLOCKS)])
+    return sum(part[0] for part in parts) % 2**32, sum(part[1] for part in parts) % 2**32

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from memoryllm_jax.checkpoint import description as description_lib
-from memoryllm_jax.checkpoint import digest
+from memoryllm_jax.checkpoint import digest, host_arrays
 from memoryllm_jax.checkpoint.description import Description
 from memoryllm_jax.common import hosts
 from memoryllm_jax.common.errors import UserError, one_line
@@ -28,9 +28,10 @@ class DamageError(Exception):
 
 
 class _Saved(NamedTuple):
-    """The arrays of a checkpoint: their shapes by name, in the order of the tree, and the tree."""
+    """The arrays of a checkpoint by name, in the order of the tree: shapes, names in the database; and the tree."""
 
     shapes: dict[str, tuple[int, ...]]
+    stored_names: dict[str, str]
     tree: jax.tree_util.PyTreeDef
 
 
@@ -45,6 +46,7 @@ class Reader:
     def __init__(self, workdir: str):
         self.workdir = workdir
         self._arrays = ocp.PyTreeCheckpointer()
+        self._context = host_arrays.new_context()
         self._descriptions: dict[int, Description] = {}
         self._trees: dict[int, _Saved] = {}
         self._checked: set[tuple[int, str]] = set()  # (step, array) that were read into host memory and are whole
@@ -100,21 +102,53 @@ class Reader:
           step: number of the checkpoint.
           path: path of the parameter, as in `leaf`.
         """
+        return self._on_host(step, _name(path))
+
+    def arrays(
+        self,
+        step: int,
+        wanted: Mapping[str, tuple[int, ...] | None],
+        layers: Callable[[str], bool] = lambda name: False,
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Reads arrays into host memory, in their saved dtypes: the next one while the caller uses the last one.
+
+        So there is memory for two arrays besides those that the caller keeps.
+
+        Args:
+          step: number of the checkpoint.
+          wanted: {name of an array: its shape}, to which the array is cut or filled with zeros; None: as it was saved.
+          layers: whether the first axis of an array is that of layers, which will be used one by one.
+        Yields: (name, array) in the order of `wanted`.
+        """
+        reading = None
+        for name in [*wanted, None]:
+            following = None
+            if name is not None:
+                with self.errors(step):
+                    stored_name = self._found(step, name)
+                    read = host_arrays.start(self._context, self._path(step), stored_name, wanted[name], layers(name))
+                    following = name, read
+            if reading is not None:
+                yield reading[0], self._whole(step, *reading)
+            reading = following
+
+    def _whole(self, step, name, read):
+        """The array, once it is read and its digest is found to be the saved one."""
         with self.errors(step):
-            return self._on_host(step, _name(path))
+            read.done.result()
+            if (step, name) not in self._checked:  # export reads an array again for each file
+                self._check(step, name, read.array)
+                self._checked.add((step, name))
+        return read.array
 
     def _on_host(self, step, name):
-        value = self._restore(step, name, ocp.RestoreArgs(restore_type=np.ndarray))
-        if (step, name) not in self._checked:  # export reads an array again for each file
-            self._check(step, name, value)
-            self._checked.add((step, name))
-        return value
+        ((_, array),) = self.arrays(step, {name: None})
+        return array
 
     def _restore(self, step, name, restore_args):
         # Orbax takes trees like the saved one, with a placeholder for each array that is not to be read.
+        self._found(step, name)
         saved = self._saved(step)
-        if name not in saved.shapes:
-            raise DamageError(f"expected an array {name}, found none")
         items = [0 if other == name else ocp.PLACEHOLDER for other in saved.shapes]
         args = ocp.args.PyTreeRestore(
             item=saved.tree.unflatten(items), restore_args=saved.tree.unflatten([restore_args] * len(items))
@@ -128,9 +162,18 @@ class Reader:
             metadata = self._arrays.metadata(self._path(step)).item_metadata
             if metadata is None:
                 raise DamageError(f"expected a readable list of the arrays in {ITEM}/_METADATA, found none")
-            leaves, structure = jax.tree_util.tree_flatten_with_path(metadata.tree)
-            self._trees[step] = _Saved({digest.array_name(path): leaf.shape for path, leaf in leaves}, structure)
+            flat, structure = jax.tree_util.tree_flatten_with_path(metadata.tree)
+            leaves = {digest.array_name(path): leaf for path, leaf in flat}
+            shapes = {name: leaf.shape for name, leaf in leaves.items()}
+            self._trees[step] = _Saved(shapes, {name: leaf.name for name, leaf in leaves.items()}, structure)
         return self._trees[step]
+
+    def _found(self, step, name):
+        """The name of an array in the database. Raises: DamageError if there is no such array."""
+        names = self._saved(step).stored_names
+        if name not in names:
+            raise DamageError(f"expected an array {name}, found none")
+        return names[name]
 
     def _path(self, step):
         return os.path.join(self.workdir, str(step), ITEM)

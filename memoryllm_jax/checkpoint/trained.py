@@ -1,15 +1,18 @@
 """A trained model read back from its checkpoint: config, tokenizer and parameters.
 
-Parameters are read one at a time, so that at most one is in memory besides those that are kept. For inference, stacked
-layers are split into one array per layer: a decode step then reads each array at the memory's bandwidth, whereas a scan
-over stacked layers would first copy every slice.
+Parameters are read one after another, so that at most two are in host memory besides those that are kept. For
+inference, stacked layers are split into one array per layer: a decode step then reads each array at the memory's
+bandwidth, whereas a scan over stacked layers would first copy every slice. On a CPU, these arrays are the memory that
+was read into.
 """
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
+import itertools
 import json
+import math
+import sys
 import typing
 from collections.abc import Callable
 
@@ -23,12 +26,16 @@ from memoryllm_jax import config
 from memoryllm_jax.checkpoint import description as description_lib
 from memoryllm_jax.checkpoint import digest as digest_lib
 from memoryllm_jax.checkpoint.reader import Reader
+from memoryllm_jax.common import threads
 from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.model import attention, sharding, transformer
 
 _ROWS_DIGESTED = 16384  # rows of a matrix per sum of a digest; ToL files hold digests, so it must not change
+_BLOCK = 1 << 16  # elements that are hashed at once: they and their hashes fit into a core's cache
+_QUIET_S = 3  # seconds of reading without a line about it
 
 
 class TrainedModel:
@@ -90,27 +97,61 @@ class TrainedModel:
         """Whether a ToL file replaces a parameter: those of FFN-M, and the input embedding unless it is tied."""
         return name.startswith("memory/") or (name == "embedding" and not self.config.tie_embeddings)
 
-    def load(self, wanted: Callable[[str], bool]) -> tuple[dict, str]:
-        """Reads the parameters whose names are wanted.
+    def load(self, wanted: Callable[[str], bool], digest: "Digest | None" = None) -> dict:
+        """Reads the parameters whose names are wanted, each once, and shows the progress if it takes long.
 
-        Returns: (the parameters in the layout of `for_serving`, the text of their Digest).
+        Args:
+          wanted: whether a parameter is to be read, by its name.
+          digest: gets all of them.
+        Returns: the parameters in the layout of `for_serving`.
         Raises: UserError.
         """
         params = {}
-        digest = Digest()
-        for name in filter(wanted, self._leaves):
-            value = self._leaf_for_serving(name)
-            digest.add(name, value)
-            _put(params, name.split("/"), value)
-        return params, digest.text()
+        for name, array in self._read(wanted):
+            if digest is not None:
+                digest.add(name, parts(name, array))
+            _put(params, name.split("/"), self._placed(name, array))
+        return params
 
     def digest(self, wanted: Callable[[str], bool]) -> str:
-        """The digest that `load` returns, without keeping the parameters. Raises: UserError."""
+        """The text of the Digest of the parameters whose names are wanted. Raises: UserError."""
         digest = Digest()
-        for name in filter(wanted, self._leaves):
-            # No variable holds the value, so that it is freed before the next one is read.
-            digest.add(name, self._leaf_for_serving(name))
+        for name, array in self._read(wanted):
+            digest.add(name, parts(name, array))
+            del array  # frees it before the next one but one is read
         return digest.text()
+
+    def _read(self, wanted):
+        """Yields (name, array in host memory, of the shape on the mesh) of the parameters whose names are wanted."""
+        shapes = {name: leaf.like.shape for name, leaf in self._leaves.items() if wanted(name)}
+        sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+        label = f"read {self.workdir}/{self.step}"
+        # On stderr, as what a command prints on stdout may be read by a program.
+        progress = Progress(label, sum(sizes.values()), "B", quiet_s=_QUIET_S, stream=sys.stderr)
+        done = 0
+        with contextlib.closing(progress):
+            arrays = {f"params/{name}": shape for name, shape in shapes.items()}
+            for key, array in self._reader.arrays(self.step, arrays, lambda key: _has_layers(key[len("params/") :])):
+                name = key[len("params/") :]
+                yield name, array
+                del array
+                done += sizes[name]
+                if done < progress.total:
+                    progress.update(done)
+
+    def _placed(self, name, array):
+        """The array on the mesh in the dtype for inference; stacked layers become a list of one array per layer."""
+        dtype = _serving_dtype(name, self.config)
+        where = self._leaves[name].like.sharding
+        if _has_layers(name):
+            where = _of_one_layer(where)
+
+        def put(part):
+            # Each device gets its own part only; on a CPU the part is used without a copy if its dtype stays.
+            return jax.make_array_from_callback(part.shape, where, lambda at: part[at].astype(dtype, copy=False))
+
+        placed = threads.in_threads(put, parts(name, array))
+        return placed if _has_layers(name) else placed[0]
 
     def names(self) -> list[str]:
         """Names of all parameters, in the order in which `load` reads them."""
@@ -142,9 +183,6 @@ class TrainedModel:
         saved = self._reader.leaf_on_host(self.step, path)
         without_padding = saved[tuple(slice(size) for size in like.shape)]
         return without_padding.astype(np.float32, copy=False)
-
-    def _leaf_for_serving(self, name):
-        return _for_serving(name, self.leaf(name), self.config)
 
     def close(self) -> None:
         """Closes the reader: no parameter can be read any more."""
@@ -188,26 +226,43 @@ class Digest:
     def __init__(self):
         self._sums: dict[str, list] = {}
 
-    def add(self, name: str, value: jax.Array | list[jax.Array]) -> None:
-        """Adds one parameter, or a list of its layers. The order of the calls changes the digest."""
-        layers = value if isinstance(value, list) else [value]
-        self._sums[name] = [[list(layer.shape), *_sums(layer)] for layer in layers]
+    def add(self, name: str, layers: list[np.ndarray]) -> None:
+        """Adds one parameter: a list of its layers, or of it alone. The order of the calls changes the digest."""
+        pieces = [(layer, first) for layer in layers for first in range(0, len(layer), _rows_digested(layer))]
+        hashes = iter(threads.in_threads(lambda piece: _hashes_of_rows(*piece), pieces))
+        self._sums[name] = [
+            [
+                list(layer.shape),
+                *itertools.chain.from_iterable(next(hashes) for _ in range(0, len(layer), _rows_digested(layer))),
+            ]
+            for layer in layers
+        ]
 
     def text(self) -> str:
         """The SHA-256 in hexadecimal."""
         return hashlib.sha256(json.dumps(self._sums).encode()).hexdigest()
 
 
-def _sums(x):
-    """Two hashes, of different seeds, for each _ROWS_DIGESTED rows of a matrix; a vector is hashed as a whole."""
-    # Elements are numbered row by row; the numbers wrap at 2^32, as the hashes do.
-    strides = tuple(int(np.prod(x.shape[axis + 1 :])) % 2**32 for axis in range(x.ndim))
-    rows = _ROWS_DIGESTED if x.ndim > 1 else len(x)
-    sums = []
-    for first in range(0, len(x), rows):
-        for seed in (1, 2):
-            sums.append(int(_fingerprint(x[first : first + rows], np.uint32(seed), strides)))
-    return sums
+def _rows_digested(x):
+    """Rows of an array per pair of hashes; a vector is hashed as a whole."""
+    return _ROWS_DIGESTED if x.ndim > 1 else len(x)
+
+
+def _hashes_of_rows(x, first):
+    """Two 32-bit hashes, of different seeds, of the rows of x from `first` on, as bfloat16.
+
+    The bits and the place of each element are mixed by MurmurHash3's finalizer, and the results are summed modulo 2^32.
+    Elements are numbered row by row from the seed on; the numbers wrap at 2^32.
+    """
+    flat = x[first : first + _rows_digested(x)].reshape(-1)
+    places = np.arange(_BLOCK, dtype=np.uint32)
+    sums = [0, 0]
+    for start in range(0, flat.size, _BLOCK):
+        bits = flat[start : start + _BLOCK].astype(jnp.bfloat16, copy=False).view(np.uint16).astype(np.uint32)
+        for k, seed in enumerate((1, 2)):
+            place = places[: bits.size] + np.uint32((start + seed) % 2**32)
+            sums[k] += int(digest_lib.mixed(bits ^ (place * np.uint32(0x9E3779B1))).sum(dtype=np.uint32))
+    return [total % 2**32 for total in sums]
 
 
 def for_serving(params, config: ModelConfig) -> dict:
@@ -228,14 +283,32 @@ def for_serving(params, config: ModelConfig) -> dict:
 
 def _for_serving(name, leaf, config):
     """The leaf in the dtype for inference; stacked layers become a list of one array per layer."""
-    dtype = jnp.float32 if name.endswith("scale") else jnp.dtype(config.dtype)
-    where = leaf.sharding
-    if not name.startswith(("layers/", "memory/")):
+    dtype = _serving_dtype(name, config)
+    if not _has_layers(name):
         if leaf.dtype == dtype:
             return leaf
-        return jax.jit(lambda x: x.astype(dtype), out_shardings=where)(leaf)
-    layer = NamedSharding(where.mesh, P(*where.spec[1:]))  # without the axis of the layers
-    return jax.jit(lambda x: [x[i].astype(dtype) for i in range(x.shape[0])], out_shardings=layer)(leaf)
+        return jax.jit(lambda x: x.astype(dtype), out_shardings=leaf.sharding)(leaf)
+    where = _of_one_layer(leaf.sharding)
+    return jax.jit(lambda x: [x[i].astype(dtype) for i in range(x.shape[0])], out_shardings=where)(leaf)
+
+
+def _serving_dtype(name, config):
+    return jnp.dtype(jnp.float32 if name.endswith("scale") else config.dtype)
+
+
+def _has_layers(name):
+    """Whether the first axis of a parameter is that of the layers."""
+    return name.startswith(("layers/", "memory/"))
+
+
+def parts(name: str, array: np.ndarray) -> list[np.ndarray]:
+    """The layers of a parameter that has layers, else it alone."""
+    return list(array) if _has_layers(name) else [array]
+
+
+def _of_one_layer(where: NamedSharding) -> NamedSharding:
+    """The sharding of one layer of an array whose first axis is that of the layers."""
+    return NamedSharding(where.mesh, P(*where.spec[1:]))
 
 
 def for_this_machine(config: ModelConfig, dtype: str) -> ModelConfig:
@@ -261,17 +334,3 @@ def _put(tree: dict, path: list[str], value) -> None:
         _put(tree.setdefault(path[0], {}), path[1:], value)
     else:
         tree[path[0]] = value
-
-
-@functools.partial(jax.jit, static_argnames="strides")
-def _fingerprint(x, origin, strides):
-    """A 32-bit hash of x as bfloat16, which depends on where each value stands; `origin` is its seed.
-
-    The bits and the place of each element are mixed by MurmurHash3's finalizer, and the results are summed modulo 2^32.
-    The order of such a sum does not matter, so the hash is the same on any mesh.
-    """
-    place = jnp.full(x.shape, origin, jnp.uint32)  # number of each element, counted from `origin`
-    for axis, stride in enumerate(strides):
-        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    return digest_lib.mixed(bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))).sum(dtype=jnp.uint32)

@@ -18,6 +18,8 @@ class Progress:
       every_s: seconds between lines in a log.
       enabled: False in every process but the first, so that a run prints once.
       stream: where plain lines are written, by default stdout.
+      quiet_s: seconds until the bar or the first line is shown, for work that may be short; None: the bar is shown
+        at once, the first line after `every_s`.
     """
 
     def __init__(
@@ -29,15 +31,24 @@ class Progress:
         every_s: float = 10.0,
         enabled: bool = True,
         stream: TextIO | None = None,
+        quiet_s: float | None = None,
     ):
         self.label, self.total, self.unit = label, total, unit
         self.every_s, self.enabled, self.stream = every_s, enabled, stream
         self.done = self._initial = initial
         self._start = self._last_line = time.monotonic()
         self._bar = None
+        if quiet_s is not None:
+            self._last_line += quiet_s - every_s
         if enabled and sys.stderr.isatty():
             self._bar = tqdm.tqdm(
-                total=total, initial=initial, unit=unit, unit_scale=unit == "B", desc=label, dynamic_ncols=True
+                total=total,
+                initial=initial,
+                unit=unit,
+                unit_scale=unit == "B",
+                desc=label,
+                dynamic_ncols=True,
+                delay=quiet_s or 0,
             )
 
     def update(self, done: int, note: str = "") -> None:

@@ -131,7 +131,7 @@ class _Trial:
         self._full_rows = model.rows
         self._embedding = None
         if not source.has_x0:
-            self._embedding = trained.load(lambda name: name == "embedding")[0]["embedding"]
+            self._embedding = trained.load(lambda name: name == "embedding")["embedding"]
 
     def full(self, measure: Measure) -> Setting:
         """Measures with full rows, as they are computed from the weights."""

@@ -104,7 +104,7 @@ def _patterns(run: Config, workdir: str) -> list[Pattern]:
 def _pruned(model: Engine, label: str, measure: Measure, windows_NT: np.ndarray, methods) -> list[Point]:
     """Prunes base by each method and pattern, and measures it. Returns: a point of each."""
     trained, whole = model.trained, model.decoder
-    params, _ = trained.load(lambda _: True)
+    params = trained.load(lambda _: True)
     norms = flops.parameters(trained.run)["norms"]  # active parameters too, but never pruned
     points = []
     for pattern in _patterns(trained.run, trained.workdir):

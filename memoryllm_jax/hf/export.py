@@ -8,7 +8,7 @@ from importlib import resources
 
 import numpy as np
 
-from memoryllm_jax.checkpoint.trained import Digest, TrainedModel
+from memoryllm_jax.checkpoint.trained import Digest, TrainedModel, parts
 from memoryllm_jax.common import records, storage
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.progress import Progress
@@ -135,7 +135,7 @@ def _float16_digests(trained, dtype):
             with np.errstate(over="ignore"):  # no warning: transformers gives the same infinities
                 in_float16 = value.astype(shards.DTYPES[dtype], copy=False).astype(np.float16, copy=False)
             for digest, leaf in ((exact, value), (rounded, in_float16)):
-                digest.add(name, list(leaf) if name.startswith("layers/") else leaf)
+                digest.add(name, parts(name, leaf))
             del value, in_float16, leaf  # frees the parameter before the next one is read
     return {rounded.text(): exact.text()}
 

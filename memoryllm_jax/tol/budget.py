@@ -65,7 +65,7 @@ def scorer(trained: TrainedModel, path: str, tokens: int = CALIBRATION_TOKENS, h
     starts = [int(number) * length for number in chosen]
     stream.verify(starts, length + 1)
     windows = np.stack(stream.read_each(starts, length + 1))
-    params, _ = trained.load(lambda name: not trained.is_memory(name))
+    params = trained.load(lambda name: not trained.is_memory(name))
     embedding = params["embedding"] if trained.config.tie_embeddings else None
     decoder = Decoder(trained.config, params, trained.mesh)
     # At most about 4,096 tokens a batch, and the same number of whole sequences for every batch shard.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.checkpoint.trained import Digest, TrainedModel
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
@@ -195,8 +195,9 @@ def _key(trained: TrainedModel, layer: int, key: int, rows_digest: str) -> tuple
     Returns: (the key's coefficient for every token, float32 [V]; its value, float32 [D]).
     Raises: ArgumentError if the checkpoint has other weights.
     """
-    params, digest = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
-    if digest != rows_digest:
+    digest = Digest()
+    params = trained.load(lambda name: trained.is_memory(name) or name == "embedding", digest)
+    if digest.text() != rows_digest:
         expected = "expected the weights that the rows were made from"
         raise ArgumentError("workdir", f"{expected}, found others at step {trained.step} of {trained.workdir}")
     p, c = params["memory"][layer], trained.config

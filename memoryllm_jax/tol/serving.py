@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from typing import Annotated
 
-from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.checkpoint.trained import Digest, TrainedModel
 from memoryllm_jax.common import options
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
@@ -52,13 +52,14 @@ def open_engine(
         file = on_error.enter_context(contextlib.closing(TolFile(tol))) if tol else None
         trained = on_error.enter_context(contextlib.closing(TrainedModel(workdir, step, dtype, mesh)))
         if file is None:
-            params, _ = trained.load(lambda name: True)
+            params = trained.load(lambda name: True)
             source = LiveRows(trained.config, params, trained.mesh)
         else:
             file.check_model(trained.config, trained.tokenizer.digest, None)
             edits = Overlay.open(overlay, file) if overlay else None
-            params, digest = trained.load(lambda name: not trained.is_memory(name))
-            file.check_model(trained.config, trained.tokenizer.digest, digest)
+            digest = Digest()
+            params = trained.load(lambda name: not trained.is_memory(name), digest)
+            file.check_model(trained.config, trained.tokenizer.digest, digest.text())
             source = _open_rows(file, place, cache, trained, params.get("embedding"), edits)
         engine = Engine(trained, params, source)
         on_error.pop_all()  # all is well: the engine closes the checkpoint and the rows, which close the file

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.checkpoint.trained import Digest, TrainedModel
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import MeshConfig, ModelConfig
 from memoryllm_jax.data.tokenizer import Tokenizer
@@ -84,12 +84,13 @@ class LiveSource:
         self.dim, self.layers, self.has_x0 = c.dim, c.layers, not c.tie_embeddings
         decoder_digest = trained.digest(lambda name: not trained.is_memory(name))
         # A tied embedding counts as the decoder's, and FFN-M reads it too.
-        self._params, rows_digest = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
+        rows_digest = Digest()
+        self._params = trained.load(lambda name: trained.is_memory(name) or name == "embedding", rows_digest)
         self.identity = Identity(
             architecture=c.architecture,
             step=trained.step,
             dtype=c.dtype,
-            rows_digest=rows_digest,
+            rows_digest=rows_digest.text(),
             decoder_digest=decoder_digest,
             tokenizer=trained.tokenizer,
         )
@@ -208,9 +209,10 @@ class Repair:
         print(f"{tol.path}: {len(ids)} damaged rows, token {ids[0]} first: computed from the weights", file=sys.stderr)
         # The model may run in another dtype than that in which the file's rows were computed.
         trained = TrainedModel(self._trained.workdir, self._trained.step, tol.metadata["dtype"], self._trained.mesh)
-        params, digest = trained.load(lambda name: trained.is_memory(name) or name == "embedding")
+        digest = Digest()
+        params = trained.load(lambda name: trained.is_memory(name) or name == "embedding", digest)
         trained.close()
-        if digest != tol.metadata["rows_digest"]:
+        if digest.text() != tol.metadata["rows_digest"]:
             raise UserError(f"{tol.path}: token {ids[0]}: its row is damaged, and the checkpoint has other weights")
         with jax.set_mesh(trained.mesh):
             vectors = _row_function(trained.config)(params, jnp.asarray(ids))

@@ -1,15 +1,21 @@
 """Trained models read back from checkpoints, and digests of their parameters."""
 
 import contextlib
+import functools
+import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from lab import write_untrained
 
+from memoryllm_jax.checkpoint import trained
 from memoryllm_jax.checkpoint.description import config_of
 from memoryllm_jax.checkpoint.trained import Digest, TrainedModel
 from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.config import MeshConfig
+from memoryllm_jax.model import sharding
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -23,38 +29,40 @@ def test_the_digest_stays_the_one_in_tol_files(dtype):
         for seed, shape in enumerate([(20_000, 3), (2, 4, 5, 6), (2, 4)])
     )
     digest = Digest()
-    digest.add("embedding", jnp.asarray(table, dtype))
-    digest.add("layers/attention/q", [jnp.asarray(layer, dtype) for layer in layers])
-    digest.add("layers/norm/scale", [jnp.asarray(layer) for layer in scales])
+    digest.add("embedding", [table.astype(dtype)])
+    digest.add("layers/attention/q", list(layers.astype(dtype)))
+    digest.add("layers/norm/scale", list(scales))
     assert digest.text() == "7d5cd505d51e4872d6e639189277f7134bb828fe5eb9f075bdf908b28a7b29da"
 
 
 def test_a_digest_depends_on_values_places_shapes_and_names():
     def of(name, value):
         digest = Digest()
-        digest.add(name, jnp.asarray(value, jnp.float32))
+        digest.add(name, [np.array(value, np.float32)])
         return digest.text()
 
     texts = {of("a", [[1, 2]]), of("a", [[2, 1]]), of("a", [[1], [2]]), of("b", [[1, 2]]), of("a", [[1, 2.1]])}
     assert len(texts) == 5
 
 
-def test_parameters_for_serving_are_those_of_the_checkpoint(make_config, tmp_path):
+@pytest.mark.parametrize("dtype, parts", [("float32", (1, 1, 1)), ("bfloat16", (1, 2, 3))])
+def test_parameters_for_serving_are_those_of_the_checkpoint(make_config, tmp_path, dtype, parts):
+    """Orbax's reader gives the expected values. The four heads are padded to six for three devices."""
     write_untrained(make_config("flex-3"), str(tmp_path))
-    with contextlib.closing(TrainedModel(str(tmp_path))) as model:
-        params, digest = model.load(lambda name: True)
-        assert model.digest(lambda name: True) == digest != model.digest(model.is_memory)
+    mesh = sharding.make_mesh(MeshConfig(*parts), jax.devices()[: math.prod(parts)])
+    with contextlib.closing(TrainedModel(str(tmp_path), dtype=dtype, mesh=mesh)) as model:
+        digest = Digest()
+        params = model.load(lambda name: True, digest)
+        assert model.digest(lambda name: True) == digest.text() != model.digest(model.is_memory)
         assert len(params["layers"]) == len(params["memory"]) == model.config.layers
-        for name in ("layers/ffn/gate", "memory/norm/scale"):
-            stacked = model.leaf(name)
-            assert stacked.shape == model.shape(name)
-            np.testing.assert_array_equal(model.leaf_on_host(name), stacked, strict=True)
-            part, *path = name.split("/")
-            for layer, tree in enumerate(params[part]):
-                for key in path:
-                    tree = tree[key]
-                np.testing.assert_array_equal(tree, stacked[layer])
-        np.testing.assert_array_equal(params["embedding"], model.leaf("embedding"))
+        tree = {}
+        for name in model.names():
+            *folders, last = name.split("/")
+            functools.reduce(lambda place, key: place.setdefault(key, {}), folders, tree)[last] = model.leaf(name)
+    for found, leaf in zip(*map(jax.tree.leaves, (params, trained.for_serving(tree, model.config))), strict=True):
+        np.testing.assert_array_equal(found, leaf, strict=True)
+        assert found.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+    np.testing.assert_array_equal(params["memory"][1]["norm"]["scale"], tree["memory"]["norm"]["scale"][1])
 
 
 def test_padding_of_the_mesh_that_saved_is_cut_off(make_config, tmp_path):

@@ -244,6 +244,7 @@ def test_data_checkpoints_and_records_on_object_storage(make_config, corpus, dat
     jax.tree.map(np.testing.assert_array_equal, later.restore(3, shapes), state)
     path, shape = jax.tree_util.tree_leaves_with_path(shapes["params"])[0]
     np.testing.assert_array_equal(Reader(workdir).leaf(3, path, shape), state["params"]["a"])
+    np.testing.assert_array_equal(Reader(workdir).leaf_on_host(3, path), state["params"]["a"])
     time.sleep(1)  # TensorBoard names its files after the time in seconds
     first, second = (metrics.Writer(config, DESCRIPTION, workdir, 3, True) for _ in range(2))
     second.write(4, "train", {"loss": 0.25})

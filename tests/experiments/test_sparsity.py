@@ -79,7 +79,7 @@ def test_sparsegpt_is_the_loop_of_its_paper(pattern):
 def test_layers_are_calibrated_on_the_outputs_of_pruned_layers(lab):
     with lab.model("base", devices=2) as model:
         config, mesh = model.config, model.trained.mesh
-        params, _ = model.trained.load(lambda _: True)
+        params = model.trained.load(lambda _: True)
         windows = dataset.Dataset(lab.data_path).train.read(0, 20 * CONTEXT).reshape(20, CONTEXT)
         half = sparsity.prune(config, params, mesh, windows, "wanda", Pattern(0.5))
     matrices = [params["layers"][0][module] for module in ("attention", "ffn")]

@@ -13,7 +13,7 @@ from memoryllm_jax.inference.engine import Contribution
 
 def by_equations(model, path, memory_L, compute_L):
     """The loss by tests/reference.py, with W_down of each layer's FFN-M and FFN-C multiplied by a factor."""
-    params = stacked(model.trained.load(lambda _: True)[0])
+    params = stacked(model.trained.load(lambda _: True))
     for group, factors in (("layers", compute_L), ("memory", memory_L)):
         if "ffn" in params.get(group, {}):
             params[group]["ffn"]["down"] *= jnp.float32(factors)[:, None, None]
