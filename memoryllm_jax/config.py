@@ -133,6 +133,9 @@ class ModelConfig:
     remat: str = field("dots", choices=("none", "dots", "full"), resumable=True)
     # Tokens of a batch shard whose logits are in memory at the same time
     loss_chunk: int = field(4096, least=1, resumable=True)
+    # Dtype in which devices sum the gradients of weight matrices: compute (that of the computation) or float32, which
+    # sends twice the bytes and is exact where the sum over many devices in bfloat16 is not (docs/performance.md)
+    reduce_dtype: str = field("compute", choices=("compute", "float32"), resumable=True)
     # Compute the token memory once for each distinct token of a batch; False: at every position, for comparison
     unique_tokens: bool = field(True, resumable=True)
 
@@ -286,6 +289,8 @@ class Config:
     batch_size: int = field(512, least=1, most=_MOST_IDS)  # sequences of one optimizer step, over all devices
     accumulate: int = field(1, least=1, resumable=True)  # micro-batches that the batch of a step is split into
     seq_len: int = field(2048, least=2, most=_MOST_IDS)  # tokens
+    # Compiler options: default, or overlap, with which GPUs gather the weights of the next layer while they compute one
+    xla: str = field("default", choices=("default", "overlap"), resumable=True)
     model: ModelConfig = ModelConfig()
     start: StartConfig = StartConfig()
     data: DataConfig = DataConfig()

@@ -18,6 +18,8 @@ _COLLECTIVE = re.compile("(all-gather|all-reduce|reduce-scatter|all-to-all)(-sta
 # The functions that an instruction calls:
 #   calls=%fused_computation.8    to_apply=%add.14    body=%region_8.11
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%([\w.-]+)")
+# What a GPU computes as a matrix product or attention: a kernel of Triton, or a call of a library.
+_PRODUCT = re.compile(r"calls=%gemm_fusion|__cublas|__cudnn")
 # The operands, with a comment before every fifth one:
 #   %dot.145, %dot.146, /*index=5*/%dot.147
 _OPERAND = re.compile(r"%([\w.-]+)")
@@ -65,6 +67,21 @@ def operand_bytes(text: str, mesh_shape: Mapping[str, int]) -> dict[tuple[str, t
                 kind = match[1].replace("reduce-scatter", "all-reduce")
                 found[kind, _axes(_group(instruction.rest), mesh_shape)] += times[name] * size
     return {(kind, axes): size for (kind, axes), size in found.items() if axes}
+
+
+def products_while_gathering(text: str) -> list[int]:
+    """For each all-gather in the order of the text, how many matrix products a GPU computes meanwhile."""
+    found = []
+    for body in _computations(text).values():
+        under_way = {}
+        for instruction in body.lines:
+            if instruction.operation == "all-gather-start":
+                under_way[instruction.name] = 0
+            elif instruction.operation == "all-gather-done":
+                found.append(under_way.pop(_OPERAND.search(instruction.rest)[1]))
+            elif _PRODUCT.search(instruction.rest):
+                under_way = {name: count + 1 for name, count in under_way.items()}
+    return found
 
 
 def results(text: str, operation: str) -> list[str]:

@@ -42,19 +42,51 @@ def _parameter(module, name, shape, axes, std):
 
 
 def _weight(module, name, shape, axes, std):
-    """A parameter for a product: in the dtype of the computation, and without padding of the model's width."""
-    w = _parameter(module, name, shape, axes, std).astype(module.config.dtype)
+    """A parameter for `_matmul`: without padding of the model's width, and in the dtype of the computation.
+
+    With reduce_dtype float32 it stays as it is stored, and `_matmul` casts it.
+    """
+    w = _parameter(module, name, shape, axes, std)
+    if module.config.reduce_dtype != "float32":
+        w = w.astype(module.config.dtype)
     return unpadded_embed(w, module.config.dim, axes)
 
 
 def _matmul(x, w):
-    """x[..., D] @ w[D, F] in the dtype of x."""
-    # On a CPU, XLA multiplies [B T, D] twice as fast as [B, T, D], and bfloat16 five times as fast if the result is
-    # float32.
-    on_cpu = jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu"
-    sum_dtype = jnp.float32 if on_cpu else None
-    y = jnp.dot(x.reshape(-1, x.shape[-1]), w, preferred_element_type=sum_dtype).astype(x.dtype)
+    """x[..., D] @ w[D, F] in the dtype of x. A wider w gets a gradient of its own dtype."""
+    # On a CPU, XLA multiplies [B T, D] twice as fast as [B, T, D].
+    product = _dot if w.dtype == x.dtype else _dot_with_wide_gradient
+    y = product(x.reshape(-1, x.shape[-1]), w)
     return checkpoint_name(y, SAVED).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def _dot(x_ND, w_DF):
+    """x @ w in the dtype of x."""
+    # On a CPU, XLA multiplies bfloat16 five times as fast if the result is float32.
+    on_cpu = jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu"
+    return jnp.dot(x_ND, w_DF, preferred_element_type=jnp.float32 if on_cpu else None).astype(x_ND.dtype)
+
+
+@jax.custom_vjp
+def _dot_with_wide_gradient(x_ND, w_DF):
+    """`_dot` for float32 weights, which are cast to the dtype of x. Their gradient is float32 before it is rounded.
+
+    Devices sum a product over their batch shards in the dtype of its result. Here that is float32.
+    """
+    return _dot(x_ND, w_DF.astype(x_ND.dtype))
+
+
+def _dot_forward(x_ND, w_DF):
+    return _dot_with_wide_gradient(x_ND, w_DF), (x_ND, w_DF)
+
+
+def _dot_backward(residuals, g_NF):
+    x_ND, w_DF = residuals
+    dx_ND = _dot(g_NF, w_DF.astype(x_ND.dtype).T)
+    return dx_ND, jnp.dot(x_ND.T, g_NF, preferred_element_type=w_DF.dtype)
+
+
+_dot_with_wide_gradient.defvjp(_dot_forward, _dot_backward)
 
 
 class Norm(nn.Module):

@@ -3,8 +3,9 @@
 The shardings (model/sharding.py) leave the compiler little choice, so each transfer follows a formula:
 
     fsdp     the matrices of a layer are gathered in the dtype of the computation, once for the forward pass and once
-             for the backward pass; their gradients are summed and scattered in the same dtype. Decoder layers do this
-             for each micro-batch, the token memory once per step.
+             for the backward pass; their gradients are summed and scattered in the same dtype, or in float32 with
+             config.model.reduce_dtype=float32. Decoder layers do this for each micro-batch, the token memory once per
+             step.
     data     the scattered sums of gradients are summed over the replicas: from jax 0.12 on once per step, as XLA moves
              these sums out of the loop over micro-batches, with older versions for each micro-batch.
     tensor   each device computes a part of attention's output and of an FFN's, and the parts are summed: a
@@ -65,11 +66,12 @@ def transfers(config: Config, params, mesh_shape: Mapping[str, int], distinct: i
     m = config.model
     elements = _local_elements(params)
     itemsize = jnp.dtype(m.dtype).itemsize
+    widths = itemsize, _FLOAT32 if m.reduce_dtype == "float32" else itemsize
     sums = data_sums(config)
     norms = sums * elements["norms"] * _FLOAT32
     found = [
-        *_matrices("layers", elements["layers"] * itemsize, mesh_shape, config.accumulate, sums),
-        *_matrices("token memory", elements["memory"] * itemsize, mesh_shape, 1, 1),
+        *_matrices("layers", elements["layers"], widths, mesh_shape, config.accumulate, sums),
+        *_matrices("token memory", elements["memory"], widths, mesh_shape, 1, 1),
         *_activations(config, mesh_shape, itemsize),
         *_rows(config, distinct, itemsize),
         *_lookups("embeddings", distinct, distinct * m.dim * itemsize, elements["embedding"]),
@@ -104,19 +106,23 @@ def _local_elements(params) -> dict[str, int]:
     return elements
 
 
-def _matrices(what: str, stored: float, mesh_shape, passes: int, sums: int) -> Iterator[Transfer]:
+def _matrices(
+    what: str, stored: int, widths: tuple[int, int], mesh_shape, passes: int, sums: int
+) -> Iterator[Transfer]:
     """Gathering matrices within an fsdp group, and summing their gradients.
 
     Args:
       what: name of the matrices.
-      stored: bytes of the matrices that one device stores, in the dtype of the computation.
+      stored: number of elements of the matrices that one device stores.
+      widths: bytes of an element (of a weight that is gathered, of a gradient that is summed).
       passes: number of forward and backward passes of a step.
       sums: how often a step sums the gradients over data.
     """
-    whole = stored * mesh_shape["fsdp"]
-    yield Transfer(f"weights of the {what}", "all-gather", ("fsdp",), passes * 2 * stored)
+    weights, gradients = (stored * width for width in widths)
+    whole = gradients * mesh_shape["fsdp"]
+    yield Transfer(f"weights of the {what}", "all-gather", ("fsdp",), passes * 2 * weights)
     yield Transfer(f"gradients of the {what}", "reduce-scatter", ("fsdp",), passes * whole)
-    yield Transfer(f"gradients of the {what}", "all-reduce", ("data",), sums * stored)
+    yield Transfer(f"gradients of the {what}", "all-reduce", ("data",), sums * gradients)
 
 
 def _activations(config: Config, mesh_shape, itemsize: int) -> Iterator[Transfer]:

@@ -29,7 +29,7 @@ from memoryllm_jax.data import dataset
 from memoryllm_jax.model import attention, flops, sharding
 from memoryllm_jax.training import chips, collectives, sizes
 from memoryllm_jax.training.batches import abstract_batch
-from memoryllm_jax.training.step import Trainer, memory_needed
+from memoryllm_jax.training.step import Trainer, compiler_options, memory_needed
 
 EFFICIENCY = 0.5  # share of peak FLOP/s that well-tuned trainers publish near 1B parameters
 VOCABULARY = 128_256  # token ids of Llama 3, assumed if neither config nor data give their number
@@ -135,6 +135,8 @@ def _completed(config: Config, chip: chips.Chip) -> tuple[Config, list[str]]:
         assumed.append(f"{VOCABULARY:,} token ids (Llama 3), as neither data nor config.model.vocab_size is given")
     if model.unique_tokens and model.row_dim:
         assumed.append("distinct ids as in English text with the Llama 3 tokenizer")
+    if compiler_options(config, "gpu" if chip.gpu else chip.platform) and not chip.has_compiler():
+        assumed.append(f"config.xla=default: XLA for CPUs does not know {config.xla}, which needs more memory")
     backend = attention.resolve_backend(model.attention, model.dtype, chip.platform)
     return dataclasses.replace(config, model=dataclasses.replace(model, attention=backend)), assumed
 
@@ -192,7 +194,8 @@ class CompiledStep:
     def __init__(self, config: Config, mesh: Mesh):
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         if on_cpu:  # cannot compile the chip's attention kernel; `blocked` needs as little memory
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="blocked"))
+            model = dataclasses.replace(config.model, attention="blocked")
+            config = dataclasses.replace(config, model=model, xla="default")
         trainer = Trainer(config, mesh)
         planned = distinct_ids(config, trainer.shards).planned
         usual, largest = planned[0], planned[-1]

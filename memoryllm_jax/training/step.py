@@ -23,6 +23,28 @@ NEED_LESS = (
     "memory"
 )
 
+# Options of XLA for GPUs that config.xla=overlap stands for. A layer's weights are then gathered while the layer before
+# it computes, and double buffering spares a copy of them in each turn of the loop over layers.
+_OVERLAP = (
+    "xla_gpu_enable_pipelined_all_gather",
+    "xla_gpu_enable_pipelined_reduce_scatter",
+    "xla_gpu_enable_while_loop_double_buffering",
+)
+
+
+def compiler_options(config: Config, platform: str) -> dict[str, bool]:
+    """The options of XLA that config.xla stands for.
+
+    Args:
+      platform: JAX's name of the devices' platform: cpu, gpu or tpu.
+    Raises: UserError if the platform does not have them.
+    """
+    if config.xla == "default":
+        return {}
+    if platform != "gpu":
+        raise UserError(f"config.xla: {config.xla} needs GPUs, found {platform}")
+    return dict.fromkeys(_OVERLAP, True)
+
 
 class Micro(NamedTuple):
     """A micro-batch: arrays [S, N] with the meaning that they have in `Batch`; [A, S, N] for all of a batch's."""
@@ -50,9 +72,11 @@ class Trainer:
       train(state, batch) -> (state, metrics): one optimizer step; the old state is donated. The metrics are the
         scalars loss and z_loss in nats, grad_norm and learning_rate.
       evaluate(params, batch) -> (nll in nats, weight): sums over the batch's positions, without z-loss.
+    Raises: UserError if config.xla does not fit the platform.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
+        options = compiler_options(config, mesh.devices.flat[0].platform)
         self.config, self.mesh = config, mesh
         self.model = transformer.LanguageModel(config.model)
         self.optimizer = optimizer.make(config)
@@ -64,7 +88,12 @@ class Trainer:
         replicated = NamedSharding(mesh, P())
         # Without pinned outputs jit replicates the Adam moments.
         self.init = _InMesh(jax.jit(self._init, out_shardings=state_sharding), mesh)
-        train = jax.jit(self._train, donate_argnums=0, out_shardings=(state_sharding, replicated))
+        train = jax.jit(
+            self._train,
+            donate_argnums=0,
+            out_shardings=(state_sharding, replicated),
+            compiler_options=options,
+        )
         self.train = self._train_step = _StepInMesh(train, mesh)
         self.evaluate = self._evaluate_step = _StepInMesh(jax.jit(self._evaluate, out_shardings=replicated), mesh)
 

@@ -71,7 +71,10 @@ def test_formulas_are_what_xla_for_cpus_compiles(architecture, overrides):
 @pytest.mark.parametrize("name", ["v5p", "h100"])
 @pytest.mark.parametrize(
     "overrides",
-    [{"mesh.data": 2, "mesh.fsdp": 4, "accumulate": 2}, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}],
+    [
+        {"mesh.data": 2, "mesh.fsdp": 4, "accumulate": 2, "model.reduce_dtype": "float32"},
+        {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
+    ],
 )
 def test_formulas_are_what_the_chips_compilers_compile(chip_devices, name, overrides):
     # Batches of two chunks of logits: of one, XLA unrolls the loop and gathers the head twice.

@@ -1,15 +1,18 @@
-"""The compiled train step on a mesh: where the state is placed, and that token memory stays on its shard."""
+"""The compiled train step on a mesh: where the state is placed, that token memory stays on its shard, and overlap."""
 
 import math
 import re
 
+import hlo
 import jax
 import pytest
 
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.config import default, resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
 from memoryllm_jax.training import loop
-from memoryllm_jax.training.batches import TrainBatches, place
+from memoryllm_jax.training.batches import TrainBatches, abstract_batch, place
 from memoryllm_jax.training.step import Trainer
 
 
@@ -65,3 +68,28 @@ def test_rows_stay_on_their_shard(trainer_and_batch):
     assert [rows] in shapes or [1, rows] in shapes
     # The largest arrays of FFN-M's width are its activations, kept for all layers until the backward pass.
     assert max(map(math.prod, shapes)) == trainer.config.model.layers * rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("xla", ["default", "overlap"])
+def test_overlap_gathers_weights_while_products_are_computed(chip_devices, xla):
+    """In the step compiled for H100: by default each all-gather is waited for at once."""
+    devices = chip_devices("h100", 8)
+    c = default("flex-3")
+    c.batch_size, c.seq_len, c.steps, c.xla, c.mesh.fsdp = 16, 256, 10, xla, 8
+    c.model.dim, c.model.layers, c.model.heads, c.model.vocab_size, c.model.attention = 128, 4, 2, 512, "cudnn"
+    config = resolve(c)
+    trainer = Trainer(config, sharding.make_mesh(config.mesh, devices))
+    batch = abstract_batch(config, trainer.shards, trainer.batch_sharding, 256)
+    text = trainer.train.lower(trainer.state_shape, batch).compile().as_text()
+    products = hlo.products_while_gathering(text)
+    if xla == "default":
+        assert set(products) == {0}
+    else:
+        assert max(products) >= 3  # those of a decoder layer in the forward pass
+
+
+def test_overlap_is_refused_where_there_is_no_gpu(make_config):
+    config = make_config(xla="overlap")
+    with pytest.raises(UserError, match=r"^config.xla: overlap needs GPUs, found cpu$"):
+        Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
