@@ -24,7 +24,7 @@ PACKAGES = (
     "lm_eval",
 )
 # Paths of this machine do not belong in a committed record.
-_PATH_FLAGS = re.compile(r"^(--(?:\w*data|\w*workdir|tol|base|output|scratch|work))=.*")
+_PATH_FLAGS = re.compile(r"^(--(?:\w*data|hf|\w*workdir|tol|base|output|scratch|work))=.*")
 
 
 def facts() -> dict:
