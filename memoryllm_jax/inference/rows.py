@@ -48,20 +48,33 @@ def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
       ids_U: int32 token ids.
     Returns: x0 [1, U, D], and a list by layer of rows [1, U, D], or None without a token memory.
     """
-
-    def take(table, ids):
-        return table[ids].astype(config.dtype)[None]
-
-    # The table may be padded in width, so that the mesh divides it.
-    x0 = take(params["embedding"], ids_U)[..., : config.dim]
+    x0_1UD = live_x0(config, params["embedding"], ids_U)
     if not config.row_dim:
-        return TokenRows(x0, None)
+        return TokenRows(x0_1UD, None)
+    return TokenRows(x0_1UD, [live_layer(config, layer, x0_1UD, ids_U) for layer in params["memory"]])
+
+
+def live_x0(config: ModelConfig, embedding_VD, ids_U):
+    """The embeddings [1, U, D] of token ids. Call it inside jit and a mesh."""
+    # The table may be padded in width, so that the mesh divides it.
+    return _take(config, embedding_VD, ids_U)[..., : config.dim]
+
+
+def live_layer(config: ModelConfig, layer_params: dict, x0_1UD, ids_U):
+    """One layer's rows of token ids, [1, U, D]. Call it inside jit and a mesh.
+
+    Args:
+      layer_params: the layer's entry in "memory".
+      x0_1UD: the embeddings of the ids, which FFN-M reads; tables read the ids.
+    """
     if config.memory_dim:
-        rows = [transformer.apply_memory_layer(config, layer, x0).row for layer in params["memory"]]
-    else:
-        table = transformer.MemoryTable(config)
-        rows = [table.apply({"params": layer}, ids_U, take) for layer in params["memory"]]
-    return TokenRows(x0, rows)
+        return transformer.apply_memory_layer(config, layer_params, x0_1UD).row
+    table = transformer.MemoryTable(config)
+    return table.apply({"params": layer_params}, ids_U, lambda table_VP, ids: _take(config, table_VP, ids))
+
+
+def _take(config, table, ids_U):
+    return table[ids_U].astype(config.dtype)[None]
 
 
 class LiveRows:

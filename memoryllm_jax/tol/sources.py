@@ -1,6 +1,7 @@
 """Where full rows come from: computed from a checkpoint, or decoded from a ToL file."""
 
 import dataclasses
+import functools
 import sys
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import MeshConfig, ModelConfig
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.inference import vocabulary
-from memoryllm_jax.inference.rows import live_rows
+from memoryllm_jax.inference.rows import live_layer, live_x0
 from memoryllm_jax.model import sharding
 from memoryllm_jax.tol import codec
 from memoryllm_jax.tol.format import TolFile
@@ -95,25 +96,33 @@ class LiveSource:
             tokenizer=trained.tokenizer,
         )
         self.bits = 32 if c.dtype == "float32" else 16
-        self._rows = _row_function(c)
 
     def vectors(self, ids_U) -> dict:
         with jax.set_mesh(self.mesh):
-            return self._rows(self._params, ids_U)
+            return _live_vectors(self.config, self._params, ids_U)
 
 
-def _row_function(config: ModelConfig):
-    """Jitted function (params, ids [U]) -> {part name: [U, D]}: the row of one token, mapped over ids by `jax.vmap`."""
+def _live_vectors(config: ModelConfig, params: dict, ids_U) -> dict:
+    """The rows of token ids [U] as {part name: [U, D]}, each layer's by one call of the same compiled function."""
+    x0_UD = _x0(config, params["embedding"], ids_U)
+    parts = {} if config.tie_embeddings else {"x0": x0_UD}
+    for layer, layer_params in enumerate(params["memory"]):
+        parts[f"ffn.{layer}"] = _layer(config, layer_params, x0_UD, ids_U)
+    return parts
 
-    def row(params, token):
-        # `live_rows` takes and gives arrays of ids; here they have one element.
-        rows = live_rows(config, params, token[None])
-        parts = {} if config.tie_embeddings else {"x0": rows.x0_SUD[0, 0]}
-        for layer, y_SUD in enumerate(rows.ffn_LSUD):
-            parts[f"ffn.{layer}"] = y_SUD[0, 0]
-        return parts
 
-    return jax.jit(lambda params, ids_U: jax.vmap(lambda token: row(params, token))(ids_U))
+# `live_x0` and `live_layer` take and give arrays of ids; mapped over ids by `jax.vmap`, these have one element.
+@functools.partial(jax.jit, static_argnames="config")
+def _x0(config, embedding_VD, ids_U):
+    return jax.vmap(lambda token: live_x0(config, embedding_VD, token[None])[0, 0])(ids_U)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _layer(config, layer_params, x0_UD, ids_U):
+    def row(x0_D, token):
+        return live_layer(config, layer_params, x0_D[None, None], token[None])[0, 0]
+
+    return jax.vmap(row)(x0_UD, ids_U)
 
 
 class FileSource:
@@ -215,7 +224,7 @@ class Repair:
         if digest.text() != tol.metadata["rows_digest"]:
             raise UserError(f"{tol.path}: token {ids[0]}: its row is damaged, and the checkpoint has other weights")
         with jax.set_mesh(trained.mesh):
-            vectors = _row_function(trained.config)(params, jnp.asarray(ids))
+            vectors = _live_vectors(trained.config, params, jnp.asarray(ids))
         bases = {name: jnp.asarray(tol.basis(name)) for name in tol.layout.rotated}
         tiers = tol.tier_of_row[tol.row_of_token[ids]]
         encoded = {k: np.asarray(codec.encode(tol.layout.tiers[k].parts, vectors, bases)) for k in np.unique(tiers)}
