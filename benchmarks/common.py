@@ -1,22 +1,28 @@
 """What the benchmarks' records share: the command, the versions, the machine, ratios and memory."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import time
+
+from memoryllm_jax.common import storage
 
 PACKAGES = (
     "jax",
     "jaxlib",
+    "jax-cuda13-plugin",
+    "nvidia-cudnn-cu13",
     "flax",
     "optax",
     "numpy",
     "xxhash",
     "torch",
+    "triton",
     "transformers",
     "litgpt",
     "keras",
@@ -29,22 +35,34 @@ _PATH_FLAGS = re.compile(r"^(--(?:\w*data|hf|\w*workdir|tol|base|output|scratch|
 
 def facts() -> dict:
     """The command, machine, versions and commit of this measurement."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
     installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
     return {
         "command": "python " + " ".join(_PATH_FLAGS.sub(r"\1=PATH", a) for a in sys.argv),
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "python": platform.python_version(),
         "versions": {p: installed[p] for p in PACKAGES if p in installed},
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-    }
+        "commit": os.environ.get("GIT_COMMIT") or _printed_by("git", "rev-parse", "--short", "HEAD"),
+    } | gpu_facts()
+
+
+def gpu_facts() -> dict[str, str]:
+    """Name, memory and driver of each GPU, as the driver reports them; {} without one. Does not start JAX."""
+    found = _printed_by("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    return {"gpu": found} if found else {}
+
+
+def _printed_by(program: str, *arguments: str) -> str:
+    """What a program prints; "" if it is not installed or fails."""
+    if shutil.which(program) is None:
+        return ""
+    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    return "" if done.returncode else done.stdout.strip()
 
 
 def write(path: str, results: dict, more: dict) -> None:
-    """Writes the record as JSON, if a path is given."""
+    """Writes the record as JSON, if a path is given. A process that is killed meanwhile leaves the record before."""
     if path:
-        with open(path, "w") as file:
-            file.write(json.dumps(facts() | more | {"results": results}, indent=1) + "\n")
+        storage.write_json(path, facts() | more | {"results": results})
 
 
 def ratio(of: list[float], by: list[float]) -> dict:
@@ -60,3 +78,24 @@ def peak_memory(device=None) -> int:
         return stats["peak_bytes_in_use"]
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+
+def bandwidth(size: int = 0) -> float:
+    """Memory bandwidth of JAX's device in bytes a second: the fastest of several sums over a large array.
+
+    Args:
+      size: bytes of the array, which must not fit a cache; 0: 1 GiB on a CPU and 4 GiB elsewhere.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    size = size or (1 << (30 if jax.default_backend() == "cpu" else 32))
+    x = jnp.ones(size // 4, jnp.float32)
+    add = jax.jit(jnp.sum)
+    add(x).block_until_ready()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        add(x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return x.nbytes / min(times)

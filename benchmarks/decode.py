@@ -28,7 +28,6 @@ from typing import Annotated
 
 import common
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from memoryllm_jax.common import cli
@@ -61,19 +60,6 @@ class Settings:
     capacity: Annotated[int, Option("positions of the key-value cache")] = 512
     steps: Annotated[int, Option("tokens a round")] = 48
     rounds: Annotated[int, Option("rounds of each group")] = 8
-
-
-def bandwidth() -> float:
-    """Memory bandwidth of the device in bytes a second: the fastest of several sums over a large array."""
-    x = jnp.ones(1 << (28 if jax.default_backend() == "cpu" else 30), jnp.float32)
-    add = jax.jit(jnp.sum)
-    add(x).block_until_ready()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        add(x).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return x.nbytes / min(times)
 
 
 class Worker:
@@ -114,7 +100,7 @@ class Worker:
         """
         facts = {side: self._facts(side) for side in self.sources}
         peak = common.peak_memory(jax.devices()[0])
-        print(json.dumps({"facts": facts, "bandwidth": bandwidth(), "peak_bytes": peak}), flush=True)
+        print(json.dumps({"facts": facts, "bandwidth": common.bandwidth(), "peak_bytes": peak}), flush=True)
         for line in sys.stdin:
             print(json.dumps(self._round(**json.loads(line))), flush=True)
 

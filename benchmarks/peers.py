@@ -1,30 +1,54 @@
 """Training steps of base in other libraries, with the same shape, batch, AdamW and clipping.
 
-Each is written as is usual with its library. They need packages that the project does not:
+Each is written as is usual with its library. In bfloat16 the parameters and the optimizer stay float32, as ours do, and
+PyTorch's autocast computes in bfloat16. They need packages that the project does not:
 
     pip install torch==2.13.0 'transformers>=5,<6' litgpt keras-hub
     pip install 'huggingface-hub>=1.31,<3'    # after litgpt, which requires a version that transformers refuses
 
-A peer is a function (shape: ModelConfig, windows: ids [B, T + 1]) -> (number of parameters, step); step() trains one
-step and returns the loss before the update, in nats a token.
+A peer is a function (shape: ModelConfig, windows: ids [B, T + 1], platform: cpu or gpu) -> (number of parameters,
+step); step() trains one step and returns the loss before the update, in nats a token, as a number or a tensor of one.
 """
 
 import os
 
 import numpy as np
 
+from memoryllm_jax.training import chips
 
-def _torch_step(model, logits_of, windows, compiled=False):
+ON_GPU = ("llama", "llama-compile")  # the peers that run on a GPU; each takes the dtype of the shape there
+
+
+def gpu_facts() -> dict:
+    """Name and peak FLOP/s of PyTorch's GPU. Raises: RuntimeError if it has none."""
+    import torch
+
+    name = torch.cuda.get_device_name()
+    return {"device": name, "peak_flops": chips.peak_flops(name)}
+
+
+def gpu_peak_memory() -> int:
+    """The most bytes of the GPU that tensors had at one time."""
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
+def _torch_step(model, logits_of, windows, platform, dtype="float32", compiled=False):
     """The number of parameters and the training step of a PyTorch model; logits_of: ids [B, T] -> logits [B, T, V]."""
     import torch
 
     torch.set_num_threads(os.cpu_count())
+    device = "cuda" if platform == "gpu" else "cpu"
+    model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    ids = torch.tensor(windows.astype(np.int64))
+    ids = torch.tensor(windows.astype(np.int64), device=device)
     inputs, targets = ids[:, :-1], ids[:, 1:].reshape(-1)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 
     def loss_of(inputs, targets):
-        return torch.nn.functional.cross_entropy(logits_of(inputs).flatten(0, 1), targets)
+        with autocast:
+            return torch.nn.functional.cross_entropy(logits_of(inputs).flatten(0, 1), targets)
 
     loss_of = torch.compile(loss_of) if compiled else loss_of
 
@@ -34,34 +58,46 @@ def _torch_step(model, logits_of, windows, compiled=False):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
     return sum(p.numel() for p in model.parameters()), step
 
 
-def llama(shape, windows, compiled=False):
-    """Hugging Face transformers, SDPA attention, fused AdamW; eager, or under torch.compile."""
+def llama_model(shape, context: int, device: str, dtype: str):
+    """A Llama of transformers with the shape of base and random parameters, and SDPA attention.
+
+    Args:
+      shape: the ModelConfig.
+      context: largest number of positions.
+      device, dtype: PyTorch's names, for the parameters.
+    """
     import torch
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=shape.dim,
-            intermediate_size=shape.ffn_dim,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            vocab_size=shape.vocab_size,
-            max_position_embeddings=windows.shape[1] - 1,
-            tie_word_embeddings=False,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
-    ).float()
-    return _torch_step(model, lambda ids: model(input_ids=ids).logits, windows, compiled)
+    config = transformers.LlamaConfig(
+        hidden_size=shape.dim,
+        intermediate_size=shape.ffn_dim,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=context,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
+    with torch.device(device):  # drawn there: a CPU takes half a minute for 1.7 billion parameters
+        return transformers.LlamaForCausalLM(config).to(getattr(torch, dtype))
 
 
-def litgpt(shape, windows):
+def llama(shape, windows, platform, compiled=False):
+    """Hugging Face transformers, SDPA attention, fused AdamW; eager, or under torch.compile."""
+    device = "cuda" if platform == "gpu" else "cpu"
+    model = llama_model(shape, windows.shape[1] - 1, device, "float32")
+    model.config.use_cache = False
+    return _torch_step(model, lambda ids: model(input_ids=ids).logits, windows, platform, shape.dtype, compiled)
+
+
+def litgpt(shape, windows, platform):
     """LitGPT's GPT, eager, fused AdamW."""
     import torch
     from litgpt import GPT, Config
@@ -82,10 +118,10 @@ def litgpt(shape, windows):
         bias=False,
     )
     model = GPT(config)
-    return _torch_step(model, model, windows)
+    return _torch_step(model, model, windows, platform)
 
 
-def keras_hub(shape, windows, backend):
+def keras_hub(shape, windows, platform, backend):
     """KerasHub's LlamaCausalLM by `train_on_batch`: compiled on jax, eager on torch."""
     os.environ |= {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     import keras

@@ -1,4 +1,4 @@
-"""Training speed of our models and of other libraries; on an accelerator also decoding at batch 1 and the ToL build.
+"""Training speed of our models and of other libraries.
 
     python benchmarks/speed.py --platform=cpu --data=DIR --output=benchmarks/results/NAME.json
     python benchmarks/speed.py --platform=gpu --output=benchmarks/results/NAME.json
@@ -6,14 +6,13 @@
 
 DIR is a folder that `prepare` wrote; without it ids are drawn at random (synthetic.py), and the record says so. The
 third command prints the Markdown tables of docs/performance.md. A side is a peer (base in another library; peers.py
-says what to install) or an architecture, with its own settings after slashes: memory/accumulate=4,
-flex-3/model.remat=full.
+says what to install, and which of them run on a GPU) or an architecture, with its own settings after slashes:
+memory/accumulate=4, flex-3/model.remat=full.
 
 All sides have the same shape, batch, AdamW and clipping, and each is a process of its own. On a CPU all processes live
 through the whole run and take turns, and ratios are taken within a round, so that both sides saw the same load of the
 machine. On an accelerator they run one after another, as each needs all of its memory. A side that fails is recorded
-with its error, the others go on, and the exit code is 1. Decoding and the ToL build run the project's own commands and
-another benchmark on untrained weights.
+with its error, the others go on, and the exit code is 1. gpu.py runs this script with the other measurements of a GPU.
 """
 
 import ast
@@ -32,6 +31,7 @@ from typing import Annotated
 
 import common
 import numpy as np
+import peers
 import synthetic
 from peers import PEERS
 
@@ -42,8 +42,8 @@ from memoryllm_jax.config import default, resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import flops, sharding
 from memoryllm_jax.training import loop, metrics
-from memoryllm_jax.training.batches import HostBatch, TrainBatches, place
-from memoryllm_jax.training.step import Trainer
+from memoryllm_jax.training.batches import HostBatch, TrainBatches, Windows, place
+from memoryllm_jax.training.step import Trainer, memory_needed
 
 PRESETS = {
     "cpu": {
@@ -57,7 +57,6 @@ PRESETS = {
         "rounds": 5,
         "steps": 1,
         "sides": (*PEERS, "base", "memory/model.unique_tokens=False", "memory", "flex-3"),
-        "decode": False,
     },
     "gpu": {
         "dim": 2048,
@@ -69,12 +68,10 @@ PRESETS = {
         "loss_chunk": 4096,
         "rounds": 5,
         "steps": 4,
-        "sides": ("base", "memory", "flex-3"),
-        "decode": True,
+        "sides": ("base", "memory", "flex-3", "llama-compile"),
     },
 }
 SHAPE = ("dim", "layers", "heads", "seq_len", "batch_size", "dtype", "loss_chunk")
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +82,6 @@ class Settings:
     data: Annotated[str | None, Option("prepared data; by default ids drawn at random")] = None
     vocab_size: Annotated[int, Option("vocabulary size of ids drawn at random")] = 128_256
     sides: Annotated[tuple[str, ...] | None, Option("which sides to run; empty for none")] = None
-    decode: Annotated[bool | None, Option("measure decoding and the ToL build too; by default not on a CPU")] = None
-    capacity: Annotated[int, Option("positions of the key-value cache in decoding")] = 2048
     dim: Annotated[int | None, Option("model width")] = None
     layers: Annotated[int | None, Option("layers")] = None
     heads: Annotated[int | None, Option("heads")] = None
@@ -157,22 +152,26 @@ def flops_of(config, rows: int) -> dict:
 def our_step(config, dataset: Dataset, settings: Settings):
     """Makes the training step of one of our architectures.
 
-    Returns: facts for the record, and a function steps(n) that trains n steps and returns the last loss.
+    Returns: facts for the record, and a function steps(n) that trains n steps and returns the last loss. The fact
+      "planned_bytes" is the compiled step's memory, by which a dry run decides whether it fits.
     """
     import jax
 
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     state = trainer.init(jax.random.key(0))
     batches = TrainBatches(config, dataset, 1, [0])
-    weights = np.ones((config.batch_size, config.seq_len))
-    host = HostBatch({0: batches.shard_batch(windows_of(dataset, settings), weights)})
+    read = Windows(windows_of(dataset, settings), np.ones((config.batch_size, config.seq_len)))
+    host = HostBatch({0: batches.shard_batch(read)})
     size = batches.sizes().holding(host.distinct)
+    start = time.perf_counter()
+    step = trainer.train.lower(trainer.state_shape, place(host, size, trainer.batch_sharding)).compile()
+    compile_seconds = time.perf_counter() - start
 
     def steps(count):
         nonlocal state
         for _ in range(count):
             batch = place(host, size, trainer.batch_sharding)
-            state, values = trainer.train(state, batch)
+            state, values = step(state, batch)
         return float(jax.device_get(values["loss"]))
 
     facts = {
@@ -183,6 +182,8 @@ def our_step(config, dataset: Dataset, settings: Settings):
         "device": jax.devices()[0].device_kind,
         "attention": config.model.attention,
         "peak_flops": metrics.peak_flops(config) and metrics.peak_flops(config) / jax.device_count(),
+        "compile_seconds": compile_seconds,
+        "planned_bytes": memory_needed(step),
     }
     return facts, steps
 
@@ -190,14 +191,18 @@ def our_step(config, dataset: Dataset, settings: Settings):
 def peer_step(name: str, config, dataset: Dataset, settings: Settings):
     """As `our_step`, for a peer. Raises: UserError if it has not as many parameters as base."""
     facts = flops_of(config, settings.tokens)
-    facts["parameters"], step = PEERS[name](config.model, windows_of(dataset, settings))
+    if settings.platform == "gpu":
+        facts |= peers.gpu_facts()
+    facts["parameters"], step = PEERS[name](config.model, windows_of(dataset, settings), settings.platform)
     m = config.model
     expected = 2 * m.vocab_size * m.dim + m.layers * m.dim * (4 * m.dim + 3 * m.ffn_dim + 2) + m.dim
     if facts["parameters"] != expected:
         raise UserError(f"{name}: expected the {expected:,} parameters of base, found {facts['parameters']:,}")
 
     def steps(count):
-        return [step() for _ in range(count)][-1]
+        for _ in range(count):
+            loss = step()
+        return float(loss)  # read once, so that a GPU does not wait for this process between steps
 
     return facts, steps
 
@@ -212,26 +217,30 @@ def work(side: str, settings: Settings) -> None:
     os.dup2(2, 1)
     dataset = Dataset(settings.data)
     config, name = config_of(side, dataset, settings), side.split("/")[0]
+    start = time.perf_counter()
     if name in PEERS:
         facts, steps = peer_step(name, config, dataset, settings)
     else:
         facts, steps = our_step(config, dataset, settings)
-    start = time.perf_counter()
-    first = steps(1)  # compiles
+    first = steps(1)
     if abs(first - math.log(dataset.vocab_size)) > 0.5:
         raise UserError(f"{side}: expected a first loss near ln V = {math.log(dataset.vocab_size):.2f}, found {first}")
     print(json.dumps(facts | {"first_loss": first, "first_seconds": time.perf_counter() - start}), file=out, flush=True)
-    device = None
-    if name not in PEERS:
-        import jax
-
-        device = jax.devices()[0]
     for _ in sys.stdin:
         start = time.perf_counter()
         loss = steps(settings.steps)
         seconds = (time.perf_counter() - start) / settings.steps
-        figures = {"seconds": seconds, "loss": loss, "peak_bytes": common.peak_memory(device)}
+        figures = {"seconds": seconds, "loss": loss, "peak_bytes": peak_memory(name, settings.platform)}
         print(json.dumps(figures), file=out, flush=True)
+
+
+def peak_memory(name: str, platform: str) -> int:
+    """Peak memory in bytes of the side's device or, on a CPU, of this process."""
+    if name not in PEERS:
+        import jax
+
+        return common.peak_memory(jax.devices()[0])
+    return peers.gpu_peak_memory() if platform == "gpu" else common.peak_memory()
 
 
 # The run
@@ -343,36 +352,6 @@ def compare(results: dict, tokens: int) -> dict:
     return results
 
 
-def serving(settings: Settings, data: str, scratch: str) -> dict:
-    """Measures the build of a ToL file, and decoding at batch 1: live, from this file on device and disk, and base.
-
-    Returns: figures of both. Raises: UserError if a command fails.
-    """
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
-
-    def run(*command):
-        start = time.perf_counter()
-        code = subprocess.run([sys.executable, *command], env=environment).returncode
-        if code:
-            raise UserError(f"{' '.join(command[:2])}: ended with exit code {code}")
-        return time.perf_counter() - start
-
-    shape = [f"--config.model.{field}={getattr(settings, field)}" for field in ("dim", "layers", "heads", "dtype")]
-    for side in ("base", "memory"):
-        config = f"--config={HERE}/../configs/1b.py:{side}"
-        run(f"{HERE}/untrained.py", config, *shape, f"--data={data}", f"--workdir={scratch}/{side}")
-    tol = f"{scratch}/tol.safetensors"
-    seconds = run("-m", "memoryllm_jax.precompute", f"--workdir={scratch}/memory", f"--output={tol}")
-    build = {"seconds": seconds, "bytes": os.path.getsize(tol)}
-    run(
-        *(f"{HERE}/decode.py", f"--workdir={scratch}/memory", f"--base={scratch}/base", f"--tol={tol}"),
-        *(f"--data={data}", "--groups=live+device+disk/base", f"--dtype={settings.dtype}"),
-        *(f"--capacity={settings.capacity}", "--steps=64", "--rounds=5", f"--output={scratch}/decode.json"),
-    )
-    with open(f"{scratch}/decode.json") as file:
-        return {"tol_build": build, "decode": json.load(file)}
-
-
 def check_platform(settings: Settings) -> None:
     """Raises: ArgumentError if JAX has no device of the platform, or a side cannot run on it."""
     # JAX is started in another process, as this one must not take the device's memory.
@@ -381,11 +360,14 @@ def check_platform(settings: Settings) -> None:
     if found != settings.platform:
         raise ArgumentError("platform", f"expected a device of {settings.platform}, found {found or 'none'}")
     for side in settings.sides:
-        if side in PEERS and settings.platform != "cpu":
-            raise ArgumentError("sides", f"expected architectures, as peers are measured on a CPU only, found {side}")
+        if side in PEERS and side not in peers.ON_GPU and settings.platform != "cpu":
+            expected = (
+                f"expected architectures and {', '.join(peers.ON_GPU)}, as other peers are measured on a CPU only"
+            )
+            raise ArgumentError("sides", f"{expected}, found {side}")
 
 
-def measure_all(settings: Settings, data: str, scratch: str, output: str) -> int:
+def measure_all(settings: Settings, data: str, output: str) -> int:
     """Measures all sides and writes the record. Returns: the exit code."""
     dataset = Dataset(data)
     ids = f"{dataset.vocab_size} ids, tokenizer SHA-256 {dataset.tokenizer().digest[:16]}"
@@ -400,9 +382,6 @@ def measure_all(settings: Settings, data: str, scratch: str, output: str) -> int
         for found in measure(group, data, settings.rounds):
             results = compare(results | found, settings.tokens)
             common.write(output, results, more)  # after each round, in case there is no time for all of them
-    if settings.decode:
-        more |= serving(settings, data, scratch)
-        common.write(output, results, more)
     failed = [side for side, r in results.items() if "error" in r]
     for side in failed:
         print(f"error: {side}: {results[side]['error']}", file=sys.stderr)
@@ -412,7 +391,6 @@ def measure_all(settings: Settings, data: str, scratch: str, output: str) -> int
 def main(
     settings: Settings,
     output: Annotated[str, Option("JSON file for the result")] = "",
-    scratch: Annotated[str | None, Option("folder for temporary files: at 1b, 27 GB")] = None,
     table: Annotated[tuple[str, ...], Option("records to print as Markdown instead of measuring")] = (),
     worker: Annotated[str, Option("internal: the side that this process measures")] = "",
 ) -> int:
@@ -426,12 +404,12 @@ def main(
         work(worker, settings)
         return 0
     check_platform(settings)
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         data = settings.data
         if data is None:
             data = os.path.join(folder, "data")
             synthetic.write(data, settings.vocab_size, 40 * settings.tokens)
-        return measure_all(settings, data, folder, output)
+        return measure_all(settings, data, output)
 
 
 # The tables of docs/performance.md
@@ -452,10 +430,6 @@ def markdown(path: str) -> str:
     head, rows = _peers(results)
     if rows:
         parts.append(_table(head, rows))
-    if "decode" in record:
-        parts.append(_table(*_decoding(record["decode"])))
-        build = record["tol_build"]
-        parts.append(f"ToL build: {build['bytes'] / 1e9:.1f} GB in {build['seconds']:.0f} s.")
     return "\n\n".join([*parts, f"    {record['command']}"])
 
 
@@ -492,16 +466,6 @@ def _peers(results):
 def _plain(side, r):
     seconds = statistics.median(r["seconds"])
     return [side, f"{seconds:.2f}", f"{r['tokens_per_second']:,.0f}", f"{r['peak_bytes'] / 1e9:.1f}"]
-
-
-def _decoding(record):
-    head = ["side", "ms a token", "over base", "GB touched", "bandwidth alone, ms", "times that", "held GB"]
-    rows = []
-    for side, r in record["results"].items():
-        ms, floor = statistics.median(r["ms_per_token"]), r["bandwidth_ms"]
-        row = [side.split(": ")[1], f"{ms:.2f}", _range(r.get("speed_over_base")), f"{r['bytes_touched'] / 1e9:.2f}"]
-        rows.append([*row, f"{floor:.2f}", f"{ms / floor:.2f}", f"{r['held_bytes'] / 1e9:.1f}"])
-    return head, rows
 
 
 def _range(ratio):

@@ -18,7 +18,7 @@ from memoryllm_jax.checkpoint import store
 from memoryllm_jax.checkpoint.description import describe
 from memoryllm_jax.common import cli
 from memoryllm_jax.common.options import Option
-from memoryllm_jax.config import MeshConfig, resolve
+from memoryllm_jax.config import Config, MeshConfig, resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding, transformer
 from memoryllm_jax.training import loop
@@ -28,8 +28,17 @@ def main(
     data: Annotated[str, Option("prepared data, for its tokenizer")],
     workdir: Annotated[str, Option("folder for the checkpoint")],
 ) -> None:
-    dataset = Dataset(data)
-    config = loop.complete(resolve(flags.FLAGS.config), dataset)
+    write(resolve(flags.FLAGS.config), Dataset(data), workdir)
+
+
+def write(config: Config, dataset: Dataset, workdir: str) -> None:
+    """Saves random parameters of a model as the checkpoint of step 0.
+
+    Args:
+      dataset: prepared data, for its tokenizer and number of ids.
+      workdir: folder for the checkpoint.
+    """
+    config = loop.complete(config, dataset)
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     shapes = transformer.abstract_params(transformer.LanguageModel(config.model), mesh)
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)

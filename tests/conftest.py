@@ -10,14 +10,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         prefix="memoryllm_jax_tests_"
     )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# Compile time is most of the tests' time. LLVM's optimisations would make it 1.5 times as long, and the newer fusion
-# emitters twice as long. Compiling in several threads would take 1.25 times the CPU time, and the workers already fill
-# all cores.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
-if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later ones always use them
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":  # else an accelerator is tested, with its own compiler
+    # Compile time is most of the tests' time. LLVM's optimisations would make it 1.5 times as long, and the newer
+    # fusion emitters twice as long. Compiling in several threads would take 1.25 times the CPU time, and the workers
+    # already fill all cores.
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later ones always use them
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
 
 import gc
 import itertools

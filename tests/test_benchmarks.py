@@ -1,4 +1,4 @@
-"""Benchmarks at a small size: speed.py whole on a CPU, and the errors and tables of quality_by_size.py."""
+"""Benchmarks at a small size: gpu.py whole on a CPU, and the errors and tables of quality_by_size.py."""
 
 import importlib
 import json
@@ -14,19 +14,26 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.mark.slow
-def test_speed_measures_training_decoding_and_the_tol_build(tmp_path):
-    shape = {"dim": 32, "layers": 1, "heads": 2, "seq_len": 64, "batch_size": 2, "vocab_size": 600, "loss_chunk": 64}
-    command = [sys.executable, BENCHMARKS / "speed.py", "--platform=cpu", "--rounds=1", "--decode", "--capacity=128"]
-    command += [f"--{name}={value}" for name, value in shape.items()]
-    command += ["--sides=base,memory/accumulate=2", f"--output={tmp_path}/speed.json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=with_devices(1))
+def test_all_parts_of_the_measurements_on_a_gpu_run_on_a_cpu(data_path, tmp_path):
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--rehearse", f"--out={tmp_path}/out", f"--work={tmp_path}/work"]
+    done = subprocess.run([*command, f"--data={data_path}"], capture_output=True, text=True, env=with_devices(1))
     assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((tmp_path / "speed.json").read_text())
-    assert record["results"]["memory/accumulate=2"]["speed_over"]["base"]["predicted"] > 1
-    assert record["tol_build"]["bytes"] > 600 * 32 * 4 and len(record["decode"]["results"]) == 5
-    table = [sys.executable, BENCHMARKS / "speed.py", f"--table={tmp_path}/speed.json"]
-    printed = subprocess.run(table, capture_output=True, text=True, check=True).stdout
-    assert "| memory/accumulate=2 |" in printed and "ToL build: 0.0 GB" in printed
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
+    without_torch = importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None
+    skipped = {name for name, part in found["gpu"]["parts"].items() if "skipped" in part}
+    assert skipped == ({"peer"} if without_torch else set())
+    assert {test["outcome"] for test in found["tests"].values()} == {"passed"}
+    base, memory = (found["train"]["results"][side] for side in ("base", "memory"))
+    assert memory["speed_over"]["base"]["predicted"] > 1 and base["planned_bytes"] > 12 * base["parameters"]
+    if not without_torch:
+        assert found["train"]["results"]["llama"]["parameters"] == base["parameters"]
+        assert found["peer"]["results"]["llama, batch 2"]["least_bytes"] > 0
+    assert found["serve"]["tol_build"]["bytes"] > 600 * 32 * 2 and len(found["serve"]["results"]) == 2
+    assert found["curves"]["results"]["at_equal_tokens"]["tokens"] == 1024
+    measured = {row["what"]: row["measured"] for row in found["gpu"]["targets"]}
+    assert measured["tests on the device"] == "2 of 2 passed" and measured["MFU of base-1b"] == "not measured"
+    table = [sys.executable, BENCHMARKS / "speed.py", f"--table={tmp_path}/out/train.json"]
+    assert "| memory |" in subprocess.run(table, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture
