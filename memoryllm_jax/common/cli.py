@@ -9,30 +9,41 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Annotated
 
 from absl import app, flags, logging
 
 from memoryllm_jax.common import options
+from memoryllm_jax.common.compile_cache import use as use_compile_cache
 from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.options import Option
 
 flags.disclaim_key_flags()  # flags that are defined here belong to the command: its --help lists them
 
 _HELP = {"--help", "-h", "-help", "--helpfull"}
 
 
-def run(main: Callable[..., int | None], check: Callable[[list[str]], list[str]] | None = None) -> None:
+def run(
+    main: Callable[..., int | None], check: Callable[[list[str]], list[str]] | None = None, computes: bool = True
+) -> None:
     """Runs `main(**options)` as an absl command; a `UserError` becomes one line on stderr and exit code 1.
 
     Args:
       check: takes the arguments and returns the ones for absl to parse. It raises `UserError` where absl's own message
         would not help.
+      computes: whether the command uses JAX, so that it has the option of the compile cache.
     """
     options.define(main)
+    if computes:
+        options.define(_use_compile_cache)
 
     def call(positional):
         if positional:
             raise UserError(f"unexpected argument {positional[0]!r}; options are written --name=value")
-        return main(**options.values(main))
+        chosen = options.values(main)
+        if computes:
+            _use_compile_cache(**options.values(_use_compile_cache))
+        return main(**chosen)
 
     _run(call, check)
 
@@ -54,6 +65,7 @@ def run_commands(commands: Mapping[str, Callable], through: Callable[[str], Call
             targets.insert(0, through(name))
         for target in targets:
             options.define(target)
+        options.define(_use_compile_cache)
         positional = [] if through else _positional(commands[name])
         sys.modules["__main__"].__doc__ = _help_of(name, commands[name], positional)
     elif name not in _HELP:  # without a command, --help prints the docstring of the module
@@ -65,6 +77,7 @@ def run_commands(commands: Mapping[str, Callable], through: Callable[[str], Call
         chosen = {}
         for target in targets:
             chosen |= options.values(target)
+        _use_compile_cache(**options.values(_use_compile_cache))
         to_call = targets[0]
         given = [name] if through else arguments[1:]
         text = to_call(*given, **chosen)
@@ -73,6 +86,13 @@ def run_commands(commands: Mapping[str, Callable], through: Callable[[str], Call
         return 0
 
     _run(call_named, lambda argv: _refuse_options_of_others(name, commands, argv))
+
+
+def _use_compile_cache(
+    compile_cache: Annotated[bool, Option("keep compiled functions in the cache folder, for later commands")] = True,
+) -> None:
+    several_processes = "multihost" in flags.FLAGS and flags.FLAGS.multihost
+    use_compile_cache(compile_cache, several_processes)
 
 
 def print_error(error: Exception) -> None:
