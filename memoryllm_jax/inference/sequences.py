@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.model import attention, loss, transformer
-from memoryllm_jax.model.sharding import constrain, parts, unpadded_embed
+from memoryllm_jax.model.sharding import constrain, parts, spec, unpadded_embed
 from memoryllm_jax.model.token_memory import TokenRows, take_rows
 
 # Bytes of the float32 logits that a device holds at a time. More than this makes the product with the head no faster.
@@ -108,12 +108,17 @@ class _Where(NamedTuple):
     rope: tuple[jax.Array, jax.Array]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "length"))
+# Results that a later call takes have one sharding each: with another one that call would compile again.
+_STREAM = spec("batch", None, None)
+_CACHE = spec("batch", "heads", None, None)  # as `Decoder.empty_cache` places it
+
+
+@functools.partial(jax.jit, static_argnames=("config", "length"), out_shardings=(_STREAM, None))
 def _embed(config, x0_SUD, index_SN, length):
     """Returns: (X_0 of each position [B, T, D], the `_Where` of the positions)."""
     x_BTD = take_rows(x0_SUD, index_SN).reshape(-1, length, config.dim).astype(config.dtype)
     where = _Where(constrain(index_SN, "shard", None), transformer.rope_table(config, jnp.arange(length)))
-    return constrain(x_BTD, "batch", None, None), where
+    return x_BTD, where
 
 
 @jax.jit
@@ -128,18 +133,19 @@ def _apply_layer(config, layer_params, x_BTD, rows_and_factor, where):
 
 
 # The residual stream is donated: each layer overwrites that of the layer before.
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="x_BTD")
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="x_BTD", out_shardings=_STREAM)
 def _score_layer(config, layer_params, x_BTD, rows_and_factor, where):
     return _apply_layer(config, layer_params, x_BTD, rows_and_factor, where).x_BTD
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames=("x_bTD", "cache"))
+@functools.partial(
+    jax.jit, static_argnames="config", donate_argnames=("x_bTD", "cache"), out_shardings=(_STREAM, _CACHE)
+)
 def _prefill_layer(config, layer_params, x_bTD, rows_and_factor, where, cache, slots_b):
     out = _apply_layer(config, layer_params, x_bTD, rows_and_factor, where)
 
     def put(cache_BHCK, new_bHTK):
-        cache_BHCK = cache_BHCK.at[slots_b, :, : new_bHTK.shape[2]].set(new_bHTK, mode="drop")
-        return constrain(cache_BHCK, "batch", "heads", None, None)  # as `Decoder.empty_cache` places it
+        return cache_BHCK.at[slots_b, :, : new_bHTK.shape[2]].set(new_bHTK, mode="drop")
 
     return out.x_BTD, attention.Cache(*map(put, cache, out.keys_values))
 
