@@ -176,7 +176,7 @@ def our_step(config, dataset: Dataset, settings: Settings):
 
     facts = {
         **flops_of(config, size),
-        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(trainer.params_shape)),
+        "parameters": flops.parameters(config)["total"],
         "rows": size,
         "distinct": host.distinct,
         "device": jax.devices()[0].device_kind,

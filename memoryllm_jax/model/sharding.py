@@ -26,6 +26,13 @@ RULES = {
 }
 
 
+# XLA multiplies bfloat16 matrices on NVIDIA GPUs only if the sizes are multiples of 8. It would copy others into padded
+# ones in each step. Multiples of 128, the width of the GPUs' tiles and of a TPU's layouts, would only store the zeros
+# that both compute with anyway.
+PRODUCT_MULTIPLE = 8
+_PRODUCT_AXES = ("mlp", "vocab")  # those with arbitrary sizes
+
+
 def spec(*axes: str | None) -> P:
     """The PartitionSpec of an array with these logical axes. Raises: ValueError if two are split over one mesh axis."""
     physical = [RULES[axis] for axis in axes]
@@ -57,13 +64,20 @@ def _current_mesh():
     return mesh
 
 
-def padded(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[int, ...]:
+def padded(shape: tuple[int, ...], axes: tuple[str | None, ...], multiple: int = 1) -> tuple[int, ...]:
     """The shape in which a parameter is stored: each size rounded up to a multiple of the current mesh's parts.
 
     Padding is zero and stays zero in training. A padded column of one matrix is multiplied with a padded row of the
     next; as both are zero, neither gets a gradient.
+
+    Args:
+      multiple: what each part of an FFN's width and of the vocabulary is a multiple of: PRODUCT_MULTIPLE in training.
     """
-    return tuple(_round_up(size, parts(axis)) for size, axis in zip(shape, axes))
+
+    def stored(size, axis):
+        return _round_up(size, parts(axis) * (multiple if axis in _PRODUCT_AXES else 1))
+
+    return tuple(stored(size, axis) for size, axis in zip(shape, axes))
 
 
 def _round_up(size, multiple):

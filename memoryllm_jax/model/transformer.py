@@ -15,6 +15,7 @@ Shapes: B sequences, T positions, D model width, H heads, K head size, F FFN wid
 S batch shards, U distinct token ids of a shard, N = B T / S positions of a shard, P width of a table's rows.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -31,7 +32,12 @@ from memoryllm_jax.model.token_memory import TokenRows, embed, take_rows
 
 
 def _parameter(module, name, shape, axes, std):
-    """A float32 parameter, stored with the padding that the mesh needs. Its values do not depend on the mesh."""
+    """A float32 parameter, stored with the padding that the mesh needs. Its values do not depend on the mesh.
+
+    A parameter that exists is taken as it is stored: training pads more than the mesh needs.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
 
     def init(key, stored_shape, dtype):
         # Drawn before padding, because another shape would draw other values.
@@ -400,9 +406,14 @@ def _over_layers(layer, config, in_axes):
 
 
 class LanguageModel(nn.Module):
-    """Token ids -> rows of the token memory -> hidden states. loss.py computes logits from these, chunk by chunk."""
+    """Token ids -> rows of the token memory -> hidden states. loss.py computes logits from these, chunk by chunk.
+
+    Attributes:
+      recompute_memory: whether the backward pass recomputes each layer's token memory, whatever config.remat says.
+    """
 
     config: ModelConfig
+    recompute_memory: bool = False
 
     def setup(self):
         c = self.config
@@ -413,7 +424,8 @@ class LanguageModel(nn.Module):
         self.layers = _over_layers(ScannedDecoderLayer, c, (0, nn.broadcast, nn.broadcast))(c)
         if c.row_dim:
             memory = ScannedMemoryLayer if c.memory_dim else ScannedMemoryTable
-            self.memory = _over_layers(memory, c, ())(c)
+            remat = "full" if self.recompute_memory else c.remat
+            self.memory = _over_layers(memory, dataclasses.replace(c, remat=remat), ())(c)
         self.final_norm = Norm(c)
 
     def __call__(self, ids_SU, index_SN, length):
@@ -452,21 +464,32 @@ class LanguageModel(nn.Module):
         return self.embedding_VD if self.config.tie_embeddings else self.head_VD
 
 
-def init(model: LanguageModel, key, shards: int = 1):
+def init(model: LanguageModel, key, shards: int = 1, multiple: int = 1):
     """New parameters, each boxed with its logical axes. Call it inside a mesh.
 
     Args:
       key: jax.random key.
       shards: batch shards of the mesh.
+      multiple: as in `sharding.padded`.
     """
     # Two positions for each shard, of token id 0: the values of the parameters do not depend on the ids.
     ids = jnp.zeros((shards, 2), jnp.int32)
-    return model.init(key, ids, ids, 2)["params"]
+    boxed = model.init(key, ids, ids, 2)["params"]
+
+    def pad(box):
+        shape = padded(box.value.shape, box.names, multiple)
+        return box.replace_boxed(jnp.pad(box.value, [(0, b - a) for a, b in zip(box.value.shape, shape)]))
+
+    return jax.tree.map(pad, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
 
 
-def abstract_params(model: LanguageModel, mesh):
-    """Shapes, dtypes and shardings of the parameters on the mesh, as a tree of `jax.ShapeDtypeStruct`."""
+def abstract_params(model: LanguageModel, mesh, multiple: int = 1):
+    """Shapes, dtypes and shardings of the parameters on the mesh, as a tree of `jax.ShapeDtypeStruct`.
+
+    Args:
+      multiple: as in `sharding.padded`.
+    """
     with jax.set_mesh(mesh):
-        boxed = jax.eval_shape(lambda: init(model, jax.random.key(0), batch_shards(mesh)))
+        boxed = jax.eval_shape(lambda: init(model, jax.random.key(0), batch_shards(mesh), multiple))
     placed = shardings(mesh, nn.get_partition_spec(boxed))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), placed)

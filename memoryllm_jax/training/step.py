@@ -78,7 +78,9 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh):
         options = compiler_options(config, mesh.devices.flat[0].platform)
         self.config, self.mesh = config, mesh
-        self.model = transformer.LanguageModel(config.model)
+        # With micro-batches, what the token memory kept for its backward pass would lie beside the activations of each
+        # of them: tens of GB at 1B parameters. Its rows are few beside the positions, so it is cheap to recompute.
+        self.model = transformer.LanguageModel(config.model, recompute_memory=config.accumulate > 1)
         self.optimizer = optimizer.make(config)
         self.shards = sharding.batch_shards(mesh)
         self.batch_sharding = NamedSharding(mesh, sharding.spec("shard"))
@@ -118,7 +120,8 @@ class Trainer:
         """The state's shapes, dtypes and shardings. Moments are sharded as their parameters, counts are replicated."""
         with jax.set_mesh(self.mesh):
             shapes = jax.eval_shape(lambda: self._init(jax.random.key(0)))
-        params = jax.tree.map(lambda x: x.sharding, transformer.abstract_params(self.model, self.mesh))
+        abstract = transformer.abstract_params(self.model, self.mesh, sharding.PRODUCT_MULTIPLE)
+        params = jax.tree.map(lambda x: x.sharding, abstract)
         replicated = NamedSharding(self.mesh, P())
         opt_state = optax.tree_utils.tree_map_params(
             self.optimizer,
@@ -131,7 +134,7 @@ class Trainer:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
     def _init(self, key):
-        params = nn.unbox(transformer.init(self.model, key, self.shards))
+        params = nn.unbox(transformer.init(self.model, key, self.shards, sharding.PRODUCT_MULTIPLE))
         return {"params": params, "opt_state": self.optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
     def _token_rows(self, params, ids_SU):

@@ -26,18 +26,32 @@ def losses(config, workdir, devices):
 
 
 @pytest.mark.slow
-def test_widths_that_the_mesh_does_not_divide_train_as_on_one_device(make_config, tmp_path):
-    """Their padding stays zero, and a run can go on from the checkpoint on another mesh."""
-    one = losses(make_config("flex-3", **ODD), tmp_path / "one", 1)
+def test_padded_widths_train_as_unpadded_ones(make_config, tmp_path, monkeypatch):
+    """Their padding stays zero, and a run can go on from a checkpoint with more or less padding."""
+    whole = make_config("flex-3", **ODD, **{"checkpoint.every": 2})  # on one device nothing needs padding
     config = make_config("flex-3", **ODD, **{"mesh.fsdp": 4, "mesh.tensor": 2, "checkpoint.every": 2})
+    with monkeypatch.context() as m:
+        m.setattr(sharding, "PRODUCT_MULTIPLE", 1)
+        one = losses(whole, tmp_path / "one", 1)
     assert one[0] != pytest.approx(one[-1], rel=1e-2)  # it trained
     np.testing.assert_allclose(losses(config, tmp_path / "odd", 8), one, rtol=2e-5)
 
     assert_padding_is_zero(config, tmp_path / "odd")
 
-    (tmp_path / "odd" / "4").rename(tmp_path / "gone")
-    resumed = losses(make_config("flex-3", **ODD), tmp_path / "odd", 1)  # steps 1 and 2 of before, then 3 and 4
-    np.testing.assert_allclose(resumed, one, rtol=2e-5)
+    for name in "one", "odd":
+        (tmp_path / name / "4").rename(tmp_path / f"gone-{name}")
+    # Steps 1 and 2 of before, then 3 and 4
+    np.testing.assert_allclose(losses(config, tmp_path / "one", 8), one, rtol=2e-5)
+    monkeypatch.setattr(sharding, "PRODUCT_MULTIPLE", 1)
+    np.testing.assert_allclose(losses(whole, tmp_path / "odd", 1), one, rtol=2e-5)
+
+
+def test_products_are_padded_to_multiples_on_each_device():
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(fsdp=4, tensor=2), jax.devices())):
+        shape, axes = (24, 30, 3418), ("layers", "embed", "mlp")
+        assert sharding.padded(shape, axes) == (24, 32, 3418)
+        assert sharding.padded(shape, axes, 8) == (24, 32, 3424)
+        assert sharding.padded((50257, 30), ("vocab", "embed"), 8) == (50272, 32)
 
 
 def assert_padding_is_zero(config, workdir):

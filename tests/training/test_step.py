@@ -19,7 +19,7 @@ from memoryllm_jax.training.step import Trainer
 @pytest.fixture
 def trainer_and_batch(make_config):
     """flex-3 on data 2 x fsdp 2 x tensor 2, and a batch of it."""
-    config = make_config("flex-3", **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    config = make_config("flex-3", **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "model.ffn_dim": 160})
     dataset = Dataset(config.data.path)
     config = loop.complete(config, dataset)
     trainer = Trainer(config, sharding.make_mesh(config.mesh))
@@ -63,7 +63,7 @@ def test_rows_stay_on_their_shard(trainer_and_batch):
     assert re.search(r'op_name="[^"]*transpose[^"]*take_rows', text)  # the backward pass of rows is named too
     assert not [line for line in crossing if "take_rows" in line]
 
-    rows, width = batch.ids_SU.shape[1], trainer.config.model.memory_dim // 2
+    rows, width = batch.ids_SU.shape[1], trainer.params_shape["memory"]["ffn"]["gate"].shape[-1] // 2
     shapes = [list(map(int, shape.split(","))) for shape in re.findall(rf"f32\[([\d,]+),{width}\]", text)]
     assert [rows] in shapes or [1, rows] in shapes
     # The largest arrays of FFN-M's width are its activations, kept for all layers until the backward pass.
