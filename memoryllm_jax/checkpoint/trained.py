@@ -318,7 +318,8 @@ def for_this_machine(config: ModelConfig, dtype: str) -> ModelConfig:
     """
     if dtype not in ("float32", "bfloat16"):
         raise ArgumentError("dtype", f"expected float32 or bfloat16, found {dtype!r}")
-    return dataclasses.replace(config, dtype=dtype, attention=attention.resolve_backend("auto", dtype))
+    backend = attention.resolve_backend("auto", dtype, config.head_dim)
+    return dataclasses.replace(config, dtype=dtype, attention=backend)
 
 
 def _put(tree: dict, path: list[str], value) -> None:

@@ -14,43 +14,83 @@ from memoryllm_jax.model.blocked_attention import MASKED, SAVED, blocked, einsum
 from memoryllm_jax.model.sharding import spec
 
 SPLASH_BLOCK = 512  # positions of a tile of the splash kernel
+# Up to so many positions splash's backward pass is one kernel, which holds T / SPLASH_BLOCK copies of the queries'
+# gradients: 2.3 GB for four heads at 32,768 positions. Above, it is two kernels.
+_MOST_FUSED = 4096
 
 
-def resolve_backend(name: str, dtype: str, platform: str | None = None) -> str:
-    """Checks that a backend runs on a platform, and replaces `auto` by the fastest one that does.
+class Accelerator(NamedTuple):
+    """What decides which attention kernels run.
+
+    Attributes:
+      platform: "cuda" for NVIDIA's GPUs, else JAX's name, such as "cpu", "tpu" and "gpu" for other makers' GPUs.
+      title: its name in error messages.
+      capability: CUDA compute capability, (major, minor); None if it has none.
+    """
+
+    platform: str
+    title: str
+    capability: tuple[int, int] | None = None
+
+    @property
+    def has_cudnn(self) -> bool:
+        """Whether cuDNN's attention runs on it."""
+        return self.platform == "cuda" and self.capability >= (8, 0)
+
+    @property
+    def largest_cudnn_head(self) -> int:
+        """The largest head size that cuDNN's attention can train with, by NVIDIA's support matrix."""
+        # https://docs.nvidia.com/cudnn/operations/Attention, rows "Bprop": 256 on Hopper alone. JAX checks the same.
+        return 256 if self.capability[0] == 9 else 128
+
+
+def this_accelerator() -> Accelerator:
+    """The first of this machine's devices."""
+    device = jax.devices()[0]
+    # JAX calls AMD's GPUs "gpu" too. Their compute_capability is a name such as gfx942.
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return Accelerator(device.platform, device.device_kind)
+    major, minor = device.compute_capability.split(".")
+    return Accelerator("cuda", device.device_kind, (int(major), int(minor)))
+
+
+def resolve_backend(name: str, dtype: str, head_dim: int, accelerator: Accelerator | None = None) -> str:
+    """Checks that a backend runs on an accelerator, and replaces `auto` by the fastest one that does.
 
     Args:
       name: one of config.ATTENTION_BACKENDS.
       dtype: dtype of the computation.
-      platform: "cpu", "tpu", or "cuda" for an NVIDIA GPU that cuDNN's attention supports; None: this machine's.
+      head_dim: numbers of a head.
+      accelerator: where it shall run; None: on this machine.
     Returns: the name of a backend other than `auto`.
-    Raises: UserError if the backend does not run there.
+    Raises: UserError if the backend does not run there, or not with such heads.
     """
-    if platform is None:
-        platform = _this_platform()
+    where = accelerator or this_accelerator()
     if name == "auto":
-        if platform == "tpu":
+        if where.platform == "tpu":
             return "splash"
-        return "cudnn" if platform == "cuda" and dtype == "bfloat16" else "blocked"
-    if name == "splash" and platform != "tpu":
-        raise UserError(f"config.model.attention: splash needs a TPU, found {platform}")
-    if name == "cudnn" and platform != "cuda":
-        raise UserError(
-            f"config.model.attention: cudnn needs an NVIDIA GPU of compute capability 8 or more, found {platform}"
-        )
-    if name == "cudnn" and dtype != "bfloat16":
-        raise UserError(f"config.model.attention: cudnn needs config.model.dtype bfloat16, found {dtype}")
+        name = "cudnn" if where.has_cudnn and dtype == "bfloat16" else "blocked"
+    if name == "splash" and where.platform != "tpu":
+        raise UserError(f"config.model.attention: splash needs a TPU, found {where.title}")
+    if name == "cudnn":
+        _check_cudnn(where, dtype, head_dim)
     return name
 
 
-def _this_platform():
-    """The platform as `resolve_backend` takes it; for a GPU that cuDNN's attention does not support, the GPU's name."""
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return device.platform
-    # JAX calls AMD's GPUs "gpu" too. Their compute_capability is a name such as gfx942, which float() would refuse.
-    is_cuda = "cuda" in device.client.platform_version
-    return "cuda" if is_cuda and float(device.compute_capability) >= 8 else device.device_kind
+def _check_cudnn(where, dtype, head_dim):
+    if not where.has_cudnn:
+        raise UserError(
+            f"config.model.attention: cudnn needs an NVIDIA GPU of compute capability 8 or more, found {where.title}"
+        )
+    if dtype != "bfloat16":
+        raise UserError(f"config.model.attention: cudnn needs config.model.dtype bfloat16, found {dtype}")
+    if head_dim > where.largest_cudnn_head:
+        # No fallback: the other backend is several times slower on a GPU, which must be the user's choice.
+        raise UserError(
+            f"config.model.heads: expected heads of at most {where.largest_cudnn_head} numbers for cuDNN's attention "
+            f"on {where.title}, found {head_dim}; config.model.attention=blocked or the dtype float32 does without "
+            "cuDNN, more slowly"
+        )
 
 
 def causal_attention(q_BTHK, k_BTHK, v_BTHK, backend: str):
@@ -62,7 +102,7 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, backend: str):
     Returns: [B, T, H, K] in the dtype of q.
     """
     if backend == "auto":
-        backend = resolve_backend(backend, q_BTHK.dtype.name)
+        backend = resolve_backend(backend, q_BTHK.dtype.name, q_BTHK.shape[-1])
     kernel = {"plain": plain, "blocked": blocked, "cudnn": cudnn, "splash": splash}[backend]
     qkv = spec("batch", None, "heads", None)
     # Each device computes its own sequences and heads. Without shard_map XLA would gather them, as it cannot split a
@@ -157,12 +197,15 @@ def splash(q_BTHK, k_BTHK, v_BTHK, block: int = SPLASH_BLOCK, interpret: bool = 
     B, T, H, K = q_BTHK.shape
     length = -(-T // 128) * 128  # the kernel needs a multiple of 128
     block = math.gcd(length, block)  # and tiles that divide it
-    blocks = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), block)
+    is_fused = length <= _MOST_FUSED
+    tiles = ["block_q", "block_kv", "block_q_dkv", "block_kv_dkv"]
+    if not is_fused:
+        tiles += ["block_q_dq", "block_kv_dq"]
     # The kernel takes the heads of one sequence. Heads do not see each other, so those of all sequences are passed as
     # heads of one.
     attend = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * (B * H)),
-        block_sizes=splash_attention.BlockSizes(**blocks, use_fused_bwd_kernel=True),
+        block_sizes=splash_attention.BlockSizes(**dict.fromkeys(tiles, block), use_fused_bwd_kernel=is_fused),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=SAVED,

@@ -9,6 +9,7 @@ import jax
 from jax.experimental import topologies
 
 from memoryllm_jax.common.errors import ArgumentError, one_line
+from memoryllm_jax.model import attention
 
 _PLUGINS = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}  # modules that hold each platform's compiler
 GPU_SHARE = 0.92  # share of a GPU's memory that `train` lets JAX use
@@ -62,6 +63,11 @@ class Chip:
     def platform(self) -> str:
         """JAX's name of the platform, which is also the name of the extra that installs its compiler."""
         return "cuda" if self.gpu else "tpu"
+
+    @property
+    def accelerator(self) -> attention.Accelerator:
+        """The chip as attention's backends are chosen for it."""
+        return attention.Accelerator(self.platform, self.title, self.gpu.capability if self.gpu else None)
 
     def has_compiler(self) -> bool:
         """Whether the JAX plugin with the chip's compiler is installed."""

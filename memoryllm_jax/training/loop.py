@@ -182,8 +182,9 @@ def complete(config: Config, dataset: Dataset) -> Config:
             f"config.model.vocab_size: expected at least the {dataset.vocab_size} ids of {dataset.path}, "
             f"found {vocab_size}"
         )
-    backend = attention.resolve_backend(config.model.attention, config.model.dtype)
-    model = dataclasses.replace(config.model, vocab_size=vocab_size, attention=backend)
+    m = config.model
+    backend = attention.resolve_backend(m.attention, m.dtype, m.head_dim)
+    model = dataclasses.replace(m, vocab_size=vocab_size, attention=backend)
     return dataclasses.replace(config, model=model)
 
 

@@ -137,7 +137,7 @@ def _completed(config: Config, chip: chips.Chip) -> tuple[Config, list[str]]:
         assumed.append("distinct ids as in English text with the Llama 3 tokenizer")
     if compiler_options(config, "gpu" if chip.gpu else chip.platform) and not chip.has_compiler():
         assumed.append(f"config.xla=default: XLA for CPUs does not know {config.xla}, which needs more memory")
-    backend = attention.resolve_backend(model.attention, model.dtype, chip.platform)
+    backend = attention.resolve_backend(model.attention, model.dtype, model.head_dim, chip.accelerator)
     return dataclasses.replace(config, model=dataclasses.replace(model, attention=backend)), assumed
 
 

@@ -1,11 +1,13 @@
 """The compiled train and eval steps, and the state that they work on, placed on a mesh."""
 
 import concurrent.futures
+import re
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -46,6 +48,20 @@ def compiler_options(config: Config, platform: str) -> dict[str, bool]:
     return dict.fromkeys(_OVERLAP, True)
 
 
+def sum_options(device: jax.Device, jaxlib_version: tuple[int, ...] = jaxlib.version.__version_info__) -> dict:
+    """The options of XLA with which GPUs before Hopper sum float32 in memory by an instruction of their own.
+
+    The positions that share a row of the token memory sum its gradient. jaxlib 0.10.2 to 0.11.0 would make that a loop
+    of compare-and-swap on these GPUs, hundreds of times slower (openxla/xla#46225), as the instruction takes numbers
+    below 1.2e-38 for zero. With the options all of the step may.
+    """
+    is_affected = (0, 10, 2) <= jaxlib_version < (0, 11, 1)
+    if device.platform != "gpu" or not is_affected:
+        return {}
+    is_cuda = re.fullmatch(r"\d+\.\d+", device.compute_capability)  # AMD's are names, such as gfx942
+    return {"xla_gpu_ftz": True} if is_cuda and float(device.compute_capability) < 9 else {}
+
+
 class Micro(NamedTuple):
     """A micro-batch: arrays [S, N] with the meaning that they have in `Batch`; [A, S, N] for all of a batch's."""
 
@@ -76,7 +92,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config, mesh: Mesh):
-        options = compiler_options(config, mesh.devices.flat[0].platform)
+        device = mesh.devices.flat[0]
+        options = compiler_options(config, device.platform) | sum_options(device)
         self.config, self.mesh = config, mesh
         # With micro-batches, what the token memory kept for its backward pass would lie beside the activations of each
         # of them: tens of GB at 1B parameters. Its rows are few beside the positions, so it is cheap to recompute.

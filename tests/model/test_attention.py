@@ -39,12 +39,15 @@ def forward_and_backward(kernel, q, k, v, g):
         ("blocked", 1, 300, 3, 10),
         ("splash", 2, 16, 2, 60),
         ("splash", 1, 300, 2, 64),
+        ("splash in two kernels", 1, 200, 1, 64),
     ],
 )
-def test_tiles_give_plain_attention_and_its_gradients(backend, batch, length, heads, head_dim):
+def test_tiles_give_plain_attention_and_its_gradients(monkeypatch, backend, batch, length, heads, head_dim):
     """Splash runs in Pallas' interpreter, because it compiles only on a TPU."""
+    if backend == "splash in two kernels":
+        monkeypatch.setattr(attention, "_MOST_FUSED", 128)
     splash = functools.partial(attention.splash, block=128, interpret=True)
-    kernel = {"blocked": blocked_attention.blocked, "splash": splash}[backend]
+    kernel = blocked_attention.blocked if backend == "blocked" else splash
     args = np.random.default_rng(0).normal(size=(4, batch, length, heads, head_dim)).astype(np.float32)
     both = jax.jit(lambda *args: [forward_and_backward(k, *args) for k in (kernel, attention.plain)])
     for a, b in zip(*both(*args)):
@@ -56,6 +59,11 @@ def kernels(text: str) -> list[tuple[str, str]]:
     return re.findall(r'kernel_name = "splash_mha_([a-z]+)_|@__cudnn\$fmhaSoftmax(\w*)\(', text)
 
 
+A100 = attention.Accelerator("cuda", "A100", (8, 0))
+H100 = attention.Accelerator("cuda", "H100", (9, 0))
+B200 = attention.Accelerator("cuda", "B200", (10, 0))
+TPU = attention.Accelerator("tpu", "TPU v5e")
+CPU = attention.Accelerator("cpu", "cpu")
 CALLS = {"cuda": [("", ""), ("", "Backward")], "tpu": [("fwd", ""), ("dkv", "")]}
 
 
@@ -65,7 +73,7 @@ CALLS = {"cuda": [("", ""), ("", "Backward")], "tpu": [("fwd", ""), ("dkv", "")]
 )
 def test_flash_attention_is_lowered_for_gpu_and_tpu(with_cudnn, platform, head_dim, padded_head_dim):
     """Each device runs the kernels on its own two sequences and two heads, with head sizes that the kernels support."""
-    backend = attention.resolve_backend("auto", "bfloat16", platform)
+    backend = attention.resolve_backend("auto", "bfloat16", head_dim, {"cuda": H100, "tpu": TPU}[platform])
     x = jax.ShapeDtypeStruct((8, 2048, 4, head_dim), jnp.bfloat16)
     step = functools.partial(forward_and_backward, functools.partial(attention.causal_attention, backend=backend))
     with jax.set_mesh(sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))):
@@ -82,7 +90,7 @@ def test_flash_attention_is_lowered_for_gpu_and_tpu(with_cudnn, platform, head_d
 def test_the_train_step_runs_the_forward_kernel_again_only_under_full_remat(make_config, with_cudnn, platform, remat):
     """Under `dots` the backward pass uses the results that the forward kernel has left."""
     c = make_config(**{"model.remat": remat, "model.dtype": "bfloat16", "mesh.fsdp": 4, "mesh.tensor": 2})
-    backend = attention.resolve_backend("auto", "bfloat16", platform)
+    backend = attention.resolve_backend("auto", "bfloat16", 8, {"cuda": H100, "tpu": TPU}[platform])
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, attention=backend, vocab_size=512))
     trainer = Trainer(c, sharding.make_mesh(c.mesh))
     S, N = trainer.shards, c.batch_size * c.seq_len // trainer.shards
@@ -96,31 +104,41 @@ def test_the_train_step_runs_the_forward_kernel_again_only_under_full_remat(make
 
 
 @pytest.mark.parametrize(
-    "name, dtype, platform, message",
+    "name, dtype, head_dim, accelerator, message",
     [
-        ("cudnn", "bfloat16", None, "cudnn needs an NVIDIA GPU of compute capability 8 or more, found cpu"),
-        ("cudnn", "float32", "cuda", "cudnn needs config.model.dtype bfloat16, found float32"),
-        ("splash", "bfloat16", "cuda", "splash needs a TPU, found cuda"),
+        (
+            "cudnn",
+            "bfloat16",
+            64,
+            None,
+            "attention: cudnn needs an NVIDIA GPU of .* capability 8 or more, found cpu",
+        ),
+        ("cudnn", "float32", 64, H100, "attention: cudnn needs config.model.dtype bfloat16, found float32"),
+        ("splash", "bfloat16", 64, H100, "attention: splash needs a TPU, found H100"),
+        ("auto", "bfloat16", 129, A100, "heads: expected heads of at most 128 numbers .* on A100, found 129"),
+        ("cudnn", "bfloat16", 257, H100, "heads: expected heads of at most 256 numbers .* on H100, found 257"),
+        ("auto", "bfloat16", 256, B200, "heads: expected heads of at most 128 numbers .* on B200, found 256"),
     ],
 )
-def test_an_unavailable_backend_is_an_error(name, dtype, platform, message):
-    with pytest.raises(UserError, match=f"config.model.attention: {message}"):
-        attention.resolve_backend(name, dtype, platform)
+def test_an_unavailable_backend_is_an_error(name, dtype, head_dim, accelerator, message):
+    with pytest.raises(UserError, match=f"config.model.{message}"):
+        attention.resolve_backend(name, dtype, head_dim, accelerator)
 
 
 @pytest.mark.parametrize(
-    "platform, dtype, backend",
+    "accelerator, dtype, head_dim, backend",
     [
-        ("cpu", "bfloat16", "blocked"),
-        ("cpu", "float32", "blocked"),
-        ("cuda", "bfloat16", "cudnn"),
-        ("cuda", "float32", "blocked"),
-        ("tpu", "bfloat16", "splash"),
-        ("tpu", "float32", "splash"),
+        (CPU, "bfloat16", 512, "blocked"),
+        (CPU, "float32", 64, "blocked"),
+        (A100, "bfloat16", 128, "cudnn"),
+        (H100, "bfloat16", 256, "cudnn"),
+        (H100, "float32", 512, "blocked"),
+        (TPU, "bfloat16", 512, "splash"),
+        (TPU, "float32", 64, "splash"),
     ],
 )
-def test_auto_is_the_fastest_backend_that_runs(platform, dtype, backend):
-    assert attention.resolve_backend("auto", dtype, platform) == backend
+def test_auto_is_the_fastest_backend_that_runs(accelerator, dtype, head_dim, backend):
+    assert attention.resolve_backend("auto", dtype, head_dim, accelerator) == backend
 
 
 @pytest.mark.parametrize(
@@ -137,4 +155,4 @@ def test_auto_follows_the_kind_of_device(monkeypatch, platform, kind, capability
     client = types.SimpleNamespace(platform_version=version)
     device = types.SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability, client=client)
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert attention.resolve_backend("auto", "bfloat16") == backend
+    assert attention.resolve_backend("auto", "bfloat16", 64) == backend

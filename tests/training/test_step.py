@@ -2,6 +2,7 @@
 
 import math
 import re
+import types
 
 import hlo
 import jax
@@ -13,7 +14,7 @@ from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
 from memoryllm_jax.training import loop
 from memoryllm_jax.training.batches import TrainBatches, abstract_batch, place
-from memoryllm_jax.training.step import Trainer
+from memoryllm_jax.training.step import Trainer, sum_options
 
 
 @pytest.fixture
@@ -51,6 +52,23 @@ def test_state_and_batch_are_sharded_as_the_table_says_before_and_after_a_step(t
     after, _ = trainer.train(state, batch)
     jax.tree.map(lambda x, s: None if x.sharding == s else pytest.fail(f"{x.sharding} is not {s}"), after, before)
     assert all(x.is_deleted() for x in jax.tree.leaves(state["params"]))  # donated
+
+
+@pytest.mark.parametrize(
+    "platform, capability, version, is_flushed",
+    [
+        ("gpu", "8.0", (0, 10, 2), True),
+        ("gpu", "8.9", (0, 11, 0), True),
+        ("gpu", "8.0", (0, 11, 1), False),
+        ("gpu", "8.0", (0, 10, 1), False),
+        ("gpu", "9.0", (0, 10, 2), False),
+        ("gpu", "gfx942", (0, 10, 2), False),
+        ("cpu", None, (0, 10, 2), False),
+    ],
+)
+def test_float32_sums_are_instructions_where_jaxlib_would_make_loops(platform, capability, version, is_flushed):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    assert sum_options(device, version) == ({"xla_gpu_ftz": True} if is_flushed else {})
 
 
 def test_rows_stay_on_their_shard(trainer_and_batch):
