@@ -34,8 +34,8 @@ from memoryllm_jax.common import cli
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import dataset
+from memoryllm_jax.inference.given import GivenTokens
 from memoryllm_jax.inference.rows import LiveRows
-from memoryllm_jax.inference.sampling import Sampling, draw
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.reader import RowReader
 from memoryllm_jax.tol.rows import CachedRows, DeviceRows, HostTable
@@ -77,7 +77,7 @@ class Worker:
         )
         self.sources = {side: self._rows(side) for side in sides}
         self.stream = dataset.Dataset(settings.data).validation
-        self.cache = self.model.decoder.empty_cache(1, settings.capacity)
+        self.given = GivenTokens(self.model.decoder, 1, settings.capacity, self.model.tokenizer.vocab_size)
 
     def _rows(self, side):
         """The source of a side's rows."""
@@ -109,14 +109,14 @@ class Worker:
         self._decode(rows, self.stream.read(0, 4))  # compiles, before the rounds
         weights = decoder.weights_bytes
         if side == "live":
-            weights += sum(x.nbytes for x in jax.tree.leaves(rows._params.get("memory")))
+            weights += sum(x.nbytes for x in jax.tree.leaves(rows.arrays.get("memory")))
         held = weights + rows.stats().get("device_bytes", rows.stats().get("cache_bytes", 0))
         if side == "host":
             held += self.tol.layout.row_bytes
         return {
             "weights_bytes": weights,
             "row_bytes": 0 if side in ("live", "base") else self.tol.layout.stride,
-            "kv_cache_bytes": sum(x.nbytes for x in jax.tree.leaves(self.cache)),
+            "kv_cache_bytes": sum(x.nbytes for x in jax.tree.leaves(self.given.cache)),
             "held_bytes": held,
         }
 
@@ -139,18 +139,14 @@ class Worker:
 
     def _decode(self, rows, tokens):
         """Runs a step for each token, and draws a next token from it as `generate` does."""
-        decoder, zero = self.model.decoder, np.zeros(1, np.int32)
-        greedy = {"sampling": Sampling(0.0), "vocab_size": self.model.tokenizer.vocab_size}
         unread = None
-        for number, token in enumerate(tokens):
-            ids, position = np.array([token], np.int32), np.array([number], np.int32)
-            logits, self.cache = decoder.step(rows.fetch(ids), zero, position, self.cache)
-            drawn = draw(logits, np.uint32(0), zero, position, **greedy)
+        for position, token in enumerate(tokens):
+            drawn = self.given.step(rows, np.array([token], np.int32), position)
             if rows.on_device:  # read the token of the step before, now that this step is dispatched
                 unread, drawn = drawn, unread
             if drawn is not None:
                 np.asarray(drawn)  # waits for the token, as `generate` does
-        jax.block_until_ready((unread, self.cache))
+        jax.block_until_ready((unread, self.given.cache))
 
 
 def counts_of(rows) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.inference import scoring
 from memoryllm_jax.inference.decoder import bucket
 from memoryllm_jax.inference.engine import Engine
+from memoryllm_jax.inference.generation import STEPS_PER_CALL
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.inference.text import Streamer
 
@@ -179,7 +180,7 @@ class MemoryLLM(TemplateLM):
         texts = [""] * len(prompts)
         streams = [Streamer(self._tokenizer, []) for _ in prompts]
         running = set(range(len(prompts)))
-        for step in self._model.generate(prompts, how.max_new, how.sampling, seed, stop_ids):
+        for step in self._model.generate(prompts, how.max_new, how.sampling, seed, stop_ids, STEPS_PER_CALL):
             running &= {k for k, _ in step}  # a sequence that has reached a stop id is missing from the step
             for k, token in step:
                 if k in running:

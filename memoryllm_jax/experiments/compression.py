@@ -40,12 +40,17 @@ class StoredRows:
     weights_bytes = 0  # a file would replace them
 
     def __init__(self, source: LiveSource, layout: Layout, bases: dict, tier_of_token: np.ndarray, embedding=None):
-        self._source, self._layout, self._bases = source, layout, bases
-        self._tiers, self._embedding = jax.numpy.asarray(tier_of_token), embedding
+        self._source, self._layout = source, layout
+        self.arrays = (source.params, jax.numpy.asarray(tier_of_token), bases, embedding)
 
     def fetch(self, ids_U) -> TokenRows:
-        vectors = budget.as_stored(self._layout, self._source.vectors(ids_U), self._tiers[ids_U], self._bases)
-        x0 = vectors["x0"] if "x0" in vectors else self._embedding[ids_U]
+        with jax.set_mesh(self._source.mesh):
+            return self.gather(self.arrays, ids_U)
+
+    def gather(self, arrays, ids_U) -> TokenRows:
+        params, tiers_V, bases, embedding_VD = arrays
+        vectors = budget.as_stored(self._layout, self._source.vectors_of(params, ids_U), tiers_V[ids_U], bases)
+        x0 = vectors["x0"] if "x0" in vectors else embedding_VD[ids_U]
         ffn = [vectors.get(f"ffn.{layer}") for layer in range(self._source.layers)]
         return TokenRows(x0[None], [None if y is None else y[None] for y in ffn])
 

@@ -16,6 +16,7 @@ from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.experiments.models import Models
 from memoryllm_jax.inference.engine import Engine
+from memoryllm_jax.inference.given import GivenTokens
 from memoryllm_jax.tol import compress, serving
 
 
@@ -92,9 +93,8 @@ class _Side:
             found = f"{self.stream.tokens:,}"
             raise ArgumentError("data", f"expected {needed:,} held-out tokens for all rounds, found {found}")
         self.stream.verify([0], needed)
-        # All rounds use one cache. Each starts at position 0 again, and a step attends to no later position, so it sees
-        # nothing of the round before.
-        self.cache = model.decoder.empty_cache(1, model.trained.context)
+        # All rounds use one cache. Each starts at position 0 again, so it sees nothing of the round before.
+        self.given = GivenTokens(model.decoder, 1, model.trained.context, model.tokenizer.vocab_size)
 
     def decode(self, number: int) -> float:
         """Decodes a round's tokens. Returns: seconds a token.
@@ -107,18 +107,15 @@ class _Side:
         return (time.perf_counter() - start) / len(tokens)
 
     def _run(self, tokens):
-        decoder, rows = self.model.decoder, self.model.rows
-        index = np.zeros(1, np.int32)
-        for number, token in enumerate(tokens):
-            ids, position = np.array([token], np.int32), np.array([number], np.int32)
-            logits, self.cache = decoder.step(rows.fetch(ids), index, position, self.cache)
-            np.asarray(logits[0].argmax())  # waits for the step, as greedy decoding must
+        for position, token in enumerate(tokens):
+            # Waits for the step, as greedy decoding must.
+            np.asarray(self.given.step(self.model.rows, np.array([token], np.int32), position))
 
     def memory(self) -> Memory:
         # Rows that are all on the device report device_bytes, those behind a cache cache_bytes, live rows neither.
         stats = self.model.rows.stats()
         rows = stats.get("device_bytes", stats.get("cache_bytes", 0))
-        cache = sum(x.nbytes for x in jax.tree.leaves(self.cache))
+        cache = sum(x.nbytes for x in jax.tree.leaves(self.given.cache))
         return Memory(self.model.decoder.weights_bytes, self.model.rows.weights_bytes, rows, cache)
 
 

@@ -8,18 +8,25 @@ C positions of the cache, S batch shards, N = B T / S positions of a shard; b se
 """
 
 import copy
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.inference import sequences
+from memoryllm_jax.inference.rows import RowSource
+from memoryllm_jax.inference.sampling import Sampling, draw
+from memoryllm_jax.inference.steps import Rules, Standing, Taken, take
 from memoryllm_jax.model import attention, loss, sharding, transformer
 from memoryllm_jax.model.sharding import constrain
 from memoryllm_jax.model.token_memory import TokenRows, take_rows
 
 _SMALLEST_BUCKET = 16
+_CACHE_AXES = ("batch", "heads", None, None)
 
 
 def bucket(size: int, most: int) -> int:
@@ -49,8 +56,17 @@ class Decoder:
         self.shards = sharding.batch_shards(mesh)
         self._params = {name: params[name] for name in ("layers", "final_norm")}
         self._params["head"] = params["embedding" if config.tie_embeddings else "head"]
-        self._step = jax.jit(self._step_body)
-        self._append = jax.jit(self._append_body, donate_argnums=0)
+        # Fixed for all results that a later call takes: with other shardings that call would compile again.
+        whole, of_cache = NamedSharding(mesh, P()), NamedSharding(mesh, sharding.spec(*_CACHE_AXES))
+        self._empty = jax.jit(self._empty_body, static_argnums=(0, 1), out_shardings=of_cache)
+        self._start = jax.jit(lambda *trees: trees, out_shardings=whole)
+        self._step = jax.jit(self._step_body, donate_argnames="cache", out_shardings=(whole, of_cache))
+        self._steps = jax.jit(
+            self._steps_body,
+            static_argnames=("rows", "sampling", "vocab_size", "count"),
+            donate_argnames="cache",
+            out_shardings=Taken(whole, whole, of_cache),
+        )
 
     @property
     def weights_bytes(self) -> int:
@@ -83,13 +99,8 @@ class Decoder:
 
     def empty_cache(self, batch: int, capacity: int) -> list[attention.Cache]:
         """A cache for each layer, for `batch` sequences of up to `capacity` positions."""
-        c = self.config
         with jax.set_mesh(self.mesh):
-            axes = ("batch", "heads", None, None)
-            shape = sharding.padded((batch, c.key_heads, capacity, c.head_dim), axes)
-            where = jax.sharding.NamedSharding(self.mesh, sharding.spec(*axes))
-            zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=where)
-            return [attention.Cache(zeros(), zeros()) for _ in range(c.layers)]
+            return self._empty(batch, capacity)
 
     def prefill(self, rows: TokenRows, index_bT: np.ndarray, lengths_b: np.ndarray, slots_b: np.ndarray, cache):
         """Runs prompts through the decoder and writes their keys and values to the cache.
@@ -108,7 +119,7 @@ class Decoder:
             return sequences.prefill(self.config, self._params, rows, index_SN, lengths_b, slots_b, cache)
 
     def step(self, rows: TokenRows, index_B, position_B, cache):
-        """Runs one token of each sequence through the decoder and writes its keys and values to the cache.
+        """Runs one given token of each sequence through the decoder and writes its keys and values to the cache.
 
         Args:
           rows: rows of the tokens.
@@ -118,9 +129,46 @@ class Decoder:
         Returns: (float32 logits [B, V] of the next token, the cache with these tokens).
         """
         with jax.set_mesh(self.mesh):
-            logits_BV, new = self._step(self._params, rows, self._by_shard(index_B), position_B, cache)
-            # Not part of the jitted step: if one function reads and updates the cache, XLA copies it.
-            return logits_BV, self._append(cache, new, position_B)
+            return self._step(self._params, rows, index_B, position_B, cache=cache)
+
+    def start(self, standing: Standing, rules: Rules) -> tuple[Standing, Rules]:
+        """Copies arrays of the host to each device, as `steps` needs them."""
+        with jax.set_mesh(self.mesh):
+            return self._start(standing, rules)
+
+    def steps(
+        self,
+        rows: RowSource,
+        standing: Standing,
+        rules: Rules,
+        cache: list[attention.Cache],
+        sampling: Sampling,
+        vocab_size: int,
+        count: int,
+    ) -> Taken:
+        """Takes decode steps in one call: each gets the rows of the last tokens, runs the decoder and draws.
+
+        Steps end early where a row of a running sequence is not on the device, and where all sequences have ended.
+
+        Args:
+          standing, rules: from `start`; after the first call, the standing that the call before returned.
+          cache: the cache of the earlier positions. It is donated, so it must not be used afterwards.
+          sampling: how tokens are drawn.
+          vocab_size: only ids below it are drawn.
+          count: the most steps.
+        """
+        with jax.set_mesh(self.mesh):
+            return self._steps(
+                self._params,
+                rows.arrays,
+                standing,
+                rules,
+                cache=cache,
+                rows=rows,
+                sampling=sampling,
+                vocab_size=vocab_size,
+                count=count,
+            )
 
     def score(self, rows: TokenRows, index_BT, targets_BT, weights_BT):
         """Sum over all positions of weight * negative log-probability of the target.
@@ -148,33 +196,42 @@ class Decoder:
     def _by_shard(self, x):
         return x.reshape(self.shards, -1)
 
-    def _hidden(self, params, rows, index_SN, positions, past=None):
-        """Runs all layers.
-
-        Args:
-          positions: int [T], or [B, T] if they differ between sequences.
-          past: (caches of all layers, position [B]) for a decode step, or None.
-        Returns: (normalised final states [B, T, D], each layer's keys and values of these positions).
-        """
+    def _empty_body(self, batch, capacity):
         c = self.config
-        x_BTD = take_rows(rows.x0_SUD, index_SN).reshape(-1, positions.shape[-1], c.dim).astype(c.dtype)
+        shape = sharding.padded((batch, c.key_heads, capacity, c.head_dim), _CACHE_AXES)
+        zeros = jnp.zeros(shape, c.dtype)
+        return [attention.Cache(zeros, zeros) for _ in range(c.layers)]
+
+    def _step_body(self, params, rows, index_B, position_B, cache):
+        # All layers are one function, unlike in sequences.py: for one position, a call takes longer than its work.
+        c = self.config
+        index_SN, position_B1 = self._by_shard(index_B), position_B[:, None]
+        x_BTD = take_rows(rows.x0_SUD, index_SN).reshape(-1, 1, c.dim).astype(c.dtype)
         x_BTD = constrain(x_BTD, "batch", None, None)
-        rope = transformer.rope_table(c, positions)
-        keys_values = []
-        for layer, layer_params in enumerate(params["layers"]):
+        rope = transformer.rope_table(c, position_B1)
+        written = []
+        for layer, (layer_params, old) in enumerate(zip(params["layers"], cache, strict=True)):
             ffn_SUD = sequences.layer_rows(*sequences.rows_of_layer(rows, params, layer), c.dtype)
-            layer_past = None if past is None else (past[0][layer], past[1])
-            out = transformer.apply_layer(c, layer_params, x_BTD, ffn_SUD, index_SN, rope, layer_past)
+            out = transformer.apply_layer(c, layer_params, x_BTD, ffn_SUD, index_SN, rope, (old, position_B))
             x_BTD = out.x_BTD
-            keys_values.append(out.keys_values)
-        return transformer.Norm(c).apply({"params": params["final_norm"]}, x_BTD), keys_values
+            written.append(out.keys_values)
+        x_BTD = transformer.Norm(c).apply({"params": params["final_norm"]}, x_BTD)
+        return sequences.logits(c, params["head"], x_BTD[:, 0]), written
 
-    def _step_body(self, params, rows, index_SN, position_B, cache):
-        x_BTD, keys_values = self._hidden(params, rows, index_SN, position_B[:, None], (cache, position_B))
-        return sequences.logits(self.config, params["head"], x_BTD[:, 0]), keys_values
+    def _steps_body(self, params, arrays, standing, rules, cache, rows, sampling, vocab_size, count):
+        index_B = jnp.arange(len(standing.tokens_B))
 
-    def _append_body(self, cache, new, position_B):
-        return [layer.write(added, position_B) for layer, added in zip(cache, new)]
+        def decode(tokens_B, position_B, cache):
+            return self._step_body(params, rows.gather(arrays, tokens_B), index_B, position_B, cache)
+
+        def draw_next(logits_BV, position_B):
+            return draw(logits_BV, rules.seed, rules.number_B, position_B, sampling, vocab_size)
+
+        has_rows = None if rows.on_device else functools.partial(rows.holds, arrays)
+        # A GPU waits for the host wherever a condition depends on results. Where no row can be missing, it takes all
+        # steps instead: those after the end are ignored.
+        ends_early = has_rows is not None or self.mesh.devices.flat[0].platform not in ("gpu", "cuda")
+        return take(decode, draw_next, has_rows, standing, rules, cache, count, ends_early)
 
 
 @jax.jit

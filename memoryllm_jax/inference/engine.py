@@ -13,7 +13,7 @@ import numpy as np
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.config import ModelConfig
-from memoryllm_jax.inference import sampling
+from memoryllm_jax.inference import generation
 from memoryllm_jax.inference.decoder import Decoder
 from memoryllm_jax.inference.rows import RowSource
 from memoryllm_jax.inference.sampling import Sampling
@@ -104,14 +104,20 @@ class Engine:
         return ids
 
     def generate(
-        self, prompts: list[list[int]], max_tokens: int, how: Sampling, seed: int = 0, stop_ids=()
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        how: Sampling,
+        seed: int = 0,
+        stop_ids=(),
+        steps_per_call: int = 1,
     ) -> Iterator[list[tuple[int, int]]]:
-        """Samples one continuation of each prompt. It is `sampling.generate` with this engine's decoder and rows.
+        """Samples one continuation of each prompt. It is `generation.generate` with this engine's decoder and rows.
 
         Yields: after each step, the new (sequence, token id) pairs.
         Raises: ArgumentError.
         """
-        return sampling.generate(
+        return generation.generate(
             self.decoder,
             self.rows,
             prompts,
@@ -121,6 +127,7 @@ class Engine:
             context=self.context,
             vocab_size=self.tokenizer.vocab_size,
             stop_ids=frozenset(stop_ids),
+            steps_per_call=steps_per_call,
         )
 
     def stop_ids(self, texts: list[str]) -> set[int]:

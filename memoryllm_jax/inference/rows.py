@@ -3,9 +3,10 @@
 tol/rows.py has the sources that look rows up in a ToL file.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.model import sharding, transformer
@@ -16,22 +17,45 @@ from memoryllm_jax.model.token_memory import TokenRows
 class RowSource(Protocol):
     """Gives rows of the token memory by token id.
 
+    `fetch` gives the rows of ids that the host knows. `gather` is part of a jitted decode step, whose ids only the
+    device knows. Where not all rows are on the device, the step asks `holds` first, and the host calls `hold` when it
+    has read the ids.
+
     Attributes:
-      on_device: whether `fetch` accepts ids that are still being computed on the device, without waiting for them. If
-        not, it needs them on the host.
+      on_device: whether `gather` finds every row. Sources of which that is true need no `holds`, `hold` and `reserve`.
       weights_bytes: bytes of the weights that rows are computed from; 0 where they are looked up.
+      arrays: the arrays on the device that `gather` and `holds` read. Those of a jitted call are taken just before it.
     """
 
     on_device: bool
     weights_bytes: int
+    arrays: Any
 
-    def fetch(self, ids_U) -> TokenRows:
+    def fetch(self, ids_U: np.ndarray) -> TokenRows:
         """Fetches rows.
 
         Args:
           ids_U: int32 token ids, which may repeat.
         Returns: x0 [1, U, D], and by layer the rows [1, U, D], or None if layers read nothing by token id.
         """
+
+    def gather(self, arrays, ids_U) -> TokenRows:
+        """Rows of token ids, as `fetch` gives them. For use in jit. Rows that `holds` does not find are arbitrary."""
+
+    def holds(self, arrays, ids_U):
+        """Whether `gather` finds each row, bool [U]. For use in jit."""
+
+    def hold(self, ids_U: np.ndarray, is_repeated: bool = False) -> bool:
+        """Makes sure that `gather` finds the rows of these ids, which a step has drawn.
+
+        Args:
+          ids_U: int32, at most as many as were reserved.
+          is_repeated: whether the call before asked for the same ids. They are not counted again.
+        Returns: whether rows were missing.
+        """
+
+    def reserve(self, rows: int) -> None:
+        """Makes room for the rows of one decode step, which all have to be on the device together."""
 
     def stats(self) -> dict:
         """Statistics of the fetches so far, as JSON holds them; {} if there are none."""
@@ -90,28 +114,29 @@ class LiveRows:
         self.mesh, self._config = mesh, config
         # Other parameters are not kept, so that the caller can free them.
         names = ("embedding", "memory") if config.row_dim else ("embedding",)
-        self._params = {name: params[name] for name in names}
+        self.arrays = {name: params[name] for name in names}
         self._shards = sharding.batch_shards(mesh)
         # The parameters are an argument: arrays that a function closes over would be compiled into it as constants.
-        self._rows = jax.jit(self._rows_body)
+        self._gather = jax.jit(self.gather)
 
-    def _rows_body(self, params, ids_U):
+    def gather(self, arrays, ids_U) -> TokenRows:
+        """Computes the rows of token ids. For use in jit."""
         # A decode step of few sequences may have fewer ids than there are devices: then each device computes all rows.
         if len(ids_U) % self._shards == 0:
             ids_U = constrain(ids_U, "shard")  # each device computes a part of the rows
-        return live_rows(self._config, params, ids_U)
+        return live_rows(self._config, arrays, ids_U)
 
     @property
     def weights_bytes(self) -> int:
         """Bytes of the weights that rows are computed from. A tied embedding is counted with the decoder instead."""
-        params = dict(self._params)
+        params = dict(self.arrays)
         if self._config.tie_embeddings:
             del params["embedding"]
         return sum(x.nbytes for x in jax.tree.leaves(params))
 
     def fetch(self, ids_U) -> TokenRows:
         with jax.set_mesh(self.mesh):
-            return self._rows(self._params, ids_U)
+            return self._gather(self.arrays, ids_U)
 
     def stats(self) -> dict:
         return {}

@@ -3,6 +3,7 @@
 import time
 
 from memoryllm_jax.inference.engine import Engine
+from memoryllm_jax.inference.generation import STEPS_PER_CALL
 from memoryllm_jax.inference.sampling import Sampling
 
 
@@ -59,8 +60,9 @@ def print_texts(
     """
     ids = [engine.prompt(text) for text in prompts]
     new_ids: list[list[int]] = [[] for _ in prompts]
-    steps = engine.generate(ids, max_tokens, sampling, seed, engine.stop_ids(stops))
     streamer = Streamer(engine.tokenizer, ids[0]) if len(prompts) == 1 else None
+    steps_per_call = 1 if streamer else STEPS_PER_CALL
+    steps = engine.generate(ids, max_tokens, sampling, seed, engine.stop_ids(stops), steps_per_call)
     if streamer:
         print(prompts[0], end="", flush=True)
     start = time.perf_counter()

@@ -122,35 +122,14 @@ def keep_results(primitive, *args, **params) -> bool:
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer's earlier positions, for attention of one new position of each sequence.
+    """Keys and values of one layer's positions, for attention of one new position of each sequence.
 
-    Call `attend` and `write` in two jitted functions: if one function reads and updates the cache, XLA copies it.
+    Call `write` first and `attend` on its result: XLA then updates a donated cache in place. It would copy the cache if
+    a function read the earlier one after `write`.
     """
 
     k_BHCK: jax.Array
     v_BHCK: jax.Array
-
-    def attend(self, q_BHK, k_BHK, v_BHK, position_B):
-        """Attention of each new position over the cache's earlier positions and over itself.
-
-        Args:
-          q_BHK: queries; their heads are G times the cache's.
-          k_BHK, v_BHK: keys and values of the new positions, with as many heads as the cache.
-          position_B: int32, the number of earlier positions of each sequence, which the cache holds from 0 on.
-        Returns: in the shape and dtype of q_BHK.
-        """
-        # The softmax runs over the cache's scores and the new position's own one, which is not in the cache yet.
-        B, H, C, K = self.k_BHCK.shape
-        q_BHGK = (q_BHK * K**-0.5).reshape(B, H, -1, K)
-        k_BH1K, v_BH1K = k_BHK[:, :, None], v_BHK[:, :, None]
-        is_earlier = jnp.arange(C) < position_B[:, None, None, None]
-        s_BHGC = jnp.where(is_earlier, einsum_float32("bhgk,bhck->bhgc", q_BHGK, self.k_BHCK), MASKED)
-        own_BHG1 = (q_BHGK * k_BH1K).sum(-1, keepdims=True, dtype=jnp.float32)
-        top_BHG1 = jnp.maximum(s_BHGC.max(-1, keepdims=True), own_BHG1)
-        p_BHGC, p_own_BHG1 = jnp.exp(s_BHGC - top_BHG1), jnp.exp(own_BHG1 - top_BHG1)
-        y_BHGK = einsum_float32("bhgc,bhck->bhgk", p_BHGC.astype(self.v_BHCK.dtype), self.v_BHCK) + p_own_BHG1 * v_BH1K
-        total_BHG1 = p_BHGC.sum(-1, keepdims=True) + p_own_BHG1
-        return (y_BHGK / total_BHG1).astype(q_BHK.dtype).reshape(q_BHK.shape)
 
     def write(self, new: "Cache", position_B) -> "Cache":
         """The cache with one more position of each sequence.
@@ -164,6 +143,22 @@ class Cache(NamedTuple):
             return jax.lax.dynamic_update_slice(cache_HCK, new_H1K, (0, position, 0))
 
         return Cache(*(jax.vmap(put)(old, added, position_B) for old, added in zip(self, new)))
+
+    def attend(self, q_BHK, position_B):
+        """Attention of one position of each sequence over itself and over the cache's earlier positions.
+
+        Args:
+          q_BHK: queries; their heads are G times the cache's.
+          position_B: int32, the positions of the queries, whose keys and values are in the cache.
+        Returns: in the shape and dtype of q_BHK.
+        """
+        B, H, C, K = self.k_BHCK.shape
+        q_BHGK = (q_BHK * K**-0.5).reshape(B, H, -1, K)
+        is_past = jnp.arange(C) <= position_B[:, None, None, None]
+        s_BHGC = jnp.where(is_past, einsum_float32("bhgk,bhck->bhgc", q_BHGK, self.k_BHCK), MASKED)
+        p_BHGC = jnp.exp(s_BHGC - s_BHGC.max(-1, keepdims=True))
+        y_BHGK = einsum_float32("bhgc,bhck->bhgk", p_BHGC.astype(self.v_BHCK.dtype), self.v_BHCK)
+        return (y_BHGK / p_BHGC.sum(-1, keepdims=True)).astype(q_BHK.dtype).reshape(q_BHK.shape)
 
 
 def plain(q_BTHK, k_BTHK, v_BTHK):

@@ -189,7 +189,7 @@ class AttentionOutput(NamedTuple):
     Attributes:
       attended_BTD: Attn(x).
       mixed_BTHK: the heads' results, which the output projection reads.
-      keys_values: the keys and values of x, [B, H, T, K], for a cache.
+      keys_values: the keys and values of x, [B, H, T, K], for a cache; with `past`, that cache with those of x.
     """
 
     attended_BTD: jax.Array
@@ -209,7 +209,7 @@ class Attention(nn.Module):
         Args:
           x_BTD: normalised input.
           rope: `rope_table` of the positions of x.
-          past: (cache, position [B] of x in each sequence), or None.
+          past: (cache of the earlier positions, position [B] of x in each sequence), or None.
           value_BTE: what is added to the values, or None; E = key heads x K.
         """
         c = self.config
@@ -227,6 +227,7 @@ class Attention(nn.Module):
             padding = v.shape[2] - c.key_heads  # heads that pad the stored weights
             v = v + jnp.pad(value_BTHK, [(0, 0), (0, 0), (0, padding), (0, 0)])
         out_HKD = _weight(self, "out", (c.heads, K, D), ("heads", "head_dim", "embed"), _output_std(c))
+        keys_values = attention.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
         if past is None:
             group = c.heads // c.key_heads
             if group == 1:
@@ -235,8 +236,8 @@ class Attention(nn.Module):
                 y = attention.causal_attention(q, jnp.repeat(k, group, 2), jnp.repeat(v, group, 2), c.attention)
         else:
             cache, position_B = past
-            y = cache.attend(q[:, 0], k[:, 0], v[:, 0], position_B)  # it takes grouped heads as they are
-        keys_values = attention.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+            keys_values = cache.write(keys_values, position_B)
+            y = keys_values.attend(q[:, 0], position_B)  # it takes grouped heads as they are
         return AttentionOutput(_matmul(y.reshape(B, T, -1), out_HKD.reshape(-1, D)), y, keys_values)
 
 
@@ -261,7 +262,7 @@ class LayerOutput(NamedTuple):
 
     Attributes:
       x_BTD: the residual stream after the layer.
-      keys_values: the keys and values of these positions, [B, H, T, K], for a cache.
+      keys_values: the keys and values of these positions, [B, H, T, K], for a cache; with `past`, the cache with them.
       attention_input_BTD: N1(X_l), which the projections to queries, keys and values read.
       mixed_BTHK: the heads' results, which attention's output projection reads.
       attended_BTD: Attn(N1(X_l)).

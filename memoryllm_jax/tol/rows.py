@@ -5,7 +5,6 @@ fixed size on the device, which the least recently used rows leave first. Where 
 cache starts with the most frequent rows.
 """
 
-import collections
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.inference import vocabulary
-from memoryllm_jax.inference.decoder import bucket
+from memoryllm_jax.inference.decoder import bucket, next_power_of_two
 from memoryllm_jax.model.token_memory import TokenRows
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.layout import decode_rows
@@ -118,8 +117,13 @@ class DeviceRows(_FileRows):
         _check_fits(tol.layout.row_bytes, device_memory(mesh), f"{tol.path}: rows on the device")
         self._load_tables(repair)
         self._constants["row_of_token"] = self._put(tol.row_of_token)
-        self._fetch = jax.jit(self._fetch_body)
+        self._gather = jax.jit(self.gather)
         self.tokens = 0
+
+    @property
+    def arrays(self):
+        """What `gather` reads."""
+        return self._constants, self._tables
 
     def _load_tables(self, repair):
         layout = self.tol.layout
@@ -137,8 +141,9 @@ class DeviceRows(_FileRows):
 
         _load(self.tol, place, repair)
 
-    def _fetch_body(self, constants, tables, ids_U):
+    def gather(self, arrays, ids_U) -> TokenRows:
         """Gathers rows from the tables of all tiers. For use in jit."""
+        constants, tables = arrays
         layout = self.tol.layout
         row_U = constants["row_of_token"][ids_U]
         tier_U = jnp.zeros_like(row_U)
@@ -155,14 +160,13 @@ class DeviceRows(_FileRows):
         return self._token_rows(constants, raw, tier_U, ids_U)
 
     def fetch(self, ids_U) -> TokenRows:
-        """Rows of token ids [U], which may be on the device: the host does not wait for them."""
-        self.tokens += len(ids_U)
+        """Rows of token ids [U]."""
         with jax.set_mesh(self.mesh):
-            return self._fetch(self._constants, self._tables, ids_U)
+            return self._gather(self.arrays, ids_U)
 
     def stats(self) -> dict:
-        """Where rows are, how many were fetched, and the bytes of the table."""
-        return {"rows": "device", "row_requests": self.tokens, "device_bytes": self.tol.layout.row_bytes}
+        """Where rows are, and the bytes of the table."""
+        return {"rows": "device", "device_bytes": self.tol.layout.row_bytes}
 
     def close(self) -> None:
         """Frees the table and closes the file."""
@@ -200,10 +204,9 @@ class HostTable:
         tier_U = self.tol.tier_of_row[rows_U].astype(np.int32)
         if out is None:
             out = np.empty((len(rows_U), self.tol.layout.stride), np.uint8)
-        first_rows = self.tol.layout.first_rows
-        for i, (row, tier) in enumerate(zip(rows_U, tier_U)):
-            table = self._tables[tier]
-            out[i, : table.shape[1]] = table[row - first_rows[tier]]
+        for tier, (table, first) in enumerate(zip(self._tables, self.tol.layout.first_rows)):
+            here = np.nonzero(tier_U == tier)[0]
+            out[here, : table.shape[1]] = table[rows_U[here] - first]
         self.bytes += int(self.tol.stride_of_row[rows_U].sum())
         return out, tier_U
 
@@ -239,14 +242,16 @@ class _Lookup(NamedTuple):
 class CachedRows(_FileRows):
     """Rows of a table on the host or disk, through a cache on the device.
 
+    The host knows which rows the cache holds. The device knows too, for decode steps whose ids are not read yet.
+
     Args:
       table: HostTable or RowReader; `close` closes it.
       cache: size of the cache in bytes, at least that of one row.
     Attributes:
-      requests: number of rows that were asked for, counting each distinct row of a fetch once.
+      requests: number of rows that were asked for, counting each distinct row of a fetch or a decode step once.
       hits: number of those that the cache held.
       misses: number of those that were read from the table.
-      seconds: the time of each fetch that did not compile.
+      seconds: the time of each fetch or `hold` that did not compile.
     Raises: UserError if the cache has no room for a row or is larger than the device's memory.
     """
 
@@ -261,26 +266,32 @@ class CachedRows(_FileRows):
         free = device_memory(mesh)
         if cache > free:
             raise ArgumentError("cache", f"expected at most {free:,} bytes, free on the device, found {cache:,}")
-        slots = min(cache // stride, tol.vocab_size)
-        # {token: slot}; the least recently used token comes first.
-        self._slot_of: collections.OrderedDict[int, int] = collections.OrderedDict()
-        self._free = list(range(slots))[::-1]
-        dtype, shape = tol.layout.row_type
-        self._cache = self._zeros(slots, *shape, dtype=dtype)
-        self._tier_of_slot = np.zeros(slots, np.int32)
         self._assemble = jax.jit(self._assemble_body)
         # The cache is donated: it is updated in place instead of copied for every fetch.
-        self._insert = jax.jit(
-            lambda cache, staged, slots_M: cache.at[slots_M].set(staged, mode="drop"), donate_argnums=0
-        )
+        self._insert = jax.jit(_insert, donate_argnums=0)
         self._compiled: set[tuple[int, int, bool]] = set()
         self.requests = 0
         self.hits = 0
         self.misses = 0
         self.seconds: list[float] = []
-        if "counts" in tol.tensors:
+        self._bytes_to_fill = 0  # bytes read to fill the cache at the start, which statistics leave out
+        self._make_cache(min(cache // stride, tol.vocab_size))
+
+    def _make_cache(self, slots: int):
+        """Makes a new cache of this many rows, with the most frequent ones if the file knows them."""
+        vocab = self.tol.vocab_size
+        self._slot_of_token = np.full(vocab, -1, np.int32)  # -1: the row is not in the cache
+        self._token_of_slot = np.full(slots, vocab, np.int32)  # the vocabulary's size: the slot is empty
+        self._tier_of_slot = np.zeros(slots, np.int32)
+        self._used = np.zeros(slots, np.int64)  # number of the last use; 0: the slot is empty
+        self._uses = 0
+        dtype, shape = self.tol.layout.row_type
+        tables = self._put({"slot_of_token": self._slot_of_token, "tier_of_slot": self._tier_of_slot})
+        self._cache = tables | {"rows": self._zeros(slots, *shape, dtype=dtype)}
+        if "counts" in self.tol.tensors:
+            before = self.table.bytes
             self._warm(slots)
-        self._bytes_before = table.bytes  # statistics leave out what filled the cache
+            self._bytes_to_fill += self.table.bytes - before
 
     def _warm(self, slots):
         """Fills the cache with the most frequent rows; the most frequent one counts as used most recently."""
@@ -290,8 +301,12 @@ class CachedRows(_FileRows):
             ids = chunk.real_ids
             raw, tier = self.table.read(ids)
             self._keep(ids, self.tol.layout.view(raw), tier)
-        for token in tokens[::-1].tolist():
-            self._slot_of.move_to_end(token)
+        self._use(self._slot_of_token[tokens[::-1]])
+
+    def _use(self, slots):
+        """Counts a use of these slots, one after the other."""
+        self._used[slots] = self._uses + 1 + np.arange(len(slots))
+        self._uses += len(slots)
 
     def _keep(self, ids, raw_MS, tier_M):
         """Puts rows into the cache, as many as there is room for, in place of the least recently used ones.
@@ -301,24 +316,26 @@ class CachedRows(_FileRows):
           raw_MS: encoded rows; those after the rows of `ids` are padding.
           tier_M: the tier of each row.
         """
-        size = len(self._tier_of_slot)
-        slots = np.full(len(raw_MS), size, np.int32)  # past the end, where `_insert` drops rows
-        for i, token in enumerate(ids[:size].tolist()):
-            if not self._free:
-                _, freed = self._slot_of.popitem(last=False)
-                self._free.append(freed)
-            slot = self._free.pop()
-            slots[i] = slot
-            self._slot_of[token] = slot
-            self._tier_of_slot[slot] = tier_M[i]
-        self._cache = self._insert(self._cache, raw_MS, slots)
+        size, vocab = len(self._used), self.tol.vocab_size
+        ids = ids[:size]
+        slots = np.argpartition(self._used, len(ids) - 1)[: len(ids)]
+        left = self._token_of_slot[slots]
+        self._slot_of_token[left[left < vocab]] = -1
+        self._slot_of_token[ids], self._token_of_slot[slots] = slots, ids
+        self._tier_of_slot[slots] = tier_M[: len(ids)]
+        self._use(slots)
+
+        # In one array, because each array that goes to the device takes time. Padding is past the end of the tables.
+        changes_4M = np.full((4, len(raw_MS)), max(size, vocab), np.int32)
+        changes_4M[:, : len(ids)] = slots, left, ids, tier_M[: len(ids)]
+        self._cache = self._insert(self._cache, raw_MS, changes_4M)
 
     def _assemble_body(self, constants, cache, staged, is_cached_U, at_U, tier_U, ids_U):
         """Gathers rows from the cache and from those that were just read. For use in jit.
 
         Args:
           constants, tier_U, ids_U: as of `_token_rows`.
-          cache: encoded rows [slots, ...].
+          cache: encoded rows [slots, ...], those of `self._cache`.
           staged: encoded rows that were just read; None where all rows are cached.
           is_cached_U: whether each row is in the cache; None where `staged` holds all rows in their order.
           at_U: the slot of each row in the cache, or its place in `staged`.
@@ -331,6 +348,41 @@ class CachedRows(_FileRows):
             is_cached = is_cached_U.reshape(-1, *[1] * (staged.ndim - 1))
             raw = jnp.where(is_cached, cache[at_U], staged[jnp.where(is_cached_U, 0, at_U)])
         return self._token_rows(constants, raw, tier_U, ids_U)
+
+    @property
+    def arrays(self):
+        """What `gather` and `holds` read. A later `hold` or `fetch` donates the cache, and makes another one."""
+        return self._constants, self._cache
+
+    def gather(self, arrays, ids_U) -> TokenRows:
+        """Gathers rows from the cache. For use in jit."""
+        constants, cache = arrays
+        at_U = jnp.maximum(cache["slot_of_token"][ids_U], 0)
+        return self._token_rows(constants, cache["rows"][at_U], cache["tier_of_slot"][at_U], ids_U)
+
+    def holds(self, arrays, ids_U):
+        """Whether the cache holds each row. For use in jit."""
+        _, cache = arrays
+        return cache["slot_of_token"][ids_U] >= 0
+
+    def reserve(self, rows: int) -> None:
+        """Replaces the cache by a larger one if it has no room for the rows of one decode step."""
+        if rows > len(self._used):
+            self._make_cache(rows)
+
+    def hold(self, ids_U: np.ndarray, is_repeated: bool = False) -> bool:
+        """Reads the rows of these ids that the cache does not hold. Returns: whether there were any."""
+        start = time.perf_counter()
+        lookup = self._look_up(ids_U)
+        missing = lookup.ids_N[~lookup.is_cached_N]
+        if len(missing):
+            # Padded to one of two shapes: a single row, the usual case, or as many as a step may need.
+            staged, tier = self._stage(missing, 1 if len(missing) == 1 else next_power_of_two(len(ids_U)))
+            with jax.set_mesh(self.mesh):
+                self._keep(missing, staged, tier)
+        if not is_repeated:
+            self._count(lookup, (0, len(staged) if len(missing) else 0, False), start)
+        return len(missing) > 0
 
     def fetch(self, ids_U: np.ndarray) -> TokenRows:
         """Rows of token ids, int32 [U] on the host. A distinct id is read once.
@@ -345,51 +397,55 @@ class CachedRows(_FileRows):
         tier_N = self._tier_of_slot[np.maximum(at_N, 0)]
         staged = None
         if len(missing):
-            staged, tier_N[missing] = self._stage(lookup.ids_N[missing], len(ids_U), as_asked)
+            # Rows that are used without a gather must have the right number. Else it is rounded up, as every number of
+            # rows compiles anew.
+            count = len(ids_U) if as_asked else bucket(len(missing), len(ids_U))
+            staged, tier_N[missing] = self._stage(lookup.ids_N[missing], count)
             at_N[missing] = np.arange(len(missing))
         inverse_U = lookup.inverse_U
         with jax.set_mesh(self.mesh):
             is_cached_U = None if as_asked else lookup.is_cached_N[inverse_U]
             rows = self._assemble(
-                self._constants, self._cache, staged, is_cached_U, at_N[inverse_U], tier_N[inverse_U], ids_U
+                self._constants, self._cache["rows"], staged, is_cached_U, at_N[inverse_U], tier_N[inverse_U], ids_U
             )
             # Only after the rows were assembled: what is kept now may replace a cached row that they need.
             if staged is not None:
                 self._keep(lookup.ids_N[missing], staged, tier_N[missing])
+        self._count(lookup, (len(ids_U), 0 if staged is None else len(staged), as_asked), start)
+        return rows
+
+    def _count(self, lookup: _Lookup, shape: tuple[int, int, bool], start: float):
+        """Adds a fetch to the statistics.
+
+        Args:
+          shape: identifies the shapes of its arrays.
+          start: when it began.
+        """
         # The first fetch of these shapes compiled: its time says nothing about later ones.
-        shape = (len(ids_U), 0 if staged is None else len(staged), as_asked)
         if shape in self._compiled:
             self.seconds.append(time.perf_counter() - start)
         self._compiled.add(shape)
+        hits = int(lookup.is_cached_N.sum())
         self.requests += len(lookup.ids_N)
-        self.misses += len(missing)
-        self.hits += len(lookup.ids_N) - len(missing)
-        return rows
+        self.misses += len(lookup.ids_N) - hits
+        self.hits += hits
 
     def _look_up(self, ids_U) -> _Lookup:
         """Finds rows in the cache, which counts as a use of them."""
         ids_N, inverse_U = np.unique(ids_U, return_inverse=True)
-        slot_N = np.array([self._slot_of.get(token, -1) for token in ids_N.tolist()], np.int32)
+        slot_N = self._slot_of_token[ids_N]
         is_cached_N = slot_N >= 0
-        for token in ids_N[is_cached_N].tolist():
-            self._slot_of.move_to_end(token)
+        self._use(slot_N[is_cached_N])
         return _Lookup(ids_N, inverse_U, is_cached_N, slot_N)
 
-    def _stage(self, ids, asked: int, as_asked: bool) -> tuple[jax.Array, np.ndarray]:
+    def _stage(self, ids, count: int) -> tuple[jax.Array, np.ndarray]:
         """Reads rows from the table and hands them to the device.
 
         Args:
           ids: distinct token ids to read.
-          asked: U, the number of ids in the fetch.
-          as_asked: as of `_Lookup`.
-        Returns: (encoded rows, padded with zeros; the tier of each id's row).
+          count: number of rows to hand over; those past the ids' are zero.
+        Returns: (encoded rows, the tier of each id's row).
         """
-        if as_asked:
-            count = asked  # the rows are used without a gather, so that their number must be right
-        elif len(ids) == 1:  # the usual decode step
-            count = 1
-        else:
-            count = bucket(len(ids), asked)  # rounded up, as every number of rows compiles anew
         buffer = staging(count, self.tol.layout.stride)
         buffer[len(ids) :] = 0
         _, tier = self.table.read(ids, buffer)
@@ -401,10 +457,10 @@ class CachedRows(_FileRows):
         return {
             "rows": self.table.place,
             "cache": "least recently used, on the device",
-            "cache_bytes": len(self._tier_of_slot) * self.tol.layout.stride,
+            "cache_bytes": len(self._used) * self.tol.layout.stride,
             "row_requests": self.requests,
             "hit_rate": self.hits / max(self.requests, 1),
-            "bytes_per_token": (self.table.bytes - self._bytes_before) / max(self.requests, 1),
+            "bytes_per_token": (self.table.bytes - self._bytes_to_fill) / max(self.requests, 1),
             "fetch_ms_p50": float(np.percentile(ms, 50)) if len(ms) else 0.0,
             "fetch_ms_p99": float(np.percentile(ms, 99)) if len(ms) else 0.0,
             "rows_repaired": self.table.repaired,
@@ -414,6 +470,23 @@ class CachedRows(_FileRows):
         """Closes the table and the file."""
         self.table.close()
         self.tol.close()
+
+
+def _insert(cache, raw_MS, changes_4M):
+    """Puts rows into slots of a cache as `CachedRows` keeps it. For use in jit.
+
+    Args:
+      raw_MS: encoded rows.
+      changes_4M: int32, for each row its slot, the token whose row leaves the slot, the row's token, and its tier.
+        Those past the end of the cache and of the vocabulary are dropped.
+    """
+    slots_M, left_M, ids_M, tier_M = changes_4M
+    slot_of_token = cache["slot_of_token"].at[left_M].set(-1, mode="drop")
+    return {
+        "rows": cache["rows"].at[slots_M].set(raw_MS, mode="drop"),
+        "slot_of_token": slot_of_token.at[ids_M].set(slots_M, mode="drop"),
+        "tier_of_slot": cache["tier_of_slot"].at[slots_M].set(tier_M, mode="drop"),
+    }
 
 
 def device_memory(mesh) -> int:

@@ -75,7 +75,11 @@ class Source(Protocol):
 
 
 class LiveSource:
-    """Rows computed from a checkpoint by `jax.vmap` over token ids."""
+    """Rows computed from a checkpoint by `jax.vmap` over token ids.
+
+    Attributes:
+      params: the parameters that rows are computed from.
+    """
 
     counts = None  # only text says how often tokens occur
 
@@ -86,7 +90,7 @@ class LiveSource:
         decoder_digest = trained.digest(lambda name: not trained.is_memory(name))
         # A tied embedding counts as the decoder's, and FFN-M reads it too.
         rows_digest = Digest()
-        self._params = trained.load(lambda name: trained.is_memory(name) or name == "embedding", rows_digest)
+        self.params = trained.load(lambda name: trained.is_memory(name) or name == "embedding", rows_digest)
         self.identity = Identity(
             architecture=c.architecture,
             step=trained.step,
@@ -99,16 +103,19 @@ class LiveSource:
 
     def vectors(self, ids_U) -> dict:
         with jax.set_mesh(self.mesh):
-            return _live_vectors(self.config, self._params, ids_U)
+            return self.vectors_of(self.params, ids_U)
 
+    def vectors_of(self, params: dict, ids_U) -> dict:
+        """As `vectors`, each layer's by one call of the same compiled function. Call it inside a mesh.
 
-def _live_vectors(config: ModelConfig, params: dict, ids_U) -> dict:
-    """The rows of token ids [U] as {part name: [U, D]}, each layer's by one call of the same compiled function."""
-    x0_UD = _x0(config, params["embedding"], ids_U)
-    parts = {} if config.tie_embeddings else {"x0": x0_UD}
-    for layer, layer_params in enumerate(params["memory"]):
-        parts[f"ffn.{layer}"] = _layer(config, layer_params, x0_UD, ids_U)
-    return parts
+        Args:
+          params: the attribute `params`, which is an argument so that a jitted caller does not hold it as constants.
+        """
+        x0_UD = _x0(self.config, params["embedding"], ids_U)
+        parts = {} if self.config.tie_embeddings else {"x0": x0_UD}
+        for layer, layer_params in enumerate(params["memory"]):
+            parts[f"ffn.{layer}"] = _layer(self.config, layer_params, x0_UD, ids_U)
+        return parts
 
 
 # `live_x0` and `live_layer` take and give arrays of ids; mapped over ids by `jax.vmap`, these have one element.

@@ -8,8 +8,9 @@ from memoryllm_jax.checkpoint.trained import for_serving
 from memoryllm_jax.common import hosts, storage
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.inference.decoder import Decoder
+from memoryllm_jax.inference.generation import STEPS_PER_CALL, generate
 from memoryllm_jax.inference.rows import LiveRows
-from memoryllm_jax.inference.sampling import Sampling, generate
+from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.model import flops
 from memoryllm_jax.training.batches import TrainBatches
 from memoryllm_jax.training.recorder import quality_text
@@ -80,5 +81,6 @@ def sample(trainer: Trainer, params, tokenizer: Tokenizer) -> str:
         context=config.seq_len,
         vocab_size=tokenizer.vocab_size,
         stop_ids=tokenizer.stop_ids,
+        steps_per_call=STEPS_PER_CALL,
     )
     return tokenizer.decode(prompt + [token for new in steps for _, token in new])

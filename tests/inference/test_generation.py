@@ -1,0 +1,113 @@
+"""Texts sampled in batches from a model with random weights, which does not repeat one token."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lab import random_decoder
+
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.inference import generation
+from memoryllm_jax.inference.sampling import Sampling
+
+GREEDY, CONTEXT, VOCAB = Sampling(temperature=0), 32, 60
+
+
+class HostRows:
+    """A row source whose rows a decode step finds only after `hold`. It keeps those of the last step alone."""
+
+    on_device = False
+
+    def __init__(self, live):
+        self.live, self.held, self.asked, self.reserved = live, np.zeros(64, bool), [], 0
+
+    @property
+    def arrays(self):
+        return self.live.arrays, jnp.asarray(self.held)
+
+    def fetch(self, ids_U):
+        return self.live.fetch(ids_U)
+
+    def gather(self, arrays, ids_U):
+        rows = self.live.gather(arrays[0], ids_U)
+        is_held_U1 = arrays[1][ids_U][None, :, None]  # a row that is not held is not a number
+        return jax.tree.map(lambda x: jnp.where(is_held_U1, x, jnp.nan), rows)
+
+    def holds(self, arrays, ids_U):
+        return arrays[1][ids_U]
+
+    def reserve(self, rows):
+        self.reserved = rows
+
+    def hold(self, ids_U, is_repeated=False):
+        assert 0 < len(ids_U) <= self.reserved
+        was_held = self.held[ids_U].all()
+        self.held[:] = False
+        self.held[ids_U] = True
+        self.asked += [] if is_repeated else [set(ids_U.tolist())]
+        return not was_held
+
+
+@pytest.fixture(scope="module")
+def sources(make_config):
+    """(decoder, rows on the device, the same rows on the host)"""
+    decoder, live, _ = random_decoder(make_config("flex-3", **{"model.vocab_size": 64}).model)
+    return decoder, live, HostRows(live)
+
+
+def texts(decoder, rows, prompts, tokens=12, settings=GREEDY, seed=0, stop_ids=frozenset(), steps=1):
+    """The new tokens of each prompt."""
+    out = [[] for _ in prompts]
+    for new in generation.generate(decoder, rows, prompts, tokens, settings, seed, CONTEXT, VOCAB, stop_ids, steps):
+        for sequence, token in new:
+            out[sequence].append(token)
+    return out
+
+
+def some_prompts(*lengths):
+    return [np.random.default_rng(n).integers(3, VOCAB, n).tolist() for n in lengths]
+
+
+def test_a_text_does_not_depend_on_its_batch_or_on_where_rows_are(sources):
+    decoder, live, host = sources
+    prompts, settings = some_prompts(3, 20, 9), Sampling(0.9, top_k=40, top_p=0.95)
+    together = texts(decoder, live, prompts, settings=settings)
+    assert len({token for text in together for token in text}) > 12  # not one token over and over
+    assert texts(decoder, host, prompts, settings=settings) == together
+    for rows in (live, host):
+        assert texts(decoder, rows, prompts, settings=settings, steps=4) == together
+    assert texts(decoder, live, prompts[:1], settings=settings) == together[:1]
+    assert texts(decoder, live, prompts, settings=settings, seed=8) != together
+    assert texts(decoder, host, prompts) == texts(decoder, live, prompts)
+
+
+def test_texts_end_at_stop_tokens_the_context_and_max_tokens(sources):
+    decoder, live, host = sources
+    prompts, settings = some_prompts(5, 20, CONTEXT - 1), Sampling(1.0)
+    for rows, steps in itertools.product((live, host), (1, 4)):
+        full = texts(decoder, rows, prompts, 1000, settings, steps=steps)
+        assert [len(p) + len(t) for p, t in zip(prompts, full)] == [CONTEXT] * 3
+        assert texts(decoder, rows, prompts, 6, settings, steps=steps) == [t[:6] for t in full]
+        assert texts(decoder, rows, prompts, 1, settings, steps=steps) == [t[:1] for t in full]
+        stop = full[0][8]
+        host.asked.clear()
+        stopped = texts(decoder, rows, prompts, 1000, settings, stop_ids=frozenset({stop}), steps=steps)
+        assert stopped == [list(itertools.takewhile(stop.__ne__, text)) for text in full]
+        assert len(stopped[0]) <= 8 and len(stopped[1]) > 0
+        assert not any(stop in ids for ids in host.asked)  # no row is read for a text that has ended
+
+
+@pytest.mark.parametrize(
+    "prompts, seed, name, problem",
+    [
+        ([[5], [7] * CONTEXT], 0, "prompt", f"expected fewer than {CONTEXT} tokens.*found {CONTEXT} in prompt 2"),
+        ([[]], 0, "prompt", "expected at least one token, found none in prompt 1"),
+        ([[5]], -1, "seed", "expected a number from 0 to 4294967295, found -1"),
+    ],
+)
+def test_invalid_prompts_and_seeds_are_refused_before_anything_runs(prompts, seed, name, problem):
+    with pytest.raises(ArgumentError, match=f"^{name}: {problem}") as error:
+        generation.generate(None, None, prompts, 12, GREEDY, seed, CONTEXT, VOCAB)
+    assert error.value.name == name
