@@ -160,7 +160,7 @@ class _Generation:
         """
         how = self.how
         if not self.rows.on_device:
-            self.rows.reserve(self.batch)
+            self.rows.reserve(len(self.prompts))
         self.cache = self.decoder.empty_cache(self.batch, self.capacity)
         tokens_B = np.zeros(self.batch, np.int32)
         buckets: dict[int, list[int]] = {}
