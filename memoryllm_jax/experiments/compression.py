@@ -17,7 +17,7 @@ from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.model.token_memory import TokenRows
 from memoryllm_jax.tol import budget, compress
 from memoryllm_jax.tol.layout import Layout
-from memoryllm_jax.tol.sources import LiveSource
+from memoryllm_jax.tol.sources import LiveSource, live_vectors
 
 BITS = ("32", "16", "8", "4", "3", "2")
 RANKS = ("0.9", "0.8", "0.7", "0.6", "0.5")
@@ -49,7 +49,9 @@ class StoredRows:
 
     def gather(self, arrays, ids_U) -> TokenRows:
         params, tiers_V, bases, embedding_VD = arrays
-        vectors = budget.as_stored(self._layout, self._source.vectors_of(params, ids_U), tiers_V[ids_U], bases)
+        vectors = budget.as_stored(
+            self._layout, live_vectors(self._source.config, params, ids_U), tiers_V[ids_U], bases
+        )
         x0 = vectors["x0"] if "x0" in vectors else embedding_VD[ids_U]
         ffn = [vectors.get(f"ffn.{layer}") for layer in range(self._source.layers)]
         return TokenRows(x0[None], [None if y is None else y[None] for y in ffn])

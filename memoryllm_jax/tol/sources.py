@@ -78,7 +78,7 @@ class LiveSource:
     """Rows computed from a checkpoint by `jax.vmap` over token ids.
 
     Attributes:
-      params: the parameters that rows are computed from.
+      params: the parameters that rows are computed from, as `live_vectors` takes them.
     """
 
     counts = None  # only text says how often tokens occur
@@ -103,19 +103,16 @@ class LiveSource:
 
     def vectors(self, ids_U) -> dict:
         with jax.set_mesh(self.mesh):
-            return self.vectors_of(self.params, ids_U)
+            return live_vectors(self.config, self.params, ids_U)
 
-    def vectors_of(self, params: dict, ids_U) -> dict:
-        """As `vectors`, each layer's by one call of the same compiled function. Call it inside a mesh.
 
-        Args:
-          params: the attribute `params`, which is an argument so that a jitted caller does not hold it as constants.
-        """
-        x0_UD = _x0(self.config, params["embedding"], ids_U)
-        parts = {} if self.config.tie_embeddings else {"x0": x0_UD}
-        for layer, layer_params in enumerate(params["memory"]):
-            parts[f"ffn.{layer}"] = _layer(self.config, layer_params, x0_UD, ids_U)
-        return parts
+def live_vectors(config: ModelConfig, params: dict, ids_U) -> dict:
+    """The rows of token ids [U] as {part name: [U, D]}, each layer's by one call of the same compiled function."""
+    x0_UD = _x0(config, params["embedding"], ids_U)
+    parts = {} if config.tie_embeddings else {"x0": x0_UD}
+    for layer, layer_params in enumerate(params["memory"]):
+        parts[f"ffn.{layer}"] = _layer(config, layer_params, x0_UD, ids_U)
+    return parts
 
 
 # `live_x0` and `live_layer` take and give arrays of ids; mapped over ids by `jax.vmap`, these have one element.
@@ -231,7 +228,7 @@ class Repair:
         if digest.text() != tol.metadata["rows_digest"]:
             raise UserError(f"{tol.path}: token {ids[0]}: its row is damaged, and the checkpoint has other weights")
         with jax.set_mesh(trained.mesh):
-            vectors = _live_vectors(trained.config, params, jnp.asarray(ids))
+            vectors = live_vectors(trained.config, params, jnp.asarray(ids))
         bases = {name: jnp.asarray(tol.basis(name)) for name in tol.layout.rotated}
         tiers = tol.tier_of_row[tol.row_of_token[ids]]
         encoded = {k: np.asarray(codec.encode(tol.layout.tiers[k].parts, vectors, bases)) for k in np.unique(tiers)}
