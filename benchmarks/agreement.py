@@ -132,7 +132,7 @@ def main(
     task_data: Annotated[str, Option("folder with lambada.jsonl and piqa.jsonl")],
     scratch: Annotated[str, Option("folder for exported models, ToL files and samples")],
     limit: Annotated[int, Option("examples of each task, for trials; 0: all", least=0)] = 0,
-    output: Annotated[str, Option("JSON file for the result")] = "",
+    output: Annotated[str, Option("JSON file for the result", writes=True)] = "",
 ) -> None:
     runs, results = Harness(task_data, limit or None), {}
     for path in workdir:

@@ -79,7 +79,7 @@ def draw(curves: dict[str, Curve], architectures, base: Curve, path: str) -> Non
 def main(
     data: Annotated[str, Option("prepared data")],
     workdir: Annotated[str, Option("folder for the runs")],
-    output: Annotated[str, Option("path of the results, without an ending")],
+    output: Annotated[str, Option("path of the results, without an ending", writes=True)],
     architectures: Annotated[tuple[str, ...], Option("what to convert base to")] = ("memory", "flex-3"),
     base_steps: Annotated[int, Option("steps of base", least=1)] = 960,
     steps: Annotated[int, Option("steps of each other run", least=1)] = 480,

@@ -237,7 +237,7 @@ def print_line(name: str, r: dict) -> None:
 
 def main(
     settings: Settings,
-    output: Annotated[str, Option("JSON file for the result")] = "",
+    output: Annotated[str, Option("JSON file for the result", writes=True)] = "",
     worker: Annotated[str, Option("internal: the sides that this process measures")] = "",
 ) -> None:
     if worker:

@@ -49,7 +49,7 @@ def simulated(counts: np.ndarray, sequences: int, shards: int, vocab_size: int, 
 
 def main(
     data: Annotated[str, Option("prepared data")],
-    output: Annotated[str, Option("JSON file for the result")] = "",
+    output: Annotated[str, Option("JSON file for the result", writes=True)] = "",
 ) -> None:
     rng = np.random.default_rng(0)
     tokens = Dataset(data).train

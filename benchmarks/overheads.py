@@ -227,7 +227,7 @@ def main(
     workdir: Annotated[str, Option("a model's checkpoints, to measure analyses")] = "",
     scratch: Annotated[str, Option("folder for the pages of analyses")] = "",
     command: Annotated[tuple[str, ...], Option("an analysis with its options", many=True)] = (),
-    output: Annotated[str, Option("JSON file for the result")] = "",
+    output: Annotated[str, Option("JSON file for the result", writes=True)] = "",
 ) -> None:
     if bool(data) == bool(workdir):
         raise UserError(f"expected --data=DIR or --workdir=DIR, found {'both' if data else 'neither'}")

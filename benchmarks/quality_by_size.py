@@ -263,7 +263,7 @@ def _ticks(sizes):
 def main(
     workdir: Annotated[str, Option("the model's checkpoints")],
     data: Annotated[str, Option("prepared data")],
-    output: Annotated[str, Option("path of the results, without an ending")],
+    output: Annotated[str, Option("path of the results, without an ending", writes=True)],
     tokens: Annotated[int, Option("held-out tokens to report on", least=1)] = 1 << 16,
 ) -> None:
     matplotlib.use("Agg")

@@ -467,7 +467,7 @@ def table(results: dict[str, Outcomes]) -> str:
 
 def main(
     work: Annotated[str, Option("folder for all files, which may stay for the next run")],
-    output: Annotated[str, Option("JSON file for the record")],
+    output: Annotated[str, Option("JSON file for the record", writes=True)],
     only: Annotated[tuple[str, ...], Option(f"parts to run, of {','.join(PARTS)}")] = PARTS,
     tries: Annotated[
         int, Option("kills of each command; flips are twenty times as many, full disks half", least=2)

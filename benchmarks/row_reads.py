@@ -136,7 +136,7 @@ def main(
     tol: Annotated[str, Option("ToL file")],
     data: Annotated[str, Option("prepared data")],
     windows: Annotated[int, Option("windows of 2,048 tokens", least=1)] = 15,
-    output: Annotated[str, Option("JSON file for the result")] = "",
+    output: Annotated[str, Option("JSON file for the result", writes=True)] = "",
 ) -> None:
     stream, needed = dataset.Dataset(data).validation, (windows + 1) * WINDOW
     if stream.tokens < needed:

@@ -390,7 +390,7 @@ def measure_all(settings: Settings, data: str, output: str) -> int:
 
 def main(
     settings: Settings,
-    output: Annotated[str, Option("JSON file for the result")] = "",
+    output: Annotated[str, Option("JSON file for the result", writes=True)] = "",
     table: Annotated[tuple[str, ...], Option("records to print as Markdown instead of measuring")] = (),
     worker: Annotated[str, Option("internal: the side that this process measures")] = "",
 ) -> int:

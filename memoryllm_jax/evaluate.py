@@ -33,12 +33,10 @@ def main(
     engine: EngineOptions,
     text: WindowedText,
     tasks: LoggedTasks,
-    output: Annotated[str, Option("JSON file for the result; for tasks in the harness's format")] = "",
+    output: Annotated[str, Option("JSON file for the result; for tasks in the harness's format", writes=True)] = "",
     page: Annotated[str, Option("folder for evaluate.html, evaluate.json, and CSV and PNG files")] = "",
 ) -> None:
     text = record.text_or_own(text, tasks, engine.workdir, engine.step)
-    record.check_output("output", output)
-    record.check_output("save_tokens", text.save_tokens)
     if page:
         plots.check_available()
     if text.data:

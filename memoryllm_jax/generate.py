@@ -31,7 +31,7 @@ def main(
         tuple[str, ...], Option("token that ends a text, as text or #ID; eos always ends it", many=True)
     ] = (),
     stats: Annotated[bool, Option("print speed, bytes of weights, cache hits and fetch times to stderr")] = False,
-    output: Annotated[str, Option("JSON file to write texts and statistics to")] = "",
+    output: Annotated[str, Option("JSON file to write texts and statistics to", writes=True)] = "",
 ) -> None:
     texts = read_prompts(prompt, prompts)
     with contextlib.closing(engine.open()) as opened:

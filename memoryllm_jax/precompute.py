@@ -21,7 +21,7 @@ _M_MMAP_THRESHOLD = -3  # number of this setting in glibc's malloc.h
 
 def main(
     workdir: Annotated[str, Option("folder with the trained model's checkpoints")],
-    output: Annotated[str, Option("file to write, NAME.safetensors")],
+    output: Annotated[str, Option("file to write, NAME.safetensors", writes=True)],
     choices: compress.Options,
     step: Annotated[int | None, Option("checkpoint to read; by default the newest")] = None,
     dtype: Annotated[str, Option("float32 or bfloat16, for the computation; by default that of the training")] = "",

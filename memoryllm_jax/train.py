@@ -43,7 +43,7 @@ def main(
     tokens: Annotated[
         float, Option("training tokens to plan for; 0: as many as the config's steps take", least=0)
     ] = 0.0,
-    plan: Annotated[str, Option("JSON file to write the plan to")] = "",
+    plan: Annotated[str, Option("JSON file to write the plan to", writes=True)] = "",
 ) -> int:
     config = resolve(flags.FLAGS.config)
     if dry_run:

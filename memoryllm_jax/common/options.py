@@ -9,6 +9,8 @@ stands for all of its fields. The parameter `import_` is the flag --import, whic
 
 import dataclasses
 import inspect
+import math
+import os
 import re
 import types
 import typing
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from absl import flags
 
+from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import ArgumentError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -31,14 +34,17 @@ class Option:
 
     Attributes:
       help: text for --help.
-      least: the smallest valid number; None: any number is valid.
+      least: the smallest valid number; None: any finite number is valid.
       choices: the valid texts; empty: any text is valid.
+      writes: whether the text is the path of a file that the command writes, so that a path that cannot be written is
+        refused before the work and not after it.
       many: for tuples, whether the flag is given once for each element; otherwise it is written as A,B,C.
     """
 
     help: str
     least: float | None = None
     choices: tuple[str, ...] = ()
+    writes: bool = False
     many: bool = False
 
     def check(self, name: str, value) -> None:
@@ -47,9 +53,22 @@ class Option:
             return
         if self.choices and value not in self.choices:
             raise ArgumentError(name, f"expected one of {', '.join(self.choices)}, found {value!r}")
-        # Not `value < self.least`, which is false for NaN.
-        if self.least is not None and not value >= self.least:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ArgumentError(name, f"expected a finite number, found {value}")
+        if self.least is not None and value < self.least:
             raise ArgumentError(name, f"expected at least {self.least:g}, found {value}")
+        if self.writes and value:
+            _check_file_to_write(name, value)
+
+
+def _check_file_to_write(name: str, path: str) -> None:
+    """Raises: ArgumentError if the path is a folder, or its folder does not exist."""
+    if storage.is_url(path):  # object stores make folders as files are written
+        return
+    if os.path.isdir(path):
+        raise ArgumentError(name, f"expected a name for a file, found the folder {path}")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise ArgumentError(name, f"expected a file in a folder that exists, found {path}")
 
 
 class _Parameter(typing.NamedTuple):

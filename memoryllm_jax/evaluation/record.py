@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 from typing import Annotated
 
 from memoryllm_jax.checkpoint import run_data
@@ -24,7 +23,11 @@ class WindowedText(TextOptions):
         int | None, Option("tokens between the starts of windows; by default the model's context", least=1)
     ] = None
     save_tokens: Annotated[
-        str, Option(".npy file for the scored [windows, context + 1] ids; a last window that is not full is left out")
+        str,
+        Option(
+            ".npy file for the scored [windows, context + 1] ids; a last window that is not full is left out",
+            writes=True,
+        ),
     ] = ""
 
     def _check_data(self) -> None:
@@ -107,10 +110,3 @@ def on_tasks(
         # The scores alone: the file at `output` has the rest, such as the tasks' whole configurations.
         print(page.write({name: results[name] for name in ("results", "n-shot", "n-samples")}))
     return results
-
-
-def check_output(name: str, path: str) -> None:
-    """Refuses an output path before any work is done for it. Raises: ArgumentError if its folder does not exist."""
-    # Object stores make folders as files are written, so a URL shows only then whether it can be written.
-    if path and not storage.is_url(path) and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise ArgumentError(name, f"expected a file in a folder that exists, found {path}")

@@ -17,7 +17,7 @@ from memoryllm_jax.common.options import Option
 from memoryllm_jax.tol import compress, edit, summary, verify
 from memoryllm_jax.tol.format import TolFile
 
-Json = Annotated[str, Option("JSON file to write the result to")]
+Json = Annotated[str, Option("JSON file to write the result to", writes=True)]
 Tokens = Annotated[tuple[str, ...], Option("token to show the row norms of, as text or #ID", many=True)]
 
 
@@ -48,7 +48,7 @@ def verify_file(
 
 def compress_file(
     file: str,
-    output: Annotated[str, Option("file to write, NAME.safetensors")],
+    output: Annotated[str, Option("file to write, NAME.safetensors", writes=True)],
     choices: compress.Options,
     workdir: Annotated[str, Option("the model's checkpoints, which a budget needs")] = "",
     json: Json = "",

@@ -52,7 +52,7 @@ class Request:
     ] = ()
     undo: Annotated[int, Option("take back this many of the last edits", least=0)] = 0
     workdir: Annotated[str, Option("the model's checkpoints, which --suppress needs")] = ""
-    output: Annotated[str, Option("write a copy of the ToL file with the edits in it")] = ""
+    output: Annotated[str, Option("write a copy of the ToL file with the edits in it", writes=True)] = ""
 
     def operations(self) -> list[tuple[str, str]]:
         """(operation, spec) of each edit to add, as `Editor.add` takes them."""

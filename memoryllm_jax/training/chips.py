@@ -37,7 +37,7 @@ class Chip:
     """One device by its maker's data sheet. Speeds are in bytes/s; those of networks are of one direction.
 
     Attributes:
-      kinds: texts, one of which JAX's device_kind contains.
+      kinds: JAX's device_kind of the devices that have this peak, without "NVIDIA ".
       peak_flops: FLOP/s of dense bfloat16 products.
       memory: bytes that XLA can use.
       bandwidth: speed of the memory.
@@ -77,27 +77,77 @@ class Chip:
             return False
 
 
+_AMPERE = Gpu(capability=(8, 0), cores=108, shared_memory=167936, cache=41943040)
 _HOPPER = Gpu(capability=(9, 0), cores=132, shared_memory=233472, cache=52428800)
+# Peaks, memories and links of GPUs are those of NVIDIA's data sheets: "A100 Tensor Core GPU" (2021), "H100 Tensor Core
+# GPU" (SXM and NVL; PCIe in the edition of 2022), "H200 Tensor Core GPU" and "DGX B200". Peaks there are with sparsity,
+# and dense products reach half of them. `between` is that of DGX systems, which have a network adapter for each GPU;
+# for PCIe and NVL cards, which stand in servers of many makers, 200 Gbit/s are assumed. NVLink bridges, which join two
+# or four cards, are left out: cards reach each other through PCIe.
 CHIPS = {
     "a100": Chip(
         title="A100 80GB SXM",
-        kinds=("A100",),
+        kinds=("A100-SXM4-80GB", "A100-SXM4-40GB", "A100 80GB PCIe", "A100-PCIE-40GB"),
         peak_flops=312e12,
         memory=GPU_SHARE * 80e9,
         bandwidth=2.04e12,
         network=300e9,
         between=25e9,
         domain=8,
-        gpu=Gpu(capability=(8, 0), cores=108, shared_memory=167936, cache=41943040),
+        gpu=_AMPERE,
+    ),
+    "a100-40gb": Chip(
+        title="A100 40GB SXM",
+        kinds=(),  # those of a100
+        peak_flops=312e12,
+        memory=GPU_SHARE * 40e9,
+        bandwidth=1.555e12,
+        network=300e9,
+        between=25e9,
+        domain=8,
+        gpu=_AMPERE,
+    ),
+    "a100-pcie": Chip(
+        title="A100 80GB PCIe",
+        kinds=(),  # those of a100
+        peak_flops=312e12,
+        memory=GPU_SHARE * 80e9,
+        bandwidth=1.935e12,
+        network=32e9,
+        between=25e9,
+        domain=8,
+        gpu=_AMPERE,
     ),
     "h100": Chip(
         title="H100 80GB SXM",
-        kinds=("H100",),
+        kinds=("H100 80GB HBM3", "GH200 480GB"),
         peak_flops=989e12,
         memory=GPU_SHARE * 80e9,
         bandwidth=3.35e12,
         network=450e9,
         between=50e9,
+        domain=8,
+        gpu=_HOPPER,
+    ),
+    "h100-pcie": Chip(
+        title="H100 80GB PCIe",
+        kinds=("H100 PCIe",),
+        peak_flops=756e12,
+        memory=GPU_SHARE * 80e9,
+        bandwidth=2.0e12,
+        network=64e9,
+        between=25e9,
+        domain=8,
+        gpu=dataclasses.replace(_HOPPER, cores=114),
+    ),
+    "h100-nvl": Chip(
+        title="H100 94GB NVL",
+        kinds=("H100 NVL",),
+        peak_flops=835e12,
+        memory=GPU_SHARE * 94e9,
+        bandwidth=3.9e12,
+        network=64e9,
+        between=25e9,
         domain=8,
         gpu=_HOPPER,
     ),
@@ -109,6 +159,17 @@ CHIPS = {
         bandwidth=4.8e12,
         network=450e9,
         between=50e9,
+        domain=8,
+        gpu=_HOPPER,
+    ),
+    "h200-nvl": Chip(
+        title="H200 NVL",
+        kinds=("H200 NVL",),
+        peak_flops=835e12,
+        memory=GPU_SHARE * 141e9,
+        bandwidth=4.8e12,
+        network=64e9,
+        between=25e9,
         domain=8,
         gpu=_HOPPER,
     ),
@@ -134,7 +195,6 @@ CHIPS = {
         domain=4096,
         torus=3,
     ),
-    # v5e stands before v5p: `peak_flops` takes the first match, and "TPU v5 lite" contains v5p's "TPU v5".
     "v5e": Chip(
         title="TPU v5e",
         kinds=("TPU v5 lite", "TPU v5e"),
@@ -148,7 +208,7 @@ CHIPS = {
     ),
     "v5p": Chip(
         title="TPU v5p",
-        kinds=("TPU v5",),
+        kinds=("TPU v5", "TPU v5p"),
         peak_flops=459e12,
         memory=95 * 2**30,
         bandwidth=2.77e12,
@@ -159,7 +219,7 @@ CHIPS = {
     ),
     "v6e": Chip(
         title="TPU v6e",
-        kinds=("TPU v6",),
+        kinds=("TPU v6 lite", "TPU v6e"),
         peak_flops=918e12,
         memory=31.25 * 2**30,
         bandwidth=1.64e12,
@@ -179,11 +239,12 @@ def get(name: str) -> Chip:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one device, by JAX's device_kind; None if no chip of the table has it, as for a CPU."""
-    for chip in CHIPS.values():
-        if any(kind in device_kind for kind in chip.kinds):
-            return chip.peak_flops
-    return None
+    """Dense bfloat16 FLOP/s of one device, by JAX's device_kind; None if no chip of the table has it, as for a CPU.
+
+    Kinds are compared whole: parts of a name do not tell an H100 from an H100 PCIe, or an H200 from a GH200.
+    """
+    kind = device_kind.removeprefix("NVIDIA ")
+    return next((chip.peak_flops for chip in CHIPS.values() if kind in chip.kinds), None)
 
 
 def devices(name: str, count: int, slices: int = 0) -> tuple[list[jax.Device], str]:

@@ -22,6 +22,8 @@ from memoryllm_jax.common.options import Option
 @dataclasses.dataclass(frozen=True)
 class Inner:
     rate: Annotated[float, Option("a rate", least=0)] = 0.5
+    share: Annotated[float, Option("a share")] = 0.5
+    record: Annotated[str, Option("a file", writes=True)] = ""
     names: Annotated[tuple[str, ...], Option("some names")] = ("a",)
 
 def main(
@@ -54,7 +56,7 @@ def run(tmp_path_factory):
 
 def test_a_signature_makes_a_command(run):
     said = run("--path=p", "--names=b,c", "--step=3", "--if")
-    assert said.stdout == "Inner(rate=0.5, names=('b', 'c')) p 3 True\n" and said.returncode == 0
+    assert said.stdout == "Inner(rate=0.5, share=0.5, record='', names=('b', 'c')) p 3 True\n" and said.returncode == 0
     helped = run("--help")
     assert helped.returncode == 0
     for text in ("Says what it was given.", "--path: a path", "--rate: a rate", "default: '0.5'"):
@@ -67,7 +69,10 @@ def test_a_signature_makes_a_command(run):
         ([], "error: --path: is missing (a path)"),
         (["--path=bad"], "error: --path: expected a good one, found bad"),
         (["--path=worse"], "error: other: expected what no flag says"),
-        (["--path=p", "--rate=nan"], "error: --rate: expected at least 0, found nan"),
+        (["--path=p", "--rate=nan"], "error: --rate: expected a finite number, found nan"),
+        (["--path=p", "--share=-inf"], "error: --share: expected a finite number, found -inf"),
+        (["--path=p", "--record=/none/x"], "error: --record: expected a file in a folder that exists, found /none/x"),
+        (["--path=p", "--record=/tmp"], "error: --record: expected a name for a file, found the folder /tmp"),
         (["--path=p", "more"], "error: unexpected argument 'more'; options are written --name=value"),
     ],
 )

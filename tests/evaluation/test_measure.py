@@ -23,7 +23,10 @@ from memoryllm_jax.evaluation.record import WindowedText
             lambda: WindowedText("DATA", stride=33).windows(32),
             "stride: expected 1 to 32, the model's context",
         ),
-        (lambda: record.check_output("output", "/nowhere/x.json"), "output: expected a file in a folder that exists"),
+        (
+            lambda: WindowedText(save_tokens="/none/x.npy"),
+            "save_tokens: expected a file in a folder that exists",
+        ),
     ],
 )
 def test_options_without_effect_or_out_of_range_are_refused(make, message):

@@ -41,7 +41,14 @@ def test_slices_are_as_few_and_as_cubic_as_they_can_be(name, count, slices, shap
     "device_kind, flops",
     [
         ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA GB200", 2250e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA H20", None),  # the table lacks it
+        ("NVIDIA GB200", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("TPU v5 lite", 197e12),
         ("TPU v5", 459e12),
         ("TPU v6 lite", 918e12),

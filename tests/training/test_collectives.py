@@ -45,7 +45,7 @@ def expected_bytes(config: Config, transfers: list[collectives.Transfer], shape:
 def check(config: Config, devices, platform: str) -> None:
     """Compares formulas and compiled step by kind of collective and the mesh axes of its groups."""
     mesh = sharding.make_mesh(config.mesh, devices)
-    compiled = plan.CompiledStep(config, mesh)
+    compiled = plan.LoweredStep(config, mesh).compile()
     found = hlo.operand_bytes(compiled.executable.as_text(), mesh.shape)
     expected = expected_bytes(config, compiled.transfers, dict(mesh.shape), platform)
     total = sum(expected.values())

@@ -13,7 +13,7 @@ from lab import with_devices
 
 from memoryllm_jax.config import MeshConfig, load, resolve
 from memoryllm_jax.model import sharding
-from memoryllm_jax.training import chips, plan
+from memoryllm_jax.training import chips, plan, plan_text, roofline
 from memoryllm_jax.training.collectives import Transfer
 
 
@@ -53,7 +53,9 @@ def test_plan_places_state_and_activations_on_8_and_64_devices(tmp_path):
 
 
 def test_plan_says_what_to_change(make_config, monkeypatch):
-    monkeypatch.setattr(plan, "CompiledStep", functools.cache(plan.CompiledStep))  # both plans compile the same steps
+    # All plans compile the same steps.
+    monkeypatch.setattr(plan.LoweredStep, "compile", functools.cache(plan.LoweredStep.compile))
+    monkeypatch.setattr(plan, "LoweredStep", functools.cache(plan.LoweredStep))
     big = {"model.vocab_size": 1000, "model.layers": 1, "batch_size": 64, "mesh.data": 2, "data.path": "embedded"}
 
     def planned(memory, **more):
@@ -61,21 +63,33 @@ def test_plan_says_what_to_change(make_config, monkeypatch):
         return plan.plan(make_config("memory", **big, **more), "h100", jax.devices()[:4])
 
     p = planned(1e9)
-    assert p["fits"] and p["memory"]["largest_sequences_a_device"] > 16 and "DOES NOT FIT" not in plan.text(p)
+    assert p["fits"] and p["memory"]["largest_sequences_a_device"] > 16 and "DOES NOT FIT" not in plan_text.text(p)
     room = p["memory"]["fixed"] + 10 * p["memory"]["each_sequence"]
     p = planned(room)
-    assert not p["fits"] and p["memory"]["largest_sequences_a_device"] == 10 and "DOES NOT FIT" in plan.text(p)
+    assert not p["fits"] and p["memory"]["largest_sequences_a_device"] == 10 and "DOES NOT FIT" in plan_text.text(p)
     accumulate, size = re.match(r"--config.accumulate=(\d+): ([\d.]+) GB a device", p["advice"][0]).groups()
     assert accumulate in ("2", "4", "8", "16") and float(size) <= room / 1e9 + 0.005
 
 
-def test_traffic_within_a_domain_is_faster_than_between_domains():
+def test_groups_that_span_nodes_share_the_network():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4), jax.devices())
-    transfers = [Transfer("weights", "all-gather", ("fsdp",), 1e6), Transfer("gradients", "all-reduce", ("data",), 1e6)]
-    weights, gradients = plan._traffic(transfers, mesh, chips.get("h100"), domain=4)
-    assert (weights["group"], weights["over"], weights["bytes"]) == (4, "links", 3e6)
-    assert weights["seconds"] == pytest.approx(3e6 / 450e9)
-    assert (gradients["group"], gradients["over"], gradients["bytes"]) == (2, "network", 1e6)
-    assert gradients["seconds"] == pytest.approx(1e6 / 50e9)
-    # All eight in one node.
-    assert {part["over"] for part in plan._traffic(transfers, mesh, chips.get("h100"), domain=8)} == {"links"}
+    chip = chips.get("h100")
+    transfers = [
+        Transfer("weights", "all-gather", ("fsdp",), 1e6),
+        Transfer("gradients", "all-reduce", ("data",), 1e6),
+        Transfer("norms", "all-reduce", ("data", "fsdp"), 1e6),
+        Transfer("rows", "all-to-all", ("data", "fsdp"), 1e6),
+    ]
+    found = {part["what"]: part for part in roofline.traffic(transfers, mesh, chip, domain=4)}
+    # {what: (devices, links or network, bytes sent, bytes sent to other nodes)}
+    assert {what: (p["group"], p["over"], p["bytes"], p["bytes_between"]) for what, p in found.items()} == {
+        "weights": (4, "links", 3e6, 0),
+        "gradients": (2, "network", 1e6, 1e6),  # one device in each node
+        "norms": (8, "network", 1.75e6, 1.75e6 / 4),  # four in each node, which share what the node sends
+        "rows": (8, "network", 0.875e6, 0.5e6),  # half of the receivers are in the other node
+    }
+    assert found["weights"]["seconds"] == pytest.approx(3e6 / 450e9)
+    assert found["gradients"]["seconds"] == pytest.approx(1e6 / 50e9)
+    assert found["norms"]["seconds"] == pytest.approx(1.75e6 / 4 / 50e9)
+    # All eight in one node
+    assert {part["over"] for part in roofline.traffic(transfers, mesh, chip, domain=8)} == {"links"}

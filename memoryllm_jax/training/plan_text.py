@@ -1,0 +1,103 @@
+"""A plan as text to print."""
+
+from memoryllm_jax.common import progress
+from memoryllm_jax.training.roofline import EFFICIENCY
+
+
+def gb(size: float) -> str:
+    """Bytes as text: 1.23 GB."""
+    return f"{size / 1e9:.2f} GB"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f}"
+
+
+def text(p: dict) -> str:
+    """The plan as text to print.
+
+    Args:
+      p: as `plan.plan` returns it.
+    """
+    shape = ", ".join(f"{name} {size}" for name, size in p["mesh"].items())
+    lines = [
+        f"{p['architecture']} on {p['devices']} x {p['chip']} ({shape}), attention {p['attention']}",
+        f"compiled in {p['compile_seconds']:.0f} s by {p.get('compiler', 'XLA')}",
+        *(f"assumed: {line}" for line in p["assumed"]),
+        "",
+        *_size_lines(p),
+        "",
+        *_memory_lines(p),
+        "",
+        *_work_lines(p),
+        "",
+        *_time_lines(p),
+    ]
+    return "\n".join(lines)
+
+
+def _size_lines(p: dict) -> list[str]:
+    millions = {name: f"{count / 1e6:,.1f}M" for name, count in p["parameters"].items()}
+    return [
+        f"parameters       {millions['total']}: active {millions['active']} (attention {millions['attention']}, FFN-C "
+        f"{millions['ffn_c']}), token memory {millions['memory']}, embedding and head "
+        f"{millions['embedding_and_head']}",
+        f"a step           {p['batch_size']} x {p['seq_len']} = {p['tokens_a_step']:,} tokens, "
+        f"{p['sequences_a_device']} sequences a device at a time, {p['accumulate']} times; {p['rows_a_step']:,} rows "
+        "of token memory",
+    ]
+
+
+def _memory_lines(p: dict) -> list[str]:
+    m = p["memory"]
+    lines = [
+        f"memory a device  {gb(m['total'])} of {gb(p['memory_of_device'])}: parameters {gb(m['parameters'])}, "
+        f"optimizer {gb(m['optimizer'])}, gradients {gb(m['gradients'])}, activations and workspace "
+        f"{gb(m['activations'])}",
+        f"largest batch    {m['largest_sequences_a_device']} sequences a device at a time, by "
+        f"{gb(m['each_sequence'])} a sequence",
+    ]
+    if not p["fits"]:
+        lines.append("DOES NOT FIT.     " + "; or ".join(p["advice"]))
+    return lines
+
+
+def _work_lines(p: dict) -> list[str]:
+    f = p["flops"]
+    lines = [
+        f"FLOPs a token    {f['per_token'] / 1e9:.2f} G, with FFN-M at every position {f['per_token_plain'] / 1e9:.2f} "
+        f"G, recomputed {f['recomputed_per_token'] / 1e9:.2f} G"
+    ]
+    label = "traffic"
+    # Leaves out transfers that would print as 0.00 GB, and those below a hundredth of all traffic.
+    least = max(5e6, 0.01 * p["collective_bytes"])
+    for part in p["collectives"]:
+        if part["bytes"] < least:
+            continue
+        lines.append(
+            f"{label:<16} {part['what']}: {gb(part['bytes'])} sent a device, {part['kind']} among {part['group']} "
+            f"over the {part['over']}, {1e3 * part['seconds']:.1f} ms"
+        )
+        label = ""
+    return lines
+
+
+def _time_lines(p: dict) -> list[str]:
+    s = p["seconds"]
+    hours = p["run_device_hours"]
+    return [
+        f"step             {_ms(s['overlapped'])} to {_ms(s['serial'])} ms: compute {_ms(s['compute'])}, network "
+        f"{_ms(s['network'])}, optimizer {_ms(s['optimizer'])} ms; the network's time overlaps with compute's, or adds "
+        "to it",
+        f"speed            {_range(p['tokens_per_second'], ',.0f')} tokens/s, MFU {_range(p['mfu'], '.0%')}",
+        f"the run          {p['run_tokens'] / 1e9:,.1f} G tokens: {_range(hours, ',.0f')} device hours, "
+        + " to ".join(progress.duration(n / p["devices"] * 3600) for n in hours.values()),
+        f"roofline, not a measurement: compute at {EFFICIENCY:.0%} of peak FLOP/s, collectives at the speeds of data "
+        "sheets (memoryllm_jax/training/chips.py)",
+    ]
+
+
+def _range(bounds: dict[str, float], form: str) -> str:
+    """Both bounds as text, or one if they look the same."""
+    overlapped, serial = format(bounds["overlapped"], form), format(bounds["serial"], form)
+    return overlapped if overlapped == serial else f"{overlapped} to {serial}"

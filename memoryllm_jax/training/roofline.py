@@ -1,0 +1,111 @@
+"""FLOPs, traffic and time of a planned step: a roofline from data sheets, not a measurement.
+
+    compute   = (FLOPs of a step by model/flops.py + recomputed FLOPs) / (peak FLOP/s * EFFICIENCY)
+    network   = sum of the times of the transfers (collectives.py)
+    optimizer = bytes of parameters, moments and gradients read and written / memory bandwidth
+
+The step takes at least max(compute, network) + optimizer, where all transfers overlap with computation, and about
+compute + network + optimizer where none does.
+
+A transfer takes the bytes that a device sends, divided by the speed of the links. Where a group spans several domains,
+which are GPU nodes or TPU slices, its k devices in each domain share the traffic to other domains: NCCL lays as many
+rings as a node has network adapters, and XLA for TPUs gives each device a part of the slice's traffic. So a device
+sends 1/k of its bytes of an all-gather, all-reduce or reduce-scatter to other domains. Of an all-to-all, it sends to
+them all that their devices receive from it.
+"""
+
+import numpy as np
+from jax.sharding import Mesh
+
+from memoryllm_jax.config import Config
+from memoryllm_jax.model import flops
+from memoryllm_jax.training.chips import Chip
+from memoryllm_jax.training.collectives import Transfer
+
+EFFICIENCY = 0.5  # share of peak FLOP/s that well-tuned trainers publish near 1B parameters
+# The optimizer reads and writes the parameters and two moments, and reads the gradients: 7 times the parameters' bytes.
+_UPDATES = 7
+
+
+def flops_a_token(config: Config, rows: int) -> dict[str, float]:
+    """FLOPs per token of a step that evaluates `rows` rows of token memory.
+
+    "per_token_plain" is for a row at every position; "recomputed_per_token" comes on top.
+    """
+    tokens = config.batch_size * config.seq_len
+    return {
+        "per_token": flops.train_flops(config, tokens, rows) / tokens,
+        "per_token_plain": flops.train_flops(config, 1, 1),
+        "recomputed_per_token": _recomputed(config, tokens, rows) / tokens,
+    }
+
+
+def _recomputed(config: Config, tokens: int, rows: int) -> float:
+    """FLOPs that the backward pass recomputes: the layers' whole forward pass with remat `full`, else none."""
+    if config.model.remat != "full":
+        return 0.0
+    # A forward pass is a third of a step. The head's is not recomputed.
+    head = 2 * tokens * config.model.dim * config.model.vocab_size
+    return flops.train_flops(config, tokens, rows) / 3 - head
+
+
+def traffic(transfers: list[Transfer], mesh: Mesh, chip: Chip, domain: int) -> list[dict]:
+    """Each transfer's bytes that one device sends, and their seconds, the largest first.
+
+    Args:
+      domain: number of devices that `chip.network` joins, which follow each other in the mesh.
+    """
+    places = np.arange(mesh.size).reshape(mesh.devices.shape)
+    found = []
+    for transfer in transfers:
+        # All groups of a transfer are alike, so look at the one with the first device.
+        along = tuple(slice(None) if axis in transfer.axes else 0 for axis in mesh.axis_names)
+        group = places[along].ravel()
+        in_a_domain = len(group) // len(set(group // domain))
+        sent = transfer.sent_bytes(len(group))
+        between = _sent_between_domains(transfer, len(group), in_a_domain)
+        found.append(
+            {
+                "what": transfer.what,
+                "kind": transfer.kind,
+                "group": len(group),
+                "over": "network" if between else "links",
+                "bytes": sent,
+                "bytes_between": between,
+                "seconds": max(sent / chip.network, between / chip.between),
+            }
+        )
+    return sorted(found, key=lambda part: -part["bytes"])
+
+
+def _sent_between_domains(transfer: Transfer, group: int, in_a_domain: int) -> float:
+    """Bytes that each device sends to other domains, if `in_a_domain` devices of the group are in each domain."""
+    if in_a_domain == group:
+        return 0.0
+    if transfer.kind == "all-to-all":
+        return transfer.operand_bytes * (group - in_a_domain) / group
+    return transfer.sent_bytes(group) / in_a_domain
+
+
+def times(devices: int, chip: Chip, tokens: int, flops_per_token: dict, transfers: list[dict], stored: int) -> dict:
+    """Seconds of a step's parts, and of the step if transfers overlap with computation, and if they do not.
+
+    Args:
+      devices: number of devices.
+      tokens: tokens of a step.
+      flops_per_token: as `flops_a_token` returns it.
+      transfers: as `traffic` returns them.
+      stored: bytes of the parameters that one device stores.
+    Returns: "compute", "network", "optimizer", "overlapped" and "serial".
+    """
+    computed = (flops_per_token["per_token"] + flops_per_token["recomputed_per_token"]) * tokens
+    compute = computed / (devices * chip.peak_flops * EFFICIENCY)
+    network = sum(part["seconds"] for part in transfers)
+    optimizer = _UPDATES * stored / chip.bandwidth
+    return {
+        "compute": compute,
+        "network": network,
+        "optimizer": optimizer,
+        "overlapped": max(compute, network) + optimizer,
+        "serial": compute + network + optimizer,
+    }
