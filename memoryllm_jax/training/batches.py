@@ -107,17 +107,15 @@ class Batches(abc.ABC):
     def __getitem__(self, step) -> HostBatch:
         # All shards in one call, which reads them concurrently: object storage takes about one round trip for a batch.
         windows = self.windows([(int(step), shard) for shard in self.local])
-        return HostBatch({shard: self.shard_batch(*found) for shard, found in zip(self.local, windows, strict=True)})
+        return HostBatch({shard: self.shard_batch(found) for shard, found in zip(self.local, windows, strict=True)})
 
     @abc.abstractmethod
     def windows(self, places: Sequence[tuple[int, int]]) -> list[Windows]:
         """Reads batch shards, each given as (step, number of the shard). Raises: UserError."""
 
-    def shard_batch(self, windows: np.ndarray, weights: np.ndarray) -> ShardBatch:
-        """Splits the sequences of one batch shard into inputs and targets, and finds the distinct ids.
-
-        Arguments as in `Windows`.
-        """
+    def shard_batch(self, read: Windows) -> ShardBatch:
+        """Splits the sequences of one batch shard into inputs and targets, and finds the distinct ids."""
+        windows, weights = read
         inputs = np.ascontiguousarray(windows[:, :-1]).reshape(-1)
         if self.config.model.unique_tokens:
             ids, index = _distinct(inputs)
