@@ -16,13 +16,13 @@ The workdir may be gs://BUCKET/FOLDER, and config.data.path any URL that fsspec 
 On several hosts add --multihost to the line on each of them.
 """
 
-import os
 from typing import Annotated
 
 from absl import flags
 from ml_collections import config_flags
 
 from memoryllm_jax.common import cli, options
+from memoryllm_jax.common import devices as devices_lib
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.hosts import HostOptions
 from memoryllm_jax.common.options import Option
@@ -54,7 +54,7 @@ def main(
     if not workdir:
         raise ArgumentError("workdir", "expected a folder for checkpoints and metrics, found none")
     # By default JAX reserves 75% of a GPU's memory. --dry_run assumes GPU_SHARE, so a run must take the same.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{chips.GPU_SHARE}")
+    devices_lib.limit_gpu_memory(chips.GPU_SHARE)
     hosts.join()
     return train(config, workdir, profile=profile)
 

@@ -1,5 +1,6 @@
 """The command `train`, as one process and as several."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from lab import free_port, records, with_devices
 
 from memoryllm_jax.common import hosts
+from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.config import load, resolve
 from memoryllm_jax.training import loop
 
@@ -70,7 +72,7 @@ def test_sigterm_saves_and_one_workdir_takes_one_run(data_path, tmp_path):
     second = subprocess.run(command.line, capture_output=True, text=True, env=command.env, timeout=100)
     assert second.returncode == 1 and f"in use by another run (process {command.process.pid}" in second.stderr
     command.process.send_signal(signal.SIGTERM)
-    assert command.end() == hosts.STOPPED
+    assert command.end() == ExitCode.STOPPED
     (step,) = (int(path.name) for path in (tmp_path / "w").glob("[0-9]*"))
     text = command.log.read_text()
     assert f"stopped by a signal after step {step}" in text and "Traceback" not in text
@@ -97,11 +99,11 @@ def test_two_processes_train_as_one_and_ctrl_c_at_one_saves_both(data_path, tmp_
     processes = start_several(tmp_path, 2, fields)
     wait_until(lambda: count_records(tmp_path / "w") >= 10, *processes)
     second = start_several(tmp_path, 2, fields, "second")
-    assert second[0].end() == 1 and second[1].end() in (hosts.LOST, -signal.SIGABRT)
+    assert second[0].end() == 1 and second[1].end() in (ExitCode.LOST, -signal.SIGABRT)
     assert "error: process 0 of 2: " in second[0].log.read_text() and "in use by" in second[0].log.read_text()
     assert "another task died" in second[1].log.read_text() or "another process has ended" in second[1].log.read_text()
     processes[1].process.send_signal(signal.SIGINT)
-    assert [p.end() for p in processes] == [hosts.STOPPED] * 2
+    assert [p.end() for p in processes] == [ExitCode.STOPPED] * 2
     saved = max(int(path.name) for path in (tmp_path / "w").glob("[0-9]*"))
     assert saved == records(tmp_path / "w")[-1]["step"] < 120
 
@@ -122,12 +124,13 @@ def test_processes_end_when_one_is_killed_and_one_process_goes_on(data_path, tmp
     processes = start_several(tmp_path, 3, fields)
     wait_until((tmp_path / "w" / "20").exists, *processes)
     processes[2].process.kill()
-    assert [p.end() for p in processes[:2]] == [hosts.LOST] * 2
+    assert [p.end() for p in processes[:2]] == [ExitCode.LOST] * 2
     for number, command in enumerate(processes[:2]):
         text = command.log.read_text()
         assert f"error: process {number} of 3: another process has ended" in text and "Traceback" not in text
     saved = max(int(path.name) for path in (tmp_path / "w").glob("[0-9]*[0-9]"))
 
-    monkeypatch.setattr(hosts.StopSignal, "after_step", lambda self, done: done >= saved + 5)
-    assert train_here(tmp_path / "w", fields, devices=3) == hosts.STOPPED
+    calls = itertools.count()  # `agreed` is called before the first step and after each
+    monkeypatch.setattr(hosts.StopSignal, "agreed", lambda self: next(calls) >= 5)
+    assert train_here(tmp_path / "w", fields, devices=3) == ExitCode.STOPPED
     assert [record["step"] for record in records(tmp_path / "w")] == list(range(1, saved + 6))

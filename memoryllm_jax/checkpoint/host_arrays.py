@@ -50,9 +50,10 @@ def start(
     shape = stored.shape if shape is None else shape
     array = aligned(shape, stored.dtype.numpy_dtype, layers)
     common = tuple(slice(min(sizes)) for sizes in zip(shape, stored.shape, strict=True))
-    if array[common].shape != array.shape:
+    target = array[(*common, ...)]  # with `...` a view of an array without axes too, not a copy
+    if target.shape != array.shape:
         array[...] = 0
-    return Read(array, tensorstore.array(array[common]).write(stored[common]))
+    return Read(array, tensorstore.array(target).write(stored[common]))
 
 
 def new_context() -> tensorstore.Context:

@@ -206,9 +206,12 @@ class Reader:
         It reads whole checkpoints, one array at a time, and shows the progress.
         """
         with contextlib.suppress(UserError):  # the workdir may be what cannot be read
-            for step in reversed(description_lib.steps(self.workdir)):
+            steps = description_lib.steps(self.workdir)
+            for step in reversed(steps):
                 if step != damaged and self._is_good(step):
-                    return f"the newest good checkpoint is {self.workdir}/{step}"
+                    newer = [f"{self.workdir}/{other}" for other in steps if other > step]
+                    to_use = f": to use it, move away {', '.join(newer)}" if newer else ""
+                    return f"the newest good checkpoint is {self.workdir}/{step}{to_use}"
         return "no other checkpoint is known to be good"
 
     def _is_good(self, step):
@@ -247,12 +250,8 @@ def raise_if_lost_peer(error: BaseException | None) -> None:
 
     It must not become a UserError: the launcher restarts a run that lost a peer, but not one with a user's mistake.
     """
-    if jax.process_count() == 1:
-        return
-    while error is not None:
-        if hosts.is_lost_peer(error):
-            raise error
-        error = error.__cause__ or error.__context__
+    if error is not None and hosts.is_lost_peer(error):
+        raise error
 
 
 def _name(path):

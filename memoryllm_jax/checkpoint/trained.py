@@ -26,7 +26,7 @@ from memoryllm_jax import config
 from memoryllm_jax.checkpoint import description as description_lib
 from memoryllm_jax.checkpoint import digest as digest_lib
 from memoryllm_jax.checkpoint.reader import Reader
-from memoryllm_jax.common import threads
+from memoryllm_jax.common import devices, threads
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.config import ModelConfig
@@ -70,7 +70,7 @@ class TrainedModel:
             self.tokenizer = self.description.open_tokenizer()
             _check_tokenizer(self.tokenizer, self.run.model, f"{self.workdir}/{self.step}")
             self.config = for_this_machine(self.run.model, dtype or self.run.model.dtype)
-            self.mesh = mesh or sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+            self.mesh = mesh or sharding.make_mesh(config.MeshConfig(1, 1, 1), devices.find()[:1])
             sharding.check_heads(self.config, self.mesh)
             shapes = transformer.abstract_params(transformer.LanguageModel(self.config), self.mesh)
             self._leaves = {
@@ -198,7 +198,7 @@ class _Leaf(typing.NamedTuple):
 
 def _without_padding(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{name of an array in a checkpoint: its shape} of all parameters; on one device nothing is padded."""
-    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.local_devices()[:1])
+    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), devices.find_local()[:1])
     shapes = transformer.abstract_params(transformer.LanguageModel(model), mesh)
     return {
         f"params/{digest_lib.array_name(path)}": leaf.shape

@@ -13,9 +13,10 @@ from typing import Annotated
 
 from absl import app, flags, logging
 
-from memoryllm_jax.common import options
+from memoryllm_jax.common import exit_codes, options
 from memoryllm_jax.common.compile_cache import use as use_compile_cache
-from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.errors import ArgumentError, UserError, one_line
+from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.common.options import Option
 
 flags.disclaim_key_flags()  # flags that are defined here belong to the command: its --help lists them
@@ -26,7 +27,7 @@ _HELP = {"--help", "-h", "-help", "--helpfull"}
 def run(
     main: Callable[..., int | None], check: Callable[[list[str]], list[str]] | None = None, computes: bool = True
 ) -> None:
-    """Runs `main(**options)` as an absl command; a `UserError` becomes one line on stderr and exit code 1.
+    """Runs `main(**options)` as an absl command; a `UserError` becomes one line on stderr and an exit code.
 
     Args:
       check: takes the arguments and returns the ones for absl to parse. It raises `UserError` where absl's own message
@@ -110,10 +111,15 @@ def _run(call, check=None):
             return call(argv[1:])
         except (UserError, OSError) as error:
             print_error(error)
-            return 1
+            return exit_codes.of(error)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
-            return 130
+            return ExitCode.INTERRUPTED
+        except Exception as error:
+            if not exit_codes.is_out_of_memory(error):
+                raise
+            print(f"error: out of memory: {one_line(error, 300)}", file=sys.stderr, flush=True)
+            return ExitCode.OUT_OF_MEMORY
 
     def parse_flags(argv):
         # Before the flags are parsed, as a config file may read a checkpoint.
@@ -127,7 +133,7 @@ def _run(call, check=None):
                 argv = check(argv)
         except UserError as error:
             print_error(error)
-            sys.exit(1)
+            sys.exit(exit_codes.of(error))
         return app.parse_flags_with_usage(argv)
 
     try:

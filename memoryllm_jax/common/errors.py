@@ -3,9 +3,31 @@
 import importlib
 import types
 
+from memoryllm_jax.common.exit_codes import ExitCode
+
 
 class UserError(Exception):
     """Bad input or a problem of the environment. Its text is one sentence for the user; no traceback is shown."""
+
+    exit_code: ExitCode | None = None  # None: it follows from what caused the error (exit_codes.of)
+
+
+class CompilationError(UserError):
+    """XLA refuses a program: another start would meet the same error."""
+
+    exit_code = ExitCode.COMPILATION
+
+
+class OutOfMemoryError(UserError):
+    """A device or the host has too little memory."""
+
+    exit_code = ExitCode.OUT_OF_MEMORY
+
+
+class LostError(UserError):
+    """Another process of the run or a device is lost: another start may find it again."""
+
+    exit_code = ExitCode.LOST
 
 
 class ArgumentError(UserError):

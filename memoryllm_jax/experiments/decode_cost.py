@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from memoryllm_jax.checkpoint import run_data
-from memoryllm_jax.common import options, plots, report
+from memoryllm_jax.common import devices, options, plots, report
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.experiments.models import Models
@@ -47,7 +47,7 @@ def decode_cost(
         if place not in serving.PLACES:
             raise ArgumentError("places", f"expected some of {', '.join(serving.PLACES)}, found {place}")
     data = data or models.data_of(models.labels[0], "data")
-    page.facts |= {"text": f"{data}, validation", "device": jax.devices()[0].device_kind}
+    page.facts |= {"text": f"{data}, validation", "device": devices.find()[0].device_kind}
     cache_bytes = options.size(cache, "cache")
     with contextlib.ExitStack() as stack:
         # Not in the system's temporary folder, which is often kept in memory: reads of rows on disk are measured.

@@ -11,7 +11,7 @@ from memoryllm_jax import config
 from memoryllm_jax.checkpoint import description as description_lib
 from memoryllm_jax.checkpoint import store
 from memoryllm_jax.checkpoint.digest import array_name
-from memoryllm_jax.common import records, storage
+from memoryllm_jax.common import devices, records, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.config import Config, DataConfig
@@ -125,7 +125,7 @@ def _check_tensors(stored, tensors, folder):
 
 def _read_params(folder, stored, tensors, model):
     """Our tree of parameters in float32; those of the layers are stacked over the layers."""
-    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), devices.find()[:1])
     shapes = transformer.abstract_params(transformer.LanguageModel(model), mesh)
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
     leaves = {array_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memoryllm_jax.common import devices
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.model.blocked_attention import MASKED, SAVED, blocked, einsum_float32
 from memoryllm_jax.model.sharding import spec
@@ -46,7 +47,7 @@ class Accelerator(NamedTuple):
 
 def this_accelerator() -> Accelerator:
     """The first of this machine's devices."""
-    device = jax.devices()[0]
+    device = devices.find()[0]
     # JAX calls AMD's GPUs "gpu" too. Their compute_capability is a name such as gfx942.
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return Accelerator(device.platform, device.device_kind)

@@ -8,6 +8,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from memoryllm_jax.common import devices as devices_lib
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config, MeshConfig, ModelConfig
 
@@ -108,7 +109,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
       devices: devices of the mesh; by default all.
     Raises: UserError if the sizes do not fit the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = devices_lib.find() if devices is None else devices
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     known = math.prod(size for size in sizes.values() if size != -1)
     has_rest = -1 in sizes.values()

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from memoryllm_jax.checkpoint.trained import Digest, TrainedModel
+from memoryllm_jax.common import devices
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import MeshConfig, ModelConfig
 from memoryllm_jax.data.tokenizer import Tokenizer
@@ -139,7 +140,7 @@ class FileSource:
 
     def __init__(self, tol: TolFile, overlay: Overlay | None = None):
         meta, layout = tol.metadata, tol.layout
-        self.mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+        self.mesh = sharding.make_mesh(MeshConfig(1, 1, 1), devices.find()[:1])
         self.vocab_size = tol.vocab_size
         self.dim, self.layers, self.has_x0 = layout.dim, layout.layers, layout.has_x0
         self.identity = Identity(

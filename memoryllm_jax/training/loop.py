@@ -16,7 +16,8 @@ from memoryllm_jax.checkpoint.store import Checkpoints
 from memoryllm_jax.checkpoint.warm_start import starting_params
 from memoryllm_jax.common import hosts, storage
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.common.hosts import STOPPED, StopSignal
+from memoryllm_jax.common.exit_codes import ExitCode
+from memoryllm_jax.common.hosts import StoppedEarly, StopSignal
 from memoryllm_jax.config import Config
 from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
@@ -38,16 +39,16 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
       workdir: folder or gs:// URL for checkpoints and metrics. Only one run at a time may use it.
       devices: devices to train on; None: all.
       profile: number of steps to profile; the trace goes to WORKDIR/profile. 0: none.
-    Returns: the exit code: 0, or hosts.STOPPED after a signal.
+    Returns: the exit code: 0, or ExitCode.STOPPED after a signal.
     Raises: UserError, if this is the only process of the run. With several processes an error ends this process.
     """
     workdir = description_lib.folder(workdir)
     with contextlib.ExitStack() as at_exit:
-        stop = StopSignal()
-        at_exit.callback(stop.restore)
         unlock = contextlib.ExitStack()
         at_exit.enter_context(unlock)
         try:
+            stop = StopSignal()
+            at_exit.callback(stop.restore)
             if hosts.is_first() and not storage.is_url(workdir):
                 # A start that fails before it writes anything leaves no folder.
                 unlock.callback(storage.release_lock, storage.lock_folder(workdir), workdir)
@@ -55,15 +56,12 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
             run = open_run(config, workdir, devices, stop, at_exit)
             if stop.now():  # while the data was verified
                 print(_stopped(run, run.start), flush=True)
-                return STOPPED
+                return ExitCode.STOPPED
             return _train(run, profile, stop, at_exit)
-        except (Exception, KeyboardInterrupt) as error:
-            if hosts.is_out_of_memory(error):
-                error = UserError(f"out of memory: {' '.join(str(error).split())[:300]}; {NEED_LESS}")
-            if jax.process_count() == 1:
-                raise error
-            unlock.close()
-            hosts.abandon(error)
+        except (Exception, KeyboardInterrupt, StoppedEarly) as error:
+            if jax.process_count() > 1:
+                unlock.close()  # one of several processes ends without cleanup
+            hosts.fail(error, f"; {NEED_LESS}")
 
 
 class Run(NamedTuple):
@@ -117,7 +115,8 @@ def open_run(
             f"start from it in another one, with the config configs/start.py:ARCHITECTURE@{workdir}"
         )
     if newest is None:
-        state = trainer.init(jax.random.key(config.seed))
+        with hosts.compiling("the initial state", f"; {NEED_LESS}"):
+            state = trainer.init(jax.random.key(config.seed))
         if config.start.workdir:
             state["params"], source = starting_params(config, tokenizer, state["params"], mesh)
             description = msgspec.structs.replace(description, source=source)
@@ -202,9 +201,10 @@ def _train(run: Run, profile: int, stop: StopSignal, at_exit: contextlib.ExitSta
     sizes, validation_sizes = run.batches.sizes(), run.validation_batches.sizes()
     if hosts.is_first():
         print(summary.opening(run.trainer, run.batches, sizes, run.start), flush=True)
-    run.trainer.compile(sizes, validation_sizes)
+    with hosts.compiling("the training step", f"; {NEED_LESS}"):
+        run.trainer.compile(sizes, validation_sizes)
     feeder = Feeder(run.batches, run.trainer, sizes, run.start)
-    validation = Validation(run.validation_batches, run.trainer, validation_sizes, stop.now)
+    validation = Validation(run.validation_batches, run.trainer, validation_sizes, stop.agreed)
     recorder = Recorder(
         run.config,
         run.workdir,
@@ -221,7 +221,7 @@ def _train(run: Run, profile: int, stop: StopSignal, at_exit: contextlib.ExitSta
     run.checkpoints.wait()  # the last one may still be on its way to disk
     if end.stopped:
         recorder.line(_stopped(run, end.done))
-        return STOPPED
+        return ExitCode.STOPPED
     recorder.end_progress()
     summary.finish(run.trainer, end.state["params"], run.tokenizer, end.validation, run.workdir)
     return 0
@@ -238,10 +238,11 @@ def _steps(run: Run, feeder: Feeder, recorder: Recorder, validation: Validation,
     config = run.config
     done, state = run.start, run.state
     result = None
+    stop.begin()
     if done and _due(done, config.eval.every, config.steps):
         # A signal may have stopped the earlier run between this checkpoint and its validation, so it is repeated.
         result = _validate(validation, recorder, done, state)
-    if stop.now():
+    if stop.agreed():
         return _End(done, state, None, stopped=True)
     recorder.start()
     for step, batch, size in feeder:
@@ -277,7 +278,7 @@ def _after_step(
       state: the trainer's state after these steps.
     """
     config = run.config
-    stopped = stop.after_step(done)
+    stopped = stop.agreed()
     saving = stopped or _due(done, config.checkpoint.every, config.steps)
     validating = not stopped and _due(done, config.eval.every, config.steps)
     if saving:

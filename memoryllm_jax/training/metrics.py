@@ -19,7 +19,7 @@ import jax
 import msgspec
 
 from memoryllm_jax.checkpoint.description import Description
-from memoryllm_jax.common import storage
+from memoryllm_jax.common import devices, storage
 from memoryllm_jax.common.errors import UserError, require
 from memoryllm_jax.common.records import Count, Record, parse
 from memoryllm_jax.config import Config
@@ -32,7 +32,7 @@ _SYNC_S = 60  # seconds between copies of the records to a workdir behind a URL
 
 def peak_flops(config: Config) -> float | None:
     """Peak FLOP/s of all devices together; None if it is not known, as on a CPU."""
-    of_one = config.log.peak_flops or chips.peak_flops(jax.devices()[0].device_kind)
+    of_one = config.log.peak_flops or chips.peak_flops(devices.find()[0].device_kind)
     return of_one * jax.device_count() if of_one else None
 
 

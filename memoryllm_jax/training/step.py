@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import OutOfMemoryError
 from memoryllm_jax.config import Config
 from memoryllm_jax.model import loss, sharding, transformer
 from memoryllm_jax.training import optimizer
@@ -119,7 +119,7 @@ class Trainer:
     def compile(self, train_sizes: Sizes, evaluate_sizes: Sizes) -> None:
         """Compiles the planned sizes of both steps, so that `train` and `evaluate` do not compile them in mid-run.
 
-        Raises: UserError if a step needs more memory than its device has.
+        Raises: OutOfMemoryError if a step needs more memory than its device has.
         """
         asked = [(self._train_step, self.state_shape, size) for size in train_sizes.planned]
         asked += [(self._evaluate_step, self.params_shape, size) for size in evaluate_sizes.planned]
@@ -247,12 +247,12 @@ class _StepInMesh(_InMesh):
 def _check_fits(executable: jax.stages.Compiled, size: int, device: jax.Device) -> None:
     """Refuses a step that cannot be run. The GPU's compiler does not compare its memory with the device's.
 
-    Raises: UserError.
+    Raises: OutOfMemoryError.
     """
     available = (device.memory_stats() or {}).get("bytes_limit")  # CPUs have no statistics
     needed = memory_needed(executable)
     if available and needed > available:
-        raise UserError(
+        raise OutOfMemoryError(
             f"a step for {size} distinct ids a shard needs {needed / 1e9:.2f} GB of memory a device, and "
             f"{available / 1e9:.2f} GB can be used; {NEED_LESS}"
         )

@@ -5,7 +5,7 @@ import os
 import jax
 
 from memoryllm_jax.checkpoint.trained import for_serving
-from memoryllm_jax.common import hosts, storage
+from memoryllm_jax.common import devices, hosts, storage
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.inference.decoder import Decoder
 from memoryllm_jax.inference.generation import STEPS_PER_CALL, generate
@@ -32,7 +32,7 @@ def opening(trainer: Trainer, batches: TrainBatches, sizes: Sizes, start: int) -
         f"{config.model.architecture}: {counts['total'] / 1e6:.1f}M parameters: {counts['active'] / 1e6:.1f}M active, "
         f"{counts['memory'] / 1e6:.1f}M in the token memory, "
         f"{counts['embedding_and_head'] / 1e6:.1f}M in embedding and head",
-        f"{jax.device_count()} x {jax.devices()[0].device_kind} as {mesh}; attention {config.model.attention}, "
+        f"{jax.device_count()} x {devices.find()[0].device_kind} as {mesh}; attention {config.model.attention}, "
         f"{config.model.dtype}",
         f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens, "
         f"{batches.epoch(config.steps):.2f} epochs; compiling for {planned} distinct ids a shard",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from memoryllm_jax.common import hosts
+from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.config import MeshConfig
 from memoryllm_jax.model import sharding
 
@@ -136,7 +136,7 @@ def test_skypilot_accepts_its_task(tmp_path, monkeypatch):
     sky = pytest.importorskip("sky", reason="needs the package skypilot, too large to be a test's requirement")
     task = sky.Task.from_yaml(str(ROOT / "launch/skypilot.yaml"))
     (resources,) = task.resources
-    assert resources.use_spot and resources.job_recovery["recover_on_exit_codes"] == [134, hosts.STOPPED]
+    assert resources.use_spot and resources.job_recovery["recover_on_exit_codes"] == [134, ExitCode.STOPPED]
     text = (ROOT / "launch/skypilot.yaml").read_text()
     (tmp_path / "wrong.yaml").write_text(text.replace("num_nodes:", "num_node:"))
     with pytest.raises(ValueError, match="num_node"):

@@ -4,6 +4,7 @@ Runs of four steps share their compiled steps: the number of steps is a constant
 """
 
 import gzip
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from lab import records
 from memoryllm_jax.checkpoint import store
 from memoryllm_jax.common import hosts, storage
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
@@ -49,8 +51,9 @@ def losses(workdir):
 
 
 def stop_after(monkeypatch, step):
-    """Acts as if SIGTERM came during this step."""
-    monkeypatch.setattr(hosts.StopSignal, "after_step", lambda self, done: done >= step)
+    """Acts as if SIGTERM came during this step of a new run."""
+    calls = itertools.count()  # `agreed` is called before the first step and after each
+    monkeypatch.setattr(hosts.StopSignal, "agreed", lambda self: next(calls) >= step)
 
 
 def test_resumed_is_bitwise_uninterrupted(make_config, tmp_path, monkeypatch):
@@ -58,7 +61,7 @@ def test_resumed_is_bitwise_uninterrupted(make_config, tmp_path, monkeypatch):
     assert run(config, tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
-        assert run(config, tmp_path / "parts") == hosts.STOPPED
+        assert run(config, tmp_path / "parts") == ExitCode.STOPPED
     assert saved_steps(tmp_path / "parts") == [2, 3]
     # A run that was killed leaves records past its checkpoint; they are dropped, not doubled.
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
@@ -88,9 +91,9 @@ def test_a_signal_during_validation_saves_first_and_the_validation_is_made_again
     config = make_config("memory", **{"eval.every": 2, "data.verify": False})
     with monkeypatch.context() as patch:
         asked = []
-        # `now` is called twice before the first step, and then before each batch of the first validation.
-        patch.setattr(hosts.StopSignal, "now", lambda self: asked.append(0) or len(asked) == 4)
-        assert run(config, tmp_path) == hosts.STOPPED
+        # `agreed` is called before the first step, after each step, and before each batch of the first validation.
+        patch.setattr(hosts.StopSignal, "agreed", lambda self: asked.append(0) or len(asked) == 5)
+        assert run(config, tmp_path) == ExitCode.STOPPED
     assert saved_steps(tmp_path) == [2] and not records(tmp_path, "validation")
     assert run(config, tmp_path) == 0
     assert [record["step"] for record in records(tmp_path, "validation")] == [2, 4]
@@ -98,7 +101,7 @@ def test_a_signal_during_validation_saves_first_and_the_validation_is_made_again
 
 def test_a_signal_before_the_first_step_saves_nothing_and_says_so(make_config, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(hosts.StopSignal, "now", lambda self: True)
-    assert run(make_config("memory"), tmp_path / "run") == hosts.STOPPED
+    assert run(make_config("memory"), tmp_path / "run") == ExitCode.STOPPED
     assert not (tmp_path / "run").exists()  # not even with a record of verified data, whose reading the signal ended
     assert "stopped by a signal after step 0; nothing to save yet; run the same line to go on" in capfd.readouterr().out
 
@@ -275,12 +278,15 @@ def test_a_workdir_that_is_removed_ends_the_run(make_config, tmp_path, monkeypat
     close = ocp.CheckpointManager.close
     monkeypatch.setattr(ocp.CheckpointManager, "close", fail)
 
-    def remove(self, done):
+    def remove(self):
+        if next(calls) != 1:
+            return  # not after the first step
         shutil.rmtree(tmp_path / "w")
         if again:
             os.mkdir(tmp_path / "w")
 
-    monkeypatch.setattr(hosts.StopSignal, "after_step", remove)
+    calls = itertools.count()
+    monkeypatch.setattr(hosts.StopSignal, "agreed", remove)
     with pytest.raises(UserError, match=f"^{tmp_path}/w: was removed while the run was using it$"):
         run(make_config("memory", **{"log.every": 1000, "checkpoint.every": 1}), tmp_path / "w")
     assert not list(tmp_path.rglob("*/*"))
@@ -296,7 +302,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_named(make_config
     del tree["checksum"]
     path.write_text(json.dumps(tree))
     message = (
-        rf"^{tmp_path}/4: array opt_state/1/0/nu/embedding is damaged: .*; the newest good checkpoint is {tmp_path}/2$"
+        rf"^{tmp_path}/4: array opt_state/1/0/nu/embedding is damaged: .*; the newest good checkpoint is {tmp_path}/2: "
+        rf"to use it, move away {tmp_path}/4$"
     )
     with pytest.raises(UserError, match=message):
         run(config, tmp_path)
