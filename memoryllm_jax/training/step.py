@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryllm_jax.common.errors import OutOfMemoryError
+from memoryllm_jax.common.errors import OutOfMemoryError, UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.model import loss, sharding, transformer
 from memoryllm_jax.training import optimizer
