@@ -47,7 +47,7 @@ def find_local() -> list[jax.Device]:
 @functools.cache
 def _check() -> None:
     """Raises: UserError, as `find`. Looks once, as devices do not change while a process runs."""
-    asked = jax.config.jax_platforms or ""  # JAX_PLATFORMS, or what the program has set
+    asked = _asked_platforms()
     if "cpu" in asked.split(","):
         return
     problem = ""
@@ -65,6 +65,11 @@ def _check() -> None:
     raise UserError(
         f"JAX finds only CPUs, though {wanted}: {'; '.join(reasons)}; to use the CPU, set JAX_PLATFORMS=cpu"
     )
+
+
+def _asked_platforms() -> str:
+    """JAX_PLATFORMS, or what the program has set."""
+    return jax.config.jax_platforms or ""
 
 
 @contextlib.contextmanager
