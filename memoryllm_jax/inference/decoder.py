@@ -60,6 +60,7 @@ class Decoder:
         whole, of_cache = NamedSharding(mesh, P()), NamedSharding(mesh, sharding.spec(*_CACHE_AXES))
         self._empty = jax.jit(self._empty_body, static_argnums=(0, 1), out_shardings=of_cache)
         self._start = jax.jit(lambda *trees: trees, out_shardings=whole)
+        self._whole, self._of_cache = whole, of_cache
         self._step = jax.jit(self._step_body, donate_argnames="cache", out_shardings=(whole, of_cache))
         self._steps = jax.jit(
             self._steps_body,
@@ -169,6 +170,41 @@ class Decoder:
                 vocab_size=vocab_size,
                 count=count,
             )
+
+    def compile_steps(
+        self, rows: RowSource, batch: int, capacity: int, sampling: Sampling, vocab_size: int, count: int
+    ) -> jax.stages.Compiled:
+        """Compiles `steps`, so that its first call with these arguments does not have to. It may run in a thread.
+
+        The parameters of the decoder and the arrays of the rows may be `jax.ShapeDtypeStruct`s with shardings, while
+        they are still being read. `with_params` then gives a decoder that shares what was compiled.
+
+        Args:
+          batch: number of sequences.
+          capacity: positions of the cache.
+          rows, sampling, vocab_size, count: as of `steps`; it must be given the same `rows`.
+        """
+        ids_B = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=self._whole)
+        rules = Rules(
+            jax.ShapeDtypeStruct((), jnp.uint32, sharding=self._whole),
+            ids_B,
+            ids_B,
+            jax.ShapeDtypeStruct((vocab_size,), jnp.bool, sharding=self._whole),
+        )
+        with jax.set_mesh(self.mesh):
+            cache = jax.eval_shape(lambda: self._empty_body(batch, capacity))
+            cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._of_cache), cache)
+            return self._steps.lower(
+                self._params,
+                rows.arrays,
+                Standing(ids_B, ids_B),
+                rules,
+                cache=cache,
+                rows=rows,
+                sampling=sampling,
+                vocab_size=vocab_size,
+                count=count,
+            ).compile()
 
     def score(self, rows: TokenRows, index_BT, targets_BT, weights_BT):
         """Sum over all positions of weight * negative log-probability of the target.
