@@ -130,7 +130,7 @@ class Trainer:
         with concurrent.futures.ThreadPoolExecutor() as pool:
             compiled = list(pool.map(lambda step: step.compile(), lowered))
         for (step, _, size), executable in zip(asked, compiled, strict=True):
-            _check_fits(executable, size, self.mesh.local_devices[0])
+            check_fits(executable, size, self.mesh.local_devices[0])
             step.keep(size, executable)
 
     def _abstract_state(self):
@@ -244,7 +244,7 @@ class _StepInMesh(_InMesh):
         return executable(first, batch) if executable else super().__call__(first, batch)
 
 
-def _check_fits(executable: jax.stages.Compiled, size: int, device: jax.Device) -> None:
+def check_fits(executable: jax.stages.Compiled, size: int, device: jax.Device) -> None:
     """Refuses a step that cannot be run. The GPU's compiler does not compare its memory with the device's.
 
     Raises: OutOfMemoryError.

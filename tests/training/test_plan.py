@@ -71,6 +71,20 @@ def test_plan_says_what_to_change(make_config, monkeypatch):
     assert accumulate in ("2", "4", "8", "16") and float(size) <= room / 1e9 + 0.005
 
 
+def test_memory_is_planned_for_the_most_distinct_ids_and_work_for_the_usual_number(make_config):
+    config = make_config("memory", steps=1000, batch_size=64, **{"model.vocab_size": 5000})
+    usual, _, largest = plan.distinct_ids(config, shards=2).planned
+    step = plan.LoweredStep(config, sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2]))
+    assert step._usual == usual and step._lowered.in_avals[0][1].ids_SU.shape == (2, largest)
+    # As many tokens a shard, but the largest of more shards: at 1B parameters, 16 sequences of 2,048 tokens a shard.
+    c = load("configs/1b.py:flex-3")
+    c.update_from_flattened_dict({"model.vocab_size": 128_256, "batch_size": 16 * 512})
+    many = resolve(c)
+    few = dataclasses.replace(many, batch_size=16 * 8)
+    sizes = plan.distinct_ids(few, 8).planned, plan.distinct_ids(many, 512).planned
+    assert all(a < b for a, b in zip(*sizes, strict=True)) and sizes[1][-1] < 1.6 * 0.20 * 16 * 2048
+
+
 def test_groups_that_span_nodes_share_the_network():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4), jax.devices())
     chip = chips.get("h100")

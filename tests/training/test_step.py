@@ -14,7 +14,7 @@ from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
 from memoryllm_jax.training import loop
 from memoryllm_jax.training.batches import TrainBatches, abstract_batch, place
-from memoryllm_jax.training.step import Trainer, sum_options
+from memoryllm_jax.training.step import Trainer, check_fits, sum_options
 
 
 @pytest.fixture
@@ -111,3 +111,13 @@ def test_overlap_is_refused_where_there_is_no_gpu(make_config):
     config = make_config(xla="overlap")
     with pytest.raises(UserError, match=r"^config.xla: overlap needs GPUs, found cpu$"):
         Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+
+
+def test_a_step_that_needs_more_memory_than_the_device_has_is_refused():
+    executable = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((1000, 1_000_000), "float32")).compile()
+    roomy, small, unknown = ({"bytes_limit": 8_100_000_000}, {"bytes_limit": 7_900_000_000}, None)
+    for stats in (roomy, unknown):
+        check_fits(executable, 64, types.SimpleNamespace(memory_stats=lambda stats=stats: stats))
+    message = r"^a step for 64 distinct ids a shard needs 8.00 GB .*, and 7.90 GB can be used; to need less"
+    with pytest.raises(UserError, match=message):
+        check_fits(executable, 64, types.SimpleNamespace(memory_stats=lambda: small))
