@@ -35,7 +35,7 @@ _PATH_FLAGS = re.compile(r"^(--(?:\w*data|hf|\w*workdir|tol|base|output|scratch|
 
 def facts() -> dict:
     """The command, machine, versions and commit of this measurement."""
-    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
     return {
         "command": "python " + " ".join(_PATH_FLAGS.sub(r"\1=PATH", a) for a in sys.argv),
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",

@@ -76,7 +76,7 @@ PARTS = {
         small=(*_SMALL_MODEL, "--platform=cpu", "--seq_len=64", "--batch_size=2", "--vocab_size=600", "--rounds=1"),
     ),
     "serve": Part(("benchmarks/serving.py",), limit=240, small=(*_SMALL_SERVING, "--sides=device,base")),
-    "peer": Part(("benchmarks/serving.py", "--sides=llama"), limit=120, small=_SMALL_SERVING, needs_torch=True),
+    "peer": Part(("benchmarks/serving.py", "--sides=llama"), limit=150, small=_SMALL_SERVING, needs_torch=True),
     "curves": Part(
         ("benchmarks/curves.py",),
         limit=100_000,
@@ -132,14 +132,15 @@ def command_of(name: str, settings: Settings, seconds: float) -> list[str]:
     return command + list(part.small if settings.rehearse else ())
 
 
-def environment_of(settings: Settings) -> dict[str, str]:
-    """The environment of the parts. A platform that cannot be used is an error for them, not a reason to use a CPU."""
+def environment_of(name: str, settings: Settings) -> dict[str, str]:
+    """The environment of a part. A platform that cannot be used is an error for it, not a reason to use a CPU."""
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     own = {
         "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
-        "JAX_PLATFORMS": "cpu" if settings.rehearse else "cuda,cpu",
-        "DEVICE_TESTS_RECORD": os.path.abspath(f"{settings.out}/tests.json"),
+        # Beside PyTorch JAX must not reserve the GPU's memory.
+        "JAX_PLATFORMS": "cpu" if settings.rehearse or PARTS[name].needs_torch else "cuda,cpu",
+        "DEVICE_TESTS_RECORD": f"{settings.out}/tests.json",
     }
     return {"JAX_COMPILATION_CACHE_DIR": f"{settings.work}/compiled"} | os.environ | own
 
@@ -180,7 +181,7 @@ def run_part(name: str, settings: Settings, seconds: float, log) -> dict:
         return {"skipped": "no time left"}
     seconds = min(seconds, PARTS[name].limit)
     print(f"{name}: at most {seconds:.0f} s", flush=True)
-    result = run(command_of(name, settings, seconds), seconds, log, environment_of(settings))
+    result = run(command_of(name, settings, seconds), seconds, log, environment_of(name, settings))
     ended = "its time was over" if result["timed_out"] else f"exit code {result['code']}"
     print(f"{name}: {ended} after {result['seconds']:.0f} s", flush=True)
     if result["code"]:
@@ -195,6 +196,8 @@ def main(settings: Settings) -> int:
     if lacking:
         raise UserError(f"expected the package's requirements, found none of {' '.join(lacking)}; see requirements.py")
     end = time.monotonic() + settings.budget
+    # The parts run in the project's folder.
+    settings = dataclasses.replace(settings, out=os.path.abspath(settings.out), work=os.path.abspath(settings.work))
     for folder in (settings.out, settings.work):
         os.makedirs(folder, exist_ok=True)
     facts, parts = common.facts() | {"rehearsal": settings.rehearse, "budget": settings.budget}, {}

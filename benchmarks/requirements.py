@@ -77,7 +77,7 @@ def applies(requirement: Requirement, environment: dict[str, str]) -> bool:
 
 def installed_here() -> dict[str, str]:
     """{name: version} of the packages of this environment."""
-    return {canonicalize_name(d.name): d.version for d in importlib.metadata.distributions()}
+    return {canonicalize_name(d.name): d.version for d in importlib.metadata.distributions() if d.name}
 
 
 def installed_in(listing: str) -> dict[str, str]:

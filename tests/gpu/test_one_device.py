@@ -6,6 +6,7 @@ On a CPU they test the kernels that replace the accelerator's there. A GPU may r
 are those of ten-bit mantissas. What is measured goes into the record of benchmarks/gpu.py.
 """
 
+import functools
 import shutil
 
 import jax
@@ -40,23 +41,24 @@ def mesh():
 @pytest.mark.parametrize("head_dim", [60, 64, 100])
 def test_attention_and_its_gradients_are_plain_attention(mesh, record_property, head_dim):
     """The device's own kernel in bfloat16, with the head sizes of the paper's models, against float32."""
-    backend = attention.resolve_backend("auto", "bfloat16")
+    backend = attention.resolve_backend("auto", "bfloat16", head_dim)
     expected = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}
     assert backend == expected[jax.default_backend()]  # not a slower one that runs everywhere
     length = 128 if backend == "blocked" else 2048
     drawn = np.random.default_rng(0).normal(size=(4, 2, length, 4, head_dim))
     inputs = jnp.asarray(drawn, jnp.bfloat16)
 
-    def forward_and_backward(kernel, dtype):
-        q, k, v, g = inputs.astype(dtype)
-        out, vjp = jax.vjp(kernel, q, k, v)
-        return out, *vjp(g)
+    def forward_and_backward(kernel):
+        def run(inputs):
+            q, k, v, g = inputs
+            out, vjp = jax.vjp(kernel, q, k, v)
+            return out, *vjp(g)
+
+        return jax.jit(run)
 
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        found = jax.jit(
-            lambda: forward_and_backward(lambda q, k, v: attention.causal_attention(q, k, v, backend), jnp.bfloat16)
-        )()
-        exact = jax.jit(lambda: forward_and_backward(attention.plain, jnp.float32))()
+        found = forward_and_backward(functools.partial(attention.causal_attention, backend=backend))(inputs)
+        exact = forward_and_backward(attention.plain)(inputs.astype(jnp.float32))
     errors = dict(zip(("out", "dq", "dk", "dv"), map(relative_error, found, exact)))
     record_property("errors", errors)
     assert max(errors.values()) < 1e-2, errors
@@ -73,7 +75,7 @@ def test_widths_that_are_no_multiples_of_8_change_nothing(data_path, make_config
     batches = TrainBatches(c, dataset, 1, [0])
     (read,) = batches.windows([(0, 0)])
     windows = read[0]
-    batch = place({0: batches.shard_batch(read)}, batches.sizes().most, trainer.batch_sharding)
+    batch = place({0: batches.shard_batch(*read)}, batches.sizes().most, trainer.batch_sharding)
     total, weight = trainer.evaluate(placed, batch)
 
     def by_the_equations(params, windows):
