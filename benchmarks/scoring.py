@@ -91,7 +91,7 @@ def main(
     rounds = {side: [] for side in SIDES}
     for number in range(settings.rounds):
         for side in SIDES if number % 2 == 0 else SIDES[::-1]:  # so that order favours none
-            command = [sys.executable, *sys.argv, f"--worker={side}"]
+            command = [sys.executable, *sys.argv, "--nocompile_cache", f"--worker={side}"]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 raise UserError(f"{side}: expected exit code 0, found {done.returncode}")

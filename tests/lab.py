@@ -196,12 +196,17 @@ def written(model, prompts, tokens=12, settings=GREEDY, **more) -> list[list[int
     return out
 
 
+def all_layers(rows):
+    """`TokenRows` with the rows of every layer in a list, as a jitted function takes them."""
+    return rows if rows.ffn_LSUD is None else rows._replace(ffn_LSUD=list(rows.ffn_LSUD))
+
+
 def step_logits(decoder, rows, tokens, first=1) -> np.ndarray:
     """Logits after each of tokens[first - 1:], [n, V], from a prefill of `first` tokens and then decode steps."""
     cache = decoder.empty_cache(decoder.shards, bucket(len(tokens), CONTEXT))
     batch = np.repeat(np.array(tokens, np.int32)[None], decoder.shards, 0)
     ids, index = np.unique(batch, return_inverse=True)
-    index, rows = index.reshape(batch.shape).astype(np.int32), rows.fetch(ids.astype(np.int32))
+    index, rows = index.reshape(batch.shape).astype(np.int32), all_layers(rows.fetch(ids.astype(np.int32)))
     lengths = np.full(decoder.shards, first, np.int32)
     logits, cache = decoder.prefill(rows, index[:, :first], lengths, np.arange(decoder.shards, dtype=np.int32), cache)
     out = [np.asarray(logits[-1])]

@@ -3,14 +3,16 @@
 tol/rows.py has the sources that look rows up in a ToL file.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from memoryllm_jax.config import ModelConfig
-from memoryllm_jax.model import sharding, transformer
-from memoryllm_jax.model.sharding import constrain
+from memoryllm_jax.model import transformer
+from memoryllm_jax.model.sharding import constrain, parts
 from memoryllm_jax.model.token_memory import TokenRows
 
 
@@ -36,7 +38,7 @@ class RowSource(Protocol):
 
         Args:
           ids_U: int32 token ids, which may repeat.
-        Returns: x0 [1, U, D], and by layer the rows [1, U, D], or None if layers read nothing by token id.
+        Returns: x0 [1, U, D], and a sequence by layer of rows [1, U, D], or None if layers read nothing by token id.
         """
 
     def gather(self, arrays, ids_U) -> TokenRows:
@@ -101,6 +103,41 @@ def _take(config, table, ids_U):
     return table[ids_U].astype(config.dtype)[None]
 
 
+def _split(ids_U):
+    """The ids, placed so that each device computes a part of the rows. Call it inside jit and a mesh."""
+    # A decode step of few sequences may have fewer ids than there are devices: then each device computes all rows.
+    return constrain(ids_U, "shard") if len(ids_U) % parts("shard") == 0 else ids_U
+
+
+# Parameters are arguments: arrays that a function closes over would be compiled into it as constants.
+@functools.partial(jax.jit, static_argnames="config")
+def _ids_and_x0(config, embedding_VD, ids_U):
+    ids_U = _split(ids_U)
+    return ids_U, live_x0(config, embedding_VD, ids_U)
+
+
+# Compiled once for all layers
+_layer = jax.jit(live_layer, static_argnames="config")
+
+
+class _Layers(Sequence):
+    """A sequence over layers whose entries are computed each time they are indexed.
+
+    Args:
+      compute: function of a layer's number.
+      layers: the number of layers.
+    """
+
+    def __init__(self, compute: Callable[[int], jax.Array], layers: int):
+        self._compute, self._layers = compute, range(layers)
+
+    def __len__(self):
+        return len(self._layers)
+
+    def __getitem__(self, layer):
+        return self._compute(self._layers[layer])  # a range refuses numbers past its end, as iteration needs
+
+
 class LiveRows:
     """A `RowSource` that computes rows from the weights. Lookups are verified against it.
 
@@ -115,16 +152,10 @@ class LiveRows:
         # Other parameters are not kept, so that the caller can free them.
         names = ("embedding", "memory") if config.row_dim else ("embedding",)
         self.arrays = {name: params[name] for name in names}
-        self._shards = sharding.batch_shards(mesh)
-        # The parameters are an argument: arrays that a function closes over would be compiled into it as constants.
-        self._gather = jax.jit(self.gather)
 
     def gather(self, arrays, ids_U) -> TokenRows:
         """Computes the rows of token ids. For use in jit."""
-        # A decode step of few sequences may have fewer ids than there are devices: then each device computes all rows.
-        if len(ids_U) % self._shards == 0:
-            ids_U = constrain(ids_U, "shard")  # each device computes a part of the rows
-        return live_rows(self._config, arrays, ids_U)
+        return live_rows(self._config, arrays, _split(ids_U))
 
     @property
     def weights_bytes(self) -> int:
@@ -135,8 +166,17 @@ class LiveRows:
         return sum(x.nbytes for x in jax.tree.leaves(params))
 
     def fetch(self, ids_U) -> TokenRows:
+        """Computes embeddings now, and a layer's rows whenever they are indexed. So one layer's exist at a time."""
         with jax.set_mesh(self.mesh):
-            return self._gather(self.arrays, ids_U)
+            ids_U, x0_1UD = _ids_and_x0(self._config, self.arrays["embedding"], ids_U)
+        if not self._config.row_dim:
+            return TokenRows(x0_1UD, None)
+
+        def compute(layer):
+            with jax.set_mesh(self.mesh):
+                return _layer(self._config, self.arrays["memory"][layer], x0_1UD, ids_U)
+
+        return TokenRows(x0_1UD, _Layers(compute, self._config.layers))
 
     def stats(self) -> dict:
         return {}

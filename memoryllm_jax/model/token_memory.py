@@ -23,7 +23,7 @@ class TokenRows(NamedTuple):
     Attributes:
       x0_SUD: embeddings, the X_0 of the paper's equations.
       ffn_LSUD: FFN-M_l(NM_l(X_0)) of each layer or, in architectures with tables, the tables' rows; None if layers read
-        nothing by token id. After training it may be a list by layer.
+        nothing by token id. After training it may be a sequence by layer.
     """
 
     x0_SUD: jax.Array

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import reference
-from lab import random_decoder
+from lab import all_layers, random_decoder
 
 from memoryllm_jax.inference.decoder import bucket
 
@@ -27,7 +27,7 @@ def decode(decoder, rows, sequences, lengths):
     for step in range(STEPS):
         position_B = np.array(lengths, np.int32) + step
         next_B = np.array([ids[position] for ids, position in zip(sequences, position_B)], np.int32)
-        logits_BV, cache = decoder.step(rows.fetch(next_B), slots_B, position_B, cache)
+        logits_BV, cache = decoder.step(all_layers(rows.fetch(next_B)), slots_B, position_B, cache)
         out.append(logits_BV)
     return np.stack(out, 1)
 
