@@ -23,9 +23,11 @@ import gc
 import itertools
 import json
 import shutil
+import types
 
 import jax
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from lab import Lab, made_once, shared_folder
 
 from memoryllm_jax.config import default, resolve
@@ -36,6 +38,9 @@ from memoryllm_jax.training import chips
 def pytest_collection_modifyitems(config, items):
     if "long" not in config.option.markexpr:
         items[:] = [item for item in items if "long" not in item.keywords]
+    for item in items:
+        if "chip_devices" in item.fixturenames:
+            item.add_marker("chips")
 
 
 def pytest_sessionfinish():
@@ -104,7 +109,14 @@ def copied(data_path, tmp_path):
 
 
 @pytest.fixture
-def chip_devices(monkeypatch):
+def with_cudnn(monkeypatch):
+    """Pretends that cuDNN is installed: JAX asks for its version when it traces a call, even for another machine."""
+    version = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", version)
+
+
+@pytest.fixture
+def chip_devices(monkeypatch, with_cudnn):
     """A function: chip_devices("h100", 8) returns devices to compile for, ahead of time and without such a chip.
 
     It skips the test where the chip's compiler is not installed.

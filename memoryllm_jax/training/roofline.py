@@ -41,9 +41,13 @@ def flops_a_token(config: Config, rows: int) -> dict[str, float]:
 
 
 def _recomputed(config: Config, tokens: int, rows: int) -> float:
-    """FLOPs that the backward pass recomputes: the layers' whole forward pass with remat `full`, else none."""
+    """FLOPs that the backward pass recomputes.
+
+    With remat `full` that is the layers' forward pass; else nothing or, with micro-batches, FFN-M alone (`Trainer`).
+    """
     if config.model.remat != "full":
-        return 0.0
+        memory = flops.train_flops(config, tokens, rows) - flops.train_flops(config, tokens, 0)
+        return memory / 3 if config.accumulate > 1 else 0.0
     # A forward pass is a third of a step. The head's is not recomputed.
     head = 2 * tokens * config.model.dim * config.model.vocab_size
     return flops.train_flops(config, tokens, rows) / 3 - head

@@ -9,20 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo
 
 from memoryllm_jax import config
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.model import attention, blocked_attention, sharding
 from memoryllm_jax.training.batches import Batch
 from memoryllm_jax.training.step import Trainer
-
-
-@pytest.fixture
-def with_cudnn(monkeypatch):
-    """Pretends that cuDNN is installed: JAX asks for its version when it traces a call, even for another machine."""
-    version = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
-    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", version)
 
 
 def forward_and_backward(kernel, q, k, v, g):

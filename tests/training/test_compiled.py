@@ -1,10 +1,14 @@
 """What the compilers of accelerators make of the train step, ahead of time and without such a chip."""
 
 import hlo
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from memoryllm_jax.config import load, resolve
-from memoryllm_jax.model import sharding
+from memoryllm_jax.config import MeshConfig, load, resolve
+from memoryllm_jax.model import attention, sharding
 from memoryllm_jax.training import chips, plan
 
 
@@ -14,7 +18,20 @@ def test_1b_trains_on_one_h100(chip_devices, architecture):
     c = load(f"configs/1b.py:{architecture}")
     c.model.vocab_size, c.accumulate = 128_253, 128
     mesh = sharding.make_mesh(c.mesh, chip_devices("h100"))
-    step = plan.CompiledStep(resolve(c), mesh)
+    step = plan.LoweredStep(resolve(c), mesh).compile()
     assert step.memory["total"] < chips.get("h100").memory
     padded = hlo.results(step.executable.as_text(), "pad")
     assert not [kind for kind in padded if kind.startswith("bf16")]
+
+
+def test_the_memory_of_long_contexts_on_a_tpu_is_linear(chip_devices):
+    """One kernel for all of splash's backward pass would hold a copy of the queries' gradients for every 512 keys."""
+    mesh = sharding.make_mesh(MeshConfig(), chip_devices("v5e"))
+
+    def workspace(length: int) -> int:
+        x = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+        with jax.set_mesh(mesh):
+            backward = jax.jit(lambda q, k, v, g: jax.vjp(attention.splash, q, k, v)[1](g))
+            return backward.lower(x, x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert workspace(32768) < 2.5 * workspace(16384)

@@ -71,6 +71,12 @@ def test_plan_says_what_to_change(make_config, monkeypatch):
     assert accumulate in ("2", "4", "8", "16") and float(size) <= room / 1e9 + 0.005
 
 
+def test_micro_batches_recompute_the_token_memory(make_config):
+    m = make_config("flex-3", **{"model.vocab_size": 512}).model
+    recomputed = [roofline._recomputed(make_config("flex-3", accumulate=n), tokens=256, rows=100) for n in (1, 2)]
+    assert recomputed == [0, 100 * m.layers * 6 * m.dim * m.memory_dim]  # three products of h x W
+
+
 def test_memory_is_planned_for_the_most_distinct_ids_and_work_for_the_usual_number(make_config):
     config = make_config("memory", steps=1000, batch_size=64, **{"model.vocab_size": 5000})
     usual, _, largest = plan.distinct_ids(config, shards=2).planned
