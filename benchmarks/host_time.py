@@ -49,11 +49,14 @@ class Settings:
     batch: Annotated[int, Option("sequences that are decoded together")] = 1
     tokens: Annotated[int, Option("tokens of a round")] = 256
     rounds: Annotated[int, Option("rounds of each side")] = 7
-    cache: Annotated[int, Option("KiB of the device cache of rows")] = 4096
+    cache: Annotated[int, Option("KiB of the device cache of rows")] = 20480
 
 
 def serve(settings: Settings, side: str) -> None:
-    """Answers each line of the input with the seconds of a round: {"host": main thread, "wall": by the clock}."""
+    """Answers each line of the input with a round's figures.
+
+    host: seconds of the main thread for a step; wall: by the clock; hit_rate: of the device's cache of rows so far.
+    """
     _, place, steps = side.split("/")
     arguments = () if place == "live" else (settings.tol, place, settings.cache << 10)
     more = {} if steps == "1" else {"steps_per_call": int(steps)}
@@ -61,12 +64,13 @@ def serve(settings: Settings, side: str) -> None:
         prompts = [np.random.default_rng(k).integers(3, 99, 12).tolist() for k in range(settings.batch)]
         for number, _ in enumerate(sys.stdin):
             # Sampled, so that the text has as many different tokens as the model can make: each round has new ones.
-            steps = engine.generate(prompts, settings.tokens, Sampling(1.0), seed=number, **more)
-            next(steps)
+            texts = engine.generate(prompts, settings.tokens, Sampling(1.0), seed=number, **more)
+            next(texts)
             host, wall = time.thread_time(), time.perf_counter()
-            count = sum(1 for _ in steps)
+            count = sum(1 for _ in texts)
             host, wall = time.thread_time() - host, time.perf_counter() - wall
-            print(json.dumps({"host": host / count, "wall": wall / count}), flush=True)
+            hit_rate = engine.rows.stats().get("hit_rate", 1.0)
+            print(json.dumps({"host": host / count, "wall": wall / count, "hit_rate": hit_rate}), flush=True)
 
 
 def measure(settings: Settings) -> dict[str, dict]:
@@ -95,7 +99,7 @@ def _start(settings, side):
 
 def _figures(side, rounds):
     """Milliseconds a token, and how many times less host time this side takes than the other tree, round by round."""
-    out = {}
+    out = {"hit_rate": rounds[side][-1]["hit_rate"]}
     for clock in ("host", "wall"):
         ms = [1e3 * found[clock] for found in rounds[side]]
         out[f"{clock}_ms"] = {"median": statistics.median(ms), "min": min(ms), "max": max(ms)}
@@ -115,11 +119,11 @@ def main(
         serve(settings, worker)
         return
     results = measure(settings)
-    print(f"{'side':<16}{'host ms a token':>24}{'wall ms a token':>24}{'other / this, host':>26}")
+    print(f"{'side':<16}{'host ms a token':>24}{'wall ms a token':>24}{'other / this, host':>26}{'hits':>6}")
     for side, found in results.items():
         cells = [_spread(found[name]) for name in ("host_ms", "wall_ms")]
         ratio = _spread(found["other_over_this_host"]) if "other_over_this_host" in found else ""
-        print(f"{side:<16}{cells[0]:>24}{cells[1]:>24}{ratio:>26}")
+        print(f"{side:<16}{cells[0]:>24}{cells[1]:>24}{ratio:>26}{found['hit_rate']:>6.2f}")
     shown = {"batch": settings.batch, "tokens": settings.tokens, "rounds": settings.rounds}
     common.write(output, results, shown | {"cache_kib": settings.cache})
 

@@ -107,7 +107,6 @@ class _Generation:
     def run(self) -> Iterator[list[tuple[int, int]]]:
         """Yields the new (sequence, token id) pairs of each step."""
         calls = collections.deque([self._prefill()])  # tokens that each call draws, int32 [steps, B], not read yet
-        ids = np.zeros(0, np.int32)
         while self.running:
             # The next call is dispatched before the tokens of this one are read, so that the device does not wait for
             # the host. It reads the tokens on the device. Where their rows have to be read first, it takes no step.
@@ -122,9 +121,7 @@ class _Generation:
                 ids = ids_B[sorted(self.running)]
                 if not self.rows.on_device and len(ids):
                     is_missing = self.rows.hold(ids)
-            if not new and not self.rows.on_device:
-                # Another user of the rows may have displaced them since they were held: they are read again.
-                self.rows.hold(ids, is_repeated=True)
+            # Dispatched just after `hold`, so that it finds its rows even if another text displaces them later.
             if self.running and (is_missing or not calls):
                 calls.append(self._call())
             # Yielded only now, so that the device works on the next step while the caller handles these tokens.

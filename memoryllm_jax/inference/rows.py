@@ -47,12 +47,11 @@ class RowSource(Protocol):
     def holds(self, arrays, ids_U):
         """Whether `gather` finds each row, bool [U]. For use in jit."""
 
-    def hold(self, ids_U: np.ndarray, is_repeated: bool = False) -> bool:
+    def hold(self, ids_U: np.ndarray) -> bool:
         """Makes sure that `gather` finds the rows of these ids, which a step has drawn.
 
         Args:
           ids_U: int32, at most as many as were reserved.
-          is_repeated: whether the call before asked for the same ids. They are not counted again.
         Returns: whether rows were missing.
         """
 

@@ -370,7 +370,7 @@ class CachedRows(_FileRows):
         if rows > len(self._used):
             self._make_cache(rows)
 
-    def hold(self, ids_U: np.ndarray, is_repeated: bool = False) -> bool:
+    def hold(self, ids_U: np.ndarray) -> bool:
         """Reads the rows of these ids that the cache does not hold. Returns: whether there were any."""
         start = time.perf_counter()
         lookup = self._look_up(ids_U)
@@ -380,8 +380,7 @@ class CachedRows(_FileRows):
             staged, tier = self._stage(missing, 1 if len(missing) == 1 else next_power_of_two(len(ids_U)))
             with jax.set_mesh(self.mesh):
                 self._keep(missing, staged, tier)
-        if not is_repeated:
-            self._count(lookup, (0, len(staged) if len(missing) else 0, False), start)
+        self._count(lookup, (0, len(staged) if len(missing) else 0, False), start)
         return len(missing) > 0
 
     def fetch(self, ids_U: np.ndarray) -> TokenRows:

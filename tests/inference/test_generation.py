@@ -39,14 +39,14 @@ class HostRows:
         return arrays[1][ids_U]
 
     def reserve(self, rows):
-        self.reserved = rows
+        self.reserved = max(rows, self.reserved)
 
-    def hold(self, ids_U, is_repeated=False):
+    def hold(self, ids_U):
         assert 0 < len(ids_U) <= self.reserved
         was_held = self.held[ids_U].all()
         self.held[:] = False
         self.held[ids_U] = True
-        self.asked += [] if is_repeated else [set(ids_U.tolist())]
+        self.asked.append(set(ids_U.tolist()))
         return not was_held
 
 
@@ -81,6 +81,15 @@ def test_a_text_does_not_depend_on_its_batch_or_on_where_rows_are(sources):
     assert texts(decoder, live, prompts[:1], settings=settings) == together[:1]
     assert texts(decoder, live, prompts, settings=settings, seed=8) != together
     assert texts(decoder, host, prompts) == texts(decoder, live, prompts)
+
+
+def test_texts_that_grow_in_turns_do_not_take_each_others_rows(sources):
+    decoder, live, host = sources
+    prompts, settings = some_prompts(3, 9), Sampling(0.9)
+    alone = [texts(decoder, live, [prompt], settings=settings)[0] for prompt in prompts]
+    growing = [generation.generate(decoder, host, [p], 12, settings, 0, CONTEXT, VOCAB) for p in prompts]
+    steps = [[token for [(_, token)] in of_prompt] for of_prompt in zip(*zip(*growing))]
+    assert steps == alone
 
 
 def test_texts_end_at_stop_tokens_the_context_and_max_tokens(sources):
