@@ -35,6 +35,7 @@ from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import Config, default, resolve
 from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.inference.generation import STEPS_PER_CALL
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.model import flops
 from memoryllm_jax.tol import compress
@@ -124,7 +125,8 @@ def opened(side: str, folder: str) -> Iterator[tuple[Generate, Callable[[], dict
     engine = open_engine(f"{folder}/{architecture}", tol, side if tol else "")
 
     def generate(prompts, tokens):
-        for _ in engine.generate(prompts, tokens, Sampling(1.0)):
+        steps_per_call = 1 if len(prompts) == 1 else STEPS_PER_CALL  # as the command does
+        for _ in engine.generate(prompts, tokens, Sampling(1.0), steps_per_call=steps_per_call):
             pass
 
     with contextlib.closing(engine):
