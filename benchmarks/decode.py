@@ -36,9 +36,10 @@ from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import dataset
 from memoryllm_jax.inference.given import GivenTokens
 from memoryllm_jax.inference.rows import LiveRows
+from memoryllm_jax.tol.cached_rows import CachedRows
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.reader import RowReader
-from memoryllm_jax.tol.rows import CachedRows, DeviceRows, HostTable
+from memoryllm_jax.tol.rows import DeviceRows, HostTable
 from memoryllm_jax.tol.serving import open_engine
 
 FIRST = 1000  # position of the rounds' first token in the held-out text

@@ -28,9 +28,9 @@ from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import dataset
 from memoryllm_jax.model.sharding import make_mesh
+from memoryllm_jax.tol.cached_rows import CachedRows
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.reader import RowReader
-from memoryllm_jax.tol.rows import CachedRows
 
 THREADS = 16
 WINDOW = 2048  # tokens

@@ -10,10 +10,11 @@ from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.inference.engine import Contribution, Engine
 from memoryllm_jax.inference.rows import LiveRows
+from memoryllm_jax.tol.cached_rows import CachedRows
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.reader import RowReader
-from memoryllm_jax.tol.rows import CachedRows, DeviceRows, HostTable
+from memoryllm_jax.tol.rows import DeviceRows, HostTable
 from memoryllm_jax.tol.sources import Repair
 
 PLACES = ("device", "host", "disk")

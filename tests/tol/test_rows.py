@@ -9,10 +9,11 @@ from tol_files import VOCAB, Source, relative, uniform
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.tol import build, codec, edit
 from memoryllm_jax.tol import rows as rows_lib
+from memoryllm_jax.tol.cached_rows import CachedRows
 from memoryllm_jax.tol.layout import Layout, Tier
 from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.reader import RowReader
-from memoryllm_jax.tol.rows import CachedRows, DeviceRows, HostTable
+from memoryllm_jax.tol.rows import DeviceRows, HostTable
 from memoryllm_jax.tol.sources import FileSource
 
 
