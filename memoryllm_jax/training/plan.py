@@ -157,6 +157,12 @@ def distinct_ids(config: Config, shards: int) -> sizes.Sizes:
     return sizes.plan(mean, std, shards, config.steps, most, only_last=not config.model.row_dim)
 
 
+# The TPU compiler's errors for a step that does not fit are known only by these sentences.
+_NO_MEMORY = re.compile(
+    r"Used [\d.]+\w? of [\d.]+\w? hbm|memory required [^.]*\([\d.]+\w?\) exceeds [^.]*\([\d.]+\w?\)"
+)
+
+
 class _OutOfMemoryError(Exception):
     """The TPU compiler refuses a step that does not fit the memory. Other compilers do not check it."""
 
@@ -172,7 +178,7 @@ def _compile(config: Config, mesh: Mesh, chip: chips.Chip) -> tuple["CompiledSte
     lowered = LoweredStep(config, mesh), LoweredStep(other, mesh)
     compiled, other_compiled = _compile_at_once(lowered)
     if isinstance(compiled, _OutOfMemoryError):
-        advice = "; or ".join(_changes(config, mesh, chip, 2)) or "take more devices"
+        advice = "; or ".join(_changes(config, mesh, chip, lowered[0].state, 2)) or "take more devices"
         raise UserError(f"the step does not fit: {compiled}; {advice}") from compiled
     if isinstance(other_compiled, _OutOfMemoryError):
         other_compiled = None
@@ -218,7 +224,11 @@ class CompiledStep(NamedTuple):
 
 
 class LoweredStep:
-    """The train step of a config, traced and lowered for a mesh: what JAX does in Python before XLA compiles it."""
+    """The train step of a config, traced and lowered for a mesh: what JAX does in Python before XLA compiles it.
+
+    Attributes:
+      state: bytes of the parameters, moments and gradients on one device.
+    """
 
     def __init__(self, config: Config, mesh: Mesh):
         self._on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -226,11 +236,15 @@ class LoweredStep:
             model = dataclasses.replace(config.model, attention="blocked")
             config = dataclasses.replace(config, model=model, xla="default")
         self._config, self._mesh, self._trainer = config, mesh, Trainer(config, mesh)
+        shapes = self._trainer.state_shape
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+        self.state = 2 * _stored(shapes["params"], shardings["params"])  # gradients are sharded as the parameters
+        self.state += _stored(shapes["opt_state"], shardings["opt_state"])
         shards = self._trainer.shards
         planned = distinct_ids(config, shards).planned
         self._usual, self._largest = planned[0], planned[-1]
         batch = abstract_batch(config, shards, self._trainer.batch_sharding, self._largest)
-        self._lowered = self._trainer.train.lower(self._trainer.state_shape, batch)
+        self._lowered = self._trainer.train.lower(shapes, batch)
 
     def compile(self) -> CompiledStep:
         """Compiles the step. Raises: _OutOfMemoryError, from the TPU compiler, and UserError."""
@@ -240,8 +254,7 @@ class LoweredStep:
         try:
             executable = self._lowered.compile(options)
         except jax.errors.JaxRuntimeError as error:
-            # The TPU compiler's error for a step that does not fit is known only by this sentence.
-            if used := re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm", str(error)):
+            if used := _NO_MEMORY.search(str(error)):
                 raise _OutOfMemoryError(used[0]) from error
             raise UserError(f"the step cannot be compiled: {one_line(error, 600)}") from error
         return CompiledStep(
@@ -255,14 +268,9 @@ class LoweredStep:
 
 def _memory(executable, trainer: Trainer) -> dict[str, int]:
     """Bytes on one device by part: parameters, optimizer, gradients, activations (the rest), and the total."""
-    state_shardings = executable.output_shardings[0]
-
-    def stored(part: str) -> int:
-        leaves = jax.tree.leaves(trainer.state_shape[part])
-        shardings = jax.tree.leaves(state_shardings[part])
-        return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in zip(leaves, shardings, strict=True))
-
-    parameters, moments = stored("params"), stored("opt_state")
+    shapes, shardings = trainer.state_shape, executable.output_shardings[0]
+    parameters = _stored(shapes["params"], shardings["params"])
+    moments = _stored(shapes["opt_state"], shardings["opt_state"])
     gradients = parameters  # they have the same shapes and shardings
     total = memory_needed(executable)
     return {
@@ -272,6 +280,12 @@ def _memory(executable, trainer: Trainer) -> dict[str, int]:
         "activations": max(total - parameters - moments - gradients, 0),
         "total": total,
     }
+
+
+def _stored(shapes, shardings) -> int:
+    """Bytes on one device of a tree of arrays with these shardings."""
+    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in pairs)
 
 
 def _sequences(config: Config, mesh: Mesh) -> int:
@@ -305,19 +319,22 @@ def _advice(config: Config, mesh: Mesh, memory: dict, chip: chips.Chip) -> list[
     if memory["total"] <= chip.memory:
         return []
     parts = -(-_sequences(config, mesh) // max(memory["largest_sequences_a_device"], 1))
-    out = _changes(config, mesh, chip, max(2, parts))
+    state = memory["parameters"] + memory["optimizer"] + memory["gradients"]
+    out = _changes(config, mesh, chip, state, max(2, parts))
     if mesh.shape["data"] > 1:
-        state = gb(memory["parameters"] + memory["optimizer"])
-        out.append(f"--config.mesh.data=1 --config.mesh.fsdp=-1: splits the {state} of parameters and moments further")
+        out.append(f"--config.mesh.data=1 --config.mesh.fsdp=-1: splits the {gb(state)} of the state further")
     return out or ["more devices"]
 
 
-def _changes(config: Config, mesh: Mesh, chip: chips.Chip, least: int) -> list[str]:
+def _changes(config: Config, mesh: Mesh, chip: chips.Chip, state: int, least: int) -> list[str]:
     """Settings that need less memory. Each number of micro-batches is compiled to make sure that it fits.
 
     Args:
+      state: bytes of the parameters, moments and gradients on a device, which no setting here makes smaller.
       least: the smallest number of parts to split each micro-batch into.
     """
+    if state > chip.memory:
+        return [f"more devices: parameters, moments and gradients alone take {gb(state)} a device"]
     sequences, out = _sequences(config, mesh), []
     for parts in range(least, sequences + 1):
         if sequences % parts:

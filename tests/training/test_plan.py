@@ -113,3 +113,83 @@ def test_groups_that_span_nodes_share_the_network():
     assert found["norms"]["seconds"] == pytest.approx(1.75e6 / 4 / 50e9)
     # All eight in one node
     assert {part["over"] for part in roofline.traffic(transfers, mesh, chip, domain=8)} == {"links"}
+
+
+def hand_calculation(N: int, U: int, rows: int) -> dict:
+    """docs/plan.md, "By hand": 1b:flex-3 on N H100, fsdp over all of them, with 8 sequences on each.
+
+    Args:
+      U: rows that each batch shard looks up.
+      rows: rows of token memory that all shards evaluate in a usual step.
+    """
+    L, D, V, T = 24, 2048, 128_256, 2048
+    C, M = 2046, 3418  # widths of FFN-C and FFN-M, stored as 2048 and 3424
+    layers, memory, table = L * (4 * D**2 + 3 * D * 2048), L * 3 * D * 3424, V * D
+    norms = L * 3 * D + D
+    stored = 4 * ((layers + memory + 2 * table) // N + norms)
+    share = (N - 1) / N
+    sent = {
+        ("weights of the layers", "all-gather"): 2 * 2 * layers * share,
+        ("weights of the token memory", "all-gather"): 2 * 2 * memory * share,
+        ("gradients of the layers", "reduce-scatter"): 2 * layers * share,
+        ("gradients of the token memory", "reduce-scatter"): 2 * memory * share,
+        ("output head", "all-gather"): 2 * table * share,
+        ("gradient of the output head", "reduce-scatter"): 4 * table * share,
+        ("ids of the embeddings", "all-gather"): 4 * U * (N - 1),
+        ("rows of the embeddings", "all-to-all"): 2 * 2 * U * D * share,
+        ("norms' gradients", "all-reduce"): 2 * 4 * norms * share,
+    }
+    rings = sum(size for (_, kind), size in sent.items() if kind != "all-to-all")
+    exchanged = 2 * 2 * U * D
+    if N <= 8:
+        network = (rings + exchanged * share) / 450e9  # NVLink
+    else:
+        network = rings / 8 / 50e9 + exchanged * (N - 8) / N / 50e9  # a network adapter for each GPU of a node
+    tokens = 8 * N * T
+    flops = 3 * (tokens * (L * (8 * D**2 + 2 * D * T + 6 * D * C) + 2 * D * V) + rows * L * 6 * D * M)
+    compute, optimizer = flops / (N * 989e12 * 0.5), 7 * stored / 3.35e12
+    return {
+        "parameters": L * (4 * D**2 + 3 * D * (C + M)) + 2 * table + norms,
+        "stored": stored,
+        "moments": 2 * stored + 8,  # and two counts of 4 bytes
+        "sent": sent,
+        "overlapped": max(compute, network) + optimizer,
+        "serial": compute + network + optimizer,
+    }
+
+
+@pytest.mark.parametrize("N", [8, 64])
+def test_the_committed_plans_of_1b_flex_3_are_those_by_hand(N):
+    with open(f"benchmarks/results/plan_1b_flex-3_h100_{N}.json") as file:
+        p = json.load(file)
+    (ids,) = (part["bytes"] for part in p["collectives"] if part["what"] == "ids of the embeddings")
+    by_hand = hand_calculation(N, int(ids / 4 / (N - 1)), p["rows_a_step"])
+    assert p["parameters"]["total"] == by_hand["parameters"] == 1_733_838_848
+    assert p["memory"]["parameters"] == p["memory"]["gradients"] == by_hand["stored"]
+    assert p["memory"]["optimizer"] == by_hand["moments"]
+    assert {(part["what"], part["kind"]): part["bytes"] for part in p["collectives"]} == by_hand["sent"]
+    for bound in ("overlapped", "serial"):
+        assert p["seconds"][bound] == pytest.approx(by_hand[bound], rel=1e-12)
+        assert p["run_device_hours"][bound] == pytest.approx(
+            p["run_tokens"] / p["tokens_a_step"] * by_hand[bound] * N / 3600
+        )
+
+
+def test_this_code_plans_1b_flex_3_as_by_hand():
+    config = load("configs/1b.py:flex-3")
+    config.update_from_flattened_dict({"batch_size": 64, "model.vocab_size": 128_256})
+    config = resolve(config)
+    mesh = sharding.make_mesh(config.mesh, jax.devices())
+    sizes = plan.distinct_ids(config, 8).planned
+    by_hand = hand_calculation(8, sizes[-1], 8 * sizes[0])
+    params = Trainer(config, mesh).params_shape
+    transfers = collectives.transfers(config, params, mesh.shape, sizes[-1])
+    assert {(t.what, t.kind): t.sent_bytes(8) for t in transfers} == by_hand["sent"]
+    stored = sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(params))
+    assert stored == by_hand["stored"]
+    chip = chips.get("h100")
+    traffic = roofline.traffic(transfers, mesh, chip, chip.domain)
+    flops_a_token = roofline.flops_a_token(config, 8 * sizes[0])
+    times = roofline.times(8, chip, 64 * 2048, flops_a_token, traffic, stored)
+    assert times["overlapped"] == pytest.approx(by_hand["overlapped"], rel=1e-12)
+    assert times["serial"] == pytest.approx(by_hand["serial"], rel=1e-12)
