@@ -12,7 +12,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -89,7 +89,6 @@ def plan(config: Config, name: str, devices: list[jax.Device], tokens: float = 0
     domain = len(devices) // slices if slices else chip.domain
     traffic = roofline.traffic(compiled.transfers, mesh, chip, domain)
     times = roofline.times(mesh.size, chip, step_tokens, flops_a_token, traffic, memory["parameters"])
-    step = {bound: times[bound] for bound in ("overlapped", "serial")}
     tokens = tokens or config.steps * step_tokens
     peak_tokens_per_second = mesh.size * chip.peak_flops / flops_a_token["per_token"]
     return {
@@ -114,14 +113,17 @@ def plan(config: Config, name: str, devices: list[jax.Device], tokens: float = 0
         "collectives": traffic,
         "collective_bytes": sum(part["bytes"] for part in traffic),
         "seconds": times,
-        "tokens_per_second": {bound: step_tokens / seconds for bound, seconds in step.items()},
-        "mfu": {bound: step_tokens / seconds / peak_tokens_per_second for bound, seconds in step.items()},
+        "tokens_per_second": _bounds(times, lambda seconds: step_tokens / seconds),
+        "mfu": _bounds(times, lambda seconds: step_tokens / seconds / peak_tokens_per_second),
         "run_tokens": tokens,
-        "run_device_hours": {
-            bound: tokens / step_tokens * seconds * mesh.size / 3600 for bound, seconds in step.items()
-        },
+        "run_device_hours": _bounds(times, lambda seconds: tokens / step_tokens * seconds * mesh.size / 3600),
         "compile_seconds": time.monotonic() - start,
     }
+
+
+def _bounds(times: dict, value: Callable[[float], float]) -> dict[str, float]:
+    """A value that follows from the seconds of a step, at both bounds of them."""
+    return {bound: value(seconds) for bound, seconds in times["step"].items()}
 
 
 def _completed(config: Config, chip: chips.Chip) -> tuple[Config, list[str]]:
@@ -158,9 +160,7 @@ def distinct_ids(config: Config, shards: int) -> sizes.Sizes:
 
 
 # The TPU compiler's errors for a step that does not fit are known only by these sentences.
-_NO_MEMORY = re.compile(
-    r"Used [\d.]+\w? of [\d.]+\w? hbm|memory required [^.]*\([\d.]+\w?\) exceeds [^.]*\([\d.]+\w?\)"
-)
+_NO_MEMORY = re.compile(r"Used [\d.]+\w? of [\d.]+\w? hbm|memory required .*\([\d.]+\w\) exceeds .*\([\d.]+\w\)")
 
 
 class _OutOfMemoryError(Exception):

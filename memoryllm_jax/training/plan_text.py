@@ -1,5 +1,7 @@
 """A plan as text to print."""
 
+from collections.abc import Callable
+
 from memoryllm_jax.common import progress
 from memoryllm_jax.training.roofline import EFFICIENCY
 
@@ -11,6 +13,10 @@ def gb(size: float) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.0f}"
+
+
+def _ms_exact(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}"
 
 
 def text(p: dict) -> str:
@@ -76,7 +82,7 @@ def _work_lines(p: dict) -> list[str]:
             continue
         lines.append(
             f"{label:<16} {part['what']}: {gb(part['bytes'])} sent a device, {part['kind']} among {part['group']} "
-            f"over the {part['over']}, {1e3 * part['seconds']:.1f} ms"
+            f"over the {part['over']}, {_range(part['seconds'], _ms_exact)} ms"
         )
         label = ""
     return lines
@@ -85,19 +91,20 @@ def _work_lines(p: dict) -> list[str]:
 def _time_lines(p: dict) -> list[str]:
     s = p["seconds"]
     hours = p["run_device_hours"]
+    step, network = _range(s["step"], _ms), _range(s["network"], _ms)
     return [
-        f"step             {_ms(s['overlapped'])} to {_ms(s['serial'])} ms: compute {_ms(s['compute'])}, network "
-        f"{_ms(s['network'])}, optimizer {_ms(s['optimizer'])} ms; the network's time overlaps with compute's, or adds "
-        "to it",
-        f"speed            {_range(p['tokens_per_second'], ',.0f')} tokens/s, MFU {_range(p['mfu'], '.0%')}",
-        f"the run          {p['run_tokens'] / 1e9:,.1f} G tokens: {_range(hours, ',.0f')} device hours, "
-        + " to ".join(progress.duration(n / p["devices"] * 3600) for n in hours.values()),
+        f"step             {step} ms: compute {_ms(s['compute'])}, network {network}, optimizer {_ms(s['optimizer'])} "
+        "ms; at least with the network's time hidden behind compute, at most with none of it hidden",
+        f"speed            {_range(p['tokens_per_second'], '{:,.0f}'.format)} tokens/s, "
+        f"MFU {_range(p['mfu'], '{:.0%}'.format)}",
+        f"the run          {p['run_tokens'] / 1e9:,.1f} G tokens: {_range(hours, '{:,.0f}'.format)} device hours, "
+        + _range(hours, lambda n: progress.duration(n / p["devices"] * 3600)),
         f"roofline, not a measurement: compute at {EFFICIENCY:.0%} of peak FLOP/s, collectives at the speeds of data "
         "sheets (memoryllm_jax/training/chips.py)",
     ]
 
 
-def _range(bounds: dict[str, float], form: str) -> str:
+def _range(bounds: dict[str, float], show: Callable[[float], str]) -> str:
     """Both bounds as text, or one if they look the same."""
-    overlapped, serial = format(bounds["overlapped"], form), format(bounds["serial"], form)
-    return overlapped if overlapped == serial else f"{overlapped} to {serial}"
+    least, most = show(bounds["least"]), show(bounds["most"])
+    return least if least == most else f"{least} to {most}"

@@ -4,14 +4,15 @@
     network   = sum of the times of the transfers (collectives.py)
     optimizer = bytes of parameters, moments and gradients read and written / memory bandwidth
 
-The step takes at least max(compute, network) + optimizer, where all transfers overlap with computation, and about
-compute + network + optimizer where none does.
+The step takes at least max(compute, network) + optimizer, where transfers overlap with computation, and at most
+compute + network + optimizer, where none does. Latency is left out.
 
 A transfer takes the bytes that a device sends, divided by the speed of the links. Where a group spans several domains,
-which are GPU nodes or TPU slices, its k devices in each domain share the traffic to other domains: NCCL lays as many
-rings as a node has network adapters, and XLA for TPUs gives each device a part of the slice's traffic. So a device
-sends 1/k of its bytes of an all-gather, all-reduce or reduce-scatter to other domains. Of an all-to-all, it sends to
-them all that their devices receive from it.
+which are GPU nodes or TPU slices, its time has two bounds. At least, its k devices in each domain share the traffic to
+other domains, as in NCCL's rings, which are as many as a node has network adapters, if messages are large: a device
+sends 1/k of its bytes of an all-gather, all-reduce or reduce-scatter to other domains; of an all-to-all, all that their
+devices receive from it. At most, one ring joins all devices, so that all bytes go through one device's share of the
+network.
 """
 
 import numpy as np
@@ -54,7 +55,7 @@ def _recomputed(config: Config, tokens: int, rows: int) -> float:
 
 
 def traffic(transfers: list[Transfer], mesh: Mesh, chip: Chip, domain: int) -> list[dict]:
-    """Each transfer's bytes that one device sends, and their seconds, the largest first.
+    """Each transfer's bytes that one device sends, and bounds of their seconds, the largest first.
 
     Args:
       domain: number of devices that `chip.network` joins, which follow each other in the mesh.
@@ -76,7 +77,10 @@ def traffic(transfers: list[Transfer], mesh: Mesh, chip: Chip, domain: int) -> l
                 "over": "network" if between else "links",
                 "bytes": sent,
                 "bytes_between": between,
-                "seconds": max(sent / chip.network, between / chip.between),
+                "seconds": {
+                    "least": max(sent / chip.network, between / chip.between),
+                    "most": sent / (chip.between if between else chip.network),
+                },
             }
         )
     return sorted(found, key=lambda part: -part["bytes"])
@@ -92,7 +96,7 @@ def _sent_between_domains(transfer: Transfer, group: int, in_a_domain: int) -> f
 
 
 def times(devices: int, chip: Chip, tokens: int, flops_per_token: dict, transfers: list[dict], stored: int) -> dict:
-    """Seconds of a step's parts, and of the step if transfers overlap with computation, and if they do not.
+    """Seconds of a step's parts and of the step.
 
     Args:
       devices: number of devices.
@@ -100,16 +104,18 @@ def times(devices: int, chip: Chip, tokens: int, flops_per_token: dict, transfer
       flops_per_token: as `flops_a_token` returns it.
       transfers: as `traffic` returns them.
       stored: bytes of the parameters that one device stores.
-    Returns: "compute", "network", "optimizer", "overlapped" and "serial".
+    Returns: "compute", "network", "optimizer" and "step"; network and step have the bounds "least" and "most".
     """
     computed = (flops_per_token["per_token"] + flops_per_token["recomputed_per_token"]) * tokens
     compute = computed / (devices * chip.peak_flops * EFFICIENCY)
-    network = sum(part["seconds"] for part in transfers)
+    network = {bound: sum(part["seconds"][bound] for part in transfers) for bound in ("least", "most")}
     optimizer = _UPDATES * stored / chip.bandwidth
     return {
         "compute": compute,
         "network": network,
         "optimizer": optimizer,
-        "overlapped": max(compute, network) + optimizer,
-        "serial": compute + network + optimizer,
+        "step": {
+            "least": max(compute, network["least"]) + optimizer,
+            "most": compute + network["most"] + optimizer,
+        },
     }
