@@ -12,6 +12,7 @@ import jax
 import pytest
 from lab import with_devices
 
+from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import MeshConfig, load, resolve
 from memoryllm_jax.model import sharding
 from memoryllm_jax.training import chips, collectives, plan, plan_text, roofline
@@ -91,6 +92,22 @@ def test_memory_is_planned_for_the_most_distinct_ids_and_work_for_the_usual_numb
     few = dataclasses.replace(many, batch_size=16 * 8)
     sizes = plan.distinct_ids(few, 8).planned, plan.distinct_ids(many, 512).planned
     assert all(a < b for a, b in zip(*sizes, strict=True)) and sizes[1][-1] < 1.6 * 0.20 * 16 * 2048
+
+
+def test_a_tpu_compiler_that_finds_no_room_is_a_sentence(make_config, monkeypatch):
+    def refuse(self, options):
+        found = "memory required for HLO temporaries (904.00G) exceeds available HBM (15.75G)"
+        raise jax.errors.JaxRuntimeError(
+            f"RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: the total {found}. HLO module: x"
+        )
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    monkeypatch.setitem(chips.CHIPS, "v5e", dataclasses.replace(chips.get("v5e"), memory=1e5))
+    config = make_config("memory", **{"model.vocab_size": 1000, "data.path": "embedded"})
+    with pytest.raises(
+        UserError, match=r"^the step does not fit: memory required .*\(15.75G\); more devices: .* alone"
+    ):
+        plan.plan(config, "v5e", jax.devices()[:1])
 
 
 def test_groups_that_span_nodes_share_the_network():
