@@ -19,6 +19,38 @@ from memoryllm_jax.model import sharding
 ROOT = Path(__file__).parents[2]
 
 
+RESTARTED = sorted(code for code in ExitCode if code.restarts)
+GIVEN_UP = sorted(code for code in ExitCode if code and not code.restarts)
+
+
+def test_docs_have_the_table_of_exit_codes():
+    text = (ROOT / "docs/pods.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (.*?) \| (yes|no) \|$", text, re.MULTILINE)
+    assert rows == [(str(int(code)), code.when, "yes" if code.restarts else "no") for code in ExitCode]
+
+
+@pytest.mark.parametrize("crash_loop, crashes", [(-1, True), (600, False)])
+def test_slurm_requeues_by_the_table(tmp_path, crash_loop, crashes):
+    """The script with commands in the place of SLURM's. A crash is requeued later than CRASH_LOOP after the start."""
+    (tmp_path / "srun").write_text("#!/bin/bash\nexit $CODE\n")
+    (tmp_path / "scontrol").write_text("#!/bin/bash\necho again\n")
+    for path in tmp_path.iterdir():
+        path.chmod(0o755)
+    for code in (*ExitCode, 137, 139):
+        env = os.environ | {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "CODE": f"{code}",
+            "CRASH_LOOP": f"{crash_loop}",
+        }
+        env |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "node"}
+        done = subprocess.run(
+            ["bash", ROOT / "launch/slurm.sbatch"], env=env, capture_output=True, text=True, timeout=60
+        )
+        at_once = code in (ExitCode.STORAGE, ExitCode.STOPPED)
+        crashed = code in (ExitCode.LOST, 137, 139)
+        assert done.returncode == code and ("again" in done.stdout) == (at_once or (crashed and crashes)), code
+
+
 @pytest.mark.slow
 def test_slurm_restarts_runs_unless_the_error_is_the_users(data_path, tmp_path):
     if not (shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin") and os.geteuid() == 0):
@@ -107,7 +139,8 @@ def test_jobset_restarts_unless_the_error_is_the_users(name):
     _, job, container = job_of(tree)
     evicted, user_error = job["podFailurePolicy"]["rules"]
     assert evicted["action"] == "Count" and user_error["action"] == "FailJob"
-    assert user_error["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [1]}
+    given_up = {"containerName": container["name"], "operator": "In", "values": GIVEN_UP}
+    assert user_error["onExitCodes"] == given_up
     assert job["template"]["spec"]["restartPolicy"] == "Never" and job["backoffLimit"] == 0
 
 
@@ -136,7 +169,7 @@ def test_skypilot_accepts_its_task(tmp_path, monkeypatch):
     sky = pytest.importorskip("sky", reason="needs the package skypilot, too large to be a test's requirement")
     task = sky.Task.from_yaml(str(ROOT / "launch/skypilot.yaml"))
     (resources,) = task.resources
-    assert resources.use_spot and resources.job_recovery["recover_on_exit_codes"] == [134, ExitCode.STOPPED]
+    assert resources.use_spot and resources.job_recovery["recover_on_exit_codes"] == RESTARTED
     text = (ROOT / "launch/skypilot.yaml").read_text()
     (tmp_path / "wrong.yaml").write_text(text.replace("num_nodes:", "num_node:"))
     with pytest.raises(ValueError, match="num_node"):
@@ -163,9 +196,9 @@ esac
     [
         ("NONE CREATING ACTIVE", "0", 0, "create install train"),
         ("ACTIVE SUSPENDING SUSPENDED NONE ACTIVE", "255 0", 0, "install train delete create install train"),
-        ("ACTIVE ACTIVE", "143 0", 0, "install train install train"),
+        ("ACTIVE ACTIVE ACTIVE", "143 75 0", 0, "install train install train install train"),
         ("TROUBLE ACTIVE", "0", 0, "install train"),
-        ("ACTIVE ACTIVE", "1", 1, "install train"),
+        *[("ACTIVE ACTIVE", f"{code}", code, "install train") for code in GIVEN_UP],
         ("ACTIVE SUSPENDED ACTIVE", "1 0", 0, "install train install train"),
         ("ACTIVE ACTIVE", "134", 134, "install train"),
     ],
