@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from typing import Annotated, NoReturn
 
 import jax
-from jax._src import distributed  # jax has no public way to the store of keys and values that all processes share
+from jax._src import clusters, distributed  # jax has no public way to the address and the store of all processes
 from jax.experimental import multihost_utils
 
 from memoryllm_jax.common import devices, exit_codes, options
@@ -37,6 +38,7 @@ from memoryllm_jax.common.options import Option
 LOST_AFTER_S = 30
 # A process that ends waits at most so long for the others to learn why.
 _GOODBYE_S = 5.0
+_DETECTION_S = 300  # to find the coordinator's address, as in jax.distributed.initialize
 _ENDING, _TOLD = "memoryllm_jax/ending", "memoryllm_jax/told"  # folders of the shared store
 _POLL_S = 1.0  # between two looks into the store
 _SENTENCE_S = 2 * _POLL_S  # so long a process that lost another one waits for its reason
@@ -74,6 +76,7 @@ class HostOptions:
             devices.find()
 
     def _connect(self, lost_after_s):
+        self._check_port()
         # JAX handles SIGTERM from the moment that it starts this service; see `StopSignal.begin`.
         jax.config.update("jax_enable_preemption_service", False)
         try:
@@ -81,16 +84,31 @@ class HostOptions:
                 self.coordinator, self.num_processes, self.process_id, heartbeat_timeout_seconds=lost_after_s
             )
         except (ValueError, RuntimeError) as error:
-            if "Failed to start RPC server" in str(error):
-                address = distributed.global_state.coordinator_address
-                raise ArgumentError(
-                    "coordinator", f"expected a free port of this machine, found {address}, which is in use"
-                ) from error
             if exit_codes.of_lost_peer(error):
                 raise LostError(f"the other processes cannot be reached: {one_line(error, 600)}") from error
             raise ArgumentError("multihost", one_line(error)) from error
         if _several():
             _watch_others()
+
+    def _check_port(self):
+        """Raises: ArgumentError if this is process 0 and cannot listen at the coordinator's port.
+
+        JAX may crash there. If the port belongs to the coordinator of another run, it may even share it.
+        """
+        address, process_id = self.coordinator, self.process_id
+        with contextlib.suppress(Exception):  # `initialize` meets the same error, and says what is missing
+            address, _, process_id, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                address, self.num_processes, process_id, None, None, _DETECTION_S
+            )
+        port = (address or "").rpartition(":")[2]
+        if process_id != 0 or not port.isdecimal():
+            return
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise ArgumentError(
+                "coordinator", f"expected a free port of this machine, found {address}: {error.strerror}"
+            ) from error
 
 
 class StoppedEarly(BaseException):

@@ -1,12 +1,19 @@
 """Stop signals, compilation, and how a process finds the others. tests/test_train.py has several processes."""
 
+import json
+import os
+import re
 import signal
+import subprocess
+import sys
 
 import jax
 import pytest
+from lab import with_devices
 
 from memoryllm_jax.common import hosts
 from memoryllm_jax.common.errors import ArgumentError, CompilationError, LostError, OutOfMemoryError, UserError
+from memoryllm_jax.common.exit_codes import ExitCode
 
 
 @pytest.mark.parametrize(
@@ -44,6 +51,33 @@ def test_a_signal_is_remembered_and_a_second_ctrl_c_interrupts():
     finally:
         stop.restore()
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_several_processes_end_with_one_code_and_one_sentence(tmp_path):
+    """Whatever ends one of two or four processes, within seconds. Only one that is killed has no time to say why."""
+    command = [sys.executable, f"{os.path.dirname(__file__)}/several.py", str(tmp_path)]
+    env = with_devices(1) | {"PYTHONPATH": ":".join(sys.path)}  # where this process finds the tests' helpers
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
+    assert done.returncode == 0, done.stderr
+    ends = json.loads(done.stdout)
+    assert {name: [code for code, _ in processes] for name, processes in ends.items()} == {
+        "user error": [ExitCode.ERROR] * 4,
+        "compile error": [ExitCode.COMPILATION] * 2,
+        "out of memory": [ExitCode.OUT_OF_MEMORY] * 2,
+        "storage": [ExitCode.STORAGE] * 2,
+        "killed": [ExitCode.LOST, -signal.SIGKILL],
+        "signal at once": [ExitCode.STOPPED] * 2,
+        "Ctrl-C in steps": [ExitCode.STOPPED] * 4,
+        "Ctrl-C twice": [ExitCode.INTERRUPTED] * 2,
+        "port taken": [ExitCode.ERROR],
+    }
+    first, *_, last = (text for _, text in ends["user error"])
+    assert "error: process 3 of 4: DIR: in use by another run\n" in last
+    assert "error: process 0 of 4: process 3 of 4 has ended: DIR: in use by another run\n" in first
+    assert "process 0 of 2: another process has ended, or cannot be reached: " in ends["killed"][0][1]
+    assert len({re.search(r"saved step \d+", text)[0] for _, text in ends["Ctrl-C in steps"]}) == 1
+    assert "coordinator: expected a free port of this machine" in ends["port taken"][0][1]
+    assert not any("Fatal" in text or "Traceback" in text for processes in ends.values() for _, text in processes)
 
 
 def test_errors_of_joining_name_the_option():
