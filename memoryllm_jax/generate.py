@@ -9,6 +9,7 @@ a line.
 """
 
 import contextlib
+import functools
 import sys
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from memoryllm_jax.common import cli, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.inference.sampling import Sampling
-from memoryllm_jax.inference.text import print_texts
+from memoryllm_jax.inference.text import compile_texts, print_texts
 from memoryllm_jax.tol.serving import EngineOptions
 
 
@@ -34,8 +35,9 @@ def main(
     output: Annotated[str, Option("JSON file to write texts and statistics to", writes=True)] = "",
 ) -> None:
     texts = read_prompts(prompt, prompts)
-    with contextlib.closing(engine.open()) as opened:
-        results, measured = print_texts(opened, texts, max_tokens, sampling, seed, stop)
+    how = {"prompts": texts, "max_tokens": max_tokens, "sampling": sampling, "seed": seed, "stops": stop}
+    with contextlib.closing(engine.open(compile_ahead=functools.partial(compile_texts, **how))) as opened:
+        results, measured = print_texts(opened, **how)
     if stats:
         for name, value in measured.items():
             shown = f"{value:,.3f}" if isinstance(value, float) else f"{value}"

@@ -113,6 +113,17 @@ class TrainedModel:
             _put(params, name.split("/"), self._placed(name, array))
         return params
 
+    def shapes(self) -> dict:
+        """What `load` returns for all parameters, with shapes, dtypes and shardings in place of the arrays."""
+        params = {}
+        for name, (_, like) in self._leaves.items():
+            shape, where = like.shape, like.sharding
+            if _has_layers(name):
+                shape, where = shape[1:], _of_one_layer(where)
+            part = jax.ShapeDtypeStruct(shape, _serving_dtype(name, self.config), sharding=where)
+            _put(params, name.split("/"), [part] * like.shape[0] if _has_layers(name) else part)
+        return params
+
     def digest(self, wanted: Callable[[str], bool]) -> str:
         """The text of the Digest of the parameters whose names are wanted. Raises: UserError."""
         digest = Digest()

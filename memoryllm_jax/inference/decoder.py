@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from memoryllm_jax.config import ModelConfig
-from memoryllm_jax.inference import sequences
+from memoryllm_jax.inference import ahead, sequences
 from memoryllm_jax.inference.rows import RowSource
 from memoryllm_jax.inference.sampling import Sampling, draw
 from memoryllm_jax.inference.steps import Rules, Standing, Taken, take
@@ -54,20 +54,24 @@ class Decoder:
     def __init__(self, config: ModelConfig, params: dict, mesh):
         self.config, self.mesh = config, mesh
         self.shards = sharding.batch_shards(mesh)
-        self._params = {name: params[name] for name in ("layers", "final_norm")}
-        self._params["head"] = params["embedding" if config.tie_embeddings else "head"]
+        self.fill(params)
         # Fixed for all results that a later call takes: with other shardings that call would compile again.
         whole, of_cache = NamedSharding(mesh, P()), NamedSharding(mesh, sharding.spec(*_CACHE_AXES))
-        self._empty = jax.jit(self._empty_body, static_argnums=(0, 1), out_shardings=of_cache)
-        self._start = jax.jit(lambda *trees: trees, out_shardings=whole)
+        self._empty = ahead.jit(self._empty_body, static_argnums=(0, 1), out_shardings=of_cache)
+        self._start = ahead.jit(lambda *trees: trees, out_shardings=whole)
         self._whole, self._of_cache = whole, of_cache
         self._step = jax.jit(self._step_body, donate_argnames="cache", out_shardings=(whole, of_cache))
-        self._steps = jax.jit(
+        self._steps = ahead.jit(
             self._steps_body,
             static_argnames=("rows", "sampling", "vocab_size", "count"),
             donate_argnames="cache",
             out_shardings=Taken(whole, whole, of_cache),
         )
+
+    def fill(self, params: dict) -> None:
+        """Takes other parameters of the same shapes; the compiled functions stay."""
+        self._params = {name: params[name] for name in ("layers", "final_norm")}
+        self._params["head"] = params["embedding" if self.config.tie_embeddings else "head"]
 
     @property
     def weights_bytes(self) -> int:

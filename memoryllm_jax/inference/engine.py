@@ -70,7 +70,7 @@ class Engine:
 
     Args:
       trained: the model. The engine closes it.
-      params: the decoder's parameters, as `TrainedModel.load` gives them.
+      params: the decoder's parameters, as `TrainedModel.load` gives them; or their shapes until `fill` is called.
       rows: the source of rows. The engine closes it.
     Attributes:
       trained, rows: as given.
@@ -85,6 +85,11 @@ class Engine:
         self.config, self.tokenizer, self.context = trained.config, trained.tokenizer, trained.context
         self._unscaled = Decoder(self.config, params, trained.mesh)  # what `contribute` starts from each time
         self.decoder = self._unscaled
+
+    def fill(self, params: dict) -> None:
+        """Takes the parameters of an engine with live rows that was made from their shapes alone."""
+        self._unscaled.fill(params)
+        self.rows.fill(params)
 
     @property
     def weights_bytes(self) -> int:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.inference import ahead
 from memoryllm_jax.inference.decoder import Decoder, bucket, next_power_of_two
 from memoryllm_jax.inference.rows import RowSource
 from memoryllm_jax.inference.sampling import Sampling, draw
@@ -47,7 +48,8 @@ def generate(
       stop_ids: ids that end a sequence; they are not yielded.
       steps_per_call: decode steps of one call to the device. More than one take the host less time for each token, and
         bring that many tokens at a time.
-    Yields: after each step, the new (sequence, token id) pairs of the sequences that have not ended.
+    Yields: after each step, the new (sequence, token id) pairs of the sequences that have not ended. Inside
+      `ahead.only_shapes` it yields nothing: the functions of the prefill and of the decode steps are compiled.
     Raises: ArgumentError for a prompt that is empty or does not fit the context, and for the seed.
     """
     # Not a generator itself, so that errors are raised by the call and not by the first step.
@@ -106,7 +108,12 @@ class _Generation:
 
     def run(self) -> Iterator[list[tuple[int, int]]]:
         """Yields the new (sequence, token id) pairs of each step."""
-        calls = collections.deque([self._prefill()])  # tokens that each call draws, int32 [steps, B], not read yet
+        self._prefill()
+        if ahead.is_on():
+            self._call()
+            return
+        # The tokens that each call draws, int32 [steps, B], not read yet. The prefill has drawn the first ones.
+        calls = collections.deque([self.standing.tokens_B[None]])
         while self.running:
             # The next call is dispatched before the tokens of this one are read, so that the device does not wait for
             # the host. It reads the tokens on the device. Where their rows have to be read first, it takes no step.
@@ -148,12 +155,10 @@ class _Generation:
         self.standing, self.cache = taken.standing, taken.cache
         return taken.drawn_kB
 
-    def _prefill(self) -> jax.Array:
+    def _prefill(self) -> None:
         """Runs the prompts through the decoder and draws the first tokens, one length bucket at a time.
 
         It does not wait for the device, which works on one bucket while the host fetches the rows of the next.
-
-        Returns: the first tokens, [1, B], on the device.
         """
         how = self.how
         if not self.rows.on_device:
@@ -176,7 +181,6 @@ class _Generation:
         is_stop_V[[id for id in how.stop_ids if id < how.vocab_size]] = True
         rules = Rules(np.uint32(how.seed), np.arange(self.batch, dtype=np.int32), self.end_B, is_stop_V)
         self.standing, self.rules = self.decoder.start(Standing(tokens_B, self.prompt_lengths_B), rules)
-        return self.standing.tokens_B[None]
 
     def _padded_prompts(self, members, length):
         """The prompts of one length bucket as a batch of b sequences.
@@ -204,6 +208,6 @@ def _batch_size(sequences, shards):
     return -(-next_power_of_two(sequences) // shards) * shards
 
 
-@jax.jit
+@ahead.jit
 def _put(tokens_B, slots_b, tokens_b):
     return tokens_B.at[slots_b].set(tokens_b, mode="drop")

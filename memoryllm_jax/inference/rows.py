@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from memoryllm_jax.config import ModelConfig
+from memoryllm_jax.inference import ahead
 from memoryllm_jax.model import transformer
 from memoryllm_jax.model.sharding import constrain, parts
 from memoryllm_jax.model.token_memory import TokenRows
@@ -109,14 +110,14 @@ def _split(ids_U):
 
 
 # Parameters are arguments: arrays that a function closes over would be compiled into it as constants.
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(ahead.jit, static_argnames="config")
 def _ids_and_x0(config, embedding_VD, ids_U):
     ids_U = _split(ids_U)
     return ids_U, live_x0(config, embedding_VD, ids_U)
 
 
 # Compiled once for all layers
-_layer = jax.jit(live_layer, static_argnames="config")
+_layer = ahead.jit(live_layer, static_argnames="config")
 
 
 class _Layers(Sequence):
@@ -148,8 +149,12 @@ class LiveRows:
 
     def __init__(self, config: ModelConfig, params: dict, mesh):
         self.mesh, self._config = mesh, config
+        self.fill(params)
+
+    def fill(self, params: dict) -> None:
+        """Takes other parameters of the same shapes; the compiled functions stay."""
         # Other parameters are not kept, so that the caller can free them.
-        names = ("embedding", "memory") if config.row_dim else ("embedding",)
+        names = ("embedding", "memory") if self._config.row_dim else ("embedding",)
         self.arrays = {name: params[name] for name in names}
 
     def gather(self, arrays, ids_U) -> TokenRows:

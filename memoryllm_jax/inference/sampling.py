@@ -14,6 +14,7 @@ from memoryllm_jax.common import options
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import TEMPERATURES, is_temperature
+from memoryllm_jax.inference import ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Sampling:
             raise ArgumentError("top_p", f"expected more than 0 and at most 1, found {self.top_p}")
 
 
-@functools.partial(jax.jit, static_argnames=("sampling", "vocab_size"))
+@functools.partial(ahead.jit, static_argnames=("sampling", "vocab_size"))
 def draw(logits_BV, seed, sequence_B, position_B, sampling: Sampling, vocab_size: int):
     """Draws a token for each sequence.
 

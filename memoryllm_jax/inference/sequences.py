@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from memoryllm_jax.config import ModelConfig
+from memoryllm_jax.inference import ahead
 from memoryllm_jax.model import attention, loss, transformer
 from memoryllm_jax.model.sharding import constrain, parts, spec, unpadded_embed
 from memoryllm_jax.model.token_memory import TokenRows, take_rows
@@ -114,7 +115,7 @@ _STREAM = spec("batch", None, None)
 _CACHE = spec("batch", "heads", None, None)  # as `Decoder.empty_cache` places it
 
 
-@functools.partial(jax.jit, static_argnames=("config", "length"), out_shardings=(_STREAM, None))
+@functools.partial(ahead.jit, static_argnames=("config", "length"), out_shardings=(_STREAM, None))
 def _embed(config, x0_SUD, index_SN, length):
     """Returns: (X_0 of each position [B, T, D], the `_Where` of the positions)."""
     x_BTD = take_rows(x0_SUD, index_SN).reshape(-1, length, config.dim).astype(config.dtype)
@@ -122,7 +123,7 @@ def _embed(config, x0_SUD, index_SN, length):
     return x_BTD, where
 
 
-@jax.jit
+@ahead.jit
 def _on_device(x_b):
     """An array of the host, whole on each device. Passed to each layer as it is, it would be copied once a layer."""
     return constrain(x_b, None)
@@ -134,13 +135,13 @@ def _apply_layer(config, layer_params, x_BTD, rows_and_factor, where):
 
 
 # The residual stream is donated: each layer overwrites that of the layer before.
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="x_BTD", out_shardings=_STREAM)
+@functools.partial(ahead.jit, static_argnames="config", donate_argnames="x_BTD", out_shardings=_STREAM)
 def _score_layer(config, layer_params, x_BTD, rows_and_factor, where):
     return _apply_layer(config, layer_params, x_BTD, rows_and_factor, where).x_BTD
 
 
 @functools.partial(
-    jax.jit, static_argnames="config", donate_argnames=("x_bTD", "cache"), out_shardings=(_STREAM, _CACHE)
+    ahead.jit, static_argnames="config", donate_argnames=("x_bTD", "cache"), out_shardings=(_STREAM, _CACHE)
 )
 def _prefill_layer(config, layer_params, x_bTD, rows_and_factor, where, cache, slots_b):
     out = _apply_layer(config, layer_params, x_bTD, rows_and_factor, where)
@@ -151,20 +152,20 @@ def _prefill_layer(config, layer_params, x_bTD, rows_and_factor, where, cache, s
     return out.x_BTD, attention.Cache(*map(put, cache, out.keys_values))
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(ahead.jit, static_argnames="config")
 def _last_logits(config, final_norm, head_VD, x_bTD, lengths_b):
     last_bD = x_bTD[jnp.arange(len(lengths_b)), lengths_b - 1]
     return logits(config, head_VD, _normalised(config, final_norm, last_bD))
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(ahead.jit, static_argnames="config")
 def _score_states(config, final_norm, head_VD, x_BTD, targets_SN, weights_SN):
     x_SND = _normalised(config, final_norm, x_BTD).reshape(*targets_SN.shape, -1)
     _, nll = loss.cross_entropy(x_SND, head_VD, targets_SN, weights_SN, _loss_options(config, head_VD, targets_SN))
     return nll
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(ahead.jit, static_argnames="config")
 def _log_probs_of_states(config, final_norm, head_VD, x_BTD, targets_SN):
     x_SND = _normalised(config, final_norm, x_BTD).reshape(*targets_SN.shape, -1)
     found = loss.log_probs(x_SND, head_VD, targets_SN, _loss_options(config, head_VD, targets_SN))

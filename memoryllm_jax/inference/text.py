@@ -47,6 +47,20 @@ def text_after(tokenizer, prompt: list[int], new: list[int]) -> str:
     return tokenizer.decode(prompt + new)[len(tokenizer.decode(prompt)) :]
 
 
+def compile_texts(
+    engine: Engine, prompts: list[str], max_tokens: int, sampling: Sampling, seed: int, stops: tuple[str, ...]
+) -> None:
+    """Compiles what `print_texts` with these arguments needs. Call it inside `ahead.only_shapes`."""
+    for _ in _generate(engine, [engine.prompt(text) for text in prompts], max_tokens, sampling, seed, stops):
+        pass
+
+
+def _generate(engine, ids, max_tokens, sampling, seed, stops):
+    """Nobody waits for each token of several texts, so these get several steps a call."""
+    steps_per_call = 1 if len(ids) == 1 else STEPS_PER_CALL
+    return engine.generate(ids, max_tokens, sampling, seed, engine.stop_ids(stops), steps_per_call)
+
+
 def print_texts(
     engine: Engine, prompts: list[str], max_tokens: int, sampling: Sampling, seed: int, stops: tuple[str, ...]
 ) -> tuple[list[dict], dict]:
@@ -61,8 +75,7 @@ def print_texts(
     ids = [engine.prompt(text) for text in prompts]
     new_ids: list[list[int]] = [[] for _ in prompts]
     streamer = Streamer(engine.tokenizer, ids[0]) if len(prompts) == 1 else None
-    steps_per_call = 1 if streamer else STEPS_PER_CALL
-    steps = engine.generate(ids, max_tokens, sampling, seed, engine.stop_ids(stops), steps_per_call)
+    steps = _generate(engine, ids, max_tokens, sampling, seed, stops)
     if streamer:
         print(prompts[0], end="", flush=True)
     start = time.perf_counter()

@@ -2,12 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Annotated
 
 from memoryllm_jax.checkpoint.trained import Digest, TrainedModel
 from memoryllm_jax.common import options
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
+from memoryllm_jax.inference import ahead
 from memoryllm_jax.inference.engine import Contribution, Engine
 from memoryllm_jax.inference.rows import LiveRows
 from memoryllm_jax.tol.cached_rows import CachedRows
@@ -30,6 +33,7 @@ def open_engine(
     step: int | None = None,
     dtype: str = "",
     mesh=None,
+    compile_ahead: Callable[[Engine], None] | None = None,
 ) -> Engine:
     """Opens a trained model, ready to generate.
 
@@ -41,6 +45,8 @@ def open_engine(
       cache: size in bytes of the cache of rows on the device, for host and disk; by default CACHE_BYTES.
       overlay: path of an overlay that `tol edit` wrote, or "".
       step, dtype, mesh: as of `TrainedModel`.
+      compile_ahead: uses the engine for what it will be used for, inside `ahead.only_shapes`: without a ToL file it is
+        called while the parameters are read.
     Raises: UserError.
     """
     if overlay and not tol:
@@ -53,8 +59,10 @@ def open_engine(
         file = on_error.enter_context(contextlib.closing(TolFile(tol))) if tol else None
         trained = on_error.enter_context(contextlib.closing(TrainedModel(workdir, step, dtype, mesh)))
         if file is None:
-            params = trained.load(lambda name: True)
-            source = LiveRows(trained.config, params, trained.mesh)
+            shapes = trained.shapes()
+            engine = Engine(trained, shapes, LiveRows(trained.config, shapes, trained.mesh))
+            with ahead.in_background(functools.partial(compile_ahead or (lambda engine: None), engine)):
+                engine.fill(trained.load(lambda name: True))
         else:
             file.check_model(trained.config, trained.tokenizer.digest, None)
             edits = Overlay.open(overlay, file) if overlay else None
@@ -62,7 +70,7 @@ def open_engine(
             params = trained.load(lambda name: not trained.is_memory(name), digest)
             file.check_model(trained.config, trained.tokenizer.digest, digest.text())
             source = _open_rows(file, place, cache, trained, params.get("embedding"), edits)
-        engine = Engine(trained, params, source)
+            engine = Engine(trained, params, source)
         on_error.pop_all()  # all is well: the engine closes the checkpoint and the rows, which close the file
     return engine
 
@@ -97,11 +105,12 @@ class EngineOptions:
     step: Annotated[int | None, Option("checkpoint to read; by default the newest")] = None
     dtype: Annotated[str, Option("float32 or bfloat16, for the computation; by default that of the training")] = ""
 
-    def open(self, mesh=None) -> Engine:
+    def open(self, mesh=None, compile_ahead: Callable[[Engine], None] | None = None) -> Engine:
         """Opens the engine.
 
         Args:
           mesh: as of `TrainedModel`.
+          compile_ahead: as of `open_engine`.
         Raises: UserError.
         """
         if not self.tol and (self.rows or self.cache):
@@ -116,6 +125,7 @@ class EngineOptions:
             step=self.step,
             dtype=self.dtype,
             mesh=mesh,
+            compile_ahead=compile_ahead,
         )
         with contextlib.ExitStack() as on_error:
             on_error.callback(engine.close)

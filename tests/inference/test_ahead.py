@@ -1,0 +1,46 @@
+"""Compiling ahead of time, from shapes alone."""
+
+import contextlib
+import functools
+
+import jax
+import pytest
+
+from memoryllm_jax.inference.sampling import Sampling
+from memoryllm_jax.inference.text import compile_texts, print_texts
+from memoryllm_jax.tol.serving import open_engine
+
+
+@pytest.fixture
+def compiled():
+    """The durations of all compilations from now on."""
+    durations = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            durations.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield durations
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_text_needs_no_compilation_after_that_from_shapes(lab, compiled):
+    how = {"max_tokens": 5, "sampling": Sampling(temperature=0), "seed": 0, "stops": ()}
+    for prompts in (["The file"], ["The file", "A class"]):
+        found = []
+        for compile_ahead in (functools.partial(compile_texts, prompts=prompts, **how), None):
+            with contextlib.closing(open_engine(lab.workdir("flex-3"), compile_ahead=compile_ahead)) as engine:
+                compiled.clear()
+                results, _ = print_texts(engine, prompts, **how)
+                found.append((results, len(compiled)))
+        (texts, few), (expected, many) = found
+        assert texts == expected and few <= 1 < many  # the first tokens get another shape in a function of their own
+
+
+def test_errors_are_those_of_the_calls_themselves(lab):
+    def fail(engine):
+        raise ValueError("dropped")
+
+    with contextlib.closing(open_engine(lab.workdir("flex-3"), compile_ahead=fail)) as engine:
+        assert next(engine.generate([[1, 2]], 1, Sampling()))
