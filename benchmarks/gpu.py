@@ -75,7 +75,7 @@ PARTS = {
         limit=330,
         small=(*_SMALL_MODEL, "--platform=cpu", "--seq_len=64", "--batch_size=2", "--vocab_size=600", "--rounds=1"),
     ),
-    "serve": Part(("benchmarks/serving.py",), limit=240, small=(*_SMALL_SERVING, "--sides=device,base")),
+    "serve": Part(("benchmarks/serving.py",), limit=240, small=(*_SMALL_SERVING, "--sides=device/streamed,base")),
     "peer": Part(("benchmarks/serving.py", "--sides=llama"), limit=150, small=_SMALL_SERVING, needs_torch=True),
     "curves": Part(
         ("benchmarks/curves.py",),

@@ -93,7 +93,7 @@ def _serving(folder: str) -> Iterator[Row]:
     """Times of decode steps against the memory's bandwidth, and the build of the ToL file."""
     ours, theirs = _read(folder, "serve"), _read(folder, "peer").get("results", {})
     for batch in (1, 32):
-        for side in ("live", "device", "base", "host", "disk"):
+        for side in ("live", "device", "device/streamed", "base", "host", "disk"):
             found = ours.get("results", {}).get(f"{side}, batch {batch}", {})
             compare = _LESS if side in ("live", "device") else None
             name = "base" if side == "base" else f"memory, {side} rows,"

@@ -4,7 +4,8 @@
     python benchmarks/serving.py --sides=llama --output=benchmarks/results/NAME.json
 
 Sides: base, memory with live rows, memory with the ToL file's rows on the device, in host memory or on disk, and llama:
-base in transformers, with a static cache, which is compiled on a GPU. llama needs PyTorch, and a process of its own.
+base in transformers, with a static cache, which is compiled on a GPU. llama needs PyTorch, and a process of its own. A
+call to the device takes as many steps as in the command `generate` without streaming; on a side with /streamed, one step.
 
 The models are untrained. Prompts are tokens of prepared data, or drawn at random (synthetic.py). Texts are sampled at
 temperature 1, so that tokens hardly repeat and nearly every row from host or disk is a new one; the file's pages are in
@@ -41,7 +42,7 @@ from memoryllm_jax.model import flops
 from memoryllm_jax.tol import compress
 from memoryllm_jax.tol.serving import PLACES, open_engine
 
-SIDES = ("device", "live", "base", "host", "disk")
+SIDES = ("device", "device/streamed", "live", "base", "host", "disk")
 # A function that samples a text of so many tokens for each prompt, and waits for them
 Generate = Callable[[list[list[int]], int], object]
 
@@ -96,7 +97,7 @@ def least_bytes(config: Config, side: str, batch: int, positions: float) -> floa
     if side == "live":
         numbers += parts["memory"]
     rows = 1  # of width dim for each token: its embedding, and from a file those of the layers
-    if side in PLACES:
+    if side.split("/")[0] in PLACES:
         rows += m.layers
     numbers += batch * rows * m.dim
     numbers += batch * positions * m.layers * 2 * m.key_heads * m.head_dim
@@ -121,12 +122,13 @@ def seconds_a_step(generate: Generate, prompts: list[list[int]], settings: Setti
 def opened(side: str, folder: str) -> Iterator[tuple[Generate, Callable[[], dict]]]:
     """Opens a side. Yields: (its `Generate`, a function that returns its statistics of rows)."""
     architecture = "base" if side == "base" else "memory"
+    side, _, streamed = side.partition("/")
+    steps = 1 if streamed else STEPS_PER_CALL
     tol = f"{folder}/tol.safetensors" if side in PLACES else ""
     engine = open_engine(f"{folder}/{architecture}", tol, side if tol else "")
 
     def generate(prompts, tokens):
-        steps_per_call = 1 if len(prompts) == 1 else STEPS_PER_CALL  # as the command does
-        for _ in engine.generate(prompts, tokens, Sampling(1.0), steps_per_call=steps_per_call):
+        for _ in engine.generate(prompts, tokens, Sampling(1.0), steps_per_call=steps):
             pass
 
     with contextlib.closing(engine):
