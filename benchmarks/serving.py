@@ -5,7 +5,7 @@
 
 Sides: base, memory with live rows, memory with the ToL file's rows on the device, in host memory or on disk, and llama:
 base in transformers, with a static cache, which is compiled on a GPU. llama needs PyTorch, and a process of its own. A
-call to the device takes as many steps as in the command `generate` without streaming; on a side with /streamed, one step.
+call to the device takes as many steps as in the command `generate` without streaming; of a side with /streamed, one.
 
 The models are untrained. Prompts are tokens of prepared data, or drawn at random (synthetic.py). Texts are sampled at
 temperature 1, so that tokens hardly repeat and nearly every row from host or disk is a new one; the file's pages are in
