@@ -42,7 +42,7 @@ from memoryllm_jax.config import default, resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import flops, sharding
 from memoryllm_jax.training import loop, metrics
-from memoryllm_jax.training.batches import HostBatch, TrainBatches, place
+from memoryllm_jax.training.batches import HostBatch, TrainBatches, Windows, place
 from memoryllm_jax.training.step import Trainer, memory_needed
 
 PRESETS = {
@@ -160,8 +160,8 @@ def our_step(config, dataset: Dataset, settings: Settings):
     trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     state = trainer.init(jax.random.key(0))
     batches = TrainBatches(config, dataset, 1, [0])
-    weights = np.ones((config.batch_size, config.seq_len))
-    host = HostBatch({0: batches.shard_batch(windows_of(dataset, settings), weights)})
+    read = Windows(windows_of(dataset, settings), np.ones((config.batch_size, config.seq_len)))
+    host = HostBatch({0: batches.shard_batch(read)})
     size = batches.sizes().holding(host.distinct)
     start = time.perf_counter()
     step = trainer.train.lower(trainer.state_shape, place(host, size, trainer.batch_sharding)).compile()

@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,42 @@ def test_all_parts_of_the_measurements_on_a_gpu_run_on_a_cpu(data_path, tmp_path
     assert measured["tests on the device"] == "2 of 2 passed" and measured["MFU of base-1b"] == "not measured"
     table = [sys.executable, BENCHMARKS / "speed.py", f"--table={tmp_path}/out/train.json"]
     assert "| memory |" in subprocess.run(table, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_part_that_hangs_is_ended_with_all_that_it_started(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    gpu = importlib.import_module("gpu")
+    hangs = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); sys.stdin.read(); "
+    hangs += "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); signal.pause()"
+    with open(tmp_path / "log", "w+b") as log:
+        part = gpu.run([sys.executable, "-c", hangs], 1, log, dict(os.environ))
+    (started,) = part["last_lines"]
+    assert part["timed_out"] and part["code"] == 7
+    end = time.monotonic() + 10
+    while is_running(started):
+        assert time.monotonic() < end
+
+
+def is_running(number: str) -> bool:
+    """Whether a process runs: it is not gone, nor a zombie that its new parent has not asked about."""
+    try:
+        stat = Path(f"/proc/{number}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_missing_requirements_come_with_what_they_need(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    requirements = importlib.import_module("requirements")
+    listing = "Package Version\n------- -------\nnumpy 2.4.6\nJax_Lib==0.9\nabsl-py\ngrain    0.1.2  /somewhere\n"
+    installed = requirements.installed_in(listing)
+    assert installed == {"package": "", "numpy": "2.4.6", "jax-lib": "0.9", "absl-py": "", "grain": "0.1.2"}
+    asked = ["numpy>=2", "absl-py>=99", "grain>=0.2.12", "nothing-like-it>=3,<4", "tomli; python_version < '3.10'"]
+    found = requirements.missing(asked, installed, python="3.12")
+    names = {text.partition("==")[0] for text in found}
+    assert "nothing-like-it<4,>=3" in names and {"grain", "array-record"} <= names
+    assert not {"numpy", "absl-py", "tomli"} & names
 
 
 @pytest.fixture

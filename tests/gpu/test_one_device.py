@@ -73,9 +73,8 @@ def test_widths_that_are_no_multiples_of_8_change_nothing(data_path, make_config
     trainer = Trainer(c, mesh)
     placed, whole = random_params(c.model, mesh)
     batches = TrainBatches(c, dataset, 1, [0])
-    (read,) = batches.windows([(0, 0)])
-    windows = read[0]
-    batch = place({0: batches.shard_batch(*read)}, batches.sizes().most, trainer.batch_sharding)
+    windows = batches.windows([(0, 0)])[0].ids
+    batch = place(batches[0], batches.sizes().most, trainer.batch_sharding)
     total, weight = trainer.evaluate(placed, batch)
 
     def by_the_equations(params, windows):
