@@ -19,7 +19,7 @@ _COLLECTIVE = re.compile("(all-gather|all-reduce|reduce-scatter|all-to-all)(-sta
 #   calls=%fused_computation.8    to_apply=%add.14    body=%region_8.11
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%([\w.-]+)")
 # What a GPU computes as a matrix product or attention: a kernel of Triton, or a call of a library.
-_PRODUCT = re.compile(r"calls=%gemm_fusion|__cublas|__cudnn")
+_PRODUCT = re.compile(r"calls=%[\w.]*gemm_fusion|__cublas|__cudnn")
 # The operands, with a comment before every fifth one:
 #   %dot.145, %dot.146, /*index=5*/%dot.147
 _OPERAND = re.compile(r"%([\w.-]+)")

@@ -27,14 +27,20 @@ NEED_LESS = (
 
 # Options of XLA for GPUs that config.xla=overlap stands for. A layer's weights are then gathered while the layer before
 # it computes, and double buffering spares a copy of them in each turn of the loop over layers.
-_OVERLAP = (
-    "xla_gpu_enable_pipelined_all_gather",
-    "xla_gpu_enable_pipelined_reduce_scatter",
-    "xla_gpu_enable_while_loop_double_buffering",
-)
+if jaxlib.version.__version_info__ >= (
+    0,
+    12,
+):  # XLA made modes of what were switches (seen in 0.12.0.1; 0.10.2 has switches)
+    _OVERLAP = {
+        "xla_gpu_pipeline_all_gather": "COLLECTIVE_PIPELINING_MODE_ON",
+        "xla_gpu_pipeline_reduce_scatter": "COLLECTIVE_PIPELINING_MODE_ON",
+    }
+else:
+    _OVERLAP = {"xla_gpu_enable_pipelined_all_gather": True, "xla_gpu_enable_pipelined_reduce_scatter": True}
+_OVERLAP["xla_gpu_enable_while_loop_double_buffering"] = True
 
 
-def compiler_options(config: Config, platform: str) -> dict[str, bool]:
+def compiler_options(config: Config, platform: str) -> dict[str, bool | str]:
     """The options of XLA that config.xla stands for.
 
     Args:
@@ -45,10 +51,7 @@ def compiler_options(config: Config, platform: str) -> dict[str, bool]:
         return {}
     if platform != "gpu":
         raise UserError(f"config.xla: {config.xla} needs GPUs, found {platform}")
-    if jaxlib.version.__version_info__ >= (0, 12):
-        # It has other names for them, and with these (on = 1) its step for H100 overlapped nothing.
-        raise UserError(f"config.xla: {config.xla} needs jaxlib below 0.12, found {jaxlib.version.__version__}")
-    return dict.fromkeys(_OVERLAP, True)
+    return _OVERLAP
 
 
 def sum_options(device: jax.Device, jaxlib_version: tuple[int, ...] = jaxlib.version.__version_info__) -> dict:
