@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -94,3 +95,22 @@ def test_every_flipped_bit_is_found_or_harmless(workdir):
                 assert str(error).startswith(f"{workdir}/2") and "\n" not in str(error)
             path.write_bytes(whole)
     assert refused > len(files) and len(kinds) > 3
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_arrays_with_other_values_than_were_saved_are_refused(workdir, tmp_path, where):
+    other = STATE | {"params": {"a": STATE["params"]["a"].at[7, 1].add(1e-3), "b": STATE["params"]["b"]}}
+    with contextlib.closing(store.Checkpoints(str(tmp_path / "other"))) as checkpoints:
+        checkpoints.save(2, other, DESCRIPTION)
+        checkpoints.wait()
+    shutil.rmtree(workdir / "2/state")
+    shutil.copytree(tmp_path / "other/2/state", workdir / "2/state")
+    (path, leaf), *_ = PATHS.items()
+    message = (
+        rf"^{workdir}/2: parameter a is damaged: expected the digest .*; the newest good checkpoint is {workdir}/1: "
+    )
+    with contextlib.closing(Reader(str(workdir))) as reader, pytest.raises(UserError, match=message):
+        if where == "device":
+            reader.leaf(2, path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding))
+        else:
+            reader.leaf_on_host(2, path)
