@@ -26,11 +26,9 @@ NEED_LESS = (
 )
 
 # Options of XLA for GPUs that config.xla=overlap stands for. A layer's weights are then gathered while the layer before
-# it computes, and double buffering spares a copy of them in each turn of the loop over layers.
-if jaxlib.version.__version_info__ >= (
-    0,
-    12,
-):  # XLA made modes of what were switches (seen in 0.12.0.1; 0.10.2 has switches)
+# it computes, and double buffering spares a copy of them in each turn of the loop over layers. What are switches in
+# jaxlib 0.10.2 are modes in 0.12.0.1.
+if jaxlib.version.__version_info__ >= (0, 12):
     _OVERLAP = {
         "xla_gpu_pipeline_all_gather": "COLLECTIVE_PIPELINING_MODE_ON",
         "xla_gpu_pipeline_reduce_scatter": "COLLECTIVE_PIPELINING_MODE_ON",
