@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 
 import jax
+from jax._src import xla_bridge  # keeps the errors of devices that failed; jax has no public way to them
 
 from memoryllm_jax.common.errors import UserError, one_line
 
@@ -61,6 +62,7 @@ def _check() -> None:
     if not (plugins or asked or problem):
         return  # a machine without accelerators
     wanted = f"JAX_PLATFORMS={asked} asks for one" if asked else f"there is {' and '.join(plugins)}"
+    said = said or list(xla_bridge._backend_errors.values())  # other code may have used JAX before
     reasons = [text.rstrip(".") for text in (*said, problem) if text] or ["it sees no such device"]
     raise UserError(
         f"JAX finds only CPUs, though {wanted}: {'; '.join(reasons)}; to use the CPU, set JAX_PLATFORMS=cpu"

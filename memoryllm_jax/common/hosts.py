@@ -96,10 +96,11 @@ class HostOptions:
         JAX may crash there. If the port belongs to the coordinator of another run, it may even share it.
         """
         address, process_id = self.coordinator, self.process_id
-        with contextlib.suppress(Exception):  # `initialize` meets the same error, and says what is missing
-            address, _, process_id, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-                address, self.num_processes, process_id, None, None, _DETECTION_S
-            )
+        if address is None or process_id is None:
+            with contextlib.suppress(Exception):  # `initialize` meets the same error, and says what is missing
+                address, _, process_id, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                    address, self.num_processes, process_id, None, None, _DETECTION_S
+                )
         port = (address or "").rpartition(":")[2]
         if process_id != 0 or not port.isdecimal():
             return

@@ -4,6 +4,8 @@ import contextlib
 import importlib.metadata
 import logging
 import os
+import pathlib
+import re
 
 import jax
 import pytest
@@ -70,3 +72,9 @@ def test_a_share_of_memory_that_the_user_sets_stays(monkeypatch, given):
     devices.limit_gpu_memory(0.9)
     found = {name: os.environ[name] for name in devices._MEMORY_SHARES if name in os.environ}
     assert found == (given or {"XLA_CLIENT_MEM_FRACTION": "0.9"})
+
+
+def test_the_package_asks_for_devices_here_alone():
+    package = pathlib.Path(devices.__file__).parents[1]
+    asking = [path.name for path in package.rglob("*.py") if re.search(r"jax\.(local_)?devices\(", path.read_text())]
+    assert set(asking) <= {"devices.py", "chips.py"}  # chips.py asks for the CPUs of a dry run
