@@ -24,14 +24,11 @@ def test_1b_trains_on_one_h100(chip_devices, architecture):
     assert not [kind for kind in padded if kind.startswith("bf16")]
 
 
-def test_the_memory_of_long_contexts_on_a_tpu_is_linear(chip_devices):
+def test_long_contexts_on_a_tpu_need_little_workspace(chip_devices):
     """One kernel for all of splash's backward pass would hold a copy of the queries' gradients for every 512 keys."""
     mesh = sharding.make_mesh(MeshConfig(), chip_devices("v5e"))
-
-    def workspace(length: int) -> int:
-        x = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
-        with jax.set_mesh(mesh):
-            backward = jax.jit(lambda q, k, v, g: jax.vjp(attention.splash, q, k, v)[1](g))
-            return backward.lower(x, x, x, x).compile().memory_analysis().temp_size_in_bytes
-
-    assert workspace(32768) < 2.5 * workspace(16384)
+    x = jax.ShapeDtypeStruct((1, 32768, 2, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+        backward = jax.jit(lambda q, k, v, g: jax.vjp(attention.splash, q, k, v)[1](g))
+        stats = backward.lower(x, x, x, x).compile().memory_analysis()
+    assert stats.temp_size_in_bytes < 10 * x.size * x.dtype.itemsize
