@@ -88,7 +88,8 @@ def transfers(config: Config, params, mesh_shape: Mapping[str, int], distinct: i
 
 def data_sums(config: Config) -> int:
     """How often a step sums the gradients of the decoder layers over data (compiled with jax 0.10.2 and 0.12.0.1)."""
-    return 1 if jax.__version_info__ >= (0, 12) else config.accumulate
+    moves_out = jax.__version_info__ >= (0, 12) and config.model.reduce_dtype != "float32"
+    return 1 if moves_out else config.accumulate
 
 
 def _local_elements(params) -> dict[str, int]:
