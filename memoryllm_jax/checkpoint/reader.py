@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from memoryllm_jax.checkpoint import description as description_lib
 from memoryllm_jax.checkpoint import digest, host_arrays
 from memoryllm_jax.checkpoint.description import Description
-from memoryllm_jax.common import hosts
+from memoryllm_jax.common import devices, hosts
 from memoryllm_jax.common.errors import UserError, one_line
 from memoryllm_jax.common.progress import Progress
 
@@ -40,11 +40,13 @@ class Reader:
 
     Args:
       workdir: absolute path or URL, as `description.folder` returns it.
-    Raises: the methods raise UserError for what cannot be read or is damaged; it names the newest good checkpoint.
+    Raises: UserError if the accelerator cannot be used. The methods raise UserError for what cannot be read or is
+      damaged; it names the newest good checkpoint.
     """
 
     def __init__(self, workdir: str):
         self.workdir = workdir
+        devices.find()  # before Orbax asks for devices: only the first to ask learns why JAX finds none
         self._arrays = ocp.PyTreeCheckpointer()
         self._context = host_arrays.new_context()
         self._descriptions: dict[int, Description] = {}

@@ -62,7 +62,8 @@ def _check() -> None:
     if not (plugins or asked or problem):
         return  # a machine without accelerators
     wanted = f"JAX_PLATFORMS={asked} asks for one" if asked else f"there is {' and '.join(plugins)}"
-    said = said or list(xla_bridge._backend_errors.values())  # other code may have used JAX before
+    if not said:  # other code has used JAX before
+        said = [text for platform, text in xla_bridge._backend_errors.items() if platform != "proxy"]
     reasons = [text.rstrip(".") for text in (*said, problem) if text] or ["it sees no such device"]
     raise UserError(
         f"JAX finds only CPUs, though {wanted}: {'; '.join(reasons)}; to use the CPU, set JAX_PLATFORMS=cpu"

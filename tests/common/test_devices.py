@@ -10,6 +10,7 @@ import re
 import jax
 import pytest
 
+from memoryllm_jax.checkpoint import reader
 from memoryllm_jax.common import devices
 from memoryllm_jax.common.errors import UserError
 
@@ -78,3 +79,15 @@ def test_the_package_asks_for_devices_here_alone():
     package = pathlib.Path(devices.__file__).parents[1]
     asking = [path.name for path in package.rglob("*.py") if re.search(r"jax\.(local_)?devices\(", path.read_text())]
     assert set(asking) <= {"devices.py", "chips.py"}  # chips.py asks for the CPUs of a dry run
+
+
+def test_checkpoints_are_opened_only_where_the_devices_are_usable(monkeypatch):
+    """Orbax asks JAX for devices too, and fails with a traceback where JAX has none."""
+
+    def find():
+        raise UserError("no GPU")
+
+    monkeypatch.setattr(devices, "find", find)
+    monkeypatch.setattr(reader.ocp, "PyTreeCheckpointer", lambda: pytest.fail("Orbax asked first"))
+    with pytest.raises(UserError, match="no GPU"):
+        reader.Reader("DIR")
