@@ -43,7 +43,8 @@ from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import flops, sharding
 from memoryllm_jax.training import loop, metrics
 from memoryllm_jax.training.batches import HostBatch, TrainBatches, Windows, place
-from memoryllm_jax.training.step import Trainer, memory_needed
+from memoryllm_jax.training.compilation import memory_needed
+from memoryllm_jax.training.step import Trainer
 
 PRESETS = {
     "cpu": {

@@ -14,7 +14,7 @@ from memoryllm_jax.checkpoint import run_data
 from memoryllm_jax.checkpoint.description import Description
 from memoryllm_jax.checkpoint.store import Checkpoints
 from memoryllm_jax.checkpoint.warm_start import starting_params
-from memoryllm_jax.common import hosts, storage
+from memoryllm_jax.common import hosts, progress, storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.common.hosts import StoppedEarly, StopSignal
@@ -26,9 +26,10 @@ from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.model import attention, sharding
 from memoryllm_jax.training import summary
 from memoryllm_jax.training.batches import TrainBatches, ValidationBatches, local_shards
+from memoryllm_jax.training.compilation import NEED_LESS
 from memoryllm_jax.training.feeder import Feeder
 from memoryllm_jax.training.recorder import Recorder
-from memoryllm_jax.training.step import NEED_LESS, Trainer
+from memoryllm_jax.training.step import Trainer
 from memoryllm_jax.training.validation import Validation
 
 
@@ -170,21 +171,22 @@ def open_dataset(config: Config, workdir: str) -> Dataset:
     return Dataset(path, workdir)
 
 
-def complete(config: Config, dataset: Dataset) -> Config:
+def complete(config: Config, dataset: Dataset, accelerator: attention.Accelerator | None = None) -> Config:
     """Fills in what the data decides, model.vocab_size, and what the machine decides, model.attention.
 
+    Args:
+      accelerator: to choose model.attention for; None: that of this machine.
     Raises: UserError.
     """
-    vocab_size = config.model.vocab_size or dataset.vocab_size
+    m = config.model
+    vocab_size = m.vocab_size or dataset.vocab_size
     if vocab_size < dataset.vocab_size:
         raise UserError(
             f"config.model.vocab_size: expected at least the {dataset.vocab_size} ids of {dataset.path}, "
             f"found {vocab_size}"
         )
-    m = config.model
-    backend = attention.resolve_backend(m.attention, m.dtype, m.head_dim)
-    model = dataclasses.replace(m, vocab_size=vocab_size, attention=backend)
-    return dataclasses.replace(config, model=model)
+    backend = attention.resolve_backend(m.attention, m.dtype, m.head_dim, accelerator)
+    return dataclasses.replace(config, model=dataclasses.replace(m, vocab_size=vocab_size, attention=backend))
 
 
 class _End(NamedTuple):
@@ -201,8 +203,11 @@ def _train(run: Run, profile: int, stop: StopSignal, at_exit: contextlib.ExitSta
     sizes, validation_sizes = run.batches.sizes(), run.validation_batches.sizes()
     if hosts.is_first():
         print(summary.opening(run.trainer, run.batches, sizes, run.start), flush=True)
+    start = time.monotonic()
     with hosts.compiling("the training step", f"; {NEED_LESS}"):
         run.trainer.compile(sizes, validation_sizes)
+    if hosts.is_first():
+        print(f"compiled in {progress.duration(time.monotonic() - start)}", flush=True)
     feeder = Feeder(run.batches, run.trainer, sizes, run.start)
     validation = Validation(run.validation_batches, run.trainer, validation_sizes, stop.agreed)
     recorder = Recorder(

@@ -6,13 +6,13 @@ Memory is read from the compiled step. Traffic follows from the shardings (colle
 data sheets (roofline.py).
 """
 
-import concurrent.futures
 import dataclasses
+import functools
 import math
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,15 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from memoryllm_jax.common import progress, storage
+from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError, one_line
 from memoryllm_jax.config import Config
-from memoryllm_jax.data import dataset
+from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.data.documents import EMBEDDED
 from memoryllm_jax.model import attention, flops, sharding
-from memoryllm_jax.training import chips, collectives, plan_text, roofline, sizes
-from memoryllm_jax.training.batches import abstract_batch
+from memoryllm_jax.training import chips, collectives, compilation, loop, plan_text, roofline, sizes
+from memoryllm_jax.training.batches import TrainBatches, abstract_batch
 from memoryllm_jax.training.plan_text import gb
-from memoryllm_jax.training.step import Trainer, compiler_options, memory_needed
+from memoryllm_jax.training.step import Trainer
 
 VOCABULARY = 128_256  # token ids of Llama 3, assumed if neither config nor data give their number
 # {tokens: share of distinct ids among them}, for English text with the Llama 3 tokenizer. Measured from 8,192 tokens
@@ -122,33 +123,41 @@ def plan(config: Config, name: str, devices: list[jax.Device], tokens: float = 0
 
 
 def _bounds(times: dict, value: Callable[[float], float]) -> dict[str, float]:
-    """A value that follows from the seconds of a step, at both bounds of them."""
-    return {bound: value(seconds) for bound, seconds in times["step"].items()}
+    """The bounds of a value that follows from the seconds of a step. A speed is least where the time is most."""
+    values = [value(seconds) for seconds in times["step"].values()]
+    return {"least": min(values), "most": max(values)}
 
 
 def _completed(config: Config, chip: chips.Chip) -> tuple[Config, list[str]]:
-    """(the config with vocab_size and attention filled in as `loop.complete` would, what was assumed for it)."""
-    model, assumed = config.model, []
-    if config.data.path != "embedded":
-        vocab_size = model.vocab_size or dataset.Dataset(config.data.path).vocab_size
-        model = dataclasses.replace(model, vocab_size=vocab_size)
-    elif not model.vocab_size:
-        model = dataclasses.replace(model, vocab_size=VOCABULARY)
-        assumed.append(f"{VOCABULARY:,} token ids (Llama 3), as neither data nor config.model.vocab_size is given")
-    if model.unique_tokens and model.row_dim:
-        assumed.append("distinct ids as in English text with the Llama 3 tokenizer")
-    if compiler_options(config, "gpu" if chip.gpu else chip.platform) and not chip.has_compiler():
+    """(the config with vocab_size and attention filled in as `loop.complete` does, what was assumed for it)."""
+    assumed = []
+    if config.data.path != EMBEDDED:
+        config = loop.complete(config, Dataset(config.data.path), chip.accelerator)
+    else:
+        m = config.model
+        if not m.vocab_size:
+            assumed.append(f"{VOCABULARY:,} token ids (Llama 3), as neither data nor config.model.vocab_size is given")
+        if m.unique_tokens and m.row_dim:
+            assumed.append("distinct ids as in English text with the Llama 3 tokenizer")
+        backend = attention.resolve_backend(m.attention, m.dtype, m.head_dim, chip.accelerator)
+        model = dataclasses.replace(m, vocab_size=m.vocab_size or VOCABULARY, attention=backend)
+        config = dataclasses.replace(config, model=model)
+    if compilation.options(config, "gpu" if chip.gpu else chip.platform) and not chip.has_compiler():
         assumed.append(f"config.xla=default: XLA for CPUs does not know {config.xla}, which needs more memory")
-    backend = attention.resolve_backend(model.attention, model.dtype, model.head_dim, chip.accelerator)
-    return dataclasses.replace(config, model=dataclasses.replace(model, attention=backend)), assumed
+    return config, assumed
 
 
 def distinct_ids(config: Config, shards: int) -> sizes.Sizes:
-    """The sizes that a batch shard's distinct ids are padded to (`Batches.sizes`), estimated from English text.
+    """The sizes that a batch shard's distinct ids are padded to: those of the run, if its data is there.
+
+    Without config.data.path they are estimated for English text with the Llama 3 tokenizer.
 
     Args:
       shards: number of batch shards.
+    Raises: UserError if the data cannot be read, or is too short for the run.
     """
+    if config.data.path != EMBEDDED:
+        return TrainBatches(config, Dataset(config.data.path), shards, local=[]).sizes()
     tokens = config.batch_size * config.seq_len // shards
     if not config.model.unique_tokens:
         return sizes.Sizes((tokens,), tokens)
@@ -172,11 +181,12 @@ def _compile(config: Config, mesh: Mesh, chip: chips.Chip) -> tuple["CompiledSte
     sequences = _sequences(config, mesh)
     # A second batch size tells the bytes of one sequence. It is half as large where it can be, so that it fits too.
     other_sequences = sequences // 2 if sequences > 1 else 2
-    other = dataclasses.replace(config, batch_size=config.batch_size // sequences * other_sequences)
+    data = dataclasses.replace(config.data, epochs=2 * config.data.epochs)  # a batch twice as large reads twice as much
+    other = dataclasses.replace(config, batch_size=config.batch_size // sequences * other_sequences, data=data)
     print(f"compiling the step for {mesh.size} x {chip.title}, with two sizes of batches", file=sys.stderr, flush=True)
     # In order, as Flax modules must not be built, nor JAX functions be traced, in two threads at once.
     lowered = LoweredStep(config, mesh), LoweredStep(other, mesh)
-    compiled, other_compiled = _compile_at_once(lowered)
+    compiled, other_compiled = compilation.all_at_once([functools.partial(_or_no_room, step) for step in lowered])
     if isinstance(compiled, _OutOfMemoryError):
         advice = "; or ".join(_changes(config, mesh, chip, lowered[0].state, 2)) or "take more devices"
         raise UserError(f"the step does not fit: {compiled}; {advice}") from compiled
@@ -185,24 +195,12 @@ def _compile(config: Config, mesh: Mesh, chip: chips.Chip) -> tuple["CompiledSte
     return compiled, compiled.memory | _batch_that_fits(compiled, other_compiled, chip)
 
 
-def _compile_at_once(steps: Sequence["LoweredStep"]) -> list["CompiledStep | _OutOfMemoryError"]:
-    """Compiles steps in threads, as XLA releases Python's lock while it compiles, and shows that it is at work.
-
-    Raises: UserError if one of them does not compile.
-    """
-    start = time.monotonic()
-    shown = progress.Progress("compiling", len(steps), "step", stream=sys.stderr)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        left = futures = [pool.submit(step.compile) for step in steps]
-        while left:
-            done, left = concurrent.futures.wait(futures, timeout=1)
-            shown.update(len(done), f"after {progress.duration(time.monotonic() - start)}")
-    shown.close()
-    errors = [future.exception() for future in futures]
-    return [
-        error if isinstance(error, _OutOfMemoryError) else future.result()
-        for future, error in zip(futures, errors, strict=True)
-    ]
+def _or_no_room(step: "LoweredStep") -> "CompiledStep | _OutOfMemoryError":
+    """The compiled step, or the error if its compiler finds that it does not fit. Raises: UserError for others."""
+    try:
+        return step.compile()
+    except _OutOfMemoryError as error:
+        return error
 
 
 class CompiledStep(NamedTuple):
@@ -272,7 +270,7 @@ def _memory(executable, trainer: Trainer) -> dict[str, int]:
     parameters = _stored(shapes["params"], shardings["params"])
     moments = _stored(shapes["opt_state"], shardings["opt_state"])
     gradients = parameters  # they have the same shapes and shardings
-    total = memory_needed(executable)
+    total = compilation.memory_needed(executable)
     return {
         "parameters": parameters,
         "optimizer": moments,
@@ -340,11 +338,10 @@ def _changes(config: Config, mesh: Mesh, chip: chips.Chip, state: int, least: in
         if sequences % parts:
             continue
         accumulate = config.accumulate * parts
-        try:
-            step = LoweredStep(dataclasses.replace(config, accumulate=accumulate), mesh).compile()
-        except _OutOfMemoryError:
-            continue
-        if step.memory["total"] <= chip.memory:
+        print(f"it does not fit; compiling it with config.accumulate={accumulate}", file=sys.stderr, flush=True)
+        lowered = LoweredStep(dataclasses.replace(config, accumulate=accumulate), mesh)
+        (step,) = compilation.all_at_once([functools.partial(_or_no_room, lowered)])
+        if not isinstance(step, _OutOfMemoryError) and step.memory["total"] <= chip.memory:
             out.append(f"--config.accumulate={accumulate}: {gb(step.memory['total'])} a device")
             break
     if config.model.remat != "full":

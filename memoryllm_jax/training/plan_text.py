@@ -49,8 +49,8 @@ def _size_lines(p: dict) -> list[str]:
         f"{millions['ffn_c']}), token memory {millions['memory']}, embedding and head "
         f"{millions['embedding_and_head']}",
         f"a step           {p['batch_size']} x {p['seq_len']} = {p['tokens_a_step']:,} tokens, "
-        f"{p['sequences_a_device']} sequences a device at a time, {p['accumulate']} times; {p['rows_a_step']:,} rows "
-        "of token memory",
+        f"{p['sequences_a_device']} a device in each of {p['accumulate']} micro-batches; {p['rows_a_step']:,} rows of "
+        "token memory",
     ]
 
 
@@ -60,7 +60,7 @@ def _memory_lines(p: dict) -> list[str]:
         f"memory a device  {gb(m['total'])} of {gb(p['memory_of_device'])}: parameters {gb(m['parameters'])}, "
         f"optimizer {gb(m['optimizer'])}, gradients {gb(m['gradients'])}, activations and workspace "
         f"{gb(m['activations'])}",
-        f"largest batch    {m['largest_sequences_a_device']} sequences a device at a time, by "
+        f"largest batch    {m['largest_sequences_a_device']:,} sequences a device in a micro-batch, by "
         f"{gb(m['each_sequence'])} a sequence",
     ]
     if not p["fits"]:

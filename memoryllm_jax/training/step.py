@@ -1,69 +1,19 @@
 """The compiled train and eval steps, and the state that they work on, placed on a mesh."""
 
-import concurrent.futures
-import re
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryllm_jax.common.errors import OutOfMemoryError, UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.model import loss, sharding, transformer
-from memoryllm_jax.training import optimizer
+from memoryllm_jax.training import compilation, optimizer
 from memoryllm_jax.training.batches import Batch, abstract_batch
 from memoryllm_jax.training.sizes import Sizes
-
-# The end of an error message about memory
-NEED_LESS = (
-    "to need less, use a larger config.accumulate, config.model.remat=full or more devices; a dry run estimates the "
-    "memory"
-)
-
-# Options of XLA for GPUs that config.xla=overlap stands for. A layer's weights are then gathered while the layer before
-# it computes, and double buffering spares a copy of them in each turn of the loop over layers. What are switches in
-# jaxlib 0.10.2 are modes in 0.12.0.1.
-if jaxlib.version.__version_info__ >= (0, 12):
-    _OVERLAP = {
-        "xla_gpu_pipeline_all_gather": "COLLECTIVE_PIPELINING_MODE_ON",
-        "xla_gpu_pipeline_reduce_scatter": "COLLECTIVE_PIPELINING_MODE_ON",
-    }
-else:
-    _OVERLAP = {"xla_gpu_enable_pipelined_all_gather": True, "xla_gpu_enable_pipelined_reduce_scatter": True}
-_OVERLAP["xla_gpu_enable_while_loop_double_buffering"] = True
-
-
-def compiler_options(config: Config, platform: str) -> dict[str, bool | str]:
-    """The options of XLA that config.xla stands for.
-
-    Args:
-      platform: JAX's name of the devices' platform: cpu, gpu or tpu.
-    Raises: UserError if the platform does not have them.
-    """
-    if config.xla == "default":
-        return {}
-    if platform != "gpu":
-        raise UserError(f"config.xla: {config.xla} needs GPUs, found {platform}")
-    return _OVERLAP
-
-
-def sum_options(device: jax.Device, jaxlib_version: tuple[int, ...] = jaxlib.version.__version_info__) -> dict:
-    """The options of XLA with which GPUs before Hopper sum float32 in memory by an instruction of their own.
-
-    The positions that share a row of the token memory sum its gradient. jaxlib 0.10.2 to 0.11.0 would make that a loop
-    of compare-and-swap on these GPUs, hundreds of times slower (openxla/xla#46225), as the instruction takes numbers
-    below 1.2e-38 for zero. With the options all of the step may.
-    """
-    is_affected = (0, 10, 2) <= jaxlib_version < (0, 11, 1)
-    if device.platform != "gpu" or not is_affected:
-        return {}
-    is_cuda = re.fullmatch(r"\d+\.\d+", device.compute_capability)  # AMD's are names, such as gfx942
-    return {"xla_gpu_ftz": True} if is_cuda and float(device.compute_capability) < 9 else {}
 
 
 class Micro(NamedTuple):
@@ -97,7 +47,7 @@ class Trainer:
 
     def __init__(self, config: Config, mesh: Mesh):
         device = mesh.devices.flat[0]
-        options = compiler_options(config, device.platform) | sum_options(device)
+        options = compilation.options(config, device.platform) | compilation.sum_options(device)
         self.config, self.mesh = config, mesh
         # With micro-batches, what the token memory kept for its backward pass would lie beside the activations of each
         # of them: tens of GB at 1B parameters. Its rows are few beside the positions, so it is cheap to recompute.
@@ -127,14 +77,12 @@ class Trainer:
         """
         asked = [(self._train_step, self.state_shape, size) for size in train_sizes.planned]
         asked += [(self._evaluate_step, self.params_shape, size) for size in evaluate_sizes.planned]
-        # In order, as JAX traces and lowers in Python; XLA releases Python's lock while it compiles.
-        lowered = []
+        lowered = []  # in order, as JAX must not trace in two threads at once
         for step, shapes, size in asked:
             lowered.append(step.lower(shapes, abstract_batch(self.config, self.shards, self.batch_sharding, size)))
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            compiled = list(pool.map(lambda step: step.compile(), lowered))
+        compiled = compilation.all_at_once([step.compile for step in lowered])
         for (step, _, size), executable in zip(asked, compiled, strict=True):
-            check_fits(executable, size, self.mesh.local_devices[0])
+            compilation.check_fits(executable, size, self.mesh.local_devices[0])
             step.keep(size, executable)
 
     def _abstract_state(self):
@@ -246,32 +194,6 @@ class _StepInMesh(_InMesh):
     def __call__(self, first, batch: Batch):
         executable = self._kept.get(batch.ids_SU.shape[1])
         return executable(first, batch) if executable else super().__call__(first, batch)
-
-
-def check_fits(executable: jax.stages.Compiled, size: int, device: jax.Device) -> None:
-    """Refuses a step that cannot be run. The GPU's compiler does not compare its memory with the device's.
-
-    Raises: OutOfMemoryError.
-    """
-    available = (device.memory_stats() or {}).get("bytes_limit")  # CPUs have no statistics
-    needed = memory_needed(executable)
-    if available and needed > available:
-        raise OutOfMemoryError(
-            f"a step for {size} distinct ids a shard needs {needed / 1e9:.2f} GB of memory a device, and "
-            f"{available / 1e9:.2f} GB can be used; {NEED_LESS}"
-        )
-
-
-def memory_needed(executable: jax.stages.Compiled) -> int:
-    """Bytes that one device needs to run a compiled function, arguments included."""
-    stats = executable.memory_analysis()
-    return (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes  # outputs that are stored in donated arguments
-        + stats.temp_size_in_bytes
-        + stats.generated_code_size_in_bytes
-    )
 
 
 def _micro_batches(batch: Batch) -> Micro:

@@ -14,8 +14,10 @@ from lab import with_devices
 
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import MeshConfig, load, resolve
+from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
 from memoryllm_jax.training import chips, collectives, plan, plan_text, roofline
+from memoryllm_jax.training.batches import TrainBatches
 from memoryllm_jax.training.collectives import Transfer
 from memoryllm_jax.training.step import Trainer
 
@@ -81,11 +83,12 @@ def test_micro_batches_recompute_the_token_memory(make_config):
 
 
 def test_memory_is_planned_for_the_most_distinct_ids_and_work_for_the_usual_number(make_config):
-    config = make_config("memory", steps=1000, batch_size=64, **{"model.vocab_size": 5000})
-    usual, _, largest = plan.distinct_ids(config, shards=2).planned
+    config = make_config("memory", steps=1000, batch_size=64, **{"model.vocab_size": 5000, "data.epochs": 9})
+    planned = TrainBatches(config, Dataset(config.data.path), 2, [0]).sizes()  # those of the run, counted in its data
+    usual, _, largest = planned.planned
     step = plan.LoweredStep(config, sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2]))
     assert step._usual == usual and step._lowered.in_avals[0][1].ids_SU.shape == (2, largest)
-    # As many tokens a shard, but the largest of more shards: at 1B parameters, 16 sequences of 2,048 tokens a shard.
+    # English text: as many tokens a shard, but the largest of more shards. 16 sequences of 2,048 tokens a shard at 1b.
     c = load("configs/1b.py:flex-3")
     c.update_from_flattened_dict({"model.vocab_size": 128_256, "batch_size": 16 * 512})
     many = resolve(c)

@@ -2,19 +2,17 @@
 
 import math
 import re
-import types
 
 import hlo
 import jax
 import pytest
 
-from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import default, resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
 from memoryllm_jax.training import loop
 from memoryllm_jax.training.batches import TrainBatches, abstract_batch, place
-from memoryllm_jax.training.step import Trainer, check_fits, sum_options
+from memoryllm_jax.training.step import Trainer
 
 
 @pytest.fixture
@@ -54,23 +52,6 @@ def test_state_and_batch_are_sharded_as_the_table_says_before_and_after_a_step(t
     assert all(x.is_deleted() for x in jax.tree.leaves(state["params"]))  # donated
 
 
-@pytest.mark.parametrize(
-    "platform, capability, version, is_flushed",
-    [
-        ("gpu", "8.0", (0, 10, 2), True),
-        ("gpu", "8.9", (0, 11, 0), True),
-        ("gpu", "8.0", (0, 11, 1), False),
-        ("gpu", "8.0", (0, 10, 1), False),
-        ("gpu", "9.0", (0, 10, 2), False),
-        ("gpu", "gfx942", (0, 10, 2), False),
-        ("cpu", None, (0, 10, 2), False),
-    ],
-)
-def test_float32_sums_are_instructions_where_jaxlib_would_make_loops(platform, capability, version, is_flushed):
-    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
-    assert sum_options(device, version) == ({"xla_gpu_ftz": True} if is_flushed else {})
-
-
 def test_rows_stay_on_their_shard(trainer_and_batch):
     """Read from the compiled step: each device evaluates only the rows of its shard, and no row is sent."""
     trainer, batch = trainer_and_batch
@@ -105,19 +86,3 @@ def test_overlap_gathers_weights_while_products_are_computed(chip_devices, xla):
         assert set(products) == {0}
     else:
         assert max(products) >= 3  # those of a decoder layer in the forward pass
-
-
-def test_overlap_is_refused_where_there_is_no_gpu(make_config):
-    config = make_config(xla="overlap")
-    with pytest.raises(UserError, match=r"^config.xla: overlap needs GPUs, found cpu$"):
-        Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
-
-
-def test_a_step_that_needs_more_memory_than_the_device_has_is_refused():
-    executable = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((1000, 1_000_000), "float32")).compile()
-    roomy, small, unknown = ({"bytes_limit": 8_100_000_000}, {"bytes_limit": 7_900_000_000}, None)
-    for stats in (roomy, unknown):
-        check_fits(executable, 64, types.SimpleNamespace(memory_stats=lambda stats=stats: stats))
-    message = r"^a step for 64 distinct ids a shard needs 8.00 GB .*, and 7.90 GB can be used; to need less"
-    with pytest.raises(UserError, match=message):
-        check_fits(executable, 64, types.SimpleNamespace(memory_stats=lambda: small))
