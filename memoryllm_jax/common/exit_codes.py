@@ -33,30 +33,34 @@ class ExitCode(enum.IntEnum):
 
 
 # Errors of a network, or of a file system behind one, that may pass. EIO is also that of a failing disk; a restart may
-# then run on another machine. Not EAGAIN: a lock that another run holds has it.
-_TRANSIENT = {
-    errno.EBUSY,
-    errno.ECOMM,
-    errno.ECONNABORTED,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.EIO,
-    errno.ENETDOWN,
-    errno.ENETRESET,
-    errno.ENETUNREACH,
-    errno.ENOLINK,
-    errno.ENOTCONN,
-    errno.EPIPE,
-    errno.EREMOTEIO,
-    errno.ESHUTDOWN,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-}
-# Packages behind gcsfs and s3fs, whose errors of the connection are no OSError, and the names of these errors.
-_CLIENTS = {"aiohttp", "botocore", "google", "requests", "urllib3"}
-_CONNECTION = re.compile("Connect|Disconnect|Timeout|Transport|Payload|Protocol|ChunkedEncoding")
+# then run on another machine. Not EAGAIN: a lock that another run holds has it. By name, as macOS lacks some.
+_TRANSIENT_NAMES = (
+    "EBUSY",
+    "ECOMM",
+    "ECONNABORTED",
+    "ECONNREFUSED",
+    "ECONNRESET",
+    "EHOSTDOWN",
+    "EHOSTUNREACH",
+    "EIO",
+    "ENETDOWN",
+    "ENETRESET",
+    "ENETUNREACH",
+    "ENOLINK",
+    "ENOTCONN",
+    "EPIPE",
+    "EREMOTEIO",
+    "ESHUTDOWN",
+    "ESTALE",
+    "ETIMEDOUT",
+)
+_TRANSIENT = {getattr(errno, name) for name in _TRANSIENT_NAMES if hasattr(errno, name)}
+# gcsfs, s3fs and the packages behind them, whose errors of the connection are no ConnectionError, and parts of the
+# names of these errors and of their base classes.
+_CLIENTS = {"aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3"}
+_CONNECTION = re.compile(
+    "Connect|Disconnect|Timeout|Transport|Payload|Protocol|ChunkedEncoding|IncompleteRead|HTTPClient|Checksum"
+)
 # TensorStore raises ValueError with the status of the storage service, or the number of the system's error.
 _TENSORSTORE = re.compile(r"tensorstore_spec|source locations|os_error_code")
 _STATUS = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): ")
@@ -122,13 +126,19 @@ def _is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) in _TRANSIENT:
         return True
-    status = getattr(error, "code", None) or getattr(error, "status", None)  # gcsfs.retry.HttpError; aiohttp
-    if isinstance(status, int) and not isinstance(status, ExitCode) and (status in (408, 429) or 500 <= status < 600):
+    status = str(getattr(error, "code", None) or getattr(error, "status", None))  # gcsfs.retry.HttpError; aiohttp
+    if status.isdecimal() and (int(status) in (408, 429) or 500 <= int(status) < 600):
         return True
-    if type(error).__module__.partition(".")[0] in _CLIENTS and _CONNECTION.search(type(error).__name__):
+    if getattr(error, "retryable", False) is True or _is_of_connection(error):  # the first is google.auth's
         return True
     text = str(error)
     if not _TENSORSTORE.search(text):
         return False
     number = _OS_ERROR.search(text)
     return int(number[1]) in _TRANSIENT if number else bool(_STATUS.search(text))
+
+
+def _is_of_connection(error: BaseException) -> bool:
+    """Whether a package behind gcsfs or s3fs raised the error for a connection that failed."""
+    kinds = [kind for kind in type(error).__mro__ if kind.__module__.partition(".")[0] in _CLIENTS]
+    return any(_CONNECTION.search(kind.__name__) for kind in kinds)

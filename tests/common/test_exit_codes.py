@@ -4,8 +4,10 @@ import errno
 
 import aiohttp
 import gcsfs.retry
+import google.auth.exceptions
 import jax
 import pytest
+import requests
 
 from memoryllm_jax.common import exit_codes
 from memoryllm_jax.common.errors import ArgumentError, CompilationError, UserError
@@ -31,7 +33,13 @@ FULL = "RESOURCE_EXHAUSTED: Error writing \"a\": No space left on device [os_err
         (TimeoutError(), ExitCode.STORAGE),
         (gcsfs.retry.HttpError({"code": 503, "message": "unavailable"}), ExitCode.STORAGE),
         (gcsfs.retry.HttpError({"code": 403, "message": "forbidden"}), ExitCode.ERROR),
+        (gcsfs.retry.HttpError({"code": "503"}), ExitCode.STORAGE),
+        (gcsfs.retry.ChecksumError(), ExitCode.STORAGE),
         (aiohttp.ServerDisconnectedError(), ExitCode.STORAGE),
+        (requests.exceptions.ProxyError(), ExitCode.STORAGE),  # a connection's by its base class
+        (requests.exceptions.InvalidURL(), ExitCode.ERROR),
+        (google.auth.exceptions.RefreshError("the metadata server is busy", retryable=True), ExitCode.STORAGE),
+        (google.auth.exceptions.RefreshError("the key is revoked"), ExitCode.ERROR),
         (ValueError(REFUSED), ExitCode.STORAGE),
         (ValueError(STALE), ExitCode.STORAGE),
         (ValueError(FULL), ExitCode.ERROR),
