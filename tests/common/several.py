@@ -17,9 +17,16 @@ import time
 import jax
 from lab import free_port
 
-from memoryllm_jax.common import cli, hosts
+from memoryllm_jax.common import cli, hosts, storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.hosts import HostOptions, StopSignal
+from memoryllm_jax.config import default, resolve
+from memoryllm_jax.training import loop
+
+FOLDER = pathlib.Path(sys.argv[1])
+WORKDIR = str(FOLDER / "w")
+LOCK = storage.lock_folder(WORKDIR)
+TAKEN = socket.create_server(("127.0.0.1", 0))
 
 
 def fail_with(error):
@@ -31,6 +38,10 @@ def fail_with(error):
         hosts.wait_for_all("a place that the last process does not reach")
 
     return run
+
+
+def workdir_in_use(is_last, stop):
+    loop.train(resolve(default("memory")), WORKDIR)
 
 
 def compile_error(is_last, stop):
@@ -73,19 +84,17 @@ def ctrl_c_twice(is_last, stop):
 
 
 RUNS = {  # name: (number of processes, what each of them does)
-    "user error": (4, fail_with(UserError("DIR: in use by another run"))),
+    "user error": (4, fail_with(UserError("config.steps: expected at least 1, found 0"))),
+    "workdir in use": (2, workdir_in_use),
     "compile error": (2, compile_error),
     "out of memory": (2, fail_with(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))),
     "storage": (2, fail_with(OSError(errno.ESTALE, "Stale file handle"))),
-    "killed": (2, killed),
+    "killed": (3, killed),
     "signal at once": (2, signal_at_once),
     "Ctrl-C in steps": (4, ctrl_c_in_steps),
     "Ctrl-C twice": (2, ctrl_c_twice),
     "port taken": (1, None),
 }
-
-
-TAKEN = socket.create_server(("127.0.0.1", 0))
 
 
 def process(run, number: int, count: int, address: str, output: pathlib.Path) -> None:
@@ -103,14 +112,14 @@ def process(run, number: int, count: int, address: str, output: pathlib.Path) ->
     cli.run(main)
 
 
-def start(folder: pathlib.Path, name: str) -> list[tuple[int, pathlib.Path]]:
+def start(name: str) -> list[tuple[int, pathlib.Path]]:
     """Forks the processes of a run. Returns: (process id, file with the output) of each."""
     count, run = RUNS[name]
     port = TAKEN.getsockname()[1] if name == "port taken" else free_port()
     address = f"127.0.0.1:{port}"
     children = []
     for number in range(count):
-        output = folder / f"{name} {number}"
+        output = FOLDER / f"{name} {number}"
         child = os.fork()
         if not child:
             process(run, number, count, address, output)
@@ -119,8 +128,7 @@ def start(folder: pathlib.Path, name: str) -> list[tuple[int, pathlib.Path]]:
 
 
 if __name__ == "__main__":
-    folder = pathlib.Path(sys.argv[1])
-    started = {name: start(folder, name) for name in RUNS}
+    started = {name: start(name) for name in RUNS}
     ends = {}
     for name, children in started.items():
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child, _ in children]

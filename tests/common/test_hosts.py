@@ -62,19 +62,24 @@ def test_several_processes_end_with_one_code_and_one_sentence(tmp_path):
     ends = json.loads(done.stdout)
     assert {name: [code for code, _ in processes] for name, processes in ends.items()} == {
         "user error": [ExitCode.ERROR] * 4,
+        "workdir in use": [ExitCode.ERROR] * 2,
         "compile error": [ExitCode.COMPILATION] * 2,
         "out of memory": [ExitCode.OUT_OF_MEMORY] * 2,
         "storage": [ExitCode.STORAGE] * 2,
-        "killed": [ExitCode.LOST, -signal.SIGKILL],
+        "killed": [ExitCode.LOST, ExitCode.LOST, -signal.SIGKILL],
         "signal at once": [ExitCode.STOPPED] * 2,
         "Ctrl-C in steps": [ExitCode.STOPPED] * 4,
         "Ctrl-C twice": [ExitCode.INTERRUPTED] * 2,
         "port taken": [ExitCode.ERROR],
     }
-    first, *_, last = (text for _, text in ends["user error"])
-    assert "error: process 3 of 4: DIR: in use by another run\n" in last
-    assert "error: process 0 of 4: process 3 of 4 has ended: DIR: in use by another run\n" in first
-    assert "process 0 of 2: another process has ended, or cannot be reached: " in ends["killed"][0][1]
+    first, second = (text for _, text in ends["workdir in use"])
+    reason = f"{tmp_path}/w: in use by another run"
+    assert (
+        f"error: process 0 of 2: {reason}" in first
+        and f"error: process 1 of 2: process 0 of 2 has ended: {reason}" in second
+    )
+    for number, (_, text) in enumerate(ends["killed"][:2]):  # the first one to notice tells the other
+        assert re.search(rf"error: process {number} of 3: .*another process has ended, or cannot be reached: ", text)
     assert len({re.search(r"saved step \d+", text)[0] for _, text in ends["Ctrl-C in steps"]}) == 1
     assert "coordinator: expected a free port of this machine" in ends["port taken"][0][1]
     assert not any("Fatal" in text or "Traceback" in text for processes in ends.values() for _, text in processes)
