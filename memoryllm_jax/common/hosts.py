@@ -108,7 +108,7 @@ class HostOptions:
             socket.create_server(("", int(port))).close()
         except OSError as error:
             raise ArgumentError(
-                "coordinator", f"expected a free port of this machine, found {address}: {error.strerror}"
+                "coordinator", f"expected a free port of this machine, found {address}: {os.strerror(error.errno)}"
             ) from error
 
 
