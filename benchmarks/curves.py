@@ -118,7 +118,7 @@ def main(
     settings: Settings,
     workdir: Annotated[str, Option("folder for the runs' checkpoints, from which the same line goes on")],
     budget: Annotated[float, Option("seconds for all sides together", least=1)] = 300,
-    output: Annotated[str, Option("JSON file for the result")] = "",
+    output: Annotated[str, Option("JSON file for the result", writes=True)] = "",
 ) -> None:
     end = time.monotonic() + budget
     data, available = prepared(settings, workdir)

@@ -35,7 +35,8 @@ def distinct_counts(windows: np.ndarray, sequences: int, wanted: int, rng) -> np
 def simulated(counts: np.ndarray, sequences: int, shards: int, vocab_size: int, rng) -> dict:
     """The planned sizes, and which of them simulated steps take."""
     sample = rng.choice(counts, min(SAMPLES, max(16, 4096 // sequences)))
-    planned = sizes.plan(sample.mean(), sample.std(), shards, STEPS, min(sequences * LENGTH, vocab_size))
+    most = min(sequences * LENGTH, vocab_size)
+    planned = sizes.plan(sample.mean(), sample.std(), shards, STEPS, most, largest_seen=int(sample.max()))
     largest = rng.choice(counts, (4_000_000 // shards if shards > 100 else 40_000, shards)).max(axis=1)
     taken = np.array([planned.holding(int(count)) for count in largest])
     return {

@@ -44,7 +44,7 @@ def error(devices: int, noise: float, dtype, seed: int) -> float:
 
 def main(
     seeds: Annotated[int, Option("repetitions with other draws", least=1)] = 3,
-    output: Annotated[str, Option("JSON file for the result")] = "",
+    output: Annotated[str, Option("JSON file for the result", writes=True)] = "",
 ) -> None:
     results = {}
     for noise in NOISE:

@@ -112,7 +112,7 @@ def _figures(side, rounds):
 
 def main(
     settings: Settings,
-    output: Annotated[str, Option("JSON file for the result")] = "",
+    output: Annotated[str, Option("JSON file for the result", writes=True)] = "",
     worker: Annotated[str, Option("internal: the side that this process measures")] = "",
 ) -> None:
     if worker:

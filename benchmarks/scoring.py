@@ -83,7 +83,7 @@ def work(side: str, settings: Settings) -> None:
 
 def main(
     settings: Settings,
-    output: Annotated[str, Option("JSON file for the result")] = "",
+    output: Annotated[str, Option("JSON file for the result", writes=True)] = "",
     worker: Annotated[str, Option("internal: the side that this process measures")] = "",
 ) -> None:
     if worker:

@@ -199,7 +199,7 @@ def build(folder: str, dataset: Dataset, settings: Settings) -> dict:
 
 def main(
     settings: Settings,
-    output: Annotated[str, Option("JSON file for the result")] = "",
+    output: Annotated[str, Option("JSON file for the result", writes=True)] = "",
     scratch: Annotated[str | None, Option("folder for temporary files: at 1b, 27 GB")] = None,
 ) -> None:
     more = {"settings": dataclasses.asdict(settings) | {"data": bool(settings.data)}}

@@ -54,7 +54,7 @@ def main(
     before: Annotated[str, Option("folder with another checkout of this repository, to compare with")] = "",
     max_tokens: Annotated[int, Option("new tokens", least=1)] = 32,
     rounds: Annotated[int, Option("measurements of each side", least=1)] = 5,
-    output: Annotated[str, Option("JSON file for the result")] = "",
+    output: Annotated[str, Option("JSON file for the result", writes=True)] = "",
 ) -> None:
     generate = [sys.executable, "-m", "memoryllm_jax.generate", f"--workdir={workdir}", f"--prompt={PROMPT}"]
     generate.append(f"--max_tokens={max_tokens}")

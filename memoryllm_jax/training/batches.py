@@ -140,7 +140,7 @@ class Batches(abc.ABC):
             return Sizes((positions,), positions)
         counts = self._sampled_counts()
         most = min(positions, self.config.model.vocab_size)
-        return sizes.plan(np.mean(counts), np.std(counts), self.shards, len(self), most, self.one_size)
+        return sizes.plan(np.mean(counts), np.std(counts), self.shards, len(self), most, self.one_size, max(counts))
 
     @property
     def one_size(self) -> bool:

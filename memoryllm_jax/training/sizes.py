@@ -38,11 +38,14 @@ class Sizes(NamedTuple):
         return size
 
 
-def plan(mean: float, std: float, shards: int, steps: int, most: int, only_last: bool = False) -> Sizes:
+def plan(
+    mean: float, std: float, shards: int, steps: int, most: int, only_last: bool = False, largest_seen: int = 0
+) -> Sizes:
     """Plans the sizes of a run.
 
     Counts of distinct ids are taken for normal values, independent between batch shards. A size is mean + std * z,
-    where z is a quantile of the maximum of `shards` standard normal values.
+    where z is a quantile of the maximum of `shards` standard normal values. The last size is at least `largest_seen`:
+    where a few sequences are in another language, say, counts have a longer tail than normal values.
 
     Args:
       mean, std: of the number of distinct ids of one batch shard.
@@ -50,12 +53,14 @@ def plan(mean: float, std: float, shards: int, steps: int, most: int, only_last:
       steps: number of steps of the run.
       most: the most distinct ids that a batch shard can have.
       only_last: plan one size, which holds all steps.
+      largest_seen: the largest of the counts that mean and std are of.
     """
     shares = [1 - _RISK / steps]
     if not only_last and steps >= _FEW_STEPS:
         shares = [*_SHARES, *shares]
-    sizes = {min(most, _round_up(mean + std * quantile_of_maximum(share, shards), most)) for share in shares}
-    return Sizes(tuple(sorted(sizes)), most)
+    sizes = [mean + std * quantile_of_maximum(share, shards) for share in shares]
+    sizes[-1] = max(sizes[-1], largest_seen)
+    return Sizes(tuple(sorted({min(most, _round_up(size, most)) for size in sizes})), most)
 
 
 def quantile_of_maximum(share: float, count: int) -> float:

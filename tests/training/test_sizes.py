@@ -21,5 +21,6 @@ def test_a_size_beyond_those_planned_grows_to_all_ids_that_a_shard_can_have():
     assert len(planned.planned) == 3 and last % 128 == 0 and last < 9000
     assert planned.holding(last) == last and planned.holding(planned.planned[0] + 1) == planned.planned[1]
     assert last < planned.holding(last + 1) <= 1.25 * last + 128 and planned.holding(16_384) == 16_384
+    assert sizes.plan(6000, 400, 8, 100_000, 16_384, largest_seen=12_001).planned == (*planned.planned[:2], 12_032)
     # Two more steps to compile would take a short run longer than they save.
     assert sizes.plan(6000, 400, 8, 100, 16_384).planned == sizes.plan(6000, 400, 8, 100, 16_384, True).planned
