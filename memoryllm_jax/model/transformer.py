@@ -83,13 +83,16 @@ def _dot_with_wide_gradient(x_ND, w_DF):
 
 
 def _dot_forward(x_ND, w_DF):
-    return _dot_with_wide_gradient(x_ND, w_DF), (x_ND, w_DF)
+    # The cast weight is kept: if the backward pass cast it again, XLA would gather it a second time there.
+    w_DF = w_DF.astype(x_ND.dtype)
+    return _dot(x_ND, w_DF), (x_ND, w_DF)
 
 
 def _dot_backward(residuals, g_NF):
     x_ND, w_DF = residuals
-    dx_ND = _dot(g_NF, w_DF.astype(x_ND.dtype).T)
-    return dx_ND, jnp.dot(x_ND.T, g_NF, preferred_element_type=w_DF.dtype)
+    # Not _dot(g, w.T): XLA would gather w and its transpose, where the forward pass is recomputed just before.
+    (dx_ND,) = jax.linear_transpose(lambda x: _dot(x, w_DF), x_ND)(g_NF)
+    return dx_ND, jnp.dot(x_ND.T, g_NF, preferred_element_type=jnp.float32)
 
 
 _dot_with_wide_gradient.defvjp(_dot_forward, _dot_backward)
