@@ -30,19 +30,25 @@ PACKAGES = (
     "lm_eval",
 )
 # Paths of this machine do not belong in a committed record.
-_PATH_FLAGS = re.compile(r"^(--(?:\w*data|hf|\w*workdir|tol|base|output|scratch|work))=.*")
+_PATH_FLAGS = re.compile(r"^(--(?:\w*data|hf|\w*workdir|tol|base|before|other|out|output|scratch|work))=.*")
 
 
 def facts() -> dict:
     """The command, machine, versions and commit of this measurement."""
     installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
     return {
-        "command": "python " + " ".join(_PATH_FLAGS.sub(r"\1=PATH", a) for a in sys.argv),
+        "command": " ".join(["python", _script(), *(_PATH_FLAGS.sub(r"\1=PATH", a) for a in sys.argv[1:])]),
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "python": platform.python_version(),
         "versions": {p: installed[p] for p in PACKAGES if p in installed},
         "commit": os.environ.get("GIT_COMMIT") or _printed_by("git", "rev-parse", "--short", "HEAD"),
     } | gpu_facts()
+
+
+def _script() -> str:
+    """Path of the script that runs, in the project's folder."""
+    root, path = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.abspath(sys.argv[0])
+    return os.path.relpath(path, root) if path.startswith(root) else os.path.basename(path)
 
 
 def gpu_facts() -> dict[str, str]:
@@ -65,10 +71,14 @@ def write(path: str, results: dict, more: dict) -> None:
         storage.write_json(path, facts() | more | {"results": results})
 
 
-def ratio(of: list[float], by: list[float]) -> dict:
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, minimum and maximum."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratio(of: list[float], by: list[float]) -> dict[str, float]:
     """Median, minimum and maximum of the ratios `of` / `by`, each within one round."""
-    values = sorted(a / b for a, b in zip(of, by))
-    return {"median": statistics.median(values), "min": values[0], "max": values[-1]}
+    return spread([a / b for a, b in zip(of, by)])
 
 
 def peak_memory(device=None) -> int:

@@ -13,9 +13,10 @@ The parts run in order of worth, within --budget seconds:
     curves  base, memory and flex-3 of 30M, trained with the time that is left; --parts=curves goes on (curves.py)
 
 Each needs the whole GPU, so they do not run at the same time. A part that fails, hangs or finds no time does not end
-the others, and what it has recorded stays. gpu.json has the last lines that each part printed, gpu.log all of them. If
-PyTorch or transformers is missing, their sides are left out, and gpu.json says so. If the package's own requirements
-are missing, this script lists them; requirements.py says how to bring them to a machine without a network.
+the others, and what it has recorded stays; so does what earlier runs left in --out. gpu.json has the last lines that
+each part printed, gpu.log all of them. If PyTorch or transformers is missing, their sides are left out, and gpu.json
+says so. It also lists the package's own requirements that are missing or have other versions: the parts run as far as
+they can. requirements.py says how to bring packages to a machine without a network.
 
 --rehearse measures nothing: it runs all parts at a small size on a CPU.
 """
@@ -25,6 +26,7 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,17 +34,23 @@ import tempfile
 import time
 from typing import Annotated
 
-import common
-import gpu_targets
 import requirements
 
-from memoryllm_jax.common import cli, storage
-from memoryllm_jax.common.errors import ArgumentError, UserError
-from memoryllm_jax.common.options import Option
+try:
+    import common
+    import gpu_targets
+
+    from memoryllm_jax.common import child, cli, records, storage
+    from memoryllm_jax.common.errors import ArgumentError, UserError
+    from memoryllm_jax.common.options import Option
+except ModuleNotFoundError as missing:  # a part that cannot import one is recorded; without these no record is written
+    sys.exit(f"error: {missing}; this machine lacks {' '.join(requirements.missing_here())}")
 
 HERE = pathlib.Path(__file__).parent
 _GRACE_S = 30  # for a part to save and end after SIGTERM
-_LEAST_S = 20  # a part with less time would be over before it measured anything
+_LEAST_S = _GRACE_S + 20  # a part with less time would be over before it measured anything
+_TIMED_OUT, _INTERRUPTED = "as its time was over", "as it was interrupted"
+_KILLED_S = 10  # for a killed process to end; one that waits for a broken driver never does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +74,10 @@ _SMALL_MODEL = ("--dim=32", "--layers=1", "--heads=2")
 _SMALL_SERVING = (*_SMALL_MODEL, "--vocab_size=600", "--prompt=8", "--tokens=8", "--batches=2", "--rounds=1")
 PARTS = {
     "tests": Part(
-        ("-m", "pytest", "-m", "gpu", "-n", "0", "-p", "no:cacheprovider", "tests/gpu"),
+        # Without the options of pyproject.toml, which need pytest-xdist.
+        ("-m", "pytest", "-q", "-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", "tests/gpu"),
         limit=120,
-        small=("-k", "64 or widths"),  # the suite runs the others on a CPU
+        small=("-k", "64"),  # the suite runs the others on a CPU
     ),
     "train": Part(
         ("benchmarks/speed.py", "--platform=gpu"),
@@ -120,16 +129,20 @@ def command_of(name: str, settings: Settings, seconds: float) -> list[str]:
     command = [sys.executable, *part.command]
     if name == "train":
         ours = ("base", "memory") if settings.rehearse else ("base", "memory", "flex-3")
-        peers = () if without_torch() else ("llama" if settings.rehearse else "llama-compile",)
-        command.append(f"--sides={','.join((*ours, *peers))}")
-    if name in ("serve", "peer"):
-        command.append(f"--scratch={settings.work}")
+        # Compilation needs a C compiler: where there is none, the eager side is what ours are compared with.
+        peers = ("llama",) if settings.rehearse else ("llama-compile", "llama")
+        command.append(f"--sides={','.join(ours if without_torch() else (*ours, *peers))}")
     if name == "curves":
         command += [f"--workdir={settings.work}/curves", f"--budget={seconds - _GRACE_S}"]
         command += [f"--data={settings.data}"] if settings.data else []
     if name != "tests":  # their record is written by tests/gpu/conftest.py
         command.append(f"--output={output}")
     return command + list(part.small if settings.rehearse else ())
+
+
+def scratch_of(settings: Settings) -> str:
+    """The folder for a part's temporary files, which is removed after it: what was killed leaves up to 27 GB there."""
+    return f"{settings.work}/scratch"
 
 
 def environment_of(name: str, settings: Settings) -> dict[str, str]:
@@ -141,36 +154,47 @@ def environment_of(name: str, settings: Settings) -> dict[str, str]:
         # Beside PyTorch JAX must not reserve the GPU's memory.
         "JAX_PLATFORMS": "cpu" if settings.rehearse or PARTS[name].needs_torch else "cuda,cpu",
         "DEVICE_TESTS_RECORD": f"{settings.out}/tests.json",
+        "TMPDIR": scratch_of(settings),
     }
     return {"JAX_COMPILATION_CACHE_DIR": f"{settings.work}/compiled"} | os.environ | own
 
 
 def run(command: list[str], seconds: float, log, environment: dict[str, str]) -> dict:
-    """Runs a part's command, and ends it and all that it started when its time is over.
+    """Runs a part's command, and ends it and all that it started when its time is over or this script is interrupted.
 
     Args:
       log: file for what it prints.
-    Returns: its exit code, seconds, the last lines that it printed, and whether its time was over.
+    Returns: its exit code (None if it could not be killed), seconds, the last lines that it printed, and
+      how it ended: "by itself", "as its time was over" or "as it was interrupted".
     """
-    begin, start = log.tell(), time.monotonic()
+    begin, start = log.seek(0, os.SEEK_END), time.monotonic()
     process = subprocess.Popen(
-        command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, cwd=HERE.parent, process_group=0
+        command,
+        stdout=log,
+        stderr=log,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        cwd=HERE.parent,
+        process_group=0,
+        preexec_fn=child.end_with_parent(),
     )
-    timed_out = False
+    end = "by itself"
     try:
-        process.wait(max(seconds - _GRACE_S, 1))
-    except subprocess.TimeoutExpired:
-        timed_out = True
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_S)
+        try:
+            process.wait(seconds - _GRACE_S)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+            end = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else _TIMED_OUT
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_S)
     finally:
-        with contextlib.suppress(ProcessLookupError):  # also when this script is interrupted
+        with contextlib.suppress(ProcessLookupError):  # what the part started may run on
             os.killpg(process.pid, signal.SIGKILL)
-    code = process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_KILLED_S)
     log.seek(begin)
     lines = log.read().decode(errors="replace").splitlines()
-    return {"code": code, "seconds": time.monotonic() - start, "timed_out": timed_out, "last_lines": lines[-12:]}
+    return {"code": process.returncode, "seconds": time.monotonic() - start, "end": end, "last_lines": lines[-12:]}
 
 
 def run_part(name: str, settings: Settings, seconds: float, log) -> dict:
@@ -181,34 +205,58 @@ def run_part(name: str, settings: Settings, seconds: float, log) -> dict:
         return {"skipped": "no time left"}
     seconds = min(seconds, PARTS[name].limit)
     print(f"{name}: at most {seconds:.0f} s", flush=True)
+    os.makedirs(scratch_of(settings), exist_ok=True)
     result = run(command_of(name, settings, seconds), seconds, log, environment_of(name, settings))
-    ended = "its time was over" if result["timed_out"] else f"exit code {result['code']}"
-    print(f"{name}: {ended} after {result['seconds']:.0f} s", flush=True)
-    if result["code"]:
+    shutil.rmtree(scratch_of(settings), ignore_errors=True)
+    print(f"{name}: ended {result['end']} after {result['seconds']:.0f} s, exit code {result['code']}", flush=True)
+    if result["code"] != 0:
         print("\n".join(f"    {line[:200]}" for line in result["last_lines"]), flush=True)
     if name == "train" and without_torch():
         result["left out"] = f"llama: {without_torch()}"
     return result
 
 
+def targets_of(folder: str) -> list[gpu_targets.Row]:
+    """The rows about the targets. An error in a record or in their code ends no measurement."""
+    try:
+        return gpu_targets.rows(folder)
+    except Exception as error:
+        print(f"no table of targets: {error!r}", file=sys.stderr, flush=True)
+        return []
+
+
+def earlier_parts(path: str) -> dict:
+    """The parts in the gpu.json of earlier runs with the same --out."""
+    try:
+        return records.read(dict, path, "a record of gpu.py").get("parts", {})
+    except (UserError, OSError):  # there is none
+        return {}
+
+
 def main(settings: Settings) -> int:
-    lacking = requirements.missing(requirements.needed(peers=False), requirements.installed_here())
-    if lacking:
-        raise UserError(f"expected the package's requirements, found none of {' '.join(lacking)}; see requirements.py")
     end = time.monotonic() + settings.budget
+    # As Ctrl-C does, whoever lends the machine may end this script: then the part is ended, and gpu.json is written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # The parts run in the project's folder.
     settings = dataclasses.replace(settings, out=os.path.abspath(settings.out), work=os.path.abspath(settings.work))
     for folder in (settings.out, settings.work):
         os.makedirs(folder, exist_ok=True)
-    facts, parts = common.facts() | {"rehearsal": settings.rehearse, "budget": settings.budget}, {}
-    with open(f"{settings.out}/gpu.log", "w+b") as log:
+    lacking = requirements.missing_here()
+    if lacking:
+        print(f"this machine lacks {' '.join(lacking)}; see requirements.py", file=sys.stderr, flush=True)
+    record = f"{settings.out}/gpu.json"
+    facts = common.facts() | {"rehearsal": settings.rehearse, "budget": settings.budget, "lacking": lacking}
+    parts, mine = earlier_parts(record), {}
+    with open(f"{settings.out}/gpu.log", "a+b") as log:
         for name in settings.parts:
-            parts[name] = run_part(name, settings, end - time.monotonic(), log)
-            rows = gpu_targets.rows(settings.out)
+            mine[name] = run_part(name, settings, end - time.monotonic(), log)
+            rows = targets_of(settings.out)
             targets = [dataclasses.asdict(row) for row in rows]
-            storage.write_json(f"{settings.out}/gpu.json", facts | {"parts": parts, "targets": targets})
-    print("rehearsed: all parts ran on a CPU" if settings.rehearse else gpu_targets.table(rows))
-    return 1 if any(part.get("code") for part in parts.values()) else 0
+            storage.write_json(record, facts | {"parts": parts | mine, "targets": targets})
+            if mine[name].get("end") == _INTERRUPTED:
+                raise KeyboardInterrupt
+    print("rehearsed: all parts ran on a CPU" if settings.rehearse else gpu_targets.table(targets_of(settings.out)))
+    return 1 if any(part.get("code", 0) != 0 for part in mine.values()) else 0
 
 
 if __name__ == "__main__":

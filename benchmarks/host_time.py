@@ -11,26 +11,24 @@ of arrays, not with their size.
 Each side runs in a process of its own, and the sides take turns: one round is one text of --tokens tokens after the
 same prompt. The prefill and the first token are left out. A side is TREE/PLACE/STEPS: `new` or `other`; live, device,
 host or disk; and the decode steps of one call. The other tree may be older than the argument for these, which it is
-not given where STEPS is 1.
+not given where STEPS is 1. It must be able to read the checkpoint: an older one refuses fields of the config that it
+lacks.
 """
 
-import contextlib
 import dataclasses
-import json
-import os
-import statistics
-import subprocess
-import sys
+import itertools
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import common
 import numpy as np
+import workers
 
 from memoryllm_jax.common import cli
+from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.options import Option
-from memoryllm_jax.inference.sampling import Sampling
-from memoryllm_jax.tol.serving import open_engine
 
 PLACES = ("live", "device", "host", "disk")
 
@@ -52,61 +50,63 @@ class Settings:
     cache: Annotated[int, Option("KiB of the device cache of rows")] = 20480
 
 
-def serve(settings: Settings, side: str) -> None:
-    """Answers each line of the input with a round's figures.
+def prepare(side: str, settings: Settings) -> tuple[dict, Callable[[], dict]]:
+    """Opens the model. Returns: no facts, and a function that samples a text and returns the round's figures.
 
     host: seconds of the main thread for a step; wall: by the clock; hit_rate: of the device's cache of rows so far.
     """
+    from memoryllm_jax.inference.sampling import Sampling  # only here: the first process needs no JAX
+    from memoryllm_jax.tol.serving import open_engine
+
     _, place, steps = side.split("/")
     arguments = () if place == "live" else (settings.tol, place, settings.cache << 10)
     more = {} if steps == "1" else {"steps_per_call": int(steps)}
-    with contextlib.closing(open_engine(settings.workdir, *arguments)) as engine:
-        prompts = [np.random.default_rng(k).integers(3, 99, 12).tolist() for k in range(settings.batch)]
-        for number, _ in enumerate(sys.stdin):
-            # Sampled, so that the text has as many different tokens as the model can make: each round has new ones.
-            texts = engine.generate(prompts, settings.tokens, Sampling(1.0), seed=number, **more)
-            next(texts)
-            host, wall = time.thread_time(), time.perf_counter()
-            count = sum(1 for _ in texts)
-            host, wall = time.thread_time() - host, time.perf_counter() - wall
-            hit_rate = engine.rows.stats().get("hit_rate", 1.0)
-            print(json.dumps({"host": host / count, "wall": wall / count, "hit_rate": hit_rate}), flush=True)
+    engine = open_engine(settings.workdir, *arguments)
+    prompts = [np.random.default_rng(k).integers(3, 99, 12).tolist() for k in range(settings.batch)]
+    seeds = itertools.count()
+
+    def measure():
+        # Sampled, so that the text has as many different tokens as the model can make: each round has new ones.
+        texts = engine.generate(prompts, settings.tokens, Sampling(1.0), seed=next(seeds), **more)
+        next(texts)
+        host, wall = time.thread_time(), time.perf_counter()
+        count = sum(1 for _ in texts)
+        host, wall = time.thread_time() - host, time.perf_counter() - wall
+        hit_rate = engine.rows.stats().get("hit_rate", 1.0)
+        return {"host": host / count, "wall": wall / count, "hit_rate": hit_rate}
+
+    return {}, measure
 
 
-def measure(settings: Settings) -> dict[str, dict]:
-    """{side: its figures}."""
-    processes = {side: _start(settings, side) for side in settings.sides}
-    rounds = {side: [] for side in settings.sides}
-    for number in range(settings.rounds + 1):
-        for side, process in processes.items():
-            process.stdin.write("\n")
-            process.stdin.flush()
-            found = json.loads(process.stdout.readline())
-            if number:  # the first round compiles
-                rounds[side].append(found)
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
+def measure_all(settings: Settings) -> dict[str, dict]:
+    """{side: its figures}. Raises: UserError if a side fails."""
+    running = {}
+    try:
+        for side in settings.sides:
+            tree = settings.other if side.startswith("other/") else str(Path(__file__).parent.parent)
+            running[side] = workers.Worker(side, environment={"PYTHONPATH": tree})
+        for worker in running.values():
+            worker.read()
+        _, *rounds = [  # the first round compiles
+            {side: worker.round() for side, worker in running.items()} for _ in range(settings.rounds + 1)
+        ]
+    except workers.FailedError as error:
+        raise UserError(str(error)) from error
+    finally:
+        for worker in running.values():
+            worker.end()
     return {side: _figures(side, rounds) for side in settings.sides}
-
-
-def _start(settings, side):
-    tree = settings.other if side.startswith("other/") else os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    command = [sys.executable, *sys.argv, f"--worker={side}"]
-    environment = os.environ | {"PYTHONPATH": tree}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def _figures(side, rounds):
     """Milliseconds a token, and how many times less host time this side takes than the other tree, round by round."""
-    out = {"hit_rate": rounds[side][-1]["hit_rate"]}
+    out = {"hit_rate": rounds[-1][side]["hit_rate"]}
+    other = f"other/{side.split('/')[1]}/1"
     for clock in ("host", "wall"):
-        ms = [1e3 * found[clock] for found in rounds[side]]
-        out[f"{clock}_ms"] = {"median": statistics.median(ms), "min": min(ms), "max": max(ms)}
-        other = rounds.get(f"other/{side.split('/')[1]}/1")
-        if other:
-            of_other = [found[clock] for found in other]
-            out[f"other_over_this_{clock}"] = common.ratio(of_other, [found[clock] for found in rounds[side]])
+        seconds = [found[side][clock] for found in rounds]
+        out[f"{clock}_ms"] = common.spread([1e3 * s for s in seconds])
+        if other in rounds[0]:
+            out[f"other_over_this_{clock}"] = common.ratio([found[other][clock] for found in rounds], seconds)
     return out
 
 
@@ -116,9 +116,8 @@ def main(
     worker: Annotated[str, Option("internal: the side that this process measures")] = "",
 ) -> None:
     if worker:
-        serve(settings, worker)
-        return
-    results = measure(settings)
+        return workers.serve(lambda: prepare(worker, settings))
+    results = measure_all(settings)
     print(f"{'side':<16}{'host ms a token':>24}{'wall ms a token':>24}{'other / this, host':>26}{'hits':>6}")
     for side, found in results.items():
         cells = [_spread(found[name]) for name in ("host_ms", "wall_ms")]

@@ -14,14 +14,14 @@ import os
 
 import numpy as np
 
-from memoryllm_jax.training import chips
-
 ON_GPU = ("llama", "llama-compile")  # the peers that run on a GPU; each takes the dtype of the shape there
 
 
 def gpu_facts() -> dict:
     """Name and peak FLOP/s of PyTorch's GPU. Raises: RuntimeError if it has none."""
     import torch
+
+    from memoryllm_jax.training import chips
 
     name = torch.cuda.get_device_name()
     return {"device": name, "peak_flops": chips.peak_flops(name)}

@@ -21,11 +21,15 @@ import sys
 import tomllib
 from collections.abc import Iterable
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+try:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+except ModuleNotFoundError:  # pip has a copy
+    from pip._vendor.packaging.requirements import Requirement
+    from pip._vendor.packaging.utils import canonicalize_name
 
 _PROJECT = pathlib.Path(__file__).parent.parent / "pyproject.toml"
-_TESTS = ("pytest", "pytest-xdist")  # of the tests, only those that run on a GPU
+_TESTS = ("pytest",)  # of the tests, only those that run on a GPU
 
 
 def needed(peers: bool = True) -> list[str]:
@@ -73,6 +77,11 @@ def missing(requirements: Iterable[str], installed: dict[str, str], python: str 
 def applies(requirement: Requirement, environment: dict[str, str]) -> bool:
     """Whether the requirement's marker holds in an environment."""
     return requirement.marker is None or requirement.marker.evaluate(environment)
+
+
+def missing_here() -> list[str]:
+    """The requirements of the package and of its tests on a GPU that this environment lacks."""
+    return missing(needed(peers=False), installed_here())
 
 
 def installed_here() -> dict[str, str]:

@@ -11,13 +11,13 @@ log-probability of every id; their means must agree.
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from typing import Annotated
 
 import common
 import numpy as np
+import workers
 
 from memoryllm_jax.common import cli
 from memoryllm_jax.common.errors import UserError
@@ -38,12 +38,16 @@ class Settings:
 
 
 def our_scores(settings: Settings):
-    """Loads the model. Returns: function of ids [T + 1] -> log-probabilities [T]."""
+    """Loads the model. Returns: function of ids [T + 1] -> log-probabilities [T]; and the number of ids."""
     from memoryllm_jax.inference import scoring
     from memoryllm_jax.tol.serving import open_engine
 
     engine = open_engine(settings.workdir, dtype="float32")
-    return lambda ids: scoring.score(engine.decoder, engine.rows, [ids.tolist()], settings.tokens)[0].log_probs_T
+
+    def score(ids):
+        return scoring.score(engine.decoder, engine.rows, [ids.tolist()], settings.tokens)[0].log_probs_T
+
+    return score, engine.config.vocab_size
 
 
 def their_scores(settings: Settings):
@@ -64,21 +68,40 @@ def their_scores(settings: Settings):
             # In parts, because the exponentials of the whole window would take as much memory again as its logits.
             return (targets - torch.cat([part.logsumexp(-1) for part in logits.split(256)])).numpy()
 
-    return score
+    return score, model.config.vocab_size
 
 
-def work(side: str, settings: Settings) -> None:
-    """Measures one side in this process, and prints its figures as JSON."""
+def prepare(side: str, settings: Settings) -> tuple[dict, Callable[[], dict]]:
+    """Loads the model.
+
+    Returns: the seconds that it took, and a function that scores a window and returns its figures.
+    """
     start = time.perf_counter()
-    score = (our_scores if side == "ours" else their_scores)(settings)
-    seconds = [time.perf_counter() - start]
-    ids = np.random.default_rng(0).integers(3, 30_000, settings.tokens + 1)
-    for _ in range(1 + _WINDOWS):
+    score, vocab_size = (our_scores if side == "ours" else their_scores)(settings)
+    load = time.perf_counter() - start
+    ids = np.random.default_rng(0).integers(3, vocab_size, settings.tokens + 1)
+
+    def measure():
         start = time.perf_counter()
         mean = float(score(ids).mean(dtype=float))
-        seconds.append(time.perf_counter() - start)
-    figures = {"load": seconds[0], "first": seconds[1], "later": min(seconds[2:]), "peak": common.peak_memory()}
-    print(json.dumps(figures | {"mean": mean}), flush=True)
+        return {"seconds": time.perf_counter() - start, "mean": mean, "peak": common.peak_memory()}
+
+    return {"load": load}, measure
+
+
+def measure_process(side: str) -> dict[str, float]:
+    """The figures of one process of a side. Raises: UserError if it fails."""
+    worker = workers.Worker(side, ("--nocompile_cache",))
+    try:
+        load = worker.read()["load"]
+        first, *later = [worker.round() for _ in range(1 + _WINDOWS)]
+    except workers.FailedError as error:
+        raise UserError(str(error)) from error
+    worker.end()
+    fastest = min(found["seconds"] for found in later)
+    return {"load": load, "first": first["seconds"], "later": fastest} | {
+        name: later[-1][name] for name in ("peak", "mean")
+    }
 
 
 def main(
@@ -87,15 +110,11 @@ def main(
     worker: Annotated[str, Option("internal: the side that this process measures")] = "",
 ) -> None:
     if worker:
-        return work(worker, settings)
+        return workers.serve(lambda: prepare(worker, settings))
     rounds = {side: [] for side in SIDES}
     for number in range(settings.rounds):
         for side in SIDES if number % 2 == 0 else SIDES[::-1]:  # so that order favours none
-            command = [sys.executable, *sys.argv, "--nocompile_cache", f"--worker={side}"]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                raise UserError(f"{side}: expected exit code 0, found {done.returncode}")
-            rounds[side].append(json.loads(done.stdout.splitlines()[-1]))
+            rounds[side].append(measure_process(side))
             print(side, rounds[side][-1], flush=True)
     means = [figures["mean"] for side in SIDES for figures in rounds[side]]
     if max(means) - min(means) > 1e-4:

@@ -32,7 +32,7 @@ import synthetic
 import untrained
 
 from memoryllm_jax.common import cli, options
-from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import Config, default, resolve
 from memoryllm_jax.data.dataset import Dataset
@@ -142,6 +142,8 @@ def opened_llama(config: Config) -> Iterator[tuple[Generate, Callable[[], dict]]
     from transformers import StoppingCriteria
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and common.gpu_facts():
+        raise UserError("llama: PyTorch cannot use the GPU of this machine")
     model = peers.llama_model(config.model, config.seq_len, device, config.model.dtype).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
 

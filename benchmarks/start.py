@@ -6,11 +6,11 @@ Sides: this tree with an empty and with a full compile cache, the tree of --befo
 model in --hf, which is the one in --workdir as `export --import` read it. All read the model from the same disk, and
 generate --max_tokens tokens from a short prompt, or as many ids, in float32. The sides take turns, --rounds times; a
 first round, which fills the disk's cache and the compile cache, is not counted. The transformers side loads no
-tokenizer.
+tokenizer. The tree of --before must be able to read the checkpoint: an older one refuses fields of the config that it
+lacks.
 """
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 import common
+from workers import last_line
 
 from memoryllm_jax.common import cli
 from memoryllm_jax.common.errors import UserError
@@ -42,7 +43,7 @@ class First:  # writes when the first token is there
         pass
 
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-ids = torch.tensor([[1, 9038, 2501, 263, 931]])
+ids = torch.tensor([[1, 9038, 2501, 263, 931]]) % model.config.vocab_size
 count = int(sys.argv[2])
 model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, streamer=First())
 """
@@ -75,7 +76,8 @@ def main(
                         f"{side:>14}: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()), flush=True
                     )
     results = {
-        side: {name: _spread([one[name] for one in found]) for name in found[0]} for side, found in measured.items()
+        side: {name: common.spread([one[name] for one in found]) for name in found[0]}
+        for side, found in measured.items()
     }
     for side in commands:
         if side != "full cache":
@@ -97,7 +99,8 @@ def measure(command: list[str], path: str, home: str, shown: int) -> dict[str, f
     env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     env |= {"PYTHONPATH": path, "XDG_CACHE_HOME": home}
     start = time.perf_counter()
-    process = subprocess.Popen(command, env=env, cwd=path or HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    errors = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(command, env=env, cwd=path or HERE, stdout=subprocess.PIPE, stderr=errors)
     written, first = b"", None
     while piece := os.read(process.stdout.fileno(), 1 << 16):
         written += piece
@@ -106,17 +109,17 @@ def measure(command: list[str], path: str, home: str, shown: int) -> dict[str, f
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode or first is None:
-        raise UserError(f"{' '.join(command[:4])}: ended with exit code {process.returncode}, or without text")
+        errors.seek(0)
+        raise UserError(
+            f"{path or 'transformers'}: expected exit code 0 and a text, found {process.returncode}: "
+            f"{last_line(errors.read())}"
+        )
     return {
         "first_text_s": first,
         "end_s": time.perf_counter() - start,
         "processor_s": used.ru_utime + used.ru_stime,
         "peak_gb": used.ru_maxrss * 1024 / 1e9,
     }
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -33,23 +34,61 @@ def test_all_parts_of_the_measurements_on_a_gpu_run_on_a_cpu(data_path, tmp_path
     assert found["serve"]["tol_build"]["bytes"] > 600 * 32 * 2 and len(found["serve"]["results"]) == 2
     assert found["curves"]["results"]["at_equal_tokens"]["tokens"] == 1024
     measured = {row["what"]: row["measured"] for row in found["gpu"]["targets"]}
-    assert measured["tests on the device"] == "2 of 2 passed" and measured["MFU of base-1b"] == "not measured"
+    assert measured["tests on the device"] == "1 of 1 passed" and measured["MFU of base-1b"] == "not measured"
     table = [sys.executable, BENCHMARKS / "speed.py", f"--table={tmp_path}/out/train.json"]
     assert "| memory |" in subprocess.run(table, capture_output=True, text=True, check=True).stdout
 
 
-def test_a_part_that_hangs_is_ended_with_all_that_it_started(monkeypatch, tmp_path):
+@pytest.fixture
+def gpu(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    gpu = importlib.import_module("gpu")
-    hangs = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); sys.stdin.read(); "
-    hangs += "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); signal.pause()"
-    with open(tmp_path / "log", "w+b") as log:
-        part = gpu.run([sys.executable, "-c", hangs], 1, log, dict(os.environ))
-    (started,) = part["last_lines"]
-    assert part["timed_out"] and part["code"] == 7
+    module = importlib.import_module("gpu")
+    monkeypatch.setattr(module, "_GRACE_S", 2)
+    monkeypatch.setattr(module, "_LEAST_S", 2)
+    return module
+
+
+HANGS = """
+import signal, subprocess, sys, tempfile
+tempfile.mkstemp()
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+print(subprocess.Popen(['sleep', '60']).pid, flush=True)
+signal.pause()
+"""
+
+
+def test_a_part_that_fails_or_hangs_leaves_its_record_and_the_other_parts(gpu, monkeypatch, tmp_path):
+    codes = {"tests": "import no_such_package", "train": HANGS, "serve": "print('measured')", "curves": "1"}
+    for name, code in codes.items():
+        monkeypatch.setitem(gpu.PARTS, name, gpu.Part(("-c", code), limit=4))
+    (tmp_path / "serve.json").write_text("{}")
+    (tmp_path / "tests.json").write_text('{"a test": {"of": "another version"}}')  # the table cannot be made
+    (tmp_path / "gpu.json").write_text('{"parts": {"peer": {"code": 0}}}')
+    settings = gpu.Settings(out=str(tmp_path), parts=tuple(codes), work=str(tmp_path / "work"))
+    assert gpu.main(settings) == 1
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert {name: part["code"] for name, part in parts.items()} == dict(peer=0, tests=1, train=7, serve=0, curves=0)
+    assert parts["tests"]["last_lines"][-1] == "ModuleNotFoundError: No module named 'no_such_package'"
+    assert parts["train"]["end"] == "as its time was over" and parts["serve"]["last_lines"] == ["measured"]
+    assert os.listdir(tmp_path / "work") == []  # the temporary files of the part that was ended
+    (started,) = parts["train"]["last_lines"]
     end = time.monotonic() + 10
     while is_running(started):
         assert time.monotonic() < end
+
+
+def test_sigterm_ends_the_part_and_leaves_the_record(gpu, monkeypatch, tmp_path):
+    code = "import os, signal; os.kill(os.getppid(), signal.SIGTERM); signal.pause()"
+    for name in ("tests", "serve"):
+        monkeypatch.setitem(gpu.PARTS, name, gpu.Part(("-c", code), limit=100))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gpu.main(gpu.Settings(out=str(tmp_path), parts=("tests", "serve"), work=str(tmp_path / "work")))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (part,) = json.loads((tmp_path / "gpu.json").read_text())["parts"].values()
+    assert part["end"] == "as it was interrupted" and part["code"] == -signal.SIGTERM
 
 
 def is_running(number: str) -> bool:

@@ -29,7 +29,7 @@ def run(command: list[str]) -> int:
     # it end without saving.
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        process = subprocess.Popen(command, preexec_fn=_end_with_parent())
+        process = subprocess.Popen(command, preexec_fn=end_with_parent())
         if stopped:  # while the process was being started
             process.terminate()
         code = process.wait()
@@ -39,8 +39,8 @@ def run(command: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _end_with_parent() -> Callable[[], None] | None:
-    """What the child calls before it starts its program, so that it ends when this process is killed by SIGKILL.
+def end_with_parent() -> Callable[[], None] | None:
+    """The `preexec_fn` by which a child ends when this process is killed by SIGKILL.
 
     Linux then sends it SIGTERM. Other systems have nothing like that: there, the child would run on.
     """
