@@ -36,6 +36,8 @@ from typing import Annotated
 
 import requirements
 
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(1, str(HERE.parent))  # the package need not be installed
 try:
     import common
     import gpu_targets
@@ -46,7 +48,6 @@ try:
 except ModuleNotFoundError as missing:  # a part that cannot import one is recorded; without these no record is written
     sys.exit(f"error: {missing}; this machine lacks {' '.join(requirements.missing_here())}")
 
-HERE = pathlib.Path(__file__).parent
 _GRACE_S = 30  # for a part to save and end after SIGTERM
 _LEAST_S = _GRACE_S + 20  # a part with less time would be over before it measured anything
 _TIMED_OUT, _INTERRUPTED = "as its time was over", "as it was interrupted"
