@@ -23,6 +23,7 @@ they can. requirements.py says how to bring packages to a machine without a netw
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import pathlib
@@ -41,6 +42,7 @@ sys.path.insert(1, str(HERE.parent))  # the package need not be installed
 try:
     import common
     import gpu_targets
+    import workers
 
     from memoryllm_jax.common import child, cli, records, storage
     from memoryllm_jax.common.errors import ArgumentError, UserError
@@ -51,6 +53,7 @@ except ModuleNotFoundError as missing:  # a part that cannot import one is recor
 _GRACE_S = 30  # for a part to save and end after SIGTERM
 _LEAST_S = _GRACE_S + 20  # a part with less time would be over before it measured anything
 _TIMED_OUT, _INTERRUPTED = "as its time was over", "as it was interrupted"
+_LOOK_S = 100  # for JAX to start on the GPU
 _KILLED_S = 10  # for a killed process to end; one that waits for a broken driver never does
 
 
@@ -86,7 +89,12 @@ PARTS = {
         small=(*_SMALL_MODEL, "--platform=cpu", "--seq_len=64", "--batch_size=2", "--vocab_size=600", "--rounds=1"),
     ),
     "serve": Part(("benchmarks/serving.py",), limit=240, small=(*_SMALL_SERVING, "--sides=device/streamed,base")),
-    "peer": Part(("benchmarks/serving.py", "--sides=llama"), limit=150, small=_SMALL_SERVING, needs_torch=True),
+    "peer": Part(
+        ("benchmarks/serving.py", "--sides=llama"),
+        limit=150,
+        small=(*_SMALL_SERVING, "--platform=cpu"),
+        needs_torch=True,
+    ),
     "curves": Part(
         ("benchmarks/curves.py",),
         limit=100_000,
@@ -118,6 +126,20 @@ def without_torch() -> str:
     """Why the sides of transformers are left out; "" if they need not be."""
     lacking = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     return f"{' and '.join(lacking)} not installed" if lacking else ""
+
+
+@functools.cache
+def without_gpu(settings: Settings) -> str:
+    """Why JAX cannot use a GPU; "" if it can. Without CUDA's plugin, JAX_PLATFORMS=cuda,cpu would mean the CPU."""
+    if settings.rehearse:
+        return ""
+    look = [sys.executable, "-c", "from memoryllm_jax.common import devices; devices.find()"]
+    environment = environment_of("train", settings) | {"JAX_PLATFORMS": "cuda"}
+    try:
+        done = subprocess.run(look, capture_output=True, text=True, timeout=_LOOK_S, env=environment)
+    except subprocess.TimeoutExpired:
+        return f"JAX did not find a GPU in {_LOOK_S} s"
+    return workers.last_line(done.stderr) if done.returncode else ""
 
 
 def command_of(name: str, settings: Settings, seconds: float) -> list[str]:
@@ -200,8 +222,10 @@ def run(command: list[str], seconds: float, log, environment: dict[str, str]) ->
 
 def run_part(name: str, settings: Settings, seconds: float, log) -> dict:
     """Runs a part. Returns: what gpu.json says about it."""
-    if PARTS[name].needs_torch and without_torch():
-        return {"skipped": without_torch()}
+    reason = without_torch() if PARTS[name].needs_torch else without_gpu(settings)
+    if reason:
+        print(f"{name}: left out: {reason}", flush=True)
+        return {"skipped": reason}
     if seconds < _LEAST_S:
         return {"skipped": "no time left"}
     seconds = min(seconds, PARTS[name].limit)
@@ -257,7 +281,7 @@ def main(settings: Settings) -> int:
             if mine[name].get("end") == _INTERRUPTED:
                 raise KeyboardInterrupt
     print("rehearsed: all parts ran on a CPU" if settings.rehearse else gpu_targets.table(targets_of(settings.out)))
-    return 1 if any(part.get("code", 0) != 0 for part in mine.values()) else 0
+    return 1 if without_gpu(settings) or any(part.get("code", 0) != 0 for part in mine.values()) else 0
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import synthetic
 import untrained
 
 from memoryllm_jax.common import cli, options
-from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import Config, default, resolve
 from memoryllm_jax.data.dataset import Dataset
@@ -59,6 +59,7 @@ class Settings:
     heads: Annotated[int, Option("heads")] = 32
     dtype: Annotated[str, Option("of the computation", choices=("float32", "bfloat16"))] = "bfloat16"
     batches: Annotated[tuple[str, ...], Option("numbers of texts that are sampled together")] = ("1", "32")
+    platform: Annotated[str, Option("device of llama; the others' is JAX's", choices=("cpu", "gpu"))] = "gpu"
     prompt: Annotated[int, Option("tokens of a prompt", least=1)] = 1024
     tokens: Annotated[int, Option("tokens of the longer texts; the shorter ones have a quarter of it", least=4)] = 256
     rounds: Annotated[int, Option("times that each pair of texts is sampled", least=1)] = 4
@@ -136,14 +137,12 @@ def opened(side: str, folder: str) -> Iterator[tuple[Generate, Callable[[], dict
 
 
 @contextlib.contextmanager
-def opened_llama(config: Config) -> Iterator[tuple[Generate, Callable[[], dict]]]:
-    """As `opened`, for base in transformers, on a GPU if PyTorch has one."""
+def opened_llama(config: Config, platform: str) -> Iterator[tuple[Generate, Callable[[], dict]]]:
+    """As `opened`, for base in transformers."""
     import torch
     from transformers import StoppingCriteria
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and common.gpu_facts():
-        raise UserError("llama: PyTorch cannot use the GPU of this machine")
+    device = "cuda" if platform == "gpu" else "cpu"
     model = peers.llama_model(config.model, config.seq_len, device, config.model.dtype).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
 
@@ -173,7 +172,7 @@ def measure(settings: Settings, folder: str, dataset: Dataset, write: Callable[[
     results = {}
     for side in settings.sides:
         config = config_of("base" if side in ("base", "llama") else "memory", dataset, settings)
-        with opened_llama(config) if side == "llama" else opened(side, folder) as (generate, stats):
+        with opened_llama(config, settings.platform) if side == "llama" else opened(side, folder) as (generate, stats):
             for batch in map(int, settings.batches):
                 stream = dataset.validation.read(0, batch * settings.prompt)
                 prompts = stream.reshape(batch, -1).tolist()
@@ -206,7 +205,7 @@ def main(
 ) -> None:
     more = {"settings": dataclasses.asdict(settings) | {"data": bool(settings.data)}}
     if settings.sides == ("llama",):
-        more["device"] = _torch_device()
+        more["device"] = peers.gpu_facts()["device"] if settings.platform == "gpu" else "cpu"
     else:
         import jax
 
@@ -229,12 +228,6 @@ def main(
             more["tol_build"] = build(folder, dataset, settings)
             write({"results": {}})
         measure(settings, folder, dataset, write)
-
-
-def _torch_device() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

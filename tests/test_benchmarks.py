@@ -45,6 +45,7 @@ def gpu(monkeypatch):
     module = importlib.import_module("gpu")
     monkeypatch.setattr(module, "_GRACE_S", 2)
     monkeypatch.setattr(module, "_LEAST_S", 2)
+    monkeypatch.setattr(module, "without_gpu", lambda settings: "")
     return module
 
 

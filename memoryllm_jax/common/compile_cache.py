@@ -60,17 +60,20 @@ def folder() -> pathlib.Path:
     """The folder of the cache, by the conventions of the platform."""
     home = pathlib.Path(os.path.expanduser("~"))
     default = home / "Library/Caches" if sys.platform == "darwin" else home / ".cache"
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or default) / "memoryllm_jax" / "compiled"
+    asked = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))  # its specification says to ignore a relative path
+    return (asked if asked.is_absolute() else default) / "memoryllm_jax" / "compiled"
 
 
 def _check_own(path: pathlib.Path) -> None:
-    """Creates the folder for this user alone. Raises: OSError if it cannot be written, or others can write to it.
+    """Creates the folder for this user alone. Raises: OSError if it cannot be written, or is not this user's alone.
 
     Compiled functions are code, which runs with the rights of whoever reads them.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = path.stat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+    if status.st_uid != os.geteuid():
+        raise PermissionError(1, "it belongs to another user")
+    if status.st_mode & 0o022:
         raise PermissionError(1, "other users can write to it")
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(1, "it cannot be written")
@@ -116,14 +119,18 @@ def _without_damaged_entries(show: Callable, path: pathlib.Path) -> Callable:
     then, but never replaces the entry.
     """
 
+    told = False
+
     def call(message, category, filename, lineno, file=None, line=None):
+        nonlocal told
         found = re.match(r"Error (reading|writing) persistent compilation cache entry for '(\w+)'", str(message))
         if not found:
             show(message, category, filename, lineno, file, line)
             return
         for entry in path.glob(f"{found[2]}-*{_SUFFIX}"):  # JAX names the function, not the entry
             entry.unlink(missing_ok=True)
-        if found[1] == "writing":
+        if found[1] == "writing" and not told:  # once: a full disk fails for each function
+            told = True
             print(f"compile cache: {path} cannot be written ({one_line(message, 200)})", file=sys.stderr)
 
     return call

@@ -15,6 +15,11 @@ import jax
 
 class _State(threading.local):
     only_shapes = False
+    stop: threading.Event | None = None  # once it is set, nothing more is compiled inside `only_shapes`
+
+
+class _StoppedError(Exception):
+    """What is compiled ahead is no longer needed."""
 
 
 _state = _State()
@@ -28,6 +33,8 @@ def jit(function: Callable, **options) -> Callable:
     def call(*args, **kwargs):
         if not _state.only_shapes:
             return jitted(*args, **kwargs)
+        if _state.stop is not None and _state.stop.is_set():
+            raise _StoppedError
         _state.only_shapes = False  # functions that this one calls are traced as usual
         try:
             # JAX finds the compiled function again when it is called with arrays of these shapes and shardings.
@@ -60,10 +67,13 @@ def only_shapes() -> Iterator[None]:
 def in_background(compile_functions: Callable[[], None]) -> Iterator[None]:
     """Calls a function inside `only_shapes` in another thread, while the block runs; waits for it at the end.
 
-    Its errors are dropped: the calls that it makes ahead of time raise them again, when they are made.
+    Its errors are dropped: the calls that it makes ahead of time raise them again, when they are made. If the block
+    fails, only the compilation under way, which cannot be interrupted, delays its error.
     """
+    stop = threading.Event()
 
     def run():
+        _state.stop = stop
         with contextlib.suppress(Exception), only_shapes():
             compile_functions()
 
@@ -71,5 +81,8 @@ def in_background(compile_functions: Callable[[], None]) -> Iterator[None]:
     thread.start()
     try:
         yield
+    except BaseException:
+        stop.set()
+        raise
     finally:
         thread.join()

@@ -1,6 +1,7 @@
 """The compile cache: where it is, who uses it, and entries that are damaged or too many."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -59,6 +60,8 @@ def test_a_folder_that_is_not_safe_is_not_used(tmp_path, monkeypatch, capsys, pr
         folder.mkdir(parents=True)
         folder.chmod(0o777)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert compile_cache.folder().parent.parent == pathlib.Path.home() / ".cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compile_cache.use()
     expected = f"compile cache: {folder} cannot be used ({problem}); set JAX_COMPILATION_CACHE_DIR, or say "

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import threading
 
 import jax
 import pytest
 
+from memoryllm_jax.inference import ahead
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.inference.text import compile_texts, print_texts
 from memoryllm_jax.tol.serving import open_engine
@@ -44,3 +46,19 @@ def test_errors_are_those_of_the_calls_themselves(lab):
 
     with contextlib.closing(open_engine(lab.workdir("flex-3"), compile_ahead=fail)) as engine:
         assert next(engine.generate([[1, 2]], 1, Sampling()))
+
+
+def test_nothing_more_is_compiled_once_the_parameters_cannot_be_read(compiled):
+    first = threading.Event()
+
+    def compile_two():
+        x = jax.ShapeDtypeStruct((3,), "float32")
+        ahead.jit(lambda x: x + 1)(x)
+        first.set()
+        ahead._state.stop.wait(10)
+        ahead.jit(lambda x: x + 2)(x)
+
+    with pytest.raises(ValueError, match="damaged"), ahead.in_background(compile_two):
+        first.wait()
+        raise ValueError("damaged")
+    assert len(compiled) == 1
