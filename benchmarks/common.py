@@ -29,6 +29,7 @@ PACKAGES = (
     "keras-hub",
     "lm_eval",
 )
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Paths of this machine do not belong in a committed record.
 _PATH_FLAGS = re.compile(r"^(--(?:\w*data|hf|\w*workdir|tol|base|before|other|out|output|scratch|work))=.*")
 
@@ -41,14 +42,14 @@ def facts() -> dict:
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "python": platform.python_version(),
         "versions": {p: installed[p] for p in PACKAGES if p in installed},
-        "commit": os.environ.get("GIT_COMMIT") or _printed_by("git", "rev-parse", "--short", "HEAD"),
+        "commit": os.environ.get("GIT_COMMIT") or _printed_by("git", "-C", _ROOT, "rev-parse", "--short", "HEAD"),
     } | gpu_facts()
 
 
 def _script() -> str:
     """Path of the script that runs, in the project's folder."""
-    root, path = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.abspath(sys.argv[0])
-    return os.path.relpath(path, root) if path.startswith(root) else os.path.basename(path)
+    path = os.path.abspath(sys.argv[0])
+    return os.path.relpath(path, _ROOT) if path.startswith(f"{_ROOT}/") else os.path.basename(path)
 
 
 def gpu_facts() -> dict[str, str]:

@@ -134,7 +134,7 @@ def measure(settings: Settings, sides: tuple[str, ...], data: str) -> Iterator[d
     running = {}
     for side in sides:
         running[side] = Side(side, data, settings.platform)
-        print(f"{side}: {running[side].facts.get('error', 'ready')}", flush=True)
+        print(running[side].facts.get("error", f"{side}: ready"), flush=True)
     for number in range(settings.rounds):
         for process in running.values():
             process.round()
@@ -218,7 +218,7 @@ def measure_all(settings: Settings, data: str, output: str) -> int:
             common.write(output, results, more)  # after each round, in case there is no time for all of them
     failed = [side for side, r in results.items() if "error" in r]
     for side in failed:
-        print(f"error: {side}: {results[side]['error']}", file=sys.stderr)
+        print(f"error: {results[side]['error']}", file=sys.stderr)
     return 1 if failed else 0
 
 
