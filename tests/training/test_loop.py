@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax._src import compilation_cache
 from lab import records
 
 from memoryllm_jax.checkpoint import store
@@ -108,7 +109,10 @@ def test_a_signal_before_the_first_step_saves_nothing_and_says_so(make_config, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture, mesh", [("memory", (1, 8, 1)), ("flex-3", (2, 2, 2)), ("ple-3", (2, 2, 2))])
-def test_eight_devices_train_as_one(make_config, tmp_path, architecture, mesh):
+def test_eight_devices_train_as_one(make_config, tmp_path, monkeypatch, architecture, mesh):
+    # With the compiler options of the tests, jaxlib 0.10.2 dies by a segmentation fault where it runs the step of ple-3
+    # on eight emulated devices as an earlier session of the tests has left it in the cache of compiled functions.
+    monkeypatch.setattr(compilation_cache, "get_executable_and_time", lambda *_, **__: (None, None))
     names = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh))
     run(make_config(architecture), tmp_path / "one")
     run(make_config(architecture, **names), tmp_path / "eight", devices=8)
