@@ -201,17 +201,30 @@ def all_layers(rows):
     return rows if rows.ffn_LSUD is None else rows._replace(ffn_LSUD=list(rows.ffn_LSUD))
 
 
+def jitted_step(decoder):
+    """`Decoder.step` as a function of (rows, index_B, position_B, cache) that compiles once."""
+    of_cache = jax.NamedSharding(decoder.mesh, sharding.spec("batch", "heads", None, None))
+    step = jax.jit(decoder.step, out_shardings=(None, of_cache))  # the first cache comes from the prefill
+
+    def call(rows, index_B, position_B, cache):
+        with jax.set_mesh(decoder.mesh):
+            return step(decoder._params, all_layers(rows), index_B, position_B, cache)
+
+    return call
+
+
 def step_logits(decoder, rows, tokens, first=1) -> np.ndarray:
     """Logits after each of tokens[first - 1:], [n, V], from a prefill of `first` tokens and then decode steps."""
     cache = decoder.empty_cache(decoder.shards, bucket(len(tokens), CONTEXT))
     batch = np.repeat(np.array(tokens, np.int32)[None], decoder.shards, 0)
     ids, index = np.unique(batch, return_inverse=True)
-    index, rows = index.reshape(batch.shape).astype(np.int32), all_layers(rows.fetch(ids.astype(np.int32)))
+    index, rows = index.reshape(batch.shape).astype(np.int32), rows.fetch(ids.astype(np.int32))
     lengths = np.full(decoder.shards, first, np.int32)
     logits, cache = decoder.prefill(rows, index[:, :first], lengths, np.arange(decoder.shards, dtype=np.int32), cache)
     out = [np.asarray(logits[-1])]
+    step = jitted_step(decoder)
     for position in range(first, len(tokens)):
-        logits, cache = decoder.step(rows, index[:, position], np.full(decoder.shards, position, np.int32), cache)
+        logits, cache = step(rows, index[:, position], np.full(decoder.shards, position, np.int32), cache)
         out.append(np.asarray(logits[-1]))
     return np.stack(out)
 

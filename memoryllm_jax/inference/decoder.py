@@ -59,8 +59,6 @@ class Decoder:
         whole, of_cache = NamedSharding(mesh, P()), NamedSharding(mesh, sharding.spec(*_CACHE_AXES))
         self._empty = ahead.jit(self._empty_body, static_argnums=(0, 1), out_shardings=of_cache)
         self._start = ahead.jit(lambda *trees: trees, out_shardings=whole)
-        self._whole, self._of_cache = whole, of_cache
-        self._step = jax.jit(self._step_body, donate_argnames="cache", out_shardings=(whole, of_cache))
         self._steps = ahead.jit(
             self._steps_body,
             static_argnames=("rows", "sampling", "vocab_size", "count"),
@@ -123,19 +121,6 @@ class Decoder:
             index_SN = self._by_shard(index_bT)
             return sequences.prefill(self.config, self._params, rows, index_SN, lengths_b, slots_b, cache)
 
-    def step(self, rows: TokenRows, index_B, position_B, cache):
-        """Runs one given token of each sequence through the decoder and writes its keys and values to the cache.
-
-        Args:
-          rows: rows of the tokens.
-          index_B: int32, the row of each sequence's token.
-          position_B: int32, the token's position in its sequence.
-          cache: the cache of the earlier positions. It is donated, so it must not be used afterwards.
-        Returns: (float32 logits [B, V] of the next token, the cache with these tokens).
-        """
-        with jax.set_mesh(self.mesh):
-            return self._step(self._params, rows, index_B, position_B, cache=cache)
-
     def start(self, standing: Standing, rules: Rules) -> tuple[Standing, Rules]:
         """Copies arrays of the host to each device, as `steps` needs them."""
         with jax.set_mesh(self.mesh):
@@ -175,41 +160,6 @@ class Decoder:
                 count=count,
             )
 
-    def compile_steps(
-        self, rows: RowSource, batch: int, capacity: int, sampling: Sampling, vocab_size: int, count: int
-    ) -> jax.stages.Compiled:
-        """Compiles `steps`, so that its first call with these arguments does not have to. It may run in a thread.
-
-        The parameters of the decoder and the arrays of the rows may be `jax.ShapeDtypeStruct`s with shardings, while
-        they are still being read. `with_params` then gives a decoder that shares what was compiled.
-
-        Args:
-          batch: number of sequences.
-          capacity: positions of the cache.
-          rows, sampling, vocab_size, count: as of `steps`; it must be given the same `rows`.
-        """
-        ids_B = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=self._whole)
-        rules = Rules(
-            jax.ShapeDtypeStruct((), jnp.uint32, sharding=self._whole),
-            ids_B,
-            ids_B,
-            jax.ShapeDtypeStruct((vocab_size,), jnp.bool, sharding=self._whole),
-        )
-        with jax.set_mesh(self.mesh):
-            cache = jax.eval_shape(lambda: self._empty_body(batch, capacity))
-            cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._of_cache), cache)
-            return self._steps.lower(
-                self._params,
-                rows.arrays,
-                Standing(ids_B, ids_B),
-                rules,
-                cache=cache,
-                rows=rows,
-                sampling=sampling,
-                vocab_size=vocab_size,
-                count=count,
-            ).compile()
-
     def score(self, rows: TokenRows, index_BT, targets_BT, weights_BT):
         """Sum over all positions of weight * negative log-probability of the target.
 
@@ -242,7 +192,17 @@ class Decoder:
         zeros = jnp.zeros(shape, c.dtype)
         return [attention.Cache(zeros, zeros) for _ in range(c.layers)]
 
-    def _step_body(self, params, rows, index_B, position_B, cache):
+    def step(self, params: dict, rows: TokenRows, index_B, position_B, cache: list[attention.Cache]):
+        """Runs one token of each sequence through the decoder. For use in jit, inside the mesh.
+
+        Args:
+          params: the decoder's parameters, which a jitted function takes as an argument.
+          rows: rows of the tokens.
+          index_B: int32, the row of each sequence's token.
+          position_B: int32, the token's position in its sequence.
+          cache: the cache of the earlier positions.
+        Returns: (float32 logits [B, V] of the next token, the cache with these tokens).
+        """
         # All layers are one function, unlike in sequences.py: for one position, a call takes longer than its work.
         c = self.config
         index_SN, position_B1 = self._by_shard(index_B), position_B[:, None]
@@ -262,7 +222,7 @@ class Decoder:
         index_B = jnp.arange(len(standing.tokens_B))
 
         def decode(tokens_B, position_B, cache):
-            return self._step_body(params, rows.gather(arrays, tokens_B), index_B, position_B, cache)
+            return self.step(params, rows.gather(arrays, tokens_B), index_B, position_B, cache)
 
         def draw_next(logits_BV, position_B):
             return draw(logits_BV, rules.seed, rules.number_B, position_B, sampling, vocab_size)

@@ -12,6 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 # A tile's scores should fit the cache of one CPU core.
 TILE_ROWS = 128  # query positions
+# Most spans of a sequence in the forward pass. The tiles of a span have the same keys, so that they are one compiled loop
+# and the time to compile does not grow with the length. Keys after a tile are masked: about 1/8 more work for 8 spans.
+SPANS = 8
 HEADS_PER_TILE = 2
 MASKED = -1e30  # not -inf: the difference of two masked scores would be NaN
 # Checkpoint name of the values that remat policy `dots` keeps for the backward pass: products with weights, and
@@ -61,10 +64,18 @@ def _tiles(T):
     return [(first, min(first + TILE_ROWS, T)) for first in range(0, T, TILE_ROWS)]
 
 
-def _scores(q_GTK, k_GTK, first, end):
-    """Scores [G, q, k] of one tile in float32, with keys after the query masked."""
-    s_Gqk = einsum_float32("gqd,gkd->gqk", q_GTK[:, first:end], k_GTK[:, :end])
-    is_seen = jnp.arange(first, end)[:, None] >= jnp.arange(end)[None]
+def _spans(T):
+    """The query positions [first, end) of each span: at most SPANS of whole tiles, and then the rest."""
+    whole = T // TILE_ROWS * TILE_ROWS
+    step = TILE_ROWS * max(1, -(-whole // (SPANS * TILE_ROWS)))
+    ends = [*range(step, whole, step), whole, T]
+    return [(first, end) for first, end in zip([0, *ends], ends) if first < end]
+
+
+def _scores(q_GqK, k_GkK, first):
+    """Scores [G, q, k] in float32 of queries from position `first` on, with keys after the query masked."""
+    s_Gqk = einsum_float32("gqd,gkd->gqk", q_GqK, k_GkK)
+    is_seen = first + jnp.arange(s_Gqk.shape[1])[:, None] >= jnp.arange(s_Gqk.shape[2])[None]
     return jnp.where(is_seen, s_Gqk, MASKED)
 
 
@@ -73,15 +84,32 @@ def _group_forward(q, k, v):
 
     Returns: (result [G, T, K] in the dtype of q, log-partition [G, T, 1] in float32).
     """
-    outs, lses = [], []
-    for first, end in _tiles(q.shape[1]):
-        s = _scores(q, k, first, end)
-        top = s.max(-1, keepdims=True)
-        p = jnp.exp(s - top)
-        total = p.sum(-1, keepdims=True)
-        outs.append((einsum_float32("gqk,gkd->gqd", p.astype(v.dtype), v[:, :end]) / total).astype(q.dtype))
-        lses.append(top + jnp.log(total))
-    return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
+    spans = [_span_forward(q[:, first:end], k[:, :end], v[:, :end], first) for first, end in _spans(q.shape[1])]
+    return tuple(jnp.concatenate(parts, 1) for parts in zip(*spans))
+
+
+def _span_forward(q_GqK, k_GkK, v_GkK, first):
+    """Attention of the queries from position `first` on, tile by tile. Returns: as `_group_forward`."""
+    G, rows, K = q_GqK.shape
+    if rows <= TILE_ROWS:
+        return _tile_forward(q_GqK, k_GkK, v_GkK, first)
+
+    def tile_forward(tile):
+        q_GqK, first = tile
+        return _tile_forward(q_GqK, k_GkK, v_GkK, first)
+
+    q_NGqK = q_GqK.reshape(G, -1, TILE_ROWS, K).swapaxes(0, 1)
+    results = jax.lax.map(tile_forward, (q_NGqK, first + jnp.arange(0, rows, TILE_ROWS)))
+    return tuple(x_NGqx.swapaxes(0, 1).reshape(G, rows, -1) for x_NGqx in results)
+
+
+def _tile_forward(q_GqK, k_GkK, v_GkK, first):
+    s_Gqk = _scores(q_GqK, k_GkK, first)
+    top_Gq1 = s_Gqk.max(-1, keepdims=True)
+    p_Gqk = jnp.exp(s_Gqk - top_Gq1)
+    total_Gq1 = p_Gqk.sum(-1, keepdims=True)
+    out_GqK = einsum_float32("gqk,gkd->gqd", p_Gqk.astype(v_GkK.dtype), v_GkK) / total_Gq1
+    return out_GqK.astype(q_GqK.dtype), top_Gq1 + jnp.log(total_Gq1)
 
 
 def _group_backward(q, k, v, out, lse, d_out):
@@ -93,7 +121,7 @@ def _group_backward(q, k, v, out, lse, d_out):
     dk = jnp.zeros(k.swapaxes(1, 2).shape)
     dv = jnp.zeros(v.swapaxes(1, 2).shape)
     for first, end in _tiles(q.shape[1]):
-        p = jnp.exp(_scores(q, k, first, end) - lse[:, first:end])
+        p = jnp.exp(_scores(q[:, first:end], k[:, :end], first) - lse[:, first:end])
         d = d_out[:, first:end]
         ds = p * (einsum_float32("gqd,gkd->gqk", d, v[:, :end]) - delta[:, first:end])
         p, ds = p.astype(q.dtype), ds.astype(q.dtype)

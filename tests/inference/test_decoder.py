@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import reference
-from lab import all_layers, random_decoder
+from lab import jitted_step, random_decoder
 
 from memoryllm_jax.inference.decoder import bucket
 
@@ -24,10 +24,11 @@ def decode(decoder, rows, sequences, lengths):
     cache = decoder.empty_cache(B, bucket(T + STEPS, CONTEXT))
     logits_BV, cache = decoder.prefill(rows.fetch(ids), index_BT, np.array(lengths, np.int32), slots_B, cache)
     out = [logits_BV]
+    run_step = jitted_step(decoder)
     for step in range(STEPS):
         position_B = np.array(lengths, np.int32) + step
         next_B = np.array([ids[position] for ids, position in zip(sequences, position_B)], np.int32)
-        logits_BV, cache = decoder.step(all_layers(rows.fetch(next_B)), slots_B, position_B, cache)
+        logits_BV, cache = run_step(rows.fetch(next_B), slots_B, position_B, cache)
         out.append(logits_BV)
     return np.stack(out, 1)
 

@@ -29,6 +29,7 @@ def forward_and_backward(kernel, q, k, v, g):
         # Tiles have 128 positions: part of one tile, then two tiles and a part of the third.
         ("blocked", 2, 1, 3, 10),
         ("blocked", 1, 300, 3, 10),
+        ("blocked in one span", 1, 300, 3, 10),
         ("splash", 2, 16, 2, 60),
         ("splash", 1, 300, 2, 64),
         ("splash in two kernels", 1, 200, 1, 64),
@@ -38,8 +39,10 @@ def test_tiles_give_plain_attention_and_its_gradients(monkeypatch, backend, batc
     """Splash runs in Pallas' interpreter, because it compiles only on a TPU."""
     if backend == "splash in two kernels":
         monkeypatch.setattr(attention, "_MOST_FUSED", 128)
+    if backend == "blocked in one span":
+        monkeypatch.setattr(blocked_attention, "SPANS", 1)
     splash = functools.partial(attention.splash, block=128, interpret=True)
-    kernel = blocked_attention.blocked if backend == "blocked" else splash
+    kernel = splash if backend.startswith("splash") else blocked_attention.blocked
     args = np.random.default_rng(0).normal(size=(4, batch, length, heads, head_dim)).astype(np.float32)
     both = jax.jit(lambda *args: [forward_and_backward(k, *args) for k in (kernel, attention.plain)])
     for a, b in zip(*both(*args)):
