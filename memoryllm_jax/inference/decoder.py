@@ -234,6 +234,6 @@ class Decoder:
         return take(decode, draw_next, has_rows, standing, rules, cache, count, ends_early)
 
 
-@jax.jit
+@ahead.jit
 def _times(w, factor):
     return (w.astype(jnp.float32) * factor).astype(w.dtype)

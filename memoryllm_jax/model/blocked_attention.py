@@ -13,7 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 # A tile's scores should fit the cache of one CPU core.
 TILE_ROWS = 128  # query positions
 # Most spans of a sequence in the forward pass. The tiles of a span have the same keys, so that one compiled loop runs
-# them, and the time to compile does not grow with the length. Keys after a tile are masked: about 1/8 more work for 8 spans.
+# them, and the time to compile does not grow with the length. Keys after a tile are masked: about 1/8 more work in
+# 8 spans.
 SPANS = 8
 HEADS_PER_TILE = 2
 MASKED = -1e30  # not -inf: the difference of two masked scores would be NaN

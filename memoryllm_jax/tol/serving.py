@@ -125,18 +125,25 @@ class EngineOptions:
             step=self.step,
             dtype=self.dtype,
             mesh=mesh,
-            compile_ahead=compile_ahead,
+            compile_ahead=compile_ahead and functools.partial(self._compile_ahead, compile_ahead),
         )
         with contextlib.ExitStack() as on_error:
             on_error.callback(engine.close)
-            contribution = Contribution(
-                alpha=self.alpha,
-                alpha_compute=self.alpha_compute,
-                drop_layers=options.layers(self.drop_layers, "drop_layers", engine.config.layers),
-                drop_compute=options.layers(self.drop_compute, "drop_compute", engine.config.layers),
-            )
-            # Weights are scaled only if asked for: the plain engine needs no scaled copies of them.
-            if contribution != Contribution():
-                engine.contribute(contribution)
+            self._contribute(engine)
             on_error.pop_all()  # all is well: the caller closes the engine
         return engine
+
+    def _compile_ahead(self, compile_ahead, engine):
+        self._contribute(engine)  # a scaled decoder has other arguments, so that other functions compile
+        compile_ahead(engine)
+
+    def _contribute(self, engine):
+        contribution = Contribution(
+            alpha=self.alpha,
+            alpha_compute=self.alpha_compute,
+            drop_layers=options.layers(self.drop_layers, "drop_layers", engine.config.layers),
+            drop_compute=options.layers(self.drop_compute, "drop_compute", engine.config.layers),
+        )
+        # Weights are scaled only if asked for: the plain engine needs no scaled copies of them.
+        if contribution != Contribution():
+            engine.contribute(contribution)

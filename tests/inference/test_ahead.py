@@ -10,7 +10,7 @@ import pytest
 from memoryllm_jax.inference import ahead
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.inference.text import compile_texts, print_texts
-from memoryllm_jax.tol.serving import open_engine
+from memoryllm_jax.tol.serving import EngineOptions, open_engine
 
 
 @pytest.fixture
@@ -29,10 +29,11 @@ def compiled():
 
 def test_a_text_needs_no_compilation_after_that_from_shapes(lab, compiled):
     how = {"max_tokens": 5, "sampling": Sampling(temperature=0), "seed": 0, "stops": ()}
-    for prompts in (["The file"], ["The file", "A class"]):
+    for prompts, alpha in ((["The file"], 1.0), (["The file", "A class"], 0.5)):
+        options = EngineOptions(lab.workdir("flex-3"), alpha=alpha)
         found = []
         for compile_ahead in (functools.partial(compile_texts, prompts=prompts, **how), None):
-            with contextlib.closing(open_engine(lab.workdir("flex-3"), compile_ahead=compile_ahead)) as engine:
+            with contextlib.closing(options.open(compile_ahead=compile_ahead)) as engine:
                 compiled.clear()
                 results, _ = print_texts(engine, prompts, **how)
                 found.append((results, len(compiled)))
