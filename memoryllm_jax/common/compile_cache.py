@@ -21,6 +21,9 @@ _MOST_BYTES = 1 << 30  # what stays in the folder when a command starts
 # A start compiles many functions that take less than a second each, which is JAX's default.
 _LEAST_COMPILE_S = 0.05
 _SUFFIX = "-cache"  # of the files that JAX writes
+# With several emulated devices, a function for them that comes from the cache can compute wrong values, or crash. Seen
+# with jaxlib 0.10 and 0.12 and the training step of ple-3 on a mesh of 2 x 2 x 2, which is right without a cache.
+_EMULATED_DEVICES = re.compile(r"xla_force_host_platform_device_count=(?!1\b)\d")
 
 
 def use(enabled: bool = True, several_processes: bool = False) -> None:
@@ -38,7 +41,7 @@ def use(enabled: bool = True, several_processes: bool = False) -> None:
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # for processes that this one starts
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if os.environ.get(_VARIABLE) or several_processes:
+    if os.environ.get(_VARIABLE) or several_processes or _EMULATED_DEVICES.search(os.environ.get("XLA_FLAGS", "")):
         return
     path = folder()
     try:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from lab import with_devices
 
 from memoryllm_jax.common import compile_cache
 
@@ -21,7 +22,7 @@ cli.run(main)
 
 def run(home, *options, **variables):
     """Runs a small command with this home folder. Returns: (entries of its cache, what it wrote on stderr)."""
-    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    env = {name: value for name, value in with_devices(1).items() if name != "JAX_COMPILATION_CACHE_DIR"}
     env |= {"HOME": str(home), "XDG_CACHE_HOME": "", "PYTHONPATH": os.getcwd()} | variables
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, *options], env=env, capture_output=True, text=True, check=True
@@ -37,6 +38,7 @@ def test_compiled_functions_stay_in_the_users_cache_folder(tmp_path):
     entries, errors = run(home)
     folder = home / ".cache/memoryllm_jax/compiled"
     assert entries and not errors and all(entry.parent.parent == folder for entry in entries)
+    assert run(other, XLA_FLAGS="--xla_force_host_platform_device_count=8") == ([], "")
     assert folder.stat().st_mode & 0o777 == 0o700
 
     # Half an entry, as of a process that was killed in a write, is removed at its first use, and written anew.
@@ -53,6 +55,7 @@ def test_compiled_functions_stay_in_the_users_cache_folder(tmp_path):
 
 @pytest.mark.parametrize("problem", ["Not a directory", "other users can write to it"])
 def test_a_folder_that_is_not_safe_is_not_used(tmp_path, monkeypatch, capsys, problem):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # the tests emulate devices
     folder = tmp_path / "memoryllm_jax/compiled"
     if problem == "Not a directory":
         (tmp_path / "memoryllm_jax").write_text("a file")

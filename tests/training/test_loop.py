@@ -110,8 +110,7 @@ def test_a_signal_before_the_first_step_saves_nothing_and_says_so(make_config, t
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture, mesh", [("memory", (1, 8, 1)), ("flex-3", (2, 2, 2)), ("ple-3", (2, 2, 2))])
 def test_eight_devices_train_as_one(make_config, tmp_path, monkeypatch, architecture, mesh):
-    # The step of ple-3 on eight emulated devices gives wrong losses or a segmentation fault (jaxlib 0.10 to 0.12) if XLA
-    # reads it from a cache that an earlier session has filled.
+    # See compile_cache._EMULATED_DEVICES: an earlier session of the tests may have filled the cache.
     monkeypatch.setattr(compilation_cache, "get_executable_and_time", lambda *_, **__: (None, None))
     names = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh))
     run(make_config(architecture), tmp_path / "one")
