@@ -112,7 +112,8 @@ def _figures(side, rounds):
 
 def main(
     settings: Settings,
-    output: Annotated[str, Option("JSON file for the result", writes=True)] = "",
+    # Without writes=True, as this file also runs with the package of --other, which may be older than that option.
+    output: Annotated[str, Option("JSON file for the result")] = "",
     worker: Annotated[str, Option("internal: the side that this process measures")] = "",
 ) -> None:
     if worker:
