@@ -18,17 +18,16 @@ are compared in the same round.
 """
 
 import dataclasses
-import json
 import os
 import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from typing import Annotated
 
 import common
 import jax
 import numpy as np
+import workers
 
 from memoryllm_jax.common import cli
 from memoryllm_jax.common.errors import ArgumentError
@@ -63,8 +62,8 @@ class Settings:
     rounds: Annotated[int, Option("rounds of each group")] = 8
 
 
-class Worker:
-    """Measures sides that share one decoder, in a process of their own."""
+class Sides:
+    """Sides that share one decoder, and are measured in a process of their own."""
 
     def __init__(self, sides: list[str], settings: Settings):
         self.settings = settings
@@ -94,16 +93,11 @@ class Worker:
         table = HostTable(self.tol) if side == "host" else RowReader(self.tol)
         return CachedRows(table, mesh, self.settings.cache << 20)
 
-    def serve(self) -> None:
-        """Prints facts about the sides, then answers each input line {"side", "state", "first"} with a round's figures.
-
-        All lines are JSON; "first" is the position of the round's first token.
-        """
+    def facts(self) -> dict:
+        """Facts about the process and about each side, whose steps it compiles."""
         facts = {side: self._facts(side) for side in self.sources}
         peak = common.peak_memory(jax.devices()[0])
-        print(json.dumps({"facts": facts, "bandwidth": common.bandwidth(), "peak_bytes": peak}), flush=True)
-        for line in sys.stdin:
-            print(json.dumps(self._round(**json.loads(line))), flush=True)
+        return {"facts": facts, "bandwidth": common.bandwidth(), "peak_bytes": peak}
 
     def _facts(self, side):
         rows, decoder = self.sources[side], self.model.decoder
@@ -121,8 +115,13 @@ class Worker:
             "held_bytes": held,
         }
 
-    def _round(self, side, state, first):
-        """Decodes a stretch. Returns: milliseconds a token, and the share of rows found in the device's cache."""
+    def round(self, side: str, state: str, first: int) -> dict:
+        """Decodes a stretch. Returns: milliseconds a token, and the share of rows found in the device's cache.
+
+        Args:
+          state: warm or cold, the file's pages.
+          first: position of the stretch's first token.
+        """
         rows, steps = self.sources[side], self.settings.steps
         tokens = self.stream.read(first, steps)
         if side == "disk" and state == "cold":
@@ -150,6 +149,12 @@ class Worker:
         jax.block_until_ready((unread, self.given.cache))
 
 
+def prepare(sides: list[str], settings: Settings) -> tuple[dict, Callable[..., dict]]:
+    """Opens the sides of one process. Returns: their facts, and the function that measures a round."""
+    opened = Sides(sides, settings)
+    return opened.facts(), opened.round
+
+
 def counts_of(rows) -> tuple[int, int]:
     """How many rows were found in the device's cache, and how many were requested, since the start."""
     return getattr(rows, "hits", 0), getattr(rows, "requests", 0)
@@ -170,9 +175,8 @@ class Group:
     def __init__(self, text: str):
         self.facts, self.bandwidth, self._processes = {}, 0.0, {}
         for part in text.split("/"):
-            command = [sys.executable, *sys.argv, f"--worker={part}"]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            reported = json.loads(process.stdout.readline())
+            process = workers.Worker(part)
+            reported = process.read()
             self.bandwidth = max(self.bandwidth, reported["bandwidth"])
             for side in part.split("+"):
                 self._processes[side] = process
@@ -191,14 +195,10 @@ class Group:
                 stretch = 2 * number
                 if state == "cold":
                     stretch += 1
-                task = {"side": side, "state": state, "first": FIRST + stretch * steps}
-                process = self._processes[side]
-                process.stdin.write(json.dumps(task) + "\n")
-                process.stdin.flush()
-                self.figures[side, state].append(json.loads(process.stdout.readline()))
+                figures = self._processes[side].round(side=side, state=state, first=FIRST + stretch * steps)
+                self.figures[side, state].append(figures)
         for process in set(self._processes.values()):
-            process.stdin.close()
-            process.wait()
+            process.end()
 
     def results(self, bytes_a_second: float) -> dict[str, dict]:
         """Figures of all rounds.
@@ -242,8 +242,7 @@ def main(
     worker: Annotated[str, Option("internal: the sides that this process measures")] = "",
 ) -> None:
     if worker:
-        Worker(worker.split("+"), settings).serve()
-        return
+        return workers.serve(lambda: prepare(worker.split("+"), settings))
     needed, found = FIRST + 2 * settings.rounds * settings.steps, dataset.Dataset(settings.data).validation.tokens
     if found < needed:
         raise ArgumentError("data", f"expected {needed:,} held-out tokens for all rounds, found {found:,}")

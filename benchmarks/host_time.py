@@ -27,7 +27,6 @@ import numpy as np
 import workers
 
 from memoryllm_jax.common import cli
-from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.options import Option
 
 PLACES = ("live", "device", "host", "disk")
@@ -79,7 +78,7 @@ def prepare(side: str, settings: Settings) -> tuple[dict, Callable[[], dict]]:
 
 
 def measure_all(settings: Settings) -> dict[str, dict]:
-    """{side: its figures}. Raises: UserError if a side fails."""
+    """{side: its figures}. Raises: FailedError."""
     running = {}
     try:
         for side in settings.sides:
@@ -90,8 +89,6 @@ def measure_all(settings: Settings) -> dict[str, dict]:
         _, *rounds = [  # the first round compiles
             {side: worker.round() for side, worker in running.items()} for _ in range(settings.rounds + 1)
         ]
-    except workers.FailedError as error:
-        raise UserError(str(error)) from error
     finally:
         for worker in running.values():
             worker.end()

@@ -90,13 +90,10 @@ def prepare(side: str, settings: Settings) -> tuple[dict, Callable[[], dict]]:
 
 
 def measure_process(side: str) -> dict[str, float]:
-    """The figures of one process of a side. Raises: UserError if it fails."""
+    """The figures of one process of a side. Raises: FailedError."""
     worker = workers.Worker(side, ("--nocompile_cache",))
-    try:
-        load = worker.read()["load"]
-        first, *later = [worker.round() for _ in range(1 + _WINDOWS)]
-    except workers.FailedError as error:
-        raise UserError(str(error)) from error
+    load = worker.read()["load"]
+    first, *later = [worker.round() for _ in range(1 + _WINDOWS)]
     worker.end()
     fastest = min(found["seconds"] for found in later)
     return {"load": load, "first": first["seconds"], "later": fastest} | {

@@ -1,6 +1,7 @@
 """Measurements in processes of their own, which take turns: a benchmark starts itself again with --worker=SIDE.
 
-Such a process prints one line of JSON when it is ready, and one for each line of its input, which asks for a round.
+Such a process prints one line of JSON when it is ready, and one for each line of its input. Each of these asks for a
+round, and is JSON too: the round's arguments.
 """
 
 import contextlib
@@ -11,8 +12,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 
+from memoryllm_jax.common.errors import UserError
 
-class FailedError(Exception):
+
+class FailedError(UserError):
     """A worker ended. The message has its exit code, and the last line that it wrote to stderr."""
 
 
@@ -45,10 +48,10 @@ class Worker:
         self._errors.seek(0)
         raise FailedError(f"{self._side}: exit code {code}: {last_line(self._errors.read())}")
 
-    def round(self) -> dict:
+    def round(self, **arguments) -> dict:
         """Asks for a round. Returns: its figures. Raises: FailedError if the process ended."""
         with contextlib.suppress(BrokenPipeError):  # `read` says why
-            self._process.stdin.write("go\n")
+            self._process.stdin.write(json.dumps(arguments) + "\n")
             self._process.stdin.flush()
         return self.read()
 
@@ -64,16 +67,17 @@ def last_line(text: str) -> str:
     return text.strip().rpartition("\n")[2].strip()[:300] or "nothing was written"
 
 
-def serve(prepare: Callable[[], tuple[dict, Callable[[], dict]]]) -> None:
+def serve(prepare: Callable[[], tuple[dict, Callable[..., dict]]]) -> None:
     """Answers as a worker, until the input ends.
 
     Args:
-      prepare: returns what is printed first, and a function that measures a round and returns its figures.
+      prepare: returns what is printed first, and a function that measures a round with its arguments and returns its
+        figures.
     """
     # Libraries may print to stdout: it is redirected to stderr, and only this function writes to the pipe.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     facts, measure = prepare()
     print(json.dumps(facts), file=out, flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(measure()), file=out, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(measure(**json.loads(line))), file=out, flush=True)
