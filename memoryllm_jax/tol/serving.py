@@ -86,8 +86,8 @@ def _open_rows(file: TolFile, place: str, cache: int | None, trained: TrainedMod
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineOptions:
-    """The options of every command that runs a model. `open` makes the engine that they ask for."""
+class ModelOptions:
+    """Which model is run, and where its rows come from: the options of every command that runs one."""
 
     workdir: Annotated[str, Option("folder with the trained model's checkpoints")]
     tol: Annotated[str, Option("ToL file; without it rows are computed from the weights")] = ""
@@ -95,13 +95,6 @@ class EngineOptions:
     cache: Annotated[
         str, Option("size of the cache of rows on the device, with --rows=host or disk; by default 256MiB")
     ] = ""
-    overlay: Annotated[str, Option("file of edits of the rows, written by `tol edit`")] = ""
-    alpha: Annotated[float, Option("factor of FFN-M's output, live or from a ToL file; in base, of the FFN's")] = 1.0
-    alpha_compute: Annotated[float, Option("factor of FFN-C's output, in flex")] = 1.0
-    drop_layers: Annotated[
-        tuple[str, ...], Option("layers whose FFN-M output is left out, or in base the FFN's, such as 0,5")
-    ] = ()
-    drop_compute: Annotated[tuple[str, ...], Option("layers whose FFN-C output is left out, in flex")] = ()
     step: Annotated[int | None, Option("checkpoint to read; by default the newest")] = None
     dtype: Annotated[str, Option("float32 or bfloat16, for the computation; by default that of the training")] = ""
 
@@ -113,20 +106,41 @@ class EngineOptions:
           compile_ahead: as of `open_engine`.
         Raises: UserError.
         """
+        return self._open(mesh, compile_ahead)
+
+    def _open(self, mesh, compile_ahead, overlay=""):
         if not self.tol and (self.rows or self.cache):
             name = "rows" if self.rows else "cache"
             raise ArgumentError(name, "expected a ToL file too, as it says how the rows of one are served")
-        engine = open_engine(
+        return open_engine(
             self.workdir,
             tol=self.tol,
             rows=self.rows,
             cache=options.size(self.cache, "cache") if self.cache else None,
-            overlay=self.overlay,
+            overlay=overlay,
             step=self.step,
             dtype=self.dtype,
             mesh=mesh,
-            compile_ahead=compile_ahead and functools.partial(self._compile_ahead, compile_ahead),
+            compile_ahead=compile_ahead,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions(ModelOptions):
+    """The options of commands that run a model as it is or changed. `open` makes the engine that they ask for."""
+
+    overlay: Annotated[str, Option("file of edits of the rows, written by `tol edit`")] = ""
+    alpha: Annotated[float, Option("factor of FFN-M's output, live or from a ToL file; in base, of the FFN's")] = 1.0
+    alpha_compute: Annotated[float, Option("factor of FFN-C's output, in flex")] = 1.0
+    drop_layers: Annotated[
+        tuple[str, ...], Option("layers whose FFN-M output is left out, or in base the FFN's, such as 0,5")
+    ] = ()
+    drop_compute: Annotated[tuple[str, ...], Option("layers whose FFN-C output is left out, in flex")] = ()
+
+    def open(self, mesh=None, compile_ahead: Callable[[Engine], None] | None = None) -> Engine:
+        """Opens the engine. The arguments are those of `ModelOptions.open`. Raises: UserError."""
+        ahead = compile_ahead and functools.partial(self._compile_ahead, compile_ahead)
+        engine = self._open(mesh, ahead, self.overlay)
         with contextlib.ExitStack() as on_error:
             on_error.callback(engine.close)
             self._contribute(engine)
