@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from memoryllm_jax.config import ModelConfig
-from memoryllm_jax.inference import ahead, sequences
+from memoryllm_jax.inference import ahead, gradients, sequences
 from memoryllm_jax.inference.rows import RowSource
 from memoryllm_jax.inference.sampling import Sampling, draw
 from memoryllm_jax.inference.steps import Rules, Standing, Taken, take
@@ -182,6 +182,13 @@ class Decoder:
         with jax.set_mesh(self.mesh):
             batch = [self._by_shard(x) for x in (index_BT, targets_BT)]
             return sequences.log_probs(self.config, self._params, rows, *batch, length=index_BT.shape[1])
+
+    def row_gradients(self, rows: TokenRows, index_BT, targets_BT, weights_BT, layers) -> gradients.RowGradients:
+        """The gradient of `score` with respect to the rows of some layers. The other arguments are those of `score`."""
+        with jax.set_mesh(self.mesh):
+            batch = [self._by_shard(x) for x in (index_BT, targets_BT, weights_BT)]
+            length = index_BT.shape[1]
+            return gradients.row_gradients(self.config, self._params, rows, *batch, length=length, layers=layers)
 
     def _by_shard(self, x):
         return x.reshape(self.shards, -1)

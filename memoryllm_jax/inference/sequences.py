@@ -32,7 +32,7 @@ def prefill(config: ModelConfig, params: dict, rows: TokenRows, index_SN, length
       index_SN: int32, the row of each position; the others are those of `Decoder.prefill`.
     Returns: (float32 logits [b, V] of the token after each prompt, the cache with the prompts).
     """
-    x_bTD, where = _embed(config, rows.x0_SUD, index_SN, index_SN.size // len(lengths_b))
+    x_bTD, where = embed(config, rows.x0_SUD, index_SN, index_SN.size // len(lengths_b))
     slots_b = _on_device(slots_b)
     written = []
     for layer, (layer_params, old) in enumerate(zip(params["layers"], cache, strict=True)):
@@ -92,13 +92,13 @@ def rows_of_layer(rows, params, layer):
 
 def _states(config, params, rows, index_SN, length):
     """The residual stream after the last layer, [B, T, D]."""
-    x_BTD, where = _embed(config, rows.x0_SUD, index_SN, length)
+    x_BTD, where = embed(config, rows.x0_SUD, index_SN, length)
     for layer, layer_params in enumerate(params["layers"]):
         x_BTD = _score_layer(config, layer_params, x_BTD, rows_of_layer(rows, params, layer), where)
     return x_BTD
 
 
-class _Where(NamedTuple):
+class Where(NamedTuple):
     """What all layers need to know about the positions, on the devices.
 
     Attributes:
@@ -116,10 +116,10 @@ _CACHE = spec("batch", "heads", None, None)  # as `Decoder.empty_cache` places i
 
 
 @functools.partial(ahead.jit, static_argnames=("config", "length"), out_shardings=(_STREAM, None))
-def _embed(config, x0_SUD, index_SN, length):
-    """Returns: (X_0 of each position [B, T, D], the `_Where` of the positions)."""
+def embed(config, x0_SUD, index_SN, length):
+    """Returns: (X_0 of each position [B, T, D], the `Where` of the positions)."""
     x_BTD = take_rows(x0_SUD, index_SN).reshape(-1, length, config.dim).astype(config.dtype)
-    where = _Where(constrain(index_SN, "shard", None), transformer.rope_table(config, jnp.arange(length)))
+    where = Where(constrain(index_SN, "shard", None), transformer.rope_table(config, jnp.arange(length)))
     return x_BTD, where
 
 
@@ -129,7 +129,8 @@ def _on_device(x_b):
     return constrain(x_b, None)
 
 
-def _apply_layer(config, layer_params, x_BTD, rows_and_factor, where):
+def layer_of_rows(config, layer_params, x_BTD, rows_and_factor, where: Where) -> transformer.LayerOutput:
+    """Applies a layer. Call it inside jit. Args: rows_and_factor: as `layer_rows` takes them."""
     ffn_SUD = layer_rows(*rows_and_factor, config.dtype)
     return transformer.apply_layer(config, layer_params, x_BTD, ffn_SUD, where.index_SN, where.rope)
 
@@ -137,14 +138,14 @@ def _apply_layer(config, layer_params, x_BTD, rows_and_factor, where):
 # The residual stream is donated: each layer overwrites that of the layer before.
 @functools.partial(ahead.jit, static_argnames="config", donate_argnames="x_BTD", out_shardings=_STREAM)
 def _score_layer(config, layer_params, x_BTD, rows_and_factor, where):
-    return _apply_layer(config, layer_params, x_BTD, rows_and_factor, where).x_BTD
+    return layer_of_rows(config, layer_params, x_BTD, rows_and_factor, where).x_BTD
 
 
 @functools.partial(
     ahead.jit, static_argnames="config", donate_argnames=("x_bTD", "cache"), out_shardings=(_STREAM, _CACHE)
 )
 def _prefill_layer(config, layer_params, x_bTD, rows_and_factor, where, cache, slots_b):
-    out = _apply_layer(config, layer_params, x_bTD, rows_and_factor, where)
+    out = layer_of_rows(config, layer_params, x_bTD, rows_and_factor, where)
 
     def put(cache_BHCK, new_bHTK):
         return cache_BHCK.at[slots_b, :, : new_bHTK.shape[2]].set(new_bHTK, mode="drop")
@@ -155,28 +156,28 @@ def _prefill_layer(config, layer_params, x_bTD, rows_and_factor, where, cache, s
 @functools.partial(ahead.jit, static_argnames="config")
 def _last_logits(config, final_norm, head_VD, x_bTD, lengths_b):
     last_bD = x_bTD[jnp.arange(len(lengths_b)), lengths_b - 1]
-    return logits(config, head_VD, _normalised(config, final_norm, last_bD))
+    return logits(config, head_VD, normalised(config, final_norm, last_bD))
 
 
 @functools.partial(ahead.jit, static_argnames="config")
 def _score_states(config, final_norm, head_VD, x_BTD, targets_SN, weights_SN):
-    x_SND = _normalised(config, final_norm, x_BTD).reshape(*targets_SN.shape, -1)
-    _, nll = loss.cross_entropy(x_SND, head_VD, targets_SN, weights_SN, _loss_options(config, head_VD, targets_SN))
+    x_SND = normalised(config, final_norm, x_BTD).reshape(*targets_SN.shape, -1)
+    _, nll = loss.cross_entropy(x_SND, head_VD, targets_SN, weights_SN, loss_options(config, head_VD, targets_SN))
     return nll
 
 
 @functools.partial(ahead.jit, static_argnames="config")
 def _log_probs_of_states(config, final_norm, head_VD, x_BTD, targets_SN):
-    x_SND = _normalised(config, final_norm, x_BTD).reshape(*targets_SN.shape, -1)
-    found = loss.log_probs(x_SND, head_VD, targets_SN, _loss_options(config, head_VD, targets_SN))
+    x_SND = normalised(config, final_norm, x_BTD).reshape(*targets_SN.shape, -1)
+    found = loss.log_probs(x_SND, head_VD, targets_SN, loss_options(config, head_VD, targets_SN))
     return loss.TargetScores(*(x_SN.reshape(x_BTD.shape[:2]) for x_SN in found))
 
 
-def _normalised(config, final_norm, x):
+def normalised(config, final_norm, x):
     return transformer.Norm(config).apply({"params": final_norm}, x)
 
 
-def _loss_options(config, head_VD, targets_SN):
+def loss_options(config, head_VD, targets_SN):
     """Options with equal chunks of at most LOGITS_BYTES on each device."""
     bytes_of_position = 4 * -(-head_VD.shape[0] // parts("vocab"))
     most = max(1, LOGITS_BYTES // bytes_of_position)
