@@ -44,6 +44,7 @@ from memoryllm_jax.common.options import Option
 from memoryllm_jax.data.dataset import SPLITS, Dataset
 from memoryllm_jax.tol import sources, verify
 from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.memory import FileMemory
 from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.training.step import Trainer
 
@@ -86,12 +87,8 @@ def of_parameters(folder: pathlib.Path) -> str:
 def of_edited_rows(folder: pathlib.Path) -> str:
     """The digest of all rows with the edits. An edit that is given twice is listed twice, but gives the same rows."""
     with contextlib.closing(TolFile(str(folder.parent / "made" / "tol.safetensors"))) as tol:
-        overlay = Overlay.open(str(folder / "edits.safetensors"), tol)
-        return hashlib.sha256(_rows(tol, overlay)).hexdigest()
-
-
-def _rows(tol: TolFile, overlay: Overlay | None = None) -> bytes:
-    return sources.read_rows(tol, np.arange(tol.vocab_size), overlay).tobytes()
+        overlay = Overlay.open(str(folder / "edits.safetensors"), FileMemory(tol))
+        return hashlib.sha256(overlay.rows(np.arange(tol.vocab_size)).tobytes()).hexdigest()
 
 
 SMALL = "--config={configs}/tiny.py:flex-3 --config.model.dim=48 --config.model.layers=2 --config.model.heads=4 "
@@ -278,16 +275,16 @@ def _values_of_tol(made: pathlib.Path) -> str:
         verify.check_file(tol)
         total = hashlib.sha256(json.dumps([tol.metadata, tol.layout.to_json()]).encode())
         total.update(tol.tokenizer().content)
-        total.update(_rows(tol))
+        total.update(sources.read_rows(tol, np.arange(tol.vocab_size)).tobytes())
     return total.hexdigest()
 
 
 def _values_of_overlay(made: pathlib.Path) -> str:
     with contextlib.closing(TolFile(str(made / "tol.safetensors"))) as tol:
-        overlay = Overlay.open(str(made / "edits.safetensors"), tol)
+        overlay = Overlay.open(str(made / "edits.safetensors"), FileMemory(tol))
     total = hashlib.sha256()
     for edit in overlay.edits:
-        total.update(f"{edit.text} {edit.mix} {edit.layer}".encode())
+        total.update(f"{edit.text} {edit.mix} {edit.layers} {edit.layer}".encode())
         for array in (edit.ids, edit.rows, edit.coefficients, edit.value):
             total.update(b"" if array is None else array.tobytes())
     return total.hexdigest()

@@ -30,6 +30,7 @@ from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.hf import import_
 from memoryllm_jax.hf import shards as hf_shards
 from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.memory import FileMemory
 from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.training import metrics
 
@@ -100,7 +101,7 @@ def read_tol(folder):
 
 def read_overlay(folder):
     with contextlib.closing(TolFile(str(MADE_BEFORE / "memory.safetensors"))) as tol:
-        Overlay.open(str(folder / "memory-edits.safetensors"), tol)
+        Overlay.open(str(folder / "memory-edits.safetensors"), FileMemory(tol))
 
 
 def read_texts(folder):

@@ -16,6 +16,7 @@ from memoryllm_jax import config
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.model import sharding
 from memoryllm_jax.tol.codec import Band, Part
+from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.layout import Layout, Tier, decode_rows
 from memoryllm_jax.tol.reader import RowReader
 from memoryllm_jax.tol.sources import Identity, read_rows
@@ -256,9 +257,11 @@ def file_rows(tol):
     return {name: np.asarray(x) for name, x in decoded.items()}
 
 
-def rows_of(tol, overlay=None):
-    """The FFN outputs of all tokens, [V, layers, D]; those of dropped layers are zero."""
-    return read_rows(tol, np.arange(tol.vocab_size, dtype=np.int32), overlay)
+def rows_of(tol_or_overlay):
+    """The FFN outputs of all tokens of a ToL file or an overlay, [V, layers, D]; those of dropped layers are zero."""
+    if isinstance(tol_or_overlay, TolFile):
+        return read_rows(tol_or_overlay, np.arange(tol_or_overlay.vocab_size, dtype=np.int32))
+    return tol_or_overlay.rows(np.arange(tol_or_overlay.memory.vocab_size, dtype=np.int32))
 
 
 def damaged_copy(path, damaged, copy):

@@ -124,12 +124,23 @@ class TrainedModel:
             _put(params, name.split("/"), [part] * like.shape[0] if _has_layers(name) else part)
         return params
 
-    def digest(self, wanted: Callable[[str], bool]) -> str:
-        """The text of the Digest of the parameters whose names are wanted. Raises: UserError."""
+    def digest(self, wanted: Callable[[str], bool], params: dict | None = None) -> str:
+        """The text of the Digest of the parameters whose names are wanted.
+
+        Args:
+          wanted: whether a parameter is digested, by its name.
+          params: what `load` returned for them, on devices of this process; None: they are read.
+        Raises: UserError.
+        """
         digest = Digest()
-        for name, array in self._read(wanted):
-            digest.add(name, parts(name, array))
-            del array  # frees it before the next one but one is read
+        if params is None:
+            for name, array in self._read(wanted):
+                digest.add(name, parts(name, array))
+                del array  # frees it before the next one but one is read
+            return digest.text()
+        # In the order of `_read`. The digest rounds to bfloat16, as loading may have done.
+        for name in filter(wanted, self._leaves):
+            digest.add(name, [np.asarray(part) for part in _loaded_parts(params, name.split("/"))])
         return digest.text()
 
     def _read(self, wanted):
@@ -232,13 +243,19 @@ class Digest:
 
     Values are rounded to bfloat16 first, so that the digest does not depend on the dtype of the computation. Each
     matrix has two 32-bit hashes per _ROWS_DIGESTED rows; the digest is the SHA-256 of all names, shapes and hashes.
+
+    Args:
+      wanted: whether a parameter is part of the digest, by its name; `add` ignores the others.
     """
 
-    def __init__(self):
+    def __init__(self, wanted: Callable[[str], bool] = lambda name: True):
+        self._wanted = wanted
         self._sums: dict[str, list] = {}
 
     def add(self, name: str, layers: list[np.ndarray]) -> None:
         """Adds one parameter: a list of its layers, or of it alone. The order of the calls changes the digest."""
+        if not self._wanted(name):
+            return
         pieces = [(layer, first) for layer in layers for first in range(0, len(layer), _rows_digested(layer))]
         hashes = iter(threads.in_threads(lambda piece: _hashes_of_rows(*piece), pieces))
         self._sums[name] = [
@@ -346,3 +363,13 @@ def _put(tree: dict, path: list[str], value) -> None:
         _put(tree.setdefault(path[0], {}), path[1:], value)
     else:
         tree[path[0]] = value
+
+
+def _loaded_parts(params: dict, path: list[str]) -> list[jax.Array]:
+    """The arrays that `_put` put under this path: one for each layer, or the parameter alone."""
+    trees = [params[path[0]]] if len(path) == 1 else params[path[0]]
+    if not isinstance(trees, list):
+        trees = [trees]
+    for name in path[1:]:
+        trees = [tree[name] for tree in trees]
+    return trees

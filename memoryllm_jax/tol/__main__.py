@@ -66,7 +66,7 @@ def edit_rows(
     json: Json = "",
 ) -> str:
     """Edits rows and keeps the edits in a small file, the overlay. A token is named by its text or as #ID."""
-    if list and (request.operations() or request.undo or request.output):
+    if list and (request.has_edits or request.undo or request.output):
         raise ArgumentError("list", "expected no edit, undo or output on the same line")
     result = edit.fulfil(TolFile(file), request)
     _write_json(json, {"edits": result.edits})

@@ -16,7 +16,6 @@ from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.inference.decoder import bucket, next_power_of_two
 from memoryllm_jax.model.token_memory import TokenRows
 from memoryllm_jax.tol import rows as rows_lib
-from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.reader import staging
 from memoryllm_jax.tol.rows import LOAD_BYTES, FileRows
 
@@ -64,9 +63,9 @@ class CachedRows(FileRows):
 
     on_device = False
 
-    def __init__(self, table, mesh, cache: int, embedding=None, overlay: Overlay | None = None):
+    def __init__(self, table, mesh, cache: int, embedding=None):
         tol = table.tol
-        super().__init__(tol, mesh, embedding, overlay)
+        super().__init__(tol, mesh, embedding)
         self.table, stride = table, tol.layout.stride
         if cache < stride:
             raise ArgumentError("cache", f"expected at least one row of {tol.path}, {stride:,} bytes, found {cache:,}")

@@ -1,4 +1,4 @@
-"""Adds edits to the overlay of a ToL file, and writes ToL files with the edits in them."""
+"""Adds edits to an overlay, and writes ToL files with the edits in them."""
 
 import contextlib
 import dataclasses
@@ -12,24 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax.checkpoint.trained import Digest, TrainedModel
-from memoryllm_jax.common import storage
+from memoryllm_jax.common import options, storage
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.inference import vocabulary
-from memoryllm_jax.model.transformer import Norm, swiglu_coefficients
-from memoryllm_jax.tol import codec, header
-from memoryllm_jax.tol.format import ALIGN, TolFile, checksum
+from memoryllm_jax.tol import codec, edit_spec, header
+from memoryllm_jax.tol.edit_spec import OPERATIONS, Blend, EditSpec, Suppress
+from memoryllm_jax.tol.edited_rows import EditedSource
+from memoryllm_jax.tol.format import ALIGN, TolFile, checksum, text_checksum
 from memoryllm_jax.tol.header import Place
 from memoryllm_jax.tol.layout import Layout
+from memoryllm_jax.tol.memory import FileMemory
 from memoryllm_jax.tol.overlay import Edit, Overlay
 from memoryllm_jax.tol.reader import RowReader
-from memoryllm_jax.tol.sources import FileSource, read_rows
+from memoryllm_jax.tol.sources import FileSource, Source
 from memoryllm_jax.tol.writer import to_replace
 
-OPERATIONS = ("swap", "replace", "blend", "zero", "suppress")
-_FIELDS = {"swap": 2, "replace": 2, "blend": 3, "zero": 1}  # comma-separated values that an operation on rows takes
-_KEY_ROWS = 8192  # tokens that a key's coefficients are computed for at a time
 _COPY_BYTES = 16 << 20  # bytes of a file that are copied at a time
 _COPY_ROWS = 512  # rows that are encoded at a time
 
@@ -52,11 +50,22 @@ class Request:
     ] = ()
     undo: Annotated[int, Option("take back this many of the last edits", least=0)] = 0
     workdir: Annotated[str, Option("the model's checkpoints, which --suppress needs")] = ""
+    layers: Annotated[tuple[str, ...], Option("layers that the edits of rows change, such as 0,5; by default all")] = ()
     output: Annotated[str, Option("write a copy of the ToL file with the edits in it", writes=True)] = ""
 
-    def operations(self) -> list[tuple[str, str]]:
-        """(operation, spec) of each edit to add, as `Editor.add` takes them."""
-        return [(name, spec) for name in OPERATIONS for spec in getattr(self, name)]
+    @property
+    def has_edits(self) -> bool:
+        """Whether there are edits to add."""
+        return any(getattr(self, name) for name in OPERATIONS)
+
+    def specs(self, layers: int) -> list[EditSpec]:
+        """The edits to add to a memory of this number of layers. Raises: ArgumentError."""
+        if self.layers and not any(getattr(self, name) for name in OPERATIONS if name != "suppress"):
+            raise ArgumentError("layers", "expected an edit of rows on the same line, found none")
+        if self.layers and self.suppress:
+            raise ArgumentError("layers", "expected no suppressed key on the same line, as it names its layer itself")
+        chosen = options.layers(self.layers, "layers", layers) or None
+        return [edit_spec.from_text(name, text, chosen) for name in OPERATIONS for text in getattr(self, name)]
 
 
 class Result(NamedTuple):
@@ -75,19 +84,20 @@ class Result(NamedTuple):
 
 def fulfil(tol: TolFile, request: Request) -> Result:
     """Adds edits to an overlay or takes some back, and writes the edited file where one is named. Raises: UserError."""
-    operations = request.operations()
     if request.output and os.path.abspath(request.output) == os.path.abspath(request.overlay):
         raise ArgumentError("output", f"expected another file than the overlay, found {request.output}")
-    if request.undo and operations:
-        raise ArgumentError("undo", f"expected no edit on the same line, found {operations[0][0]}")
-    overlay = Overlay.open(request.overlay, tol, missing_ok=bool(operations))
-    editor = Editor(tol, overlay, request.workdir)
-    for operation, spec in operations:
-        editor.add(operation, spec)
-    undone = editor.undo(request.undo) if request.undo else []
-    written = write_edited(tol, overlay, request.output) if request.output else ""
-    if operations or undone:  # saved last, so that a line that failed can be run again
-        overlay.save(request.overlay)
+    specs = request.specs(tol.layout.layers)
+    if request.undo and specs:
+        raise ArgumentError("undo", f"expected no edit on the same line, found {specs[0].operation}")
+    with contextlib.closing(FileMemory(tol, request.workdir)) as memory:
+        overlay = Overlay.open(request.overlay, memory, missing_ok=bool(specs))
+        editor = Editor(overlay)
+        for spec in specs:
+            editor.add(spec)
+        undone = editor.undo(request.undo) if request.undo else []
+        written = write_edited(tol, overlay, request.output) if request.output else ""
+        if specs or undone:  # saved last, so that a line that failed can be run again
+            overlay.save(request.overlay)
     return Result(undone, [edit.text for edit in overlay.edits], written)
 
 
@@ -95,145 +105,87 @@ class Editor:
     """Adds edits to an overlay, and takes them back.
 
     Args:
-      tol: the file whose rows are edited.
       overlay: is changed in place.
-      workdir: the model's checkpoints, whose weights suppressing a key needs; else "".
     """
 
-    def __init__(self, tol: TolFile, overlay: Overlay, workdir: str = ""):
-        self.tol, self.overlay, self.workdir = tol, overlay, workdir
-        self.tokenizer = tol.tokenizer()
+    def __init__(self, overlay: Overlay):
+        self.overlay, self.memory = overlay, overlay.memory
 
-    def token(self, text: str, argument: str) -> int:
-        """The id of `#ID` or of a text that is one token. Raises: ArgumentError that names the argument."""
-        return self.tokenizer.token(text, argument, self.tol.vocab_size)
-
-    def add(self, operation: str, spec: str) -> None:
-        """Adds an edit.
-
-        Args:
-          operation: one of OPERATIONS.
-          spec: depends on the operation. A and B are tokens, each as text or #ID.
-            swap "A,B": A and B exchange their rows.
-            replace "A,B": A gets B's row.
-            blend "A,B,SHARE": A gets (1 - SHARE) * its row + SHARE * B's row.
-            zero "A": A's row becomes zero.
-            suppress "LAYER:KEY": every row loses what this key of FFN-M adds.
-        Raises: UserError.
-        """
-        if operation == "suppress":
+    def add(self, spec: EditSpec) -> None:
+        """Adds an edit. Raises: UserError."""
+        if isinstance(spec, Suppress):
             self._suppress(spec)
         else:
-            self._give_rows(operation, spec)
+            self._mix_rows(spec)
 
-    def _give_rows(self, operation, spec):
-        fields = _split(operation, spec, _FIELDS[operation])
-        share = _share(fields.pop()) if operation == "blend" else 0.0
-        ids = [self.token(field, operation) for field in fields]
+    def give(self, text: str, rows: dict[int, np.ndarray], layers: tuple[int, ...] | None = None) -> None:
+        """Adds an edit that gives tokens new rows which are no mix of others, such as learned ones.
+
+        Suppressing a key later takes away from such a row what the key added to the token's row before.
+
+        Args:
+          text: the edit in words; a checksum of the rows is added, as a text determines its edit.
+          rows: float32 [k, D] by token id, the new rows in the k layers.
+          layers: the layers that change; None for all.
+        Raises: ArgumentError.
+        """
+        layers = self._layers(layers)
+        given = np.stack([np.asarray(row_kD, np.float32) for row_kD in rows.values()])
+        mix = [[(token, 1.0)] for token in rows]
+        self._give(f"{text}{_in_layers(layers)} ({text_checksum(given)})", list(rows), given, mix, layers)
+
+    def _mix_rows(self, spec):
+        ids = [self.memory.token(token, spec.operation) for token in spec.tokens]
         if len(set(ids)) < len(ids):
-            raise ArgumentError(operation, f"expected two different tokens, found the same one twice in {spec!r}")
-        a, b = ids[0], ids[-1]  # the same token for zero, which takes one
-        # {token whose row changes: (token, weight) of the rows that its new row is the sum of}
-        mix = {
-            "swap": {a: [(b, 1.0)], b: [(a, 1.0)]},
-            "replace": {a: [(b, 1.0)]},
-            "blend": {a: [(a, 1 - share), (b, share)]},
-            "zero": {a: []},
-        }[operation]
-        row_of = dict(zip(ids, read_rows(self.tol, np.array(ids, np.int32), self.overlay)))
-        zeros = np.zeros_like(row_of[a])
-        rows = [sum((weight * row_of[token] for token, weight in made_of), zeros) for made_of in mix.values()]
-        text = " ".join([operation, *(f"#{i} {self.tokenizer.decode([i])!r}" for i in ids)])
-        if operation == "blend":
-            text += f" {share:g}"
-        edit = Edit(text, ids=np.array(list(mix), np.int32), rows=np.stack(rows), mix=list(mix.values()))
-        self.overlay.edits.append(edit)
+            problem = f"expected two different tokens, found the same one twice: #{ids[0]}"
+            raise ArgumentError(spec.operation, problem)
+        layers = self._layers(spec.layers)
+        mix = spec.mix(*ids)
+        row_of = dict(zip(ids, self.overlay.rows(np.array(ids, np.int32))))
+        zeros = np.zeros_like(row_of[ids[0]])
+        rows = np.stack([sum((weight * row_of[token] for token, weight in made_of), zeros) for made_of in mix.values()])
+        text = " ".join([spec.operation, *(f"#{i} {self.memory.tokenizer.decode([i])!r}" for i in ids)])
+        if isinstance(spec, Blend):
+            text += f" {spec.share!r}"
+        rows = rows if layers is None else rows[:, list(layers)]
+        self._give(text + _in_layers(layers), list(mix), rows, list(mix.values()), layers)
+
+    def _give(self, text, ids, rows, mix, layers):
+        self.overlay.add(Edit(text, ids=np.array(ids, np.int32), rows=rows, mix=mix, layers=layers))
+
+    def _layers(self, layers) -> tuple[int, ...] | None:
+        """The layers in rising order; None for all. Raises: ArgumentError."""
+        if layers is None:
+            return None
+        L = self.memory.layers
+        for layer in layers:
+            if not 0 <= layer < L:
+                raise ArgumentError("layers", f"expected layers from 0 to {L - 1}, found {layer}")
+        chosen = tuple(sorted(set(layers)))
+        return None if len(chosen) == L else chosen
 
     def _suppress(self, spec):
-        layer, _, key = spec.partition(":")
-        if not (layer.isdecimal() and key.isdecimal()):
-            raise ArgumentError("suppress", f"expected LAYER:KEY, two numbers, found {spec!r}")
-        if not self.workdir:
-            raise ArgumentError("suppress", "expected a workdir too, as a key's coefficients come from the weights")
-        meta = self.tol.metadata
-        with contextlib.closing(TrainedModel(self.workdir, self.tol.step, meta["dtype"])) as trained:
-            self._suppress_key(trained, int(layer), int(key), spec)
-
-    def _suppress_key(self, trained, layer, key, spec):
-        c = trained.config
-        self.tol.check_model(c, trained.tokenizer.digest, None)
-        if layer >= c.layers or key >= c.memory_dim:
-            expected = f"expected a layer below {c.layers} and a key below {c.memory_dim}"
-            raise ArgumentError("suppress", f"{expected}, found {spec!r}")
-        if layer not in self.tol.layout.kept_layers():
-            expected = f"expected a layer that {self.tol.path} holds"
-            raise ArgumentError("suppress", f"{expected}, found {layer}, which it dropped")
-        text = f"suppress layer {layer} key {key}"
+        text = f"suppress layer {spec.layer} key {spec.key}"
         if any(edit.text == text for edit in self.overlay.edits):
-            raise ArgumentError("suppress", f"expected a key that is not suppressed yet, found {spec!r}")
-        coefficients, value = _key(trained, layer, key, self.tol.metadata["rows_digest"])
-        # A tier that drops the layer holds nothing of the key that could be taken away.
-        coefficients[~self.tol.holds(layer)] = 0
-        coefficients = self.overlay.mixed(coefficients)
-        self.overlay.edits.append(Edit(text, layer=layer, coefficients=coefficients, value=value))
+            raise ArgumentError("suppress", f"expected a key that is not suppressed yet, found {spec.layer}:{spec.key}")
+        if spec.layer < self.memory.layers and not self.memory.holds(spec.layer).any():
+            expected = f"expected a layer that {self.memory.name} holds"
+            raise ArgumentError("suppress", f"{expected}, found {spec.layer}, which it dropped")
+        key = self.memory.key(spec.layer, spec.key)
+        coefficients_V = self.overlay.mixed(key.coefficients_V, spec.layer)
+        self.overlay.add(Edit(text, layer=spec.layer, coefficients=coefficients_V, value=key.value_D))
 
     def undo(self, count: int) -> list[str]:
         """Takes back the last edits. Returns: what they were. Raises: ArgumentError if there are fewer."""
-        edits = self.overlay.edits
-        if not 1 <= count <= len(edits):
-            raise ArgumentError("undo", f"expected from 1 to {len(edits)}, the number of edits, found {count}")
-        gone = [edit.text for edit in edits[-count:]]
-        del edits[-count:]
-        return gone
+        most = len(self.overlay.edits)
+        if not 1 <= count <= most:
+            raise ArgumentError("undo", f"expected from 1 to {most}, the number of edits, found {count}")
+        return [edit.text for edit in self.overlay.take_back(count)]
 
 
-def _key(trained: TrainedModel, layer: int, key: int, rows_digest: str) -> tuple[np.ndarray, np.ndarray]:
-    """One key of FFN-M of a layer, which is a sum over keys of coefficient * value (MemoryLLM, section 2.3.1).
-
-    Args:
-      rows_digest: of the weights that the rows were made from.
-    Returns: (the key's coefficient for every token, float32 [V]; its value, float32 [D]).
-    Raises: ArgumentError if the checkpoint has other weights.
-    """
-    digest = Digest()
-    params = trained.load(lambda name: trained.is_memory(name) or name == "embedding", digest)
-    if digest.text() != rows_digest:
-        expected = "expected the weights that the rows were made from"
-        raise ArgumentError("workdir", f"{expected}, found others at step {trained.step} of {trained.workdir}")
-    p, c = params["memory"][layer], trained.config
-
-    @jax.jit
-    def coefficients(x0_UD):
-        q_UD = Norm(c).apply({"params": p["norm"]}, x0_UD).astype(jnp.float32)
-        gate_D = p["ffn"]["gate"][:, key].astype(jnp.float32)
-        up_D = p["ffn"]["up"][:, key].astype(jnp.float32)
-        return swiglu_coefficients(q_UD, gate_D, up_D)
-
-    table = params["embedding"]
-    with jax.set_mesh(trained.mesh):
-        starts = range(0, len(table), _KEY_ROWS)
-        parts = [np.asarray(coefficients(table[start : start + _KEY_ROWS])) for start in starts]
-    return np.concatenate(parts), np.asarray(p["ffn"]["down"][key], np.float32)
-
-
-def _split(operation, spec, count) -> list[str]:
-    """The comma-separated values of a spec. Two commas in a row are a comma within a value. Raises: ArgumentError."""
-    # A null character, which no command line can hold, stands for these commas while the text is split.
-    fields = [field.replace("\0", ",") for field in spec.replace(",,", "\0").split(",")]
-    if len(fields) != count or not all(fields):
-        expected = "a token" if count == 1 else f"{count} values with commas between them"
-        raise ArgumentError(operation, f"expected {expected}, found {spec!r}")
-    return fields
-
-
-def _share(text) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0  # refused below, like any number outside the range
-    if not 0 <= share <= 1:
-        raise ArgumentError("blend", f"expected a share from 0 to 1, found {text!r}")
-    return share
+def _in_layers(layers: tuple[int, ...] | None) -> str:
+    """The end of an edit's text that names its layers."""
+    return "" if layers is None else f" in layers {','.join(map(str, layers))}"
 
 
 def write_edited(tol: TolFile, overlay: Overlay, output: str) -> str:
@@ -259,7 +211,7 @@ def write_edited(tol: TolFile, overlay: Overlay, output: str) -> str:
     }
     first = header.to_bytes(tol.metadata | {"rows_digest": new_digest}, places, ALIGN)
     with (
-        contextlib.closing(FileSource(tol, overlay)) as source,
+        contextlib.closing(FileSource(tol)) as source,
         storage.replaced(output) as part,
         open(tol.path, "rb") as original,
         open(part, "w+b") as file,
@@ -268,12 +220,12 @@ def write_edited(tol: TolFile, overlay: Overlay, output: str) -> str:
         original.seek(tol.data_start)
         shutil.copyfileobj(original, file, _COPY_BYTES)
         file.flush()
-        _write_changed_rows(tol, overlay, source, file.fileno(), len(first) - tol.data_start)
+        _write_changed_rows(tol, overlay, EditedSource(source, overlay), file.fileno(), len(first) - tol.data_start)
         os.fsync(file.fileno())
     return f"{output}: a copy of {tol.path} with these edits"
 
 
-def _write_changed_rows(tol: TolFile, overlay: Overlay, source: FileSource, fd: int, shift: int) -> None:
+def _write_changed_rows(tol: TolFile, overlay: Overlay, source: Source, fd: int, shift: int) -> None:
     """Encodes the parts that edits change and writes them, with new checksums, into the rows of a copy.
 
     Args:
@@ -334,7 +286,7 @@ def _changed_parts(overlay: Overlay, layers: int) -> dict[int, set[str]]:
     for edit in overlay.edits:
         if edit.gives_rows:
             ids = edit.ids
-            names = {f"ffn.{layer}" for layer in range(layers)}
+            names = {f"ffn.{layer}" for layer in (range(layers) if edit.layers is None else edit.layers)}
         else:
             ids = np.nonzero(edit.coefficients)[0]
             names = {f"ffn.{edit.layer}"}

@@ -17,35 +17,31 @@ from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.model.token_memory import TokenRows
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.layout import decode_rows
-from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.reader import RowReader
 
 LOAD_BYTES = 64 << 20  # read at a time when a whole table is loaded
 
 
 class FileRows:
-    """What all places share: turns encoded rows on the device into `TokenRows`, with an overlay's edits.
+    """What all places share: turns encoded rows on the device into `TokenRows`.
 
     Args:
       tol: the file, which `close` closes.
       mesh: devices that the rows are replicated on.
       embedding: [V, D] on the device, which gives x0 where the file holds none; else it is not used.
-      overlay: edits of the rows, or None.
     """
 
     weights_bytes = 0  # the file replaces them; a tied embedding is the decoder's
 
-    def __init__(self, tol: TolFile, mesh, embedding=None, overlay: Overlay | None = None):
+    def __init__(self, tol: TolFile, mesh, embedding=None):
         if not tol.layout.has_x0 and embedding is None:
             raise ValueError("the file holds no x0: the embedding is needed")
-        self.tol, self.mesh, self._overlay = tol, mesh, overlay
+        self.tol, self.mesh = tol, mesh
         self._replicated = NamedSharding(mesh, P())
         # Passed to the jitted functions as an argument, so that they are not compiled into each of them.
         self.constants = {"bases": self.put({name: tol.basis(name) for name in tol.layout.rotated})}
         if not tol.layout.has_x0:
             self.constants["embedding"] = embedding
-        if overlay is not None:
-            self.constants["overlay"] = self.put(overlay.arrays())
 
     def put(self, tree):
         return jax.device_put(tree, self._replicated)
@@ -55,7 +51,7 @@ class FileRows:
         return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=self._replicated)()
 
     def token_rows(self, constants, raw, tier_U, ids_U) -> TokenRows:
-        """Decodes rows and edits them. For use in jit.
+        """Decodes rows. For use in jit.
 
         Args:
           constants: `self.constants`.
@@ -67,8 +63,6 @@ class FileRows:
         vectors = decode_rows(layout, raw, tier_U, constants["bases"])
         x0_UD = vectors["x0"] if layout.has_x0 else constants["embedding"][ids_U]
         ffn = [vectors.get(f"ffn.{layer}") for layer in range(layout.layers)]
-        if self._overlay is not None:
-            ffn = self._overlay.apply(constants["overlay"], ids_U, ffn)
         return TokenRows(x0_UD[None], [None if y_UD is None else y_UD[None] for y_UD in ffn])
 
 
@@ -106,8 +100,8 @@ class DeviceRows(FileRows):
 
     on_device = True
 
-    def __init__(self, tol: TolFile, mesh, embedding=None, overlay: Overlay | None = None, repair=None):
-        super().__init__(tol, mesh, embedding, overlay)
+    def __init__(self, tol: TolFile, mesh, embedding=None, repair=None):
+        super().__init__(tol, mesh, embedding)
         _check_fits(tol.layout.row_bytes, device_memory(mesh), f"{tol.path}: rows on the device")
         self._load_tables(repair)
         self.constants["row_of_token"] = self.put(tol.row_of_token)

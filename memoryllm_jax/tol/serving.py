@@ -12,12 +12,14 @@ from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.inference import ahead
 from memoryllm_jax.inference.engine import Contribution, Engine
-from memoryllm_jax.inference.rows import LiveRows
+from memoryllm_jax.inference.rows import LiveRows, RowSource
 from memoryllm_jax.tol.cached_rows import CachedRows
+from memoryllm_jax.tol.edited_rows import EditedRows
 from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.memory import FileMemory, LiveMemory
 from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.reader import RowReader
-from memoryllm_jax.tol.rows import DeviceRows, HostTable
+from memoryllm_jax.tol.rows import DeviceRows, FileRows, HostTable
 from memoryllm_jax.tol.sources import Repair
 
 PLACES = ("device", "host", "disk")
@@ -43,14 +45,12 @@ def open_engine(
         loaded.
       rows: where the file's rows are served from: device, host or (the default) disk.
       cache: size in bytes of the cache of rows on the device, for host and disk; by default CACHE_BYTES.
-      overlay: path of an overlay that `tol edit` wrote, or "".
+      overlay: path of an overlay that `tol edit` wrote, or "". It edits rows of a ToL file and live rows.
       step, dtype, mesh: as of `TrainedModel`.
       compile_ahead: uses the engine for what it will be used for, inside `ahead.only_shapes`: without a ToL file it is
         called while the parameters are read.
     Raises: UserError.
     """
-    if overlay and not tol:
-        raise ArgumentError("overlay", "expected a ToL file too, as edits are those of one")
     place = rows or "disk"
     if tol and place not in PLACES:
         raise ArgumentError("rows", f"expected one of {', '.join(PLACES)}, found {rows!r}")
@@ -59,30 +59,55 @@ def open_engine(
         file = on_error.enter_context(contextlib.closing(TolFile(tol))) if tol else None
         trained = on_error.enter_context(contextlib.closing(TrainedModel(workdir, step, dtype, mesh)))
         if file is None:
-            shapes = trained.shapes()
-            engine = Engine(trained, shapes, LiveRows(trained.config, shapes, trained.mesh))
-            with ahead.in_background(functools.partial(compile_ahead or (lambda engine: None), engine)):
-                engine.fill(trained.load(lambda name: True))
+            engine = _open_live(trained, overlay, compile_ahead)
         else:
             file.check_model(trained.config, trained.tokenizer.digest, None)
-            edits = Overlay.open(overlay, file) if overlay else None
+            edits = Overlay.open(overlay, FileMemory(file)) if overlay else None
             digest = Digest()
             params = trained.load(lambda name: not trained.is_memory(name), digest)
             file.check_model(trained.config, trained.tokenizer.digest, digest.text())
-            source = _open_rows(file, place, cache, trained, params.get("embedding"), edits)
-            engine = Engine(trained, params, source)
+            source = _open_rows(file, place, cache, trained, params.get("embedding"))
+            engine = Engine(trained, params, EditedRows(source, edits, trained.mesh) if edits else source)
         on_error.pop_all()  # all is well: the engine closes the checkpoint and the rows, which close the file
     return engine
 
 
-def _open_rows(file: TolFile, place: str, cache: int | None, trained: TrainedModel, embedding, edits):
+def _open_live(trained: TrainedModel, overlay: str, compile_ahead) -> Engine:
+    """An engine whose rows are computed from the weights. The arguments are those of `open_engine`."""
+    shapes = trained.shapes()
+    source: RowSource = LiveRows(trained.config, shapes, trained.mesh)
+    edits = None
+    if overlay:
+        memory = LiveMemory(trained)
+        edits = Overlay.open(overlay, memory, is_read=False)
+        source = EditedRows(source, edits, trained.mesh)
+    engine = Engine(trained, shapes, source)
+    with ahead.in_background(functools.partial(compile_ahead or (lambda engine: None), engine)):
+        digest = memory.digest() if edits else None
+        params = trained.load(lambda name: True, digest)
+        if edits:
+            memory.fill(params, digest.text())
+            edits.check_rows()
+        engine.fill(params)
+    return engine
+
+
+def _open_rows(file: TolFile, place: str, cache: int | None, trained: TrainedModel, embedding) -> FileRows:
     """A file's rows, served from `place`; damaged ones are computed again from the checkpoint."""
     repair = Repair(trained, file)
     if place == "device":
-        return DeviceRows(file, trained.mesh, embedding, edits, repair)
+        return DeviceRows(file, trained.mesh, embedding, repair)
     table = HostTable(file, repair) if place == "host" else RowReader(file, repair=repair)
     size = CACHE_BYTES if cache is None else cache
-    return CachedRows(table, trained.mesh, size, embedding, edits)
+    return CachedRows(table, trained.mesh, size, embedding)
+
+
+def memory_of(engine: Engine) -> FileMemory | LiveMemory:
+    """The memory of an engine, without the edits of `open_engine`. Raises: UserError if the model has no FFN-M."""
+    rows = engine.rows.source if isinstance(engine.rows, EditedRows) else engine.rows
+    if isinstance(rows, FileRows):
+        return FileMemory(rows.tol, engine.trained.workdir, engine.trained.mesh)
+    return LiveMemory(engine.trained, rows.arrays)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,6 @@ from memoryllm_jax.model import sharding
 from memoryllm_jax.tol import codec
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.layout import decode_rows
-from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.reader import RowReader
 
 _CHUNK_ROWS = 1024  # rows that `full_vectors` asks for at a time
@@ -135,10 +134,9 @@ class FileSource:
 
     Args:
       tol: the file, which the caller closes.
-      overlay: edits to apply to the rows, or None.
     """
 
-    def __init__(self, tol: TolFile, overlay: Overlay | None = None):
+    def __init__(self, tol: TolFile):
         meta, layout = tol.metadata, tol.layout
         self.mesh = sharding.make_mesh(MeshConfig(1, 1, 1), devices.find()[:1])
         self.vocab_size = tol.vocab_size
@@ -153,8 +151,7 @@ class FileSource:
         )
         self.bits = max(band.bits for tier in layout.tiers for part in tier.parts for band in part.bands)
         self.counts = tol.read("counts") if "counts" in tol.tensors else None
-        self._layout, self._overlay = layout, overlay
-        self._edits = None if overlay is None else overlay.arrays()
+        self._layout = layout
         self._reader = RowReader(tol)
         self._bases = {name: jnp.asarray(tol.basis(name)) for name in layout.rotated}
         self._decode = jax.jit(lambda raw, tier_U, bases: decode_rows(layout, raw, tier_U, bases))
@@ -162,14 +159,8 @@ class FileSource:
     def vectors(self, ids_U) -> dict:
         raw, tier_U = self._reader.read(np.asarray(ids_U))
         vectors = self._decode(self._layout.view(raw), tier_U, self._bases)
-        # A layer that the whole file drops has no vectors, but an edit may give it some.
-        zeros = jnp.zeros((len(raw), self.dim), jnp.float32)
-        vectors = {f"ffn.{layer}": zeros for layer in range(self.layers)} | vectors
-        if self._overlay is not None:
-            ffn = [vectors[f"ffn.{layer}"] for layer in range(self.layers)]
-            edited = self._overlay.apply(self._edits, jnp.asarray(ids_U), ffn)
-            vectors |= {f"ffn.{layer}": y for layer, y in enumerate(edited)}
-        return vectors
+        zeros = jnp.zeros((len(raw), self.dim), jnp.float32)  # a layer that the whole file drops has no vectors
+        return {f"ffn.{layer}": zeros for layer in range(self.layers)} | vectors
 
     def close(self) -> None:
         """Ends the threads that read rows."""
@@ -184,15 +175,14 @@ def full_vectors(source: Source, ids: np.ndarray) -> dict:
     }
 
 
-def read_rows(tol: TolFile, ids: np.ndarray, overlay: Overlay | None = None) -> np.ndarray:
+def read_rows(tol: TolFile, ids: np.ndarray) -> np.ndarray:
     """Reads and decodes FFN-M's rows of tokens.
 
     Args:
       ids: int32 [n], distinct token ids.
-      overlay: edits to apply to the rows, or None.
     Returns: float32 [n, layers, D]; dropped layers are zero.
     """
-    source = FileSource(tol, overlay)
+    source = FileSource(tol)
     vectors = source.vectors(ids)
     source.close()
     return np.stack([np.asarray(vectors[f"ffn.{layer}"], np.float32) for layer in range(source.layers)], 1)

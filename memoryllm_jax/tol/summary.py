@@ -4,9 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from memoryllm_jax.tol.edit import Editor
 from memoryllm_jax.tol.format import TolFile
-from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.sources import read_rows
 
 
@@ -36,12 +34,12 @@ def token_norms(tol: TolFile, names: tuple[str, ...]) -> list[TokenNorms]:
     """The norms of the rows of tokens, each named by a text that is one token, or as #ID. Raises: UserError."""
     if not names:
         return []
-    editor = Editor(tol, Overlay(tol, []))  # for its reading of names; nothing is edited
-    ids = [editor.token(name, "token") for name in names]
+    tokenizer = tol.tokenizer()
+    ids = [tokenizer.token(name, "token", tol.vocab_size) for name in names]
     rows = read_rows(tol, np.array(ids, np.int32))
     found = []
     for token, row_LD in zip(ids, rows):
-        text, row = editor.tokenizer.decode([token]), int(tol.row_of_token[token])
+        text, row = tokenizer.decode([token]), int(tol.row_of_token[token])
         found.append(TokenNorms(token, text, row, np.linalg.norm(row_LD, axis=1)))
     return found
 

@@ -12,7 +12,9 @@ from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.inference import vocabulary
+from memoryllm_jax.tol.edited_rows import EditedSource
 from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.memory import FileMemory
 from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.reader import RowReader
 from memoryllm_jax.tol.sources import FileSource, LiveSource, Source
@@ -77,11 +79,11 @@ def compare_files(tol: TolFile, other: TolFile, overlay_path: str = "") -> "Comp
       overlay_path: path of an overlay of `tol`, whose edits are applied to the second file's rows; or "".
     Raises: UserError if the two files do not fit each other.
     """
-    overlay = Overlay.open(overlay_path, tol) if overlay_path else None
+    overlay = Overlay.open(overlay_path, FileMemory(tol)) if overlay_path else None
     if other.vocab_size != tol.vocab_size or other.layout.layers != tol.layout.layers:
         raise UserError(f"{other.path}: expected the vocabulary and layers of {tol.path}")
-    with contextlib.closing(FileSource(tol)) as first, contextlib.closing(FileSource(other, overlay)) as second:
-        return compare(first, second)
+    with contextlib.closing(FileSource(tol)) as first, contextlib.closing(FileSource(other)) as second:
+        return compare(first, EditedSource(second, overlay) if overlay else second)
 
 
 class Change(NamedTuple):

@@ -20,6 +20,7 @@ from tol_files import CHUNK, DIM, LAYERS, TYPES, VOCAB, Reader, Source, bfloat16
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.tol import build, verify
 from memoryllm_jax.tol.format import TolFile
+from memoryllm_jax.tol.memory import FileMemory
 from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.sources import FileSource
 
@@ -237,7 +238,7 @@ def test_folder_and_pipe_are_refused(mixed_file, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with opened(mixed_file[0]) as tol:
         for path in (str(tmp_path), str(tmp_path / "pipe")):
-            for read in (TolFile, lambda path: Overlay.open(path, tol)):
+            for read in (TolFile, lambda path: Overlay.open(path, FileMemory(tol))):
                 with pytest.raises(UserError, match=f"{path}: expected .*, found a folder or a special file"):
                     read(path)
 

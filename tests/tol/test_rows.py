@@ -10,7 +10,10 @@ from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.tol import build, codec, edit
 from memoryllm_jax.tol import rows as rows_lib
 from memoryllm_jax.tol.cached_rows import CachedRows
+from memoryllm_jax.tol.edit_spec import Swap
+from memoryllm_jax.tol.edited_rows import EditedRows, EditedSource
 from memoryllm_jax.tol.layout import Layout, Tier
+from memoryllm_jax.tol.memory import FileMemory
 from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.reader import RowReader
 from memoryllm_jax.tol.rows import DeviceRows, HostTable
@@ -21,14 +24,16 @@ from memoryllm_jax.tol.sources import FileSource
 def test_every_place_gives_the_rows_of_the_file(mixed_file, place):
     """The file has two tiers and edits, and the cache has room for only seven rows."""
     with opened(mixed_file[0]) as tol:
-        overlay = Overlay(tol, [])
-        edit.Editor(tol, overlay).add("swap", "#3,#9")
-        mesh, expected = mixed_file[1].mesh, FileSource(tol, overlay).vectors(np.arange(VOCAB, dtype=np.int32))
+        overlay = Overlay(FileMemory(tol))
+        edit.Editor(overlay).add(Swap(token=3, by=9))
+        mesh, source = mixed_file[1].mesh, EditedSource(FileSource(tol), overlay)
+        expected = source.vectors(np.arange(VOCAB, dtype=np.int32))
         if place == "device":
-            rows = DeviceRows(tol, mesh, overlay=overlay)
+            rows = DeviceRows(tol, mesh)
         else:
             table = HostTable(tol) if place == "host" else RowReader(tol)
-            rows = CachedRows(table, mesh, 7 * tol.layout.stride, overlay=overlay)
+            rows = CachedRows(table, mesh, 7 * tol.layout.stride)
+        rows = EditedRows(rows, overlay, mesh)
         tokens = np.random.default_rng(0)
         for ids in [[5], [5], [3, 9], [9, 3, 5, 5], *(tokens.integers(0, VOCAB, 16) for _ in range(8))]:
             ids = np.array(ids, np.int32)

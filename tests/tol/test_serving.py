@@ -15,6 +15,8 @@ from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.tol import edit, serving
+from memoryllm_jax.tol.edit_spec import Zero
+from memoryllm_jax.tol.memory import FileMemory
 from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.reader import RowReader
 from memoryllm_jax.tol.rows import HostTable
@@ -83,13 +85,13 @@ def test_files_of_other_models_are_refused(lab, tmp_path):
         assert str(error.value).startswith(tol) and times_open(tol) == before
     overlay_path = str(tmp_path / "o")
     with opened(path) as tol, opened(lab.tol("memory")) as other:
-        overlay = Overlay(other, [])
-        edit.Editor(other, overlay).add("zero", "#40")
+        overlay = Overlay(FileMemory(other))
+        edit.Editor(overlay).add(Zero(token=40))
         overlay.save(overlay_path)
         with pytest.raises(UserError, match="made for other rows than those of"):
-            Overlay.open(overlay_path, tol)
+            Overlay.open(overlay_path, FileMemory(tol))
     for arguments, found in [
-        ({"overlay": overlay_path}, "overlay: expected a ToL file too"),
+        ({"overlay": overlay_path}, "made for other rows than those of .*step 16: expected rows_digest"),
         ({"tol": path, "rows": "tape"}, "rows: expected one of device, host, disk, found 'tape'"),
     ]:
         with pytest.raises(UserError, match=found):
