@@ -118,6 +118,41 @@ def random_decoder(config: ModelConfig, mesh: tuple[int, int, int] = (1, 1, 1)) 
     return Decoder(config, params, mesh), LiveRows(config, params, mesh), whole
 
 
+class HostRows:
+    """A row source whose rows a decode step finds only after `hold`. It keeps those of the last step alone."""
+
+    on_device = False
+
+    def __init__(self, live):
+        self.live, self.held, self.asked, self.reserved = live, np.zeros(64, bool), [], 0
+
+    @property
+    def arrays(self):
+        return self.live.arrays, jnp.asarray(self.held)
+
+    def fetch(self, ids_U):
+        return self.live.fetch(ids_U)
+
+    def gather(self, arrays, ids_U):
+        rows = self.live.gather(arrays[0], ids_U)
+        is_held_U1 = arrays[1][ids_U][None, :, None]  # a row that is not held is not a number
+        return jax.tree.map(lambda x: jnp.where(is_held_U1, x, jnp.nan), rows)
+
+    def holds(self, arrays, ids_U):
+        return arrays[1][ids_U]
+
+    def reserve(self, rows):
+        self.reserved = max(rows, self.reserved)
+
+    def hold(self, ids_U):
+        assert 0 < len(ids_U) <= self.reserved
+        was_held = self.held[ids_U].all()
+        self.held[:] = False
+        self.held[ids_U] = True
+        self.asked.append(set(ids_U.tolist()))
+        return not was_held
+
+
 def stacked(params: dict) -> dict:
     """Stacks the layers of parameters from `TrainedModel.load`, as tests/reference.py expects them."""
     groups = [name for name in ("layers", "memory") if name in params]
@@ -208,7 +243,7 @@ def jitted_step(decoder):
 
     def call(rows, index_B, position_B, cache):
         with jax.set_mesh(decoder.mesh):
-            return step(decoder._params, all_layers(rows), index_B, position_B, cache)
+            return step(decoder.params, all_layers(rows), index_B, position_B, cache)
 
     return call
 

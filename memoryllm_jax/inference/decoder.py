@@ -68,16 +68,16 @@ class Decoder:
 
     def fill(self, params: dict) -> None:
         """Takes other parameters of the same shapes; the compiled functions stay."""
-        self._params = {name: params[name] for name in ("layers", "final_norm")}
-        self._params["head"] = params["embedding" if self.config.tie_embeddings else "head"]
+        self.params = {name: params[name] for name in ("layers", "final_norm")}
+        self.params["head"] = params["embedding" if self.config.tie_embeddings else "head"]
 
     @property
     def weights_bytes(self) -> int:
         """Bytes of the decoder's weights. A decode step reads each of them once."""
-        return sum(x.nbytes for x in jax.tree.leaves(self._params))
+        return sum(x.nbytes for x in jax.tree.leaves(self.params))
 
     def scaled(self, memory_L: np.ndarray, compute_L: np.ndarray) -> "Decoder":
-        """This decoder with each layer's token memory and FFN-C multiplied by a factor.
+        """This decoder with what each layer's token memory and FFN-C add multiplied by a factor.
 
         The compiled functions are shared, so other factors need no compilation.
 
@@ -85,23 +85,18 @@ class Decoder:
           memory_L: the factors of the token memory by layer.
           compute_L: the factors of FFN-C by layer, or of base's FFN.
         """
-        layers = []
-        # FFN-C is scaled once, in its output matrix. Rows come from the caller, so `layer_rows` scales them each time.
-        for layer, factor in zip(self._params["layers"], compute_L.astype(np.float32)):
-            if "ffn" in layer:
-                layer = layer | {"ffn": layer["ffn"] | {"down": _times(layer["ffn"]["down"], factor)}}
-            layers.append(layer)
-        return self.with_params(layers=layers, memory_scale=memory_L.astype(np.float32))
+        factors = transformer.Factors(memory_L.astype(np.float32), compute_L.astype(np.float32))
+        return self.with_params(factors=factors)
 
     def with_params(self, **params) -> "Decoder":
         """This decoder with some parameters replaced, such as `layers`. The compiled functions are shared."""
         # A shallow copy is enough, because the jitted functions take the parameters as an argument.
         other = copy.copy(self)
-        other._params = self._params | params
+        other.params = self.params | params
         return other
 
     def empty_cache(self, batch: int, capacity: int) -> list[attention.Cache]:
-        """A cache for each layer, for `batch` sequences of up to `capacity` positions."""
+        """A cache for each layer, for `batch` sequences of at least `capacity` positions."""
         with jax.set_mesh(self.mesh):
             return self._empty(batch, capacity)
 
@@ -119,7 +114,7 @@ class Decoder:
         """
         with jax.set_mesh(self.mesh):
             index_SN = self._by_shard(index_bT)
-            return sequences.prefill(self.config, self._params, rows, index_SN, lengths_b, slots_b, cache)
+            return sequences.prefill(self.config, self.params, rows, index_SN, lengths_b, slots_b, cache)
 
     def start(self, standing: Standing, rules: Rules) -> tuple[Standing, Rules]:
         """Copies arrays of the host to each device, as `steps` needs them."""
@@ -149,7 +144,7 @@ class Decoder:
         """
         with jax.set_mesh(self.mesh):
             return self._steps(
-                self._params,
+                self.params,
                 rows.arrays,
                 standing,
                 rules,
@@ -172,7 +167,7 @@ class Decoder:
         """
         with jax.set_mesh(self.mesh):
             batch = [self._by_shard(x) for x in (index_BT, targets_BT, weights_BT)]
-            return sequences.score(self.config, self._params, rows, *batch, length=index_BT.shape[1])
+            return sequences.score(self.config, self.params, rows, *batch, length=index_BT.shape[1])
 
     def log_probs(self, rows: TokenRows, index_BT, targets_BT) -> loss.TargetScores:
         """The log-probability of each target and whether it is the likeliest id, each [B, T].
@@ -181,33 +176,39 @@ class Decoder:
         """
         with jax.set_mesh(self.mesh):
             batch = [self._by_shard(x) for x in (index_BT, targets_BT)]
-            return sequences.log_probs(self.config, self._params, rows, *batch, length=index_BT.shape[1])
+            return sequences.log_probs(self.config, self.params, rows, *batch, length=index_BT.shape[1])
 
     def row_gradients(self, rows: TokenRows, index_BT, targets_BT, weights_BT, layers) -> gradients.RowGradients:
         """The gradient of `score` with respect to the rows of some layers. The other arguments are those of `score`."""
         with jax.set_mesh(self.mesh):
             batch = [self._by_shard(x) for x in (index_BT, targets_BT, weights_BT)]
             length = index_BT.shape[1]
-            return gradients.row_gradients(self.config, self._params, rows, *batch, length=length, layers=layers)
+            return gradients.row_gradients(self.config, self.params, rows, *batch, length=length, layers=layers)
 
     def _by_shard(self, x):
         return x.reshape(self.shards, -1)
 
     def _empty_body(self, batch, capacity):
         c = self.config
+        if capacity > attention.CACHE_TILE:  # whole tiles
+            capacity += -capacity % attention.CACHE_TILE
         shape = sharding.padded((batch, c.key_heads, capacity, c.head_dim), _CACHE_AXES)
         zeros = jnp.zeros(shape, c.dtype)
         return [attention.Cache(zeros, zeros) for _ in range(c.layers)]
 
-    def step(self, params: dict, rows: TokenRows, index_B, position_B, cache: list[attention.Cache]):
+    def step(
+        self, params: dict, rows: TokenRows, index_B, position_B, cache: list[attention.Cache], span: int | None = None
+    ):
         """Runs one token of each sequence through the decoder. For use in jit, inside the mesh.
 
         Args:
           params: the decoder's parameters, which a jitted function takes as an argument.
           rows: rows of the tokens.
           index_B: int32, the row of each sequence's token.
-          position_B: int32, the token's position in its sequence.
+          position_B: int32, the token's position in its sequence. A token past the cache's end is not written to it,
+            and its logits are arbitrary.
           cache: the cache of the earlier positions.
+          span: as of `attention.Past`.
         Returns: (float32 logits [B, V] of the next token, the cache with these tokens).
         """
         # All layers are one function, unlike in sequences.py: for one position, a call takes longer than its work.
@@ -218,8 +219,9 @@ class Decoder:
         rope = transformer.rope_table(c, position_B1)
         written = []
         for layer, (layer_params, old) in enumerate(zip(params["layers"], cache, strict=True)):
-            ffn_SUD = sequences.layer_rows(*sequences.rows_of_layer(rows, params, layer), c.dtype)
-            out = transformer.apply_layer(c, layer_params, x_BTD, ffn_SUD, index_SN, rope, (old, position_B))
+            ffn_SUD, factors = sequences.rows_of_layer(rows, params, layer)
+            past = attention.Past(old, position_B1, span=span)
+            out = transformer.apply_layer(c, layer_params, x_BTD, ffn_SUD, index_SN, rope, past, factors)
             x_BTD = out.x_BTD
             written.append(out.keys_values)
         x_BTD = transformer.Norm(c).apply({"params": params["final_norm"]}, x_BTD)
@@ -239,8 +241,3 @@ class Decoder:
         # steps instead: those after the end are ignored.
         ends_early = has_rows is not None or self.mesh.devices.flat[0].platform not in ("gpu", "cuda")
         return take(decode, draw_next, has_rows, standing, rules, cache, count, ends_early)
-
-
-@ahead.jit
-def _times(w, factor):
-    return (w.astype(jnp.float32) * factor).astype(w.dtype)

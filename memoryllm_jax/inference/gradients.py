@@ -55,16 +55,16 @@ def row_gradients(
     g_BTD, scores = _head(config, params["final_norm"], params["head"], x_BTD, targets_SN, weights_SN)
     by_layer = {}
     for layer in reversed(range(min(layers), config.layers)):
-        rows_and_factor = rows_of_layer(rows, params, layer)
-        g_BTD, g_1UD = _layer_backward(config, params["layers"][layer], inputs.pop(), rows_and_factor, where, g_BTD)
+        rows_and_factors = rows_of_layer(rows, params, layer)
+        g_BTD, g_1UD = _layer_backward(config, params["layers"][layer], inputs.pop(), rows_and_factors, where, g_BTD)
         if layer in layers:
             by_layer[layer] = g_1UD[0]
     return RowGradients(scores, by_layer)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _layer(config, layer_params, x_BTD, rows_and_factor, where):
-    return layer_of_rows(config, layer_params, x_BTD, rows_and_factor, where).x_BTD
+def _layer(config, layer_params, x_BTD, rows_and_factors, where):
+    return layer_of_rows(config, layer_params, x_BTD, rows_and_factors, where).x_BTD
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -82,15 +82,15 @@ def _head(config, final_norm, head_VD, x_BTD, targets_SN, weights_SN):
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="g_BTD")
-def _layer_backward(config, layer_params, x_BTD, rows_and_factor, where, g_BTD):
+def _layer_backward(config, layer_params, x_BTD, rows_and_factors, where, g_BTD):
     """Returns: the gradient with respect to (the residual stream before the layer, the rows or None)."""
-    ffn_SUD, factor = rows_and_factor
+    ffn_SUD, factors = rows_and_factors
 
     def forward(x_BTD, ffn_SUD):
         if ffn_SUD is not None:
             # `take_rows` has no gradient where one set of rows serves several batch shards.
             ffn_SUD = jnp.broadcast_to(ffn_SUD, (len(where.index_SN), *ffn_SUD.shape[1:]))
-        return layer_of_rows(config, layer_params, x_BTD, (ffn_SUD, factor), where).x_BTD
+        return layer_of_rows(config, layer_params, x_BTD, (ffn_SUD, factors), where).x_BTD
 
     if ffn_SUD is not None:
         ffn_SUD = ffn_SUD.astype(jnp.float32)

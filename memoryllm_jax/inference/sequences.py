@@ -61,20 +61,6 @@ def log_probs(config: ModelConfig, params: dict, rows: TokenRows, index_SN, targ
     return _log_probs_of_states(config, params["final_norm"], params["head"], x_BTD, targets_SN)
 
 
-def layer_rows(ffn_SUD, factor, dtype: str):
-    """A layer's rows in the dtype of the computation, times the layer's factor.
-
-    Args:
-      ffn_SUD: the rows, or None where the layer reads none.
-      factor: float32 scalar; None instead of 1.
-    """
-    if ffn_SUD is None:
-        return None
-    if factor is not None:
-        ffn_SUD = ffn_SUD.astype(jnp.float32) * factor
-    return ffn_SUD.astype(dtype)
-
-
 def logits(config: ModelConfig, head_VD, x_BD):
     """Logits [B, V] in float32, whole on each device, so that all hosts draw the same token. Call it inside jit."""
     head_VD = unpadded_embed(head_VD, config.dim, ("vocab", "embed"))
@@ -82,12 +68,11 @@ def logits(config: ModelConfig, head_VD, x_BD):
     return constrain(logits_BV, None, None)
 
 
-def rows_of_layer(rows, params, layer):
-    """(rows of a layer or None, the factor that `Decoder.scaled` gives them or None), as `layer_rows` takes them."""
-    if rows.ffn_LSUD is None or rows.ffn_LSUD[layer] is None:
-        return None, None
-    scale = params.get("memory_scale")
-    return rows.ffn_LSUD[layer], None if scale is None else scale[layer]
+def rows_of_layer(rows: TokenRows, params: dict, layer: int):
+    """(rows of a layer or None, the `transformer.Factors` of a `Decoder`'s parameters or None)."""
+    ffn_SUD = None if rows.ffn_LSUD is None else rows.ffn_LSUD[layer]
+    factors = params.get("factors")
+    return ffn_SUD, None if factors is None else transformer.Factors(*(of_L[layer] for of_L in factors))
 
 
 def _states(config, params, rows, index_SN, length):
@@ -111,11 +96,11 @@ class Where(NamedTuple):
 
 
 # Results that a later call takes have one sharding each: with another one that call would compile again.
-_STREAM = spec("batch", None, None)
-_CACHE = spec("batch", "heads", None, None)  # as `Decoder.empty_cache` places it
+STREAM = spec("batch", None, None)
+CACHE = spec("batch", "heads", None, None)  # as `Decoder.empty_cache` places it
 
 
-@functools.partial(ahead.jit, static_argnames=("config", "length"), out_shardings=(_STREAM, None))
+@functools.partial(ahead.jit, static_argnames=("config", "length"), out_shardings=(STREAM, None))
 def embed(config, x0_SUD, index_SN, length):
     """Returns: (X_0 of each position [B, T, D], the `Where` of the positions)."""
     x_BTD = take_rows(x0_SUD, index_SN).reshape(-1, length, config.dim).astype(config.dtype)
@@ -129,23 +114,23 @@ def _on_device(x_b):
     return constrain(x_b, None)
 
 
-def layer_of_rows(config, layer_params, x_BTD, rows_and_factor, where: Where) -> transformer.LayerOutput:
-    """Applies a layer. Call it inside jit. Args: rows_and_factor: as `layer_rows` takes them."""
-    ffn_SUD = layer_rows(*rows_and_factor, config.dtype)
-    return transformer.apply_layer(config, layer_params, x_BTD, ffn_SUD, where.index_SN, where.rope)
+def layer_of_rows(config, layer_params, x_BTD, rows_and_factors, where: Where) -> transformer.LayerOutput:
+    """Applies a layer. Call it inside jit. Args: rows_and_factors: as `rows_of_layer` gives them."""
+    ffn_SUD, factors = rows_and_factors
+    return transformer.apply_layer(config, layer_params, x_BTD, ffn_SUD, where.index_SN, where.rope, factors=factors)
 
 
 # The residual stream is donated: each layer overwrites that of the layer before.
-@functools.partial(ahead.jit, static_argnames="config", donate_argnames="x_BTD", out_shardings=_STREAM)
-def _score_layer(config, layer_params, x_BTD, rows_and_factor, where):
-    return layer_of_rows(config, layer_params, x_BTD, rows_and_factor, where).x_BTD
+@functools.partial(ahead.jit, static_argnames="config", donate_argnames="x_BTD", out_shardings=STREAM)
+def _score_layer(config, layer_params, x_BTD, rows_and_factors, where):
+    return layer_of_rows(config, layer_params, x_BTD, rows_and_factors, where).x_BTD
 
 
 @functools.partial(
-    ahead.jit, static_argnames="config", donate_argnames=("x_bTD", "cache"), out_shardings=(_STREAM, _CACHE)
+    ahead.jit, static_argnames="config", donate_argnames=("x_bTD", "cache"), out_shardings=(STREAM, CACHE)
 )
-def _prefill_layer(config, layer_params, x_bTD, rows_and_factor, where, cache, slots_b):
-    out = layer_of_rows(config, layer_params, x_bTD, rows_and_factor, where)
+def _prefill_layer(config, layer_params, x_bTD, rows_and_factors, where, cache, slots_b):
+    out = layer_of_rows(config, layer_params, x_bTD, rows_and_factors, where)
 
     def put(cache_BHCK, new_bHTK):
         return cache_BHCK.at[slots_b, :, : new_bHTK.shape[2]].set(new_bHTK, mode="drop")

@@ -1,6 +1,7 @@
-"""Causal self-attention: the backends for whole sequences, and attention of one position over a key-value cache.
+"""Causal self-attention: the backends for whole sequences, and attention over a key-value cache.
 
-Shapes: B sequences, T positions, H heads, K head size, C positions of a cache, G query heads for each key head.
+Shapes: B sequences, T positions, H heads, K head size, C positions of a cache, G query heads for each key head,
+N tiles of c positions of a cache.
 """
 
 import math
@@ -18,6 +19,8 @@ SPLASH_BLOCK = 512  # positions of a tile of the splash kernel
 # Up to so many positions splash's backward pass is one kernel, which holds T / SPLASH_BLOCK copies of the queries'
 # gradients: 2.3 GB for four heads at 32,768 positions. Above, it is two kernels.
 _MOST_FUSED = 4096
+# Attention over a cache of a multiple of so many positions sums over so many at a time.
+CACHE_TILE = 128
 
 
 class Accelerator(NamedTuple):
@@ -123,43 +126,91 @@ def keep_results(primitive, *args, **params) -> bool:
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer's positions, for attention of one new position of each sequence.
-
-    Call `write` first and `attend` on its result: XLA then updates a donated cache in place. It would copy the cache if
-    a function read the earlier one after `write`.
-    """
+    """Keys and values of one layer's positions."""
 
     k_BHCK: jax.Array
     v_BHCK: jax.Array
 
-    def write(self, new: "Cache", position_B) -> "Cache":
-        """The cache with one more position of each sequence.
+
+class Past(NamedTuple):
+    """Positions that a pass adds to a cache, and attends from.
+
+    Attributes:
+      cache: keys and values of the earlier positions.
+      position_BT: int32, the new positions, consecutive in each sequence. Positions past the cache's end are not
+        written; their results are arbitrary.
+      slot: int32 scalar, the sequence of the cache that the new positions continue; None where sequence b continues
+        the cache's b-th. With a slot, all B new sequences are the same one.
+      span: attention reads so many of the cache's first positions, at least those up to the new ones; None: all.
+    """
+
+    cache: Cache
+    position_BT: jax.Array
+    slot: jax.Array | None = None
+    span: int | None = None
+
+    def attend(self, q_BTHK, new: Cache):
+        """Writes the new positions to the cache, and attends from each over itself and the earlier ones.
 
         Args:
-          new: the keys and values of that position, [B, H, 1, K].
-          position_B: int32, where each sequence's go.
+          q_BTHK: queries; their heads are G times the cache's.
+          new: the keys and values of the new positions, [B, H, T, K].
+        Returns: (attention in the shape and dtype of q_BTHK, the cache with the new positions).
         """
+        # The written cache alone is read: XLA then updates a donated cache in place. It would copy the cache if
+        # something read the earlier one after the write.
+        cache = Cache(*(self._write(old, added) for old, added in zip(self.cache, new)))
+        return _attend(q_BTHK, *(self._read(x) for x in cache), self.position_BT), cache
 
-        def put(cache_HCK, new_H1K, position):
-            return jax.lax.dynamic_update_slice(cache_HCK, new_H1K, (0, position, 0))
+    def _write(self, cache_BHCK, new_BHTK):
+        def put(cache_HCK, new_HTK, position_T):
+            return cache_HCK.at[:, position_T].set(new_HTK, mode="drop")
 
-        return Cache(*(jax.vmap(put)(old, added, position_B) for old, added in zip(self, new)))
+        if self.slot is None:  # by vmap, so that a mesh's batch shards write theirs without communication
+            return jax.vmap(put)(cache_BHCK, new_BHTK, self.position_BT)
+        return cache_BHCK.at[self.slot, :, self.position_BT[0]].set(new_BHTK[0].swapaxes(0, 1), mode="drop")
 
-    def attend(self, q_BHK, position_B):
-        """Attention of one position of each sequence over itself and over the cache's earlier positions.
+    def _read(self, cache_BHCK):
+        span_BHCK = cache_BHCK[:, :, : self.span]
+        if self.slot is None:
+            return span_BHCK
+        one_1HCK = jax.lax.dynamic_slice_in_dim(span_BHCK, self.slot, 1)
+        return jnp.broadcast_to(one_1HCK, (len(self.position_BT), *one_1HCK.shape[1:]))
 
-        Args:
-          q_BHK: queries; their heads are G times the cache's.
-          position_B: int32, the positions of the queries, whose keys and values are in the cache.
-        Returns: in the shape and dtype of q_BHK.
-        """
-        B, H, C, K = self.k_BHCK.shape
-        q_BHGK = (q_BHK * K**-0.5).reshape(B, H, -1, K)
-        is_past = jnp.arange(C) <= position_B[:, None, None, None]
-        s_BHGC = jnp.where(is_past, einsum_float32("bhgk,bhck->bhgc", q_BHGK, self.k_BHCK), MASKED)
-        p_BHGC = jnp.exp(s_BHGC - s_BHGC.max(-1, keepdims=True))
-        y_BHGK = einsum_float32("bhgc,bhck->bhgk", p_BHGC.astype(self.v_BHCK.dtype), self.v_BHCK)
-        return (y_BHGK / p_BHGC.sum(-1, keepdims=True)).astype(q_BHK.dtype).reshape(q_BHK.shape)
+
+def _attend(q_BTHK, k_BHCK, v_BHCK, position_BT):
+    """Attention of positions over keys and values that include their own; all later ones are masked.
+
+    The result does not depend on how many masked positions follow the last one, to the bit, as long as products of
+    tiles do not: sums over positions add up tiles of CACHE_TILE positions in pairs, and whole masked tiles add zeros.
+    """
+    B, T, heads, K = q_BTHK.shape
+    H, C = k_BHCK.shape[1:3]
+    # R: the queries that share a key head, those of its group in all T positions.
+    q_BHRK = (q_BTHK * K**-0.5).reshape(B, T, H, -1, K).transpose(0, 2, 3, 1, 4).reshape(B, H, -1, K)
+    is_past_BTC = jnp.arange(C) <= position_BT[..., None]
+    is_past_BHRC = jnp.tile(is_past_BTC, (1, heads // H, 1))[:, None]
+    s_BHRC = jnp.where(is_past_BHRC, einsum_float32("bhrk,bhck->bhrc", q_BHRK, k_BHCK), MASKED)
+    p_BHRC = jnp.exp(s_BHRC - s_BHRC.max(-1, keepdims=True))
+
+    tile = C if C % CACHE_TILE else CACHE_TILE
+    p_BHRNc = p_BHRC.reshape(*p_BHRC.shape[:3], -1, tile)
+    v_BHNcK = v_BHCK.reshape(B, H, -1, tile, K)
+    y_BHNRK = einsum_float32("bhrnc,bhnck->bhnrk", p_BHRNc.astype(v_BHCK.dtype), v_BHNcK)
+    y_BHRK = _sum_in_pairs(y_BHNRK, 2) / _sum_in_pairs(p_BHRNc.sum(-1), 3)[..., None]
+    y_BTHK = y_BHRK.astype(q_BTHK.dtype).reshape(B, H, -1, T, K).transpose(0, 3, 1, 2, 4)
+    return y_BTHK.reshape(q_BTHK.shape)
+
+
+def _sum_in_pairs(x, axis):
+    """Sums over an axis, always in the same order: zeros that follow on the axis do not change the sum to the bit."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, (1 << (x.shape[axis] - 1).bit_length()) - x.shape[axis])
+    x = jnp.pad(x, padding)
+    while x.shape[axis] > 1:
+        first, second = jnp.split(x, 2, axis)
+        x = first + second
+    return x.squeeze(axis)
 
 
 def plain(q_BTHK, k_BTHK, v_BTHK):

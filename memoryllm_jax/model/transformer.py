@@ -206,13 +206,13 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, rope, past=None, value_BTE=None) -> AttentionOutput:
-        """Attends over x itself or, with `past`, over a cache and over x, which is then one position.
+    def __call__(self, x_BTD, rope, past: attention.Past | None = None, value_BTE=None) -> AttentionOutput:
+        """Attends over x itself or, with `past`, over a cache and over x.
 
         Args:
           x_BTD: normalised input.
           rope: `rope_table` of the positions of x.
-          past: (cache of the earlier positions, position [B] of x in each sequence), or None.
+          past: where x lies in a cache of the earlier positions, or None.
           value_BTE: what is added to the values, or None; E = key heads x K.
         """
         c = self.config
@@ -238,9 +238,7 @@ class Attention(nn.Module):
             else:  # the kernels need a key head for each query head
                 y = attention.causal_attention(q, jnp.repeat(k, group, 2), jnp.repeat(v, group, 2), c.attention)
         else:
-            cache, position_B = past
-            keys_values = cache.write(keys_values, position_B)
-            y = keys_values.attend(q[:, 0], position_B)  # it takes grouped heads as they are
+            y, keys_values = past.attend(q, keys_values)  # it takes grouped heads as they are
         return AttentionOutput(_matmul(y.reshape(B, T, -1), out_HKD.reshape(-1, D)), y, keys_values)
 
 
@@ -258,6 +256,23 @@ class Gate(nn.Module):
         padding = openness_BTP.shape[-1] - P  # columns that pad the stored weights
         row_BTP = jnp.pad(row_BTP, [(0, 0), (0, 0), (0, padding)])
         return _matmul(openness_BTP * row_BTP, out_PD)
+
+
+class Factors(NamedTuple):
+    """Factors of what a layer's FFNs add to the residual stream.
+
+    Attributes:
+      memory: of the token memory; a float32 scalar, or [B] with one for each sequence.
+      compute: of FFN-C, or of base's FFN.
+    """
+
+    memory: jax.Array | np.ndarray
+    compute: jax.Array | np.ndarray
+
+
+def _times(x_BTD, factor):
+    """x times a factor, or times a factor for each sequence, in the dtype of x."""
+    return (x_BTD.astype(jnp.float32) * jnp.asarray(factor)[..., None, None]).astype(x_BTD.dtype)
 
 
 class LayerOutput(NamedTuple):
@@ -286,12 +301,15 @@ class DecoderLayer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, ffn_SUD, index_SN, rope, past=None) -> LayerOutput:
+    def __call__(self, x_BTD, ffn_SUD, index_SN, rope, past=None, factors=None) -> LayerOutput:
         """The arguments are those of `apply_layer`."""
         c = self.config
         row_BTP = None
         if ffn_SUD is not None:
             row_BTP = take_rows(ffn_SUD, index_SN).reshape(*x_BTD.shape[:2], -1)
+            if factors is not None:
+                row_BTP = _times(row_BTP, factors.memory)
+            row_BTP = row_BTP.astype(c.dtype)
         value_BTE = row_BTP if c.token_memory == "value" else None
         attention_input = Norm(c, name="attention_norm")(x_BTD)
         attended, mixed, keys_values = Attention(c, name="attention")(attention_input, rope, past, value_BTE)
@@ -300,7 +318,8 @@ class DecoderLayer(nn.Module):
         if c.compute_dim:
             source = y if c.compute_input == "after_attention" else x_BTD
             ffn_input = Norm(c, name="ffn_norm")(source)
-            y = y + SwiGLU(c, c.compute_dim, name="ffn")(ffn_input)
+            computed = SwiGLU(c, c.compute_dim, name="ffn")(ffn_input)
+            y = y + (computed if factors is None else _times(computed, factors.compute))
         if c.token_memory == "per_layer":
             y = y + Gate(c, name="row_gate")(Norm(c, name="row_gate_norm")(y), row_BTP)
         elif c.token_memory == "ffn" and row_BTP is not None:
@@ -309,7 +328,16 @@ class DecoderLayer(nn.Module):
         return LayerOutput(y, keys_values, attention_input, mixed, attended, ffn_input)
 
 
-def apply_layer(config: ModelConfig, params, x_BTD, ffn_SUD, index_SN, rope, past=None) -> LayerOutput:
+def apply_layer(
+    config: ModelConfig,
+    params,
+    x_BTD,
+    ffn_SUD,
+    index_SN,
+    rope,
+    past: attention.Past | None = None,
+    factors: Factors | None = None,
+) -> LayerOutput:
     """Applies one decoder layer to the residual stream. Call it inside jit and a mesh.
 
     XLA drops the computation of results that the caller does not use.
@@ -317,12 +345,13 @@ def apply_layer(config: ModelConfig, params, x_BTD, ffn_SUD, index_SN, rope, pas
     Args:
       params: the layer's parameters, as `TrainedModel.load` gives them.
       x_BTD: the residual stream before the layer.
-      ffn_SUD: the layer's rows of the token memory, or None.
+      ffn_SUD: the layer's rows of the token memory in any dtype, or None.
       index_SN: int32, the row of each position: position n of shard s takes ffn[s, index[s, n]].
       rope: `rope_table` of the positions.
-      past: (cache, position [B]) to attend over a cache, with T = 1; None to attend over x alone.
+      past: where x lies in a cache, to attend over that too; None to attend over x alone.
+      factors: of what the FFNs add; None instead of ones.
     """
-    return DecoderLayer(config).apply({"params": params}, x_BTD, ffn_SUD, index_SN, rope, past)
+    return DecoderLayer(config).apply({"params": params}, x_BTD, ffn_SUD, index_SN, rope, past, factors)
 
 
 class ScannedDecoderLayer(DecoderLayer):

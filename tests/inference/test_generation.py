@@ -2,52 +2,15 @@
 
 import itertools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from lab import random_decoder
+from lab import HostRows, random_decoder
 
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.inference import generation
 from memoryllm_jax.inference.sampling import Sampling
 
 GREEDY, CONTEXT, VOCAB = Sampling(temperature=0), 32, 60
-
-
-class HostRows:
-    """A row source whose rows a decode step finds only after `hold`. It keeps those of the last step alone."""
-
-    on_device = False
-
-    def __init__(self, live):
-        self.live, self.held, self.asked, self.reserved = live, np.zeros(64, bool), [], 0
-
-    @property
-    def arrays(self):
-        return self.live.arrays, jnp.asarray(self.held)
-
-    def fetch(self, ids_U):
-        return self.live.fetch(ids_U)
-
-    def gather(self, arrays, ids_U):
-        rows = self.live.gather(arrays[0], ids_U)
-        is_held_U1 = arrays[1][ids_U][None, :, None]  # a row that is not held is not a number
-        return jax.tree.map(lambda x: jnp.where(is_held_U1, x, jnp.nan), rows)
-
-    def holds(self, arrays, ids_U):
-        return arrays[1][ids_U]
-
-    def reserve(self, rows):
-        self.reserved = max(rows, self.reserved)
-
-    def hold(self, ids_U):
-        assert 0 < len(ids_U) <= self.reserved
-        was_held = self.held[ids_U].all()
-        self.held[:] = False
-        self.held[ids_U] = True
-        self.asked.append(set(ids_U.tolist()))
-        return not was_held
 
 
 @pytest.fixture(scope="module")

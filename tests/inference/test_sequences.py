@@ -44,7 +44,7 @@ def test_logits_take_no_more_memory_than_their_limit(make_config, monkeypatch, m
     S, parts = decoder.shards, mesh[2]
     states = jax.ShapeDtypeStruct((S, N, m.dim), jnp.float32)
     targets, weights = (jax.ShapeDtypeStruct((S, N), dtype) for dtype in (jnp.int32, jnp.float32))
-    head = decoder._params["final_norm"], decoder._params["head"]
+    head = decoder.params["final_norm"], decoder.params["head"]
     passes = {sequences._log_probs_of_states: (targets,), sequences._score_states: (targets, weights)}
     for pass_, arguments in passes.items():
         with jax.set_mesh(decoder.mesh):

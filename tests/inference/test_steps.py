@@ -36,7 +36,7 @@ def test_steps_update_the_cache_in_place(make_config, chip_devices, chip):
         ids_B = np.zeros(BATCH, np.int32)
         rules = Rules(np.uint32(0), ids_B, ids_B, np.zeros(VOCAB, bool))
         standing, rules = decoder.start(Standing(ids_B, ids_B), rules)
-    arguments = decoder._params, rows.arrays, standing, rules, cache, rows, HOW, VOCAB
+    arguments = decoder.params, rows.arrays, standing, rules, cache, rows, HOW, VOCAB
     for count in (4, 1):
         with jax.set_mesh(mesh):
             compiled = decoder._steps.lower(*arguments, count).compile()
