@@ -50,7 +50,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 _OPEN = """
 import sys
 from memoryllm_jax.analysis.key_values import KeyValueModel
-KeyValueModel(sys.argv[1], with_attention=False).params
+KeyValueModel.open(sys.argv[1], with_attention=False).params.read()
 """
 
 

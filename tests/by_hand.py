@@ -1,6 +1,5 @@
 """Trained models with weights that are changed by hand, so that the result of an analysis is known."""
 
-import copy
 import functools
 
 import jax
@@ -24,7 +23,7 @@ TWIN = 64  # twice the embedding of the token TWIN + 1
 @functools.cache
 def key_value_model(workdir: str) -> KeyValueModel:
     """The model of a checkpoint, opened once, because a checkpoint takes a second to read."""
-    return KeyValueModel(workdir, sizes=SMALL)
+    return KeyValueModel.open(workdir, sizes=SMALL)
 
 
 def changed(workdir: str, change, keep_weights: bool = False) -> KeyValueModel:
@@ -34,7 +33,7 @@ def changed(workdir: str, change, keep_weights: bool = False) -> KeyValueModel:
       change: a function that gets the parameters as NumPy arrays, those of layers stacked, and changes them in place.
       keep_weights: it gets the model's own weights; by default it gets small random weights.
     """
-    model = copy.copy(key_value_model(workdir))
+    model = key_value_model(workdir)
     draw = np.random.default_rng(0)
     params = {}
     for group, tree in model.params.items():
@@ -44,14 +43,11 @@ def changed(workdir: str, change, keep_weights: bool = False) -> KeyValueModel:
     if not keep_weights:
         params = jax.tree.map(lambda x: (0.3 * draw.standard_normal(x.shape)).astype(np.float32), params)
     change(params)
-    # `head` and `params` are cached properties: what the shared model has cached is replaced in the copy.
-    model.__dict__.pop("head", None)
     for group in ("layers", "memory"):
         if group in params:
             stacked = params[group]
             params[group] = [jax.tree.map(lambda x, n=n: x[n], stacked) for n in range(model.config.layers)]
-    model.__dict__["params"] = jax.tree.map(jnp.asarray, params)
-    return model
+    return KeyValueModel(model.trained, jax.tree.map(jnp.asarray, params), SMALL)
 
 
 def unit(x):

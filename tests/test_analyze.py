@@ -76,7 +76,7 @@ def test_ratios_of_outliers_that_are_no_numbers_are_refused(lab, tmp_path):
 
 
 def test_analyses_without_text_load_no_attention(lab):
-    with contextlib.closing(KeyValueModel(lab.workdir("memory"), with_attention=False, sizes=SMALL)) as model:
+    with contextlib.closing(KeyValueModel.open(lab.workdir("memory"), with_attention=False, sizes=SMALL)) as model:
         assert not any("attention" in layer for layer in model.params["layers"])
         assert model.rows(0, np.arange(3)).shape == (3, 32)
 

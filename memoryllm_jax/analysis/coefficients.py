@@ -97,7 +97,7 @@ def _pass_over_vocabulary(
     model: KeyValueModel, layer: int, top: int, step: Callable[[], None]
 ) -> tuple[StrongestKeys, topk.Triggers]:
     """Finds the strongest keys of every token [V, k] and the triggers of every key in one pass."""
-    norms_F = jnp.linalg.norm(model.values("memory", layer), axis=1)
+    norms_F = model.value_norms("memory", layer)
     sides = topk.TwoSidedTopK(len(norms_F), top)
     chunks = []
     for ids_C, is_real_C in model.chunks(model.every_id):

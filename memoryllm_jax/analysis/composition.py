@@ -72,7 +72,8 @@ def _active_of_tokens(model, page, mass) -> list[np.ndarray]:
     page.facts["data"] = f"the whole vocabulary, {model.config.vocab_size:,} tokens"
     progress = Progress("active", model.config.layers * model.chunk_count(model.config.vocab_size), "chunk")
     counts = []
-    for layer, norms_F in enumerate(_norms(model, "memory")):
+    for layer in range(model.config.layers):
+        norms_F = model.value_norms("memory", layer)
         found = []
         for ids_C, is_real_C in model.chunks(model.every_id):
             count_C = active_count(model.token_coefficients(layer, ids_C), norms_F, mass)
@@ -86,19 +87,13 @@ def _active_of_tokens(model, page, mass) -> list[np.ndarray]:
 def _active_of_text(model, page, text: ExampleOptions, ffn, mass) -> list[np.ndarray]:
     """For each layer, the number of active memories for every example, [N]."""
     corpus, examples = text.draw(model, page)
-    norms = _norms(model, ffn)
-    counts: list[list] = [[] for _ in norms]
+    counts: list[list] = [[] for _ in range(model.config.layers)]
     for labels, layers in example_states(model, corpus, examples, "active"):
         for layer, state in enumerate(layers):
             c_NF = coefficients(state.queries[ffn], model.weights(ffn, layer))
-            count_N = np.asarray(active_count(c_NF, norms[layer], mass))
+            count_N = np.asarray(active_count(c_NF, model.value_norms(ffn, layer), mass))
             counts[layer].append(count_N[: len(labels)])  # without the positions that fill up the batch
     return [np.concatenate(found) for found in counts]
-
-
-def _norms(model, ffn) -> list[jax.Array]:
-    """For each layer, the norms |v_i| of its values, [F]."""
-    return [jnp.linalg.norm(model.values(ffn, layer), axis=1) for layer in range(model.config.layers)]
 
 
 @jax.jit

@@ -7,7 +7,7 @@ and including any of its tokens. It is labelled with one number: window * length
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -140,42 +140,69 @@ class Corpus:
 class State(NamedTuple):
     """What a layer computes at N positions.
 
+    attended_ND: Attn_l.
     residual_ND: r = X_l + Attn_l, the residual that the FFNs' outputs are added to.
+    row_ND: the row of the token memory at each position; None if the model has none.
     output_ND: X_{l+1}, the layer's output.
-    queries: {"compute": [N, D], "memory": [N, D]}, the inputs of those FFNs that the model has.
+    queries: {"compute": [N, D], "memory": [N, D]}, the inputs of those FFNs that the model has. "memory" is left out
+      where rows were looked up.
     """
 
+    attended_ND: jax.Array
     residual_ND: jax.Array
+    row_ND: jax.Array | None
     output_ND: jax.Array
     queries: dict[str, jax.Array]
 
 
-def states(model: KeyValueModel, tokens_BT: np.ndarray) -> Iterator[State]:
-    """Runs B sequences through the model. Yields the State of each layer in turn, N = B T."""
+class TokenVectors(Protocol):
+    """What a model reads by token id: computed, as by `KeyValueModel`, or looked up."""
+
+    def x0(self, ids_N: np.ndarray) -> jax.Array:
+        """The embeddings of tokens, [N, D]."""
+
+    def rows(self, layer: int, ids_N: np.ndarray) -> jax.Array:
+        """The rows of tokens in one layer, [N, D]."""
+
+
+def states(model: KeyValueModel, tokens_BT: np.ndarray, source: TokenVectors | None = None) -> Iterator[State]:
+    """Runs B sequences through the model.
+
+    Args:
+      source: embeddings and rows of the tokens; None computes them.
+    Yields: the State of each layer in turn, N = B T.
+    """
     # FFN-M runs once for each distinct token, as in training.
     ids, index = np.unique(tokens_BT, return_inverse=True)
-    # The number of distinct tokens differs by batch. Padded to a power of two, it makes few shapes to compile.
-    ids = np.pad(ids, (0, bucket(len(ids), tokens_BT.size) - len(ids))).astype(np.int32)
+    # The number of distinct tokens differs by batch. Padded to a power of two, it makes few shapes to compile. A single
+    # text is padded to its length, so that all texts of one length have one shape.
+    size = bucket(len(ids), tokens_BT.size) if len(tokens_BT) > 1 else tokens_BT.size
+    ids = np.pad(ids, (0, size - len(ids)), "edge").astype(np.int32)
     index_1N = index.reshape(1, -1).astype(np.int32)
     config, params = model.config, model.params
-    x0_1UD = params["embedding"][ids][None, :, : config.dim]  # the table's width may be padded
-    x_BTD = x0_1UD[0, index_1N[0]].reshape(*tokens_BT.shape, -1)
+    x0_1UD = (source or model).x0(ids)[None]
+    x_BTD = x0_1UD[0, index_1N[0]].reshape(*tokens_BT.shape, -1).astype(config.dtype)
     for layer in range(config.layers):
-        memory = params["memory"][layer] if config.memory_dim else None
+        memory = rows_1UD = None
+        if source is None and config.memory_dim:
+            memory = params["memory"][layer]
+        elif config.row_dim:
+            rows_1UD = (source or model).rows(layer, ids)[None].astype(config.dtype)
         with jax.set_mesh(model.mesh):
-            state, x_BTD = _layer(config, params["layers"][layer], memory, x_BTD, x0_1UD, index_1N)
+            state, x_BTD = _layer(config, params["layers"][layer], memory, x_BTD, x0_1UD, rows_1UD, index_1N)
         # Layer by layer, so that only one State exists at a time, and a caller who stops here runs no layers above.
         yield state
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _layer(config, layer, memory, x_BTD, x0_1UD, index_1N):
+def _layer(config, layer, memory, x_BTD, x0_1UD, rows_1UD, index_1N):
     """Runs one layer.
 
     Args:
-      layer, memory: parameters of the decoder layer and of its FFN-M; the latter is None for base.
+      layer, memory: parameters of the decoder layer and of its FFN-M; the latter is None where it is not run.
       x_BTD: the residual stream before the layer.
       x0_1UD: embeddings of the U distinct tokens, as one batch shard.
+      rows_1UD: their rows, where FFN-M is not run; None in a model without them.
       index_1N: for each position, which of the distinct tokens it has.
     Returns: (State of the layer, the residual stream after it [B, T, D]).
     """
@@ -183,7 +210,7 @@ def _layer(config, layer, memory, x_BTD, x0_1UD, index_1N):
     def by_position(x_BTD):
         return x_BTD.reshape(-1, config.dim)
 
-    queries, rows_1UD = {}, None
+    queries = {}
     if memory is not None:
         memory_output = transformer.apply_memory_layer(config, memory, x0_1UD)
         rows_1UD = memory_output.row
@@ -192,7 +219,14 @@ def _layer(config, layer, memory, x_BTD, x0_1UD, index_1N):
     out = transformer.apply_layer(config, layer, x_BTD, rows_1UD, index_1N, rope)
     if config.compute_dim:
         queries["compute"] = by_position(out.ffn_input_BTD)
-    return State(by_position(x_BTD + out.attended_BTD), by_position(out.x_BTD), queries), out.x_BTD
+    state = State(
+        attended_ND=by_position(out.attended_BTD),
+        residual_ND=by_position(x_BTD + out.attended_BTD),
+        row_ND=None if rows_1UD is None else rows_1UD[0, index_1N[0]],
+        output_ND=by_position(out.x_BTD),
+        queries=queries,
+    )
+    return state, out.x_BTD
 
 
 def example_states(
@@ -212,12 +246,12 @@ def example_states(
         if len(at):
             # The number of examples differs by batch. Padded to a power of two, it makes few shapes to compile.
             filled = np.pad(at, (0, bucket(len(at), len(labels)) - len(at)), "edge")
-            picked = [_positions(state, filled) for state in states(model, tokens_BT)]
+            picked = [positions(state, filled) for state in states(model, tokens_BT)]
             yield labels[at], picked
         progress.update(number)
     progress.close()
 
 
-def _positions(state: State, at: np.ndarray) -> State:
+def positions(state: State, at: np.ndarray) -> State:
     """The State at some of its positions."""
     return jax.tree.map(lambda x: x[at], state)

@@ -10,7 +10,7 @@ Shapes: V token ids, D model width, L layers, F memories of a layer, K some of t
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated
 
 import jax
@@ -24,6 +24,7 @@ from memoryllm_jax.common.options import Option
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.tokenizer import token_texts
 from memoryllm_jax.inference import vocabulary
+from memoryllm_jax.inference.rows import LiveRows
 from memoryllm_jax.model import transformer
 
 # The option --ffn of the analyses that look at one kind of FFN.
@@ -44,54 +45,107 @@ class Sizes:
     logits: int = 1 << 25  # elements of the logits [N, V] that exist at a time
 
 
+class Parameters(Mapping):
+    """A model's groups of parameters by name, in the layout of `TrainedModel.load`.
+
+    Groups that are not at hand are read from the checkpoint: all of them together, at the first use of one.
+
+    Args:
+      trained: the model.
+      at_hand: groups that are in memory already, such as those of an `Engine`, which are used as they are.
+      wanted: whether a parameter is to be read, by its name.
+    """
+
+    def __init__(self, trained: TrainedModel, at_hand: dict, wanted: Callable[[str], bool] = lambda name: True):
+        self._trained, self._groups, self._wanted = trained, dict(at_hand), wanted
+        self._names = {_group(name) for name in trained.names()}
+
+    def __getitem__(self, group: str):
+        if group not in self._groups and group in self._names:
+            self.read()
+        return self._groups[group]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, report: Callable[[float], None] | None = None) -> None:
+        """Reads the groups that are not at hand.
+
+        Args:
+          report: called with the share that is read, from 0 to 1. An exception of it ends the reading.
+        Raises: UserError.
+        """
+        missing = self._names - self._groups.keys()
+        if missing:
+            self._groups |= self._trained.load(
+                lambda name: _group(name) in missing and self._wanted(name), report=report
+            )
+
+
+def _group(name: str) -> str:
+    """The group of a parameter, such as "layers" of layers/ffn/gate."""
+    return name.partition("/")[0]
+
+
 class KeyValueModel:
     """The keys, values, queries and coefficients of a checkpoint, on the first device.
 
     Args:
-      workdir: folder with the checkpoints.
-      step: step of the checkpoint; by default the newest.
-      dtype: dtype of the computation: float32 or bfloat16.
-      with_attention: load the weights of attention too, which are needed to run text through the model.
+      trained: the model.
+      params: its parameters, in the layout of `TrainedModel.load`.
       sizes: how much is computed at a time.
     Attributes:
-      trained: the TrainedModel.
+      trained, params, sizes: as given.
       config: its ModelConfig.
       tokenizer: its Tokenizer.
-      texts: the text of every token id, as pages show it.
       every_id: all token ids, int32 [V].
-    Raises: UserError if there is no such checkpoint, or the model's token memory is not made by an FFN.
     """
 
-    def __init__(
-        self,
+    def __init__(self, trained: TrainedModel, params: Mapping, sizes: Sizes = Sizes()):
+        self.trained, self.params, self.sizes = trained, params, sizes
+        self.config, self.tokenizer, self.mesh = trained.config, trained.tokenizer, trained.mesh
+        self.every_id = np.arange(self.config.vocab_size, dtype=np.int32)
+        self._value_norms: dict[tuple[str, int], jax.Array] = {}
+
+    @classmethod
+    def open(
+        cls,
         workdir: str,
         step: int | None = None,
         dtype: str = "float32",
         with_attention: bool = True,
         sizes: Sizes = Sizes(),
-    ):
-        self.trained = TrainedModel(workdir, step, dtype)
-        self.config, self.tokenizer, self.mesh = self.trained.config, self.trained.tokenizer, self.trained.mesh
-        if self.config.token_memory in ("value", "per_layer"):
-            # Their rows are parameters of their own, and not sums of coefficients times values.
-            self.trained.close()
-            raise UserError(f"{workdir}: expected base, memory or flex, found {self.config.architecture}")
-        self.sizes = sizes
-        self.texts = token_texts(self.tokenizer, range(self.config.vocab_size))
-        self.every_id = np.arange(self.config.vocab_size, dtype=np.int32)
-        self._with_attention = with_attention
+    ) -> "KeyValueModel":
+        """Opens a checkpoint for the analyses. Parameters are read when the first one is used.
 
-    @functools.cached_property
-    def params(self) -> dict:
-        """The parameters, in the layout of `TrainedModel.load`.
+        They take a while to read, so that an option that is refused is an error at once.
 
-        They are read at their first use, which takes a while, so that a refused option is an error at once.
+        Args:
+          workdir: folder with the checkpoints.
+          step: step of the checkpoint; by default the newest.
+          dtype: dtype of the computation: float32 or bfloat16.
+          with_attention: read the weights of attention too, which are needed to run text through the model.
+          sizes: how much is computed at a time.
+        Raises: UserError if there is no such checkpoint, or the model's token memory is not made by an FFN.
         """
-        return self.trained.load(lambda name: self._with_attention or "/attention/" not in name)
+        trained = TrainedModel(workdir, step, dtype)
+        if trained.config.token_memory in ("value", "per_layer"):
+            # Their rows are parameters of their own, and not sums of coefficients times values.
+            trained.close()
+            raise UserError(f"{workdir}: expected base, memory or flex, found {trained.config.architecture}")
+        return cls(trained, Parameters(trained, {}, lambda name: with_attention or "/attention/" not in name), sizes)
 
     def close(self) -> None:
         """Closes the checkpoint."""
         self.trained.close()
+
+    @functools.cached_property
+    def texts(self) -> list[str]:
+        """The text of every token id, as pages show it."""
+        return token_texts(self.tokenizer, range(self.config.vocab_size))
 
     # What the model has
 
@@ -148,7 +202,25 @@ class KeyValueModel:
         # Parameters are stored padded to what the mesh divides.
         return table[: self.config.vocab_size, : self.config.dim]
 
-    # FFN-M of tokens
+    def value_norms(self, ffn: str, layer: int) -> jax.Array:
+        """The lengths |v_i| of a layer's values, float32 [F]; computed at the first use."""
+        if (ffn, layer) not in self._value_norms:
+            self._value_norms[ffn, layer] = _lengths(self.values(ffn, layer))
+        return self._value_norms[ffn, layer]
+
+    # Tokens
+
+    @functools.cached_property
+    def _live(self) -> LiveRows:
+        return LiveRows(self.config, self.params, self.mesh)
+
+    def x0(self, ids_N) -> jax.Array:
+        """The embeddings of tokens, [N, D]."""
+        return self._live.fetch(ids_N).x0_SUD[0]
+
+    def rows(self, layer: int, ids_N) -> jax.Array:
+        """The rows of tokens in one layer, [N, D]: FFN-M_l(NM_l(E[t])), or those of a table [N, P]."""
+        return self._live.fetch(ids_N).ffn_LSUD[layer][0]
 
     def queries(self, layer: int, ids_N) -> jax.Array:
         """The queries NM_l(E[t]) of tokens to FFN-M, [N, D]."""
@@ -158,10 +230,6 @@ class KeyValueModel:
     def token_coefficients(self, layer: int, ids_N, keys=None) -> jax.Array:
         """FFN-M's coefficients c of tokens, [N, F], or [N, K] for the numbers `keys` of some keys."""
         return coefficients(self.queries(layer, ids_N), self.weights("memory", layer), keys)
-
-    def rows(self, layer: int, ids_N) -> jax.Array:
-        """The memory rows FFN-M_l(NM_l(E[t])) = sum_i c_i v_i of tokens, [N, D]."""
-        return _product(self.token_coefficients(layer, ids_N), self.values("memory", layer))
 
     def chunks(self, ids_N: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields token ids in chunks: (int32 ids [C], bool is_real [C]).
@@ -245,8 +313,14 @@ def _queries(config, table_VD, norm, ids_N):
 
 
 @jax.jit
-def _product(c_NF, down_FD):
-    return c_NF @ down_FD
+def weighted_sum(c_NF, v_FD):
+    """sum_i c_i v_i, what an FFN adds, [N, D]."""
+    return c_NF @ v_FD
+
+
+@jax.jit
+def _lengths(v_FD):
+    return jnp.linalg.norm(v_FD.astype(jnp.float32), axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -6,12 +6,11 @@ together); o_l = r_l + y_l; o_L is that of the last layer. top(x) is the likelie
 output head make of x.
 """
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from memoryllm_jax.analysis.corpus import ExampleOptions, State, example_states
 from memoryllm_jax.analysis.key_values import KeyValueModel
+from memoryllm_jax.analysis.values import top_tokens
 from memoryllm_jax.common import plots
 from memoryllm_jax.common.report import Report
 
@@ -28,16 +27,6 @@ def top_of_update(model: KeyValueModel, state: State) -> np.ndarray:
     """top(y_l) of the updates y_l, brought to root mean square 1 before the norm, [N]."""
     update_ND = state.output_ND - state.residual_ND
     return np.concatenate([np.asarray(logits_NV.argmax(-1)) for _, logits_NV in model.logits(update_ND, unit=True)])
-
-
-def _top_and_probability(model, x_ND, tokens_N) -> tuple[np.ndarray, np.ndarray]:
-    """(top(x) [N], the probability of tokens_N under x [N])."""
-    tops, p = [], []
-    for part, logits_NV in model.logits(x_ND, unit=False):
-        tops.append(np.asarray(logits_NV.argmax(-1)))
-        own_N = logits_NV[jnp.arange(len(logits_NV)), tokens_N[part]]
-        p.append(np.asarray(jnp.exp(own_N - jax.nn.logsumexp(logits_NV, axis=-1))))
-    return np.concatenate(tops), np.concatenate(p)
 
 
 def residual(model: KeyValueModel, page: Report, *, text: ExampleOptions) -> dict:
@@ -85,11 +74,12 @@ def _measure(model, state: State, last_N: np.ndarray) -> np.ndarray:
     The rows are: 1 if top(r_l) is the final token last_N, else 0; the probability of last_N under r_l; and for each of
     _CASES, 1 if the example belongs to it.
     """
-    top_r_N, p_N = _top_and_probability(model, state.residual_ND, last_N)
+    of_r = top_tokens(model, state.residual_ND, 1, unit=False, tokens_N=last_N)
+    top_r_N = of_r.ids_Nk[:, 0]
     top_y_N = top_of_update(model, state)
     top_o_N = top_of(model, state.output_ND)
     is_r_N = top_o_N == top_r_N
     is_y_N = top_o_N == top_y_N
     cases = [is_r_N & ~is_y_N, is_r_N & is_y_N, is_y_N & ~is_r_N, ~(is_r_N | is_y_N)]  # in the order of _CASES
     # Stacked with probabilities, truth values become 0 and 1, whose means are shares.
-    return np.stack([top_r_N == last_N, p_N, *cases])
+    return np.stack([top_r_N == last_N, of_r.p_of_N, *cases])

@@ -29,7 +29,7 @@ class ModelOptions:
         """A context manager that gives the model to an analysis, and closes it at the end. Raises: UserError."""
         # Attention runs only where text does; without its weights a large model opens faster and takes less memory.
         runs_text = "text" in inspect.signature(analysis).parameters
-        return contextlib.closing(KeyValueModel(self.workdir, self.step, self.dtype, with_attention=runs_text))
+        return contextlib.closing(KeyValueModel.open(self.workdir, self.step, self.dtype, with_attention=runs_text))
 
 
 def run(analysis: Callable[..., dict], model: KeyValueModel, output: str, **chosen) -> str:

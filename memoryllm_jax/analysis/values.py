@@ -1,5 +1,6 @@
 """Value vectors as distributions over the output vocabulary (Geva et al. 2021, arXiv 2012.14913, section 4)."""
 
+import functools
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
@@ -20,30 +21,50 @@ _PEAKED = 5  # values that the page shows of each layer and sign
 class TopTokens(NamedTuple):
     """The k likeliest tokens of each of N vectors, likeliest first.
 
-    ids_Nk: token ids.  p_Nk: probabilities.
+    ids_Nk: token ids.  p_Nk: probabilities.  p_of_N: probability of the token that was asked about; None if none was.
     """
 
     ids_Nk: np.ndarray
     p_Nk: np.ndarray
+    p_of_N: np.ndarray | None = None
 
 
-def top_tokens(model: KeyValueModel, x_ND, k: int) -> TopTokens:
-    """The k likeliest tokens of each vector x by softmax(E Norm_f(x)), with the model's final norm and output head."""
-    return _top_tokens_by_sign(model, x_ND, k, (1,))[1]
+def top_tokens(model: KeyValueModel, x_ND, k: int, unit: bool = True, tokens_N=None) -> TopTokens:
+    """The k likeliest tokens of each vector x by softmax(E Norm_f(x)), with the model's final norm and output head.
+
+    Args:
+      unit: as of `KeyValueModel.logits`; False for the residual stream itself.
+      tokens_N: for each vector a token to give the probability of, or None.
+    """
+    return _top_tokens_by_sign(model, x_ND, k, (1,), unit, tokens_N)[1]
 
 
-def _top_tokens_by_sign(model, x_ND, k: int, signs: Sequence[int]) -> dict[int, TopTokens]:
+def _top_tokens_by_sign(
+    model, x_ND, k: int, signs: Sequence[int], unit: bool = True, tokens_N=None
+) -> dict[int, TopTokens]:
     """{sign: the k likeliest tokens of sign * x}"""
     # Results stay on the device until the end, so that no block waits for the host to read those of the one before.
-    ids: dict[int, list] = {sign: [] for sign in signs}
-    p: dict[int, list] = {sign: [] for sign in signs}
-    for _, logits_NV in model.logits(x_ND, unit=True):
+    blocks: dict[int, list] = {sign: [] for sign in signs}
+    for part, logits_NV in model.logits(x_ND, unit=unit):
+        of_N = None if tokens_N is None else np.asarray(tokens_N)[part]
         for sign in signs:
-            signed_NV = sign * logits_NV  # norms and head have no bias, so the logits of -x are minus those of x
-            top_Nk, at_Nk = jax.lax.top_k(signed_NV, k)
-            ids[sign].append(at_Nk)
-            p[sign].append(jnp.exp(top_Nk - jax.nn.logsumexp(signed_NV, axis=-1, keepdims=True)))
-    return {sign: TopTokens(np.concatenate(ids[sign]), np.concatenate(p[sign])) for sign in signs}
+            # Norms and head have no bias, so the logits of -x are minus those of x.
+            blocks[sign].append(_top(sign * logits_NV, of_N, k))
+    return {
+        sign: TopTokens(*(None if parts[0] is None else np.concatenate(parts) for parts in zip(*found)))
+        for sign, found in blocks.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _top(logits_NV, of_N, k):
+    """The fields of TopTokens, on the device."""
+    top_Nk, ids_Nk = jax.lax.top_k(logits_NV, k)
+    log_sum_N1 = jax.nn.logsumexp(logits_NV, axis=-1, keepdims=True)
+    p_of_N = None
+    if of_N is not None:
+        p_of_N = jnp.exp(jnp.take_along_axis(logits_NV, of_N[:, None], 1) - log_sum_N1)[:, 0]
+    return ids_Nk, jnp.exp(top_Nk - log_sum_N1), p_of_N
 
 
 def both_tops(model: KeyValueModel, ffn: str, layer: int) -> np.ndarray:

@@ -85,9 +85,9 @@ def strongest_keys(c_CF, norms_F, k: int) -> StrongestKeys:
 
     Args:
       c_CF: coefficients of tokens.
-      norms_F: |v_i|.
+      norms_F: |v_i|, float32.
     """
-    size_CF = jnp.abs(c_CF) * norms_F
+    size_CF = jnp.abs(c_CF.astype(jnp.float32)) * norms_F  # sizes rounded to bfloat16 would tie
     top_Ck, keys_Ck = jax.lax.top_k(size_CF, k)
     # The 1e-30 makes the shares of a token whose coefficients are all 0 zero and not NaN.
     total_C1 = jnp.maximum(size_CF.sum(-1, keepdims=True), 1e-30)

@@ -97,17 +97,23 @@ class TrainedModel:
         """Whether a ToL file replaces a parameter: those of FFN-M, and the input embedding unless it is tied."""
         return name.startswith("memory/") or (name == "embedding" and not self.config.tie_embeddings)
 
-    def load(self, wanted: Callable[[str], bool], digest: "Digest | None" = None) -> dict:
+    def load(
+        self,
+        wanted: Callable[[str], bool],
+        digest: "Digest | None" = None,
+        report: Callable[[float], None] | None = None,
+    ) -> dict:
         """Reads the parameters whose names are wanted, each once, and shows the progress if it takes long.
 
         Args:
           wanted: whether a parameter is to be read, by its name.
           digest: gets all of them.
+          report: called after each parameter with the share that is read, from 0 to 1.
         Returns: the parameters in the layout of `for_serving`.
         Raises: UserError.
         """
         params = {}
-        for name, array in self._read(wanted):
+        for name, array in self._read(wanted, report):
             if digest is not None:
                 digest.add(name, parts(name, array))
             _put(params, name.split("/"), self._placed(name, array))
@@ -143,7 +149,7 @@ class TrainedModel:
             digest.add(name, [np.asarray(part) for part in _loaded_parts(params, name.split("/"))])
         return digest.text()
 
-    def _read(self, wanted):
+    def _read(self, wanted, report=None):
         """Yields (name, array in host memory, of the shape on the mesh) of the parameters whose names are wanted."""
         shapes = {name: leaf.like.shape for name, leaf in self._leaves.items() if wanted(name)}
         sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
@@ -158,6 +164,8 @@ class TrainedModel:
                 yield name, array
                 del array
                 done += sizes[name]
+                if report is not None:
+                    report(done / progress.total)
                 if done < progress.total:
                     progress.update(done)
 

@@ -73,7 +73,7 @@ class Engine:
       params: the decoder's parameters, as `TrainedModel.load` gives them; or their shapes until `fill` is called.
       rows: the source of rows. The engine closes it.
     Attributes:
-      trained, rows: as given.
+      trained, params, rows: as given.
       decoder: the `Decoder`, with the factors of `contribute`.
       tokenizer: the model's tokenizer.
       config: the model's `ModelConfig`.
@@ -81,13 +81,14 @@ class Engine:
     """
 
     def __init__(self, trained: TrainedModel, params: dict, rows: RowSource):
-        self.trained, self.rows = trained, rows
+        self.trained, self.params, self.rows = trained, params, rows
         self.config, self.tokenizer, self.context = trained.config, trained.tokenizer, trained.context
         self._unscaled = Decoder(self.config, params, trained.mesh)  # what `contribute` starts from each time
         self.decoder = self._unscaled
 
     def fill(self, params: dict) -> None:
         """Takes the parameters of an engine with live rows that was made from their shapes alone."""
+        self.params = params
         self._unscaled.fill(params)
         self.rows.fill(params)
 

@@ -5,6 +5,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from memoryllm_jax.server import look
 from memoryllm_jax.server.errors import ApiError, response_of
 from memoryllm_jax.server.served import ServedModel
 
@@ -15,4 +16,4 @@ def make_app(model: ServedModel) -> Starlette:
     async def health(request: Request):
         return JSONResponse({"status": "ok"})
 
-    return Starlette(routes=[Route("/health", health)], exception_handlers={ApiError: response_of})
+    return Starlette(routes=[Route("/health", health), *look.routes(model)], exception_handlers={ApiError: response_of})

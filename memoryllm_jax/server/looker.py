@@ -1,0 +1,192 @@
+"""Looks into the served model, with the parameters that its engine holds.
+
+The views compute on the device; call them in the worker thread. `search` and `shown` may be called in any.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memoryllm_jax.analysis import views
+from memoryllm_jax.analysis.corpus import TokenVectors
+from memoryllm_jax.analysis.key_values import KeyValueModel, Parameters
+from memoryllm_jax.analysis.neighbours import neighbours_of
+from memoryllm_jax.analysis.vocabulary import key_triggers
+from memoryllm_jax.data.tokenizer import token_texts
+from memoryllm_jax.inference.engine import Engine
+from memoryllm_jax.tol.rows import FileRows
+from memoryllm_jax.tol.sources import FileSource
+
+# The rows of all tokens are kept on the device if they take at most this much: a second search for neighbours is then a
+# product with them. Larger ones are computed or read again for each search.
+KEPT_BYTES = 256 << 20
+
+Report = Callable[[float], None]
+
+
+class FileVectors:
+    """Embeddings and rows of a ToL file as they are served, read apart from the cache of the engine's thread.
+
+    Args:
+      rows: the engine's source of rows, whose file is read.
+      model: gives the embeddings that the file lacks.
+    """
+
+    def __init__(self, rows: FileRows, model: KeyValueModel):
+        self._source, self._model = FileSource(rows.tol), model
+        self._last: tuple[bytes, dict] = (b"", {})
+
+    def _vectors(self, ids_N: np.ndarray) -> dict:
+        """The vectors of all layers. Those of the last ids are kept, as layers are asked for one after another."""
+        key = np.asarray(ids_N, np.int32).tobytes()
+        if self._last[0] != key:
+            self._last = key, self._source.vectors(np.asarray(ids_N, np.int32))
+        return self._last[1]
+
+    def x0(self, ids_N: np.ndarray) -> jax.Array:
+        vectors = self._vectors(ids_N)
+        return vectors["x0"] if "x0" in vectors else self._model.x0(ids_N)
+
+    def rows(self, layer: int, ids_N: np.ndarray) -> jax.Array:
+        return self._vectors(ids_N)[f"ffn.{layer}"]
+
+    def close(self) -> None:
+        self._source.close()
+
+
+class Looker:
+    """Looks into a model.
+
+    Attributes:
+      has_rows: whether tokens have rows, which the views of a token and of its neighbours show.
+    """
+
+    def __init__(self, engine: Engine):
+        self._params = Parameters(engine.trained, engine.params)
+        self._model = KeyValueModel(engine.trained, self._params)
+        self._rows = engine.rows
+        self.config, self.tokenizer, self.has_rows = engine.config, engine.tokenizer, bool(engine.config.row_dim)
+        self._kept: dict[tuple[int, int], jax.Array] = {}
+        size = 4 * self.config.vocab_size * self.config.layers * self.config.row_dim
+        self._keeps = size <= KEPT_BYTES
+
+    @functools.cached_property
+    def _source(self) -> TokenVectors:
+        """What is served: the rows of the ToL file, or those that the weights give."""
+        return FileVectors(self._rows, self._model) if isinstance(self._rows, FileRows) else self._model
+
+    # Texts
+
+    def make_texts(self) -> None:
+        """Makes the texts of all tokens, which takes seconds for a large vocabulary, if they are not there yet."""
+        _ = self._folded
+
+    @functools.cached_property
+    def _folded(self) -> list[str]:
+        """The texts of all tokens, without the difference of upper and lower case."""
+        return [text.casefold() for text in self._model.texts]
+
+    def shown(self, token: int) -> dict:
+        """{"id", "text"} of a token."""
+        return {"id": int(token), "text": self._text(int(token))}
+
+    def _text(self, token):
+        texts = self._model.__dict__.get("texts")  # not those that still have to be made
+        return texts[token] if texts else token_texts(self.tokenizer, [token])[0]
+
+    def search(self, query: str, limit: int) -> tuple[list[int], int]:
+        """Finds tokens by #ID or by a part of their text as pages show it; spaces may be written as such.
+
+        Tokens whose text is the query come first, then those that begin with it, then others that hold it, then those
+        that hold it if upper and lower case count as equal. Each group is in the order of ids.
+
+        Args:
+          query: "" finds all tokens.
+          limit: most tokens to return.
+        Returns: (ids, number of tokens found).
+        """
+        texts = self._model.texts
+        wanted = query.replace(" ", "␣").replace("\n", "\\n").replace("\t", "\\t")
+        groups: list[list[int]] = [[], [], [], []]
+        number = query[1:] if query.startswith("#") else ""
+        if number.isdecimal() and len(number) < 12 and int(number) < len(texts):
+            groups[0].append(int(number))
+        folded = wanted.casefold()
+        for token, (text, without_case) in enumerate(zip(texts, self._folded)):
+            if folded in without_case:
+                if text == wanted:
+                    groups[0].append(token)
+                elif text.startswith(wanted):
+                    groups[1].append(token)
+                else:
+                    groups[2 if wanted in text else 3].append(token)
+        found = list(dict.fromkeys(token for group in groups for token in group))
+        return found[:limit], len(found)
+
+    # Views
+
+    def token(self, token: int, top: int, begin: Callable[[str], Report]) -> list[views.TokenLayer]:
+        """Looks at a token's rows. `begin` begins a part of the work, as `Job.begin`. Raises: UserError."""
+        self._read_weights(begin)
+        with jax.default_matmul_precision("highest"):
+            return views.token(self._model, self._source, token, top, begin(""))
+
+    def position(self, ids: list[int], at: int, top: int, begin: Callable[[str], Report]) -> views.Position:
+        """Looks at a position of a text. Raises: UserError."""
+        with jax.default_matmul_precision("highest"):
+            return views.position(self._model, self._source, ids, at, top, begin(""))
+
+    def nearest(
+        self, token: int, layer: int | None, top: int, begin: Callable[[str], Report]
+    ) -> list[tuple[int, float]]:
+        """The tokens with the most similar rows in a layer, or in all layers together: (id, cosine).
+
+        Raises: UserError.
+        """
+        layers = range(self.config.layers) if layer is None else [layer]
+        queries = np.array([token], np.int32)
+        top = min(top, self.config.vocab_size - 1)
+        with jax.default_matmul_precision("highest"):
+            near = neighbours_of(
+                self._model, self._vectors, layers, queries, self._model.every_id, top, report=begin("")
+            )
+        # The last entry is that of all layers together.
+        return list(zip(near.ids[-1, 0].tolist(), near.cosines[-1, 0].tolist()))
+
+    def key(self, layer: int, key: int, top: int, begin: Callable[[str], Report]) -> list[tuple[int, float]]:
+        """The tokens with the largest coefficients of a key of FFN-M, on the side of the largest one: (id, c)."""
+        self._read_weights(begin)
+        total = self._model.chunk_count(self.config.vocab_size)
+        report, done = begin(""), 0
+
+        def step():
+            nonlocal done
+            done += 1
+            report(done / total)
+
+        with jax.default_matmul_precision("highest"):
+            found = key_triggers(self._model, layer, np.array([key]), top, step)
+        pairs = zip(found.labels_Kt[0].tolist(), found.c_Kt[0].tolist())
+        return [(token, c) for token, c in pairs if token >= 0]
+
+    def _read_weights(self, begin):
+        """Reads what the engine does not hold: with a ToL file, FFN-M and an untied embedding. They are kept."""
+        self._params.read(begin("reading the weights of FFN-M"))
+
+    def _vectors(self, layer: int, ids_N: np.ndarray) -> jax.Array:
+        """Rows for a search, whose chunks are the same each time. float32, as cosines in bfloat16 would tie."""
+        place = layer, int(ids_N[0])
+        if len(ids_N) > 1 and place in self._kept:
+            return self._kept[place]
+        rows_ND = self._source.rows(layer, ids_N).astype(jnp.float32)
+        if len(ids_N) > 1 and self._keeps:
+            self._kept[place] = rows_ND
+        return rows_ND
+
+    def close(self) -> None:
+        """Ends the threads that read rows."""
+        if isinstance(self.__dict__.get("_source"), FileVectors):
+            self._source.close()
