@@ -7,6 +7,7 @@ Open http://127.0.0.1:8000/ in a browser, or give any OpenAI client the address 
 """
 
 import contextlib
+import time
 
 from memoryllm_jax.common import cli
 from memoryllm_jax.common.errors import require
@@ -15,14 +16,30 @@ from memoryllm_jax.tol.serving import ModelOptions
 
 
 def main(model: ModelOptions, server: ServerOptions) -> None:
-    uvicorn = require("uvicorn", "serve", "serve")
-    require("starlette", "serve", "serve")
+    for package in ("uvicorn", "starlette", "prometheus_client", "jinja2"):
+        require(package, "serve", "serve")
     # Imported here, as these modules need the packages of the extra.
+    from memoryllm_jax.server import listening
     from memoryllm_jax.server.app import make_app
     from memoryllm_jax.server.served import ServedModel
 
-    with contextlib.closing(model.open()) as engine, contextlib.closing(ServedModel(engine, server)) as served:
-        uvicorn.run(make_app(served), host=server.host, port=server.port, log_level="warning")
+    # The port comes first, as reading a large model takes minutes.
+    bound = listening.bind(server.host, server.port)
+    with (
+        contextlib.closing(bound),
+        contextlib.closing(model.open()) as engine,
+        contextlib.closing(ServedModel(engine, server)) as served,
+    ):
+        app = make_app(served)
+        print("compile ...", flush=True)
+        start = time.monotonic()
+        served.compile()
+        print(f"compiled in {time.monotonic() - start:.0f} seconds", flush=True)
+
+        def say():
+            print(f"{served.name} at {listening.address_of(bound)}", flush=True)
+
+        listening.run(app, bound, say, served.begin_closing, end_s=server.time_limit)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from memoryllm_jax.common import storage
-from memoryllm_jax.common.errors import UserError, one_line
+from memoryllm_jax.common.errors import UserError, one_line, shown
 
 # Larger integers cannot be told apart by readers of JSON that hold numbers as float64.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
@@ -35,6 +35,20 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """A structure that a file holds as a JSON object."""
 
 
+class RecordError(UserError):
+    """JSON that does not decode into its type.
+
+    Args:
+      where: the file, and the place in it.
+      problem: the rest of the message: the field, what was expected there and what was found.
+      field: the outermost field that the problem is in, or None.
+    """
+
+    def __init__(self, where: str, problem: str, field: str | None = None):
+        super().__init__(f"{where}: {problem}")
+        self.problem, self.field = problem, field
+
+
 def parse(kind: type[T], data: bytes | str, where: str, expected: str = "") -> T:
     """Decodes JSON.
 
@@ -49,12 +63,12 @@ def parse(kind: type[T], data: bytes | str, where: str, expected: str = "") -> T
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
-        raise UserError(f"{where}: {_explained(error, lambda: _untyped(data))}") from error
+        raise RecordError(where, *_explained(error, lambda: _untyped(data))) from error
     except RecursionError as error:
-        raise UserError(f"{where}: {wanted or 'expected JSON, found '}JSON that is nested too deeply") from error
+        raise RecordError(where, f"{wanted or 'expected JSON, found '}JSON that is nested too deeply") from error
     except (msgspec.DecodeError, UnicodeError) as error:
         problem = one_line(error, 200).removeprefix("JSON is malformed: ")
-        raise UserError(f"{where}: {wanted or 'found '}invalid JSON: {problem}") from error
+        raise RecordError(where, f"{wanted or 'found '}invalid JSON: {problem}") from error
 
 
 def read(kind: type[T], path: str, expected: str) -> T:
@@ -77,10 +91,10 @@ def convert(kind: type[T], tree: Any, where: str) -> T:
     try:
         return msgspec.convert(tree, kind)
     except msgspec.ValidationError as error:
-        raise UserError(f"{where}: {_explained(error, lambda: tree)}") from error
+        raise RecordError(where, *_explained(error, lambda: tree)) from error
     except UnicodeError as error:
         problem = one_line(error, 200)
-        raise UserError(f"{where}: expected Unicode text, found half a surrogate pair: {problem}") from error
+        raise RecordError(where, f"expected Unicode text, found half a surrogate pair: {problem}") from error
 
 
 def to_json(value: Any) -> Any:
@@ -96,18 +110,25 @@ def _untyped(data: bytes | str) -> Any:
         return None
 
 
-def _explained(error: msgspec.ValidationError, tree_of: Callable[[], Any]) -> str:
+def _explained(error: msgspec.ValidationError, tree_of: Callable[[], Any]) -> tuple[str, str | None]:
     """msgspec's message in our form: FIELD: expected ..., found ...
 
     Args:
       tree_of: returns the JSON as a tree. It is called only if the message lacks the value that was found.
+    Returns: (the message, its outermost field or None).
     """
     match = _AT_FIELD.fullmatch(str(error))
     problem, place = match["problem"], (match["place"] or "").removeprefix("$").removeprefix(".")
     name = f"{place}: " if place else ""
+    outermost = re.match(r"[^.\[]+", place)
+    field = outermost[0] if outermost else None
     missing = re.fullmatch("Object missing required field `(.*)`", problem)
     if missing:
-        return f"{name}expected a field {missing[1]}, found none"
+        return f"{name}expected a field {missing[1]}, found none", field or missing[1]
+    unknown = re.fullmatch("(?s)Object contains unknown field `(.*)`", problem)
+    if unknown:
+        found = shown(unknown[1], _MOST_FOUND)
+        return f"{name}expected known fields only, found {found}", field or unknown[1][:_MOST_FOUND]
     problem = problem.replace("`", "").replace("Expected ", "expected ", 1).replace(", got ", ", found ")
     if problem == "Integer value out of range":
         problem = "expected an integer of at most 64 bits, found a larger one"
@@ -118,7 +139,7 @@ def _explained(error: msgspec.ValidationError, tree_of: Callable[[], Any]) -> st
     # msgspec writes [...] for keys of a dict, so the value cannot be looked up.
     if "found" not in problem and "[...]" not in place:
         problem += _found(tree_of(), place)
-    return f"{name}{problem}"
+    return f"{name}{problem}", field
 
 
 def _found(value, place: str) -> str:

@@ -231,16 +231,21 @@ def _eos_token(path: str) -> str | None:
 
 def token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
     """Each token as text for people: spaces are shown as ␣, and a token that is no readable text by itself as #ID."""
-    # SentencePiece drops the space before the first token of a text, so each token is decoded after another one.
-    anchor = tokenizer.encode("a")[-1:]
-    before = len(tokenizer.decode(anchor))
     out = []
-    for i in ids:
-        text = tokenizer.decode([*anchor, i])[before:] if i < tokenizer.vocab_size else ""
+    ids = list(ids)
+    for i, text in zip(ids, plain_token_texts(tokenizer, ids)):
         shown = text.replace(" ", "␣").replace("\n", "\\n").replace("\t", "\\t")
         readable = shown.isprintable() and "\N{REPLACEMENT CHARACTER}" not in shown
         out.append(shown if shown and readable else f"#{i}")
     return out
+
+
+def plain_token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
+    """The text of each token inside of a text, "" for one that has none, such as a special token."""
+    # SentencePiece drops the space before the first token of a text, so each token is decoded after another one.
+    anchor = tokenizer.encode("a")[-1:]
+    before = len(tokenizer.decode(anchor))
+    return [tokenizer.decode([*anchor, i])[before:] if i < tokenizer.vocab_size else "" for i in ids]
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int, threads: int) -> Tokenizer:

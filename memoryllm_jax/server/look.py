@@ -84,7 +84,7 @@ class _Look:
                 "layers": c.layers,
                 "dim": c.dim,
                 "vocab_size": c.vocab_size,
-                "context": self._served.options.context or engine.context,
+                "context": self._served.context,
                 "ffns": [ffn for ffn, width in keys.items() if width],
                 "keys": {ffn: width for ffn, width in keys.items() if width},
                 "can_edit": c.memory_dim > 0,
@@ -92,7 +92,7 @@ class _Look:
                 "views": self._views(),
                 "overlays": [],
                 "keeps_overlays": bool(self._served.options.overlays),
-                "has_chat": False,
+                "has_chat": self._served.chat is not None,
                 "has_held_out": False,
                 "facts": _facts(self._served),
             }

@@ -1,9 +1,11 @@
 """Options of the server."""
 
 import dataclasses
+import ipaddress
 from typing import Annotated
 
 from memoryllm_jax.common import options
+from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 
 
@@ -13,6 +15,9 @@ class ServerOptions:
 
     host: Annotated[str, Option("address to listen on; another one than loopback needs --api_key_file")] = "127.0.0.1"
     port: Annotated[int, Option("port to listen on; 0: any free one", least=0)] = 8000
+    names: Annotated[
+        tuple[str, ...], Option("further host names by which requests may reach the server, such as a proxy's")
+    ] = ()
     name: Annotated[str, Option("name of the model in requests; by default that of the workdir's folder")] = ""
     overlays: Annotated[str, Option("folder of overlays that requests may name, and where the page keeps edits")] = ""
     api_key_file: Annotated[str, Option("text file with the key that requests must bring")] = ""
@@ -25,3 +30,23 @@ class ServerOptions:
     def __post_init__(self):
         options.check(self)
         options.size(self.body_limit, "body_limit")
+        if self.port > 65535:
+            raise ArgumentError("port", f"expected at most 65535, found {self.port}")
+        if not is_loopback(self.host) and not self.api_key_file:
+            problem = f"expected a loopback address such as 127.0.0.1, or --api_key_file as well, found {self.host!r}"
+            raise ArgumentError("host", problem)
+
+    @property
+    def body_bytes(self) -> int:
+        """`body_limit` in bytes."""
+        return options.size(self.body_limit, "body_limit")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on this host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -5,12 +5,25 @@ import concurrent.futures
 import contextlib
 import functools
 import os
+import sys
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.hf import source
 from memoryllm_jax.inference.engine import Engine
+from memoryllm_jax.inference.sampling import Sampling
+from memoryllm_jax.inference.slots import Slots
+from memoryllm_jax.server import chat_template
+from memoryllm_jax.server.chat_template import ChatTemplate
 from memoryllm_jax.server.looker import Looker
 from memoryllm_jax.server.options import ServerOptions
+from memoryllm_jax.server.scheduler import Scheduler
+from memoryllm_jax.server.security import read_key
+from memoryllm_jax.server.statistics import Statistics
+from memoryllm_jax.server.token_names import TokenNames
+from memoryllm_jax.server.work import Work
 
 T = TypeVar("T")
 
@@ -25,12 +38,36 @@ class ServedModel:
       engine, options: as given.
       name: the model's name in requests.
       looker: looks into the model; in the worker thread only.
+      created: when the server started, in seconds since 1970.
+      api_key: the key that requests must bring, or None.
+      context: most tokens of a sequence, its prompt included.
+      most_sequences: of one request.
+      scheduler: generates sequences.
+      token_names: names of single tokens.
+      chat: the chat template, or None.
+    Raises: UserError.
     """
 
     def __init__(self, engine: Engine, options: ServerOptions):
         self.engine, self.options = engine, options
         self.name = options.name or os.path.basename(engine.trained.workdir.rstrip("/"))
+        self.created = int(time.time())
+        self.api_key = read_key(options.api_key_file)
+        self.context = options.context or engine.context
+        if self.context > engine.context:
+            raise ArgumentError("context", f"expected at most the model's {engine.context}, found {self.context}")
+        self.most_sequences = options.slots + options.queue
+        self.token_names = TokenNames(engine.tokenizer)
+        self.chat = _chat_template(engine)
+        self._is_closing = False
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "compute")
+        slots = Slots(engine, options.slots, self.context)
+        self.scheduler = Scheduler(slots, None, engine.tokenizer, options.queue, options.time_limit)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests are answered: the engine has not failed, and the server is not closing."""
+        return self.scheduler.error is None and not self._is_closing
 
     @functools.cached_property
     def looker(self) -> Looker:
@@ -45,6 +82,38 @@ class ServedModel:
         """Calls a function in the worker thread, one at a time, so that the event loop is never blocked."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
 
+    def compile(self) -> None:
+        """Generates a few texts, short ones and long ones, so that what most requests need is compiled."""
+        asyncio.run(self._generate_once())
+        self.scheduler.statistics = Statistics()  # these were nobody's requests
+
+    async def _generate_once(self):
+        # Attention reads a power of two of positions, and each has functions of its own.
+        length = 4
+        while length <= self.context:
+            work = Work((0,) * (length - 2), max_tokens=2, sampling=Sampling(0))
+            (stream,) = self.scheduler.submit([work])
+            async for _ in stream:
+                pass
+            length *= 2
+
+    def begin_closing(self) -> None:
+        """Lets /health say that the server is closing, while what runs is finished."""
+        self._is_closing = True
+
     def close(self) -> None:
-        """Ends the worker thread, after the call under way."""
+        """Ends the threads, after what is under way."""
+        self._is_closing = True
         self._worker.shutdown(cancel_futures=True)
+        self.scheduler.close()
+
+
+def _chat_template(engine: Engine) -> ChatTemplate | None:
+    """The chat template of the tokenizer. One that is not valid is said on stderr: completions work without."""
+    trained = engine.trained
+    files = source.of(trained.description.source, trained.workdir).files
+    try:
+        return chat_template.of(files, engine.tokenizer, trained.workdir)
+    except UserError as error:
+        print(f"no chat: {error}", file=sys.stderr, flush=True)
+        return None
