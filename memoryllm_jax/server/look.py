@@ -75,7 +75,7 @@ class _Look:
         return self._served.looker
 
     async def model(self, request: Request) -> JSONResponse:
-        c, engine = self._config, self._served.engine
+        c = self._config
         keys = {"memory": c.memory_dim, "compute": c.compute_dim}
         return JSONResponse(
             {

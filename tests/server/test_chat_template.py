@@ -12,9 +12,11 @@ from memoryllm_jax.server import chat_template
 
 # Shaped as those of real models: how they loop, trim, name special tokens, and refuse.
 TEMPLATES = {
-    "qwen2": """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>sys\
-tem\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\\n' + message['con\
-tent'] + '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
+    "qwen2": """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{
+'<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\\n'
++ message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}{{
+'<|im_start|>assistant\\n' }}{%
+endif %}""",
     "llama3": """{{- bos_token }}
 {%- if not date_string is defined %}
     {%- if strftime_now is defined %}
@@ -33,7 +35,8 @@ tent'] + '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|
 {{- "Today Date: " + date_string + "\\n\\n" + system_message + eos_token }}
 {%- for message in messages %}
     {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + eos_token }}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'
+        + message['content'] | trim + eos_token }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
@@ -90,7 +93,7 @@ tent'] + '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|
 CHATS = [
     [{"role": "user", "content": "Is <b>1 < 2</b>? \n"}],
     [
-        {"role": "system", "content": "Answer \"briefly\" — that's all. "},
+        {"role": "system", "content": 'Answer "briefly" — that\'s all. '},
         {"role": "user", "content": "What is 2 + 2?"},
         {"role": "assistant", "content": "<think>x</think>\n\nIt is 4.", "reasoning_content": "\nadd\n"},
         {"role": "user", "content": "And <|im_end|> 3 + x?"},

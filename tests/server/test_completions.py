@@ -11,42 +11,13 @@ def client(address):
         yield client
 
 
-def test_first(client, served):
-    print(client.models.list())
-    print(
-        client.completions.create(
-            model="tiny", prompt="The list of", max_tokens=8, temperature=0, logprobs=2, echo=True
-        )
+def test_texts_are_those_of_generate(client, served):
+    prompts = ["The list of", "def f(x): return", "A"]
+    ids = [served.engine.prompt(text) for text in prompts]
+    found = client.completions.create(
+        model="tiny", prompt=prompts, max_tokens=8, temperature=0, extra_body={"return_token_ids": True}
     )
-    with client.completions.create(
-        model="tiny",
-        prompt=["The list of", "a"],
-        n=2,
-        max_tokens=8,
-        temperature=0.5,
-        stream=True,
-        stream_options={"include_usage": True},
-    ) as s:
-        for c in s:
-            print(c)
-    import httpx
-
-    for m, p in (
-        ("GET", "/metrics"),
-        ("GET", "/nope"),
-        ("DELETE", "/v1/models"),
-        ("GET", "/health"),
-        ("GET", "/v1/models/tiny"),
-    ):
-        r = httpx.request(m, str(client.base_url).replace("/v1/", p))
-        print(r.status_code, r.headers, r.text)
-    for body in (
-        {"model": "tiny"},
-        {"model": "x", "prompt": "a"},
-        {"model": "tiny", "prompt": "a", "foo": 1},
-        {"model": "tiny", "prompt": "a", "best_of": 2},
-        {"model": "tiny", "prompt": "a", "max_tokens": 100},
-    ):
-        r = httpx.post(str(client.base_url) + "completions", json=body)
-        print(r.status_code, r.text)
-    assert 0
+    for number, choice in enumerate(found.choices):
+        alone = [token for new in served.engine.generate([ids[number]], 8, GREEDY) for _, token in new]
+        assert choice.index == number and choice.token_ids == alone and choice.finish_reason == "length"
+    assert found.usage.prompt_tokens == sum(map(len, ids)) and found.usage.completion_tokens == 24
