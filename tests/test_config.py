@@ -193,7 +193,9 @@ def test_config_files_are_installed_with_the_package(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path / "installed")
-        assert "memoryllm_jax/evaluation/tasks/lambada_local.yaml" in file.namelist()
+        page = (ROOT / "memoryllm_jax/server/page").iterdir()
+        needed = {"evaluation/tasks/lambada_local.yaml", *(f"server/page/{entry.name}" for entry in page)}
+        assert {f"memoryllm_jax/{name}" for name in needed} <= set(file.namelist())
     show = "from memoryllm_jax import config as c; print(c.__file__, c.load('configs/tiny.py:flex-3').model.dim)"
     command = [sys.executable, "-c", show]
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}

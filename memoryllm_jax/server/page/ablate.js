@@ -1,0 +1,117 @@
+// Ablate: scale what the FFNs add, drop layers, and read the text that the model writes then beside the original.
+
+import { SideBySide } from "./continuation.js";
+import { h, paused } from "./dom.js";
+import { LayerChips, promptField, samplingFields } from "./fields.js";
+import { lossSection } from "./loss.js";
+import { changed, onChange, state } from "./state.js";
+
+/** One FFN's slider and chips of layers. */
+function dial(ffn, isOnly, change) {
+  const name = ffn === "memory" ? "FFN-M" : isOnly ? "FFN" : "FFN-C";
+  const value = h("output", { class: "n" });
+  const slider = h("input", {
+    type: "range",
+    min: "0",
+    max: "2",
+    step: "0.05",
+    value: "1",
+    input: show,
+    id: `alpha-${ffn}`,
+  });
+  const dropped = new LayerChips(`Layers in which ${name} is dropped`, state.model.layers, change);
+
+  function show() {
+    value.textContent = Number(slider.value).toFixed(2);
+    change();
+  }
+
+  const element = h(
+    "div",
+    { class: "dial" },
+    h("div", { class: "field" }, h("label", { for: slider.id }, `α of ${name} `, value), slider),
+    h("div", { class: "field" }, h("span", { class: "label" }, `Drop ${name} in layers`), dropped.element),
+  );
+  value.textContent = "1.00";
+  return {
+    element,
+    get alpha() {
+      return Number(slider.value);
+    },
+    get layers() {
+      return dropped.sorted;
+    },
+    reset() {
+      slider.value = "1";
+      value.textContent = "1.00";
+      dropped.set([]);
+    },
+  };
+}
+
+/** Fills the view. `look(tokens, index)` opens a token of a text in Look. */
+export function ablateView(view, look) {
+  const { ffns } = state.model;
+  const texts = new SideBySide(["Original", "Ablated"], look);
+  const regenerate = paused(() => run(), 300);
+  const again = () => {
+    changed("factors");
+    regenerate();
+  };
+  const dials = Object.fromEntries(ffns.map((ffn) => [ffn, dial(ffn, ffns.length === 1, again)]));
+  const reset = h("button", {
+    type: "button",
+    click: () => {
+      Object.values(dials).forEach((one) => one.reset());
+      changed("factors");
+      run();
+    },
+  });
+  reset.textContent = "Reset";
+  let hasRun = false;
+
+  view.append(
+    h(
+      "section",
+      {},
+      h("h2", {}, "What the FFNs add"),
+      h(
+        "div",
+        { class: "two" },
+        ffns.map((ffn) => dials[ffn].element),
+      ),
+      h("div", { class: "row" }, reset),
+    ),
+    h(
+      "section",
+      {},
+      h("h2", {}, "The text, beside the original"),
+      promptField(run),
+      h(
+        "div",
+        { class: "row" },
+        h("button", { type: "button", class: "primary", click: run }, "Generate both"),
+        samplingFields(),
+      ),
+      texts.element,
+    ),
+    lossSection("The loss, beside the original", "factors", () => ({ contribution: contribution() })),
+  );
+
+  /** The factors as a request has them. A model with one FFN takes alpha and drop_layers for it, whichever it is. */
+  function contribution() {
+    const main = dials.memory ?? dials.compute;
+    const compute = ffns.length > 1 ? { alpha_compute: dials.compute.alpha, drop_compute: dials.compute.layers } : {};
+    return { alpha: main.alpha, drop_layers: main.layers, ...compute };
+  }
+
+  function run() {
+    hasRun = true;
+    return texts.run({ contribution: contribution() });
+  }
+
+  view.addEventListener("shown", () => {
+    if (!hasRun) run();
+  });
+  onChange("sampling", () => !view.hidden && regenerate());
+}

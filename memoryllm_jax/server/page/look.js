@@ -1,0 +1,191 @@
+// Look: what the model holds for one token, and how its prediction settles at one place of a text.
+
+import { result } from "./api.js";
+import { Task, h } from "./dom.js";
+import { TokenSearch } from "./fields.js";
+import { keyTable, layerList, tokenList } from "./layer.js";
+import { settling } from "./settling.js";
+import { onChange, state } from "./state.js";
+import { Strip, tokenText } from "./tokens.js";
+import { number, percent } from "./texts.js";
+
+const NO_TEXT = "Generate a text first, then choose one of its tokens here. Or search for any token.";
+
+/**
+ * Fills the view.
+ *
+ * @param edit gets the functions `token(token)` and `key(layer, key)`, which open Edit.
+ * @returns {position(index)}: shows a token of the text in `state.sequence`.
+ */
+export function lookView(view, edit) {
+  const hasMemory = state.model.ffns.includes("memory");
+  const strip = new Strip("Tokens of the text", showPosition);
+  const noText = h("p", { class: "quiet" }, NO_TEXT);
+  const search = new TokenSearch(`Any of the ${state.model.vocab_size.toLocaleString("en-US")} tokens`, (token) =>
+    showToken(token),
+  );
+  const subject = h("div", { class: "subject" });
+  const settled = section("How the prediction settles");
+  const rows = section("Its rows in FFN-M");
+  const near = section("Nearest tokens by row");
+  const tasks = [settled.task, rows.task, near.task];
+  let shown = { token: null, index: null, layers: [], positions: [] };
+  let layer = 0;
+
+  view.append(
+    h("div", { class: "look-top" }, h("div", { class: "text" }, noText, strip.element), search.element),
+    subject,
+    settled.element,
+    rows.element,
+    near.element,
+  );
+
+  const showSequence = () => {
+    strip.clear();
+    state.sequence.forEach((token) => strip.add(token));
+    noText.hidden = state.sequence.length > 0;
+  };
+  onChange("sequence", () => {
+    showSequence();
+    if (shown.index !== null && state.sequence[shown.index]?.id !== shown.token.id) shown.index = null;
+    strip.mark(shown.index ?? -1);
+  });
+  showSequence();
+  view.addEventListener("shown", () => {
+    // The view opens with something to see: the last token of the prompt, whose prediction is the first new token.
+    if (shown.token || state.sequence.length === 0) return;
+    const given = state.sequence.filter((token) => token.given).length;
+    showPosition(Math.max(0, given - 1));
+  });
+
+  function section(title) {
+    const place = h("div", {});
+    const content = h("div", {});
+    const element = h("section", { hidden: true }, h("h2", {}, title), place, content);
+    return { element, content, task: new Task(place) };
+  }
+
+  function showPosition(index) {
+    search.set(null);
+    begin(state.sequence[index], index);
+  }
+
+  function showToken(token) {
+    begin(token, null);
+  }
+
+  async function begin(token, index) {
+    tasks.forEach((task) => task.cancel());
+    shown = { token, index, layers: [], positions: [] };
+    strip.mark(index ?? -1);
+    showSubject();
+    for (const part of [settled, rows, near]) part.element.hidden = true;
+    // One after the other: the server computes one at a time, and this is the order in which they are read.
+    if (index !== null && !(await showSettling(token, index))) return;
+    if (hasMemory && (await showRows(token))) await showNearest(null);
+  }
+
+  function showSubject() {
+    const { token, index } = shown;
+    const facts = [`#${token.id}`];
+    if (index !== null) facts.push(`place ${index + 1} of ${state.sequence.length}`);
+    if (index > 0 && Number.isFinite(token.logProb)) facts.push(`probability ${percent(Math.exp(token.logProb))}`);
+    subject.replaceChildren(
+      h("h2", { class: "glyph" }, tokenText(token.text)),
+      h("p", { class: "quiet" }, facts.join(" · ")),
+      state.model.can_edit
+        ? h(
+            "button",
+            { type: "button", click: () => edit.token({ id: token.id, text: token.text }) },
+            "Edit this token",
+          )
+        : "",
+    );
+  }
+
+  async function showSettling(token, index) {
+    settled.content.replaceChildren();
+    settled.element.hidden = false;
+    const ids = state.sequence.map(({ id }) => id);
+    return settled.task.run("Following the prediction through the layers", async (signal, setDone) => {
+      const found = await result("/api/look/position", { ids, position: index, top: 3 }, signal, setDone);
+      shown.positions = found.layers;
+      settled.content.replaceChildren(...settling(found));
+      if (!hasMemory) showKeysHere();
+    });
+  }
+
+  /** For a model without FFN-M: the keys of its only FFN at this place. */
+  function showKeysHere() {
+    rows.element.hidden = false;
+    rows.element.querySelector("h2").textContent = "Strongest keys at this place";
+    rows.content.replaceChildren(
+      ...shown.positions.map((at) =>
+        h("div", {}, h("h3", {}, `Layer ${at.layer}`), keyTable(at.keys, "compute", at.layer, {})),
+      ),
+    );
+  }
+
+  async function showRows(token) {
+    rows.content.replaceChildren();
+    rows.element.hidden = false;
+    return rows.task.run("Reading the token's rows", async (signal, setDone) => {
+      const found = await result("/api/look/token", { token: token.id, top: 5 }, signal, setDone);
+      shown.layers = found.layers;
+      layer = Math.min(layer, found.layers.length - 1);
+      const detail = h("div", { class: "detail" });
+      const { list, show } = layerList(found.layers, layer, (chosen) => {
+        layer = chosen;
+        show(layer);
+        detail.replaceChildren(...layerDetail());
+      });
+      detail.replaceChildren(...layerDetail());
+      const head = h(
+        "p",
+        { class: "note quiet" },
+        "Layer, size of the row, and the tokens that the row points to. Choose a layer.",
+      );
+      rows.content.replaceChildren(h("div", { class: "rows" }, h("div", {}, head, list), detail));
+    });
+  }
+
+  function layerDetail() {
+    const go = { token: showToken, suppress: state.model.can_edit ? edit.key : null };
+    const found = shown.layers[layer];
+    const here = shown.positions.find((at) => at.layer === layer);
+    return [
+      h("h3", {}, `Layer ${layer}: strongest keys of FFN-M`),
+      keyTable(found.keys, "memory", layer, go),
+      here?.keys?.length > 0 && h("h3", {}, `Layer ${layer}: strongest keys of FFN-C at this place`),
+      here?.keys?.length > 0 && keyTable(here.keys, "compute", layer, go),
+    ].filter(Boolean);
+  }
+
+  async function showNearest(chosen) {
+    near.element.hidden = false;
+    near.content.replaceChildren();
+    const { token } = shown;
+    const scope = h("select", { "aria-label": "Layers to compare" }, h("option", { value: "" }, "all layers together"));
+    shown.layers.forEach((at) => scope.append(h("option", { value: String(at.layer) }, `layer ${at.layer}`)));
+    scope.value = chosen === null ? "" : String(chosen);
+    const list = h("div", {});
+    scope.addEventListener("change", () => find(scope.value === "" ? null : Number(scope.value)));
+    near.content.append(h("div", { class: "row" }, scope), list);
+
+    function find(wanted) {
+      return near.task.run("Comparing with the rows of all tokens", async (signal, setDone) => {
+        const { tokens } = await result(
+          "/api/look/nearest",
+          { token: token.id, layer: wanted, top: 12 },
+          signal,
+          setDone,
+        );
+        list.replaceChildren(tokenList(tokens, (other) => number(other.cosine), showToken));
+      });
+    }
+
+    await find(chosen);
+  }
+
+  return { position: showPosition };
+}
