@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memoryllm_jax.common import storage
+from memoryllm_jax.inference.decoder import next_power_of_two
 from memoryllm_jax.tol import overlay_file
 from memoryllm_jax.tol.memory import Memory
 from memoryllm_jax.tol.overlay_file import Edit
@@ -75,9 +77,13 @@ class Overlay:
         if self._made_for is not None:
             overlay_file.check_digest(self._path, self.memory, self._made_for)
 
+    def to_bytes(self) -> bytes:
+        """The overlay's file, as docs/tol.md specifies it."""
+        return overlay_file.to_bytes(self.memory.rows_digest, self._edits)
+
     def save(self, path: str) -> None:
-        """Writes the overlay as docs/tol.md specifies it. Raises: UserError."""
-        overlay_file.write(path, self.memory.rows_digest, list(self._edits))
+        """Writes the overlay to a file. Raises: UserError."""
+        storage.write_bytes(path, self.to_bytes())
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -134,7 +140,7 @@ class Overlay:
                 continue
             row_nD = rows_nLD[:, layer]
             for coefficients_V, value_D in zip(found.coefficients_KV, found.values_KD):
-                row_nD = without_key(row_nD, coefficients_V[ids], value_D)
+                row_nD = _on_host(row_nD, coefficients_V[ids], value_D)
             at = dict(zip(found.ids_n.tolist(), found.rows_nD))
             rows_nLD[:, layer] = [at.get(token, row_D) for token, row_D in zip(ids.tolist(), row_nD)]
         return rows_nLD
@@ -166,7 +172,7 @@ def edited(layer: LayerEdits, ids_U, y_UD):
     """
     y_UD = 0.0 if y_UD is None else y_UD
     for coefficients_V, value_D in zip(layer.coefficients_KV, layer.values_KD):
-        y_UD = _without_key(y_UD, coefficients_V[ids_U], value_D)
+        y_UD = without_key(y_UD, coefficients_V[ids_U], value_D)
     if not len(layer.ids_n):
         return y_UD
     # Binary search: the place of each token among the sorted ids, if it is one of them.
@@ -175,17 +181,22 @@ def edited(layer: LayerEdits, ids_U, y_UD):
     return jnp.where(is_replaced, layer.rows_nD[at_U], y_UD)
 
 
-def without_key(rows_nD: np.ndarray, coefficients_n: np.ndarray, value_D: np.ndarray) -> np.ndarray:
-    """Rows of the host without what a key added to them, rounded as in a decode step."""
-    # Padded to a power of two, so that few shapes compile.
-    n = len(rows_nD)
-    padding = (1 << (n - 1).bit_length()) - n
-    rows, coefficients = np.pad(rows_nD, ((0, padding), (0, 0))), np.pad(coefficients_n, (0, padding))
-    return np.asarray(_without_key_on_device(rows, coefficients, value_D))[:n]
+def without_key(y_UD, coefficients_U, value_D):
+    """Rows without what a key added to them. For use in jit.
 
-
-def _without_key(y_UD, coefficients_U, value_D):
+    Args:
+      coefficients_U: the key's coefficients for the rows' tokens.
+      value_D: the key's value; or one for each row.
+    """
     return y_UD - coefficients_U[:, None] * value_D
 
 
-_without_key_on_device = jax.jit(_without_key)
+_without_key = jax.jit(without_key)
+
+
+def _on_host(rows_nD: np.ndarray, coefficients_n: np.ndarray, value_D: np.ndarray) -> np.ndarray:
+    """`without_key` for arrays of the host, rounded as in a decode step."""
+    n = len(rows_nD)
+    padding = next_power_of_two(n) - n  # so that few shapes compile
+    rows, coefficients = np.pad(rows_nD, ((0, padding), (0, 0))), np.pad(coefficients_n, (0, padding))
+    return np.asarray(_without_key(rows, coefficients, value_D))[:n]

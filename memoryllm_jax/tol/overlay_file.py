@@ -4,11 +4,12 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
 
-from memoryllm_jax.common import records, storage
+from memoryllm_jax.common import records
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.records import Count, Record
 from memoryllm_jax.common.safetensors_header import Header, read_header
@@ -64,8 +65,13 @@ class Edit:
         return self.rows[:, self.layers.index(layer)] if layer in self.layers else None
 
 
-def write(path: str, rows_digest: str, edits: list[Edit]) -> None:
-    """Writes an overlay. Raises: UserError."""
+def to_bytes(rows_digest: str, edits: Sequence[Edit]) -> bytes:
+    """The file of an overlay.
+
+    Args:
+      rows_digest: of the rows that the edits were made for.
+      edits: in their order.
+    """
     places: dict[str, Place] = {}
     arrays, sums, end = [], {}, 0
     for k, edit in enumerate(edits):
@@ -84,7 +90,7 @@ def write(path: str, rows_digest: str, edits: list[Edit]) -> None:
         "edits": json.dumps([_listed(edit) for edit in edits]),
         "tensor_checksums": json.dumps(sums),
     }
-    storage.write_bytes(path, b"".join([header.to_bytes(meta, places, _ALIGN), *arrays]))
+    return b"".join([header.to_bytes(meta, places, _ALIGN), *arrays])
 
 
 def _listed(edit: Edit) -> dict:

@@ -1,0 +1,138 @@
+"""Slots with different overlays in one batch: each has the rows that its overlay alone gives."""
+
+import jax
+import numpy as np
+import pytest
+
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.tol import serving
+from memoryllm_jax.tol.edit import Editor
+from memoryllm_jax.tol.edit_spec import Blend, Replace, Suppress, Swap, Zero
+from memoryllm_jax.tol.edited_rows import EditedRows
+from memoryllm_jax.tol.overlay import Overlay
+from memoryllm_jax.tol.slot_edits import SlotEdits
+
+SLOTS = 64
+
+
+def overlays_of(memory, layers):
+    """One overlay for each slot. They differ, but share rows; all orders of new rows and suppressed keys are there."""
+    rng, out = np.random.default_rng(0), []
+    for slot in range(SLOTS):
+        a, b = slot, 300 + slot % 7
+        new = [
+            Swap(token=a, by=b),
+            Blend(token=a, by=b, share=0.25, layers=(slot % 2,)),
+            Replace(token=a, by=b, layers=(slot % 2,)),
+            Zero(token=b),
+        ]
+        keys = [Suppress(layer=layers[slot % len(layers)], key=slot % 2), Suppress(layer=layers[-1], key=5)]
+        specs = [new[slot % 4], keys[0], new[slot // 4 % 4], keys[1]][: 1 + slot % 5 if slot % 5 < 4 else 0]
+        if slot % 3 == 0:
+            specs = specs[::-1]
+        overlay = Overlay(memory)
+        for spec in specs:
+            Editor(overlay).add(spec)
+        if slot % 8 == 1:
+            row = rng.standard_normal((memory.layers, memory.dim), np.float32)
+            Editor(overlay).give("learned", {a: row})
+        out.append(overlay if slot else None)
+    return out
+
+
+def equal_rows(found, expected):
+    """Whether rows are equal to the bit; a layer that rows lack equals zero."""
+    np.testing.assert_array_equal(found.x0_SUD, expected.x0_SUD)
+    for mine, theirs in zip(found.ffn_LSUD, expected.ffn_LSUD, strict=True):
+        if theirs is None:
+            assert not np.asarray(mine).any()
+        else:
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def of_row(rows, u):
+    return jax.tree.map(lambda x: x[:, u], rows)
+
+
+@pytest.mark.parametrize(
+    "name, place, choices, first",
+    [
+        ("flex-3", "", {}, 0),
+        ("tied", "", {}, 1),
+        ("tied", "device", {}, 2),
+        ("flex-3", "host", {"drop_layers": ("1",)}, 3),
+    ],
+)
+def test_64_slots_have_the_rows_of_their_overlays(lab, name, place, choices, first):
+    """All slots are filled; those compared, for which functions of their own compile, are others in each case."""
+    compared = range(first, SLOTS, 4)
+    files = {"tol": lab.tol(name, **choices), "rows": place, "cache": None if place == "device" else 1 << 16}
+    with lab.model(name, **(files if place else {})) as engine:
+        source, mesh, memory = engine.rows, engine.trained.mesh, serving.memory_of(engine)
+        held = [layer for layer in range(2) if memory.holds(layer).any()]
+        overlays = overlays_of(memory, held)
+        edits = SlotEdits(memory, mesh, SLOTS, tokens=4, keys=2)
+        for slot, overlay in enumerate(overlays):
+            edits.place(slot, overlay)
+        step = jax.jit(lambda of_source, of_edits, ids_B: edits.apply(of_edits, ids_B, source.gather(of_source, ids_B)))
+        piece = jax.jit(edits.apply_to_slot)
+        alone = {slot: EditedRows(source, overlays[slot] or Overlay(memory), mesh) for slot in compared}
+        gather = jax.jit(alone[first].gather)  # the edits are its arguments
+        rng = np.random.default_rng(1)
+        for ids_B in (np.arange(SLOTS), 300 + np.arange(SLOTS) % 7, rng.integers(0, 512, SLOTS)):
+            ids_B = ids_B.astype(np.int32)
+            if not source.on_device:
+                source.reserve(SLOTS)
+                source.hold(ids_B)
+            with jax.set_mesh(mesh):
+                found = step(source.arrays, edits.arrays, ids_B)
+                for slot, rows in alone.items():
+                    equal_rows(of_row(found, slot), of_row(gather(rows.arrays, ids_B), slot))
+        ids_U = np.array([*range(0, SLOTS, 3), *range(300, 307)], np.int32)
+        rows = source.fetch(ids_U)
+        rows = rows._replace(ffn_LSUD=list(rows.ffn_LSUD))
+        for slot in compared[::3]:
+            with jax.set_mesh(mesh):
+                found = piece(edits.arrays, np.int32(slot), ids_U, rows)
+            equal_rows(found, alone[slot].fetch(ids_U))
+        assert step._cache_size() == piece._cache_size() == 1
+
+
+def test_equal_edits_share_the_pools_and_what_has_no_room_is_refused(lab):
+    with lab.model("flex-3") as engine:
+        memory = serving.memory_of(engine)
+        edits = SlotEdits(memory, engine.trained.mesh, slots=8, tokens=2, keys=1, pooled_rows=3, pooled_keys=1)
+        assert edits.bytes == sum(x.nbytes for x in edits.arrays)
+
+        def overlay(*specs):
+            out = Overlay(memory)
+            for spec in specs:
+                Editor(out).add(spec)
+            return out
+
+        for slot in range(6):
+            edits.place(slot, overlay(Zero(token=slot), Zero(token=100 + slot)))  # all rows are the same one
+        edits.place(6, overlay(Swap(token=3, by=4)))
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"edits: expected at most 0 new rows beside those .*, found 2"):
+                edits.place(7, overlay(Swap(token=5, by=6)))
+        edits.free(6)
+        for slot in (7, 6):
+            edits.place(slot, overlay(Swap(token=5, by=6)))
+            edits.place(5 - slot % 2, overlay(Suppress(layer=1, key=3)))
+        with pytest.raises(UserError, match=r"edits: expected at most 0 suppressed keys beside those .*, found 1"):
+            edits.place(3, overlay(Zero(token=9), Suppress(layer=1, key=4)))
+        for specs, found in (
+            ([Zero(token=token) for token in (1, 2, 3)], "at most 2 tokens with new rows, found 3"),
+            ([Suppress(layer=1, key=key) for key in (3, 4)], "at most 1 suppressed keys, found 2"),
+        ):
+            with pytest.raises(UserError, match=f"edits: expected {found}"):
+                edits.check(overlay(*specs))
+        ids_B = np.array([0, 101, 2, 3, 4, 5, 5, 6], np.int32)
+        expected = memory.rows(ids_B)
+        expected[:3] = 0
+        expected[4:6] = overlay(Suppress(layer=1, key=3)).rows(ids_B[4:6])
+        expected[6:] = memory.rows(np.array([6, 5]))
+        with jax.set_mesh(engine.trained.mesh):
+            found = edits.apply(edits.arrays, ids_B, engine.rows.fetch(ids_B))
+    np.testing.assert_allclose(np.stack(found.ffn_LSUD, 2)[0], expected, atol=1e-6)
