@@ -180,29 +180,29 @@ def states(model: KeyValueModel, tokens_BT: np.ndarray, source: TokenVectors | N
     ids = np.pad(ids, (0, size - len(ids)), "edge").astype(np.int32)
     index_1N = index.reshape(1, -1).astype(np.int32)
     config, params = model.config, model.params
-    x0_1UD = (source or model).x0(ids)[None]
-    x_BTD = x0_1UD[0, index_1N[0]].reshape(*tokens_BT.shape, -1).astype(config.dtype)
+    x0_UD = (source or model).x0(ids)
+    x_BTD = _take(x0_UD, index_1N[0]).reshape(*tokens_BT.shape, -1)
     for layer in range(config.layers):
-        memory = rows_1UD = None
+        memory = rows_UD = None
         if source is None and config.memory_dim:
             memory = params["memory"][layer]
         elif config.row_dim:
-            rows_1UD = (source or model).rows(layer, ids)[None].astype(config.dtype)
+            rows_UD = (source or model).rows(layer, ids)
         with jax.set_mesh(model.mesh):
-            state, x_BTD = _layer(config, params["layers"][layer], memory, x_BTD, x0_1UD, rows_1UD, index_1N)
+            state, x_BTD = _layer(config, params["layers"][layer], memory, x_BTD, x0_UD, rows_UD, index_1N)
         # Layer by layer, so that only one State exists at a time, and a caller who stops here runs no layers above.
         yield state
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _layer(config, layer, memory, x_BTD, x0_1UD, rows_1UD, index_1N):
+def _layer(config, layer, memory, x_BTD, x0_UD, rows_UD, index_1N):
     """Runs one layer.
 
     Args:
       layer, memory: parameters of the decoder layer and of its FFN-M; the latter is None where it is not run.
       x_BTD: the residual stream before the layer.
-      x0_1UD: embeddings of the U distinct tokens, as one batch shard.
-      rows_1UD: their rows, where FFN-M is not run; None in a model without them.
+      x0_UD: embeddings of the U distinct tokens.
+      rows_UD: their rows, where FFN-M is not run; None in a model without them.
       index_1N: for each position, which of the distinct tokens it has.
     Returns: (State of the layer, the residual stream after it [B, T, D]).
     """
@@ -211,8 +211,10 @@ def _layer(config, layer, memory, x_BTD, x0_1UD, rows_1UD, index_1N):
         return x_BTD.reshape(-1, config.dim)
 
     queries = {}
+    x_BTD = x_BTD.astype(config.dtype)
+    rows_1UD = None if rows_UD is None else rows_UD[None].astype(config.dtype)  # as one batch shard
     if memory is not None:
-        memory_output = transformer.apply_memory_layer(config, memory, x0_1UD)
+        memory_output = transformer.apply_memory_layer(config, memory, x0_UD[None])
         rows_1UD = memory_output.row
         queries["memory"] = memory_output.query[0, index_1N[0]]
     rope = transformer.rope_table(config, jnp.arange(x_BTD.shape[1]))
@@ -227,6 +229,11 @@ def _layer(config, layer, memory, x_BTD, x0_1UD, rows_1UD, index_1N):
         queries=queries,
     )
     return state, out.x_BTD
+
+
+@jax.jit
+def _take(x_UD, at_N):
+    return x_UD[at_N]
 
 
 def example_states(
@@ -252,6 +259,7 @@ def example_states(
     progress.close()
 
 
+@jax.jit
 def positions(state: State, at: np.ndarray) -> State:
     """The State at some of its positions."""
     return jax.tree.map(lambda x: x[at], state)

@@ -260,7 +260,7 @@ class KeyValueModel:
             # The last block repeats the last vector: all blocks have one shape, which compiles once.
             at = np.minimum(np.arange(start, start + size), len(x_ND) - 1)
             with jax.set_mesh(self.mesh):
-                logits_NV = _logits(self.config, self.params["final_norm"], self.head, x_ND[at], unit)
+                logits_NV = _logits(self.config, self.params["final_norm"], self.head, x_ND, at, unit)
             count = min(size, len(x_ND) - start)
             yield slice(start, start + count), logits_NV[:count]
 
@@ -323,8 +323,10 @@ def _lengths(v_FD):
     return jnp.linalg.norm(v_FD.astype(jnp.float32), axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _logits(config, norm, head_VD, x_ND, unit):
+@functools.partial(jax.jit, static_argnames=("config", "unit"))
+def _logits(config, norm, head_VD, x_ND, at_n, unit):
+    """The logits of vectors number at_n, [n, V]."""
+    x_ND = x_ND[at_n]
     if unit:
         # The 1e-30 keeps vectors of zeros, which say nothing, from becoming NaN.
         x_ND = x_ND * jax.lax.rsqrt(jnp.square(x_ND).mean(-1, keepdims=True) + 1e-30)

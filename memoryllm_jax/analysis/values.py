@@ -48,17 +48,17 @@ def _top_tokens_by_sign(
     for part, logits_NV in model.logits(x_ND, unit=unit):
         of_N = None if tokens_N is None else np.asarray(tokens_N)[part]
         for sign in signs:
-            # Norms and head have no bias, so the logits of -x are minus those of x.
-            blocks[sign].append(_top(sign * logits_NV, of_N, k))
+            blocks[sign].append(_top(logits_NV, of_N, sign, k))
     return {
         sign: TopTokens(*(None if parts[0] is None else np.concatenate(parts) for parts in zip(*found)))
         for sign, found in blocks.items()
     }
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _top(logits_NV, of_N, k):
-    """The fields of TopTokens, on the device."""
+@functools.partial(jax.jit, static_argnames=("sign", "k"))
+def _top(logits_NV, of_N, sign, k):
+    """The fields of the TopTokens of sign * x, on the device."""
+    logits_NV = sign * logits_NV  # norms and head have no bias, so the logits of -x are minus those of x
     top_Nk, ids_Nk = jax.lax.top_k(logits_NV, k)
     log_sum_N1 = jax.nn.logsumexp(logits_NV, axis=-1, keepdims=True)
     p_of_N = None

@@ -78,11 +78,24 @@ class Looker:
         """What is served: the rows of the ToL file, or those that the weights give."""
         return FileVectors(self._rows, self._model) if isinstance(self._rows, FileRows) else self._model
 
-    # Texts
+    def preparations(self) -> Iterator[Callable[[], object]]:
+        """What takes seconds at its first use, as calls to make one after another: token texts, and compilation.
 
-    def make_texts(self) -> None:
-        """Makes the texts of all tokens, which takes seconds for a large vocabulary, if they are not there yet."""
-        _ = self._folded
+        Weights that the engine does not hold are not read for it.
+        """
+        yield lambda: self._folded
+        ids = [0] * _PREPARED_POSITIONS
+        if self.has_rows and not self._params.missing:
+            yield lambda: self.token(0, 5, _unreported)
+        # Texts of each length that `bucket` gives, up to one that a large model reads within seconds.
+        for length in sorted({bucket(at, self.context) for at in range(1, min(self.context, len(ids)) + 1)}):
+            yield functools.partial(self.position, ids[:length], length - 1, 3, _unreported)
+        if self.config.memory_dim and not self._params.missing:
+            yield lambda: self._find_key(0, 0, 5, self._first_chunk(), _unreported)
+        if self.has_rows:
+            yield lambda: self._find_nearest(0, None, 8, self._first_chunk(), _unreported)
+
+    # Texts
 
     @functools.cached_property
     def _folded(self) -> list[str]:
@@ -146,13 +159,14 @@ class Looker:
 
         Raises: UserError.
         """
+        return self._find_nearest(token, layer, top, self._model.every_id, begin)
+
+    def _find_nearest(self, token, layer, top, ids_N, begin):
         layers = range(self.config.layers) if layer is None else [layer]
         queries = np.array([token], np.int32)
         top = min(top, self.config.vocab_size - 1)
         with jax.default_matmul_precision("highest"):
-            near = neighbours_of(
-                self._model, self._vectors, layers, queries, self._model.every_id, top, report=begin("")
-            )
+            near = neighbours_of(self._model, self._vectors, layers, queries, ids_N, top, report=begin(""))
         # The last entry is that of all layers together.
         return list(zip(near.ids[-1, 0].tolist(), near.cosines[-1, 0].tolist()))
 
