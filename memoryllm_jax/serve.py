@@ -19,7 +19,7 @@ def main(model: ModelOptions, server: ServerOptions) -> None:
     for package in ("uvicorn", "starlette", "prometheus_client", "jinja2"):
         require(package, "serve", "serve")
     # Imported here, as these modules need the packages of the extra.
-    from memoryllm_jax.server import listening
+    from memoryllm_jax.server import listening, look
     from memoryllm_jax.server.app import make_app
     from memoryllm_jax.server.served import ServedModel
 
@@ -39,6 +39,7 @@ def main(model: ModelOptions, server: ServerOptions) -> None:
         def say():
             print(f"{served.name} at {listening.address_of(bound)}", flush=True)
 
+        look.prepare(served)  # while requests are answered
         listening.run(app, bound, say, served.begin_closing, end_s=server.time_limit)
 
 

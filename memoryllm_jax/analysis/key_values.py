@@ -71,6 +71,11 @@ class Parameters(Mapping):
     def __len__(self) -> int:
         return len(self._names)
 
+    @property
+    def missing(self) -> set[str]:
+        """Names of the groups that are not at hand."""
+        return self._names - self._groups.keys()
+
     def read(self, report: Callable[[float], None] | None = None) -> None:
         """Reads the groups that are not at hand.
 
@@ -78,7 +83,7 @@ class Parameters(Mapping):
           report: called with the share that is read, from 0 to 1. An exception of it ends the reading.
         Raises: UserError.
         """
-        missing = self._names - self._groups.keys()
+        missing = self.missing
         if missing:
             self._groups |= self._trained.load(
                 lambda name: _group(name) in missing and self._wanted(name), report=report

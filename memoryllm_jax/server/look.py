@@ -63,6 +63,22 @@ def routes(model: ServedModel) -> list[Route]:
     ]
 
 
+def prepare(model: ServedModel) -> None:
+    """Makes the texts of tokens and compiles the views in the background.
+
+    Each step waits in the worker thread's queue for itself, so that requests come in between.
+    """
+    steps = model.looker.preparations()
+
+    def next_step():
+        step = next(steps, None)
+        if step is not None:
+            step()
+            model.later(next_step)
+
+    model.later(next_step)
+
+
 class _Look:
     """The handlers of the routes."""
 

@@ -4,7 +4,7 @@ The views compute on the device; call them in the worker thread. `search` and `s
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from memoryllm_jax.analysis.key_values import KeyValueModel, Parameters
 from memoryllm_jax.analysis.neighbours import neighbours_of
 from memoryllm_jax.analysis.vocabulary import key_triggers
 from memoryllm_jax.data.tokenizer import token_texts
+from memoryllm_jax.inference.decoder import bucket
 from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.tol.rows import FileRows
 from memoryllm_jax.tol.sources import FileSource
@@ -24,7 +25,14 @@ from memoryllm_jax.tol.sources import FileSource
 # product with them. Larger ones are computed or read again for each search.
 KEPT_BYTES = 256 << 20
 
+_PREPARED = 256  # positions of the longest text that is prepared for: on a CPU, longer ones take seconds
+
 Report = Callable[[float], None]
+
+
+def _unreported(doing: str) -> Report:
+    """In place of `Job.begin`, where nobody waits."""
+    return lambda done: None
 
 
 class FileVectors:
@@ -68,7 +76,8 @@ class Looker:
         self._params = Parameters(engine.trained, engine.params)
         self._model = KeyValueModel(engine.trained, self._params)
         self._rows = engine.rows
-        self.config, self.tokenizer, self.has_rows = engine.config, engine.tokenizer, bool(engine.config.row_dim)
+        self.config, self.tokenizer, self.context = engine.config, engine.tokenizer, engine.context
+        self.has_rows = engine.config.row_dim > 0
         self._kept: dict[tuple[int, int], jax.Array] = {}
         size = 4 * self.config.vocab_size * self.config.layers * self.config.row_dim
         self._keeps = size <= KEPT_BYTES
@@ -84,16 +93,17 @@ class Looker:
         Weights that the engine does not hold are not read for it.
         """
         yield lambda: self._folded
-        ids = [0] * _PREPARED_POSITIONS
+        # A request that came meanwhile waits for one call, so the quick ones are first.
         if self.has_rows and not self._params.missing:
             yield lambda: self.token(0, 5, _unreported)
-        # Texts of each length that `bucket` gives, up to one that a large model reads within seconds.
-        for length in sorted({bucket(at, self.context) for at in range(1, min(self.context, len(ids)) + 1)}):
-            yield functools.partial(self.position, ids[:length], length - 1, 3, _unreported)
+        for length in sorted({bucket(at, self.context) for at in range(1, min(self.context, _PREPARED) + 1)}):
+            yield functools.partial(self.position, [0] * length, length - 1, 3, _unreported)
         if self.config.memory_dim and not self._params.missing:
-            yield lambda: self._find_key(0, 0, 5, self._first_chunk(), _unreported)
+            yield lambda: self.key(0, 0, 5, _unreported)
         if self.has_rows:
-            yield lambda: self._find_nearest(0, None, 8, self._first_chunk(), _unreported)
+            # All chunks have one shape, so that one is enough.
+            ids = self._model.every_id[: self._model.sizes.tokens]
+            yield lambda: self._find_nearest(0, None, 8, ids, _unreported)
 
     # Texts
 
