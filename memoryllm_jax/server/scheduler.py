@@ -5,14 +5,13 @@ fills free ones from the queue, dispatches one decode step and then some pieces 
 round before dispatched. So the device works while the host turns tokens into text and hands it to the event loop.
 """
 
-from __future__ import annotations
-
 import collections
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from memoryllm_jax.common.errors import UserError, one_line
+from memoryllm_jax.inference.slots import Likelihoods, Pending, Piece, Prefilled, Settings, Slots, Stepped
 from memoryllm_jax.inference.text import Streamer
 from memoryllm_jax.server import streams
 from memoryllm_jax.server.errors import ApiError
@@ -20,10 +19,6 @@ from memoryllm_jax.server.statistics import Statistics
 from memoryllm_jax.server.stop_texts import GrowingText
 from memoryllm_jax.server.streams import Stream
 from memoryllm_jax.server.work import Finished, Token, Work
-
-if TYPE_CHECKING:
-    from memoryllm_jax.inference.slots import Likelihoods, Pending, Piece, Prefilled, Slots, Stepped
-    from memoryllm_jax.tol.slot_edits import SlotEdits
 
 _RECENT = 64  # ended sequences from whose times the rate of the queue is estimated
 _LONGEST_RETRY_S = 60
@@ -48,7 +43,7 @@ class Scheduler:
 
     Args:
       slots: the device's side; only the engine thread calls it.
-      edits: places overlays in slots; None where no row can be edited.
+      edits: the `SlotEdits` that place overlays in slots; None where no row can be edited.
       tokenizer: the model's tokenizer.
       queue: sequences that may wait.
       time_limit: seconds from submission after which a sequence is ended.
@@ -57,7 +52,7 @@ class Scheduler:
       error: what ended the engine thread; None while all is well.
     """
 
-    def __init__(self, slots: Slots, edits: SlotEdits | None, tokenizer, queue: int, time_limit: float):
+    def __init__(self, slots: Slots, edits, tokenizer, queue: int, time_limit: float):
         self.statistics = Statistics()
         self.error: BaseException | None = None
         self._slots, self._edits, self._tokenizer = slots, edits, tokenizer
@@ -245,7 +240,7 @@ class Scheduler:
                 self._reading.popleft()
                 sequence.dispatched = 1
 
-    def _handle_step(self, step: _Step):
+    def _handle_step(self, step: "_Step"):
         found = self._slots.read(step.pending)
         for sequence in step.members:
             # A slot may have another occupant by now: the token belongs to the one that the step was dispatched for.
@@ -256,7 +251,7 @@ class Scheduler:
             else:  # it had no step left, or the row of its last token had to be read first
                 sequence.dispatched -= 1
 
-    def _handle_piece(self, dispatched: _Piece):
+    def _handle_piece(self, dispatched: "_Piece"):
         sequence = dispatched.sequence
         if sequence.is_over:
             return
@@ -270,7 +265,7 @@ class Scheduler:
         else:
             self._add(sequence, _of_piece(piece, sequence))
 
-    def _add(self, sequence: _Sequence, drawn: Token):
+    def _add(self, sequence: "_Sequence", drawn: Token):
         """Adds a token that was drawn for a sequence."""
         if drawn.id in sequence.work.stop_ids:
             self._finish(sequence, "stop")
@@ -287,7 +282,7 @@ class Scheduler:
         elif sequence.new == sequence.most:
             self._finish(sequence, "length")
 
-    def _echo(self, piece: _Piece, scores: Likelihoods | None):
+    def _echo(self, piece: "_Piece", scores: Likelihoods | None):
         """Emits the tokens of a piece of a prompt."""
         sequence = piece.sequence
         ids, alternatives = sequence.work.ids, sequence.work.alternatives
@@ -302,16 +297,16 @@ class Scheduler:
                 token = _token(ids[position], *likelihoods, alternatives)._replace(text=text)
             self._emit(sequence, token)
 
-    def _finish(self, sequence: _Sequence, reason: str):
+    def _finish(self, sequence: "_Sequence", reason: str):
         text, is_stopped = sequence.text.end()
         reason = "stop" if is_stopped else reason
         self._emit(sequence, Finished(reason, text))
         self._end(sequence, reason)
 
-    def _emit(self, sequence: _Sequence, event):
+    def _emit(self, sequence: "_Sequence", event):
         self._changes.setdefault(sequence, []).append(event)
 
-    def _end(self, sequence: _Sequence, how: str):
+    def _end(self, sequence: "_Sequence", how: str):
         """Frees the slot of a sequence."""
         slot = sequence.slot
         if sequence in self._reading:
@@ -362,8 +357,6 @@ class _Sequence:
     def __init__(self, stream: Stream, capacity: int, tokenizer):
         work = stream.work
         self.stream, self.work, self.submitted = stream, work, time.monotonic()
-        from memoryllm_jax.inference.slots import Settings
-
         end = min(len(work.ids) + work.max_tokens, capacity)
         self.most = end - len(work.ids)
         alternatives = -1 if work.alternatives is None else work.alternatives
