@@ -19,6 +19,7 @@ from memoryllm_jax.server.statistics import Statistics
 from memoryllm_jax.server.stop_texts import GrowingText
 from memoryllm_jax.server.streams import Stream
 from memoryllm_jax.server.work import Finished, Token, Work
+from memoryllm_jax.tol.slot_edits import SlotEdits
 
 _RECENT = 64  # ended sequences from whose times the rate of the queue is estimated
 _LONGEST_RETRY_S = 60
@@ -43,7 +44,7 @@ class Scheduler:
 
     Args:
       slots: the device's side; only the engine thread calls it.
-      edits: the `SlotEdits` that place overlays in slots; None where no row can be edited.
+      edits: places overlays in slots; None where no row can be edited.
       tokenizer: the model's tokenizer.
       queue: sequences that may wait.
       time_limit: seconds from submission after which a sequence is ended.
@@ -52,7 +53,7 @@ class Scheduler:
       error: what ended the engine thread; None while all is well.
     """
 
-    def __init__(self, slots: Slots, edits, tokenizer, queue: int, time_limit: float):
+    def __init__(self, slots: Slots, edits: SlotEdits | None, tokenizer, queue: int, time_limit: float):
         self.statistics = Statistics()
         self.error: BaseException | None = None
         self._slots, self._edits, self._tokenizer = slots, edits, tokenizer

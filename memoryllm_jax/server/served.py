@@ -24,6 +24,8 @@ from memoryllm_jax.server.security import read_key
 from memoryllm_jax.server.statistics import Statistics
 from memoryllm_jax.server.token_names import TokenNames
 from memoryllm_jax.server.work import Work
+from memoryllm_jax.tol.serving import memory_of
+from memoryllm_jax.tol.slot_edits import SlotEdits
 
 T = TypeVar("T")
 
@@ -61,8 +63,11 @@ class ServedModel:
         self.chat = _chat_template(engine)
         self._is_closing = False
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "compute")
-        slots = Slots(engine, options.slots, self.context)
-        self.scheduler = Scheduler(slots, None, engine.tokenizer, options.queue, options.time_limit)
+        edits = None
+        if engine.config.memory_dim:
+            edits = SlotEdits(memory_of(engine), engine.trained.mesh, options.slots)
+        slots = Slots(engine, options.slots, self.context, edits)
+        self.scheduler = Scheduler(slots, edits, engine.tokenizer, options.queue, options.time_limit)
 
     @property
     def is_healthy(self) -> bool:
