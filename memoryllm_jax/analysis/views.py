@@ -21,6 +21,7 @@ from memoryllm_jax.analysis.vocabulary import StrongestKeys, strongest_keys
 from memoryllm_jax.inference.decoder import bucket
 
 MOST = 20  # tokens and keys that a view can be asked for
+_LAYERS = 0.5  # share of the work that the layers are; the rest is what their vectors say
 
 Report = Callable[[float], None]  # takes the share that is done, from 0 to 1; an exception of it ends the work
 
@@ -101,7 +102,7 @@ def token(model: KeyValueModel, source: TokenVectors, number: int, top: int, rep
             keys, values_KD = _strongest(model, "memory", layer, c_1F, top)
             found.append(keys)
             values.append(values_KD)
-        report((layer + 1) / config.layers)
+        report(_LAYERS * (layer + 1) / config.layers)
     norms_L = np.asarray(jnp.linalg.norm(jnp.concatenate(rows).astype(jnp.float32), axis=1))
     if not config.memory_dim:  # rows of tables do not lie in the residual stream, so that they say nothing
         return [TokenLayer(float(norm), None, []) for norm in norms_L]
@@ -137,7 +138,7 @@ def position(model: KeyValueModel, source: TokenVectors, ids: list[int], at: int
             found.append(keys)
             values.append(values_KD)
         parts.append(_parts(config, here, compute_1D))
-        report((layer + 1) / config.layers)
+        report(_LAYERS * (layer + 1) / config.layers)
     final = int(top_tokens(model, parts[-1]["output"], 1, unit=False).ids_Nk[0, 0])
     stream = [part[name] for part in parts for name in part if name in _STREAM]
     added = [part[name] for part in parts for name in part if name not in _STREAM]

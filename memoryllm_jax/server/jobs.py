@@ -2,19 +2,18 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
-import msgspec
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.server import errors
 from memoryllm_jax.server.errors import ApiError
+from memoryllm_jax.server.events import EventStream, event, unless_gone
 from memoryllm_jax.server.served import ServedModel
 
-EVENTS = "text/event-stream"
-_EVERY_S = 0.1  # seconds between two events, and between two looks whether the client is still there
-_GONE = 499  # status that proxies log for a client that went away; nobody receives it
+_EVERY_S = 0.1  # seconds between two events
 
 
 class StoppedError(Exception):
@@ -62,37 +61,35 @@ async def answer(request: Request, model: ServedModel, function: Function, alway
     Args:
       function: gets its Job and returns the result.
       always_events: whether every client gets events.
-    Raises: ApiError.
+    Raises: ApiError, ClientDisconnect.
     """
-    if always_events or EVENTS in request.headers.get("accept", ""):
-        return StreamingResponse(_events(model, function), media_type=EVENTS, headers={"Cache-Control": "no-store"})
     job = Job()
-    task = asyncio.ensure_future(model.compute(_run, function, job))
+    if always_events or EventStream.media_type in request.headers.get("accept", ""):
+        what = f"{request.method} {request.url.path}"
+        return EventStream(_events(model.compute(_run, function, job), job, what), job.stop)
     try:
-        while not (await asyncio.wait({task}, timeout=_EVERY_S))[0]:
-            if await request.is_disconnected():
-                return Response(status_code=_GONE)
-        return JSONResponse(task.result())
+        return JSONResponse(await unless_gone(request.receive, model.compute(_run, function, job)))
     finally:
         job.stop()
-        task.cancel()  # if it waits for the worker still
 
 
-async def _events(model: ServedModel, function: Function) -> AsyncIterator[bytes]:
-    """The events of a computation. Starlette ends this generator when the client goes away."""
-    job = Job()
-    task = asyncio.ensure_future(model.compute(_run, function, job))
+async def _events(computation: Awaitable[dict], job: Job, what: str) -> AsyncIterator[bytes]:
+    """The events of a computation.
+
+    Args:
+      what: the request, for a line about an unexpected error.
+    """
+    task = asyncio.ensure_future(computation)
     try:
         while not (await asyncio.wait({task}, timeout=_EVERY_S))[0]:
-            yield _event({"done": job.done, "doing": job.doing})
+            yield event({"done": job.done, "doing": job.doing})
         try:
-            result = task.result()
-        except ApiError as error:
-            result = error.to_json()
-        yield _event(result)
+            last = task.result()
+        except Exception as error:  # the response has begun: whatever it is, the client is told in an event
+            last = errors.of(error, what).to_json()
+        yield event(last)
     finally:
-        job.stop()
-        task.cancel()
+        task.cancel()  # if it still waits for the worker thread
 
 
 def _run(function: Function, job: Job) -> dict:
@@ -100,8 +97,5 @@ def _run(function: Function, job: Job) -> dict:
     try:
         return function(job)
     except UserError as error:
+        # The request was checked before, so that what fails here is the server's: a file, a device.
         raise ApiError(500, str(error)) from error
-
-
-def _event(data: dict) -> bytes:
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"

@@ -90,6 +90,8 @@ class Looker:
     def preparations(self) -> Iterator[Callable[[], object]]:
         """What takes seconds at its first use, as calls to make one after another: token texts, and compilation.
 
+        The views are compiled for as many tokens as the page shows.
+
         Weights that the engine does not hold are not read for it.
         """
         yield lambda: self._folded
@@ -99,11 +101,11 @@ class Looker:
         for length in sorted({bucket(at, self.context) for at in range(1, min(self.context, _PREPARED) + 1)}):
             yield functools.partial(self.position, [0] * length, length - 1, 3, _unreported)
         if self.config.memory_dim and not self._params.missing:
-            yield lambda: self.key(0, 0, 5, _unreported)
+            yield lambda: self.key(0, 0, 12, _unreported)
         if self.has_rows:
             # All chunks have one shape, so that one is enough.
             ids = self._model.every_id[: self._model.sizes.tokens]
-            yield lambda: self._find_nearest(0, None, 8, ids, _unreported)
+            yield lambda: self._find_nearest(0, None, 12, ids, _unreported)
 
     # Texts
 

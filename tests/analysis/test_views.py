@@ -44,7 +44,7 @@ def test_a_position_is_seen_as_in_numpy(in_numpy, architecture):
     done = []
     # Tokens after the position do not matter, and those before are not padded to it.
     seen = views.position(trained.model, trained.model, [*ids_T[: at + 1], 5, 6], at, 3, done.append)
-    assert done == [0.5, 1.0]
+    assert done == [0.25, 0.5]
     queries, residuals, outputs = trained.forward(ids_T[None])
     z_V = trained.says(outputs[-1][at])
     assert seen.final == z_V.argmax()

@@ -1,0 +1,85 @@
+import contextlib
+
+import numpy as np
+import pytest
+from by_hand import key_value_model, unit
+from lab import GREEDY, opened
+
+from memoryllm_jax.analysis import vocabulary
+from memoryllm_jax.server.looker import Looker
+from memoryllm_jax.tol.sources import read_rows
+
+SEEN = 300  # the token that is looked at
+
+
+@pytest.fixture(scope="module", params=["flex-3 live", "memory from a file", "tied from a file"])
+def looked(request, lab):
+    """(engine, Looker, name of the model, rows of all tokens as they are served [V, L, D])"""
+    name, _, where = request.param.partition(" ")
+    tol = lab.tol(name, bits="4") if where != "live" else ""
+    with lab.model(name, tol) as engine, contextlib.closing(Looker(engine)) as looker:
+        every_id = np.arange(512, dtype=np.int32)
+        if tol:
+            with opened(tol) as file:
+                rows_VLD = read_rows(file, every_id)
+        else:
+            rows_VLD = np.stack([np.asarray(x_1UD[0]) for x_1UD in engine.rows.fetch(every_id).ffn_LSUD], 1)
+        yield engine, looker, name, rows_VLD
+
+
+class Began(list):
+    """What was begun, in place of `Job.begin`."""
+
+    def __call__(self, doing):
+        self.append(doing)
+        return lambda done: None
+
+
+def test_the_neighbours_of_a_token_are_those_by_the_rows_that_are_served(looked):
+    _, looker, _, rows_VLD = looked
+    for _ in range(2):  # the second time, rows are kept
+        for layer, x_VD in ((1, rows_VLD[:, 1]), (None, rows_VLD.reshape(512, -1))):
+            ids, cosines = zip(*looker.nearest(SEEN, layer, 5, Began()))
+            cosine_V = unit(x_VD) @ unit(x_VD[SEEN])
+            cosine_V[SEEN] = -1
+            np.testing.assert_allclose(cosines, -np.sort(-cosine_V)[:5], atol=1e-5)
+            np.testing.assert_allclose(cosines, cosine_V[list(ids)], atol=1e-5)
+
+
+def test_the_rows_of_a_token_are_those_that_are_served_and_its_keys_those_of_the_weights(looked, lab):
+    engine, looker, name, rows_VLD = looked
+    began = Began()
+    layers = looker.token(SEEN, 4, began)
+    assert began == ["reading the weights of FFN-M", ""] and not looker._params.missing
+    assert looker._params["layers"] is engine.params["layers"]  # no second copy of what the engine holds
+    norms = np.linalg.norm(rows_VLD[SEEN], axis=1)
+    np.testing.assert_allclose([layer.norm for layer in layers], norms, rtol=1e-5)
+    model = key_value_model(lab.workdir(name))
+    c_F = np.asarray(model.token_coefficients(1, np.array([SEEN], np.int32))[0])
+    for key in layers[1].keys:
+        assert key.c == pytest.approx(c_F[key.key], rel=1e-4)
+    key = layers[1].keys[0].key
+    found = vocabulary.key_triggers(model, 1, np.array([key]), 6)
+    ids, cs = zip(*looker.key(1, key, 6, began))
+    assert list(ids) == found.labels_Kt[0].tolist()
+    np.testing.assert_allclose(cs, found.c_Kt[0], rtol=1e-4)
+
+
+def test_a_position_is_that_of_the_model_that_is_served(looked):
+    engine, looker, _, _ = looked
+    text = [1, SEEN, 70, 5, 9]
+    ((_, following),) = next(engine.generate([text], 1, GREEDY))
+    assert looker.position([*text, 3], 4, 3, Began()).final == following
+
+
+def test_search_finds_the_likeliest_first(looked):
+    _, looker, _, _ = looked
+    texts = looker._model.texts
+    space = next(i for i, text in enumerate(texts) if text.startswith("␣") and text[1:2].islower())
+    wanted = texts[space].replace("␣", " ")
+    ids, total = looker.search(wanted, 1000)
+    assert ids[0] == space and total == len(ids) == sum(texts[space].casefold() in text.casefold() for text in texts)
+    assert looker.search(wanted.upper(), 1000)[1] == total
+    assert looker.search("#17", 5)[0][0] == 17
+    assert looker.search("", 3) == ([0, 1, 2], 512)
+    assert looker.search("no token has this text", 3) == ([], 0)
