@@ -29,7 +29,14 @@ def open_data(trained: TrainedModel, path: str = "", argument: str = "data") -> 
 
 
 def own_path(trained: TrainedModel, argument: str = "data") -> str:
-    """The data that a model was trained on, which a printed line names.
+    """The path that `find_own` returns; a printed line names it. Raises: UserError as `find_own`."""
+    path = find_own(trained, argument)
+    print(f"{argument}: none is given, so the data that the model was trained on is read: {path}", flush=True)
+    return path
+
+
+def find_own(trained: TrainedModel, argument: str = "data") -> str:
+    """The path of the data that a model was trained on.
 
     Args:
       argument: the argument that names other data, for error messages.
@@ -50,5 +57,4 @@ def own_path(trained: TrainedModel, argument: str = "data") -> str:
         raise ArgumentError(
             argument, f"none is given, and {path} has changed since the model was trained on it; name the data to read"
         )
-    print(f"{argument}: none is given, so the data that the model was trained on is read: {path}", flush=True)
     return path

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -87,17 +87,21 @@ class Windows(NamedTuple):
             start += self.stride
 
 
-def perplexity(model: Engine, text: Text, windows: Windows, save_tokens: str = "") -> dict:
+def perplexity(
+    model: Engine, text: Text, windows: Windows, save_tokens: str = "", shows_progress: bool = True
+) -> dict:
     """Scores a text.
 
     Args:
       windows: those that `text` was opened with.
       save_tokens: path of a .npy file for the scored ids, int32 [windows, context + 1], or ""; needs `windows.whole`.
+      shows_progress: whether to print the progress.
     Returns: a record for JSON with loss in nats a token, perplexity of tokens and of words, bits per byte, the numbers
       of tokens, words and bytes that these are means over, and the loss by context.
     """
     spans = list(windows.spans(text.tokens))
-    progress = Progress("score", sum(span.stop - span.start - 1 for span in spans), "token")
+    total = sum(span.stop - span.start - 1 for span in spans)
+    progress = Progress("score", total, "token", enabled=shows_progress)
     # Sums over all windows, by the position of the predicted token in its window.
     nats_T = np.zeros(windows.context)
     predicted_T = np.zeros(windows.context, np.int64)
@@ -170,26 +174,37 @@ def prepared_text(path: str, split: str, tokenizer, windows: Windows, workdir: s
 
 
 def raw_text(pattern: str, text_key: str, tokenizer, windows: Windows) -> Text:
-    """Reads text files as one stream of documents, each between bos and eos.
-
-    Bytes and words are in proportion to the tokens used.
+    """Reads text files as one stream of documents, as `text_of` makes it.
 
     Args:
       pattern: paths and globs, separated by commas.
       text_key: JSON field or parquet column that holds a document's text.
     Raises: UserError.
     """
+    return text_of(_documents(pattern, text_key), tokenizer, windows, pattern)
+
+
+def text_of(texts: Iterable[str], tokenizer, windows: Windows, name: str) -> Text:
+    """One stream of documents, each between bos and eos.
+
+    Bytes and words are in proportion to the tokens used.
+
+    Args:
+      texts: the documents. Those past the tokens that are used are not read.
+      name: of the text, for the error message.
+    Raises: UserError for a text that is too short.
+    """
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     pieces, tokens, text_bytes, words = [], 0, 0, 0
-    for text in _documents(pattern, text_key):
+    for text in texts:
         pieces.append(np.array([*bos, *tokenizer.encode(text), *eos], np.int32))
         tokens += len(pieces[-1])
         text_bytes += len(text.encode())
         words += len(text.split())
         if windows.max_tokens and tokens > windows.max_tokens:
             break
-    used = windows.used(tokens, pattern)
+    used = windows.used(tokens, name)
     ids = np.concatenate(pieces)
     share = (used - 1) / (tokens - 1)
 

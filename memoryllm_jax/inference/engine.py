@@ -4,6 +4,7 @@ An engine takes any source of rows: `rows.LiveRows` computes them from the weigh
 them up in a ToL file. `tol.serving.open_engine` builds an engine from a workdir.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -101,6 +102,17 @@ class Engine:
         """Applies these factors to the FFN outputs from now on. Raises: ArgumentError."""
         memory_L, compute_L = contribution.factors(self.config)
         self.decoder = self._unscaled.scaled(memory_L, compute_L)
+
+    def changed(self, rows: RowSource, contribution: Contribution) -> "Engine":
+        """The same model with other rows and factors. It shares the weights with this engine, which the caller closes.
+
+        Raises: ArgumentError.
+        """
+        other = copy.copy(self)
+        other.rows = rows
+        if contribution != Contribution():
+            other.contribute(contribution)
+        return other
 
     def prompt(self, text: str) -> list[int]:
         """Token ids of a prompt, after the id that begins a document if the tokenizer has one."""

@@ -6,7 +6,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from memoryllm_jax.server import chat, completions, errors, look, page_files, security
+from memoryllm_jax.server import chat, completions, edits, errors, look, page_files, security
 from memoryllm_jax.server.errors import ApiError
 from memoryllm_jax.server.metrics import Metrics
 from memoryllm_jax.server.served import ServedModel
@@ -23,6 +23,7 @@ def make_app(model: ServedModel) -> ASGIApp:
         *completions.routes(model),
         *chat.routes(model),
         *look.routes(model),
+        *edits.routes(model),
     ]
     paths = {route.endpoint: route.path for route in routes}
     app = Starlette(routes=routes, exception_handlers=errors.HANDLERS)

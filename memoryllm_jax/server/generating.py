@@ -14,6 +14,7 @@ from starlette.responses import Response
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.server import errors
 from memoryllm_jax.server.bodies import Body
+from memoryllm_jax.server.changes import Changes
 from memoryllm_jax.server.errors import ApiError
 from memoryllm_jax.server.events import DONE, EventStream, event, unless_gone
 from memoryllm_jax.server.served import ServedModel
@@ -32,7 +33,7 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
-class GenerationBody(Body):
+class GenerationBody(Changes):
     """The fields that completions and chat have in common. null stands for the default, as in OpenAI's API."""
 
     model: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
@@ -79,7 +80,9 @@ NEUTRAL = {
 }
 
 
-def works(model: ServedModel, body: GenerationBody, prompts: list[tuple[list[int], int]], **more) -> list[Work]:
+async def works(
+    model: ServedModel, body: GenerationBody, prompts: list[tuple[list[int], int]], **more
+) -> list[Work]:
     """The sequences of a request: n for each prompt.
 
     Args:
@@ -90,6 +93,7 @@ def works(model: ServedModel, body: GenerationBody, prompts: list[tuple[list[int
     # Drawn anew for each request that names none, as in OpenAI's API.
     seed = secrets.randbits(32) if body.seed is None else body.seed
     each = [prompt for prompt in prompts for _ in range(body.n or 1)]
+    changed = await model.changed(body)
     return [
         Work(
             tuple(ids),
@@ -99,6 +103,8 @@ def works(model: ServedModel, body: GenerationBody, prompts: list[tuple[list[int
             number=number,
             stop_ids=frozenset(model.engine.tokenizer.stop_ids),
             stop_texts=body.stop_texts(),
+            contribution=changed.contribution,
+            overlay=changed.overlay,
             **more,
         )
         for number, (ids, max_tokens) in enumerate(each)

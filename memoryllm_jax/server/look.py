@@ -106,10 +106,10 @@ class _Look:
                 "can_edit": c.memory_dim > 0,
                 "can_look": True,
                 "views": self._views(),
-                "overlays": [],
+                "overlays": await self._served.compute(self._served.editing.names),
                 "keeps_overlays": bool(self._served.options.overlays),
                 "has_chat": self._served.chat is not None,
-                "has_held_out": False,
+                "has_held_out": self._served.losses.has_held_out,
                 "facts": _facts(self._served),
             }
         )

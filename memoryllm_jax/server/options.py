@@ -2,6 +2,7 @@
 
 import dataclasses
 import ipaddress
+import os
 from typing import Annotated
 
 from memoryllm_jax.common import options
@@ -35,6 +36,8 @@ class ServerOptions:
         if not is_loopback(self.host) and not self.api_key_file:
             problem = f"expected a loopback address such as 127.0.0.1, or --api_key_file as well, found {self.host!r}"
             raise ArgumentError("host", problem)
+        if self.overlays and not os.path.isdir(self.overlays):
+            raise ArgumentError("overlays", f"expected a folder, found none at {self.overlays!r}")
 
     @property
     def body_bytes(self) -> int:

@@ -16,8 +16,10 @@ from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.inference.slots import Slots
 from memoryllm_jax.server import chat_template
+from memoryllm_jax.server.changes import Changed, Changes, Editing, contribution_of
 from memoryllm_jax.server.chat_template import ChatTemplate
 from memoryllm_jax.server.looker import Looker
+from memoryllm_jax.server.losses import LossMeter
 from memoryllm_jax.server.options import ServerOptions
 from memoryllm_jax.server.scheduler import Scheduler
 from memoryllm_jax.server.security import read_key
@@ -26,6 +28,7 @@ from memoryllm_jax.server.token_names import TokenNames
 from memoryllm_jax.server.work import Work
 from memoryllm_jax.tol.serving import memory_of
 from memoryllm_jax.tol.slot_edits import SlotEdits
+from memoryllm_jax.server.worker_rows import WorkerRows
 
 T = TypeVar("T")
 
@@ -40,6 +43,8 @@ class ServedModel:
       engine, options: as given.
       name: the model's name in requests.
       looker: looks into the model; in the worker thread only.
+      editing: makes the overlays that requests ask for; in the worker thread only.
+      losses: measures the loss of the model and of a changed one; in the worker thread only.
       created: when the server started, in seconds since 1970.
       api_key: the key that requests must bring, or None.
       context: most tokens of a sequence, its prompt included.
@@ -61,6 +66,9 @@ class ServedModel:
         self.most_sequences = options.slots + options.queue
         self.token_names = TokenNames(engine.tokenizer)
         self.chat = _chat_template(engine)
+        self.editing = Editing(engine, options.overlays)
+        self._worker_rows = WorkerRows(engine)
+        self.losses = LossMeter(engine, self._worker_rows.source)
         self._is_closing = False
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "compute")
         edits = None
@@ -87,6 +95,13 @@ class ServedModel:
         """Calls a function in the worker thread, one at a time, so that the event loop is never blocked."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
 
+    async def changed(self, changes: Changes) -> Changed:
+        """What a request changes in the model. Raises: ApiError for changes that do not fit the model."""
+        contribution = contribution_of(changes.contribution, self.engine.config)
+        if changes.overlay is None and not changes.edits:
+            return Changed(None, contribution)
+        return Changed(await self.compute(self.editing.overlay, changes), contribution)
+
     def compile(self) -> None:
         """Generates a few texts, short ones and long ones, so that what most requests need is compiled."""
         asyncio.run(self._generate_once())
@@ -111,6 +126,7 @@ class ServedModel:
         self._is_closing = True
         self._worker.shutdown(cancel_futures=True)
         self.scheduler.close()
+        self._worker_rows.close()
 
 
 def _chat_template(engine: Engine) -> ChatTemplate | None:

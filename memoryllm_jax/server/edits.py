@@ -1,0 +1,109 @@
+"""Routes that try edits of the token memory, measure them, and keep them as overlay files."""
+
+import tempfile
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from memoryllm_jax.common import storage
+from memoryllm_jax.server import bodies
+from memoryllm_jax.server.changes import Changes, Edits
+from memoryllm_jax.server.errors import ApiError
+from memoryllm_jax.server.served import ServedModel
+
+
+class LossBody(Changes):
+    """Asks for the loss with and without changes.
+
+    Attributes:
+      text: the text; None: the held-out text of the model's training data.
+    """
+
+    text: str | None = None
+
+
+class KeptEdits(Edits):
+    """Asks to keep edits.
+
+    Attributes:
+      replace: whether an overlay of the same name is replaced.
+    """
+
+    replace: bool = False
+
+
+def routes(model: ServedModel) -> list[Route]:
+    """The routes under /api/edit and /api/overlays."""
+
+    async def check(request: Request):
+        """The edits in words."""
+        overlay = await model.compute(model.editing.overlay, await bodies.read(request, Edits))
+        return JSONResponse({"texts": _texts(overlay)})
+
+    async def loss(request: Request):
+        """The loss with and without changes, in nats a token."""
+        body = await bodies.read(request, LossBody)
+        changed = await model.changed(body)
+        found = await model.compute(model.losses.measure, changed, body.text)
+        return JSONResponse({"before": found.before, "after": found.after, "tokens": found.tokens})
+
+    async def file(request: Request):
+        """The overlay file of the edits, which `generate --overlay` takes."""
+        overlay = await model.compute(_some_edits, model, await bodies.read(request, Edits))
+        return Response(
+            await model.compute(_file_of, overlay),
+            media_type="application/octet-stream",
+            headers={"Content-Disposition": 'attachment; filename="edits.safetensors"'},
+        )
+
+    async def names(request: Request):
+        """The names of the kept overlays."""
+        return JSONResponse({"overlays": await model.compute(model.editing.names)})
+
+    async def kept(request: Request):
+        """The edits of a kept overlay in words."""
+        name = request.path_params["name"]
+        overlay = await model.compute(model.editing.overlay, Edits(overlay=name))
+        return JSONResponse({"name": name, "texts": _texts(overlay)})
+
+    async def keep(request: Request):
+        """Keeps edits as an overlay of this name."""
+        name, body = request.path_params["name"], await bodies.read(request, KeptEdits)
+        texts = await model.compute(_keep, model, name, body)
+        return JSONResponse({"name": name, "texts": texts})
+
+    return [
+        Route("/api/edit/check", check, methods=["POST"]),
+        Route("/api/edit/loss", loss, methods=["POST"]),
+        Route("/api/edit/file", file, methods=["POST"]),
+        Route("/api/overlays", names),
+        Route("/api/overlays/{name}", kept),
+        Route("/api/overlays/{name}", keep, methods=["PUT"]),
+    ]
+
+
+def _texts(overlay):
+    return [] if overlay is None else [edit.text for edit in overlay.edits]
+
+
+def _some_edits(model, body):
+    overlay = model.editing.overlay(body)
+    if overlay is None:
+        raise ApiError(400, "edits: expected at least one, found none", "edits")
+    return overlay
+
+
+def _file_of(overlay):
+    with tempfile.TemporaryDirectory() as folder:
+        overlay.save(f"{folder}/edits.safetensors")
+        return storage.read_bytes(f"{folder}/edits.safetensors", "an overlay")
+
+
+def _keep(model, name, body):
+    folder = model.editing.folder
+    if folder is None:
+        raise ApiError(400, "overlays: expected a server with --overlays=FOLDER, found one without")
+    overlay = _some_edits(model, body)
+    folder.keep(name, overlay, body.replace)
+    return _texts(overlay)

@@ -1,0 +1,33 @@
+"""A cache of the values that were used last, bounded by their size."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class Recent(Generic[K, V]):
+    """The values that were used last. A value larger than all of the room is made each time.
+
+    Args:
+      room: bytes of all values together.
+    """
+
+    def __init__(self, room: int):
+        self._room, self._used = room, 0
+        self._entries: OrderedDict[K, tuple[V, int]] = OrderedDict()
+
+    def get(self, key: K, make: Callable[[], V], size: Callable[[V], int]) -> V:
+        """The value of a key, made if it is not here. An error of `make` is passed on, and nothing is kept."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
+        value = make()
+        self._entries[key] = value, size(value)
+        self._used += self._entries[key][1]
+        while self._used > self._room:
+            _, (_, freed) = self._entries.popitem(last=False)
+            self._used -= freed
+        return value
