@@ -87,9 +87,7 @@ class Windows(NamedTuple):
             start += self.stride
 
 
-def perplexity(
-    model: Engine, text: Text, windows: Windows, save_tokens: str = "", shows_progress: bool = True
-) -> dict:
+def perplexity(model: Engine, text: Text, windows: Windows, save_tokens: str = "", shows_progress: bool = True) -> dict:
     """Scores a text.
 
     Args:
@@ -192,7 +190,7 @@ def text_of(texts: Iterable[str], tokenizer, windows: Windows, name: str) -> Tex
     Args:
       texts: the documents. Those past the tokens that are used are not read.
       name: of the text, for the error message.
-    Raises: UserError for a text that is too short.
+    Raises: UserError for a text that is empty or too short.
     """
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
@@ -204,6 +202,8 @@ def text_of(texts: Iterable[str], tokenizer, windows: Windows, name: str) -> Tex
         words += len(text.split())
         if windows.max_tokens and tokens > windows.max_tokens:
             break
+    if not text_bytes:
+        raise UserError(f"{name}: expected some text, found none")
     used = windows.used(tokens, name)
     ids = np.concatenate(pieces)
     share = (used - 1) / (tokens - 1)

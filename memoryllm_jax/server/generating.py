@@ -33,7 +33,7 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
-class GenerationBody(Changes):
+class GenerationBody(Changes, kw_only=True):
     """The fields that completions and chat have in common. null stands for the default, as in OpenAI's API."""
 
     model: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
@@ -80,9 +80,7 @@ NEUTRAL = {
 }
 
 
-async def works(
-    model: ServedModel, body: GenerationBody, prompts: list[tuple[list[int], int]], **more
-) -> list[Work]:
+async def works(model: ServedModel, body: GenerationBody, prompts: list[tuple[list[int], int]], **more) -> list[Work]:
     """The sequences of a request: n for each prompt.
 
     Args:
@@ -94,6 +92,8 @@ async def works(
     seed = secrets.randbits(32) if body.seed is None else body.seed
     each = [prompt for prompt in prompts for _ in range(body.n or 1)]
     changed = await model.changed(body)
+    if changed.overlay is not None:
+        raise ApiError(400, "edits: are not applied to generated texts yet", "edits")
     return [
         Work(
             tuple(ids),

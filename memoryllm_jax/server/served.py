@@ -100,7 +100,8 @@ class ServedModel:
         contribution = contribution_of(changes.contribution, self.engine.config)
         if changes.overlay is None and not changes.edits:
             return Changed(None, contribution)
-        return Changed(await self.compute(self.editing.overlay, changes), contribution)
+        overlay = await self.compute(self.editing.overlay, changes)
+        return Changed(overlay, contribution)
 
     def compile(self) -> None:
         """Generates a few texts, short ones and long ones, so that what most requests need is compiled."""

@@ -78,7 +78,7 @@ def test_files_that_cannot_be_used_are_refused_without_their_path(folder, memory
 
 def test_an_overlay_is_replaced_only_on_request(folder, memory, tmp_path):
     folder.keep("kept", zeroed(memory, 4), replace=False)
-    with pytest.raises(ApiError, match="expected a name that is free, .* found 'kept'") as error:
+    with pytest.raises(ApiError, match=r"expected a name that is free, .* found 'kept'") as error:
         folder.keep("kept", zeroed(memory, 5), replace=False)
     assert error.value.status == 409 and folder.open("kept").edits[0].ids.tolist() == [4]
     # A link is not followed, not even to replace what it names.
