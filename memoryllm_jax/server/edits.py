@@ -1,12 +1,9 @@
 """Routes that try edits of the token memory, measure them, and keep them as overlay files."""
 
-import tempfile
-
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from memoryllm_jax.common import storage
 from memoryllm_jax.server import bodies
 from memoryllm_jax.server.changes import Changes, Edits
 from memoryllm_jax.server.errors import ApiError
@@ -44,7 +41,7 @@ def routes(model: ServedModel) -> list[Route]:
     async def loss(request: Request):
         """The loss with and without changes, in nats a token."""
         body = await bodies.read(request, LossBody)
-        changed = await model.changed(body)
+        changed = await model.changed(body, for_slot=False)
         found = await model.compute(model.losses.measure, changed, body.text)
         return JSONResponse({"before": found.before, "after": found.after, "tokens": found.tokens})
 
@@ -52,7 +49,7 @@ def routes(model: ServedModel) -> list[Route]:
         """The overlay file of the edits, which `generate --overlay` takes."""
         overlay = await model.compute(_some_edits, model, await bodies.read(request, Edits))
         return Response(
-            await model.compute(_file_of, overlay),
+            await model.compute(overlay.to_bytes),
             media_type="application/octet-stream",
             headers={"Content-Disposition": 'attachment; filename="edits.safetensors"'},
         )
@@ -92,12 +89,6 @@ def _some_edits(model, body):
     if overlay is None:
         raise ApiError(400, "edits: expected at least one, found none", "edits")
     return overlay
-
-
-def _file_of(overlay):
-    with tempfile.TemporaryDirectory() as folder:
-        overlay.save(f"{folder}/edits.safetensors")
-        return storage.read_bytes(f"{folder}/edits.safetensors", "an overlay")
 
 
 def _keep(model, name, body):

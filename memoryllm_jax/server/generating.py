@@ -91,9 +91,7 @@ async def works(model: ServedModel, body: GenerationBody, prompts: list[tuple[li
     # Drawn anew for each request that names none, as in OpenAI's API.
     seed = secrets.randbits(32) if body.seed is None else body.seed
     each = [prompt for prompt in prompts for _ in range(body.n or 1)]
-    changed = await model.changed(body)
-    if changed.overlay is not None:
-        raise ApiError(400, "edits: are not applied to generated texts yet", "edits")
+    changed = await model.changed(body, for_slot=True)
     return [
         Work(
             tuple(ids),

@@ -26,9 +26,8 @@ from memoryllm_jax.server.security import read_key
 from memoryllm_jax.server.statistics import Statistics
 from memoryllm_jax.server.token_names import TokenNames
 from memoryllm_jax.server.work import Work
-from memoryllm_jax.tol.serving import memory_of
-from memoryllm_jax.tol.slot_edits import SlotEdits
 from memoryllm_jax.server.worker_rows import WorkerRows
+from memoryllm_jax.tol.slot_edits import SlotEdits
 
 T = TypeVar("T")
 
@@ -71,11 +70,10 @@ class ServedModel:
         self.losses = LossMeter(engine, self._worker_rows.source)
         self._is_closing = False
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "compute")
-        edits = None
-        if engine.config.memory_dim:
-            edits = SlotEdits(memory_of(engine), engine.trained.mesh, options.slots)
-        slots = Slots(engine, options.slots, self.context, edits)
-        self.scheduler = Scheduler(slots, edits, engine.tokenizer, options.queue, options.time_limit)
+        memory = self.editing.memory
+        self._slot_edits = SlotEdits(memory, engine.trained.mesh, options.slots) if memory else None
+        slots = Slots(engine, options.slots, self.context, self._slot_edits)
+        self.scheduler = Scheduler(slots, self._slot_edits, engine.tokenizer, options.queue, options.time_limit)
 
     @property
     def is_healthy(self) -> bool:
@@ -95,13 +93,23 @@ class ServedModel:
         """Calls a function in the worker thread, one at a time, so that the event loop is never blocked."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
 
-    async def changed(self, changes: Changes) -> Changed:
-        """What a request changes in the model. Raises: ApiError for changes that do not fit the model."""
+    async def changed(self, changes: Changes, for_slot: bool) -> Changed:
+        """What a request changes in the model.
+
+        Args:
+          for_slot: whether a slot must have room for the edits.
+        Raises: ApiError for changes that do not fit the model or the slot.
+        """
         contribution = contribution_of(changes.contribution, self.engine.config)
         if changes.overlay is None and not changes.edits:
             return Changed(None, contribution)
-        overlay = await self.compute(self.editing.overlay, changes)
-        return Changed(overlay, contribution)
+        return Changed(await self.compute(self._overlay, changes, for_slot), contribution)
+
+    def _overlay(self, changes, for_slot):
+        overlay = self.editing.overlay(changes)
+        if for_slot:
+            self._slot_edits.check(overlay)
+        return overlay
 
     def compile(self) -> None:
         """Generates a few texts, short ones and long ones, so that what most requests need is compiled."""
