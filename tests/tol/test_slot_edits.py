@@ -128,11 +128,16 @@ def test_equal_edits_share_the_pools_and_what_has_no_room_is_refused(lab):
         ):
             with pytest.raises(UserError, match=f"edits: expected {found}"):
                 edits.check(overlay(*specs))
-        ids_B = np.array([0, 101, 2, 3, 4, 5, 5, 6], np.int32)
+        edits.free(7)
+        edits.place(6, overlay(Swap(token=7, by=8)))  # takes the place of rows that no slot has
+        ids_B = np.array([0, 101, 2, 3, 4, 5, 7, 6], np.int32)
         expected = memory.rows(ids_B)
         expected[:3] = 0
         expected[4:6] = overlay(Suppress(layer=1, key=3)).rows(ids_B[4:6])
-        expected[6:] = memory.rows(np.array([6, 5]))
+        expected[6] = memory.rows(ids_B[6:] + 1)[0]
         with jax.set_mesh(engine.trained.mesh):
             found = edits.apply(edits.arrays, ids_B, engine.rows.fetch(ids_B))
+        for slot in range(3):
+            edits.free(slot)
+        edits.place(0, overlay(Blend(token=1, by=2, share=0.5)))
     np.testing.assert_allclose(np.stack(found.ffn_LSUD, 2)[0], expected, atol=1e-6)
