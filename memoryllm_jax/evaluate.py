@@ -64,7 +64,9 @@ def _about(engine: EngineOptions, model: Engine) -> dict:
     about = {"path": trained.workdir, "step": trained.step, "architecture": trained.config.architecture}
     about["dtype"] = trained.config.dtype
     if engine.tol:
-        about |= {"tol": engine.tol, "overlay": engine.overlay}
+        about["tol"] = engine.tol
+    if engine.tol or engine.overlay:
+        about["overlay"] = engine.overlay
     return about | _contribution(engine)
 
 
@@ -73,6 +75,8 @@ def _facts(engine: EngineOptions, model: Engine) -> dict[str, str]:
     facts = model.trained.facts()
     if engine.tol:
         facts["rows"] = f"{engine.tol}, on {engine.rows or 'disk'}"
+    if engine.overlay:
+        facts["edits of the rows"] = engine.overlay
     for name, value in _contribution(engine).items():
         facts[name.replace("_", " ")] = ", ".join(value) if isinstance(value, tuple) else f"{value}"
     return facts

@@ -154,7 +154,7 @@ class ModelOptions:
 class EngineOptions(ModelOptions):
     """The options of commands that run a model as it is or changed. `open` makes the engine that they ask for."""
 
-    overlay: Annotated[str, Option("file of edits of the rows, written by `tol edit`")] = ""
+    overlay: Annotated[str, Option("file of edits of the rows, live or from a ToL file, written by `tol edit`")] = ""
     alpha: Annotated[float, Option("factor of FFN-M's output, live or from a ToL file; in base, of the FFN's")] = 1.0
     alpha_compute: Annotated[float, Option("factor of FFN-C's output, in flex")] = 1.0
     drop_layers: Annotated[

@@ -99,6 +99,10 @@ class SlotEdits:
         self._set_slot = jax.jit(_set_slot, donate_argnums=0, out_shardings=whole)
         self._set_rows = jax.jit(_set_rows, donate_argnums=0, out_shardings=whole)
         self._set_key = jax.jit(_set_key, donate_argnums=0, out_shardings=whole)
+        # Compiled now, so that no sequence waits for it. Places past the end of a pool are not written.
+        self._write_slot(0, [], [], [])
+        self._write_rows([])
+        self._write_key(self._keys.size, _SuppressedKey(b"", np.int32(0), np.zeros(V, "f"), np.zeros(D, "f")))
 
     def check(self, overlay: Overlay) -> None:
         """Refuses an overlay that no slot has room for, and prepares `place`. Raises: ArgumentError."""
@@ -120,10 +124,12 @@ class SlotEdits:
             self._rows.give_back(rows)
             raise
         self._held[slot] = _Held(rows, keys)
-        self._write_rows([(place, row) for place, row in zip(rows.places, prepared.rows) if place in rows.added])
+        new = [(place, row) for place, row in zip(rows.places, prepared.rows) if place in rows.added]
+        if new:
+            self._write_rows(new)
         for place, key in zip(keys.places, prepared.keys):
             if place in keys.added:
-                self.arrays = self._set_key(self.arrays, np.int32(place), *key[1:])
+                self._write_key(place, key)
         self._write_slot(slot, [row.token for row in prepared.rows], rows.places, keys.places)
 
     def free(self, slot: int) -> None:
@@ -141,16 +147,16 @@ class SlotEdits:
         self.arrays = self._set_slot(self.arrays, np.int32(slot), *padded)
 
     def _write_rows(self, new: list[tuple[int, "_NewRow"]]):
-        """Writes rows to places of the pool."""
-        if not new:
-            return
-        # Padded to the most that a slot may have; places past the end of the pool are not written.
+        """Writes at most T rows to their places in the pool."""
         rows_TLD = np.zeros((self.tokens, *self._shape), np.float32)
         is_new_TL = np.zeros((self.tokens, self._shape[0]), bool)
         for i, (_, row) in enumerate(new):
             rows_TLD[i], is_new_TL[i] = row.row_LD, row.is_new_L
         places_T = _padded([place for place, _ in new], self.tokens, self._rows.size)
         self.arrays = self._set_rows(self.arrays, places_T, rows_TLD, is_new_TL)
+
+    def _write_key(self, place, key):
+        self.arrays = self._set_key(self.arrays, np.int32(place), key.layer, key.coefficients_V, key.value_D)
 
     def _prepare(self, overlay: Overlay) -> "_Prepared":
         found = self._prepared.get(overlay)
@@ -234,9 +240,9 @@ def _set_rows(arrays, places_T, rows_TLD, is_new_TL):
 
 def _set_key(arrays, place, layer, coefficients_V, value_D):
     return arrays._replace(
-        layer_S=arrays.layer_S.at[place].set(layer),
-        coefficients_SV=arrays.coefficients_SV.at[place].set(coefficients_V),
-        values_SD=arrays.values_SD.at[place].set(value_D),
+        layer_S=arrays.layer_S.at[place].set(layer, mode="drop"),
+        coefficients_SV=arrays.coefficients_SV.at[place].set(coefficients_V, mode="drop"),
+        values_SD=arrays.values_SD.at[place].set(value_D, mode="drop"),
     )
 
 

@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from lab import GREEDY, written
 
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.inference.slots import Settings, Slots
 from memoryllm_jax.tol import serving
 from memoryllm_jax.tol.edit import Editor
 from memoryllm_jax.tol.edit_spec import Blend, Replace, Suppress, Swap, Zero
@@ -96,6 +98,36 @@ def test_64_slots_have_the_rows_of_their_overlays(lab, name, place, choices, fir
                 found = piece(edits.arrays, np.int32(slot), ids_U, rows)
             equal_rows(found, alone[slot].fetch(ids_U))
         assert step._cache_size() == piece._cache_size() == 1
+
+
+def test_texts_of_64_slots_with_64_overlays_are_those_of_generate(lab):
+    prompts = [[slot, 300 + slot % 7, 17] for slot in range(SLOTS)]
+    with lab.model("flex-3") as engine:
+        memory, mesh = serving.memory_of(engine), engine.trained.mesh
+        overlays, rng = [None], np.random.default_rng(0)
+        for slot in range(1, SLOTS):
+            # Rows as large as the residual stream, as those of the small model hardly change its texts
+            rows = {token: 9 * rng.standard_normal((2, memory.dim), np.float32) for token in (17, slot)}
+            overlays.append(Overlay(memory))
+            Editor(overlays[slot]).give("learned", rows)
+            for spec in (Swap(token=slot, by=300 + slot % 7), Suppress(layer=1, key=slot % 2)):
+                Editor(overlays[slot]).add(spec)
+        edits = SlotEdits(memory, mesh, SLOTS, tokens=4, keys=2)
+        slots = Slots(engine, SLOTS, 16, edits)
+        texts = []
+        for slot, overlay in enumerate(overlays):
+            slots.begin(slot, Settings(sampling=GREEDY, end=10))
+            edits.place(slot, overlay)
+            texts += [[slots.read_piece(slots.prefill(slot, prompts[slot], 0, False, True)).token]]
+        while slots.is_running:
+            for text, token in zip(texts, slots.read(slots.step()).tokens_B.tolist()):
+                text.append(token)
+        plain = written(engine, prompts, 7)
+        assert texts[0] == plain[0] and len({tuple(text) for text in texts}) > SLOTS // 2
+        for slot in (1, 20, 43):
+            engine.rows = EditedRows(engine.rows, overlays[slot], mesh)
+            assert texts[slot] == written(engine, [prompts[slot]], 7)[0]
+            engine.rows = engine.rows.source
 
 
 def test_equal_edits_share_the_pools_and_what_has_no_room_is_refused(lab):
