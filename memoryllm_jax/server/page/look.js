@@ -110,7 +110,7 @@ export function lookView(view, edit) {
     return settled.task.run("Following the prediction through the layers", async (signal, setDone) => {
       const found = await result("/api/look/position", { ids, position: index, top: 3 }, signal, setDone);
       shown.positions = found.layers;
-      settled.content.replaceChildren(...settling(found));
+      settled.content.replaceChildren(...settling(found, state.sequence[index + 1]));
       if (!hasMemory) showKeysHere();
     });
   }
@@ -187,5 +187,10 @@ export function lookView(view, edit) {
     await find(chosen);
   }
 
-  return { position: showPosition };
+  return {
+    position(index) {
+      showPosition(index);
+      strip.focus(index);
+    },
+  };
 }

@@ -28,9 +28,10 @@ function show() {
   view(current()).dispatchEvent(new Event("shown"));
 }
 
+/** Opens a view at once; the browser reports the change of the address later. */
 function open(name) {
-  if (current() === name) show();
-  else location.hash = name;
+  location.hash = name;
+  show();
 }
 
 function makeTabs() {
@@ -70,13 +71,14 @@ async function start() {
   }
   document.getElementById("facts").textContent = facts(state.model);
   document.title = `${state.model.name} · memoryllm`;
-  state.prompt = "The file is";
+  state.prompt = "The name of the";
+  state.sampling.max_tokens = Math.min(48, Math.floor(state.model.context / 2));
   const edit = {};
   const look = lookView(view("look"), edit);
   const lookAt = (tokens, index) => {
     set("sequence", tokens);
-    look.position(index);
     open("look");
+    look.position(index);
   };
   Object.assign(
     edit,

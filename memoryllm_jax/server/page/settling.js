@@ -118,8 +118,12 @@ function table(found) {
   );
 }
 
-/** The section for one answer of /api/look/position. */
-export function settling(found) {
+/**
+ * The section for one answer of /api/look/position.
+ *
+ * @param following the token that the text goes on with, if it goes on.
+ */
+export function settling(found, following) {
   const place = h("div", {});
   let drawn = 0;
   const draw = () => {
@@ -136,7 +140,9 @@ export function settling(found) {
       {},
       "After this token the model predicts ",
       tokenText(found.final.text),
-      ". How likely each part of each layer makes that token:",
+      following && following.id === found.final.id && ", and so the text goes on",
+      following && following.id !== found.final.id && [", while the text goes on with ", tokenText(following.text)],
+      ". How likely each part of each layer makes the predicted token:",
     ),
     legend(partsOf(found)),
     place,

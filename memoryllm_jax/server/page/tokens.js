@@ -154,7 +154,8 @@ export class Strip {
 
   #focused(chip, token) {
     this.#enter(chip);
-    showTip(chip, token);
+    // Not after a click, whose pointer is on the chip already
+    if (chip.matches(":focus-visible")) showTip(chip, token);
   }
 
   #move(event) {
