@@ -15,7 +15,7 @@ const NO_TEXT = "Generate a text first, then choose one of its tokens here. Or s
  * Fills the view.
  *
  * @param edit gets the functions `token(token)` and `key(layer, key)`, which open Edit.
- * @returns {position(index)}: shows a token of the text in `state.sequence`.
+ * @returns {position(index), focus()}: shows a token of the text in `state.sequence`; gives that token the focus.
  */
 export function lookView(view, edit) {
   const hasMemory = state.model.ffns.includes("memory");
@@ -188,9 +188,7 @@ export function lookView(view, edit) {
   }
 
   return {
-    position(index) {
-      showPosition(index);
-      strip.focus(index);
-    },
+    position: showPosition,
+    focus: () => strip.focus(shown.index),
   };
 }

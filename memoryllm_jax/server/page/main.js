@@ -18,14 +18,16 @@ function current() {
   return VIEWS.includes(name) ? name : "generate";
 }
 
+/** Shows the view that the address names, and tells it so if another one was shown. */
 function show() {
+  const wasHidden = view(current()).hidden;
   for (const name of VIEWS) {
     const isCurrent = name === current();
     view(name).hidden = !isCurrent;
     tab(name).setAttribute("aria-selected", String(isCurrent));
     tab(name).tabIndex = isCurrent ? 0 : -1;
   }
-  view(current()).dispatchEvent(new Event("shown"));
+  if (wasHidden) view(current()).dispatchEvent(new Event("shown"));
 }
 
 /** Opens a view at once; the browser reports the change of the address later. */
@@ -77,8 +79,9 @@ async function start() {
   const look = lookView(view("look"), edit);
   const lookAt = (tokens, index) => {
     set("sequence", tokens);
-    open("look");
     look.position(index);
+    open("look");
+    look.focus();
   };
   Object.assign(
     edit,
@@ -86,7 +89,7 @@ async function start() {
   );
   generateView(view("generate"), lookAt);
   ablateView(view("ablate"), lookAt);
-  show();
+  view(current()).dispatchEvent(new Event("shown"));
 }
 
 start();
