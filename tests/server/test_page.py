@@ -166,7 +166,8 @@ def test_edit(page, served, tmp_path):
         edit.get_by_role("button", name="Save as a file").click()
     path = tmp_path / "edits.safetensors"
     download.value.save_as(path)
-    assert Overlay.open(str(path), served.editing.memory).texts() == [edit.locator(".edits bdi").inner_text()]
+    (saved,) = Overlay.open(str(path), served.editing.memory).edits
+    assert saved.text == edit.locator(".edits bdi").inner_text()
 
     edit.get_by_role("button", name="Undo").click()
     expect(edit.locator(".edits li")).to_have_count(0)
@@ -175,7 +176,7 @@ def test_edit(page, served, tmp_path):
 
 def test_ablate(page):
     expect(chips(page, "generate").first).to_be_visible()
-    set_sampling(page, "generate", Tokens=6, Temperature=0)
+    set_sampling(page, "generate", Tokens=6, Temperature=1)
     asked = []
     page.on("request", lambda request: asked.append(request) if request.url.endswith("/v1/completions") else None)
     page.get_by_role("tab", name="Ablate").click()
@@ -185,7 +186,7 @@ def test_ablate(page):
     ablate.locator("#alpha-memory").focus()
     page.keyboard.press("Home")
     ablate.get_by_role("group", name="FFN-C").get_by_role("button", name="layer 1").click()
-    expect(verdict).to_contain_text("differ")
+    expect(verdict).to_have_text(re.compile("differ|then the texts part"))
     assert json.loads(asked[-1].post_data)["contribution"] == {
         "alpha": 0, "drop_layers": [], "alpha_compute": 1, "drop_compute": [1]
     }  # fmt: skip

@@ -3,7 +3,7 @@
 import { named } from "./texts.js";
 
 /** A request that the server refused, in its words. */
-export class RequestError extends Error {
+class RequestError extends Error {
   constructor(message, status, retryAfter) {
     super(message);
     this.status = status;
@@ -90,7 +90,7 @@ export async function file(path, body) {
 }
 
 /** The events of a stream, as parsed JSON. Raises RequestError if one is an error. */
-export async function* events(path, body, signal) {
+async function* events(path, body, signal) {
   const response = await request("POST", path, body, signal, { Accept: "text/event-stream" });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let pending = "";

@@ -84,7 +84,8 @@ function markCommon(one, other) {
   if (same === one.tokens.length && same === other.tokens.length) return "Both texts are the same.";
   const given = one.tokens.filter((token) => token.given).length;
   if (same <= given) return "They differ from the first new token on.";
-  return `The first ${whole(same - given)} new tokens are the same; then the texts part.`;
+  const common = same === given + 1 ? "The first new token is" : `The first ${whole(same - given)} new tokens are`;
+  return `${common} the same; then the texts part.`;
 }
 
 /** The text of the model as it is, and beside it that of the model with changes, drawn in the same way. */

@@ -1,9 +1,10 @@
 // Edit: change rows of the token memory, compare the text and the loss before and after, and keep the edits.
 
-import { file, get, post, put } from "./api.js";
+import { post } from "./api.js";
 import { SideBySide } from "./continuation.js";
 import { Task, errorBox, field, h, paused, say } from "./dom.js";
 import { LayerChips, TokenSearch, promptField, samplingFields } from "./fields.js";
+import { keeping } from "./keeping.js";
 import { lossSection } from "./loss.js";
 import { canUndo, changesBody, isChanged, onChange, setChanges, state, undoChanges } from "./state.js";
 import { number } from "./texts.js";
@@ -215,8 +216,17 @@ function editList() {
   function show() {
     const { overlay, edits } = state.changes;
     list.replaceChildren();
-    if (overlay !== null)
-      list.append(item(`overlay ${overlay}`, () => setChanges({ ...state.changes, overlay: null })));
+    if (overlay !== null) {
+      const entry = item(`overlay ${overlay.name}`, () => setChanges({ ...state.changes, overlay: null }));
+      entry.append(
+        h(
+          "ul",
+          {},
+          overlay.texts.map((text) => h("li", {}, h("bdi", {}, text))),
+        ),
+      );
+      list.append(entry);
+    }
     edits.forEach(({ text }, i) => list.append(item(text, () => without(i))));
     none.hidden = isChanged();
     undo.disabled = !canUndo();
@@ -225,95 +235,6 @@ function editList() {
   onChange("changes", show);
   show();
   return h("div", {}, none, list, h("div", { class: "row" }, undo, clear));
-}
-
-/** Saving as a file, keeping under a name, and loading what was kept. */
-function keeping() {
-  const place = h("div", {});
-  const task = new Task(place);
-  const save = h("button", { type: "button", click: download }, "Save as a file");
-  const name = h("input", {
-    type: "text",
-    pattern: "[A-Za-z0-9_\\-]+",
-    placeholder: "letters, digits, - and _",
-    autocomplete: "off",
-  });
-  const keep = h("button", { type: "submit" }, "Keep");
-  const kept = h("select", { "aria-label": "Kept overlays" });
-  const load = h("button", { type: "button", click: () => setChanges({ overlay: kept.value, edits: [] }) }, "Load");
-  const keepForm = h(
-    "form",
-    {
-      class: "row",
-      submit: (event) => {
-        event.preventDefault();
-        keepAs(false);
-      },
-    },
-    field("Keep on the server as", name),
-    keep,
-  );
-  const loadRow = h("div", { class: "row" }, field("Kept before", kept), load);
-
-  async function download() {
-    await task.run("Making the file", async () => {
-      const blob = await file("/api/edit/file", changesBody());
-      const url = URL.createObjectURL(blob);
-      const link = h("a", { href: url, download: "edits.safetensors" });
-      link.click();
-      setTimeout(() => URL.revokeObjectURL(url), 60_000);
-      note("Saved. `generate --overlay=edits.safetensors` takes this file.");
-    });
-  }
-
-  async function keepAs(replace) {
-    if (!name.value) {
-      place.replaceChildren(errorBox(new Error("Give it a name first.")));
-      name.focus();
-      return;
-    }
-    const chosen = name.value;
-    let exists = false;
-    const done = await task.run("Keeping the edits", async () => {
-      try {
-        await put(`/api/overlays/${encodeURIComponent(chosen)}`, { ...changesBody(), replace });
-      } catch (error) {
-        if (error.status !== 409) throw error;
-        exists = true;
-        return;
-      }
-      await showKept();
-    });
-    if (exists) {
-      const again = h("button", { type: "button", click: () => keepAs(true) }, "Replace it");
-      place.replaceChildren(h("p", { class: "row" }, `There is an overlay ${chosen} already.`, again));
-      again.focus();
-    } else if (done) note(`Kept. Requests use it with "overlay": "${chosen}".`);
-  }
-
-  function note(text) {
-    // After the task has cleared its place
-    setTimeout(() => {
-      place.replaceChildren(h("p", { class: "quiet" }, text));
-      say(text);
-    });
-  }
-
-  async function showKept() {
-    const { overlays } = await get("/api/overlays");
-    kept.replaceChildren(...overlays.map((overlay) => h("option", { value: overlay }, overlay)));
-    loadRow.hidden = overlays.length === 0;
-  }
-
-  const show = () => {
-    save.disabled = keep.disabled = !isChanged();
-  };
-  onChange("changes", show);
-  show();
-  keepForm.hidden = !state.model.keeps_overlays;
-  kept.replaceChildren(...state.model.overlays.map((overlay) => h("option", { value: overlay }, overlay)));
-  loadRow.hidden = state.model.overlays.length === 0;
-  return h("div", { class: "keeping" }, h("div", { class: "row" }, save), keepForm, loadRow, place);
 }
 
 /** The continuation before and after, side by side. */

@@ -5,7 +5,7 @@ import { tokenText } from "./tokens.js";
 import { alone, percent } from "./texts.js";
 
 // In the order in which a layer adds them
-export const PARTS = {
+const PARTS = {
   residual: "Residual",
   attention: "Attention",
   memory: "FFN-M",

@@ -7,7 +7,7 @@ export const state = {
   prompt: "",
   sampling: { max_tokens: 48, temperature: 0.8, top_p: 1, top_k: 0, seed: 1 },
   sequence: [], // the tokens that Generate shows: {id, text, logProb, alternatives, given}
-  // A kept overlay, and after it edits: {edit, text}, with the edit in the JSON of the API
+  // A kept overlay {name, texts}, and after it edits: {edit, text}, with the edit in the JSON of the API
   changes: { overlay: null, edits: [] },
 };
 
@@ -54,7 +54,7 @@ export function isChanged() {
 
 /** The changes of the memory as the fields of a request. */
 export function changesBody(changes = state.changes) {
-  const overlay = changes.overlay === null ? {} : { overlay: changes.overlay };
+  const overlay = changes.overlay === null ? {} : { overlay: changes.overlay.name };
   return { ...overlay, edits: changes.edits.map(({ edit }) => edit) };
 }
 

@@ -5,7 +5,7 @@ const NAMED = { "\n": "↵", "\t": "⇥", "\r": "␍" };
 const UNSEEN = /[\p{Cc}\p{Cf}\p{Co}\p{Cn}\p{Cs}\p{Zl}\p{Zp}]|(?! )\p{Zs}/gu;
 
 /** A token's text with a visible sign for each character that has none, and a circle below a lone combining mark. */
-export function visible(text) {
+function visible(text) {
   const signs = text.replace(
     UNSEEN,
     (c) => NAMED[c] ?? `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`,
