@@ -10,10 +10,12 @@ it at any time and run the same line again. Needs the extras `eval` and `hf`, an
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import common
 import lm_eval
+from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from memoryllm_jax.checkpoint.description import config_of
@@ -69,6 +71,10 @@ class Harness:
         """Samples of each task by the harness's adapter, from the exported model in `folder`."""
         how = f"pretrained={folder},trust_remote_code=True,dtype=float32"
         return self._scores(path, lambda: "hf", model_args=how, batch_size=16, device="cpu")
+
+    def served(self, path: str, open_model: Callable[[], LM]) -> dict[str, Samples]:
+        """Samples of each task by an adapter that asks a server."""
+        return self._scores(path, open_model)
 
     def _scores(self, path, open_model, **more) -> dict[str, Samples]:
         # The model is opened only if the tasks must run.

@@ -28,6 +28,9 @@ PACKAGES = (
     "keras",
     "keras-hub",
     "lm_eval",
+    "openai",
+    "starlette",
+    "uvicorn",
 )
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Paths of this machine do not belong in a committed record.
