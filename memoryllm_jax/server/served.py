@@ -117,14 +117,13 @@ class ServedModel:
         self.scheduler.statistics = Statistics()  # these were nobody's requests
 
     async def _generate_once(self):
-        # Attention reads a power of two of positions, and each has functions of its own.
-        length = 4
-        while length <= self.context:
-            work = Work((0,) * (length - 2), max_tokens=2, sampling=Sampling(0))
+        # Attention reads a power of two of positions, or all of them, and each has functions of its own.
+        lengths = [1 << power for power in range(2, self.context.bit_length()) if 1 << power < self.context]
+        for length in (*lengths, self.context):
+            work = Work((0,) * max(1, length - 2), max_tokens=2, sampling=Sampling(0))
             (stream,) = self.scheduler.submit([work])
             async for _ in stream:
                 pass
-            length *= 2
 
     def begin_closing(self) -> None:
         """Lets /health say that the server is closing, while what runs is finished."""
