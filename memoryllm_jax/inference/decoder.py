@@ -197,7 +197,13 @@ class Decoder:
         return [attention.Cache(zeros, zeros) for _ in range(c.layers)]
 
     def step(
-        self, params: dict, rows: TokenRows, index_B, position_B, cache: list[attention.Cache], span: int | None = None
+        self,
+        params: dict,
+        rows: TokenRows,
+        index_B,
+        position_B,
+        cache: list[attention.Cache],
+        reach: attention.Reach = attention.WHOLE,
     ):
         """Runs one token of each sequence through the decoder. For use in jit, inside the mesh.
 
@@ -208,7 +214,7 @@ class Decoder:
           position_B: int32, the token's position in its sequence. A token past the cache's end is not written to it,
             and its logits are arbitrary.
           cache: the cache of the earlier positions.
-          span: as of `attention.Past`.
+          reach: how much of the cache is read, at least up to the tokens.
         Returns: (float32 logits [B, V] of the next token, the cache with these tokens).
         """
         # All layers are one function, unlike in sequences.py: for one position, a call takes longer than its work.
@@ -220,7 +226,7 @@ class Decoder:
         written = []
         for layer, (layer_params, old) in enumerate(zip(params["layers"], cache, strict=True)):
             ffn_SUD, factors = sequences.rows_of_layer(rows, params, layer)
-            past = attention.Past(old, position_B1, span=span)
+            past = attention.Past(old, position_B1, reach)
             out = transformer.apply_layer(c, layer_params, x_BTD, ffn_SUD, index_SN, rope, past, factors)
             x_BTD = out.x_BTD
             written.append(out.keys_values)

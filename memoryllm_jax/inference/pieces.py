@@ -1,7 +1,7 @@
 """Pieces of a prompt, which enter one slot of a key-value cache while other slots decode.
 
-Each layer is one call of a jitted function, as in sequences.py. It compiles once for each length of a piece and each
-span of the cache. Call the functions inside a mesh. They return before the device is done.
+Each layer is one call of a jitted function, as in sequences.py. Call the functions inside a mesh. They return before
+the device is done.
 
 Shapes: T positions of a piece, padding included; b copies of the piece, one for each batch shard; V token ids as the
 head stores them; K alternatives. Others are those of decoder.py.
@@ -61,14 +61,14 @@ class _Where(NamedTuple):
     rope: tuple[jax.Array, jax.Array]
 
 
-def run(config: ModelConfig, params: dict, rows: TokenRows, index_T, place: Place, cache: list, span: int, shards: int):
+def run(config: ModelConfig, params: dict, rows: TokenRows, index_T, place: Place, cache: list, reach, shards: int):
     """Runs a piece through the layers and writes its keys and values to the cache.
 
     Args:
       params: those of `Decoder`, with the factors of the slot.
       index_T: int32, the row of each position.
       cache: the cache of all slots, with the slot's earlier positions. It is donated.
-      span: the cache's positions that attention reads, at least those up to the piece's end.
+      reach: the `attention.Reach` of attention, at least up to the piece's end.
       shards: batch shards of the mesh. Each computes the piece, because a batch of one cannot be split.
     Returns: (residual stream after the last layer [b, T, D], the cache with the piece).
     """
@@ -76,7 +76,7 @@ def run(config: ModelConfig, params: dict, rows: TokenRows, index_T, place: Plac
     written = []
     for layer, (layer_params, old) in enumerate(zip(params["layers"], cache, strict=True)):
         ffn_SUD, factors = sequences.rows_of_layer(rows, params, layer)
-        x_bTD, new = _layer(config, layer_params, x_bTD, ffn_SUD, factors, where, old, span)
+        x_bTD, new = _layer(config, layer_params, x_bTD, ffn_SUD, factors, where, old, reach)
         written.append(new)
     return x_bTD, written
 
@@ -94,12 +94,12 @@ def _embed(config, x0_SUD, index_T, place, capacity, shards):
 
 @functools.partial(
     ahead.jit,
-    static_argnames=("config", "span"),
+    static_argnames="config",
     donate_argnames=("x_bTD", "cache"),
     out_shardings=(sequences.STREAM, sequences.CACHE),
 )
-def _layer(config, layer_params, x_bTD, ffn_SUD, factors, where, cache, span):
-    past = attention.Past(cache, where.position_bT, where.slot, span)
+def _layer(config, layer_params, x_bTD, ffn_SUD, factors, where, cache, reach):
+    past = attention.Past(cache, where.position_bT, reach, where.slot)
     out = transformer.apply_layer(config, layer_params, x_bTD, ffn_SUD, where.index_ST, where.rope, past, factors)
     return out.x_BTD, out.keys_values
 

@@ -185,6 +185,7 @@ class Slots:
         if slots < 1 or slots % shards:
             raise ArgumentError("slots", f"expected a multiple of the mesh's {shards} batch shards, found {slots}")
         self.slots, self.capacity = slots, capacity
+        self._is_cpu = mesh.devices.flat[0].platform == "cpu"
         of_position = 4 * self._config.heads * next_power_of_two(capacity)
         self.piece = min(PIECE, 1 << (max(16, _SCORES_BYTES // of_position).bit_length() - 1))
         if not self._rows.on_device:
@@ -193,7 +194,6 @@ class Slots:
         self._put = ahead.jit(lambda tree: tree, out_shardings=whole)
         self._step = ahead.jit(
             self._step_body,
-            static_argnames="span",
             donate_argnames="cache",
             out_shardings=(whole, whole, of_cache),
         )
@@ -302,9 +302,9 @@ class Slots:
             rows = self._edit_piece(self._edits.arrays, place.slot, ids, rows)
         factors = Factors(*(of_LB[:, slot].copy() for of_LB in self._settings.factors))
         params = self._decoder.params | {"factors": factors}
-        span, shards = self._span(int(place.start + place.count)), self._decoder.shards
+        reach, shards = self._reach(int(place.start + place.count)), self._decoder.shards
         x_bTD, self._cache = pieces.run(
-            self._config, params, rows, index_T.astype(np.int32), place, self._cache, span, shards
+            self._config, params, rows, index_T.astype(np.int32), place, self._cache, reach, shards
         )
         return x_bTD
 
@@ -359,7 +359,7 @@ class Slots:
             self._hold()
         how = self._settings
         next_B = np.minimum(self._next_positions(), how.end_B)
-        span = self._span(int(np.where(how.is_decoding_B, next_B, 1).max()))
+        longest = int(np.where(how.is_decoding_B, next_B, 1).max())
         with jax.set_mesh(self._decoder.mesh):
             drawn, self._standing, self._cache = self._step(
                 self._decoder.params,
@@ -368,14 +368,14 @@ class Slots:
                 self._standing,
                 self._on_devices(),
                 cache=self._cache,
-                span=span,
+                reach=self._reach(longest),
             )
         wants_any = (how.is_decoding_B & (how.alternatives_B >= 0)).any()
         self._unread_B += how.is_decoding_B
         likelihoods = drawn.likelihoods if wants_any else None
         return Pending(drawn.tokens_B, likelihoods, self._occupant_B.copy(), how.is_decoding_B.copy())
 
-    def _step_body(self, params, arrays, edits, standing, occupants, cache, span):
+    def _step_body(self, params, arrays, edits, standing, occupants, cache, reach):
         tokens_B, position_B = standing
         takes_B = occupants.is_decoding_B & (position_B + 1 < occupants.end_B)
         if not self._rows.on_device:
@@ -386,7 +386,7 @@ class Slots:
         # Slots that take no step must not write: a piece of a prompt may have been written there.
         at_B = jnp.where(takes_B, position_B, self._stored)
         params = params | {"factors": occupants.factors}
-        logits_BV, cache = self._decoder.step(params, rows, jnp.arange(self.slots), at_B, cache, span)
+        logits_BV, cache = self._decoder.step(params, rows, jnp.arange(self.slots), at_B, cache, reach)
         drawn = pieces.draw(logits_BV, occupants.draws, occupants.alternatives_B, position_B + 1, self._vocab_size)
         after = Standing(jnp.where(takes_B, drawn.tokens_B, tokens_B), position_B + takes_B)
         return drawn._replace(tokens_B=jnp.where(takes_B, drawn.tokens_B, -1)), after, cache
@@ -426,6 +426,12 @@ class Slots:
             self._occupants = self._put(jax.tree.map(np.copy, self._settings))
         return self._occupants
 
-    def _span(self, positions: int) -> int:
-        """Positions of the cache that attention reads for sequences of this length, so that few spans compile."""
-        return min(self._stored, max(attention.CACHE_TILE, next_power_of_two(positions)))
+    def _reach(self, positions: int) -> attention.Reach:
+        """What attention reads of the cache for sequences of so many positions."""
+        if self._stored <= attention.CACHE_TILE:
+            return attention.WHOLE
+        if self._is_cpu:
+            return attention.Reach(tiles=np.int32(-(-positions // attention.CACHE_TILE)))
+        # A loop over tiles would wait for the host before each, and launch many small kernels. Powers of two, so that
+        # few spans compile.
+        return attention.Reach(span=min(self._stored, max(attention.CACHE_TILE, next_power_of_two(positions))))

@@ -1,14 +1,17 @@
 """Causal self-attention: the backends for whole sequences, and attention over a key-value cache.
 
 Shapes: B sequences, T positions, H heads, K head size, C positions of a cache, G query heads for each key head,
-N tiles of c positions of a cache.
+R queries that share a key head.
 """
 
+import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from memoryllm_jax.common import devices
 from memoryllm_jax.common.errors import UserError
@@ -19,7 +22,7 @@ SPLASH_BLOCK = 512  # positions of a tile of the splash kernel
 # Up to so many positions splash's backward pass is one kernel, which holds T / SPLASH_BLOCK copies of the queries'
 # gradients: 2.3 GB for four heads at 32,768 positions. Above, it is two kernels.
 _MOST_FUSED = 4096
-# Attention over a cache of a multiple of so many positions sums over so many at a time.
+# Positions of a tile, where attention over a cache runs in tiles. A cache of more has a multiple of it.
 CACHE_TILE = 128
 
 
@@ -132,6 +135,24 @@ class Cache(NamedTuple):
     v_BHCK: jax.Array
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tiles"], meta_fields=["span"])
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """How much of a cache attention reads: all of it, or a part in one of two ways. An argument of jitted functions.
+
+    Attributes:
+      span: the first positions, read at once; each span compiles anew. None: all.
+      tiles: int32 scalar, the first tiles of CACHE_TILE positions, one after the other; all numbers share one compiled
+        function. A result has the same bits for each number that suffices. None: not in tiles.
+    """
+
+    span: int | None = None
+    tiles: jax.Array | np.ndarray | None = None
+
+
+WHOLE = Reach()
+
+
 class Past(NamedTuple):
     """Positions that a pass adds to a cache, and attends from.
 
@@ -139,15 +160,15 @@ class Past(NamedTuple):
       cache: keys and values of the earlier positions.
       position_BT: int32, the new positions, consecutive in each sequence. Positions past the cache's end are not
         written; their results are arbitrary.
+      reach: how much of the cache is read, at least up to the new positions.
       slot: int32 scalar, the sequence of the cache that the new positions continue; None where sequence b continues
         the cache's b-th. With a slot, all B new sequences are the same one.
-      span: attention reads so many of the cache's first positions, at least those up to the new ones; None: all.
     """
 
     cache: Cache
     position_BT: jax.Array
+    reach: Reach = WHOLE
     slot: jax.Array | None = None
-    span: int | None = None
 
     def attend(self, q_BTHK, new: Cache):
         """Writes the new positions to the cache, and attends from each over itself and the earlier ones.
@@ -160,7 +181,30 @@ class Past(NamedTuple):
         # The written cache alone is read: XLA then updates a donated cache in place. It would copy the cache if
         # something read the earlier one after the write.
         cache = Cache(*(self._write(old, added) for old, added in zip(self.cache, new)))
-        return _attend(q_BTHK, *(self._read(x) for x in cache), self.position_BT), cache
+        B, T, heads, K = q_BTHK.shape
+        H = cache.k_BHCK.shape[1]
+        # R: the queries that share a key head, those of its group in all T positions.
+        q_BHRK = (q_BTHK * K**-0.5).reshape(B, T, H, -1, K).transpose(0, 2, 3, 1, 4).reshape(B, H, -1, K)
+        position_BHR = jnp.tile(self.position_BT, (1, heads // H))[:, None]
+        if self.reach.tiles is None:
+            k_BHCK, v_BHCK = self._read(cache, 0, self.reach.span or cache.k_BHCK.shape[2])
+            part = _attend(q_BHRK, k_BHCK, v_BHCK, position_BHR)
+        else:
+            part = self._attend_in_tiles(q_BHRK, cache, position_BHR)
+        y_BHGTK = (part.sum_BHRK / part.weight_BHR1).astype(q_BTHK.dtype).reshape(B, H, -1, T, K)
+        return y_BHGTK.transpose(0, 3, 1, 2, 4).reshape(q_BTHK.shape), cache
+
+    def _attend_in_tiles(self, q_BHRK, cache, position_BHR):
+        # Each tile runs the same compiled code, and a masked tile adds zeros: so the bits do not depend on the number
+        # of tiles. A longer span would change them: XLA for CPUs has other code for exponentials and sums of its size.
+
+        def add(tile, part):
+            k_BHcK, v_BHcK = self._read(cache, tile * CACHE_TILE, CACHE_TILE)
+            return part.merge(_attend(q_BHRK, k_BHcK, v_BHcK, position_BHR - tile * CACHE_TILE))
+
+        zeros = jnp.zeros(q_BHRK.shape, jnp.float32)
+        empty = _Part(jnp.full((*q_BHRK.shape[:3], 1), MASKED, jnp.float32), zeros[..., :1], zeros)
+        return jax.lax.fori_loop(0, self.reach.tiles, add, empty)
 
     def _write(self, cache_BHCK, new_BHTK):
         def put(cache_HCK, new_HTK, position_T):
@@ -170,47 +214,49 @@ class Past(NamedTuple):
             return jax.vmap(put)(cache_BHCK, new_BHTK, self.position_BT)
         return cache_BHCK.at[self.slot, :, self.position_BT[0]].set(new_BHTK[0].swapaxes(0, 1), mode="drop")
 
-    def _read(self, cache_BHCK):
-        span_BHCK = cache_BHCK[:, :, : self.span]
-        if self.slot is None:
-            return span_BHCK
-        one_1HCK = jax.lax.dynamic_slice_in_dim(span_BHCK, self.slot, 1)
-        return jnp.broadcast_to(one_1HCK, (len(self.position_BT), *one_1HCK.shape[1:]))
+    def _read(self, cache, first, count):
+        """`count` positions of the cache from `first` on, for each of the B new sequences."""
+
+        def read(x_BHCK):
+            if self.slot is None:
+                return jax.lax.dynamic_slice_in_dim(x_BHCK, first, count, 2)
+            sizes = (1, x_BHCK.shape[1], count, x_BHCK.shape[3])
+            x_1HCK = jax.lax.dynamic_slice(x_BHCK, (self.slot, 0, first, 0), sizes)
+            return jnp.broadcast_to(x_1HCK, (len(self.position_BT), *sizes[1:]))
+
+        return Cache(*map(read, cache))
 
 
-def _attend(q_BTHK, k_BHCK, v_BHCK, position_BT):
-    """Attention of positions over keys and values that include their own; all later ones are masked.
+class _Part(NamedTuple):
+    """Attention of queries over a part of the positions.
 
-    The result does not depend on how many masked positions follow the last one, to the bit, as long as products of
-    tiles do not: sums over positions add up tiles of CACHE_TILE positions in pairs, and whole masked tiles add zeros.
+    Attributes:
+      top_BHR1: the largest score, MASKED if all positions are masked.
+      weight_BHR1: sum over the positions of exp(score - top).
+      sum_BHRK: sum of these exponentials times the values.
     """
-    B, T, heads, K = q_BTHK.shape
-    H, C = k_BHCK.shape[1:3]
-    # R: the queries that share a key head, those of its group in all T positions.
-    q_BHRK = (q_BTHK * K**-0.5).reshape(B, T, H, -1, K).transpose(0, 2, 3, 1, 4).reshape(B, H, -1, K)
-    is_past_BTC = jnp.arange(C) <= position_BT[..., None]
-    is_past_BHRC = jnp.tile(is_past_BTC, (1, heads // H, 1))[:, None]
-    s_BHRC = jnp.where(is_past_BHRC, einsum_float32("bhrk,bhck->bhrc", q_BHRK, k_BHCK), MASKED)
-    p_BHRC = jnp.exp(s_BHRC - s_BHRC.max(-1, keepdims=True))
 
-    tile = C if C % CACHE_TILE else CACHE_TILE
-    p_BHRNc = p_BHRC.reshape(*p_BHRC.shape[:3], -1, tile)
-    v_BHNcK = v_BHCK.reshape(B, H, -1, tile, K)
-    y_BHNRK = einsum_float32("bhrnc,bhnck->bhnrk", p_BHRNc.astype(v_BHCK.dtype), v_BHNcK)
-    y_BHRK = _sum_in_pairs(y_BHNRK, 2) / _sum_in_pairs(p_BHRNc.sum(-1), 3)[..., None]
-    y_BTHK = y_BHRK.astype(q_BTHK.dtype).reshape(B, H, -1, T, K).transpose(0, 3, 1, 2, 4)
-    return y_BTHK.reshape(q_BTHK.shape)
+    top_BHR1: jax.Array
+    weight_BHR1: jax.Array
+    sum_BHRK: jax.Array
+
+    def merge(self, other: "_Part") -> "_Part":
+        """Attention over two parts. Where all of `other` is masked, it is this part to the bit."""
+        top_BHR1 = jnp.maximum(self.top_BHR1, other.top_BHR1)
+        mine, its = jnp.exp(self.top_BHR1 - top_BHR1), jnp.exp(other.top_BHR1 - top_BHR1)
+        return _Part(
+            top_BHR1, self.weight_BHR1 * mine + other.weight_BHR1 * its, self.sum_BHRK * mine + other.sum_BHRK * its
+        )
 
 
-def _sum_in_pairs(x, axis):
-    """Sums over an axis, always in the same order: zeros that follow on the axis do not change the sum to the bit."""
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, (1 << (x.shape[axis] - 1).bit_length()) - x.shape[axis])
-    x = jnp.pad(x, padding)
-    while x.shape[axis] > 1:
-        first, second = jnp.split(x, 2, axis)
-        x = first + second
-    return x.squeeze(axis)
+def _attend(q_BHRK, k_BHCK, v_BHCK, position_BHR) -> _Part:
+    """Attention of queries at these positions over the positions 0 to C - 1."""
+    is_past = jnp.arange(k_BHCK.shape[2]) <= position_BHR[..., None]
+    s_BHRC = jnp.where(is_past, einsum_float32("bhrk,bhck->bhrc", q_BHRK, k_BHCK), MASKED)
+    top_BHR1 = s_BHRC.max(-1, keepdims=True)
+    p_BHRC = jnp.where(is_past, jnp.exp(s_BHRC - top_BHR1), 0)
+    y_BHRK = einsum_float32("bhrc,bhck->bhrk", p_BHRC.astype(v_BHCK.dtype), v_BHCK)
+    return _Part(top_BHR1, p_BHRC.sum(-1, keepdims=True), y_BHRK)
 
 
 def plain(q_BTHK, k_BTHK, v_BTHK):
