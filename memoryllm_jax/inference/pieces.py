@@ -104,20 +104,23 @@ def _layer(config, layer_params, x_bTD, ffn_SUD, factors, where, cache, reach):
     return out.x_BTD, out.keys_values
 
 
-def likelihoods(logits_TV, targets_T, has_alternatives) -> Likelihoods:
+def likelihoods(config: ModelConfig, logits_TV, targets_T, has_alternatives, vocab_size: int) -> Likelihoods:
     """How likely the targets and the likeliest tokens are. For use in jit.
 
     Args:
-      logits_TV: float32, -inf for ids that only pad the head.
+      logits_TV: float32.
       targets_T: int32.
       has_alternatives: bool scalar, whether the likeliest tokens are looked for; else they are zeros.
+      vocab_size: ids below it are drawn, and so are the likeliest ones. The model may give others a probability too.
     """
-    lse_T1 = jax.nn.logsumexp(logits_TV, -1, keepdims=True)
-    count = min(MOST_ALTERNATIVES, logits_TV.shape[1])
+    lse_T1 = jax.nn.logsumexp(without_padding(logits_TV, config.vocab_size), -1, keepdims=True)
+    count = min(MOST_ALTERNATIVES, vocab_size)
     none = jnp.zeros((len(logits_TV), count))
-    top, ids = jax.lax.cond(
-        has_alternatives, lambda: tuple(jax.lax.top_k(logits_TV, count)), lambda: (none, none.astype(jnp.int32))
-    )
+
+    def find():
+        return tuple(jax.lax.top_k(without_padding(logits_TV, vocab_size), count))
+
+    top, ids = jax.lax.cond(has_alternatives, find, lambda: (none, none.astype(jnp.int32)))
     of_target_T1 = jnp.take_along_axis(logits_TV, targets_T[:, None], -1)
     return Likelihoods((of_target_T1 - lse_T1)[:, 0], ids, jnp.where(has_alternatives, top - lse_T1, 0))
 
@@ -129,7 +132,7 @@ class Drawn(NamedTuple):
     likelihoods: Likelihoods
 
 
-def draw(logits_BV, draws: Draws, alternatives_B, position_B, vocab_size: int) -> Drawn:
+def draw(config: ModelConfig, logits_BV, draws: Draws, alternatives_B, position_B, vocab_size: int) -> Drawn:
     """Draws a token for each sequence. For use in jit.
 
     Args:
@@ -137,12 +140,11 @@ def draw(logits_BV, draws: Draws, alternatives_B, position_B, vocab_size: int) -
       alternatives_B: int32, how many of the likeliest tokens each sequence asks for; -1: not even log-probabilities.
     """
     tokens_B = draw_each(logits_BV, draws, position_B, vocab_size)
-    logits_BV = without_padding(logits_BV, vocab_size)
-    B, count = len(tokens_B), min(MOST_ALTERNATIVES, logits_BV.shape[1])
+    B, count = len(tokens_B), min(MOST_ALTERNATIVES, vocab_size)
     none = Likelihoods(jnp.zeros(B), jnp.zeros((B, count), jnp.int32), jnp.zeros((B, count)))
     found = jax.lax.cond(
         (alternatives_B >= 0).any(),
-        lambda: likelihoods(logits_BV, tokens_B, (alternatives_B > 0).any()),
+        lambda: likelihoods(config, logits_BV, tokens_B, (alternatives_B > 0).any(), vocab_size),
         lambda: none,
     )
     # What other sequences ask for must not change a result.
@@ -159,7 +161,7 @@ def score(config, final_norm, head_VD, x_bTD, before_D, ids_T, place, has_altern
       x_bTD: residual stream after the last layer.
       before_D: that of the position before the piece; any before the first piece, whose first token has no score.
       ids_T: int32, the piece's tokens.
-      has_alternatives: as of `likelihoods`.
+      has_alternatives, vocab_size: as of `likelihoods`.
     Returns: (`Likelihoods` of each token, the stream of the piece's last position).
     """
     last_D = x_bTD[0, place.count - 1]
@@ -172,8 +174,8 @@ def score(config, final_norm, head_VD, x_bTD, before_D, ids_T, place, has_altern
 
     def score_chunk(piece):
         x_CD, targets_C = piece
-        logits_CV = without_padding(sequences.logits(config, head_VD, x_CD), vocab_size)
-        return likelihoods(logits_CV, targets_C, has_alternatives)
+        logits_CV = sequences.logits(config, head_VD, x_CD)
+        return likelihoods(config, logits_CV, targets_C, has_alternatives, vocab_size)
 
     x_NCD = jnp.pad(x_TD, ((0, padding), (0, 0))).reshape(-1, chunk, config.dim)
     found = jax.lax.map(score_chunk, (x_NCD, jnp.pad(ids_T, (0, padding)).reshape(-1, chunk)))

@@ -333,7 +333,7 @@ class Slots:
             lambda x_B: x_B[place.slot][None], (occupants.draws, occupants.alternatives_B)
         )
         position_1 = (place.start + place.count)[None]
-        drawn = pieces.draw(logits_1V, draws, alternatives_1, position_1, self._vocab_size)
+        drawn = pieces.draw(self._config, logits_1V, draws, alternatives_1, position_1, self._vocab_size)
         tokens_B = standing.tokens_B.at[place.slot].set(drawn.tokens_B[0])
         return drawn, Standing(tokens_B, standing.position_B.at[place.slot].set(position_1[0]))
 
@@ -387,7 +387,9 @@ class Slots:
         at_B = jnp.where(takes_B, position_B, self._stored)
         params = params | {"factors": occupants.factors}
         logits_BV, cache = self._decoder.step(params, rows, jnp.arange(self.slots), at_B, cache, reach)
-        drawn = pieces.draw(logits_BV, occupants.draws, occupants.alternatives_B, position_B + 1, self._vocab_size)
+        drawn = pieces.draw(
+            self._config, logits_BV, occupants.draws, occupants.alternatives_B, position_B + 1, self._vocab_size
+        )
         after = Standing(jnp.where(takes_B, drawn.tokens_B, tokens_B), position_B + takes_B)
         return drawn._replace(tokens_B=jnp.where(takes_B, drawn.tokens_B, -1)), after, cache
 

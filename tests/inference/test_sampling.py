@@ -1,5 +1,6 @@
 """Single draws from given logits."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -45,3 +46,28 @@ def test_a_seed_repeats_its_draws():
     logits = np.random.default_rng(0).normal(0, 1, 12)
     first, again, other = (draws(logits, 64, Sampling(0.7), 9, seed).tolist() for seed in (1, 1, 2))
     assert first == again != other
+
+
+def test_settings_of_their_own_draw_the_same_tokens():
+    rng = np.random.default_rng(3)
+    ways = [GREEDY, Sampling(0.7), Sampling(1.3, 3), Sampling(0.7, 0, 0.9), Sampling(1.3, 40, 0.3), Sampling(1.1)] * 4
+    logits_BV = jnp.asarray(rng.normal(0, 2, (len(ways), 64)), jnp.float32)
+    seed_B, position_B = rng.integers(0, 2**32, len(ways), np.uint32), rng.integers(0, 99, len(ways)).astype(np.int32)
+    number_B = rng.integers(0, 9, len(ways)).astype(np.int32)
+
+    def each(chosen):
+        at = np.array(chosen)
+        settings = [np.array([getattr(ways[k], name) for k in chosen]) for name in ("temperature", "top_k", "top_p")]
+        draws = sampling.Draws(
+            seed_B[at], number_B[at], *(np.float32(settings[0]), settings[1], np.float32(settings[2]))
+        )
+        return np.asarray(jax.jit(sampling.draw_each, static_argnums=3)(logits_BV[at], draws, position_B[at], 60))
+
+    together = each(range(len(ways)))
+    for k, how in enumerate(ways):
+        one = slice(k, k + 1)
+        expected = sampling.draw(logits_BV[one], seed_B[k], number_B[one], position_B[one], how, 60)
+        assert together[k] == expected[0], how
+    greedy = [k for k, how in enumerate(ways) if not how.temperature]
+    for chosen in (greedy, [*greedy, 1, 5, 7]):  # without a draw, and without a sort
+        np.testing.assert_array_equal(each(chosen), together[chosen])
