@@ -135,7 +135,6 @@ def _explained(error: msgspec.ValidationError, tree_of: Callable[[], Any]) -> tu
     elif problem == "Number out of range":
         problem = "expected a finite number, found a larger one"
     problem = re.sub("^Invalid (?:enum )?value '?(.*?)'?$", r"expected a known value, found '\1'", problem)
-    problem = re.sub("^Object contains unknown field (.*)$", r"expected known fields, found \1", problem)
     # msgspec writes [...] for keys of a dict, so the value cannot be looked up.
     if "found" not in problem and "[...]" not in place:
         problem += _found(tree_of(), place)

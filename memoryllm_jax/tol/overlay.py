@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoryllm_jax.common import storage
-from memoryllm_jax.inference.decoder import next_power_of_two
 from memoryllm_jax.tol import overlay_file
 from memoryllm_jax.tol.memory import Memory
 from memoryllm_jax.tol.overlay_file import Edit
+
+_HIGH = np.uint32(0xFFFFF000)  # of the bits of a float32: all but the lower 12 of the significand
 
 
 class LayerEdits(NamedTuple):
@@ -123,7 +124,7 @@ class Overlay:
         if not rows and not keys:
             return None
         V, D = self.memory.vocab_size, self.memory.dim
-        ids = sorted(rows)  # `edited` finds ids by binary search
+        ids = sorted(rows)  # as `edited` expects them
         return LayerEdits(
             np.array(ids, np.int32),
             np.array([rows[token] for token in ids], np.float32).reshape(-1, D),
@@ -140,7 +141,7 @@ class Overlay:
                 continue
             row_nD = rows_nLD[:, layer]
             for coefficients_V, value_D in zip(found.coefficients_KV, found.values_KD):
-                row_nD = _on_host(row_nD, coefficients_V[ids], value_D)
+                row_nD = without_key(row_nD, coefficients_V[ids], value_D)
             at = dict(zip(found.ids_n.tolist(), found.rows_nD))
             rows_nLD[:, layer] = [at.get(token, row_D) for token, row_D in zip(ids.tolist(), row_nD)]
         return rows_nLD
@@ -175,28 +176,33 @@ def edited(layer: LayerEdits, ids_U, y_UD):
         y_UD = without_key(y_UD, coefficients_V[ids_U], value_D)
     if not len(layer.ids_n):
         return y_UD
-    # Binary search: the place of each token among the sorted ids, if it is one of them.
-    at_U = jnp.clip(jnp.searchsorted(layer.ids_n, ids_U), 0, len(layer.ids_n) - 1)
+    # Compared with all of them: a binary search would be a loop in every layer, and edits name few tokens.
+    at_U = jnp.searchsorted(layer.ids_n, ids_U, method="compare_all").clip(max=len(layer.ids_n) - 1)
     is_replaced = (layer.ids_n[at_U] == ids_U)[:, None]
     return jnp.where(is_replaced, layer.rows_nD[at_U], y_UD)
 
 
 def without_key(y_UD, coefficients_U, value_D):
-    """Rows without what a key added to them. For use in jit.
+    """Rows without what a key added to them, with the same bits on the host and inside any jitted function.
+
+    A compiler may fuse a multiplication and a subtraction into one operation, which rounds once, and whether it does
+    depends on the code around them. So the product is subtracted in parts that float32 holds exactly: fused or not,
+    each subtraction rounds once.
 
     Args:
-      coefficients_U: the key's coefficients for the rows' tokens.
-      value_D: the key's value; or one for each row.
+      coefficients_U: float32, the key's coefficients for the rows' tokens.
+      value_D: float32, the key's value; or one for each row.
     """
-    return y_UD - coefficients_U[:, None] * value_D
+    for c_U in _halves(coefficients_U):
+        for v_D in _halves(value_D):
+            y_UD = y_UD - c_U[:, None] * v_D
+    return y_UD
 
 
-_without_key = jax.jit(without_key)
-
-
-def _on_host(rows_nD: np.ndarray, coefficients_n: np.ndarray, value_D: np.ndarray) -> np.ndarray:
-    """`without_key` for arrays of the host, rounded as in a decode step."""
-    n = len(rows_nD)
-    padding = next_power_of_two(n) - n  # so that few shapes compile
-    rows, coefficients = np.pad(rows_nD, ((0, padding), (0, 0))), np.pad(coefficients_n, (0, padding))
-    return np.asarray(_without_key(rows, coefficients, value_D))[:n]
+def _halves(x):
+    """Two numbers of 12 significant bits each, whose sum is x."""
+    if isinstance(x, np.ndarray):
+        high = (x.view(np.uint32) & _HIGH).view(np.float32)
+    else:
+        high = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.uint32) & _HIGH, jnp.float32)
+    return high, x - high

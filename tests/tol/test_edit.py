@@ -247,7 +247,7 @@ def test_a_key_leaves_a_learned_row_as_it_left_its_tokens_own(lab):
     "spec, found",
     [
         ({"operation": "add"}, r"edits: \[0\].operation: expected a known value, found 'add'"),
-        ({"operation": "zero", "token": 4, "by": 5}, r"edits: \[0\]: expected known fields, found by"),
+        ({"operation": "zero", "token": 4, "by": 5}, r"edits: \[0\]: expected known fields only, found 'by'"),
         (
             {"operation": "blend", "token": 4, "by": 5, "share": 1.5},
             r"edits: \[0\].share: expected float <= 1.0, found",

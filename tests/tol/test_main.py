@@ -57,8 +57,9 @@ def test_compress_writes_a_smaller_file(lab, tmp_path):
 
 def test_edit_lists_undoes_and_applies(lab, tmp_path):
     tol, overlay, output = lab.tol("flex-3"), str(tmp_path / "o"), str(tmp_path / "edited")
-    text = edit_rows(tol, edit.Request(overlay, swap=("#40,#41",), zero=("#50",), output=output))
+    text = edit_rows(tol, edit.Request(overlay, swap=("#40,#41",), zero=("#50",), layers=("1",), output=output))
     assert [line.partition("#")[0] for line in text.splitlines()[:2]] == ["1: swap ", "2: zero "]
+    assert text.splitlines()[1].endswith(" in layers 1")
     assert text.splitlines()[2] == f"{output}: a copy of {tol} with these edits"
     assert "3 of 512 tokens differ" in diff_files(tol, output) == diff_files(tol, overlay=overlay)
     assert edit_rows(tol, edit.Request(overlay), list=True) == "\n".join(text.splitlines()[:2])
@@ -72,6 +73,9 @@ def test_edit_lists_undoes_and_applies(lab, tmp_path):
         ({"undo": 1, "zero": ("#3",)}, "undo: expected no edit on the same line, found zero"),
         ({"undo": 1, "list": True}, "list: expected no edit, undo or output on the same line"),
         ({"zero": ("#9999",)}, "zero: expected an id below 512, found #9999"),
+        ({"zero": ("#9",), "layers": ("2",)}, "layers: expected layers from 0 to 1, such as 0,1, found '2'"),
+        ({"suppress": ("1:2",), "layers": ("1",)}, "layers: expected an edit of rows on the same line, found none"),
+        ({"zero": ("#9",), "suppress": ("1:2",), "layers": ("1",)}, "layers: expected no suppressed key on the same"),
     ],
 )
 def test_edit_that_fails_saves_nothing(lab, tmp_path, wrong, found):
