@@ -67,7 +67,7 @@ def of(error: Exception, what: str) -> ApiError:
 _reported: set[tuple] = set()
 
 
-def report(error: Exception, what: str) -> None:
+def report(error: BaseException, what: str) -> None:
     """Prints an unexpected error as one line on stderr, and its traceback the first time that it occurs."""
     print(f"error: {what}: {type(error).__name__}: {one_line(error, 300)}", file=sys.stderr, flush=True)
     frames = traceback.extract_tb(error.__traceback__)

@@ -10,10 +10,10 @@ import threading
 import time
 from typing import NamedTuple
 
-from memoryllm_jax.common.errors import UserError, one_line
+from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.inference.slots import Likelihoods, Pending, Piece, Prefilled, Settings, Slots, Stepped
 from memoryllm_jax.inference.text import Streamer
-from memoryllm_jax.server import streams
+from memoryllm_jax.server import errors, streams
 from memoryllm_jax.server.errors import ApiError
 from memoryllm_jax.server.statistics import Statistics
 from memoryllm_jax.server.stop_texts import GrowingText
@@ -124,7 +124,7 @@ class Scheduler:
         if self._is_closing:
             raise _closing()
         if self.error is not None:
-            raise _failed(self.error)
+            raise _failed()
 
     def _retry_after(self, missing: int) -> int:
         """Seconds until so many more sequences have ended, at the rate of the recent ones."""
@@ -332,7 +332,10 @@ class Scheduler:
             self._queue.clear()
             self._occupants = [None] * len(self._occupants)
         self._count("failed", len(ended))
-        last = error if isinstance(error, ApiError) else _failed(error)
+        last = error
+        if not isinstance(error, ApiError):
+            errors.report(error, "the engine")
+            last = _failed()
         streams.post([(s.stream, [*self._changes.get(s, []), last]) for s in ended])
 
 
@@ -407,8 +410,9 @@ def _token(id: int, log_prob: float, ids_K, log_probs_K, alternatives: int) -> T
     return Token(id, "", float(log_prob), tuple(likeliest))
 
 
-def _failed(error: BaseException) -> ApiError:
-    return ApiError(503, f"the engine failed, and the server has to be started again: {one_line(error)}", code="failed")
+def _failed() -> ApiError:
+    # Its error is on stderr: clients do not learn details of the server.
+    return ApiError(503, "the engine failed, and the server has to be started again", code="failed")
 
 
 def _closing() -> ApiError:
