@@ -16,9 +16,11 @@ from typing import Annotated
 
 import common
 
+from memoryllm_jax.analysis.key_values import Parameters
 from memoryllm_jax.common import cli
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.server.looker import Looker
+from memoryllm_jax.server.worker_rows import WorkerRows
 from memoryllm_jax.tol import serving
 
 
@@ -55,7 +57,8 @@ def main(
     before = memory("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # from here on, VmHWM is the peak of the views
-    looker, draw = Looker(engine), random.Random(0)
+    rows, params = WorkerRows(engine), Parameters(engine.trained, engine.params)
+    looker, draw = Looker(engine, rows.source, params), random.Random(0)
     config = engine.config
     start = time.monotonic()
     looker.search("", 1)
@@ -81,6 +84,7 @@ def main(
     model = engine.trained.facts()["model"]
     common.write(output, results, {"model": model, "tol_bytes": os.path.getsize(tol) if tol else 0, "memory": beside})
     looker.close()
+    rows.close()
     engine.close()
 
 

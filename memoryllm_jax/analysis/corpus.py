@@ -180,7 +180,7 @@ def states(model: KeyValueModel, tokens_BT: np.ndarray, source: TokenVectors | N
     ids = np.pad(ids, (0, size - len(ids)), "edge").astype(np.int32)
     index_1N = index.reshape(1, -1).astype(np.int32)
     config, params = model.config, model.params
-    x0_UD = (source or model).x0(ids)
+    x0_UD = (source or model).x0(ids).astype(config.dtype)
     x_BTD = _take(x0_UD, index_1N[0]).reshape(*tokens_BT.shape, -1)
     for layer in range(config.layers):
         memory = rows_UD = None
@@ -211,7 +211,6 @@ def _layer(config, layer, memory, x_BTD, x0_UD, rows_UD, index_1N):
         return x_BTD.reshape(-1, config.dim)
 
     queries = {}
-    x_BTD = x_BTD.astype(config.dtype)
     rows_1UD = None if rows_UD is None else rows_UD[None].astype(config.dtype)  # as one batch shard
     if memory is not None:
         memory_output = transformer.apply_memory_layer(config, memory, x0_UD[None])

@@ -10,6 +10,7 @@ Shapes: V token ids, D model width, L layers, F memories of a layer, K some of t
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated
 
@@ -59,6 +60,7 @@ class Parameters(Mapping):
     def __init__(self, trained: TrainedModel, at_hand: dict, wanted: Callable[[str], bool] = lambda name: True):
         self._trained, self._groups, self._wanted = trained, dict(at_hand), wanted
         self._names = {_group(name) for name in trained.names()}
+        self._reading = threading.Lock()  # threads of a server share the parameters
 
     def __getitem__(self, group: str):
         if group not in self._groups and group in self._names:
@@ -83,11 +85,12 @@ class Parameters(Mapping):
           report: called with the share that is read, from 0 to 1. An exception of it ends the reading.
         Raises: UserError.
         """
-        missing = self.missing
-        if missing:
-            self._groups |= self._trained.load(
-                lambda name: _group(name) in missing and self._wanted(name), report=report
-            )
+        with self._reading:
+            missing = self.missing
+            if missing:
+                self._groups |= self._trained.load(
+                    lambda name: _group(name) in missing and self._wanted(name), report=report
+                )
 
 
 def _group(name: str) -> str:

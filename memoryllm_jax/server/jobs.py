@@ -1,4 +1,4 @@
-"""Computations of the worker thread that tell how far they are, and that stop when the client goes away."""
+"""Computations in threads of their own, which tell how far they are and stop when the client goes away."""
 
 import asyncio
 import threading
@@ -21,7 +21,7 @@ class StoppedError(Exception):
 
 
 class Job:
-    """One computation, which the worker thread runs and the event loop watches.
+    """One computation, which another thread runs and the event loop watches.
 
     Attributes:
       done: the share that is done, from 0 to 1.
@@ -52,23 +52,24 @@ class Job:
 Function = Callable[[Job], dict]
 
 
-async def answer(request: Request, model: ServedModel, function: Function, always_events: bool = False) -> Response:
-    """Runs a computation in the worker thread and answers with its result.
+async def answer(request: Request, model: ServedModel, function: Function, is_pass: bool = False) -> Response:
+    """Runs a computation in another thread and answers with its result.
 
     A client that accepts `text/event-stream` gets server-sent events: while the computation runs
     {"done": share, "doing": text}, and at the end the result, or {"error": ...} as OpenAI's API writes it.
 
     Args:
       function: gets its Job and returns the result.
-      always_events: whether every client gets events.
+      is_pass: whether it passes over the vocabulary. These have a thread of their own, and every client gets events.
     Raises: ApiError, ClientDisconnect.
     """
     job = Job()
-    if always_events or EventStream.media_type in request.headers.get("accept", ""):
+    computation = (model.pass_over if is_pass else model.compute)(_run, function, job)
+    if is_pass or EventStream.media_type in request.headers.get("accept", ""):
         what = f"{request.method} {request.url.path}"
-        return EventStream(_events(model.compute(_run, function, job), job, what), job.stop)
+        return EventStream(_events(computation, job, what), job.stop)
     try:
-        return JSONResponse(await unless_gone(request.receive, model.compute(_run, function, job)))
+        return JSONResponse(await unless_gone(request.receive, computation))
     finally:
         job.stop()
 
@@ -89,7 +90,7 @@ async def _events(computation: Awaitable[dict], job: Job, what: str) -> AsyncIte
             last = errors.of(error, what).to_json()
         yield event(last)
     finally:
-        task.cancel()  # if it still waits for the worker thread
+        task.cancel()  # if it still waits for its thread
 
 
 def _run(function: Function, job: Job) -> dict:

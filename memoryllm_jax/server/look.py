@@ -106,7 +106,7 @@ class _Look:
                 "can_edit": c.memory_dim > 0,
                 "can_look": True,
                 "views": self._views(),
-                "overlays": await self._served.compute(self._served.editing.names),
+                "overlays": await asyncio.to_thread(self._served.editing.names),
                 "keeps_overlays": bool(self._served.options.overlays),
                 "has_chat": self._served.chat is not None,
                 "has_held_out": self._served.losses.has_held_out,
@@ -159,7 +159,7 @@ class _Look:
             found = self._looker.nearest(body.token, body.layer, body.top, job.begin)
             return {"tokens": [self._looker.shown(token) | {"cosine": cosine} for token, cosine in found]}
 
-        return await answer(request, self._served, look, always_events=True)
+        return await answer(request, self._served, look, is_pass=True)
 
     async def key(self, request: Request):
         body = await bodies.read(request, KeyBody)
@@ -175,7 +175,7 @@ class _Look:
             found = self._looker.key(body.layer, body.key, body.top, job.begin)
             return {"tokens": [self._looker.shown(token) | {"c": c} for token, c in found]}
 
-        return await answer(request, self._served, look, always_events=True)
+        return await answer(request, self._served, look, is_pass=True)
 
     async def position(self, request: Request):
         body = await bodies.read(request, PositionBody)

@@ -1,10 +1,10 @@
 """Looks into the served model, with the parameters that its engine holds.
 
-The views compute on the device; call them in the worker thread. `search` and `shown` may be called in any.
+Call `token` and `position` in the worker thread. `nearest` and `key` pass over the vocabulary, and may run meanwhile.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ from memoryllm_jax.analysis.vocabulary import key_triggers
 from memoryllm_jax.data.tokenizer import token_texts
 from memoryllm_jax.inference.decoder import bucket
 from memoryllm_jax.inference.engine import Engine
-from memoryllm_jax.tol.rows import FileRows
-from memoryllm_jax.tol.sources import FileSource
+from memoryllm_jax.inference.rows import RowSource
+from memoryllm_jax.tol.cached_rows import CachedRows
+from memoryllm_jax.tol.sources import FileSource, Repair
 
 # The rows of all tokens are kept on the device if they take at most this much: a second search for neighbours is then a
 # product with them. Larger ones are computed or read again for each search.
@@ -35,57 +36,70 @@ def _unreported(doing: str) -> Report:
     return lambda done: None
 
 
-class FileVectors:
-    """Embeddings and rows of a ToL file as they are served, read apart from the cache of the engine's thread.
+class _Fetched:
+    """Embeddings and rows that a source fetches, as `TokenVectors`.
 
     Args:
-      rows: the engine's source of rows, whose file is read.
-      model: gives the embeddings that the file lacks.
+      fetch: gets ids [N]; returns their embeddings [N, D] and a sequence by layer of their rows [N, D], or None for a
+        layer that is dropped.
     """
 
-    def __init__(self, rows: FileRows, model: KeyValueModel):
-        self._source, self._model = FileSource(rows.tol), model
-        self._last: tuple[bytes, dict] = (b"", {})
+    def __init__(self, fetch: Callable[[np.ndarray], tuple[jax.Array, Sequence[jax.Array | None]]]):
+        self._fetch = fetch
+        self._last: tuple[bytes, tuple] = (b"", ())
 
-    def _vectors(self, ids_N: np.ndarray) -> dict:
-        """The vectors of all layers. Those of the last ids are kept, as layers are asked for one after another."""
-        key = np.asarray(ids_N, np.int32).tobytes()
-        if self._last[0] != key:
-            self._last = key, self._source.vectors(np.asarray(ids_N, np.int32))
-        return self._last[1]
+    def _of(self, ids_N):
+        """What was fetched for ids. The last result is kept, as layers are asked for one after another."""
+        ids_N = np.asarray(ids_N, np.int32)
+        last = self._last
+        if last[0] != ids_N.tobytes():
+            last = self._last = ids_N.tobytes(), self._fetch(ids_N)
+        return last[1]
 
     def x0(self, ids_N: np.ndarray) -> jax.Array:
-        vectors = self._vectors(ids_N)
-        return vectors["x0"] if "x0" in vectors else self._model.x0(ids_N)
+        return self._of(ids_N)[0]
 
     def rows(self, layer: int, ids_N: np.ndarray) -> jax.Array:
-        return self._vectors(ids_N)[f"ffn.{layer}"]
-
-    def close(self) -> None:
-        self._source.close()
+        x0_ND, of_layers = self._of(ids_N)
+        rows_ND = of_layers[layer]
+        return jnp.zeros_like(x0_ND) if rows_ND is None else rows_ND
 
 
 class Looker:
     """Looks into a model.
 
+    Args:
+      engine: the model.
+      rows: its rows for the worker thread.
+      params: its parameters, which others may share.
     Attributes:
       has_rows: whether tokens have rows, which the views of a token and of its neighbours show.
     """
 
-    def __init__(self, engine: Engine):
-        self._params = Parameters(engine.trained, engine.params)
-        self._model = KeyValueModel(engine.trained, self._params)
-        self._rows = engine.rows
+    def __init__(self, engine: Engine, rows: RowSource, params: Parameters):
+        self._engine, self._params = engine, params
+        self._model = KeyValueModel(engine.trained, params)
         self.config, self.tokenizer, self.context = engine.config, engine.tokenizer, engine.context
         self.has_rows = engine.config.row_dim > 0
+        self._source = _Fetched(functools.partial(_fetch, rows))
         self._kept: dict[tuple[int, int], jax.Array] = {}
         size = 4 * self.config.vocab_size * self.config.layers * self.config.row_dim
         self._keeps = size <= KEPT_BYTES
 
     @functools.cached_property
-    def _source(self) -> TokenVectors:
-        """What is served: the rows of the ToL file, or those that the weights give."""
-        return FileVectors(self._rows, self._model) if isinstance(self._rows, FileRows) else self._model
+    def _file(self) -> FileSource | None:
+        """Reads the rows of a whole file, which would push those of texts out of a cache; None if there is no cache."""
+        rows = self._engine.rows
+        return FileSource(rows.tol, Repair(self._engine.trained, rows.tol)) if isinstance(rows, CachedRows) else None
+
+    @functools.cached_property
+    def _passing(self) -> TokenVectors:
+        """Rows for passes over the vocabulary."""
+        return _Fetched(functools.partial(_fetch, self._engine.rows) if self._file is None else self._read)
+
+    def _read(self, ids_N):
+        vectors = self._file.vectors(ids_N)
+        return vectors.get("x0"), [vectors[f"ffn.{layer}"] for layer in range(self.config.layers)]
 
     def preparations(self) -> Iterator[Callable[[], object]]:
         """What takes seconds at its first use, as calls to make one after another: token texts, and compilation.
@@ -207,12 +221,31 @@ class Looker:
         place = layer, int(ids_N[0])
         if len(ids_N) > 1 and place in self._kept:
             return self._kept[place]
-        rows_ND = self._source.rows(layer, ids_N).astype(jnp.float32)
+        rows_ND = self._passing.rows(layer, ids_N).astype(jnp.float32)
         if len(ids_N) > 1 and self._keeps:
             self._kept[place] = rows_ND
         return rows_ND
 
     def close(self) -> None:
         """Ends the threads that read rows."""
-        if isinstance(self.__dict__.get("_source"), FileVectors):
-            self._source.close()
+        if self.__dict__.get("_file"):
+            self._file.close()
+
+
+def _fetch(rows: RowSource, ids_N):
+    x0_1ND, of_layers = rows.fetch(ids_N)
+    return x0_1ND[0], _WithoutShards(of_layers)
+
+
+class _WithoutShards(Sequence):
+    """Rows [1, N, D] by layer as [N, D]. A layer's rows may be computed when they are asked for."""
+
+    def __init__(self, of_layers: Sequence[jax.Array | None] | None):
+        self._of_layers = of_layers
+
+    def __len__(self):
+        return len(self._of_layers)
+
+    def __getitem__(self, layer):
+        rows_1ND = self._of_layers[layer]
+        return None if rows_1ND is None else rows_1ND[0]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from memoryllm_jax.analysis.key_values import Parameters
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.hf import source
 from memoryllm_jax.inference.engine import Engine
@@ -41,7 +42,7 @@ class ServedModel:
     Attributes:
       engine, options: as given.
       name: the model's name in requests.
-      looker: looks into the model; in the worker thread only.
+      looker: looks into the model.
       editing: makes the overlays that requests ask for; in the worker thread only.
       losses: measures the loss of the model and of a changed one; in the worker thread only.
       created: when the server started, in seconds since 1970.
@@ -66,10 +67,12 @@ class ServedModel:
         self.token_names = TokenNames(engine.tokenizer)
         self.chat = _chat_template(engine)
         self.editing = Editing(engine, options.overlays)
+        self._params = Parameters(engine.trained, engine.params)  # what the engine lacks is read at its first use
         self._worker_rows = WorkerRows(engine)
         self.losses = LossMeter(engine, self._worker_rows.source)
         self._is_closing = False
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "compute")
+        self._passes = concurrent.futures.ThreadPoolExecutor(1, "pass")
         memory = self.editing.memory
         self._slot_edits = SlotEdits(memory, engine.trained.mesh, options.slots) if memory else None
         slots = Slots(engine, options.slots, self.context, self._slot_edits)
@@ -82,7 +85,7 @@ class ServedModel:
 
     @functools.cached_property
     def looker(self) -> Looker:
-        return Looker(self.engine)
+        return Looker(self.engine, self._worker_rows.source, self._params)
 
     def later(self, function: Callable[..., None], *arguments) -> None:
         """Calls a function in the worker thread after the calls that wait, unless the model is closed before."""
@@ -92,6 +95,10 @@ class ServedModel:
     async def compute(self, function: Callable[..., T], *arguments) -> T:
         """Calls a function in the worker thread, one at a time, so that the event loop is never blocked."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
+
+    async def pass_over(self, function: Callable[..., T], *arguments) -> T:
+        """Calls a function that passes over the vocabulary, which may take minutes, in a thread for these alone."""
+        return await asyncio.get_running_loop().run_in_executor(self._passes, function, *arguments)
 
     async def changed(self, changes: Changes, for_slot: bool) -> Changed:
         """What a request changes in the model.
@@ -133,7 +140,10 @@ class ServedModel:
         """Ends the threads, after what is under way."""
         self._is_closing = True
         self._worker.shutdown(cancel_futures=True)
+        self._passes.shutdown(cancel_futures=True)
         self.scheduler.close()
+        if "looker" in self.__dict__:
+            self.looker.close()
         self._worker_rows.close()
 
 

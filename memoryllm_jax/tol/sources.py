@@ -134,9 +134,10 @@ class FileSource:
 
     Args:
       tol: the file, which the caller closes.
+      repair: as of `RowReader`.
     """
 
-    def __init__(self, tol: TolFile):
+    def __init__(self, tol: TolFile, repair: "Repair | None" = None):
         meta, layout = tol.metadata, tol.layout
         self.mesh = sharding.make_mesh(MeshConfig(1, 1, 1), devices.find()[:1])
         self.vocab_size = tol.vocab_size
@@ -152,7 +153,7 @@ class FileSource:
         self.bits = max(band.bits for tier in layout.tiers for part in tier.parts for band in part.bands)
         self.counts = tol.read("counts") if "counts" in tol.tensors else None
         self._layout = layout
-        self._reader = RowReader(tol)
+        self._reader = RowReader(tol, repair=repair)
         self._bases = {name: jnp.asarray(tol.basis(name)) for name in layout.rotated}
         self._decode = jax.jit(lambda raw, tier_U, bases: decode_rows(layout, raw, tier_U, bases))
 

@@ -12,11 +12,12 @@ from memoryllm_jax.server.jobs import StoppedError, answer
 EVENTS = "text/event-stream"
 
 
-def ask(served, work, accept, gone=None) -> list[bytes]:
+def ask(served, work, accept, gone=None, is_pass=False) -> list[bytes]:
     """Sends a request whose answer is `work`.
 
     Args:
       gone: an Event, at which the client goes away.
+      is_pass: as of `answer`.
     Returns: the parts of the response's body.
     """
     scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"accept", accept.encode())]}
@@ -31,7 +32,7 @@ def ask(served, work, accept, gone=None) -> list[bytes]:
         parts.append(message.get("body", b""))
 
     async def call():
-        response = await answer(Request(scope, receive), served, work)
+        response = await answer(Request(scope, receive), served, work, is_pass)
         await response(scope, receive, send)
 
     asyncio.run(call())
@@ -80,3 +81,11 @@ def test_events_tell_what_is_done_and_end_with_the_result_or_an_error(served):
     (event,) = events(ask(served, fails, EVENTS))
     assert event["error"]["message"] == "file: token 3: its row cannot be read"
     assert event["error"]["type"] == "server_error"
+
+
+def test_a_pass_over_the_vocabulary_holds_up_nobody(served):
+    def passes(job):
+        body = b"".join(ask(served, lambda job: {"answered": True}, "application/json"))
+        return json.loads(body)
+
+    assert events(ask(served, passes, EVENTS, is_pass=True))[-1] == {"answered": True}

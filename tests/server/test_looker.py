@@ -6,7 +6,9 @@ from by_hand import key_value_model, unit
 from lab import GREEDY, opened
 
 from memoryllm_jax.analysis import vocabulary
+from memoryllm_jax.analysis.key_values import Parameters
 from memoryllm_jax.server.looker import Looker
+from memoryllm_jax.server.worker_rows import WorkerRows
 from memoryllm_jax.tol.sources import read_rows
 
 SEEN = 300  # the token that is looked at
@@ -17,7 +19,10 @@ def looked(request, lab):
     """(engine, Looker, name of the model, rows of all tokens as they are served [V, L, D])"""
     name, _, where = request.param.partition(" ")
     tol = lab.tol(name, bits="4") if where != "live" else ""
-    with lab.model(name, tol) as engine, contextlib.closing(Looker(engine)) as looker:
+    with lab.model(name, tol) as engine, contextlib.ExitStack() as opened_here:
+        rows = opened_here.enter_context(contextlib.closing(WorkerRows(engine)))
+        looker = Looker(engine, rows.source, Parameters(engine.trained, engine.params))
+        opened_here.callback(looker.close)
         every_id = np.arange(512, dtype=np.int32)
         if tol:
             with opened(tol) as file:
