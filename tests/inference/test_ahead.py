@@ -10,7 +10,10 @@ import pytest
 from memoryllm_jax.inference import ahead
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.inference.text import compile_texts, print_texts
-from memoryllm_jax.tol.serving import EngineOptions, open_engine
+from memoryllm_jax.tol.edit import Editor
+from memoryllm_jax.tol.edit_spec import Swap
+from memoryllm_jax.tol.overlay import Overlay
+from memoryllm_jax.tol.serving import EngineOptions, memory_of, open_engine
 
 
 @pytest.fixture
@@ -27,10 +30,15 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_a_text_needs_no_compilation_after_that_from_shapes(lab, compiled):
+def test_a_text_needs_no_compilation_after_that_from_shapes(lab, compiled, tmp_path):
+    edits = str(tmp_path / "edits")
+    with lab.model("flex-3") as engine:
+        overlay = Overlay(memory_of(engine))
+        Editor(overlay).add(Swap(token=40, by=41))
+        overlay.save(edits)
     how = {"max_tokens": 5, "sampling": Sampling(temperature=0), "seed": 0, "stops": ()}
-    for prompts, alpha in ((["The file"], 1.0), (["The file", "A class"], 0.5)):
-        options = EngineOptions(lab.workdir("flex-3"), alpha=alpha)
+    for prompts, changes in ((["The file"], {}), (["The file", "A class"], {"alpha": 0.5, "overlay": edits})):
+        options = EngineOptions(lab.workdir("flex-3"), **changes)
         found = []
         for compile_ahead in (functools.partial(compile_texts, prompts=prompts, **how), None):
             with contextlib.closing(options.open(compile_ahead=compile_ahead)) as engine:
