@@ -1,6 +1,7 @@
 """What a request changes in the model for itself alone: edits of the token memory, and factors of the FFN outputs."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -78,6 +79,7 @@ class Editing:
 
     Args:
       engine: the model.
+      weights: its parameters; those of FFN-M are read from it where a key is suppressed.
       folder: the folder of the overlays that requests may name; "": they may name none.
     Attributes:
       memory: the model's token memory; None for a model without FFN-M.
@@ -85,10 +87,10 @@ class Editing:
     Raises: ArgumentError for overlays of a model without FFN-M.
     """
 
-    def __init__(self, engine: Engine, folder: str = ""):
+    def __init__(self, engine: Engine, weights: Mapping, folder: str = ""):
         self.memory = None
         if engine.config.memory_dim:
-            self.memory = memory_of(engine)
+            self.memory = memory_of(engine, weights)
             self.memory.name = "the served model"  # in error messages: requests do not learn paths of the server
         elif folder:
             raise ArgumentError("overlays", f"{_NEEDS_MEMORY}, found {engine.config.architecture}")

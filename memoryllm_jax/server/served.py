@@ -66,8 +66,8 @@ class ServedModel:
         self.most_sequences = options.slots + options.queue
         self.token_names = TokenNames(engine.tokenizer)
         self.chat = _chat_template(engine)
-        self.editing = Editing(engine, options.overlays)
         self._params = Parameters(engine.trained, engine.params)  # what the engine lacks is read at its first use
+        self.editing = Editing(engine, self._params, options.overlays)
         self._worker_rows = WorkerRows(engine)
         self.losses = LossMeter(engine, self._worker_rows.source)
         self._is_closing = False

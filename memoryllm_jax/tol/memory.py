@@ -7,6 +7,7 @@ ToL file also edits the rows of the model that runs without the file, and the ot
 import abc
 import contextlib
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -93,13 +94,16 @@ class FileMemory(Memory):
       tol: the file, which the caller closes.
       workdir: the model's checkpoints, whose weights a key needs; "" if no key will be asked for.
       mesh: devices that the weights are read to, as of `TrainedModel`.
+      weights: parameters with "embedding" and "memory" in the dtype that the rows were computed in, which keys are
+        computed from; None: they are read from the checkpoint for the first key, and kept.
     """
 
-    def __init__(self, tol: TolFile, workdir: str = "", mesh=None):
-        self.tol, self.workdir, self._mesh = tol, workdir, mesh
+    def __init__(self, tol: TolFile, workdir: str = "", mesh=None, weights: Mapping | None = None):
+        self.tol, self.workdir, self._mesh, self._given = tol, workdir, mesh, weights
+        self._weights: tuple[ModelConfig, Mapping] | None = None
         self.name, self.vocab_size = tol.path, tol.vocab_size
         self.layers, self.dim = tol.layout.layers, tol.layout.dim
-        # A request that suppresses the key of an earlier one does not read the weights again.
+        # A request that suppresses the key of an earlier one does not pass over the vocabulary again.
         self._key = functools.lru_cache(maxsize=16)(self._read_key)
 
     @property
@@ -126,21 +130,34 @@ class FileMemory(Memory):
     def _read_key(self, layer, key):
         if not self.workdir:
             raise ArgumentError("suppress", "expected a workdir too, as a key's coefficients come from the weights")
-        # In the dtype that the rows were computed in; the model may run in another one.
-        with contextlib.closing(
-            TrainedModel(self.workdir, self.tol.step, self.tol.metadata["dtype"], self._mesh)
-        ) as trained:
-            self.tol.check_model(trained.config, trained.tokenizer.digest, None)
-            check_key(trained.config, layer, key)
-            digest = Digest()
-            params = trained.load(functools.partial(_gives_rows, trained), digest)
-            if digest.text() != self.rows_digest:
-                expected = "expected the weights that the rows were made from"
-                raise ArgumentError("workdir", f"{expected}, found others at step {trained.step} of {trained.workdir}")
-            found = read_key(trained.config, params, trained.mesh, layer, key)
+        if self._weights is None:
+            # In the dtype that the rows were computed in; the model may run in another one.
+            with contextlib.closing(
+                TrainedModel(self.workdir, self.tol.step, self.tol.metadata["dtype"], self._mesh)
+            ) as trained:
+                self.tol.check_model(trained.config, trained.tokenizer.digest, None)
+                check_key(trained.config, layer, key)  # before the weights are read, which takes longest
+                self._weights, self._mesh = (trained.config, self._verified(trained)), trained.mesh
+        config, params = self._weights
+        check_key(config, layer, key)
+        found = read_key(config, params, self._mesh, layer, key)
         # A row that lacks the layer has nothing of the key that could be taken away.
         found.coefficients_V[~self.tol.holds(layer)] = 0
         return found
+
+    def _verified(self, trained):
+        """The parameters that the rows were made from. Raises: ArgumentError if the model has others."""
+        gives_rows, params = functools.partial(_gives_rows, trained), self._given
+        if params is None:
+            digest = Digest()
+            params = trained.load(gives_rows, digest)
+            found = digest.text()
+        else:
+            found = trained.digest(gives_rows, params)
+        if found != self.rows_digest:
+            expected = "expected the weights that the rows were made from"
+            raise ArgumentError("workdir", f"{expected}, found others at step {trained.step} of {trained.workdir}")
+        return params
 
     def close(self):
         if "_source" in self.__dict__:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 from memoryllm_jax.checkpoint.trained import Digest, TrainedModel
@@ -102,11 +102,21 @@ def _open_rows(file: TolFile, place: str, cache: int | None, trained: TrainedMod
     return CachedRows(table, trained.mesh, size, embedding)
 
 
-def memory_of(engine: Engine) -> FileMemory | LiveMemory:
-    """The memory of an engine, without the edits of `open_engine`. Raises: UserError if the model has no FFN-M."""
+def memory_of(engine: Engine, weights: Mapping | None = None) -> FileMemory | LiveMemory:
+    """The memory of an engine, without the edits of `open_engine`.
+
+    Args:
+      engine: the model.
+      weights: parameters with "embedding" and "memory" as the engine's `TrainedModel.load` gives them, or that will
+        read them; None: what a key needs and the engine lacks is read for the memory alone.
+    Raises: UserError if the model has no FFN-M.
+    """
     rows = engine.rows.source if isinstance(engine.rows, EditedRows) else engine.rows
     if isinstance(rows, FileRows):
-        return FileMemory(rows.tol, engine.trained.workdir, engine.trained.mesh)
+        # Keys are computed in the dtype of the rows.
+        if engine.config.dtype != rows.tol.metadata["dtype"]:
+            weights = None
+        return FileMemory(rows.tol, engine.trained.workdir, engine.trained.mesh, weights)
     return LiveMemory(engine.trained, rows.arrays)
 
 

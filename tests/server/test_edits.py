@@ -2,17 +2,22 @@
 
 import asyncio
 import contextlib
+import functools
 
 import httpx
+import numpy as np
 import pytest
-from lab import GREEDY, loss_on, write_untrained
+from lab import GREEDY, loss_on
 
 from memoryllm_jax import generate
+from memoryllm_jax.inference import scoring
+from memoryllm_jax.inference.engine import Contribution
 from memoryllm_jax.server.app import make_app
 from memoryllm_jax.server.options import ServerOptions
 from memoryllm_jax.server.served import ServedModel
+from memoryllm_jax.tol.edited_rows import EditedRows
 from memoryllm_jax.tol.overlay import Overlay
-from memoryllm_jax.tol.serving import EngineOptions, memory_of, open_engine
+from memoryllm_jax.tol.serving import EngineOptions
 
 EDITS = [
     {"operation": "replace", "token": 40, "by": "#41"},
@@ -23,69 +28,119 @@ EDITS = [
 ]
 
 
-def ask(model, method, path, *bodies):
-    """Sends requests of these bodies at once. Returns: the responses."""
+def ask(model, *requests):
+    """Sends requests, each (method, path, body), at once. Returns: their responses."""
 
     async def send():
         transport = httpx.ASGITransport(make_app(model))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", timeout=120) as client:
-            return await asyncio.gather(*[client.request(method, path, json=body) for body in bodies])
+            return await asyncio.gather(*[client.request(method, path, json=body) for method, path, body in requests])
 
     return asyncio.run(send())
 
 
-@contextlib.contextmanager
-def served(*opened, **options):
-    """A model in 64 slots. The arguments are those of `open_engine` and of `ServerOptions`."""
-    options = ServerOptions(name="tiny", slots=64, queue=64, **options)
-    with contextlib.closing(open_engine(*opened)) as engine, contextlib.closing(ServedModel(engine, options)) as model:
-        yield model
+def post(model, path, *bodies):
+    return ask(model, *[("POST", path, body) for body in bodies])
 
 
 @pytest.fixture(scope="module")
-def workdir(make_config, tmp_path_factory):
-    """A model with random weights, whose texts are more varied than those of a model after a few steps."""
-    return write_untrained(make_config("flex-3"), str(tmp_path_factory.mktemp("flex")))
+def served(lab, tmp_path_factory):
+    """served(tol's choices): flex-3 in 64 slots with live rows, or with those of a ToL file on disk."""
+    with contextlib.ExitStack() as stack:
+
+        def serve(**choices):
+            options = ServerOptions(name="tiny", slots=64, queue=64, overlays=str(tmp_path_factory.mktemp("overlays")))
+            files = (lab.tol("flex-3", **choices), "disk", 200 * 128) if choices else ()
+            engine = stack.enter_context(lab.model("flex-3", *files))
+            return stack.enter_context(contextlib.closing(ServedModel(engine, options)))
+
+        yield functools.cache(serve)
 
 
-@pytest.fixture(scope="module")
-def live(workdir, tmp_path_factory):
-    with served(workdir, overlays=str(tmp_path_factory.mktemp("overlays"))) as model:
-        yield model
+@pytest.fixture
+def live(served):
+    return served()
 
 
-def test_the_downloaded_file_is_what_generate_takes(live, workdir, tmp_path, capsys):
+def test_the_downloaded_file_is_what_generate_takes(live, lab, tmp_path, capsys):
     path = f"{tmp_path}/edits.safetensors"
     of_prompt = [{"operation": "zero", "token": token} for token in live.engine.prompt("The file")]
     edits = {"edits": EDITS + of_prompt}
-    checked, nothing = ask(live, "POST", "/api/edit/check", edits, {"edits": []})
-    (file,) = ask(live, "POST", "/api/edit/file", edits)
+    checked, nothing = post(live, "/api/edit/check", edits, {"edits": []})
+    (file,) = post(live, "/api/edit/file", edits)
     assert "attachment" in file.headers["content-disposition"]
     with open(path, "wb") as out:
         out.write(file.content)
-    with contextlib.closing(open_engine(workdir, overlay=path)) as engine:
-        overlay = Overlay.open(path, memory_of(engine))
-    assert checked.json() == {"texts": [edit.text for edit in overlay.edits]} and nothing.json() == {"texts": []}
-    texts = []
-    for options in (EngineOptions(workdir), EngineOptions(workdir, overlay=path)):
-        generate.main(options, GREEDY, ("The file",), max_tokens=8)
-        texts.append(capsys.readouterr().out)
-    assert texts[0] != texts[1]
+    texts = [edit.text for edit in Overlay.open(path, live.editing.memory).edits]
+    assert checked.json() == {"texts": texts} and nothing.json() == {"texts": []}
+    asked = {"model": "tiny", "prompt": "The file", "max_tokens": 8, "temperature": 0, "logprobs": 0}
+    plain, edited = (
+        found.json()["choices"][0]["text"] for found in post(live, "/v1/completions", asked, asked | edits)
+    )
+    generate.main(EngineOptions(lab.workdir("flex-3"), overlay=path), GREEDY, ("The file",), max_tokens=8)
+    assert capsys.readouterr().out.endswith(f"The file{edited['text']}\n")
+    assert plain["logprobs"]["token_logprobs"] != edited["logprobs"]["token_logprobs"]
 
 
-def test_losses_are_those_of_evaluate(live, workdir, data_path, tmp_path):
+def test_losses_are_those_of_evaluate(live, lab, data_path, tmp_path):
     zero = {"edits": [{"operation": "zero", "token": token} for token in range(3, 67)]}
     drop = {"contribution": {"drop_layers": [0], "alpha_compute": 0.5}}
-    found = [response.json() for response in ask(live, "POST", "/api/edit/loss", {}, zero, drop, zero | drop)]
+    found = [response.json() for response in post(live, "/api/edit/loss", {}, zero, drop, zero | drop)]
     path = f"{tmp_path}/edits.safetensors"
     with open(path, "wb") as out:
-        out.write(ask(live, "POST", "/api/edit/file", zero)[0].content)
-    for losses, overlay, chosen in zip(found, ("", path, "", path), ({}, {}, drop, drop)):
-        contribution = {"drop_layers": ("0",), "alpha_compute": 0.5} if chosen else {}
-        with contextlib.closing(EngineOptions(workdir, overlay=overlay, **contribution).open()) as engine:
-            assert losses["after"] == pytest.approx(loss_on(engine, data_path, 0), rel=1e-6)
-        assert losses["before"] == found[0]["after"] and losses["tokens"] == 2495
+        out.write(post(live, "/api/edit/file", zero)[0].content)
+    with lab.model("flex-3", overlay=path) as engine:
+        for number, contribution in ((1, Contribution()), (3, Contribution(drop_layers=(0,), alpha_compute=0.5))):
+            engine.contribute(contribution)
+            assert found[number]["after"] == pytest.approx(loss_on(engine, data_path, 0), rel=1e-6)
+    assert all(losses["before"] == found[0]["after"] and losses["tokens"] == 2495 for losses in found)
     assert len({losses["after"] for losses in found}) == 4
-    short, empty = ask(live, "POST", "/api/edit/loss", {"text": "Some files."}, {"text": ""})
+    short, empty = post(live, "/api/edit/loss", {"text": "Some files."}, {"text": ""})
     assert short.json()["tokens"] == len(live.engine.prompt("Some files.")) and empty.status_code == 400
     assert empty.json()["error"]["message"] == "text: expected some text, found none"
+
+
+def edits_of(number: int, token: int, layers: list[int]) -> list[dict]:
+    """Edits that change the row of a token, different ones for each number."""
+    by, layer, key = 200 + number, layers[number % len(layers)], number % 50
+    kinds = [
+        [{"operation": "replace", "token": token, "by": f"#{by}"}],
+        [{"operation": "blend", "token": token, "by": by, "share": 0.75, "layers": [layer]}],
+        [{"operation": "zero", "token": token, "layers": [layer]}],
+        [{"operation": "swap", "token": token, "by": by}],
+        [{"operation": "suppress", "layer": layer, "key": k} for k in range(key, key + 4)],
+        [{"operation": "replace", "token": token, "by": by}, {"operation": "suppress", "layer": layer, "key": key}],
+    ]
+    return kinds[number % len(kinds)]
+
+
+@pytest.mark.parametrize("choices, layers", [({}, [0, 1]), ({"drop_layers": ("1",)}, [0])])
+def test_64_requests_in_one_batch_have_the_texts_of_their_overlays_alone(served, choices, layers, tmp_path):
+    """The first has no edits. Half of the others name an overlay, and add the rest of their edits."""
+    model = served(**choices)
+    prompts = np.random.default_rng(0).integers(3, 512, (64, 8)).tolist()
+    edits = [[], *(edits_of(number, prompts[number][-1], layers) for number in range(1, 64))]
+    bodies = [{"edits": some} for some in edits]
+    for number in range(1, 64, 2):
+        bodies[number] = {"overlay": f"{number}", "edits": edits[number][1:]}
+    kept = ask(model, *[("PUT", f"/api/overlays/{k}", {"edits": edits[k][:1]}) for k in range(1, 64, 2)])
+    assert {response.status_code for response in kept} == {200}
+    asked = {"model": "tiny", "max_tokens": 6, "temperature": 0, "logprobs": 0, "return_token_ids": True}
+    found = post(model, "/v1/completions", *(asked | b | {"prompt": p} for p, b in zip(prompts, bodies)))
+    choices = [response.json()["choices"][0] for response in found]
+    texts = [prompt + choice["token_ids"] for prompt, choice in zip(prompts, choices)]
+    engine, mesh = model.engine, model.engine.trained.mesh
+    plain = scoring.score(engine.decoder, engine.rows, texts, engine.context)
+    files = post(model, "/api/edit/file", *({"edits": some} for some in edits[1:]))
+    path = tmp_path / "overlay"
+    for number, (choice, ids) in enumerate(zip(choices, texts)):
+        rows = engine.rows
+        if number:
+            path.write_bytes(files[number - 1].content)
+            rows = EditedRows(engine.rows, Overlay.open(str(path), model.editing.memory), mesh)
+        (alone,) = scoring.score(engine.decoder, rows, [ids], engine.context)
+        # A text of temperature 0: each token is the likeliest after those before it.
+        assert alone.greedy_T[7:].all(), number
+        log_probs_T = np.array(choice["logprobs"]["token_logprobs"])
+        np.testing.assert_allclose(log_probs_T, alone.log_probs_T[7:], atol=1e-4)
+        assert (np.abs(log_probs_T - plain[number].log_probs_T[7:]).max() > 1e-3) == (number > 0)
