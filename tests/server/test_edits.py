@@ -74,9 +74,7 @@ def test_the_downloaded_file_is_what_generate_takes(live, lab, tmp_path, capsys)
     texts = [edit.text for edit in Overlay.open(path, live.editing.memory).edits]
     assert checked.json() == {"texts": texts} and nothing.json() == {"texts": []}
     asked = {"model": "tiny", "prompt": "The file", "max_tokens": 8, "temperature": 0, "logprobs": 0}
-    plain, edited = (
-        found.json()["choices"][0]["text"] for found in post(live, "/v1/completions", asked, asked | edits)
-    )
+    plain, edited = (found.json()["choices"][0] for found in post(live, "/v1/completions", asked, asked | edits))
     generate.main(EngineOptions(lab.workdir("flex-3"), overlay=path), GREEDY, ("The file",), max_tokens=8)
     assert capsys.readouterr().out.endswith(f"The file{edited['text']}\n")
     assert plain["logprobs"]["token_logprobs"] != edited["logprobs"]["token_logprobs"]
