@@ -83,7 +83,7 @@ def generated(page):
 def test_generate(page, served):
     expect(page.locator("#facts")).to_contain_text("tiny · flex-3 · ")
     text = generated(page)
-    ids = served.engine.prompt("The name of the")
+    ids = served.engine.prompt("The file is")
     new = [token for batch in served.engine.generate([ids], 6, GREEDY) for _, token in batch]
     expect(text).to_have_count(len(ids) + 6)
 
@@ -148,7 +148,7 @@ def test_edit(page, served, tmp_path):
     set_sampling(page, "generate", Tokens=6, Temperature=0)
     page.get_by_role("tab", name="Edit").click()
     edit = view(page, "edit")
-    token = served.engine.prompt("The name of the")[-1]
+    token = served.engine.prompt("The file is")[-1]
     edit.get_by_text("Zero", exact=True).click()
     edit.get_by_role("combobox", name="Token", exact=True).fill(f"#{token}")
     expect(edit.locator(".search").get_by_role("option")).to_have_count(1)

@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { errorBox, field, freshId, h, paused } from "./dom.js";
 import { changed, onChange, set, state } from "./state.js";
 import { tokenText } from "./tokens.js";
-import { whole } from "./texts.js";
+import { alone, whole } from "./texts.js";
 
 /** The prompt, which all views share. Ctrl+Enter calls `submit`. */
 export function promptField(submit) {
@@ -111,7 +111,7 @@ export class TokenSearch {
   /** Shows a token as the one that is chosen. */
   set(token) {
     this.value = token;
-    this.input.value = token ? token.text : "";
+    this.input.value = token ? alone(token.text) : "";
     this.close();
   }
 
@@ -125,7 +125,8 @@ export class TokenSearch {
   }
 
   async #find() {
-    const text = this.input.value;
+    // As a chosen token is shown
+    const text = this.input.value.replaceAll("↵", "\n").replaceAll("⇥", "\t");
     this.close();
     if (!text || document.activeElement !== this.input) return;
     const controller = (this.controller = new AbortController());

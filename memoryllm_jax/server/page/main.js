@@ -73,7 +73,7 @@ async function start() {
   }
   document.getElementById("facts").textContent = facts(state.model);
   document.title = `${state.model.name} · memoryllm`;
-  state.prompt = "The name of the";
+  state.prompt = "The file is";
   state.sampling.max_tokens = Math.min(48, Math.floor(state.model.context / 2));
   const edit = {};
   const look = lookView(view("look"), edit);

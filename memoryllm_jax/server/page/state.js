@@ -5,7 +5,7 @@ import { post } from "./api.js";
 export const state = {
   model: null, // the answer of /api/model
   prompt: "",
-  sampling: { max_tokens: 48, temperature: 0.8, top_p: 1, top_k: 0, seed: 1 },
+  sampling: { max_tokens: 48, temperature: 0.7, top_p: 1, top_k: 0, seed: 1 },
   sequence: [], // the tokens that Generate shows: {id, text, logProb, alternatives, given}
   // A kept overlay {name, texts}, and after it edits: {edit, text}, with the edit in the JSON of the API
   changes: { overlay: null, edits: [] },

@@ -18,15 +18,19 @@ export function named(name) {
   return name.replace(/^token_id:(?=\d+$)/, "#");
 }
 
-/** A token's text by itself, where a space could be overlooked. */
-export function alone(text) {
-  return text ? visible(text).replaceAll(" ", "␣") : "(no text)";
+/** The text itself: the server writes spaces, line ends and tabs as ␣, \n and \t. */
+function plain(text) {
+  return text.replaceAll("␣", " ").replaceAll("\\n", "\n").replaceAll("\\t", "\t");
 }
 
-/** A token's text among others, where its background shows its spaces. The server writes them as ␣, \n and \t. */
+/** A token's text by itself, where a space could be overlooked. */
+export function alone(text) {
+  return text ? visible(plain(text)).replaceAll(" ", "␣") : "(no text)";
+}
+
+/** A token's text among others, where its background shows its spaces. */
 export function running(text) {
-  const plain = text.replaceAll("␣", " ").replaceAll("\\n", "\n").replaceAll("\\t", "\t");
-  return plain ? visible(plain) : "∅";
+  return text ? visible(plain(text)) : "∅";
 }
 
 /** Whether a token ends a line of the text. */
