@@ -1,14 +1,14 @@
 // Ablate: scale what the FFNs add, drop layers, and read the text that the model writes then beside the original.
 
 import { SideBySide } from "./continuation.js";
-import { h, paused } from "./dom.js";
+import { Pause, h } from "./dom.js";
 import { LayerChips, promptField, samplingFields } from "./fields.js";
 import { lossSection } from "./loss.js";
-import { changed, onChange, state } from "./state.js";
+import { changed, ffnName, onChange, state } from "./state.js";
 
 /** One FFN's slider and chips of layers. */
-function dial(ffn, isOnly, change) {
-  const name = ffn === "memory" ? "FFN-M" : isOnly ? "FFN" : "FFN-C";
+function dial(ffn, change) {
+  const name = ffnName(ffn);
   const value = h("output", { class: "n" });
   const slider = h("input", {
     type: "range",
@@ -53,12 +53,12 @@ function dial(ffn, isOnly, change) {
 export function ablateView(view, look) {
   const { ffns } = state.model;
   const texts = new SideBySide(["Original", "Ablated"], look);
-  const regenerate = paused(() => run(), 300);
+  const regenerate = new Pause(300, run);
   const again = () => {
     changed("factors");
-    regenerate();
+    regenerate.start();
   };
-  const dials = Object.fromEntries(ffns.map((ffn) => [ffn, dial(ffn, ffns.length === 1, again)]));
+  const dials = Object.fromEntries(ffns.map((ffn) => [ffn, dial(ffn, again)]));
   const reset = h("button", {
     type: "button",
     click: () => {
@@ -106,6 +106,7 @@ export function ablateView(view, look) {
   }
 
   function run() {
+    regenerate.cancel();
     hasRun = true;
     return texts.run({ contribution: contribution() });
   }
@@ -113,5 +114,5 @@ export function ablateView(view, look) {
   view.addEventListener("shown", () => {
     if (!hasRun) run();
   });
-  onChange("sampling", () => !view.hidden && regenerate());
+  onChange("sampling", () => !view.hidden && regenerate.start());
 }

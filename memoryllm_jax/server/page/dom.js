@@ -41,13 +41,21 @@ export function field(label, input, hint) {
   return h("div", { class: "field" }, h("label", { for: input.id }, label), input, hint && h("small", {}, hint));
 }
 
-/** Calls a function once the person has paused; a new call starts the pause anew. */
-export function paused(call, milliseconds) {
-  let timer;
-  return (...given) => {
-    clearTimeout(timer);
-    timer = setTimeout(() => call(...given), milliseconds);
-  };
+/** Calls a function once the person has paused: each `start` starts the pause anew. */
+export class Pause {
+  constructor(milliseconds, call) {
+    this.milliseconds = milliseconds;
+    this.call = call;
+  }
+
+  start() {
+    this.cancel();
+    this.timer = setTimeout(() => this.call(), this.milliseconds);
+  }
+
+  cancel() {
+    clearTimeout(this.timer);
+  }
 }
 
 /** The error in words, at its place. */

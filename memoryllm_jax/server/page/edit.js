@@ -2,7 +2,7 @@
 
 import { post } from "./api.js";
 import { SideBySide } from "./continuation.js";
-import { Task, errorBox, field, h, paused, say } from "./dom.js";
+import { Pause, Task, errorBox, field, h, say } from "./dom.js";
 import { LayerChips, TokenSearch, promptField, samplingFields } from "./fields.js";
 import { keeping } from "./keeping.js";
 import { lossSection } from "./loss.js";
@@ -244,13 +244,13 @@ function comparison(view, look) {
 
   // The texts follow the edits while the view is open, and catch up when it is opened.
   let seen = state.changes;
-  const follow = paused(() => {
+  const follow = new Pause(250, () => {
     if (view.hidden || seen === state.changes) return;
     seen = state.changes;
     run();
-  }, 250);
-  onChange("changes", follow);
-  view.addEventListener("shown", follow);
+  });
+  onChange("changes", () => follow.start());
+  view.addEventListener("shown", () => follow.start());
   return h(
     "section",
     {},

@@ -1,7 +1,7 @@
 // Fields that several views have: the prompt, how tokens are drawn, a search for tokens, and chips of layers.
 
 import { get } from "./api.js";
-import { errorBox, field, freshId, h, paused } from "./dom.js";
+import { Pause, errorBox, field, freshId, h } from "./dom.js";
 import { changed, onChange, set, state } from "./state.js";
 import { tokenText } from "./tokens.js";
 import { alone, whole } from "./texts.js";
@@ -96,16 +96,16 @@ export class TokenSearch {
       placeholder: hint,
       input: () => {
         this.value = null;
-        this.search();
+        this.search.start();
       },
-      focus: () => this.input.value && !this.value && this.search(),
+      focus: () => this.input.value && !this.value && this.search.start(),
       blur: () => this.close(),
       keydown: (event) => this.#key(event),
     });
     this.list = h("ul", { id: list, role: "listbox", "aria-label": label, hidden: true });
     this.note = h("p", { class: "note quiet" });
     this.element = h("div", { class: "search" }, field(label, this.input), this.list, this.note);
-    this.search = paused(() => this.#find(), 120);
+    this.search = new Pause(120, () => this.#find());
   }
 
   /** Shows a token as the one that is chosen. */

@@ -1,7 +1,7 @@
 // Generate: type, watch the continuation arrive as chips, and see what else each token could have been.
 
 import { Continuation } from "./continuation.js";
-import { Task, h, paused, say } from "./dom.js";
+import { Pause, Task, h, say } from "./dom.js";
 import { promptField, samplingFields } from "./fields.js";
 import { changesBody, isChanged, onChange, promptTokens, set, state } from "./state.js";
 import { whole } from "./texts.js";
@@ -15,7 +15,8 @@ export function generateView(view, look) {
   const stop = h("button", { type: "button", disabled: true, click: () => text.cancel() }, "Stop");
   const useEdits = h("input", { type: "checkbox", id: "use-edits" });
   const withEdits = h("label", { class: "check", for: "use-edits" }, useEdits, "with the edits");
-  const onlyPrompt = paused(showPrompt, 150);
+  let runs = 0;
+  const onlyPrompt = new Pause(150, showPrompt);
 
   view.append(
     promptField(generate),
@@ -37,8 +38,8 @@ export function generateView(view, look) {
   };
   onChange("changes", showEdits);
   showEdits();
-  onChange("prompt", onlyPrompt);
-  onlyPrompt();
+  onChange("prompt", () => onlyPrompt.start());
+  showPrompt();
 
   async function showPrompt() {
     text.cancel();
@@ -53,12 +54,16 @@ export function generateView(view, look) {
   }
 
   async function generate() {
+    onlyPrompt.cancel();
+    typing.cancel();
     start.textContent = "Generate again";
     stop.disabled = false;
+    const run = (runs += 1);
     const more = useEdits.checked ? changesBody() : {};
     const done = await text.run(more, (count) => {
       note.textContent = `${whole(count)} new tokens`;
     });
+    if (run !== runs) return; // The next one has begun.
     stop.disabled = true;
     set("sequence", text.tokens);
     if (done) say(note.textContent);

@@ -101,6 +101,8 @@ export function lookView(view, edit) {
           )
         : "",
     );
+    if (index === null && !hasMemory)
+      subject.append(h("p", {}, "This model keeps no rows for tokens: choose one in a text."));
   }
 
   async function showSettling(token, index) {

@@ -6,7 +6,7 @@ import { errorBox, h } from "./dom.js";
 import { editView } from "./edit.js";
 import { generateView } from "./generate.js";
 import { lookView } from "./look.js";
-import { set, state } from "./state.js";
+import { ffnName, set, state } from "./state.js";
 import { whole } from "./texts.js";
 
 const VIEWS = ["generate", "look", "edit", "ablate"];
@@ -52,7 +52,7 @@ function makeTabs() {
 
 /** What the model is, in one line. */
 function facts(model) {
-  const widths = model.ffns.map((ffn) => `${whole(model.keys[ffn])} keys in ${ffn === "memory" ? "FFN-M" : "FFN-C"}`);
+  const widths = model.ffns.map((ffn) => `${whole(model.keys[ffn])} keys in ${ffnName(ffn)}`);
   const parts = [model.name, model.architecture, `${model.layers} layers of width ${model.dim}`, ...widths];
   return [...parts, `${whole(model.vocab_size)} tokens`].join(" · ");
 }

@@ -1,23 +1,20 @@
 // How the prediction at one place settles over the layers: a chart of probabilities, and a table of likeliest tokens.
 
 import { h, svg } from "./dom.js";
+import { ffnName } from "./state.js";
 import { tokenText } from "./tokens.js";
 import { alone, percent } from "./texts.js";
 
 // In the order in which a layer adds them
-const PARTS = {
-  residual: "Residual",
-  attention: "Attention",
-  memory: "FFN-M",
-  compute: "FFN-C",
-  output: "Layer's output",
-};
+const PARTS = ["residual", "attention", "memory", "compute", "output"];
+const NAMES = { residual: "Residual", attention: "Attention", output: "Layer's output" };
+const nameOf = (part) => NAMES[part] ?? ffnName(part);
 
 const HEIGHT = 200;
 const EDGE = { left: 44, right: 12, top: 10, bottom: 28 };
 
 function partsOf(found) {
-  return Object.keys(PARTS).filter((part) => found.layers.some((layer) => layer.parts[part]));
+  return PARTS.filter((part) => found.layers.some((layer) => layer.parts[part]));
 }
 
 /** The least of 1, 2, 5, 10 … per cent that is not below p. */
@@ -34,7 +31,7 @@ function chart(found, width) {
   const y = (p) => HEIGHT - EDGE.bottom - (p / most) * (HEIGHT - EDGE.top - EDGE.bottom);
   const drawing = svg("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, class: "chart", role: "img" });
   drawing.append(
-    svg("title", {}, `Probability of the final token by layer, for ${parts.map((part) => PARTS[part]).join(", ")}`),
+    svg("title", {}, `Probability of the final token by layer, for ${parts.map((part) => nameOf(part)).join(", ")}`),
   );
   for (const share of [0, 0.5, 1]) {
     const at = y(share * most);
@@ -75,7 +72,7 @@ function legend(parts) {
   return h(
     "p",
     { class: "legend" },
-    parts.map((part) => h("span", {}, sample(part), PARTS[part])),
+    parts.map((part) => h("span", {}, sample(part), nameOf(part))),
   );
 }
 
@@ -109,7 +106,7 @@ function table(found) {
     "tr",
     {},
     h("th", { scope: "col" }, "Layer"),
-    parts.map((part) => h("th", { scope: "col" }, PARTS[part])),
+    parts.map((part) => h("th", { scope: "col" }, nameOf(part))),
   );
   return h(
     "div",

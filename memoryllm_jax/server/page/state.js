@@ -11,6 +11,12 @@ export const state = {
   changes: { overlay: null, edits: [] },
 };
 
+/** The name of an FFN: a model such as base has only one, and no need to tell two apart. */
+export function ffnName(ffn) {
+  if (ffn === "memory") return "FFN-M";
+  return state.model.ffns.length > 1 ? "FFN-C" : "FFN";
+}
+
 const changes = new EventTarget();
 
 /** Calls `call` whenever `name` of the state has changed. */
