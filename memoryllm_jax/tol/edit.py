@@ -131,6 +131,8 @@ class Editor:
         """
         layers = self._layers(layers)
         given = np.stack([np.asarray(row_kD, np.float32) for row_kD in rows.values()])
+        if not np.isfinite(given).all():
+            raise ArgumentError("rows", f"expected finite numbers, found others in the edit {text!r}")
         mix = [[(token, 1.0)] for token in rows]
         self._give(f"{text}{_in_layers(layers)} ({text_checksum(given)})", list(rows), given, mix, layers)
 
