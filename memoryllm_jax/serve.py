@@ -19,11 +19,12 @@ def main(model: ModelOptions, server: ServerOptions) -> None:
     for package in ("uvicorn", "starlette", "prometheus_client", "jinja2"):
         require(package, "serve", "serve")
     # Imported here, as these modules need the packages of the extra.
-    from memoryllm_jax.server import listening, look
+    from memoryllm_jax.server import listening, look, security
     from memoryllm_jax.server.app import make_app
     from memoryllm_jax.server.served import ServedModel
 
-    # The port comes first, as reading a large model takes minutes.
+    # Key and port come first, as reading a large model takes minutes.
+    security.read_key(server.api_key_file)
     bound = listening.bind(server.host, server.port)
     with (
         contextlib.closing(bound),
@@ -31,13 +32,14 @@ def main(model: ModelOptions, server: ServerOptions) -> None:
         contextlib.closing(ServedModel(engine, server)) as served,
     ):
         app = make_app(served)
-        print("compile ...", flush=True)
+        print(f"compile for {server.slots} slots of {served.context} tokens ...", flush=True)
         start = time.monotonic()
         served.compile()
         print(f"compiled in {time.monotonic() - start:.0f} seconds", flush=True)
 
         def say():
-            print(f"{served.name} at {listening.address_of(bound)}", flush=True)
+            what = engine.trained.facts()["model"]
+            print(f"{served.name}: {what}; at {listening.address_of(bound)}", flush=True)
 
         look.prepare(served)  # while requests are answered
         listening.run(app, bound, say, served.begin_closing, end_s=server.time_limit)

@@ -83,9 +83,11 @@ class Scheduler:
         """The number of sequences in the queue."""
         return len(self._queue)
 
-    def submit(self, works: list[Work]) -> list[Stream]:
+    def submit(self, works: list[Work], time_limit: float | None = None) -> list[Stream]:
         """Puts the sequences of one request into the queue, all of them or none. Call it in the event loop.
 
+        Args:
+          time_limit: seconds after which they are ended; None: the scheduler's own.
         Raises: ApiError 400 if they can never be served, 503 if the server is closing or failed; QueueFullError.
         """
         self._check(works)
@@ -94,7 +96,8 @@ class Scheduler:
             missing = len(self._queue) + len(works) - self._most_waiting - (len(self._occupants) - self.running)
             if missing > 0:
                 raise QueueFullError(self._retry_after(missing))
-            made = [Stream(work, self._time_limit, self._cancel) for work in works]
+            seconds = self._time_limit if time_limit is None else time_limit
+            made = [Stream(work, seconds, self._cancel) for work in works]
             self._queue.extend(_Sequence(stream, self._slots.capacity, self._tokenizer) for stream in made)
             self._changed.notify()
         return made

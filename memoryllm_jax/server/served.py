@@ -19,6 +19,7 @@ from memoryllm_jax.inference.slots import Slots
 from memoryllm_jax.server import chat_template
 from memoryllm_jax.server.changes import Changed, Changes, Editing, contribution_of
 from memoryllm_jax.server.chat_template import ChatTemplate
+from memoryllm_jax.server.errors import ApiError
 from memoryllm_jax.server.looker import Looker
 from memoryllm_jax.server.losses import LossMeter
 from memoryllm_jax.server.options import ServerOptions
@@ -31,6 +32,8 @@ from memoryllm_jax.server.worker_rows import WorkerRows
 from memoryllm_jax.tol.slot_edits import SlotEdits
 
 T = TypeVar("T")
+
+_COMPILE_SECONDS = 3600.0  # most time that compiling for one length may take
 
 
 class ServedModel:
@@ -119,8 +122,16 @@ class ServedModel:
         return overlay
 
     def compile(self) -> None:
-        """Generates a few texts, short ones and long ones, so that what most requests need is compiled."""
-        asyncio.run(self._generate_once())
+        """Generates a few texts, short ones and long ones, so that what most requests need is compiled.
+
+        Raises: the error of the engine, if it fails.
+        """
+        try:
+            asyncio.run(self._generate_once())
+        except ApiError:
+            if self.scheduler.error is not None:
+                raise self.scheduler.error from None
+            raise
         self.scheduler.statistics = Statistics()  # these were nobody's requests
 
     async def _generate_once(self):
@@ -128,7 +139,7 @@ class ServedModel:
         lengths = [1 << power for power in range(2, self.context.bit_length()) if 1 << power < self.context]
         for length in (*lengths, self.context):
             work = Work((0,) * max(1, length - 2), max_tokens=2, sampling=Sampling(0))
-            (stream,) = self.scheduler.submit([work])
+            (stream,) = self.scheduler.submit([work], time_limit=_COMPILE_SECONDS)
             async for _ in stream:
                 pass
 
