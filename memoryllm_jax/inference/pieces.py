@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.inference import ahead, sequences
@@ -154,7 +155,7 @@ def draw(config: ModelConfig, logits_BV, draws: Draws, alternatives_B, position_
 
 
 @functools.partial(ahead.jit, static_argnames=("config", "vocab_size"))
-def score(config, final_norm, head_VD, x_bTD, before_D, ids_T, place, has_alternatives, vocab_size: int):
+def score(config, final_norm, head_VD, x_bTD, before_D, ids_T, has_alternatives, vocab_size: int):
     """Scores a piece's own tokens, each from the state of the position before it.
 
     Args:
@@ -162,9 +163,8 @@ def score(config, final_norm, head_VD, x_bTD, before_D, ids_T, place, has_altern
       before_D: that of the position before the piece; any before the first piece, whose first token has no score.
       ids_T: int32, the piece's tokens.
       has_alternatives, vocab_size: as of `likelihoods`.
-    Returns: (`Likelihoods` of each token, the stream of the piece's last position).
+    Returns: `Likelihoods` of each token.
     """
-    last_D = x_bTD[0, place.count - 1]
     x_TD = jnp.concatenate([before_D[None], x_bTD[0, :-1]])
     x_TD = transformer.Norm(config).apply({"params": final_norm}, x_TD)
     # Logits are whole on each device, and at most LOGITS_BYTES at a time.
@@ -179,11 +179,16 @@ def score(config, final_norm, head_VD, x_bTD, before_D, ids_T, place, has_altern
 
     x_NCD = jnp.pad(x_TD, ((0, padding), (0, 0))).reshape(-1, chunk, config.dim)
     found = jax.lax.map(score_chunk, (x_NCD, jnp.pad(ids_T, (0, padding)).reshape(-1, chunk)))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:T], found), last_D
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:T], found)
 
 
-def last_logits(config: ModelConfig, final_norm: dict, head_VD, x_bTD, place: Place):
-    """Logits [1, V] of the token after a piece. For use in jit."""
-    last_1D = jax.lax.dynamic_slice_in_dim(x_bTD[0], place.count - 1, 1)
-    last_1D = transformer.Norm(config).apply({"params": final_norm}, last_1D)
+@functools.partial(ahead.jit, out_shardings=P())
+def last_state(x_bTD, place: Place):
+    """The residual stream of a piece's last position, [D]. What reads it compiles once for pieces of all lengths."""
+    return x_bTD[0, place.count - 1]
+
+
+def logits_after(config: ModelConfig, final_norm: dict, head_VD, last_D):
+    """Logits [1, V] of the token after a position with this state. For use in jit."""
+    last_1D = transformer.Norm(config).apply({"params": final_norm}, last_D[None])
     return sequences.logits(config, head_VD, last_1D)

@@ -224,11 +224,27 @@ class Slots:
         self._position_B = np.zeros(B, np.int32)
         self._unread_B = np.zeros(B, np.int32)
         self._may_lack_rows = False  # whether rows of the last tokens may have left the cache of rows
-        self._before: dict[int, jax.Array] = {}  # by slot, the state before its next piece, for scores
+        self._before: dict[int, jax.Array] = {}  # by slot, the state before its next piece, which scores start from
         with jax.set_mesh(self._decoder.mesh):
             self._standing = self._put(Standing(np.zeros(B, np.int32), np.zeros(B, np.int32)))
         self._cache = self._decoder.empty_cache(B, self.capacity)
         self._stored = self._cache[0].k_BHCK.shape[2]  # positions of the cache, which may be more than the capacity
+
+    def compile(self) -> None:
+        """Compiles pieces and steps of all sizes, with pieces in slot 0. Call it while no slot has a sequence."""
+        settings = Settings(sampling=Sampling(0.0), end=self.capacity, alternatives=MOST_ALTERNATIVES)
+        lengths = sorted({min(self.capacity, 1 << power) for power in range(4, self.capacity.bit_length() + 1)})
+        # The longest length of each span is enough.
+        longest = {self._reach(length).span: length for length in lengths}
+        for length in longest.values():
+            self.begin(0, settings)
+            for size in sorted({min(size, self.piece) for size in lengths if size <= length}):
+                # What the cache holds does not matter, so no earlier piece has to enter.
+                self.prefill(0, [0] * size, length - size, scores=True, is_last=False)
+            # The step reaches one position more.
+            self.prefill(0, [0], max(0, length - 2), scores=True, is_last=True)
+            self.read(self.step())
+        self.end(0)
 
     def begin(self, slot: int, settings: Settings) -> None:
         """Gives a slot to a new sequence. Raises: ArgumentError for settings that do not fit the model or the slots."""
@@ -287,13 +303,16 @@ class Slots:
         place = Place(np.int32(slot), np.int32(start), np.int32(count))
         with jax.set_mesh(self._decoder.mesh):
             x_bTD = self._run_piece(slot, ids_T, place)
-            found = self._score(slot, x_bTD, ids_T, place) if scores else None
-            drawn = self._draw_first(slot, x_bTD, place) if is_last else None
+            last_D = pieces.last_state(x_bTD, place)
+            found = self._score(slot, x_bTD, ids_T) if scores else None
+            self._before[slot] = last_D
+            drawn = self._draw_first(slot, last_D, place) if is_last else None
         return Prefilled(slot, int(self._occupant_B[slot]), count, found, drawn)
 
     def _run_piece(self, slot, ids_T, place):
         ids, index_T = np.unique(ids_T, return_inverse=True)
-        ids = np.pad(ids, (0, bucket(len(ids), len(ids_T)) - len(ids)), mode="edge").astype(np.int32)
+        # As many as the piece has positions: other numbers would compile each layer anew.
+        ids = np.pad(ids, (0, len(ids_T) - len(ids)), mode="edge").astype(np.int32)
         rows = self._rows.fetch(ids)
         self._may_lack_rows = not self._rows.on_device
         if self._edits is not None:
@@ -308,27 +327,24 @@ class Slots:
         )
         return x_bTD
 
-    def _score(self, slot, x_bTD, ids_T, place):
+    def _score(self, slot, x_bTD, ids_T):
         before_D = self._before.get(slot)
         if before_D is None:
             before_D = self._put(np.zeros(self._config.dim, self._config.dtype))
         head = self._decoder.params["final_norm"], self._decoder.params["head"]
         has_alternatives = self._settings.alternatives_B[slot] > 0
-        found, self._before[slot] = pieces.score(
-            self._config, *head, x_bTD, before_D, ids_T, place, has_alternatives, self._vocab_size
-        )
-        return found
+        return pieces.score(self._config, *head, x_bTD, before_D, ids_T, has_alternatives, self._vocab_size)
 
-    def _draw_first(self, slot, x_bTD, place):
+    def _draw_first(self, slot, last_D, place):
         self._settings.is_decoding_B[slot] = True
         self._occupants = None
         self._position_B[slot] = place.start + place.count
         head = self._decoder.params["final_norm"], self._decoder.params["head"]
-        drawn, self._standing = self._first(*head, x_bTD, place, self._standing, self._on_devices())
+        drawn, self._standing = self._first(*head, last_D, place, self._standing, self._on_devices())
         return drawn
 
-    def _first_body(self, final_norm, head_VD, x_bTD, place, standing, occupants):
-        logits_1V = pieces.last_logits(self._config, final_norm, head_VD, x_bTD, place)
+    def _first_body(self, final_norm, head_VD, last_D, place, standing, occupants):
+        logits_1V = pieces.logits_after(self._config, final_norm, head_VD, last_D)
         draws, alternatives_1 = jax.tree.map(
             lambda x_B: x_B[place.slot][None], (occupants.draws, occupants.alternatives_B)
         )

@@ -78,8 +78,8 @@ class ServedModel:
         self._passes = concurrent.futures.ThreadPoolExecutor(1, "pass")
         memory = self.editing.memory
         self._slot_edits = SlotEdits(memory, engine.trained.mesh, options.slots) if memory else None
-        slots = Slots(engine, options.slots, self.context, self._slot_edits)
-        self.scheduler = Scheduler(slots, self._slot_edits, engine.tokenizer, options.queue, options.time_limit)
+        self._slots = Slots(engine, options.slots, self.context, self._slot_edits)
+        self.scheduler = Scheduler(self._slots, self._slot_edits, engine.tokenizer, options.queue, options.time_limit)
 
     @property
     def is_healthy(self) -> bool:
@@ -122,10 +122,11 @@ class ServedModel:
         return overlay
 
     def compile(self) -> None:
-        """Generates a few texts, short ones and long ones, so that what most requests need is compiled.
+        """Compiles what most requests need, and generates a text. Call it before any request.
 
         Raises: the error of the engine, if it fails.
         """
+        self._slots.compile()  # the engine thread has nothing to do yet
         try:
             asyncio.run(self._generate_once())
         except ApiError:
@@ -135,13 +136,10 @@ class ServedModel:
         self.scheduler.statistics = Statistics()  # these were nobody's requests
 
     async def _generate_once(self):
-        # Attention reads a power of two of positions, or all of them, and each has functions of its own.
-        lengths = [1 << power for power in range(2, self.context.bit_length()) if 1 << power < self.context]
-        for length in (*lengths, self.context):
-            work = Work((0,) * max(1, length - 2), max_tokens=2, sampling=Sampling(0))
-            (stream,) = self.scheduler.submit([work], time_limit=_COMPILE_SECONDS)
-            async for _ in stream:
-                pass
+        work = Work((0,), max_tokens=2, sampling=Sampling(0))
+        (stream,) = self.scheduler.submit([work], time_limit=_COMPILE_SECONDS)
+        async for _ in stream:
+            pass
 
     def begin_closing(self) -> None:
         """Lets /health say that the server is closing, while what runs is finished."""
