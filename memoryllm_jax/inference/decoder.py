@@ -95,10 +95,16 @@ class Decoder:
         other.params = self.params | params
         return other
 
-    def empty_cache(self, batch: int, capacity: int) -> list[attention.Cache]:
-        """A cache for each layer, for `batch` sequences of at least `capacity` positions."""
+    def empty_cache(self, batch: int, capacity: int, in_segments: bool = False) -> list:
+        """A cache for each layer, for `batch` sequences of at least `capacity` positions.
+
+        Args:
+          in_segments: whether each is a list of `attention.segments`, for a `Reach` that counts these.
+        """
+        sizes = tuple(attention.segments(capacity)) if in_segments else (capacity,)
         with jax.set_mesh(self.mesh):
-            return self._empty(batch, capacity)
+            layers = self._empty(batch, sizes)
+        return layers if in_segments else [cache for (cache,) in layers]
 
     def prefill(self, rows: TokenRows, index_bT: np.ndarray, lengths_b: np.ndarray, slots_b: np.ndarray, cache):
         """Runs prompts through the decoder and writes their keys and values to the cache.
@@ -188,13 +194,13 @@ class Decoder:
     def _by_shard(self, x):
         return x.reshape(self.shards, -1)
 
-    def _empty_body(self, batch, capacity):
-        c = self.config
-        if capacity > attention.CACHE_TILE:  # whole tiles
-            capacity += -capacity % attention.CACHE_TILE
-        shape = sharding.padded((batch, c.key_heads, capacity, c.head_dim), _CACHE_AXES)
-        zeros = jnp.zeros(shape, c.dtype)
-        return [attention.Cache(zeros, zeros) for _ in range(c.layers)]
+    def _empty_body(self, batch, sizes):
+        def empty(size):
+            shape = sharding.padded((batch, self.config.key_heads, size, self.config.head_dim), _CACHE_AXES)
+            zeros = jnp.zeros(shape, self.config.dtype)
+            return attention.Cache(zeros, zeros)
+
+        return [[empty(size) for size in sizes] for _ in range(self.config.layers)]
 
     def step(
         self,
@@ -202,7 +208,7 @@ class Decoder:
         rows: TokenRows,
         index_B,
         position_B,
-        cache: list[attention.Cache],
+        cache: list,
         reach: attention.Reach = attention.WHOLE,
     ):
         """Runs one token of each sequence through the decoder. For use in jit, inside the mesh.

@@ -23,6 +23,7 @@ from memoryllm_jax.model.sharding import constrain
 from memoryllm_jax.model.token_memory import TokenRows, take_rows
 
 MOST_ALTERNATIVES = 20  # OpenAI's API has as many
+_PAST_THE_END = 1 << 30  # the position of padding: past the end of any cache, where nothing is written
 
 
 class Likelihoods(NamedTuple):
@@ -73,7 +74,7 @@ def run(config: ModelConfig, params: dict, rows: TokenRows, index_T, place: Plac
       shards: batch shards of the mesh. Each computes the piece, because a batch of one cannot be split.
     Returns: (residual stream after the last layer [b, T, D], the cache with the piece).
     """
-    x_bTD, where = _embed(config, rows.x0_SUD, index_T, place, cache[0].k_BHCK.shape[2], shards)
+    x_bTD, where = _embed(config, rows.x0_SUD, index_T, place, shards)
     written = []
     for layer, (layer_params, old) in enumerate(zip(params["layers"], cache, strict=True)):
         ffn_SUD, factors = sequences.rows_of_layer(rows, params, layer)
@@ -82,11 +83,10 @@ def run(config: ModelConfig, params: dict, rows: TokenRows, index_T, place: Plac
     return x_bTD, written
 
 
-@functools.partial(ahead.jit, static_argnames=("config", "capacity", "shards"), out_shardings=(sequences.STREAM, None))
-def _embed(config, x0_SUD, index_T, place, capacity, shards):
+@functools.partial(ahead.jit, static_argnames=("config", "shards"), out_shardings=(sequences.STREAM, None))
+def _embed(config, x0_SUD, index_T, place, shards):
     offset_T = jnp.arange(len(index_T))
-    # Padding is past the cache's end, where nothing is written.
-    position_T = jnp.where(offset_T < place.count, place.start + offset_T, capacity)
+    position_T = jnp.where(offset_T < place.count, place.start + offset_T, _PAST_THE_END)
     position_bT = jnp.broadcast_to(position_T, (shards, len(index_T)))
     index_ST = constrain(jnp.broadcast_to(index_T, position_bT.shape), "shard", None)
     x_bTD = take_rows(x0_SUD, index_ST).astype(config.dtype)

@@ -31,6 +31,7 @@ from memoryllm_jax.model.token_memory import TokenRows
 from memoryllm_jax.model.transformer import Factors
 
 PIECE = 256  # most tokens of a piece
+_SHORTEST_SPAN = 128
 _SCORES_BYTES = 256 << 20  # of a piece's attention scores in one layer, which a device holds at once
 
 
@@ -227,8 +228,7 @@ class Slots:
         self._before: dict[int, jax.Array] = {}  # by slot, the state before its next piece, which scores start from
         with jax.set_mesh(self._decoder.mesh):
             self._standing = self._put(Standing(np.zeros(B, np.int32), np.zeros(B, np.int32)))
-        self._cache = self._decoder.empty_cache(B, self.capacity)
-        self._stored = self._cache[0].k_BHCK.shape[2]  # positions of the cache, which may be more than the capacity
+        self._cache = self._decoder.empty_cache(B, self.capacity, in_segments=self._is_cpu)
 
     def compile(self) -> None:
         """Compiles pieces and steps of all sizes, with pieces in slot 0. Call it while no slot has a sequence."""
@@ -400,7 +400,7 @@ class Slots:
         if self._edits is not None:
             rows = self._edits.apply(edits, tokens_B, rows)
         # Slots that take no step must not write: a piece of a prompt may have been written there.
-        at_B = jnp.where(takes_B, position_B, self._stored)
+        at_B = jnp.where(takes_B, position_B, self.capacity)
         params = params | {"factors": occupants.factors}
         logits_BV, cache = self._decoder.step(params, rows, jnp.arange(self.slots), at_B, cache, reach)
         drawn = pieces.draw(
@@ -446,10 +446,8 @@ class Slots:
 
     def _reach(self, positions: int) -> attention.Reach:
         """What attention reads of the cache for sequences of so many positions."""
-        if self._stored <= attention.CACHE_TILE:
-            return attention.WHOLE
         if self._is_cpu:
-            return attention.Reach(tiles=np.int32(-(-positions // attention.CACHE_TILE)))
-        # A loop over tiles would wait for the host before each, and launch many small kernels. Powers of two, so that
-        # few spans compile.
-        return attention.Reach(span=min(self._stored, max(attention.CACHE_TILE, next_power_of_two(positions))))
+            ends = np.cumsum(attention.segments(self.capacity))
+            return attention.Reach(segments=np.int32(np.searchsorted(ends, positions) + 1))
+        # Each segment would launch many small kernels, and wait for the host. Powers of two, so that few spans compile.
+        return attention.Reach(span=min(self.capacity, max(_SHORTEST_SPAN, next_power_of_two(positions))))

@@ -22,8 +22,7 @@ SPLASH_BLOCK = 512  # positions of a tile of the splash kernel
 # Up to so many positions splash's backward pass is one kernel, which holds T / SPLASH_BLOCK copies of the queries'
 # gradients: 2.3 GB for four heads at 32,768 positions. Above, it is two kernels.
 _MOST_FUSED = 4096
-# Positions of a tile, where attention over a cache runs in tiles. A cache of more has a multiple of it.
-CACHE_TILE = 128
+_FIRST_SEGMENT = 64  # positions of the first segment of a cache that is stored in segments
 
 
 class Accelerator(NamedTuple):
@@ -129,25 +128,34 @@ def keep_results(primitive, *args, **params) -> bool:
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer's positions."""
+    """Keys and values of one layer's positions, or of a segment of them."""
 
     k_BHCK: jax.Array
     v_BHCK: jax.Array
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["tiles"], meta_fields=["span"])
+def segments(capacity: int) -> list[int]:
+    """Sizes of the segments of a cache: two of 64 positions, then each as large as all before; the last one is cut."""
+    sizes, end = [], _FIRST_SEGMENT
+    while (stored := sum(sizes)) < capacity:
+        sizes.append(min(end, capacity) - stored)
+        end *= 2
+    return sizes
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["segments"], meta_fields=["span"])
 @dataclasses.dataclass(frozen=True)
 class Reach:
     """How much of a cache attention reads: all of it, or a part in one of two ways. An argument of jitted functions.
 
     Attributes:
       span: the first positions, read at once; each span compiles anew. None: all.
-      tiles: int32 scalar, the first tiles of CACHE_TILE positions, one after the other; all numbers share one compiled
-        function. A result has the same bits for each number that suffices. None: not in tiles.
+      segments: int32 scalar, the first segments of a cache that is stored in segments, one after the other; all numbers
+        share one compiled function. A result has the same bits for each number that suffices. None: not in segments.
     """
 
     span: int | None = None
-    tiles: jax.Array | np.ndarray | None = None
+    segments: jax.Array | np.ndarray | None = None
 
 
 WHOLE = Reach()
@@ -157,7 +165,7 @@ class Past(NamedTuple):
     """Positions that a pass adds to a cache, and attends from.
 
     Attributes:
-      cache: keys and values of the earlier positions.
+      cache: keys and values of the earlier positions; a list of segments if `reach` counts these.
       position_BT: int32, the new positions, consecutive in each sequence. Positions past the cache's end are not
         written; their results are arbitrary.
       reach: how much of the cache is read, at least up to the new positions.
@@ -165,7 +173,7 @@ class Past(NamedTuple):
         the cache's b-th. With a slot, all B new sequences are the same one.
     """
 
-    cache: Cache
+    cache: Cache | list[Cache]
     position_BT: jax.Array
     reach: Reach = WHOLE
     slot: jax.Array | None = None
@@ -178,51 +186,66 @@ class Past(NamedTuple):
           new: the keys and values of the new positions, [B, H, T, K].
         Returns: (attention in the shape and dtype of q_BTHK, the cache with the new positions).
         """
-        # The written cache alone is read: XLA then updates a donated cache in place. It would copy the cache if
-        # something read the earlier one after the write.
-        cache = Cache(*(self._write(old, added) for old, added in zip(self.cache, new)))
         B, T, heads, K = q_BTHK.shape
-        H = cache.k_BHCK.shape[1]
+        H = new.k_BHCK.shape[1]
         # R: the queries that share a key head, those of its group in all T positions.
         q_BHRK = (q_BTHK * K**-0.5).reshape(B, T, H, -1, K).transpose(0, 2, 3, 1, 4).reshape(B, H, -1, K)
         position_BHR = jnp.tile(self.position_BT, (1, heads // H))[:, None]
-        if self.reach.tiles is None:
-            k_BHCK, v_BHCK = self._read(cache, 0, self.reach.span or cache.k_BHCK.shape[2])
-            part = _attend(q_BHRK, k_BHCK, v_BHCK, position_BHR)
-        else:
-            part = self._attend_in_tiles(q_BHRK, cache, position_BHR)
+        attend = self._attend_at_once if self.reach.segments is None else self._attend_in_segments
+        part, cache = attend(q_BHRK, position_BHR, new)
         y_BHGTK = (part.sum_BHRK / part.weight_BHR1).astype(q_BTHK.dtype).reshape(B, H, -1, T, K)
         return y_BHGTK.transpose(0, 3, 1, 2, 4).reshape(q_BTHK.shape), cache
 
-    def _attend_in_tiles(self, q_BHRK, cache, position_BHR):
-        # Each tile runs the same compiled code, and a masked tile adds zeros: so the bits do not depend on the number
-        # of tiles. A longer span would change them: XLA for CPUs has other code for exponentials and sums of its size.
+    # The written cache alone is read: XLA then updates a donated cache in place. It would copy the cache if something
+    # read the earlier one after the write.
 
-        def add(tile, part):
-            k_BHcK, v_BHcK = self._read(cache, tile * CACHE_TILE, CACHE_TILE)
-            return part.merge(_attend(q_BHRK, k_BHcK, v_BHcK, position_BHR - tile * CACHE_TILE))
+    def _attend_at_once(self, q_BHRK, position_BHR, new):
+        cache = self._write(self.cache, new, self.position_BT)
+        k_BHCK, v_BHCK = self._read(cache, self.reach.span or cache.k_BHCK.shape[2])
+        return _attend(q_BHRK, k_BHCK, v_BHCK, position_BHR), cache
 
-        zeros = jnp.zeros(q_BHRK.shape, jnp.float32)
-        empty = _Part(jnp.full((*q_BHRK.shape[:3], 1), MASKED, jnp.float32), zeros[..., :1], zeros)
-        return jax.lax.fori_loop(0, self.reach.tiles, add, empty)
+    def _attend_in_segments(self, q_BHRK, position_BHR, new):
+        # A segment is an array of its own, because XLA for CPUs copies a slice of the cache before a product. Each
+        # segment runs the same compiled code whatever the number of segments, and a masked one adds zeros: so the bits
+        # do not depend on that number. They would on a longer span, for which exponentials and sums have other code.
+        part, written, first = None, [], 0
+        for number, old in enumerate(self.cache):
+            size = old.k_BHCK.shape[2]
+            at_BT = self.position_BT - first
+            cache = self._write(old, new, jnp.where(at_BT < 0, size, at_BT))
+            arguments = q_BHRK, *self._read(cache, size), position_BHR - first
+            if part is None:
+                part = _attend(*arguments)
+            else:
+                part = jax.lax.cond(
+                    number < self.reach.segments, _merged_with_more, lambda part, *_: part, part, *arguments
+                )
+            written.append(cache)
+            first += size
+        return part, written
 
-    def _write(self, cache_BHCK, new_BHTK):
+    def _write(self, cache, new, position_BT):
+        """The cache with new positions; those past its end are dropped."""
+
         def put(cache_HCK, new_HTK, position_T):
             return cache_HCK.at[:, position_T].set(new_HTK, mode="drop")
 
-        if self.slot is None:  # by vmap, so that a mesh's batch shards write theirs without communication
-            return jax.vmap(put)(cache_BHCK, new_BHTK, self.position_BT)
-        return cache_BHCK.at[self.slot, :, self.position_BT[0]].set(new_BHTK[0].swapaxes(0, 1), mode="drop")
+        def write(cache_BHCK, new_BHTK):
+            if self.slot is None:  # by vmap, so that a mesh's batch shards write theirs without communication
+                return jax.vmap(put)(cache_BHCK, new_BHTK, position_BT)
+            return cache_BHCK.at[self.slot, :, position_BT[0]].set(new_BHTK[0].swapaxes(0, 1), mode="drop")
 
-    def _read(self, cache, first, count):
-        """`count` positions of the cache from `first` on, for each of the B new sequences."""
+        return Cache(*map(write, cache, new))
+
+    def _read(self, cache, count):
+        """The first `count` positions of the cache, for each of the B new sequences."""
 
         def read(x_BHCK):
+            x_BHCK = x_BHCK[:, :, :count]
             if self.slot is None:
-                return jax.lax.dynamic_slice_in_dim(x_BHCK, first, count, 2)
-            sizes = (1, x_BHCK.shape[1], count, x_BHCK.shape[3])
-            x_1HCK = jax.lax.dynamic_slice(x_BHCK, (self.slot, 0, first, 0), sizes)
-            return jnp.broadcast_to(x_1HCK, (len(self.position_BT), *sizes[1:]))
+                return x_BHCK
+            x_1HCK = jax.lax.dynamic_slice_in_dim(x_BHCK, self.slot, 1)
+            return jnp.broadcast_to(x_1HCK, (len(self.position_BT), *x_1HCK.shape[1:]))
 
         return Cache(*map(read, cache))
 
@@ -257,6 +280,11 @@ def _attend(q_BHRK, k_BHCK, v_BHCK, position_BHR) -> _Part:
     p_BHRC = jnp.where(is_past, jnp.exp(s_BHRC - top_BHR1), 0)
     y_BHRK = einsum_float32("bhrc,bhck->bhrk", p_BHRC.astype(v_BHCK.dtype), v_BHCK)
     return _Part(top_BHR1, p_BHRC.sum(-1, keepdims=True), y_BHRK)
+
+
+def _merged_with_more(part: _Part, q_BHRK, k_BHCK, v_BHCK, position_BHR) -> _Part:
+    """A part, and that of further positions."""
+    return part.merge(_attend(q_BHRK, k_BHCK, v_BHCK, position_BHR))
 
 
 def plain(q_BTHK, k_BTHK, v_BTHK):
