@@ -19,7 +19,7 @@ from memoryllm_jax.server.statistics import Statistics
 from memoryllm_jax.server.stop_texts import GrowingText
 from memoryllm_jax.server.streams import Stream
 from memoryllm_jax.server.work import Finished, Token, Work
-from memoryllm_jax.tol.slot_edits import SlotEdits
+from memoryllm_jax.tol.slot_edits import PoolFullError, SlotEdits
 
 _RECENT = 64  # ended sequences from whose times the rate of the queue is estimated
 _LONGEST_RETRY_S = 60
@@ -209,7 +209,7 @@ class Scheduler:
                     if self._edits is not None:
                         self._edits.place(slot, occupant.work.overlay)
                 except UserError as error:
-                    self._emit(occupant, ApiError(400, str(error), getattr(error, "name", None)))
+                    self._emit(occupant, _refusal(error))
                     self._end(occupant, "failed")
                     occupant = None
                 else:
@@ -411,6 +411,13 @@ def _token(id: int, log_prob: float, ids_K, log_probs_K, alternatives: int) -> T
     """A token, without its text, and as many of the likeliest ones in its place as are wanted."""
     likeliest = zip(ids_K[:alternatives].tolist(), log_probs_K[:alternatives].tolist())
     return Token(id, "", float(log_prob), tuple(likeliest))
+
+
+def _refusal(error: UserError) -> ApiError:
+    """What a sequence is told whose settings or edits do not fit."""
+    if isinstance(error, PoolFullError):
+        return ApiError(429, str(error), error.name, "edits_full", {"Retry-After": "1"})
+    return ApiError(400, str(error), getattr(error, "name", None))
 
 
 def _failed() -> ApiError:

@@ -24,7 +24,15 @@ from memoryllm_jax.model.token_memory import TokenRows
 from memoryllm_jax.tol.memory import Memory
 from memoryllm_jax.tol.overlay import Overlay, without_key
 
-TOKENS, KEYS = 16, 4  # of a slot, unless other sizes are asked for
+# Unless other sizes are asked for: the most of one slot, and what the pool holds for each slot. Overlays are small as a
+# rule, and large ones are often the same one.
+TOKENS, ROWS_PER_SLOT = 256, 16
+KEYS = KEYS_PER_SLOT = 4
+_WRITTEN_ROWS = 16  # rows that one call writes to the pool
+
+
+class PoolFullError(ArgumentError):
+    """The edits of other slots leave no room: later there may be some."""
 
 
 class SlotArrays(NamedTuple):
@@ -59,9 +67,10 @@ class SlotEdits:
       slots: B.
       tokens: T, the most tokens with new rows of an overlay.
       keys: K, the most suppressed keys of an overlay.
-      pooled_rows: R, by default B * T; with fewer, `place` refuses what has no room beside the other slots' edits.
-      pooled_keys: S, by default B * K.
+      pooled_rows: R, by default B * ROWS_PER_SLOT. `place` refuses what has no room beside the other slots' edits.
+      pooled_keys: S, by default B * KEYS_PER_SLOT.
     Attributes:
+      bytes: of the arrays on each device.
       arrays: the `SlotArrays`. Take them anew for each call: `place` and `free` donate them.
     """
 
@@ -76,8 +85,8 @@ class SlotEdits:
         pooled_keys: int | None = None,
     ):
         self.tokens, self.keys = tokens, keys
-        self._rows = _Pool("new rows", slots * tokens if pooled_rows is None else pooled_rows)
-        self._keys = _Pool("suppressed keys", slots * keys if pooled_keys is None else pooled_keys)
+        self._rows = _Pool("new rows", slots * ROWS_PER_SLOT if pooled_rows is None else pooled_rows)
+        self._keys = _Pool("suppressed keys", slots * KEYS_PER_SLOT if pooled_keys is None else pooled_keys)
         self._held: list[_Held | None] = [None] * slots
         self._prepared: weakref.WeakKeyDictionary[Overlay, _Prepared] = weakref.WeakKeyDictionary()
         V, L, D = memory.vocab_size, memory.layers, memory.dim
@@ -111,7 +120,8 @@ class SlotEdits:
     def place(self, slot: int, overlay: Overlay | None) -> None:
         """Gives a slot the edits of an overlay, or none.
 
-        Raises: ArgumentError for an overlay that has no room; the slot then has no edits.
+        Raises: ArgumentError for an overlay that no slot has room for, PoolFullError if it has no room beside the other
+          slots' edits. The slot then has no edits.
         """
         self.free(slot)
         if overlay is None or not overlay.edits:
@@ -120,13 +130,13 @@ class SlotEdits:
         rows = self._rows.take([row.digest for row in prepared.rows])
         try:
             keys = self._keys.take([key.digest for key in prepared.keys])
-        except ArgumentError:
+        except PoolFullError:
             self._rows.give_back(rows)
             raise
         self._held[slot] = _Held(rows, keys)
         new = [(place, row) for place, row in zip(rows.places, prepared.rows) if place in rows.added]
-        if new:
-            self._write_rows(new)
+        for start in range(0, len(new), _WRITTEN_ROWS):
+            self._write_rows(new[start : start + _WRITTEN_ROWS])
         for place, key in zip(keys.places, prepared.keys):
             if place in keys.added:
                 self._write_key(place, key)
@@ -147,13 +157,13 @@ class SlotEdits:
         self.arrays = self._set_slot(self.arrays, np.int32(slot), *padded)
 
     def _write_rows(self, new: list[tuple[int, "_NewRow"]]):
-        """Writes at most T rows to their places in the pool."""
-        rows_TLD = np.zeros((self.tokens, *self._shape), np.float32)
-        is_new_TL = np.zeros((self.tokens, self._shape[0]), bool)
+        """Writes at most _WRITTEN_ROWS rows to their places in the pool."""
+        rows_nLD = np.zeros((_WRITTEN_ROWS, *self._shape), np.float32)
+        is_new_nL = np.zeros((_WRITTEN_ROWS, self._shape[0]), bool)
         for i, (_, row) in enumerate(new):
-            rows_TLD[i], is_new_TL[i] = row.row_LD, row.is_new_L
-        places_T = _padded([place for place, _ in new], self.tokens, self._rows.size)
-        self.arrays = self._set_rows(self.arrays, places_T, rows_TLD, is_new_TL)
+            rows_nLD[i], is_new_nL[i] = row.row_LD, row.is_new_L
+        places_n = _padded([place for place, _ in new], _WRITTEN_ROWS, self._rows.size)
+        self.arrays = self._set_rows(self.arrays, places_n, rows_nLD, is_new_nL)
 
     def _write_key(self, place, key):
         self.arrays = self._set_key(self.arrays, np.int32(place), key.layer, key.coefficients_V, key.value_D)
@@ -163,8 +173,8 @@ class SlotEdits:
         if found is None or found.edits is not overlay.edits:  # overlays may grow
             found = self._prepared[overlay] = _prepare(overlay)
         for what, count, most in (
-            ("tokens with new rows", len(found.rows), self.tokens),
-            ("suppressed keys", len(found.keys), self.keys),
+            ("tokens with new rows", len(found.rows), min(self.tokens, self._rows.size)),
+            ("suppressed keys", len(found.keys), min(self.keys, self._keys.size)),
         ):
             if count > most:
                 raise ArgumentError("edits", f"expected at most {most} {what}, found {count}")
@@ -231,10 +241,10 @@ def _set_slot(arrays, slot, ids_T, row_T, key_K):
     )
 
 
-def _set_rows(arrays, places_T, rows_TLD, is_new_TL):
+def _set_rows(arrays, places_n, rows_nLD, is_new_nL):
     return arrays._replace(
-        rows_RLD=arrays.rows_RLD.at[places_T].set(rows_TLD, mode="drop"),
-        is_new_RL=arrays.is_new_RL.at[places_T].set(is_new_TL, mode="drop"),
+        rows_RLD=arrays.rows_RLD.at[places_n].set(rows_nLD, mode="drop"),
+        is_new_RL=arrays.is_new_RL.at[places_n].set(is_new_nL, mode="drop"),
     )
 
 
@@ -341,13 +351,13 @@ class _Pool:
         self._free = list(range(size))
 
     def take(self, digests: list[bytes]) -> _Taken:
-        """Holds these entries, which may repeat. Raises: ArgumentError if there is no room for them."""
+        """Holds these entries, which may repeat. Raises: PoolFullError."""
         wanted = dict.fromkeys(digests)
         missing = [digest for digest in wanted if digest not in self._place]
         room = len(self._free) + sum(digest not in wanted for digest in self._unused)
         if len(missing) > room:
             problem = f"expected at most {room} {self.what} beside those of the other sequences, found {len(missing)}"
-            raise ArgumentError("edits", problem)
+            raise PoolFullError("edits", problem)
         for digest in wanted:
             self._unused.pop(digest, None)
             self._holders[digest] += 1

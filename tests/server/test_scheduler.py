@@ -8,15 +8,17 @@ import random
 import pytest
 from fake_slots import PIECE, Bytes, Fake, alone
 
+from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.server.errors import ApiError
 from memoryllm_jax.server.scheduler import QueueFullError, Scheduler
 from memoryllm_jax.server.work import Finished, Token, Work
+from memoryllm_jax.tol.slot_edits import PoolFullError
 
 
 @contextlib.contextmanager
-def started(fake, queue=64, time_limit=5.0, drain=True):
-    scheduler = Scheduler(fake, None, Bytes(), queue, time_limit)
+def started(fake, queue=64, time_limit=5.0, drain=True, edits=None):
+    scheduler = Scheduler(fake, edits, Bytes(), queue, time_limit)
     try:
         yield scheduler
     finally:
@@ -105,6 +107,32 @@ def test_requests_enter_the_queue_whole_or_not_at_all_and_leave_it_first_come_fi
     with started(fake, queue=3) as scheduler:
         asyncio.run(run(scheduler))
     assert [entry[2] for entry in fake.log if entry[0] == "prefill"] == [list(name.encode()) for name in "abcde"]
+
+
+class FullEdits:
+    """`SlotEdits` without room for an error as the overlay, which it raises."""
+
+    def place(self, slot, overlay):
+        if overlay:
+            raise overlay
+
+    def free(self, slot):
+        pass
+
+
+def test_a_sequence_whose_edits_do_not_fit_is_told_so_and_the_next_one_takes_its_slot():
+    errors = [(PoolFullError("edits", "no room"), 429, {"Retry-After": "1"}), (UserError("too large"), 400, None)]
+
+    async def run(scheduler):
+        for error, status, headers in errors:
+            (refused,), (other,) = scheduler.submit([work("a", overlay=error)]), scheduler.submit([work("b")])
+            with pytest.raises(ApiError, match=str(error)) as found:
+                await read(refused)
+            assert (found.value.status, found.value.headers) == (status, headers)
+            assert await read(other) == expected(work("b"))
+
+    with started(Fake(slots=1), edits=FullEdits()) as scheduler:
+        asyncio.run(run(scheduler))
 
 
 def test_next_step_is_dispatched_before_tokens_are_read_and_prompts_take_a_bounded_part():

@@ -12,7 +12,7 @@ from memoryllm_jax.tol.edit import Editor
 from memoryllm_jax.tol.edit_spec import Blend, Replace, Suppress, Swap, Zero
 from memoryllm_jax.tol.edited_rows import EditedRows
 from memoryllm_jax.tol.overlay import Overlay
-from memoryllm_jax.tol.slot_edits import SlotEdits
+from memoryllm_jax.tol.slot_edits import PoolFullError, SlotEdits
 
 SLOTS = 64
 
@@ -139,6 +139,8 @@ def test_equal_edits_share_the_pools_and_what_has_no_room_is_refused(lab):
     with lab.model("flex-3") as engine:
         memory = serving.memory_of(engine)
         edits = SlotEdits(memory, engine.trained.mesh, slots=8, tokens=2, keys=1, pooled_rows=3, pooled_keys=1)
+        default = SlotEdits(memory, engine.trained.mesh, slots=2)  # as docs/serving.md says
+        assert default.bytes == 2 * (16 * 2 * (4 * 32 + 1) + 4 * (4 * 512 + 4 * 32 + 4) + 2064)
         assert edits.bytes == sum(x.nbytes for x in edits.arrays)
 
         def overlay(*specs):
@@ -151,13 +153,13 @@ def test_equal_edits_share_the_pools_and_what_has_no_room_is_refused(lab):
             edits.place(slot, overlay(Zero(token=slot), Zero(token=100 + slot)))  # all rows are the same one
         edits.place(6, overlay(Swap(token=3, by=4)))
         for _ in range(2):
-            with pytest.raises(UserError, match=r"edits: expected at most 0 new rows beside those .*, found 2"):
+            with pytest.raises(PoolFullError, match=r"edits: expected at most 0 new rows beside those .*, found 2"):
                 edits.place(7, overlay(Swap(token=5, by=6)))
         edits.free(6)
         for slot in (7, 6):
             edits.place(slot, overlay(Swap(token=5, by=6)))
             edits.place(5 - slot % 2, overlay(Suppress(layer=1, key=3)))
-        with pytest.raises(UserError, match=r"edits: expected at most 0 suppressed keys beside those .*, found 1"):
+        with pytest.raises(PoolFullError, match=r"edits: expected at most 0 suppressed keys beside those .*, found 1"):
             edits.place(3, overlay(Zero(token=9), Suppress(layer=1, key=4)))
         for specs, found in (
             ([Zero(token=token) for token in (1, 2, 3)], "at most 2 tokens with new rows, found 3"),
