@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from starlette.requests import Request
@@ -23,19 +24,28 @@ class StoppedError(Exception):
 class Job:
     """One computation, which another thread runs and the event loop watches.
 
+    Args:
+      time_limit: seconds from now after which it is ended.
     Attributes:
       done: the share that is done, from 0 to 1.
       doing: what is being done, for people; "" for the computation itself.
     """
 
-    def __init__(self):
+    def __init__(self, time_limit: float):
         self.done, self.doing = 0.0, ""
+        self._time_limit, self._end = time_limit, time.monotonic() + time_limit
         self._stopped = threading.Event()
 
     def report(self, done: float) -> None:
-        """Notes the share that is done. Raises: StoppedError, which ends the computation, if the client went away."""
+        """Notes the share that is done.
+
+        Raises: what ends the computation: StoppedError if the client went away, ApiError at the time limit.
+        """
         if self._stopped.is_set():
             raise StoppedError
+        if time.monotonic() > self._end:
+            message = f"the request took longer than {self._time_limit:g} seconds, the server's time limit"
+            raise ApiError(504, message, code="time_limit")
         self.done = done
 
     def begin(self, doing: str) -> Callable[[float], None]:
@@ -63,7 +73,7 @@ async def answer(request: Request, model: ServedModel, function: Function, is_pa
       is_pass: whether it passes over the vocabulary. These have a thread of their own, and every client gets events.
     Raises: ApiError, ClientDisconnect.
     """
-    job = Job()
+    job = Job(model.options.time_limit)
     computation = (model.pass_over if is_pass else model.compute)(_run, function, job)
     if is_pass or EventStream.media_type in request.headers.get("accept", ""):
         what = f"{request.method} {request.url.path}"

@@ -122,8 +122,12 @@ class _Look:
 
     async def tokenize(self, request: Request) -> JSONResponse:
         body = await bodies.read(request, TextBody)
-        ids = self._served.engine.prompt(body.text)
-        return JSONResponse({"tokens": [self._looker.shown(token) for token in ids]})
+
+        def tokenize() -> list[dict]:
+            return [self._looker.shown(token) for token in self._served.engine.prompt(body.text)]
+
+        # In a thread, as a long text would hold up the event loop.
+        return JSONResponse({"tokens": await asyncio.to_thread(tokenize)})
 
     async def tokens(self, request: Request) -> JSONResponse:
         limit = _number(request, "limit", 50, _MOST_FOUND)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoryllm_jax.analysis import views
-from memoryllm_jax.analysis.corpus import TokenVectors
 from memoryllm_jax.analysis.key_values import KeyValueModel, Parameters
 from memoryllm_jax.analysis.neighbours import neighbours_of
 from memoryllm_jax.analysis.vocabulary import key_triggers
@@ -56,6 +55,10 @@ class _Fetched:
             last = self._last = ids_N.tobytes(), self._fetch(ids_N)
         return last[1]
 
+    def forget(self) -> None:
+        """Frees the last result."""
+        self._last = (b"", ())
+
     def x0(self, ids_N: np.ndarray) -> jax.Array:
         return self._of(ids_N)[0]
 
@@ -93,7 +96,7 @@ class Looker:
         return FileSource(rows.tol, Repair(self._engine.trained, rows.tol)) if isinstance(rows, CachedRows) else None
 
     @functools.cached_property
-    def _passing(self) -> TokenVectors:
+    def _passing(self) -> _Fetched:
         """Rows for passes over the vocabulary."""
         return _Fetched(functools.partial(_fetch, self._engine.rows) if self._file is None else self._read)
 
@@ -191,8 +194,11 @@ class Looker:
         layers = range(self.config.layers) if layer is None else [layer]
         queries = np.array([token], np.int32)
         top = min(top, self.config.vocab_size - 1)
-        with jax.default_matmul_precision("highest"):
-            near = neighbours_of(self._model, self._vectors, layers, queries, ids_N, top, report=begin(""))
+        try:
+            with jax.default_matmul_precision("highest"):
+                near = neighbours_of(self._model, self._vectors, layers, queries, ids_N, top, report=begin(""))
+        finally:
+            self._passing.forget()  # the rows of a whole chunk
         # The last entry is that of all layers together.
         return list(zip(near.ids[-1, 0].tolist(), near.cosines[-1, 0].tolist()))
 

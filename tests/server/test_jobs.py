@@ -7,7 +7,8 @@ import pytest
 from starlette.requests import Request
 
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.server.jobs import StoppedError, answer
+from memoryllm_jax.server.errors import ApiError
+from memoryllm_jax.server.jobs import Job, StoppedError, answer
 
 EVENTS = "text/event-stream"
 
@@ -81,6 +82,14 @@ def test_events_tell_what_is_done_and_end_with_the_result_or_an_error(served):
     (event,) = events(ask(served, fails, EVENTS))
     assert event["error"]["message"] == "file: token 3: its row cannot be read"
     assert event["error"]["type"] == "server_error"
+
+
+def test_a_computation_ends_at_the_time_limit():
+    job = Job(time_limit=0.01)
+    report = job.begin("")
+    time.sleep(0.02)
+    with pytest.raises(ApiError, match=r"longer than .* seconds, the server.s time limit"):
+        report(0.5)
 
 
 def test_a_pass_over_the_vocabulary_holds_up_nobody(served):

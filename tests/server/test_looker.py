@@ -14,11 +14,11 @@ from memoryllm_jax.tol.sources import read_rows
 SEEN = 300  # the token that is looked at
 
 
-@pytest.fixture(scope="module", params=["flex-3 live", "memory from a file", "tied from a file"])
+@pytest.fixture(scope="module", params=["flex-3 live", "tied from a file"])
 def looked(request, lab):
     """(engine, Looker, name of the model, rows of all tokens as they are served [V, L, D])"""
     name, _, where = request.param.partition(" ")
-    tol = lab.tol(name, bits="4") if where != "live" else ""
+    tol = lab.tol(name, bits="16") if where != "live" else ""
     with lab.model(name, tol) as engine, contextlib.ExitStack() as opened_here:
         rows = opened_here.enter_context(contextlib.closing(WorkerRows(engine)))
         looker = Looker(engine, rows.source, Parameters(engine.trained, engine.params))
