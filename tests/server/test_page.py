@@ -13,7 +13,7 @@ from memoryllm_jax.tol.overlay import Overlay
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
 expect = sync_api.expect
-expect.set_options(timeout=8_000)
+expect.set_options(timeout=20_000)
 PAGE = Path(page_files.__file__).parent / "page"
 CHROMIUM = shutil.which("chromium")
 
@@ -258,6 +258,17 @@ def test_it_asks_for_the_key_and_says_errors_at_their_place(browser, address):
         )
 
 
+def test_work_shows_progress_and_is_cancelled_when_the_person_goes_on(page):
+    expect(chips(page, "generate").first).to_be_visible()
+    page.route("**/api/look/nearest", lambda route: None)  # which takes forever
+    chips(page, "generate").nth(1).click()
+    progress = view(page, "look").get_by_role("progressbar")
+    expect(progress).to_have_accessible_name("Comparing with the rows of all tokens")
+    with page.expect_event("requestfailed") as failed:
+        chips(page, "look").nth(2).click()
+    assert failed.value.url.endswith("/api/look/nearest")
+
+
 def test_narrow_screens_need_no_sideways_scrolling(browser, address):
     with opened(browser, address) as page:
         page.set_viewport_size({"width": 420, "height": 800})
@@ -270,3 +281,6 @@ def test_narrow_screens_need_no_sideways_scrolling(browser, address):
         for name in ("Look", "Edit", "Ablate", "Generate"):
             page.get_by_role("tab", name=name).click()
             assert page.locator("html").evaluate("element => element.scrollWidth") <= 420
+        page.get_by_role("tab", name="Ablate").click()
+        one, other = (panel.bounding_box() for panel in view(page, "ablate").locator(".beside > div").all())
+        assert one["x"] == other["x"] and one["width"] > 350
