@@ -1,5 +1,7 @@
 """What decode steps compile to. Their texts are tested with generation."""
 
+import types
+
 import hlo
 import jax
 import numpy as np
@@ -12,8 +14,9 @@ from memoryllm_jax.inference import ahead
 from memoryllm_jax.inference.decoder import Decoder
 from memoryllm_jax.inference.rows import LiveRows
 from memoryllm_jax.inference.sampling import Sampling
+from memoryllm_jax.inference.slots import Slots
 from memoryllm_jax.inference.steps import Rules, Standing
-from memoryllm_jax.model import sharding
+from memoryllm_jax.model import attention, sharding
 
 BATCH, CAPACITY, VOCAB, HOW = 2, 64, 60, Sampling(0.8)
 
@@ -36,10 +39,23 @@ def test_steps_update_the_cache_in_place(make_config, chip_devices, chip):
         ids_B = np.zeros(BATCH, np.int32)
         rules = Rules(np.uint32(0), ids_B, ids_B, np.zeros(VOCAB, bool))
         standing, rules = decoder.start(Standing(ids_B, ids_B), rules)
-    arguments = decoder.params, rows.arrays, standing, rules, cache, rows, HOW, VOCAB
-    for count in (4, 1):
+        # Of more than one tile, so that attention reads a part of the cache
+        engine = types.SimpleNamespace(
+            decoder=decoder, rows=rows, config=m, tokenizer=types.SimpleNamespace(vocab_size=VOCAB)
+        )
+        slots = Slots(engine, BATCH, 4 * attention.CACHE_TILE)
         with jax.set_mesh(mesh):
-            compiled = decoder._steps.lower(*arguments, count).compile()
-        of_cache = ",".join(map(str, cache[0].k_BHCK.shape))
-        assert not [result for result in hlo.results(compiled.as_text(), "copy") if of_cache in result]
-        assert compiled.memory_analysis().alias_size_in_bytes >= sum(x.size * 2 for x in jax.tree.leaves(cache))
+            occupants = slots._on_devices()
+    arguments = decoder.params, rows.arrays, standing, rules, cache, rows, HOW, VOCAB
+    of_slots = decoder.params, rows.arrays, None, slots._standing, occupants, slots._cache, slots._reach(200)
+    with jax.set_mesh(mesh):
+        check_in_place(decoder._steps.lower(*arguments, 4), cache)
+        check_in_place(decoder._steps.lower(*arguments, 1), cache)
+        check_in_place(slots._step.lower(*of_slots), slots._cache)
+
+
+def check_in_place(lowered, cache):
+    compiled = lowered.compile()
+    of_cache = ",".join(map(str, cache[0].k_BHCK.shape))
+    assert not [result for result in hlo.results(compiled.as_text(), "copy") if of_cache in result]
+    assert compiled.memory_analysis().alias_size_in_bytes >= sum(x.size * 2 for x in jax.tree.leaves(cache))
