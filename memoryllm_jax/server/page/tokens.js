@@ -68,7 +68,13 @@ function showTip(chip, token) {
   box.replaceChildren(...tipContent(token).filter(Boolean));
   box.hidden = false;
   chip.setAttribute("aria-describedby", "tip");
-  const at = chip.getBoundingClientRect();
+  placeTip();
+}
+
+/** Below its chip, or above where there is no room below, and within the window. */
+function placeTip() {
+  const box = tip();
+  const at = tipOf.getBoundingClientRect();
   const room = document.documentElement.clientWidth - box.offsetWidth - 8;
   box.style.left = `${Math.max(8, Math.min(at.left, room))}px`;
   const below = at.bottom + 6;
@@ -79,7 +85,15 @@ function showTip(chip, token) {
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") hideTip();
 });
-window.addEventListener("scroll", hideTip, { passive: true, capture: true });
+document.addEventListener(
+  "scroll",
+  () => {
+    // The arrow keys can scroll a text to the chip that they focus; what scrolls below the pointer is another chip.
+    if (tipOf && tipOf === document.activeElement) placeTip();
+    else hideTip();
+  },
+  { passive: true, capture: true },
+);
 window.addEventListener("hashchange", hideTip);
 
 /**
