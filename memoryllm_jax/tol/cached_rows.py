@@ -4,6 +4,7 @@ The cache has a fixed size, and the least recently used rows leave it first. Whe
 starts with the most frequent rows.
 """
 
+import collections
 import time
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from memoryllm_jax.model.token_memory import TokenRows
 from memoryllm_jax.tol import rows as rows_lib
 from memoryllm_jax.tol.reader import staging
 from memoryllm_jax.tol.rows import LOAD_BYTES, FileRows
+
+_RECENT = 10_000  # times that are kept: a server fetches without end
 
 
 class _Lookup(NamedTuple):
@@ -57,7 +60,7 @@ class CachedRows(FileRows):
       requests: number of rows that were asked for, counting each distinct row of a fetch or a decode step once.
       hits: number of those that the cache held.
       misses: number of those that were read from the table.
-      seconds: the time of each fetch or `hold` that did not compile.
+      seconds: the times of the recent fetches and `hold`s that did not compile.
     Raises: UserError if the cache has no room for a row or is larger than the device's memory.
     """
 
@@ -79,7 +82,7 @@ class CachedRows(FileRows):
         self.requests = 0
         self.hits = 0
         self.misses = 0
-        self.seconds: list[float] = []
+        self.seconds: collections.deque[float] = collections.deque(maxlen=_RECENT)
         self._bytes_to_fill = 0  # bytes read to fill the cache at the start, which statistics leave out
         self._make_cache(min(cache // stride, tol.vocab_size))
 
@@ -263,7 +266,7 @@ class CachedRows(FileRows):
 
     def stats(self) -> dict:
         """Hit rate, bytes read, and the milliseconds of a fetch, which include reading from the table."""
-        ms = np.array(self.seconds) * 1e3
+        ms = np.array(self.seconds.copy()) * 1e3  # copied at once, as another thread may append
         return {
             "rows": self.table.place,
             "cache": "least recently used, on the device",
