@@ -151,3 +151,34 @@ def test_auto_follows_the_kind_of_device(monkeypatch, platform, kind, capability
     device = types.SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability, client=client)
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert attention.resolve_backend("auto", "bfloat16", 64) == backend
+
+
+def test_attention_over_a_cache_has_the_same_bits_for_any_number_of_segments_that_suffices():
+    rng = np.random.default_rng(0)
+    B, T, H, C, K = 2, 3, 2, 512, 16
+    whole = attention.Cache(*(jnp.asarray(rng.normal(0, 1, (B, H, C, K)), jnp.float32) for _ in range(2)))
+    ends = np.cumsum(attention.segments(C))
+    parts = [attention.Cache(*pair) for pair in zip(*(jnp.split(x, ends[:-1], 2) for x in whole))]
+    new = attention.Cache(*(jnp.asarray(rng.normal(0, 1, (B, H, T, K)), jnp.float32) for _ in range(2)))
+    q = jnp.asarray(rng.normal(0, 1, (B, T, 2 * H, K)), jnp.float32)
+    position_BT = jnp.array([[100, 101, 102], [7, 8, 9]])
+
+    def attend(cache, reach):
+        return attention.Past(cache, position_BT, reach).attend(q, new)
+
+    # As XLA compiles outside of the tests: without optimisation a longer span would have the same bits too.
+    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    attend = jax.jit(attend, compiler_options=options)
+    found = [attend(parts, attention.Reach(segments=np.int32(count)))[0] for count in (2, 3, len(parts))]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+    for reach in (attention.WHOLE, attention.Reach(span=128)):
+        np.testing.assert_allclose(attend(whole, reach)[0], found[0], atol=1e-6)
+    # Against attention over the whole sequences that the cache holds now
+    _, written = attend(whole, attention.WHOLE)
+    for b in range(B):
+        length = int(position_BT[b, -1]) + 1
+        k_THK, v_THK = (jnp.repeat(x[b, :, :length].swapaxes(0, 1), 2, 1) for x in written)
+        q_THK = jnp.pad(q[b], ((length - T, 0), (0, 0), (0, 0)))
+        expected = attention.plain(q_THK[None], k_THK[None], v_THK[None])[0, -T:]
+        np.testing.assert_allclose(found[0][b], expected, atol=1e-5)
