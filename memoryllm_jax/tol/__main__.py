@@ -4,6 +4,7 @@
     python -m memoryllm_jax.tol verify   FILE [--workdir=DIR]
     python -m memoryllm_jax.tol compress FILE --output=FILE [--bits=4] [--rank=0.5] [--drop_layers=5,6]
     python -m memoryllm_jax.tol edit     FILE --overlay=FILE [--swap=A,B] [--zero=A] [--list] [--undo=1] [--output=FILE]
+    python -m memoryllm_jax.tol edit     FILE --overlay=FILE --workdir=DIR --teach=PROMPT --target=TEXT [--token=A]
     python -m memoryllm_jax.tol diff     FILE [FILE] [--overlay=FILE]
 
 COMMAND --help lists the options. A token is named by a text that is exactly one token, or as #ID.

@@ -16,9 +16,9 @@ from memoryllm_jax.common import options, storage
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.inference import vocabulary
-from memoryllm_jax.tol import codec, edit_spec, header
+from memoryllm_jax.tol import codec, edit_spec, header, serving, teach
 from memoryllm_jax.tol.edit_spec import OPERATIONS, Blend, EditSpec, Suppress
-from memoryllm_jax.tol.edited_rows import EditedSource
+from memoryllm_jax.tol.edited_rows import EditedRows, EditedSource
 from memoryllm_jax.tol.format import ALIGN, TolFile, checksum, text_checksum
 from memoryllm_jax.tol.header import Place
 from memoryllm_jax.tol.layout import Layout
@@ -26,6 +26,7 @@ from memoryllm_jax.tol.memory import FileMemory
 from memoryllm_jax.tol.overlay import Edit, Overlay
 from memoryllm_jax.tol.reader import RowReader
 from memoryllm_jax.tol.sources import FileSource, Source
+from memoryllm_jax.tol.teach import Teaching
 from memoryllm_jax.tol.writer import to_replace
 
 _COPY_BYTES = 16 << 20  # bytes of a file that are copied at a time
@@ -48,19 +49,21 @@ class Request:
     suppress: Annotated[
         tuple[str, ...], Option("LAYER:KEY: remove one key's value from all rows (needs --workdir)", many=True)
     ] = ()
+    teaching: Teaching = dataclasses.field(default_factory=Teaching)
     undo: Annotated[int, Option("take back this many of the last edits", least=0)] = 0
-    workdir: Annotated[str, Option("the model's checkpoints, which --suppress needs")] = ""
+    workdir: Annotated[str, Option("the model's checkpoints, which --suppress and --teach need")] = ""
     layers: Annotated[tuple[str, ...], Option("layers that the edits of rows change, such as 0,5; by default all")] = ()
     output: Annotated[str, Option("write a copy of the ToL file with the edits in it", writes=True)] = ""
 
     @property
     def has_edits(self) -> bool:
         """Whether there are edits to add."""
-        return any(getattr(self, name) for name in OPERATIONS)
+        return any(getattr(self, name) for name in OPERATIONS) or bool(self.teaching.teach)
 
     def specs(self, layers: int) -> list[EditSpec]:
         """The edits to add to a memory of this number of layers. Raises: ArgumentError."""
-        if self.layers and not any(getattr(self, name) for name in OPERATIONS if name != "suppress"):
+        of_rows = [getattr(self, name) for name in OPERATIONS if name != "suppress"]
+        if self.layers and not any([*of_rows, self.teaching.teach]):
             raise ArgumentError("layers", "expected an edit of rows on the same line, found none")
         if self.layers and self.suppress:
             raise ArgumentError("layers", "expected no suppressed key on the same line, as it names its layer itself")
@@ -87,18 +90,33 @@ def fulfil(tol: TolFile, request: Request) -> Result:
     if request.output and os.path.abspath(request.output) == os.path.abspath(request.overlay):
         raise ArgumentError("output", f"expected another file than the overlay, found {request.output}")
     specs = request.specs(tol.layout.layers)
-    if request.undo and specs:
-        raise ArgumentError("undo", f"expected no edit on the same line, found {specs[0].operation}")
+    if request.undo and request.has_edits:
+        found = specs[0].operation if specs else "teach"
+        raise ArgumentError("undo", f"expected no edit on the same line, found {found}")
     with contextlib.closing(FileMemory(tol, request.workdir)) as memory:
-        overlay = Overlay.open(request.overlay, memory, missing_ok=bool(specs))
+        overlay = Overlay.open(request.overlay, memory, missing_ok=request.has_edits)
         editor = Editor(overlay)
         for spec in specs:
             editor.add(spec)
+        if request.teaching.teach:
+            _teach(tol, editor, request)
         undone = editor.undo(request.undo) if request.undo else []
         written = write_edited(tol, overlay, request.output) if request.output else ""
-        if specs or undone:  # saved last, so that a line that failed can be run again
+        if request.has_edits or undone:  # saved last, so that a line that failed can be run again
             overlay.save(request.overlay)
     return Result(undone, [edit.text for edit in overlay.edits], written)
+
+
+def _teach(tol: TolFile, editor: "Editor", request: Request) -> None:
+    """Adds a learned edit to those that the overlay has already. Raises: UserError."""
+    if not request.workdir:
+        raise ArgumentError("teach", "expected a workdir too, as rows are learned through the model's decoder")
+    layers = options.layers(request.layers, "layers", tol.layout.layers) or None
+    with contextlib.closing(serving.open_engine(request.workdir, tol.path, step=tol.step)) as engine:
+        engine.rows = EditedRows(engine.rows, editor.overlay, engine.trained.mesh)
+        teaching = request.teaching
+        learned = teach.learn(engine, teaching.lessons(), teaching.token, layers, teaching.method)
+        editor.give(teach.described(engine, teaching.lessons(), learned), learned.rows, layers)
 
 
 class Editor:
