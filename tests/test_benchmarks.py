@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -138,3 +139,23 @@ def test_table_claims_only_what_the_errors_separate(quality_by_size):
     assert noise.endswith("| -0.300 ± 0.199 | no |")
     # The second setting is larger than the first, and no better.
     assert quality_by_size.frontier([(10, 3.0), (20, 3.5), (30, 1.0)]) == [0, 2]
+
+
+def test_the_text_of_made_up_facts_states_those_of_known_subjects_and_none_of_others(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    world_lib, facts = importlib.import_module("facts_world"), importlib.import_module("facts")
+    world, draw = world_lib.World(12, 4), random.Random(0)
+    text = " ".join(world.document(draw) for _ in range(400))
+    stated = [f"{prompt} {fact.object}." for fact in world.facts.values() for prompt in fact.prompts]
+    assert len(stated) == 12 * 6 * 6 and sum(sentence in text for sentence in stated) > 0.9 * len(stated)
+    chosen = facts.facts_to_teach(world, 2, draw)
+    for fact in chosen["new"]:  # the text names its subject, and says nothing of it
+        assert fact.subject in text and not any(prompt in text for prompt in fact.prompts)
+    for fact in chosen["changed"]:
+        assert world.facts[fact.subject, fact.relation].object != fact.object
+        probes = facts.probes_of(fact, world, draw)
+        assert {p.target for p in probes if p.measure in ("taught prompt", "paraphrase")} == {fact.target}
+        far = [p.text for p in probes if p.measure == "neighbour"]
+        near = [p.text for p in probes if p.measure == "neighbour after the subject"]
+        assert len(far) == len(near) == 5 and all(fact.subject in p for p in near)
+        assert not any(fact.subject in p for p in far)

@@ -201,7 +201,9 @@ class _Problem:
 
     def __init__(self, engine: Engine, texts: list[Text], ids: list[int], layers: list[int]):
         self._decoder, self._layers = engine.decoder, layers
-        self._mesh = engine.decoder.mesh
+        of_lessons = [text for text in texts if text.lesson >= 0]
+        self._lesson_P = np.array([text.lesson for text in of_lessons])
+        self._is_plain_P = np.array([text.is_plain for text in of_lessons])
         every_id = np.unique([token for text in texts for token in text.ids]).astype(np.int32)
         self._batches = _batches(texts, every_id, engine)
         padding = bucket(len(every_id), engine.config.vocab_size) - len(every_id)
@@ -225,37 +227,29 @@ class _Problem:
 
     def evaluate(self, change_nkD: np.ndarray, keep: float) -> _Found:
         """What the rows with this change do. Args: keep: the weight of the model's own texts."""
-        ffn = list(self._rows.ffn_LSUD)
-        with jax.set_mesh(self._mesh):
-            for number, layer in enumerate(self._layers):
-                row_nD = self.rows_nkD[:, number] + change_nkD[:, number]
-                ffn[layer] = _replaced(ffn[layer], self._place_n, row_nD)
-        rows, gradient_nkD = self._rows._replace(ffn_LSUD=ffn), np.zeros_like(change_nkD)
-        plain: dict[int, float] = {}
-        likeliest: dict[int, bool] = {}
-        reached: dict[int, list[float]] = {}
+        rows, gradient_nkD = self._changed(change_nkD), np.zeros_like(change_nkD)
+        p, are_likeliest = [], []  # of the target of each text that belongs to a lesson
         for texts, index_BT, targets_BT, weights_BT, is_own_B in self._batches:
             weighted_BT = weights_BT * np.where(is_own_B, keep, 1).astype(np.float32)[:, None]
             found = self._decoder.row_gradients(rows, index_BT, targets_BT, weighted_BT, self._layers)
-            of_layers = [np.asarray(found.by_layer[layer])[self._place_n] for layer in self._layers]
-            gradient_nkD += np.stack(of_layers, 1)
-            log_probs_BT, likeliest_BT = np.asarray(found.scores.log_probs), np.asarray(found.scores.is_likeliest)
-            for text, log_probs_T, likeliest_T in zip(texts, log_probs_BT, likeliest_BT):
-                if text.lesson < 0:
-                    continue
-                is_target_T = text.weights > 0
-                p = float(np.exp(log_probs_T[: len(is_target_T)][is_target_T].sum()))
-                reached.setdefault(text.lesson, []).append(p)
-                if text.is_plain:
-                    plain[text.lesson] = p
-                    likeliest[text.lesson] = bool(likeliest_T[: len(is_target_T)][is_target_T].all())
-        K = range(len(plain))
-        return _Found(
-            np.array([plain[k] for k in K]),
-            np.array([np.mean(reached[k]) for k in K]),
-            np.array([likeliest[k] for k in K]),
-            gradient_nkD,
-        )
+            gradient_nkD += np.stack([np.asarray(found.by_layer[k])[self._place_n] for k in self._layers], 1)
+            scores = zip(texts, np.asarray(found.scores.log_probs), np.asarray(found.scores.is_likeliest))
+            for text, log_probs_T, likeliest_T in scores:
+                if text.lesson >= 0:
+                    is_target_T = np.pad(text.weights > 0, (0, len(log_probs_T) - len(text.weights)))
+                    p.append(np.exp(log_probs_T[is_target_T].sum()))
+                    are_likeliest.append(likeliest_T[is_target_T].all())
+        mean_K = np.bincount(self._lesson_P, p) / np.bincount(self._lesson_P)
+        is_plain_P = self._is_plain_P
+        return _Found(np.array(p)[is_plain_P], mean_K, np.array(are_likeliest)[is_plain_P], gradient_nkD)
+
+    def _changed(self, change_nkD) -> TokenRows:
+        ffn = list(self._rows.ffn_LSUD)
+        with jax.set_mesh(self._decoder.mesh):
+            for number, layer in enumerate(self._layers):
+                row_nD = self.rows_nkD[:, number] + change_nkD[:, number]
+                ffn[layer] = _replaced(ffn[layer], self._place_n, row_nD)
+        return self._rows._replace(ffn_LSUD=ffn)
 
 
 def _descend(problem: _Problem, method: Method) -> tuple[np.ndarray, _Found, int]:
