@@ -119,7 +119,7 @@ def routes(model: ServedModel) -> list[Route]:
         ids = await _prompt(model, body.messages)
         most = generating.room(model, ids, body.most_tokens())
         works = await generating.works(model, body, [(ids, most)], alternatives=alternatives)
-        choices = [ChatChoice(i, work, body.return_token_ids, model) for i, work in enumerate(works)]
+        choices = [ChatChoice(i, work, bool(body.return_token_ids), model) for i, work in enumerate(works)]
         return await generating.respond(request, model, body, _KIND, choices, len(ids))
 
     return [Route("/v1/chat/completions", chat, methods=["POST"])]

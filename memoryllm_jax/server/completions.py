@@ -42,7 +42,7 @@ def routes(model: ServedModel) -> list[Route]:
         prompts = await _prompts(model, body.prompt)
         with_room = [(ids, generating.room(model, ids, body.max_tokens, _MAX_TOKENS)) for ids in prompts]
         works = await generating.works(model, body, with_room, alternatives=body.logprobs, echo=bool(body.echo))
-        choices = [TextChoice(i, work, body.return_token_ids, model) for i, work in enumerate(works)]
+        choices = [TextChoice(i, work, bool(body.return_token_ids), model) for i, work in enumerate(works)]
         return await generating.respond(request, model, body, _KIND, choices, sum(map(len, prompts)))
 
     return [Route("/v1/completions", complete, methods=["POST"])]

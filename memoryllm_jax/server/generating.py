@@ -29,7 +29,7 @@ Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
 class StreamOptions(Body):
     """How a stream is sent. Chunks are never obfuscated: that hides token lengths from others on the way."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
@@ -45,7 +45,7 @@ class GenerationBody(Changes, kw_only=True):
     stop: Text | Annotated[list[Text], msgspec.Meta(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    return_token_ids: bool = False
+    return_token_ids: bool | None = None
     # Accepted without effect
     user: Any = None
     metadata: Any = None
@@ -247,7 +247,7 @@ async def _all_events(streams):
 
 async def _chunks(streams, choices, head, options, prompt_tokens, what):
     """The events of a stream: chunks as tokens come, the counts of tokens if they are asked for, and its end."""
-    with_usage = options is not None and options.include_usage
+    with_usage = options is not None and bool(options.include_usage)
     if with_usage:
         head = head | {"usage": None}
     try:

@@ -88,7 +88,7 @@ class Names:
 def names_of(host: str, more: Iterable[str]) -> Names:
     """The names of a server that listens on `host`, with more that were given."""
     # On loopback alone, no other machine has a name for this one.
-    own = () if is_loopback(host) else (host, socket.gethostname(), socket.getfqdn())
+    own = () if is_loopback(host) else (host, socket.gethostname())
     return Names((*own, *more))
 
 
