@@ -53,7 +53,8 @@ def test_texts_are_those_of_generate_for_texts_and_ids_and_any_setting(complete,
     drawn = alone(served, [ids[0], ids[0], ids[1], ids[1]], Sampling(0.9, 7, 0.8), seed=5)
     how = {"temperature": 0.9, "top_p": 0.8, "seed": 5, "extra_body": with_ids | {"top_k": 7}}
     assert [choice.token_ids for choice in complete(PROMPTS[:2], n=2, **how).choices] == drawn
-    assert complete(seed=None).choices[0].text != complete(seed=None, n=2).choices[1].text  # drawn anew
+    texts = {complete(max_tokens=20).choices[0].text for _ in range(3)}
+    assert len(texts) == 3  # without a seed, each request draws anew
 
 
 def test_streams_bring_the_same_texts_and_the_counts(complete):
