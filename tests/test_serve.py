@@ -29,7 +29,7 @@ def test_a_server_says_where_it_is_when_all_is_compiled(lab, monkeypatch, capsys
     options = ServerOptions(port=0, slots=2, context=6, time_limit=1)
     serve.main(ModelOptions(lab.workdir("flex-3")), options)
     compiled, (port, end_s) = said
-    assert compiled >= 2 and end_s == 1
+    assert compiled and end_s == 1
     line = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(rf"flex-3: flex-3, 2 layers of width 32, .*; at http://127.0.0.1:{port}", line)
 
