@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import re
 
 import httpx
 import numpy as np
@@ -10,9 +11,12 @@ import pytest
 from lab import GREEDY, loss_on
 
 from memoryllm_jax import generate
+from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.inference import scoring
 from memoryllm_jax.inference.engine import Contribution
 from memoryllm_jax.server.app import make_app
+from memoryllm_jax.server.changes import Editing, Edits
+from memoryllm_jax.server.errors import ApiError
 from memoryllm_jax.server.options import ServerOptions
 from memoryllm_jax.server.served import ServedModel
 from memoryllm_jax.tol.edited_rows import EditedRows
@@ -142,3 +146,74 @@ def test_64_requests_in_one_batch_have_the_texts_of_their_overlays_alone(served,
         log_probs_T = np.array(choice["logprobs"]["token_logprobs"])
         np.testing.assert_allclose(log_probs_T, alone.log_probs_T[7:], atol=1e-4)
         assert (np.abs(log_probs_T - plain[number].log_probs_T[7:]).max() > 1e-3) == (number > 0)
+
+
+def of_tokens(count):
+    return [{"operation": "zero", "token": token} for token in range(3, 3 + count)]
+
+
+FIVE_KEYS = [{"operation": "suppress", "layer": 0, "key": key} for key in range(5)]
+COMPLETION = {"model": "tiny", "prompt": "The file", "max_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    "request_, status, param, message",
+    [
+        (("POST", "/v1/completions", COMPLETION | {"overlay": "none"}), 404, "overlay", "overlay: .* found 'none'"),
+        (("POST", "/v1/completions", COMPLETION | {"overlay": "../none"}), 400, "overlay", "overlay: expected a name"),
+        (
+            ("POST", "/v1/completions", COMPLETION | {"edits": FIVE_KEYS}),
+            400,
+            "edits",
+            "edits: expected at most 4 suppressed keys, found 5",
+        ),
+        (
+            ("POST", "/v1/completions", COMPLETION | {"edits": [EDITS[0], {"operation": "zero", "token": 512}]}),
+            400,
+            "edits",
+            r"edits\[1\]: zero: expected an id below 512, found #512",
+        ),
+        (
+            ("POST", "/v1/completions", COMPLETION | {"contribution": {"drop_layers": [2]}}),
+            400,
+            "contribution.drop_layers",
+            "contribution.drop_layers: expected layers from 0 to 1, found 2",
+        ),
+        (
+            ("POST", "/api/edit/loss", {"contribution": {"alpha": 101}}),
+            400,
+            "contribution",
+            "contribution.alpha: expected float <= 100.0, found 101",
+        ),
+        (("POST", "/api/edit/loss", {"edits": of_tokens(257)}), 400, "edits", "edits: expected .* length <= 256"),
+        (("POST", "/api/edit/file", {"edits": []}), 400, "edits", "edits: expected at least one, found none"),
+        (("PUT", "/api/overlays/a.b", {"edits": EDITS}), 400, "overlay", "overlay: expected a name"),
+        (("PUT", "/api/overlays/kept", {"edits": EDITS}), 409, "overlay", "free, or \"replace\": true, found 'kept'"),
+        (("PUT", "/api/overlays/kept", {"edits": EDITS, "replace": True}), 200, None, ""),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_field(live, request_, status, param, message):
+    ask(live, ("PUT", "/api/overlays/kept", {"edits": of_tokens(1)}))
+    (found,) = ask(live, request_)
+    error = found.json().get("error", {"param": None, "message": ""})
+    assert (found.status_code, error["param"]) == (status, param) and re.search(message, error["message"]), error
+
+
+def test_a_server_without_a_folder_keeps_nothing(live, monkeypatch):
+    monkeypatch.setattr(live.editing, "folder", None)
+    named, kept = ask(
+        live, ("POST", "/api/edit/check", {"overlay": "kept"}), ("PUT", "/api/overlays/kept", {"edits": EDITS})
+    )
+    for found in (named, kept):
+        assert (
+            found.status_code == 400 and "expected a server with --overlays=FOLDER" in found.json()["error"]["message"]
+        )
+    assert ask(live, ("GET", "/api/overlays", None))[0].json() == {"overlays": []}
+
+
+def test_a_model_without_ffn_m_has_no_edits(lab, tmp_path):
+    with lab.model("base") as engine:
+        with pytest.raises(ArgumentError, match=r"overlays: expected a model with FFN-M, .* found base"):
+            Editing(engine, {}, str(tmp_path))
+        with pytest.raises(ApiError, match="overlay: expected a model with FFN-M"):
+            Editing(engine, {}).overlay(Edits(overlay="kept"))
