@@ -224,7 +224,6 @@ class Slots:
         self._last_B = np.full(B, -1, np.int32)
         self._position_B = np.zeros(B, np.int32)
         self._unread_B = np.zeros(B, np.int32)
-        self._may_lack_rows = False  # whether rows of the last tokens may have left the cache of rows
         self._before: dict[int, jax.Array] = {}  # by slot, the state before its next piece, which scores start from
         with jax.set_mesh(self._decoder.mesh):
             self._standing = self._put(Standing(np.zeros(B, np.int32), np.zeros(B, np.int32)))
@@ -314,7 +313,6 @@ class Slots:
         # As many as the piece has positions: other numbers would compile each layer anew.
         ids = np.pad(ids, (0, len(ids_T) - len(ids)), mode="edge").astype(np.int32)
         rows = self._rows.fetch(ids)
-        self._may_lack_rows = not self._rows.on_device
         if self._edits is not None:
             if rows.ffn_LSUD is not None:
                 rows = rows._replace(ffn_LSUD=list(rows.ffn_LSUD))
@@ -371,8 +369,6 @@ class Slots:
 
     def step(self) -> Pending:
         """Dispatches a decode step of all slots whose sequences run."""
-        if self._may_lack_rows:
-            self._hold()
         how = self._settings
         next_B = np.minimum(self._next_positions(), how.end_B)
         longest = int(np.where(how.is_decoding_B, next_B, 1).max())
@@ -412,7 +408,8 @@ class Slots:
     def read(self, pending: Pending) -> Stepped:
         """Waits for a step, and returns what it brought. Steps are read in the order in which they were dispatched.
 
-        Where rows are kept in a cache, this reads the rows of the drawn tokens that the cache lacks.
+        Where rows are kept in a cache, this reads the rows of the last tokens that the cache lacks, those that a piece
+        has displaced too.
         """
         drawn_B, found = jax.device_get((pending.tokens_B, pending.likelihoods))
         is_same_B = pending.occupant_B == self._occupant_B
@@ -435,7 +432,6 @@ class Slots:
         if goes_on_B.any():
             # All together: held one by one, one could displace another.
             self._rows.hold(self._last_B[goes_on_B])
-        self._may_lack_rows = False
 
     def _on_devices(self):
         """The settings of all slots on the devices."""

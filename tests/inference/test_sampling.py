@@ -50,7 +50,7 @@ def test_a_seed_repeats_its_draws():
 
 def test_settings_of_their_own_draw_the_same_tokens():
     rng = np.random.default_rng(3)
-    ways = [GREEDY, Sampling(0.7), Sampling(1.3, 3), Sampling(0.7, 0, 0.9), Sampling(1.3, 40, 0.3), Sampling(1.1)] * 4
+    ways = [GREEDY, Sampling(0.7), Sampling(1.3, 3), Sampling(0.7, 0, 0.9), Sampling(1.3, 40, 0.3), Sampling(1.1)] * 30
     logits_BV = jnp.asarray(rng.normal(0, 2, (len(ways), 64)), jnp.float32)
     seed_B, position_B = rng.integers(0, 2**32, len(ways), np.uint32), rng.integers(0, 99, len(ways)).astype(np.int32)
     number_B = rng.integers(0, 9, len(ways)).astype(np.int32)
