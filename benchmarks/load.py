@@ -150,13 +150,12 @@ def rounds(server: Server, alone: Server, jobs: list[Job], settings: Settings, t
             if number:  # the first round compiles what the server has not
                 found[name].append(measured)
                 print(f"{name}: {measured['tokens_per_second']:.0f} tokens a second", flush=True)
-    out = {
-        name: {key: common.spread([one[key] for one in rounds_]) for key in rounds_[0]}
-        for name, rounds_ in found.items()
-    }
-    speeds = {name: [one["tokens_per_second"] for one in rounds_] for name, rounds_ in found.items()}
-    for name in list(sides)[1:]:
-        out[name][f"speed of {many} over it"] = common.ratio(speeds[many], speeds[name])
+    out = {}
+    for name, measured in found.items():
+        out[name] = {key: common.spread([one[key] for one in measured]) for key in measured[0]}
+        if name != many:
+            speeds = ([one["tokens_per_second"] for one in found[side]] for side in (many, name))
+            out[name]["speed_of_all_clients_over_it"] = common.ratio(*speeds)
     return out
 
 
