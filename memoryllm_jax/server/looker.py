@@ -100,6 +100,11 @@ class Looker:
         """Rows for passes over the vocabulary."""
         return _Fetched(functools.partial(_fetch, self._engine.rows) if self._file is None else self._read)
 
+    @functools.cached_property
+    def _in_order(self) -> np.ndarray:
+        """All token ids, in the order of the file's rows, so that neighbouring rows are read together."""
+        return self._model.every_id if self._file is None else self._engine.rows.tol.token_of_row()
+
     def _read(self, ids_N):
         vectors = self._file.vectors(ids_N)
         return vectors.get("x0"), [vectors[f"ffn.{layer}"] for layer in range(self.config.layers)]
@@ -121,7 +126,7 @@ class Looker:
             yield lambda: self.key(0, 0, 12, _unreported)
         if self.has_rows:
             # All chunks have one shape, so that one is enough.
-            ids = self._model.every_id[: self._model.sizes.tokens]
+            ids = self._in_order[: self._model.sizes.tokens]
             yield lambda: self._find_nearest(0, None, 12, ids, _unreported)
 
     # Texts
@@ -188,7 +193,7 @@ class Looker:
 
         Raises: UserError.
         """
-        return self._find_nearest(token, layer, top, self._model.every_id, begin)
+        return self._find_nearest(token, layer, top, self._in_order, begin)
 
     def _find_nearest(self, token, layer, top, ids_N, begin):
         layers = range(self.config.layers) if layer is None else [layer]
