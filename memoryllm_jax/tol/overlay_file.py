@@ -184,6 +184,8 @@ def _edit(entry: _Entry, k: int, arrays: dict[str, np.ndarray], memory: Memory, 
         if array is None or array.dtype != dtype or array.shape != shape:
             found = "none" if array is None else f"{array.dtype} {array.shape}"
             raise UserError(f"{path}: tensor {name}: expected {dtype} {shape} for {memory.name}, found {found}")
+        if dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError(f"{path}: tensor {name}: expected finite numbers, found others")
         stored[field] = array
     problem = _misfit_of_rows(entry, stored["ids"], V) if gives_rows else ""
     if problem:

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 
 from memoryllm_jax.server.errors import ApiError
@@ -10,6 +11,7 @@ from memoryllm_jax.tol import serving
 from memoryllm_jax.tol.edit import Editor
 from memoryllm_jax.tol.edit_spec import Zero
 from memoryllm_jax.tol.overlay import Overlay
+from memoryllm_jax.tol.overlay_file import Edit
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,15 @@ def test_files_that_cannot_be_used_are_refused_without_their_path(folder, memory
     with open(f"{folder.path}/damaged.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\1")
-    for name, found in (("other", "made for other rows than those of"), ("damaged", "its checksum differs")):
+    rows = np.full((1, memory.layers, memory.dim), np.inf, np.float32)
+    infinite = Edit("rows", ids=np.array([4], np.int32), rows=rows, mix=[[(4, 1.0)]])
+    folder.keep("infinite", Overlay(memory, [infinite]), replace=False)
+    unusable = {
+        "other": "made for other rows than those of",
+        "damaged": "its checksum differs",
+        "infinite": "expected finite numbers",
+    }
+    for name, found in unusable.items():
         with pytest.raises(ApiError, match=f"overlay: '{name}': .*{found}") as error:
             folder.open(name)
         assert error.value.status == 400 and folder.path not in error.value.message
