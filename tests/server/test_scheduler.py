@@ -248,17 +248,29 @@ def test_closing_refuses_new_sequences_and_finishes_or_fails_the_accepted_ones(d
     assert not scheduler._thread.is_alive()
 
 
-def test_echo_gives_the_prompt_with_its_scores_and_then_the_new_tokens():
-    prompt = "ab" * PIECE + "é"
+def test_step_that_waits_for_rows_is_taken_again():
+    fake = Fake(slots=1, untaken=lambda step: step in (1, 5))
 
     async def run(scheduler):
-        scored, echoed = scheduler.submit([work(prompt, 0, echo=True, alternatives=1), work(prompt, 2, echo=True)])
+        assert await read(scheduler.submit([work("a", 5)])[0]) == expected(work("a", 5))
+
+    with started(fake) as scheduler:
+        asyncio.run(run(scheduler))
+
+
+def test_echo_gives_the_prompt_with_its_scores_and_then_the_new_tokens():
+    ids = ("ab" * PIECE + "é").encode()
+    cut = Work(ids + b"\xc3", 0, Sampling(0), echo=True, alternatives=1)  # within a character
+
+    async def run(scheduler):
+        scored, echoed = scheduler.submit([cut, Work(ids, 2, Sampling(0), echo=True)])
         events = [event async for event in scored]
-        assert events[-1] == Finished("length") and "".join(event.text for event in events) == prompt
-        ids = prompt.encode()
-        assert [event.id for event in events[:-1]] == list(ids)
-        assert [event.log_prob for event in events[:-1]] == [None, *(-float(id) for id in ids[1:])]
-        assert [event.alternatives for event in events[:-1]] == [(), *(((id + 1, id - 0.1),) for id in ids[1:])]
+        assert events[-1] == Finished("length")
+        assert "".join(event.text for event in events) == Bytes().decode(cut.ids)
+        first, *others = cut.ids
+        assert events[0][:1] + events[0][2:] == (first, None, ())
+        for event, id in zip(events[1:-1], others, strict=True):
+            assert event[:1] + event[2:] == (id, -float(id), ((id + 1, id - 0.1),))
         found, text, _ = await read(echoed)
         assert found == [*ids, *alone(ids, 2)] and text == Bytes().decode(found)
 
