@@ -44,12 +44,29 @@ from memoryllm_jax.training import loop
 SUBJECTS = 120  # of each kind whose facts the text states; a third as many are bare
 VOCAB, CHARACTERS = 4096, 7_000_000  # of each half of the training text
 _WINDOWS, _WINDOW = 64, 128  # of held-out English
+
+
+class Setting(NamedTuple):
+    """How facts are taught.
+
+    Attributes:
+      method: of `teach.learn`.
+      is_4bit: whether on the rows of a ToL file of 4 bits instead of live rows.
+      along: whether the subject's other facts, in their first form, are lessons too, so that they stay.
+    """
+
+    method: teach.Method
+    is_4bit: bool = False
+    along: bool = False
+
+
 SETTINGS = {
-    "default": teach.Method(),
-    "4-bit": teach.Method(),  # on the rows of a ToL file of 4 bits; the others on live rows
-    "keep-0": teach.Method(keep=0),
-    "keep-3": teach.Method(keep=3),
-    "keep-0-no-prefixes": teach.Method(keep=0, prefixes=0),
+    "default": Setting(teach.Method()),
+    "4-bit": Setting(teach.Method(), is_4bit=True),
+    "along": Setting(teach.Method(), along=True),
+    "keep-1": Setting(teach.Method(keep=1)),
+    "keep-0": Setting(teach.Method(keep=0)),
+    "keep-0-no-prefixes": Setting(teach.Method(keep=0, prefixes=0)),
 }
 
 
@@ -73,16 +90,17 @@ class Trial:
       learned: what was learned of each fact that was taught.
     """
 
-    def __init__(self, engine, world: World, method: teach.Method):
-        self.engine, self.world, self.method = engine, world, method
+    def __init__(self, engine, world: World, setting: Setting):
+        self.engine, self.world, self.setting = engine, world, setting
         self.memory = serving.memory_of(engine)
         self.learned: dict[Fact, teach.Learned] = {}
 
     def teach(self, fact: Fact) -> None:
         """Learns the fact; one that is not learned is left out."""
-        lesson = teach.Lesson(fact.prompts[0], fact.target)
+        facts = [fact, *(others_of(fact, self.world) if self.setting.along else ())]
+        lessons = [teach.Lesson(one.prompts[0], one.target) for one in facts]
         with contextlib.suppress(UserError):
-            self.learned[fact] = teach.learn(self.engine, [lesson], [f" {fact.subject}"], method=self.method)
+            self.learned[fact] = teach.learn(self.engine, lessons, [f" {fact.subject}"], method=self.setting.method)
 
     def edited(self, facts) -> RowSource:
         """The model's rows with the edits of these facts."""
@@ -104,6 +122,11 @@ class Trial:
         return np.array([(s.greedy_T[-n:].all(), np.exp(s.log_probs_T[-n:].sum())) for s, n in zip(scores, counts)])
 
 
+def others_of(fact: Fact, world: World) -> list[Fact]:
+    """The other facts of its subject that the text states."""
+    return [other for (name, kind), other in world.facts.items() if name == fact.subject and kind != fact.relation]
+
+
 def probes_of(fact: Fact, world: World, draw: random.Random) -> list[Probe]:
     """What is asked about a fact and what lies near it."""
     kind = RELATIONS[fact.relation].kind
@@ -112,10 +135,9 @@ def probes_of(fact: Fact, world: World, draw: random.Random) -> list[Probe]:
     for _ in range(4):
         text = f"{draw.choice(FILLERS)} {in_paragraph(fact, world, draw)}"
         found.append(Probe("in a paragraph", text, fact.target))
-    for (subject, relation), other in world.facts.items():
-        if subject == fact.subject and relation != fact.relation:
-            texts = [f"{draw.choice(FILLERS)} {text}" for text in other.prompts]
-            found += [Probe("other facts of the subject", text, other.target) for text in texts]
+    for other in others_of(fact, world):
+        texts = [f"{draw.choice(FILLERS)} {text}" for text in other.prompts[1:]]
+        found += [Probe("other facts of the subject", text, other.target) for text in texts]
     others = [name for name in world.known[kind] if name != fact.subject]
     for name in draw.sample(others, 5):
         near = world.facts[name, fact.relation]
@@ -248,7 +270,7 @@ def main(
         found = results[f"{architecture}, seed {seed}"] = {"validation_bits_per_byte": _bits(workdir)}
         chosen = facts_to_teach(world, facts, random.Random(seed))
         for name in settings:
-            tol = os.path.join(work, f"{architecture}-{seed}-4bit.safetensors") if name == "4-bit" else ""
+            tol = os.path.join(work, f"{architecture}-{seed}-4bit.safetensors") if SETTINGS[name].is_4bit else ""
             if tol:
                 compress.precompute(workdir, tol, compress.Options(bits="4"))
             with contextlib.closing(serving.open_engine(workdir, tol)) as engine:

@@ -48,7 +48,7 @@ class Method:
     keep: Annotated[
         float,
         Option("weight of the model's own texts: more keeps more of what it knows of the token, 0 nothing", least=0),
-    ] = 1.0
+    ] = 3.0
     prefixes: Annotated[int, Option("texts in front of the prompt", least=0)] = 4
 
     def __post_init__(self):
