@@ -75,7 +75,7 @@ def contribution_of(factors: Factors | None, config: ModelConfig) -> Contributio
 
 
 class Editing:
-    """Makes the overlays that requests ask for. Only the worker thread calls it.
+    """Makes the overlays that requests ask for. Several threads may call it.
 
     Args:
       engine: the model.

@@ -118,7 +118,7 @@ def routes(model: ServedModel) -> list[Route]:
         alternatives = body.alternatives()
         ids = await _prompt(model, body.messages)
         most = generating.room(model, ids, body.most_tokens())
-        works = await generating.works(model, body, [(ids, most)], alternatives=alternatives)
+        works = await generating.works(request, model, body, [(ids, most)], alternatives=alternatives)
         choices = [ChatChoice(i, work, bool(body.return_token_ids), model) for i, work in enumerate(works)]
         return await generating.respond(request, model, body, _KIND, choices, len(ids))
 

@@ -41,7 +41,9 @@ def routes(model: ServedModel) -> list[Route]:
         generating.check(body, model, _NEUTRAL)
         prompts = await _prompts(model, body.prompt)
         with_room = [(ids, generating.room(model, ids, body.max_tokens, _MAX_TOKENS)) for ids in prompts]
-        works = await generating.works(model, body, with_room, alternatives=body.logprobs, echo=bool(body.echo))
+        works = await generating.works(
+            request, model, body, with_room, alternatives=body.logprobs, echo=bool(body.echo)
+        )
         choices = [TextChoice(i, work, bool(body.return_token_ids), model) for i, work in enumerate(works)]
         return await generating.respond(request, model, body, _KIND, choices, sum(map(len, prompts)))
 

@@ -35,7 +35,7 @@ def routes(model: ServedModel) -> list[Route]:
 
     async def check(request: Request):
         """The edits in words."""
-        overlay = await model.compute(model.editing.overlay, await bodies.read(request, Edits))
+        overlay = await model.overlay(await bodies.read(request, Edits))
         return JSONResponse({"texts": _texts(overlay)})
 
     async def loss(request: Request):
@@ -47,28 +47,32 @@ def routes(model: ServedModel) -> list[Route]:
 
     async def file(request: Request):
         """The overlay file of the edits, which `generate --overlay` takes."""
-        overlay = await model.compute(_some_edits, model, await bodies.read(request, Edits))
+        overlay = await _some_edits(model, await bodies.read(request, Edits))
         return Response(
-            await model.compute(overlay.to_bytes),
+            await model.edit(overlay.to_bytes),
             media_type="application/octet-stream",
             headers={"Content-Disposition": 'attachment; filename="edits.safetensors"'},
         )
 
     async def names(request: Request):
         """The names of the kept overlays."""
-        return JSONResponse({"overlays": await model.compute(model.editing.names)})
+        return JSONResponse({"overlays": await model.edit(model.editing.names)})
 
     async def kept(request: Request):
         """The edits of a kept overlay in words."""
         name = request.path_params["name"]
-        overlay = await model.compute(model.editing.overlay, Edits(overlay=name))
+        overlay = await model.overlay(Edits(overlay=name))
         return JSONResponse({"name": name, "texts": _texts(overlay)})
 
     async def keep(request: Request):
         """Keeps edits as an overlay of this name."""
         name, body = request.path_params["name"], await bodies.read(request, KeptEdits)
-        texts = await model.compute(_keep, model, name, body)
-        return JSONResponse({"name": name, "texts": texts})
+        folder = model.editing.folder
+        if folder is None:
+            raise ApiError(400, "overlays: expected a server with --overlays=FOLDER, found one without")
+        overlay = await _some_edits(model, body)
+        await model.edit(folder.keep, name, overlay, body.replace)
+        return JSONResponse({"name": name, "texts": _texts(overlay)})
 
     return [
         Route("/api/edit/check", check, methods=["POST"]),
@@ -84,17 +88,8 @@ def _texts(overlay):
     return [] if overlay is None else [edit.text for edit in overlay.edits]
 
 
-def _some_edits(model, body):
-    overlay = model.editing.overlay(body)
+async def _some_edits(model, body):
+    overlay = await model.overlay(body)
     if overlay is None:
         raise ApiError(400, "edits: expected at least one, found none", "edits")
     return overlay
-
-
-def _keep(model, name, body):
-    folder = model.editing.folder
-    if folder is None:
-        raise ApiError(400, "overlays: expected a server with --overlays=FOLDER, found one without")
-    overlay = _some_edits(model, body)
-    folder.keep(name, overlay, body.replace)
-    return _texts(overlay)

@@ -80,18 +80,20 @@ NEUTRAL = {
 }
 
 
-async def works(model: ServedModel, body: GenerationBody, prompts: list[tuple[list[int], int]], **more) -> list[Work]:
+async def works(
+    request: Request, model: ServedModel, body: GenerationBody, prompts: list[tuple[list[int], int]], **more
+) -> list[Work]:
     """The sequences of a request: n for each prompt.
 
     Args:
       prompts: (ids of a prompt, most new tokens).
       more: further fields of `Work`.
-    Raises: ApiError.
+    Raises: ApiError, ClientDisconnect.
     """
     # Drawn anew for each request that names none, as in OpenAI's API.
     seed = secrets.randbits(32) if body.seed is None else body.seed
     each = [prompt for prompt in prompts for _ in range(body.n or 1)]
-    changed = await model.changed(body, for_slot=True)
+    changed = await unless_gone(request.receive, model.changed(body, for_slot=True))
     return [
         Work(
             tuple(ids),

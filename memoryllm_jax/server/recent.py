@@ -1,5 +1,6 @@
 """A cache of the values that were used last, bounded by their size."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -9,7 +10,7 @@ V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """The values that were used last. A value larger than all of the room is made each time.
+    """The values that were used last, for any thread. A value larger than all of the room is made each time.
 
     Args:
       room: bytes of all values together.
@@ -17,17 +18,22 @@ class Recent(Generic[K, V]):
 
     def __init__(self, room: int):
         self._room, self._used = room, 0
+        self._lock = threading.Lock()
         self._entries: OrderedDict[K, tuple[V, int]] = OrderedDict()
 
     def get(self, key: K, make: Callable[[], V], size: Callable[[V], int]) -> V:
         """The value of a key, made if it is not here. An error of `make` is passed on, and nothing is kept."""
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key][0]
-        value = make()
-        self._entries[key] = value, size(value)
-        self._used += self._entries[key][1]
-        while self._used > self._room:
-            _, (_, freed) = self._entries.popitem(last=False)
-            self._used -= freed
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key][0]
+        value = make()  # without the lock, as it may take long
+        with self._lock:
+            if key in self._entries:  # another thread was quicker; all are given the same value
+                return self._entries[key][0]
+            self._entries[key] = value, size(value)
+            self._used += self._entries[key][1]
+            while self._used > self._room:
+                _, (_, freed) = self._entries.popitem(last=False)
+                self._used -= freed
         return value

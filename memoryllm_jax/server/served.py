@@ -17,7 +17,7 @@ from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.inference.slots import Slots
 from memoryllm_jax.server import chat_template
-from memoryllm_jax.server.changes import Changed, Changes, Editing, contribution_of
+from memoryllm_jax.server.changes import Changed, Changes, Editing, Edits, contribution_of
 from memoryllm_jax.server.chat_template import ChatTemplate
 from memoryllm_jax.server.errors import ApiError
 from memoryllm_jax.server.looker import Looker
@@ -29,10 +29,18 @@ from memoryllm_jax.server.statistics import Statistics
 from memoryllm_jax.server.token_names import TokenNames
 from memoryllm_jax.server.work import Work
 from memoryllm_jax.server.worker_rows import WorkerRows
+from memoryllm_jax.tol.edit_spec import Suppress
+from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.slot_edits import SlotEdits
 
 T = TypeVar("T")
 
+_THREADS = (
+    "compute",  # views and losses
+    "pass",  # passes over the vocabulary
+    "edit",  # overlays, which completions wait for
+    "suppress",  # overlays that need a key's coefficients: also a pass, and the first one may have to read weights
+)
 _COMPILE_SECONDS = 3600.0  # most time that compiling for one length may take
 
 
@@ -46,7 +54,7 @@ class ServedModel:
       engine, options: as given.
       name: the model's name in requests.
       looker: looks into the model.
-      editing: makes the overlays that requests ask for; in the worker thread only.
+      editing: makes the overlays that requests ask for; call `overlay` for one.
       losses: measures the loss of the model and of a changed one; in the worker thread only.
       created: when the server started, in seconds since 1970.
       api_key: the key that requests must bring, or None.
@@ -74,8 +82,8 @@ class ServedModel:
         self._worker_rows = WorkerRows(engine)
         self.losses = LossMeter(engine, self._worker_rows.source)
         self._is_closing = False
-        self._worker = concurrent.futures.ThreadPoolExecutor(1, "compute")
-        self._passes = concurrent.futures.ThreadPoolExecutor(1, "pass")
+        # One thread each, so that what is quick does not wait for what may take minutes.
+        self._threads = {name: concurrent.futures.ThreadPoolExecutor(1, name) for name in _THREADS}
         memory = self.editing.memory
         self._slot_edits = SlotEdits(memory, engine.trained.mesh, options.slots) if memory else None
         self._slots = Slots(engine, options.slots, self.context, self._slot_edits)
@@ -91,35 +99,47 @@ class ServedModel:
         return Looker(self.engine, self._worker_rows.source, self._params)
 
     def later(self, function: Callable[..., None], *arguments) -> None:
-        """Calls a function in the worker thread after the calls that wait, unless the model is closed before."""
+        """Calls a function as `compute` does, after the calls that wait, unless the model is closed before."""
         with contextlib.suppress(RuntimeError):  # closed already
-            self._worker.submit(function, *arguments)
+            self._threads["compute"].submit(function, *arguments)
 
     async def compute(self, function: Callable[..., T], *arguments) -> T:
-        """Calls a function in the worker thread, one at a time, so that the event loop is never blocked."""
-        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
+        """Calls a function that computes, in the worker thread, so that the event loop is never blocked."""
+        return await self._in_thread("compute", function, *arguments)
 
     async def pass_over(self, function: Callable[..., T], *arguments) -> T:
         """Calls a function that passes over the vocabulary, which may take minutes, in a thread for these alone."""
-        return await asyncio.get_running_loop().run_in_executor(self._passes, function, *arguments)
+        return await self._in_thread("pass", function, *arguments)
 
-    async def changed(self, changes: Changes, for_slot: bool) -> Changed:
-        """What a request changes in the model.
+    async def edit(self, function: Callable[..., T], *arguments) -> T:
+        """Calls a function that reads or writes overlays, in a thread for these alone."""
+        return await self._in_thread("edit", function, *arguments)
+
+    async def overlay(self, edits: Edits, for_slot: bool = False) -> Overlay | None:
+        """The overlay that edits come to, None if there are none. Do not change it: others are given the same one.
 
         Args:
           for_slot: whether a slot must have room for the edits.
-        Raises: ApiError for changes that do not fit the model or the slot.
+        Raises: ApiError for edits that do not fit the model, ArgumentError for those that do not fit a slot.
         """
-        contribution = contribution_of(changes.contribution, self.engine.config)
-        if changes.overlay is None and not changes.edits:
-            return Changed(None, contribution)
-        return Changed(await self.compute(self._overlay, changes, for_slot), contribution)
+        if edits.overlay is None and not edits.edits:
+            return None
+        suppresses = any(isinstance(edit, Suppress) for edit in edits.edits or ())
+        return await self._in_thread("suppress" if suppresses else "edit", self._overlay, edits, for_slot)
 
-    def _overlay(self, changes, for_slot):
-        overlay = self.editing.overlay(changes)
+    def _overlay(self, edits, for_slot):
+        overlay = self.editing.overlay(edits)
         if for_slot:
             self._slot_edits.check(overlay)
         return overlay
+
+    async def changed(self, changes: Changes, for_slot: bool) -> Changed:
+        """What a request changes in the model. The arguments and errors are those of `overlay`."""
+        contribution = contribution_of(changes.contribution, self.engine.config)
+        return Changed(await self.overlay(changes, for_slot), contribution)
+
+    async def _in_thread(self, name, function, *arguments):
+        return await asyncio.get_running_loop().run_in_executor(self._threads[name], function, *arguments)
 
     def compile(self) -> None:
         """Compiles what most requests need, and generates a text. Call it before any request.
@@ -148,8 +168,8 @@ class ServedModel:
     def close(self) -> None:
         """Ends the threads, after what is under way."""
         self._is_closing = True
-        self._worker.shutdown(cancel_futures=True)
-        self._passes.shutdown(cancel_futures=True)
+        for thread in self._threads.values():
+            thread.shutdown(cancel_futures=True)
         self.scheduler.close()
         if "looker" in self.__dict__:
             self.looker.close()

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import re
+import threading
 
 import httpx
 import numpy as np
@@ -197,6 +198,36 @@ def test_what_does_not_fit_is_refused_by_field(live, request_, status, param, me
     (found,) = ask(live, request_)
     error = found.json().get("error", {"param": None, "message": ""})
     assert (found.status_code, error["param"]) == (status, param) and re.search(message, error["message"]), error
+
+
+def test_completions_with_edits_wait_for_no_view_and_no_pass(live, monkeypatch):
+    """Not for those of other requests, and not for another request's suppressed key."""
+    ask(live, ("PUT", "/api/overlays/kept", {"edits": of_tokens(1), "replace": True}))
+    is_answered, waiting = threading.Event(), []
+
+    def wait(*_):
+        waiting.append(is_answered.wait(60))
+
+    monkeypatch.setattr(live.editing.memory, "key", wait)  # then its result, None, is an error
+
+    async def talk():
+        transport = httpx.ASGITransport(make_app(live))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60) as client:
+            suppress = {"edits": [{"operation": "suppress", "layer": 0, "key": 99}]}
+            slow = [
+                live.compute(wait),
+                live.pass_over(wait),
+                client.post("/v1/completions", json=COMPLETION | suppress),
+            ]
+            slow = [asyncio.ensure_future(each) for each in slow]
+            await asyncio.sleep(0.1)
+            quick = [{"overlay": "kept"}, {"edits": of_tokens(2)}]
+            found = [await client.post("/v1/completions", json=COMPLETION | changes) for changes in quick]
+            is_answered.set()
+            await asyncio.gather(*slow)
+        return found
+
+    assert [response.status_code for response in asyncio.run(talk())] == [200, 200] and waiting == [True] * 3
 
 
 def test_a_server_without_a_folder_keeps_nothing(live, monkeypatch):
