@@ -63,8 +63,7 @@ async def _prompts(model: ServedModel, prompt: str | list) -> list[list[int]]:
     for one in each:
         ids = await generating.tokenized(model.engine.prompt, one) if isinstance(one, str) else _checked(model, one)
         if not ids:
-            problem = "prompt: expected at least one token, found none; this tokenizer has no token before a text"
-            raise ApiError(400, problem, "prompt")
+            raise ApiError(400, "prompt: expected at least one token, found none", "prompt")
         out.append(ids)
     return out
 

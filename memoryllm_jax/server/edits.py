@@ -7,6 +7,7 @@ from starlette.routing import Route
 from memoryllm_jax.server import bodies
 from memoryllm_jax.server.changes import Changes, Edits
 from memoryllm_jax.server.errors import ApiError
+from memoryllm_jax.server.jobs import answer
 from memoryllm_jax.server.served import ServedModel
 
 
@@ -35,19 +36,18 @@ def routes(model: ServedModel) -> list[Route]:
 
     async def check(request: Request):
         """The edits in words."""
-        overlay = await model.overlay(await bodies.read(request, Edits))
+        overlay = await model.overlay(request, await bodies.read(request, Edits))
         return JSONResponse({"texts": _texts(overlay)})
 
     async def loss(request: Request):
         """The loss with and without changes, in nats a token."""
         body = await bodies.read(request, LossBody)
-        changed = await model.changed(body, for_slot=False)
-        found = await model.compute(model.losses.measure, changed, body.text)
-        return JSONResponse({"before": found.before, "after": found.after, "tokens": found.tokens})
+        changed = await model.changed(request, body)
+        return await answer(request, model, lambda job: model.losses.measure(changed, body.text)._asdict())
 
     async def file(request: Request):
         """The overlay file of the edits, which `generate --overlay` takes."""
-        overlay = await _some_edits(model, await bodies.read(request, Edits))
+        overlay = await _some_edits(request, model, await bodies.read(request, Edits))
         return Response(
             await model.edit(overlay.to_bytes),
             media_type="application/octet-stream",
@@ -61,7 +61,7 @@ def routes(model: ServedModel) -> list[Route]:
     async def kept(request: Request):
         """The edits of a kept overlay in words."""
         name = request.path_params["name"]
-        overlay = await model.overlay(Edits(overlay=name))
+        overlay = await model.overlay(request, Edits(overlay=name))
         return JSONResponse({"name": name, "texts": _texts(overlay)})
 
     async def keep(request: Request):
@@ -70,7 +70,7 @@ def routes(model: ServedModel) -> list[Route]:
         folder = model.editing.folder
         if folder is None:
             raise ApiError(400, "overlays: expected a server with --overlays=FOLDER, found one without")
-        overlay = await _some_edits(model, body)
+        overlay = await _some_edits(request, model, body)
         await model.edit(folder.keep, name, overlay, body.replace)
         return JSONResponse({"name": name, "texts": _texts(overlay)})
 
@@ -88,8 +88,8 @@ def _texts(overlay):
     return [] if overlay is None else [edit.text for edit in overlay.edits]
 
 
-async def _some_edits(model, body):
-    overlay = await model.overlay(body)
+async def _some_edits(request, model, body):
+    overlay = await model.overlay(request, body)
     if overlay is None:
         raise ApiError(400, "edits: expected at least one, found none", "edits")
     return overlay

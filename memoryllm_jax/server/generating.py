@@ -93,7 +93,7 @@ async def works(
     # Drawn anew for each request that names none, as in OpenAI's API.
     seed = secrets.randbits(32) if body.seed is None else body.seed
     each = [prompt for prompt in prompts for _ in range(body.n or 1)]
-    changed = await unless_gone(request.receive, model.changed(body, for_slot=True))
+    changed = await model.changed(request, body, for_slot=True)
     return [
         Work(
             tuple(ids),

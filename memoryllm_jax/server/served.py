@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from starlette.requests import Request
+
 from memoryllm_jax.analysis.key_values import Parameters
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.hf import source
@@ -20,6 +22,7 @@ from memoryllm_jax.server import chat_template
 from memoryllm_jax.server.changes import Changed, Changes, Editing, Edits, contribution_of
 from memoryllm_jax.server.chat_template import ChatTemplate
 from memoryllm_jax.server.errors import ApiError
+from memoryllm_jax.server.events import unless_gone
 from memoryllm_jax.server.looker import Looker
 from memoryllm_jax.server.losses import LossMeter
 from memoryllm_jax.server.options import ServerOptions
@@ -115,17 +118,20 @@ class ServedModel:
         """Calls a function that reads or writes overlays, in a thread for these alone."""
         return await self._in_thread("edit", function, *arguments)
 
-    async def overlay(self, edits: Edits, for_slot: bool = False) -> Overlay | None:
+    async def overlay(self, request: Request, edits: Edits, for_slot: bool = False) -> Overlay | None:
         """The overlay that edits come to, None if there are none. Do not change it: others are given the same one.
 
         Args:
+          request: what asks for it; if its client goes away while the edits wait, they are not made.
           for_slot: whether a slot must have room for the edits.
-        Raises: ApiError for edits that do not fit the model, ArgumentError for those that do not fit a slot.
+        Raises: ApiError for edits that do not fit the model, ArgumentError for those that do not fit a slot,
+          ClientDisconnect.
         """
         if edits.overlay is None and not edits.edits:
             return None
         suppresses = any(isinstance(edit, Suppress) for edit in edits.edits or ())
-        return await self._in_thread("suppress" if suppresses else "edit", self._overlay, edits, for_slot)
+        thread = "suppress" if suppresses else "edit"
+        return await unless_gone(request.receive, self._in_thread(thread, self._overlay, edits, for_slot))
 
     def _overlay(self, edits, for_slot):
         overlay = self.editing.overlay(edits)
@@ -133,10 +139,10 @@ class ServedModel:
             self._slot_edits.check(overlay)
         return overlay
 
-    async def changed(self, changes: Changes, for_slot: bool) -> Changed:
+    async def changed(self, request: Request, changes: Changes, for_slot: bool = False) -> Changed:
         """What a request changes in the model. The arguments and errors are those of `overlay`."""
         contribution = contribution_of(changes.contribution, self.engine.config)
-        return Changed(await self.overlay(changes, for_slot), contribution)
+        return Changed(await self.overlay(request, changes, for_slot), contribution)
 
     async def _in_thread(self, name, function, *arguments):
         return await asyncio.get_running_loop().run_in_executor(self._threads[name], function, *arguments)

@@ -5,6 +5,7 @@ import contextlib
 import threading
 
 import httpx
+import openai
 import pytest
 
 pytest.importorskip("starlette", reason="the server's packages are not installed: pip install 'memoryllm_jax[serve]'")
@@ -52,3 +53,23 @@ def post(address):
     """post(path, body) sends a request to the server; returns the response."""
     with httpx.Client(base_url=address, timeout=60) as client:
         yield lambda path, body: client.post(path, json=body)
+
+
+@pytest.fixture(scope="session")
+def conforming():
+    """conforming(response) checks a response of OpenAI's client, which builds its types without checks. Returns it."""
+
+    def extra(value):
+        """Names of fields that the types do not have."""
+        if isinstance(value, list):
+            return {name for one in value for name in extra(one)}
+        if not isinstance(value, openai.BaseModel):
+            return set()
+        return set(value.model_extra or ()).union(*(extra(getattr(value, name)) for name in type(value).model_fields))
+
+    def check(response):
+        type(response).model_validate(response.to_dict(), strict=True)
+        assert extra(response) <= {"token_ids"}
+        return response
+
+    return check

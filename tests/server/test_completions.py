@@ -20,11 +20,13 @@ def client(address):
 
 
 @pytest.fixture(scope="module")
-def complete(client):
+def complete(client, conforming):
     """complete(prompt, ...) sends a request to the server."""
 
     def create(prompt=PROMPTS[0], **more):
-        return client.completions.create(**{"model": "tiny", "prompt": prompt, "max_tokens": 8} | more)
+        found = client.completions.create(**{"model": "tiny", "prompt": prompt, "max_tokens": 8} | more)
+        # OpenAI's API sends null for the first token of an echo, and its types do not allow it.
+        return found if more.get("stream") or more.get("echo") else conforming(found)
 
     return create
 
@@ -57,10 +59,11 @@ def test_texts_are_those_of_generate_for_texts_and_ids_and_any_setting(complete,
     assert len(texts) == 3  # without a seed, each request draws anew
 
 
-def test_streams_bring_the_same_texts_and_the_counts(complete):
+def test_streams_bring_the_same_texts_and_the_counts(complete, conforming):
     whole = complete(PROMPTS, temperature=0, n=2)
     with complete(PROMPTS, temperature=0, n=2, stream=True, stream_options={"include_usage": True}) as stream:
         *chunks, last = stream
+    conforming(last)
     assert last.choices == [] and last.usage == whole.usage and chunks[0].usage is None
     texts, reasons = [""] * 6, [None] * 6
     for chunk in chunks:
