@@ -48,7 +48,7 @@ class ApiError(Exception):
 def of(error: Exception, what: str) -> ApiError:
     """The error that a client is told of.
 
-    What is not meant for it, such as a bug's traceback, goes to stderr.
+    What is not meant for it goes to stderr: paths of the server, and a bug's traceback.
 
     Args:
       error: what was raised.
@@ -56,8 +56,8 @@ def of(error: Exception, what: str) -> ApiError:
     """
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, UserError):
-        return ApiError(400, str(error), error.name if isinstance(error, ArgumentError) else None)
+    if isinstance(error, ArgumentError):
+        return ApiError(400, str(error), error.name)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, error.detail, headers=dict(error.headers or {}))
     report(error, what)
@@ -68,8 +68,12 @@ _reported: set[tuple] = set()
 
 
 def report(error: BaseException, what: str) -> None:
-    """Prints an unexpected error as one line on stderr, and its traceback the first time that it occurs."""
-    print(f"error: {what}: {type(error).__name__}: {one_line(error, 300)}", file=sys.stderr, flush=True)
+    """Prints an error of the server as one line on stderr, and the traceback of a bug the first time that it occurs."""
+    is_bug = not isinstance(error, UserError)  # else of a file or a device, which its text names
+    kind = f"{type(error).__name__}: " if is_bug else ""
+    print(f"error: {what}: {kind}{one_line(error, 300)}", file=sys.stderr, flush=True)
+    if not is_bug:
+        return
     frames = traceback.extract_tb(error.__traceback__)
     place = (type(error), *((frame.filename, frame.lineno) for frame in frames[-1:]))
     if place not in _reported and len(_reported) < _MOST_TRACEBACKS:

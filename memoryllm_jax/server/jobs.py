@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.server import errors
 from memoryllm_jax.server.errors import ApiError
 from memoryllm_jax.server.events import EventStream, event, unless_gone
@@ -105,8 +104,4 @@ async def _events(computation: Awaitable[dict], job: Job, what: str) -> AsyncIte
 
 def _run(function: Function, job: Job) -> dict:
     job.report(0.0)  # the client may have gone while the job waited
-    try:
-        return function(job)
-    except UserError as error:
-        # The request was checked before, so that what fails here is the server's: a file, a device.
-        raise ApiError(500, str(error)) from error
+    return function(job)

@@ -4,6 +4,7 @@ import os
 import re
 import stat
 
+from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.server.errors import ApiError
 from memoryllm_jax.server.recent import Recent
@@ -31,8 +32,8 @@ class OverlayFolder:
         self._recent: Recent[tuple, Overlay] = Recent(_CACHE_BYTES)
 
     def names(self) -> list[str]:
-        """The names of all overlays, in alphabetical order."""
-        with os.scandir(self.path) as entries:
+        """The names of all overlays, in alphabetical order. Raises: UserError if the folder cannot be read."""
+        with storage.user_errors(self.path), os.scandir(self.path) as entries:
             files = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
         names = [file.removesuffix(_SUFFIX) for file in files if file.endswith(_SUFFIX)]
         return sorted(name for name in names if _NAME.fullmatch(name))

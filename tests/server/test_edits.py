@@ -242,6 +242,15 @@ def test_a_server_without_a_folder_keeps_nothing(live, monkeypatch):
     assert ask(live, ("GET", "/api/overlays", None))[0].json() == {"overlays": []}
 
 
+def test_a_folder_that_is_gone_is_an_error_of_the_server_without_its_path(live, monkeypatch, capsys):
+    monkeypatch.setattr(live.editing.folder, "path", "/none")
+    asked = [("PUT", "/api/overlays/a", {"edits": of_tokens(1)}), ("GET", "/api/overlays", None)]
+    for found in ask(live, *asked):
+        assert found.status_code == 500 and "/none" not in found.text
+    said = capsys.readouterr().err
+    assert said.count("/none") == 2 and said.count("No such file") == 2 and "Traceback" not in said
+
+
 def test_a_model_without_ffn_m_has_no_edits(lab, tmp_path):
     with lab.model("base") as engine:
         with pytest.raises(ArgumentError, match=r"overlays: expected a model with FFN-M, .* found base"):

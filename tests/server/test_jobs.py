@@ -67,7 +67,7 @@ def test_work_stops_when_the_client_goes_away(served, accept):
     assert stopped.wait(5) and len(reached) < 500
 
 
-def test_events_tell_what_is_done_and_end_with_the_result_or_an_error(served):
+def test_events_tell_what_is_done_and_end_with_the_result_or_an_error(served, capsys):
     def work(job):
         job.begin("reading")(0.25)
         time.sleep(0.3)
@@ -77,11 +77,11 @@ def test_events_tell_what_is_done_and_end_with_the_result_or_an_error(served):
     assert first == {"done": 0.25, "doing": "reading"} and last == {"tokens": []}
 
     def fails(job):
-        raise UserError("file: token 3: its row cannot be read")
+        raise UserError("/a/path: token 3: its row cannot be read")
 
     (event,) = events(ask(served, fails, EVENTS))
-    assert event["error"]["message"] == "file: token 3: its row cannot be read"
-    assert event["error"]["type"] == "server_error"
+    assert event["error"]["type"] == "server_error" and "path" not in event["error"]["message"]
+    assert capsys.readouterr().err == "error: POST /: /a/path: token 3: its row cannot be read\n"
 
 
 def test_a_computation_ends_at_the_time_limit():
