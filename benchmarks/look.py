@@ -35,7 +35,7 @@ class _Watch:
         self.share, self.doing = 0.0, []
         self._end = time.monotonic() + most_s
 
-    def begin(self, doing: str):
+    def begin(self, doing: str, is_kept: bool = False):
         self.doing.append(doing)
         return self._report
 

@@ -38,7 +38,7 @@ def neighbours_of(
     ids_N: np.ndarray,
     k: int,
     label: str = "",
-    report: Callable[[float], None] = lambda done: None,
+    report: Callable[[float], None] | None = None,
 ) -> Neighbours:
     """Finds the tokens among ids_N that are most similar to each token of queries_Q, by the cosine of their vectors.
 
@@ -47,28 +47,23 @@ def neighbours_of(
       layers: layers to compare tokens in.
       k: neighbours of each token, at most one less than the tokens ids_N.
       label: name of the progress that is shown; "" to show none.
-      report: called after each chunk and layer with the share that is done, from 0 to 1. An exception of it ends the
-        search.
+      report: called after each chunk and layer, as by `Progress`.
     """
     size = model.sizes.neighbours
     # Each block makes its own pass over ids_N: only the queries of one block are kept on the device.
     blocks = [chunk.real_ids for chunk in vocabulary.chunks(queries_Q, size)]
-    progress = Progress(label, len(blocks) * model.chunk_count(len(ids_N)) * len(layers), "chunk", enabled=bool(label))
-
-    def step():
-        progress.update(progress.done + 1)
-        report(progress.done / progress.total)
-
+    total = len(blocks) * model.chunk_count(len(ids_N)) * len(layers)
+    progress = Progress(label, total, "chunk", enabled=bool(label), report=report)
     found = []
     for block_Q in blocks:
-        tops = _neighbours_of_block(model, vectors, layers, block_Q, ids_N, k, step)
+        tops = _neighbours_of_block(model, vectors, layers, block_Q, ids_N, k, progress)
         cosines, ids = zip(*jax.device_get(tops))
         found.append(Neighbours(np.stack(cosines), np.stack(ids)))
     progress.close()
     return Neighbours(*(np.concatenate(parts, axis=1) for parts in zip(*found)))
 
 
-def _neighbours_of_block(model, vectors, layers, block_Q, ids_N, k, step) -> list[topk.TopK]:
+def _neighbours_of_block(model, vectors, layers, block_Q, ids_N, k, progress) -> list[topk.TopK]:
     """Makes one pass over ids_N. Returns: neighbours by each layer, then by all layers together."""
     queries_QW = [_vectors_of(model, vectors, layer, block_Q) for layer in layers]
     squares_Q = [jnp.square(x_QW).sum(-1) for x_QW in queries_QW]
@@ -84,7 +79,7 @@ def _neighbours_of_block(model, vectors, layers, block_Q, ids_N, k, step) -> lis
             all_squares_C = all_squares_C + squares_C
             products = dots_QC, squares_Q[number], squares_C
             by_layer[number] = _merge(by_layer[number], *products, block_Q, ids_C, is_real_C)
-            step()
+            progress.update(progress.done + 1)
         if len(layers) > 1:
             products = all_dots_QC, all_squares_Q, all_squares_C
             together = _merge(together, *products, block_Q, ids_C, is_real_C)

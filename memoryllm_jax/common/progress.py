@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 import tqdm
@@ -20,6 +21,7 @@ class Progress:
       stream: where plain lines are written, by default stdout.
       quiet_s: seconds until the bar or the first line is shown, for work that may be short; None: the bar is shown
         at once, the first line after `every_s`.
+      report: called at each update with the share that is done, from 0 to 1. An exception of it ends the work.
     """
 
     def __init__(
@@ -32,9 +34,10 @@ class Progress:
         enabled: bool = True,
         stream: TextIO | None = None,
         quiet_s: float | None = None,
+        report: Callable[[float], None] | None = None,
     ):
         self.label, self.total, self.unit = label, total, unit
-        self.every_s, self.enabled, self.stream = every_s, enabled, stream
+        self.every_s, self.enabled, self.stream, self._report = every_s, enabled, stream, report
         self.done = self._initial = initial
         self._start = self._last_line = time.monotonic()
         self._bar = None
@@ -57,6 +60,8 @@ class Progress:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done - self.done)
         self.done = done
+        if self._report is not None:
+            self._report(done / max(self.total, 1))
         if self._bar is None and time.monotonic() - self._last_line >= self.every_s:
             if self.total is None:
                 self.line(f"{self.label} {done:,} {self.unit}  {note}")

@@ -87,19 +87,27 @@ class Windows(NamedTuple):
             start += self.stride
 
 
-def perplexity(model: Engine, text: Text, windows: Windows, save_tokens: str = "", shows_progress: bool = True) -> dict:
+def perplexity(
+    model: Engine,
+    text: Text,
+    windows: Windows,
+    save_tokens: str = "",
+    report: Callable[[float], None] | None = None,
+    positions: int = scoring.POSITIONS,
+) -> dict:
     """Scores a text.
 
     Args:
       windows: those that `text` was opened with.
       save_tokens: path of a .npy file for the scored ids, int32 [windows, context + 1], or ""; needs `windows.whole`.
-      shows_progress: whether to print the progress.
+      report: called after each batch, as by `Progress`; None: the progress is printed.
+      positions: as of `scoring.score`.
     Returns: a record for JSON with loss in nats a token, perplexity of tokens and of words, bits per byte, the numbers
       of tokens, words and bytes that these are means over, and the loss by context.
     """
     spans = list(windows.spans(text.tokens))
     total = sum(span.stop - span.start - 1 for span in spans)
-    progress = Progress("score", total, "token", enabled=shows_progress)
+    progress = Progress("score", total, "token", enabled=report is None, report=report)
     # Sums over all windows, by the position of the predicted token in its window.
     nats_T = np.zeros(windows.context)
     predicted_T = np.zeros(windows.context, np.int64)
@@ -109,7 +117,7 @@ def perplexity(model: Engine, text: Text, windows: Windows, save_tokens: str = "
         chosen = spans[first : first + step]
         pieces = text.read_each([span.start for span in chosen], windows.context + 1)
         ids = [piece[: span.stop - span.start] for piece, span in zip(pieces, chosen)]
-        found = scoring.score(model.decoder, model.rows, ids, windows.context, progress)
+        found = scoring.score(model.decoder, model.rows, ids, windows.context, progress, positions)
         for span, scores in zip(chosen, found):
             targets = slice(span.skipped, len(scores.log_probs_T))
             nats_T[targets] -= scores.log_probs_T[targets]

@@ -14,7 +14,7 @@ from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.inference.decoder import Decoder, bucket, next_power_of_two
 from memoryllm_jax.inference.rows import RowSource
 
-_POSITIONS = 8192  # positions of each batch shard that are scored at a time
+POSITIONS = 8192  # positions of each batch shard that are scored at a time
 
 
 class Scores(NamedTuple):
@@ -35,7 +35,7 @@ def score(
     sequences: Sequence[Sequence[int]],
     context: int,
     progress: Progress | None = None,
-    positions: int = _POSITIONS,
+    positions: int = POSITIONS,
 ) -> list[Scores]:
     """Scores sequences of 2 to context + 1 token ids.
 

@@ -43,7 +43,7 @@ def routes(model: ServedModel) -> list[Route]:
         """The loss with and without changes, in nats a token."""
         body = await bodies.read(request, LossBody)
         changed = await model.changed(request, body)
-        return await answer(request, model, lambda job: model.losses.measure(changed, body.text)._asdict())
+        return await answer(request, model, lambda job: model.losses.measure(changed, body.text, job.begin)._asdict())
 
     async def file(request: Request):
         """The overlay file of the edits, which `generate --overlay` takes."""

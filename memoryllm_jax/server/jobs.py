@@ -31,7 +31,7 @@ class Job:
     """
 
     def __init__(self, time_limit: float):
-        self.done, self.doing = 0.0, ""
+        self.done, self.doing = 0.0, "waiting for earlier requests"
         self._time_limit, self._end = time_limit, time.monotonic() + time_limit
         self._stopped = threading.Event()
 
@@ -47,11 +47,20 @@ class Job:
             raise ApiError(504, message, code="time_limit")
         self.done = done
 
-    def begin(self, doing: str) -> Callable[[float], None]:
-        """Begins another part of the work, whose share is counted from 0. Returns: `report`."""
-        self.doing = doing
+    def begin(self, doing: str, is_kept: bool = False) -> Callable[[float], None]:
+        """Begins another part of the work, whose share is counted from 0.
+
+        Args:
+          is_kept: whether the part's result is kept for later requests. Then nothing ends it before its end: the next
+            request would begin it anew.
+        Returns: a function that takes the share that is done: `report`, or one that only notes it.
+        """
         self.report(0.0)
-        return self.report
+        self.doing = doing
+        return self._note if is_kept else self.report
+
+    def _note(self, done):
+        self.done = done
 
     def stop(self) -> None:
         """Ends the computation at its next report."""
@@ -103,5 +112,5 @@ async def _events(computation: Awaitable[dict], job: Job, what: str) -> AsyncIte
 
 
 def _run(function: Function, job: Job) -> dict:
-    job.report(0.0)  # the client may have gone while the job waited
+    job.begin("")  # ends here if the client went away while the job waited
     return function(job)

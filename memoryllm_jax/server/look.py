@@ -1,6 +1,7 @@
 """Routes of the page that look into the model: its facts, tokens, and what `Looker` computes."""
 
 import asyncio
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import msgspec
@@ -10,7 +11,7 @@ from starlette.routing import Route
 
 from memoryllm_jax.analysis.views import MOST, Key, Says
 from memoryllm_jax.common.records import Count
-from memoryllm_jax.server import bodies
+from memoryllm_jax.server import bodies, errors
 from memoryllm_jax.server.bodies import Body
 from memoryllm_jax.server.errors import ApiError
 from memoryllm_jax.server.jobs import Job, answer
@@ -64,19 +65,24 @@ def routes(model: ServedModel) -> list[Route]:
 
 
 def prepare(model: ServedModel) -> None:
-    """Makes the texts of tokens and compiles the views in the background.
+    """Makes the texts of tokens and compiles the views in the background."""
+    _one_by_one(model.looker.preparations(), model.compute_later)
+    _one_by_one(model.looker.pass_preparations(), model.pass_later)
 
-    Each step waits in the worker thread's queue for itself, so that requests come in between.
-    """
-    steps = model.looker.preparations()
+
+def _one_by_one(steps: Iterator[Callable[[], object]], later: Callable[[Callable[[], None]], None]) -> None:
+    """Each step waits in its thread's queue for itself, so that requests come in between."""
 
     def next_step():
         step = next(steps, None)
         if step is not None:
-            step()
-            model.later(next_step)
+            try:
+                step()
+            except Exception as error:  # who asks for the view gets it too
+                errors.report(error, "preparing the views of the page")
+            later(next_step)
 
-    model.later(next_step)
+    later(next_step)
 
 
 class _Look:

@@ -1,6 +1,6 @@
 """Looks into the served model, with the parameters that its engine holds.
 
-Call `token` and `position` in the worker thread. `nearest` and `key` pass over the vocabulary, and may run meanwhile.
+Call `token` and `position` in one thread. `nearest` and `key` pass over the vocabulary: call them in one other thread.
 """
 
 import functools
@@ -27,10 +27,10 @@ KEPT_BYTES = 256 << 20
 
 _PREPARED = 256  # positions of the longest text that is prepared for: on a CPU, longer ones take seconds
 
-Report = Callable[[float], None]
+Begin = Callable[..., views.Report]  # begins a part of the work, as `Job.begin`
 
 
-def _unreported(doing: str) -> Report:
+def _unreported(doing: str, is_kept: bool = False) -> views.Report:
     """In place of `Job.begin`, where nobody waits."""
     return lambda done: None
 
@@ -112,9 +112,8 @@ class Looker:
     def preparations(self) -> Iterator[Callable[[], object]]:
         """What takes seconds at its first use, as calls to make one after another: token texts, and compilation.
 
-        The views are compiled for as many tokens as the page shows.
-
-        Weights that the engine does not hold are not read for it.
+        The views are compiled for as many tokens as the page shows. Weights that the engine does not hold are not read
+        for it.
         """
         yield lambda: self._folded
         # A request that came meanwhile waits for one call, so the quick ones are first.
@@ -122,6 +121,9 @@ class Looker:
             yield lambda: self.token(0, 5, _unreported)
         for length in sorted({bucket(at, self.context) for at in range(1, min(self.context, _PREPARED) + 1)}):
             yield functools.partial(self.position, [0] * length, length - 1, 3, _unreported)
+
+    def pass_preparations(self) -> Iterator[Callable[[], object]]:
+        """The `preparations` of passes over the vocabulary, for the thread that makes them."""
         if self.config.memory_dim and not self._params.missing:
             yield lambda: self.key(0, 0, 12, _unreported)
         if self.has_rows:
@@ -175,20 +177,18 @@ class Looker:
 
     # Views
 
-    def token(self, token: int, top: int, begin: Callable[[str], Report]) -> list[views.TokenLayer]:
+    def token(self, token: int, top: int, begin: Begin) -> list[views.TokenLayer]:
         """Looks at a token's rows. `begin` begins a part of the work, as `Job.begin`. Raises: UserError."""
         self._read_weights(begin)
         with jax.default_matmul_precision("highest"):
             return views.token(self._model, self._source, token, top, begin(""))
 
-    def position(self, ids: list[int], at: int, top: int, begin: Callable[[str], Report]) -> views.Position:
+    def position(self, ids: list[int], at: int, top: int, begin: Begin) -> views.Position:
         """Looks at a position of a text. Raises: UserError."""
         with jax.default_matmul_precision("highest"):
             return views.position(self._model, self._source, ids, at, top, begin(""))
 
-    def nearest(
-        self, token: int, layer: int | None, top: int, begin: Callable[[str], Report]
-    ) -> list[tuple[int, float]]:
+    def nearest(self, token: int, layer: int | None, top: int, begin: Begin) -> list[tuple[int, float]]:
         """The tokens with the most similar rows in a layer, or in all layers together: (id, cosine).
 
         Raises: UserError.
@@ -207,7 +207,7 @@ class Looker:
         # The last entry is that of all layers together.
         return list(zip(near.ids[-1, 0].tolist(), near.cosines[-1, 0].tolist()))
 
-    def key(self, layer: int, key: int, top: int, begin: Callable[[str], Report]) -> list[tuple[int, float]]:
+    def key(self, layer: int, key: int, top: int, begin: Begin) -> list[tuple[int, float]]:
         """The tokens with the largest coefficients of a key of FFN-M, on the side of the largest one: (id, c)."""
         self._read_weights(begin)
         total = self._model.chunk_count(self.config.vocab_size)
@@ -225,7 +225,7 @@ class Looker:
 
     def _read_weights(self, begin):
         """Reads what the engine does not hold: with a ToL file, FFN-M and an untied embedding. They are kept."""
-        self._params.read(begin("reading the weights of FFN-M"))
+        self._params.read(begin("reading the weights of FFN-M", is_kept=True))
 
     def _vectors(self, layer: int, ids_N: np.ndarray) -> jax.Array:
         """Rows for a search, whose chunks are the same each time. float32, as cosines in bfloat16 would tie."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 from memoryllm_jax.checkpoint import run_data
@@ -15,7 +16,8 @@ from memoryllm_jax.server.errors import ApiError
 from memoryllm_jax.server.recent import Recent
 from memoryllm_jax.tol.edited_rows import EditedRows
 
-_MOST_TOKENS = 8192  # of a text that are scored: one batch of `scoring.score`
+_MOST_TOKENS = 8192  # of a text that are scored
+_POSITIONS = 2048  # of a batch, between which the client is told how far it is, and the work can end
 _TEXTS = 64  # whose loss without changes is kept
 
 
@@ -55,25 +57,31 @@ class LossMeter:
             print(f"no held-out text: {error}", file=sys.stderr)
         self.has_held_out = bool(self._data)
 
-    def measure(self, changed: Changed, text: str | None) -> Losses:
+    def measure(self, changed: Changed, text: str | None, begin: Callable[[str], Callable[[float], None]]) -> Losses:
         """The loss on a text, of which the first 8,192 tokens are scored or, if it is longer, one context.
 
         Args:
           changed: what `after` has and `before` has not.
           text: None: the held-out text.
+          begin: begins a part of the work, as `Job.begin`.
         Raises: ApiError.
         """
         opened = self._open(text)
         key = "" if text is None else hashlib.sha256(text.encode()).hexdigest()
-        before = self._before.get(key, lambda: self._loss(Changed(None, Contribution()), opened), lambda _: 1)
-        return Losses(before, self._loss(changed, opened), opened.tokens - 1)
 
-    def _loss(self, changed, text):
+        def unchanged():
+            return self._loss(Changed(None, Contribution()), opened, begin("scoring the text without the changes"))
+
+        before = self._before.get(key, unchanged, lambda _: 1)
+        after = self._loss(changed, opened, begin("scoring the text with the changes"))
+        return Losses(before, after, opened.tokens - 1)
+
+    def _loss(self, changed, text, report):
         rows = self._rows
         if changed.overlay is not None:
             rows = EditedRows(rows, changed.overlay, self._engine.trained.mesh)
         model = self._engine.changed(rows, changed.contribution)
-        return perplexity.perplexity(model, text, self._windows, shows_progress=False)["loss"]
+        return perplexity.perplexity(model, text, self._windows, report=report, positions=_POSITIONS)["loss"]
 
     def _open(self, text):
         tokenizer = self._engine.tokenizer

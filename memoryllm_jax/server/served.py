@@ -3,7 +3,6 @@
 import asyncio
 import concurrent.futures
 import contextlib
-import functools
 import os
 import sys
 import time
@@ -84,6 +83,7 @@ class ServedModel:
         self.editing = Editing(engine, self._params, options.overlays)
         self._worker_rows = WorkerRows(engine)
         self.losses = LossMeter(engine, self._worker_rows.source)
+        self.looker = Looker(engine, self._worker_rows.source, self._params)
         self._is_closing = False
         # One thread each, so that what is quick does not wait for what may take minutes.
         self._threads = {name: concurrent.futures.ThreadPoolExecutor(1, name) for name in _THREADS}
@@ -97,14 +97,17 @@ class ServedModel:
         """Whether requests are answered: the engine has not failed, and the server is not closing."""
         return self.scheduler.error is None and not self._is_closing
 
-    @functools.cached_property
-    def looker(self) -> Looker:
-        return Looker(self.engine, self._worker_rows.source, self._params)
+    def compute_later(self, function: Callable[[], None]) -> None:
+        """Calls a function in the thread of `compute`, after the calls that wait, unless the model is closed before."""
+        self._later("compute", function)
 
-    def later(self, function: Callable[..., None], *arguments) -> None:
-        """Calls a function as `compute` does, after the calls that wait, unless the model is closed before."""
+    def pass_later(self, function: Callable[[], None]) -> None:
+        """Calls a function so in the thread of `pass_over`."""
+        self._later("pass", function)
+
+    def _later(self, thread, function):
         with contextlib.suppress(RuntimeError):  # closed already
-            self._threads["compute"].submit(function, *arguments)
+            self._threads[thread].submit(function)
 
     async def compute(self, function: Callable[..., T], *arguments) -> T:
         """Calls a function that computes, in the worker thread, so that the event loop is never blocked."""
@@ -177,8 +180,7 @@ class ServedModel:
         for thread in self._threads.values():
             thread.shutdown(cancel_futures=True)
         self.scheduler.close()
-        if "looker" in self.__dict__:
-            self.looker.close()
+        self.looker.close()
         self._worker_rows.close()
 
 

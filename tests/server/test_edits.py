@@ -16,7 +16,7 @@ from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.inference import scoring
 from memoryllm_jax.inference.engine import Contribution
 from memoryllm_jax.server.app import make_app
-from memoryllm_jax.server.changes import Editing, Edits
+from memoryllm_jax.server.changes import Changed, Editing, Edits
 from memoryllm_jax.server.errors import ApiError
 from memoryllm_jax.server.options import ServerOptions
 from memoryllm_jax.server.served import ServedModel
@@ -98,6 +98,13 @@ def test_losses_are_those_of_evaluate(live, lab, data_path, tmp_path):
             assert found[number]["after"] == pytest.approx(loss_on(engine, data_path, 0), rel=1e-6)
     assert all(losses["before"] == found[0]["after"] and losses["tokens"] == 2495 for losses in found)
     assert len({losses["after"] for losses in found}) == 4
+    shares: dict[str, list[float]] = {}
+    live.losses.measure(
+        Changed(None, Contribution()), "Some files. " * 99, lambda part: shares.setdefault(part, []).append
+    )
+    assert list(shares) == ["scoring the text without the changes", "scoring the text with the changes"]
+    for done in shares.values():
+        assert len(done) > 1 and done == sorted(done) and done[-1] == 1
     short, empty = post(live, "/api/edit/loss", {"text": "Some files."}, {"text": ""})
     assert short.json()["tokens"] == len(live.engine.prompt("Some files.")) and empty.status_code == 400
     assert empty.json()["error"]["message"] == "text: expected some text, found none"

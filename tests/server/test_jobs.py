@@ -84,12 +84,19 @@ def test_events_tell_what_is_done_and_end_with_the_result_or_an_error(served, ca
     assert capsys.readouterr().err == "error: POST /: /a/path: token 3: its row cannot be read\n"
 
 
-def test_a_computation_ends_at_the_time_limit():
+def test_a_computation_ends_at_the_time_limit_but_not_within_a_part_that_is_kept():
     job = Job(time_limit=0.01)
+    kept = job.begin("reading", is_kept=True)
     report = job.begin("")
     time.sleep(0.02)
+    kept(0.25)
+    assert job.done == 0.25
     with pytest.raises(ApiError, match=r"longer than .* seconds, the server.s time limit"):
         report(0.5)
+    job.stop()
+    kept(0.75)
+    with pytest.raises(StoppedError):
+        report(1.0)
 
 
 def test_a_pass_over_the_vocabulary_holds_up_nobody(served):

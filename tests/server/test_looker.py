@@ -35,7 +35,7 @@ def looked(request, lab):
 class Began(list):
     """What was begun, in place of `Job.begin`."""
 
-    def __call__(self, doing):
+    def __call__(self, doing, is_kept=False):
         self.append(doing)
         return lambda done: None
 
