@@ -18,8 +18,6 @@ from memoryllm_jax.common.errors import UserError, one_line
 from memoryllm_jax.data.tokenizer import Tokenizer
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Names by which messages bring reasoning, the first being the one that most templates read.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class _Named(records.Record):
@@ -120,9 +118,10 @@ def _spelled(tokenizer):
 
 
 def _with_reasoning(message: dict) -> dict:
-    """The message with its reasoning under the two names that templates read."""
-    reasoning = next((message[name] for name in _REASONING if name in message), None)
-    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    """The message with its reasoning under both names that templates read."""
+    if "reasoning_content" not in message:
+        return message
+    return {"thinking": message["reasoning_content"], **message}
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import signal
 import socket
@@ -13,6 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.server import security
 from memoryllm_jax.server.errors import ApiError
@@ -32,19 +34,22 @@ def bind(host: str, port: int) -> socket.socket:
       port: 0 for any free one.
     Raises: ArgumentError if the address cannot be used.
     """
+    not_here = f"expected an address of this machine, found {host!r}"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         bound = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ArgumentError("host", f"expected an address of this machine, found {host!r}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:  # the second for what cannot be a name, such as "a..b"
+        raise ArgumentError("host", f"{not_here}: {storage.reason(error)}") from error
     try:
         # A server that has just ended leaves connections behind that would hold the port for a minute.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
         bound.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ArgumentError("host", f"{not_here}: {error.strerror}") from error
         problem = f"expected a free port on {host}, found that {port} cannot be used: {error.strerror}"
         raise ArgumentError("port", problem) from error
     return bound
