@@ -150,8 +150,9 @@ class Tokenizer:
         Raises: ArgumentError if the id is out of range, or the text is not a single token.
         """
         if text.startswith("#") and text[1:].isdecimal():
-            if int(text[1:]) >= vocab_size:
-                raise ArgumentError(argument, f"expected an id below {vocab_size}, found {text}")
+            is_long = len(text) > 20  # Python refuses to read thousands of digits
+            if is_long or int(text[1:]) >= vocab_size:
+                raise ArgumentError(argument, f"expected an id below {vocab_size}, found {text[:40]}")
             return int(text[1:])
         ids = self.encode_prompt(text)
         if len(ids) != 1:

@@ -4,7 +4,8 @@
     python -m memoryllm_jax.tol verify   FILE [--workdir=DIR]
     python -m memoryllm_jax.tol compress FILE --output=FILE [--bits=4] [--rank=0.5] [--drop_layers=5,6]
     python -m memoryllm_jax.tol edit     FILE --overlay=FILE [--swap=A,B] [--zero=A] [--list] [--undo=1] [--output=FILE]
-    python -m memoryllm_jax.tol edit     FILE --overlay=FILE --workdir=DIR --teach=PROMPT --target=TEXT [--token=A]
+    python -m memoryllm_jax.tol edit     [FILE] --overlay=FILE --workdir=DIR --suppress=LAYER:KEY
+    python -m memoryllm_jax.tol edit     [FILE] --overlay=FILE --workdir=DIR --teach=PROMPT --target=TEXT [--token=A]
     python -m memoryllm_jax.tol diff     FILE [FILE] [--overlay=FILE]
 
 COMMAND --help lists the options. A token is named by a text that is exactly one token, or as #ID.
@@ -61,15 +62,19 @@ def compress_file(
 
 
 def edit_rows(
-    file: str,
+    file: str = "",
+    *,
     request: edit.Request,
     list: Annotated[bool, Option("list the edits and change nothing; every other call lists them too")] = False,
     json: Json = "",
 ) -> str:
-    """Edits rows and keeps the edits in a small file, the overlay. A token is named by its text or as #ID."""
+    """Edits rows and keeps the edits in a small file, the overlay. A token is named by its text or as #ID.
+
+    The rows are those of a ToL file or, without FILE, those that --workdir's newest checkpoint computes.
+    """
     if list and (request.has_edits or request.undo or request.output):
         raise ArgumentError("list", "expected no edit, undo or output on the same line")
-    result = edit.fulfil(TolFile(file), request)
+    result = edit.fulfil(TolFile(file) if file else None, request)
     _write_json(json, {"edits": result.edits})
     lines = [f"undone: {text}" for text in result.undone]
     lines += [f"{number}: {text}" for number, text in enumerate(result.edits, 1)]

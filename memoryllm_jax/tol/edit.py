@@ -6,14 +6,16 @@ import functools
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common import options, storage
-from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.tol import codec, edit_spec, header, serving, teach
@@ -22,10 +24,10 @@ from memoryllm_jax.tol.edited_rows import EditedRows, EditedSource
 from memoryllm_jax.tol.format import ALIGN, TolFile, checksum, text_checksum
 from memoryllm_jax.tol.header import Place
 from memoryllm_jax.tol.layout import Layout
-from memoryllm_jax.tol.memory import FileMemory
+from memoryllm_jax.tol.memory import FileMemory, LiveMemory
 from memoryllm_jax.tol.overlay import Edit, Overlay
 from memoryllm_jax.tol.reader import RowReader
-from memoryllm_jax.tol.sources import FileSource, Source
+from memoryllm_jax.tol.sources import FileSource, Repair, Source
 from memoryllm_jax.tol.teach import Teaching
 from memoryllm_jax.tol.writer import to_replace
 
@@ -51,7 +53,9 @@ class Request:
     ] = ()
     teaching: Teaching = dataclasses.field(default_factory=Teaching)
     undo: Annotated[int, Option("take back this many of the last edits", least=0)] = 0
-    workdir: Annotated[str, Option("the model's checkpoints, which --suppress and --teach need")] = ""
+    workdir: Annotated[
+        str, Option("the model's checkpoints, which --suppress and --teach need, and edits without a ToL file")
+    ] = ""
     layers: Annotated[tuple[str, ...], Option("layers that the edits of rows change, such as 0,5; by default all")] = ()
     output: Annotated[str, Option("write a copy of the ToL file with the edits in it", writes=True)] = ""
 
@@ -85,34 +89,57 @@ class Result(NamedTuple):
     written: str
 
 
-def fulfil(tol: TolFile, request: Request) -> Result:
-    """Adds edits to an overlay or takes some back, and writes the edited file where one is named. Raises: UserError."""
+def fulfil(tol: TolFile | None, request: Request) -> Result:
+    """Adds edits to an overlay or takes some back, and writes the edited file where one is named.
+
+    Args:
+      tol: the file whose rows are edited; None: the rows are computed from the newest checkpoint.
+    Raises: UserError.
+    """
+    if tol is None and not request.workdir:
+        raise UserError("edit: expected a ToL file or --workdir, found neither")
+    if request.output and tol is None:
+        raise ArgumentError("output", "expected a ToL file too, which is copied with the edits in it")
     if request.output and os.path.abspath(request.output) == os.path.abspath(request.overlay):
         raise ArgumentError("output", f"expected another file than the overlay, found {request.output}")
-    specs = request.specs(tol.layout.layers)
-    if request.undo and request.has_edits:
-        found = specs[0].operation if specs else "teach"
-        raise ArgumentError("undo", f"expected no edit on the same line, found {found}")
-    with contextlib.closing(FileMemory(tol, request.workdir)) as memory:
+    with _opened(tol, request.workdir) as (memory, trained):
+        specs = request.specs(memory.layers)
+        if request.undo and request.has_edits:
+            found = specs[0].operation if specs else "teach"
+            raise ArgumentError("undo", f"expected no edit on the same line, found {found}")
         overlay = Overlay.open(request.overlay, memory, missing_ok=request.has_edits)
         editor = Editor(overlay)
         for spec in specs:
             editor.add(spec)
         if request.teaching.teach:
-            _teach(tol, editor, request)
+            _teach(trained, tol.path if tol else "", editor, request)
         undone = editor.undo(request.undo) if request.undo else []
-        written = write_edited(tol, overlay, request.output) if request.output else ""
+        written = write_edited(tol, overlay, request.output, memory.repair) if request.output else ""
         if request.has_edits or undone:  # saved last, so that a line that failed can be run again
             overlay.save(request.overlay)
     return Result(undone, [edit.text for edit in overlay.edits], written)
 
 
-def _teach(tol: TolFile, editor: "Editor", request: Request) -> None:
+@contextlib.contextmanager
+def _opened(tol: TolFile | None, workdir: str) -> Iterator[tuple[FileMemory | LiveMemory, TrainedModel | None]]:
+    """The memory of a file or, without one, of the newest checkpoint; and the model if there is a workdir."""
+    with contextlib.ExitStack() as stack:
+        trained = None
+        if workdir:
+            step, dtype = (None, "") if tol is None else (tol.step, tol.metadata["dtype"])
+            trained = stack.enter_context(contextlib.closing(TrainedModel(workdir, step, dtype)))
+            if tol is not None:
+                tol.check_model(trained.config, trained.tokenizer.digest, None)
+        memory = LiveMemory(trained) if tol is None else FileMemory(tol, trained)
+        yield stack.enter_context(contextlib.closing(memory)), trained
+
+
+def _teach(trained: TrainedModel | None, tol: str, editor: "Editor", request: Request) -> None:
     """Adds a learned edit to those that the overlay has already. Raises: UserError."""
-    if not request.workdir:
+    if trained is None:
         raise ArgumentError("teach", "expected a workdir too, as rows are learned through the model's decoder")
-    layers = options.layers(request.layers, "layers", tol.layout.layers) or None
-    with contextlib.closing(serving.open_engine(request.workdir, tol.path, step=tol.step)) as engine:
+    layers = options.layers(request.layers, "layers", trained.config.layers) or None
+    with contextlib.closing(serving.open_engine(request.workdir, tol, step=trained.step)) as engine:
         engine.rows = EditedRows(engine.rows, editor.overlay, engine.trained.mesh)
         teaching = request.teaching
         learned = teach.learn(engine, teaching.lessons(), teaching.token, layers, teaching.method)
@@ -208,9 +235,12 @@ def _in_layers(layers: tuple[int, ...] | None) -> str:
     return "" if layers is None else f" in layers {','.join(map(str, layers))}"
 
 
-def write_edited(tol: TolFile, overlay: Overlay, output: str) -> str:
+def write_edited(tol: TolFile, overlay: Overlay, output: str, repair: Repair | None = None) -> str:
     """Writes a copy of the file with the edits in its rows. Parts that no edit changes keep their bytes.
 
+    Args:
+      repair: computes rows of edited tokens that are damaged; None: they are refused. Damaged rows of other tokens are
+        copied with the checksums that they fail.
     Returns: one line on what was written. Raises: UserError.
     """
     if os.path.exists(output) and os.path.samefile(output, tol.path):
@@ -231,7 +261,8 @@ def write_edited(tol: TolFile, overlay: Overlay, output: str) -> str:
     }
     first = header.to_bytes(tol.metadata | {"rows_digest": new_digest}, places, ALIGN)
     with (
-        contextlib.closing(FileSource(tol)) as source,
+        contextlib.closing(FileSource(tol, repair)) as source,
+        contextlib.closing(RowReader(tol, repair=repair)) as reader,
         storage.replaced(output) as part,
         open(tol.path, "rb") as original,
         open(part, "w+b") as file,
@@ -240,16 +271,18 @@ def write_edited(tol: TolFile, overlay: Overlay, output: str) -> str:
         original.seek(tol.data_start)
         shutil.copyfileobj(original, file, _COPY_BYTES)
         file.flush()
-        _write_changed_rows(tol, overlay, EditedSource(source, overlay), file.fileno(), len(first) - tol.data_start)
+        shift = len(first) - tol.data_start
+        _write_changed_rows(tol, overlay, EditedSource(source, overlay), reader, file.fileno(), shift)
         os.fsync(file.fileno())
     return f"{output}: a copy of {tol.path} with these edits"
 
 
-def _write_changed_rows(tol: TolFile, overlay: Overlay, source: Source, fd: int, shift: int) -> None:
+def _write_changed_rows(tol: TolFile, overlay: Overlay, source: Source, reader: RowReader, fd: int, shift: int) -> None:
     """Encodes the parts that edits change and writes them, with new checksums, into the rows of a copy.
 
     Args:
       source: the edited rows.
+      reader: gives the file's rows as they are stored.
       fd: of the copy.
       shift: bytes by which the copy's data lies further back than the data of the file.
     Raises: ArgumentError if an edit gives a token a layer that its tier does not hold.
@@ -258,7 +291,6 @@ def _write_changed_rows(tol: TolFile, overlay: Overlay, source: Source, fd: int,
     bases = {name: jnp.asarray(tol.basis(name)) for name in layout.rotated}
     changed = _changed_parts(overlay, layout.layers)
     tokens = np.array(sorted(changed, key=lambda token: tol.row_of_token[token]), np.int32)  # in the order of the disk
-    reader = RowReader(tol)
     encoders = [jax.jit(functools.partial(codec.encode, tier.parts)) for tier in layout.tiers]
     for chunk in vocabulary.chunks(tokens, _COPY_ROWS):
         raw, tier_U = reader.read(chunk.real_ids)
@@ -280,7 +312,6 @@ def _write_changed_rows(tol: TolFile, overlay: Overlay, source: Source, fd: int,
             row_bytes = raw[i, : layout.tiers[number].stride]
             os.pwrite(fd, row_bytes.tobytes(), shift + int(tol.start_of_row[row]))
             os.pwrite(fd, checksum(row_bytes).to_bytes(8, "little"), shift + tol.tensors["checksums"].start + 8 * row)
-    reader.close()
 
 
 def _check_storable(layout: Layout, vectors: dict, tokens: np.ndarray, tier_U: np.ndarray) -> None:

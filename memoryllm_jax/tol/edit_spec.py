@@ -18,6 +18,8 @@ Token = Count | Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
 Layers = Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
+_MOST_DIGITS = 18  # of a number in a text: Python refuses to read thousands
+
 # token id whose row changes -> (token id, weight) pairs: the rows before the edit that the new row is the sum of
 Mix = dict[int, list[tuple[int, float]]]
 
@@ -112,8 +114,8 @@ def from_text(operation: str, text: str, layers: tuple[int, ...] | None = None) 
     """
     if operation == "suppress":
         layer, _, key = text.partition(":")
-        if not (layer.isdecimal() and key.isdecimal()):
-            raise ArgumentError(operation, f"expected LAYER:KEY, two numbers, found {text!r}")
+        if not all(number.isdecimal() and len(number) <= _MOST_DIGITS for number in (layer, key)):
+            raise ArgumentError(operation, f"expected LAYER:KEY, two numbers, found {text[:40]!r}")
         return Suppress(layer=int(layer), key=int(key))
     kind = _CLASSES[operation]
     names = [name for name in ("token", "by", "share") if name in kind.__struct_fields__]

@@ -5,7 +5,6 @@ ToL file also edits the rows of the model that runs without the file, and the ot
 """
 
 import abc
-import contextlib
 import functools
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -22,7 +21,15 @@ from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.inference.rows import live_x0
 from memoryllm_jax.model.transformer import Norm, swiglu_coefficients
 from memoryllm_jax.tol.format import TolFile
-from memoryllm_jax.tol.sources import FileSource, live_vectors
+from memoryllm_jax.tol.sources import (
+    FileSource,
+    Repair,
+    RowWeights,
+    gives_rows,
+    live_vectors,
+    row_weights,
+    row_weights_for,
+)
 
 _KEY_ROWS = 8192  # tokens that a key's coefficients are computed for at a time
 _READ_ROWS = 16  # rows that `rows` reads at a time: edits name a few tokens
@@ -92,15 +99,17 @@ class FileMemory(Memory):
 
     Args:
       tol: the file, which the caller closes.
-      workdir: the model's checkpoints, whose weights a key needs; "" if no key will be asked for.
-      mesh: devices that the weights are read to, as of `TrainedModel`.
-      weights: parameters with "embedding" and "memory" in the dtype that the rows were computed in, which keys are
-        computed from; None: they are read from the checkpoint for the first key, and kept.
+      trained: its model, which the caller closes. Keys are computed from the model's weights, and so are rows that are
+        damaged in the file; None: both are refused.
+      weights: the model's parameters with "embedding" and "memory", in the dtype that the rows were computed in; None:
+        they are read from the checkpoint for the first key, and kept.
+    Attributes:
+      repair: what computes damaged rows, as of `RowReader`.
     """
 
-    def __init__(self, tol: TolFile, workdir: str = "", mesh=None, weights: Mapping | None = None):
-        self.tol, self.workdir, self._mesh, self._given = tol, workdir, mesh, weights
-        self._weights: tuple[ModelConfig, Mapping] | None = None
+    def __init__(self, tol: TolFile, trained: TrainedModel | None = None, weights: Mapping | None = None):
+        self.tol, self._trained, self._given = tol, trained, weights
+        self.repair = None if trained is None else Repair(trained, tol)
         self.name, self.vocab_size = tol.path, tol.vocab_size
         self.layers, self.dim = tol.layout.layers, tol.layout.dim
         # A request that suppresses the key of an earlier one does not pass over the vocabulary again.
@@ -116,7 +125,7 @@ class FileMemory(Memory):
 
     @functools.cached_property
     def _source(self) -> FileSource:
-        return FileSource(self.tol)
+        return FileSource(self.tol, self.repair)
 
     def rows(self, ids):
         return _rows(self._source.vectors, ids, self.layers)
@@ -128,36 +137,29 @@ class FileMemory(Memory):
         return self._key(layer, key)
 
     def _read_key(self, layer, key):
-        if not self.workdir:
+        trained = self._trained
+        if trained is None:
             raise ArgumentError("suppress", "expected a workdir too, as a key's coefficients come from the weights")
-        if self._weights is None:
-            # In the dtype that the rows were computed in; the model may run in another one.
-            with contextlib.closing(
-                TrainedModel(self.workdir, self.tol.step, self.tol.metadata["dtype"], self._mesh)
-            ) as trained:
-                self.tol.check_model(trained.config, trained.tokenizer.digest, None)
-                check_key(trained.config, layer, key)  # before the weights are read, which takes longest
-                self._weights, self._mesh = (trained.config, self._verified(trained)), trained.mesh
-        config, params = self._weights
-        check_key(config, layer, key)
-        found = read_key(config, params, self._mesh, layer, key)
+        check_key(trained.config, layer, key)  # before the weights are read, which takes longest
+        weights = self._weights
+        if weights.digest != self.rows_digest:
+            expected = f"expected the weights that the rows of {self.name} were made from"
+            raise ArgumentError("suppress", f"{expected}, found others at step {trained.step} of the model")
+        found = read_key(weights.config, weights.params, trained.mesh, layer, key)
         # A row that lacks the layer has nothing of the key that could be taken away.
         found.coefficients_V[~self.tol.holds(layer)] = 0
         return found
 
-    def _verified(self, trained):
-        """The parameters that the rows were made from. Raises: ArgumentError if the model has others."""
-        gives_rows, params = functools.partial(_gives_rows, trained), self._given
+    @functools.cached_property
+    def _weights(self) -> RowWeights:
+        """The model's weights. Without parameters if they are not those that the rows were made from."""
+        trained, params = self._trained, self._given
         if params is None:
-            digest = Digest()
-            params = trained.load(gives_rows, digest)
-            found = digest.text()
+            found = row_weights_for(self.tol, trained)
         else:
-            found = trained.digest(gives_rows, params)
-        if found != self.rows_digest:
-            expected = "expected the weights that the rows were made from"
-            raise ArgumentError("workdir", f"{expected}, found others at step {trained.step} of {trained.workdir}")
-        return params
+            digest = trained.digest(functools.partial(gives_rows, trained), params)
+            found = RowWeights(trained.config, params, digest)
+        return found if found.digest == self.rows_digest else found._replace(params={})
 
     def close(self):
         if "_source" in self.__dict__:
@@ -169,11 +171,12 @@ class LiveMemory(Memory):
 
     Args:
       trained: the model, which the caller closes.
-      params: parameters with "embedding" and "memory", as `TrainedModel.load` gives them; None until `fill`.
+      params: parameters with "embedding" and "memory", as `TrainedModel.load` gives them; None: those of `fill`, or
+        else they are read at the first use.
     Raises: UserError if the model has no FFN-M.
     """
 
-    def __init__(self, trained: TrainedModel, params: dict | None = None):
+    def __init__(self, trained: TrainedModel, params: Mapping | None = None):
         c = self.config = trained.config
         if not c.memory_dim:
             expected = "expected a model with FFN-M, whose rows are edited"
@@ -182,21 +185,28 @@ class LiveMemory(Memory):
         self.name = f"{trained.workdir}, step {trained.step}"
         self.vocab_size, self.layers, self.dim, self.tokenizer = c.vocab_size, c.layers, c.dim, trained.tokenizer
         self._rows_digest = ""
-        self._params = params
+        self._given = params
 
-    def fill(self, params: dict, rows_digest: str = "") -> None:
+    def fill(self, params: Mapping, rows_digest: str = "") -> None:
         """Takes the parameters, and their digest where it was computed while they were read."""
-        self._params, self._rows_digest = params, rows_digest
+        self._given, self._rows_digest = params, rows_digest
 
     def digest(self) -> Digest:
         """A Digest that gives `rows_digest`, for `TrainedModel.load`."""
-        return Digest(functools.partial(_gives_rows, self._trained))
+        return Digest(functools.partial(gives_rows, self._trained))
+
+    @property
+    def _params(self) -> Mapping:
+        if self._given is None:
+            _, self._given, self._rows_digest = row_weights(self._trained)
+        return self._given
 
     @property
     def rows_digest(self) -> str:
         # From the parameters at hand: a second read of the weights would take as long as the first.
+        params = self._params
         if not self._rows_digest:
-            self._rows_digest = self._trained.digest(functools.partial(_gives_rows, self._trained), self._params)
+            self._rows_digest = self._trained.digest(functools.partial(gives_rows, self._trained), params)
         return self._rows_digest
 
     def rows(self, ids):
@@ -217,11 +227,6 @@ class LiveMemory(Memory):
         """Nothing is held open."""
 
 
-def _gives_rows(trained: TrainedModel, name: str) -> bool:
-    """Whether rows depend on a parameter. A tied embedding counts as the decoder's, and FFN-M reads it too."""
-    return trained.is_memory(name) or name == "embedding"
-
-
 def _rows(vectors, ids, layers: int) -> np.ndarray:
     """Rows of ids, float32 [n, layers, D], from a function of ids [U] that gives {part name: [U, D]}."""
     # In pieces of one shape, so that the functions compile once and a row does not depend on the others.
@@ -240,7 +245,7 @@ def check_key(config: ModelConfig, layer: int, key: int) -> None:
         raise ArgumentError("suppress", f"{expected}, found {layer}:{key}")
 
 
-def read_key(config: ModelConfig, params: dict, mesh, layer: int, key: int) -> Key:
+def read_key(config: ModelConfig, params: Mapping, mesh, layer: int, key: int) -> Key:
     """One key of FFN-M, computed from the weights.
 
     Args:

@@ -66,7 +66,8 @@ class Overlay:
           is_read: whether the memory knows its digest; if not, the caller calls `check_rows` once it does.
         Raises: UserError, also if the overlay was made for other rows.
         """
-        if missing_ok and not os.path.exists(path):
+        # A URL cannot be read, so that the second edit would lose the first: reading it says that.
+        if missing_ok and not (os.path.exists(path) or storage.is_url(path)):
             return cls(memory)
         edits, made_for = overlay_file.read(path, memory, memory.rows_digest if is_read else None)
         overlay = cls(memory, edits)
@@ -134,16 +135,19 @@ class Overlay:
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """The edited rows of n token ids, float32 [n, L, D]."""
+        # Not from `layers`, which takes time for all rows that the edits give: an editor asks anew after each edit.
         ids = np.asarray(ids, np.int32)
         rows_nLD = self.memory.rows(ids)
-        for layer, found in enumerate(self.layers()):
-            if found is None:
-                continue
-            row_nD = rows_nLD[:, layer]
-            for coefficients_V, value_D in zip(found.coefficients_KV, found.values_KD):
-                row_nD = without_key(row_nD, coefficients_V[ids], value_D)
-            at = dict(zip(found.ids_n.tolist(), found.rows_nD))
-            rows_nLD[:, layer] = [at.get(token, row_D) for token, row_D in zip(ids.tolist(), row_nD)]
+        for edit in self._edits:
+            if edit.gives_rows:
+                layers = slice(None) if edit.layers is None else list(edit.layers)
+                new = dict(zip(edit.ids.tolist(), edit.rows))
+                for i, token in enumerate(ids.tolist()):
+                    if token in new:
+                        rows_nLD[i, layers] = new[token]
+            else:
+                y_nD = rows_nLD[:, edit.layer]
+                rows_nLD[:, edit.layer] = without_key(y_nD, edit.coefficients[ids], edit.value)
         return rows_nLD
 
     def mixed(self, values_V: np.ndarray, layer: int) -> np.ndarray:

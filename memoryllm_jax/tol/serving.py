@@ -116,7 +116,7 @@ def memory_of(engine: Engine, weights: Mapping | None = None) -> FileMemory | Li
         # Keys are computed in the dtype of the rows.
         if engine.config.dtype != rows.tol.metadata["dtype"]:
             weights = None
-        return FileMemory(rows.tol, engine.trained.workdir, engine.trained.mesh, weights)
+        return FileMemory(rows.tol, engine.trained, weights)
     return LiveMemory(engine.trained, rows.arrays)
 
 

@@ -1,9 +1,11 @@
 """Where full rows come from: computed from a checkpoint, or decoded from a ToL file."""
 
+import contextlib
 import dataclasses
 import functools
 import sys
-from typing import Protocol
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +76,42 @@ class Source(Protocol):
         """The rows of token ids int32 [U], which may repeat: {part name: [U, D]}."""
 
 
+class RowWeights(NamedTuple):
+    """The weights that rows are computed from.
+
+    Attributes:
+      config: of the model, with the dtype that they were read for.
+      params: parameters with "embedding" and "memory", as `live_vectors` takes them.
+      digest: their digest, which ToL files and overlays name as `rows_digest`.
+    """
+
+    config: ModelConfig
+    params: Mapping
+    digest: str
+
+
+def gives_rows(trained: TrainedModel, name: str) -> bool:
+    """Whether rows depend on a parameter. A tied embedding counts as the decoder's, and FFN-M reads it too."""
+    return trained.is_memory(name) or name == "embedding"
+
+
+def row_weights(trained: TrainedModel) -> RowWeights:
+    """Reads the weights that a model's rows are computed from. Raises: UserError."""
+    digest = Digest()
+    params = trained.load(functools.partial(gives_rows, trained), digest)
+    return RowWeights(trained.config, params, digest.text())
+
+
+def row_weights_for(tol: TolFile, trained: TrainedModel) -> RowWeights:
+    """Reads a model's weights in the dtype that a file's rows were computed in; the model may run in another one.
+
+    They are those that the file was made from if their digest is the file's `rows_digest`. Raises: UserError.
+    """
+    dtype = tol.metadata["dtype"]
+    with contextlib.closing(TrainedModel(trained.workdir, trained.step, dtype, trained.mesh)) as reopened:
+        return row_weights(reopened)
+
+
 class LiveSource:
     """Rows computed from a checkpoint by `jax.vmap` over token ids.
 
@@ -88,14 +126,13 @@ class LiveSource:
         self.mesh, self.vocab_size = trained.mesh, c.vocab_size
         self.dim, self.layers, self.has_x0 = c.dim, c.layers, not c.tie_embeddings
         decoder_digest = trained.digest(lambda name: not trained.is_memory(name))
-        # A tied embedding counts as the decoder's, and FFN-M reads it too.
-        rows_digest = Digest()
-        self.params = trained.load(lambda name: trained.is_memory(name) or name == "embedding", rows_digest)
+        weights = row_weights(trained)
+        self.params = weights.params
         self.identity = Identity(
             architecture=c.architecture,
             step=trained.step,
             dtype=c.dtype,
-            rows_digest=rows_digest.text(),
+            rows_digest=weights.digest,
             decoder_digest=decoder_digest,
             tokenizer=trained.tokenizer,
         )
@@ -106,7 +143,7 @@ class LiveSource:
             return live_vectors(self.config, self.params, ids_U)
 
 
-def live_vectors(config: ModelConfig, params: dict, ids_U) -> dict:
+def live_vectors(config: ModelConfig, params: Mapping, ids_U) -> dict:
     """The rows of token ids [U] as {part name: [U, D]}, each layer's by one call of the same compiled function."""
     x0_UD = _x0(config, params["embedding"], ids_U)
     parts = {} if config.tie_embeddings else {"x0": x0_UD}
@@ -212,15 +249,11 @@ class Repair:
     def _compute(self, ids):
         tol = self._tol
         print(f"{tol.path}: {len(ids)} damaged rows, token {ids[0]} first: computed from the weights", file=sys.stderr)
-        # The model may run in another dtype than that in which the file's rows were computed.
-        trained = TrainedModel(self._trained.workdir, self._trained.step, tol.metadata["dtype"], self._trained.mesh)
-        digest = Digest()
-        params = trained.load(lambda name: trained.is_memory(name) or name == "embedding", digest)
-        trained.close()
-        if digest.text() != tol.metadata["rows_digest"]:
+        weights = row_weights_for(tol, self._trained)
+        if weights.digest != tol.metadata["rows_digest"]:
             raise UserError(f"{tol.path}: token {ids[0]}: its row is damaged, and the checkpoint has other weights")
-        with jax.set_mesh(trained.mesh):
-            vectors = live_vectors(trained.config, params, jnp.asarray(ids))
+        with jax.set_mesh(self._trained.mesh):
+            vectors = live_vectors(weights.config, weights.params, jnp.asarray(ids))
         bases = {name: jnp.asarray(tol.basis(name)) for name in tol.layout.rotated}
         tiers = tol.tier_of_row[tol.row_of_token[ids]]
         encoded = {k: np.asarray(codec.encode(tol.layout.tiers[k].parts, vectors, bases)) for k in np.unique(tiers)}

@@ -14,6 +14,7 @@ import safetensors
 from lab import opened, step_logits, written
 from tol_files import DIM, LAYERS, VOCAB, Reader, content, damaged_copy, missed_flips, relative, rows_of, sealed
 
+from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common import records
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.tol import edit, memory, verify
@@ -21,7 +22,7 @@ from memoryllm_jax.tol.edit_spec import EditSpec, Suppress, from_text
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.memory import FileMemory
 from memoryllm_jax.tol.overlay import Edit, Overlay
-from memoryllm_jax.tol.sources import FileSource
+from memoryllm_jax.tol.sources import FileSource, RowWeights
 
 
 def test_overlay_is_as_specified(mixed_file, tmp_path):
@@ -135,7 +136,7 @@ def test_overlay_that_does_not_fit_is_refused(overlay_file, change, found):
 
 
 def edited(tol, workdir, *operations):
-    overlay = Overlay(FileMemory(tol, workdir))
+    overlay = Overlay(FileMemory(tol, TrainedModel(workdir) if workdir else None))
     editor = edit.Editor(overlay)
     for operation, text in operations:
         editor.add(from_text(operation, text))
@@ -207,7 +208,7 @@ def test_edits_change_the_chosen_layers_alone(lab, tmp_path, layers, there):
         expected[11, layer] = 0.25 * expected[11, layer] + 0.75 * expected[12, layer]
         expected[13, layer] = 0
     with opened(lab.tol("flex-3")) as tol:
-        overlay = Overlay(FileMemory(tol, lab.workdir("flex-3")))
+        overlay = Overlay(FileMemory(tol, TrainedModel(lab.workdir("flex-3"))))
         specs = [
             {"operation": "swap", "token": 9, "by": "#300", "layers": layers},
             {"operation": "blend", "token": "#11", "by": 12, "share": 0.75, "layers": layers},
@@ -228,7 +229,7 @@ def test_edits_change_the_chosen_layers_alone(lab, tmp_path, layers, there):
 
 def test_a_key_leaves_a_learned_row_as_it_left_its_tokens_own(lab):
     with opened(lab.tol("flex-3")) as tol:
-        overlay = Overlay(FileMemory(tol, lab.workdir("flex-3")))
+        overlay = Overlay(FileMemory(tol, TrainedModel(lab.workdir("flex-3"))))
         editor, before = edit.Editor(overlay), rows_of(tol)
         change = np.random.default_rng(0).standard_normal((1, 32), np.float32)
         texts = []
@@ -386,15 +387,13 @@ def test_edit_of_a_layer_that_a_tier_drops_is_not_written(lab, tmp_path):
 def test_a_key_is_suppressed_where_tiers_hold_its_layer(mixed_file, monkeypatch):
     config = types.SimpleNamespace(layers=LAYERS, memory_dim=4)
     with opened(mixed_file[0]) as tol:
-        digest = types.SimpleNamespace(text=lambda: tol.metadata["rows_digest"])
-        trained = types.SimpleNamespace(config=config, tokenizer=types.SimpleNamespace(digest=""), mesh=None)
-        trained.load, trained.close = lambda *_: {}, lambda: None
-        monkeypatch.setattr(TolFile, "check_model", lambda *_: None)
-        monkeypatch.setattr(memory, "TrainedModel", lambda *_: trained)
-        monkeypatch.setattr(memory, "Digest", lambda: digest)
+        weights = RowWeights(config, {}, tol.metadata["rows_digest"])
+        monkeypatch.setattr(memory, "row_weights_for", lambda *_: weights)
         ones = memory.Key(np.ones(VOCAB, np.float32), np.ones(DIM, np.float32))
         monkeypatch.setattr(memory, "read_key", lambda *_: ones)
-        (found,) = edited(tol, "workdir", ("suppress", "6:3")).edits
+        overlay = Overlay(FileMemory(tol, types.SimpleNamespace(config=config, mesh=None)))
+        edit.Editor(overlay).add(Suppress(layer=6, key=3))
+        (found,) = overlay.edits
         np.testing.assert_array_equal(found.coefficients == 1, tol.row_of_token < 110)
 
 

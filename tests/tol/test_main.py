@@ -57,13 +57,13 @@ def test_compress_writes_a_smaller_file(lab, tmp_path):
 
 def test_edit_lists_undoes_and_applies(lab, tmp_path):
     tol, overlay, output = lab.tol("flex-3"), str(tmp_path / "o"), str(tmp_path / "edited")
-    text = edit_rows(tol, edit.Request(overlay, swap=("#40,#41",), zero=("#50",), layers=("1",), output=output))
+    text = edit_rows(tol, request=edit.Request(overlay, swap=("#40,#41",), zero=("#50",), layers=("1",), output=output))
     assert [line.partition("#")[0] for line in text.splitlines()[:2]] == ["1: swap ", "2: zero "]
     assert text.splitlines()[1].endswith(" in layers 1")
     assert text.splitlines()[2] == f"{output}: a copy of {tol} with these edits"
     assert "3 of 512 tokens differ" in diff_files(tol, output) == diff_files(tol, overlay=overlay)
-    assert edit_rows(tol, edit.Request(overlay), list=True) == "\n".join(text.splitlines()[:2])
-    undone = edit_rows(tol, edit.Request(overlay, undo=2)).splitlines()
+    assert edit_rows(tol, request=edit.Request(overlay), list=True) == "\n".join(text.splitlines()[:2])
+    undone = edit_rows(tol, request=edit.Request(overlay, undo=2)).splitlines()
     assert [line[:12] for line in undone] == ["undone: swap", "undone: zero", f"{overlay}: no edits"[:12]]
 
 
@@ -81,7 +81,7 @@ def test_edit_lists_undoes_and_applies(lab, tmp_path):
 def test_edit_that_fails_saves_nothing(lab, tmp_path, wrong, found):
     listed = wrong.pop("list", False)
     with pytest.raises(UserError, match=found):
-        edit_rows(lab.tol("flex-3"), edit.Request(str(tmp_path / "o"), **wrong), listed)
+        edit_rows(lab.tol("flex-3"), request=edit.Request(str(tmp_path / "o"), **wrong), list=listed)
     assert os.listdir(tmp_path) == []
 
 

@@ -15,7 +15,7 @@ from memoryllm_jax.tol.memory import FileMemory, LiveMemory
 @pytest.mark.parametrize("name, dtype", [("flex-3", ""), ("flex-3", "bfloat16"), ("tied", "")])
 def test_live_rows_are_the_memory_of_the_file(lab, name, dtype):
     ids = np.array([7, 300, *range(20)], np.int32)
-    with opened(lab.tol(name)) as tol, contextlib.closing(FileMemory(tol, lab.workdir(name))) as stored:
+    with opened(lab.tol(name)) as tol, contextlib.closing(FileMemory(tol, TrainedModel(lab.workdir(name)))) as stored:
         with lab.model(name, dtype=dtype) as engine:
             live = serving.memory_of(engine)
             assert live.rows_digest == stored.rows_digest, "of loaded parameters, as of those that are read"
