@@ -32,6 +32,7 @@ from memoryllm_jax.tol.sources import (
 )
 
 _KEY_ROWS = 8192  # tokens that a key's coefficients are computed for at a time
+_RECENT_KEYS = 16  # that are kept, with a coefficient for every token
 _READ_ROWS = 16  # rows that `rows` reads at a time: edits name a few tokens
 
 
@@ -77,9 +78,18 @@ class Memory(abc.ABC):
     def holds(self, layer: int) -> np.ndarray:
         """Whether each token's row has this layer, bool [V]."""
 
-    @abc.abstractmethod
     def key(self, layer: int, key: int) -> Key:
-        """One key of a layer. Raises: UserError, also for a layer or key that does not exist."""
+        """One key of a layer; do not change it. Raises: UserError, also for a layer or key that does not exist."""
+        return self._recent_key(layer, key)
+
+    @functools.cached_property
+    def _recent_key(self):
+        # A request that suppresses the key of an earlier one does not pass over the vocabulary again.
+        return functools.lru_cache(_RECENT_KEYS)(self._read_key)
+
+    @abc.abstractmethod
+    def _read_key(self, layer: int, key: int) -> Key:
+        """One key of a layer, computed from the weights. Raises: UserError."""
 
     def token(self, token: int | str, argument: str) -> int:
         """The id of a token, which is given as id, as "#ID" or as text that is one token.
@@ -112,8 +122,6 @@ class FileMemory(Memory):
         self.repair = None if trained is None else Repair(trained, tol)
         self.name, self.vocab_size = tol.path, tol.vocab_size
         self.layers, self.dim = tol.layout.layers, tol.layout.dim
-        # A request that suppresses the key of an earlier one does not pass over the vocabulary again.
-        self._key = functools.lru_cache(maxsize=16)(self._read_key)
 
     @property
     def rows_digest(self) -> str:
@@ -132,9 +140,6 @@ class FileMemory(Memory):
 
     def holds(self, layer):
         return self.tol.holds(layer)
-
-    def key(self, layer, key):
-        return self._key(layer, key)
 
     def _read_key(self, layer, key):
         trained = self._trained
@@ -219,7 +224,7 @@ class LiveMemory(Memory):
     def holds(self, layer):
         return np.ones(self.vocab_size, bool)
 
-    def key(self, layer, key):
+    def _read_key(self, layer, key):
         check_key(self.config, layer, key)
         return read_key(self.config, self._params, self._trained.mesh, layer, key)
 

@@ -347,6 +347,15 @@ def test_an_overlay_of_other_rows_is_refused(edited_file):
         Overlay.open(overlay_path, FileMemory(after))
 
 
+def test_weights_of_other_rows_are_read_once_and_refused(lab, edited_file, monkeypatch):
+    with opened(edited_file[0]) as after:
+        of_file = FileMemory(after, TrainedModel(lab.workdir("flex-3")))
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"suppress: expected the weights that the rows of .* were made from"):
+                of_file.key(1, 5)
+            monkeypatch.setattr(memory, "row_weights_for", None)
+
+
 def test_the_file_that_is_edited_is_not_overwritten(lab, edited_file):
     with opened(lab.tol("flex-3")) as tol:
         overlay = Overlay.open(edited_file[1], FileMemory(tol))
@@ -425,8 +434,19 @@ def test_edited_copy_of_a_file_of_an_earlier_version(lab, edited_file, tmp_path)
     assert header_and_data(out)[1] == header_and_data(edited_file[0])[1]
 
 
-def test_a_damaged_row_is_not_copied(lab, edited_file, tmp_path):
+def test_a_damaged_row_is_refused_or_computed_again(lab, edited_file, tmp_path):
     damaged = damaged_copy(lab.tol("flex-3"), 40, tmp_path / "damaged")
-    with opened(damaged) as tol, pytest.raises(UserError, match="token 40: the checksum of its row differs"):
-        edit.write_edited(tol, Overlay.open(edited_file[1], FileMemory(tol)), str(tmp_path / "other"))
-    assert os.listdir(tmp_path) == ["damaged"]
+    asked = {"overlay": str(tmp_path / "overlay"), "output": str(tmp_path / "out")}
+    edits = {"swap": ("#40,#41",), "zero": ("#500",)}
+    with opened(damaged) as tol:
+        for mended in (
+            lambda: edit.write_edited(tol, Overlay.open(edited_file[1], FileMemory(tol)), asked["output"]),
+            lambda: edit.fulfil(tol, edit.Request(**asked, **edits)),
+        ):
+            with pytest.raises(UserError, match="token 40: the checksum of its row differs"):
+                mended()
+            assert os.listdir(tmp_path) == ["damaged"]
+        edit.fulfil(tol, edit.Request(**asked, **edits, workdir=lab.workdir("flex-3")))
+    with opened(asked["output"]) as tol, opened(edited_file[0]) as whole:
+        verify.check_file(tol)
+        assert relative(rows_of(tol), rows_of(whole)) < 1e-2  # of 16 bits

@@ -67,9 +67,22 @@ def test_edit_lists_undoes_and_applies(lab, tmp_path):
     assert [line[:12] for line in undone] == ["undone: swap", "undone: zero", f"{overlay}: no edits"[:12]]
 
 
+def test_edit_without_a_file_edits_the_rows_of_the_checkpoint(lab, tmp_path):
+    overlay, workdir = str(tmp_path / "o"), lab.workdir("flex-3")
+    edit_rows(request=edit.Request(overlay, zero=("#50",), workdir=workdir))
+    text = edit_rows(request=edit.Request(overlay, suppress=("1:5",), workdir=workdir))
+    assert [line.partition("#")[0] for line in text.splitlines()] == ["1: zero ", "2: suppress layer 1 key 5"]
+    assert edit_rows(lab.tol("flex-3"), request=edit.Request(overlay), list=True) == text
+
+
 @pytest.mark.parametrize(
     "wrong, found",
     [
+        ({"file": "", "zero": ("#3",)}, "edit: expected a ToL file or --workdir, found neither"),
+        ({"file": "", "zero": ("#3",), "workdir": "w", "output": "x"}, "output: expected a ToL file too"),
+        ({"overlay": "gs://b/o", "zero": ("#3",)}, "gs://b/o: expected an overlay .* on a disk, found a URL"),
+        ({"zero": (f"#{'9' * 5000}",)}, "zero: expected an id below 512, found #9"),
+        ({"suppress": (f"1:{'9' * 5000}",)}, "suppress: expected LAYER:KEY, two numbers, found '1:9"),
         ({"undo": 1, "zero": ("#3",)}, "undo: expected no edit on the same line, found zero"),
         ({"undo": 1, "list": True}, "list: expected no edit, undo or output on the same line"),
         ({"zero": ("#9999",)}, "zero: expected an id below 512, found #9999"),
@@ -79,9 +92,10 @@ def test_edit_lists_undoes_and_applies(lab, tmp_path):
     ],
 )
 def test_edit_that_fails_saves_nothing(lab, tmp_path, wrong, found):
-    listed = wrong.pop("list", False)
+    chosen = {"overlay": str(tmp_path / "o"), "file": lab.tol("flex-3"), "list": False} | wrong
+    file, listed = chosen.pop("file"), chosen.pop("list")
     with pytest.raises(UserError, match=found):
-        edit_rows(lab.tol("flex-3"), request=edit.Request(str(tmp_path / "o"), **wrong), list=listed)
+        edit_rows(file, request=edit.Request(**chosen), list=listed)
     assert os.listdir(tmp_path) == []
 
 

@@ -60,14 +60,13 @@ def of_row(rows, u):
     "name, place, choices, first",
     [
         ("flex-3", "", {}, 0),
-        ("tied", "", {}, 1),
-        ("tied", "device", {}, 2),
-        ("flex-3", "host", {"drop_layers": ("1",)}, 3),
+        ("tied", "device", {}, 1),
+        ("flex-3", "host", {"drop_layers": ("1",)}, 2),
     ],
 )
 def test_64_slots_have_the_rows_of_their_overlays(lab, name, place, choices, first):
     """All slots are filled; those compared, for which functions of their own compile, are others in each case."""
-    compared = range(first, SLOTS, 4)
+    compared = range(first, SLOTS, 7)  # no pattern of `overlays_of` repeats after 7 slots
     files = {"tol": lab.tol(name, **choices), "rows": place, "cache": None if place == "device" else 1 << 16}
     with lab.model(name, **(files if place else {})) as engine:
         source, mesh, memory = engine.rows, engine.trained.mesh, serving.memory_of(engine)
@@ -129,7 +128,7 @@ def test_texts_of_64_slots_with_64_overlays_are_those_of_generate(lab):
                 text.append(token)
         plain = written(engine, prompts, 7)
         assert texts[0] == plain[0] and len({tuple(text) for text in texts}) > SLOTS // 2
-        for slot in (1, 20, 43):
+        for slot in (1, 43):
             engine.rows = EditedRows(engine.rows, overlays[slot], mesh)
             assert texts[slot] == written(engine, [prompts[slot]], 7)[0]
             engine.rows = engine.rows.source
