@@ -49,7 +49,7 @@ class Key(NamedTuple):
 
 
 class Memory(abc.ABC):
-    """FFN-M's rows of every token of a model.
+    """FFN-M's rows of every token of a model. Several threads may read them.
 
     Attributes:
       name: the file or checkpoint, for error messages.
