@@ -13,6 +13,7 @@ from memoryllm_jax.analysis.views import MOST, Key, Says
 from memoryllm_jax.common.records import Count
 from memoryllm_jax.server import bodies, errors
 from memoryllm_jax.server.bodies import Body
+from memoryllm_jax.server.changes import Edits
 from memoryllm_jax.server.errors import ApiError
 from memoryllm_jax.server.jobs import Job, answer
 from memoryllm_jax.server.looker import Looker
@@ -44,7 +45,9 @@ class KeyBody(Body):
     top: Top = 5
 
 
-class PositionBody(Body):
+class PositionBody(Edits, kw_only=True):
+    """Asks what each layer does at a position of a text, by the model with the edits."""
+
     ids: list[Count]
     position: Count
     top: Top = 3
@@ -195,9 +198,10 @@ class _Look:
         for place, token in enumerate(body.ids):
             _check(f"ids[{place}]", token, self._config.vocab_size)
         _check("position", body.position, len(body.ids))
+        overlay = await self._served.overlay(request, body)
 
         def look(job: Job) -> dict:
-            found = self._looker.position(body.ids, body.position, body.top, job.begin)
+            found = self._looker.position(body.ids, body.position, body.top, job.begin, overlay)
             layers = [
                 {
                     "layer": layer,

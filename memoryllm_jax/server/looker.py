@@ -19,6 +19,8 @@ from memoryllm_jax.inference.decoder import bucket
 from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.inference.rows import RowSource
 from memoryllm_jax.tol.cached_rows import CachedRows
+from memoryllm_jax.tol.edited_rows import EditedRows
+from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.sources import FileSource, Repair
 
 # The rows of all tokens are kept on the device if they take at most this much: a second search for neighbours is then a
@@ -84,6 +86,7 @@ class Looker:
         self._model = KeyValueModel(engine.trained, params)
         self.config, self.tokenizer, self.context = engine.config, engine.tokenizer, engine.context
         self.has_rows = engine.config.row_dim > 0
+        self._rows = rows
         self._source = _Fetched(functools.partial(_fetch, rows))
         self._kept: dict[tuple[int, int], jax.Array] = {}
         size = 4 * self.config.vocab_size * self.config.layers * self.config.row_dim
@@ -183,10 +186,15 @@ class Looker:
         with jax.default_matmul_precision("highest"):
             return views.token(self._model, self._source, token, top, begin(""))
 
-    def position(self, ids: list[int], at: int, top: int, begin: Begin) -> views.Position:
-        """Looks at a position of a text. Raises: UserError."""
+    def position(
+        self, ids: list[int], at: int, top: int, begin: Begin, overlay: Overlay | None = None
+    ) -> views.Position:
+        """Looks at a position of a text, by the model with the edits of `overlay`. Raises: UserError."""
+        source = self._source
+        if overlay is not None:
+            source = _Fetched(functools.partial(_fetch, EditedRows(self._rows, overlay, self._model.mesh)))
         with jax.default_matmul_precision("highest"):
-            return views.position(self._model, self._source, ids, at, top, begin(""))
+            return views.position(self._model, source, ids, at, top, begin(""))
 
     def nearest(self, token: int, layer: int | None, top: int, begin: Begin) -> list[tuple[int, float]]:
         """The tokens with the most similar rows in a layer, or in all layers together: (id, cosine).

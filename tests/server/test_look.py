@@ -33,6 +33,13 @@ def test_the_views_of_a_model(address, post):
     assert place["layers"][1]["parts"]["output"]["p"] == pytest.approx(
         place["layers"][1]["parts"]["output"]["says"][0]["p"], rel=1e-5
     )
+    # With edits, it is that of the model that a completion with them comes from.
+    edits = [{"operation": "replace", "token": ids[1], "by": 300}]
+    edited = post("/api/look/position", {"ids": ids, "position": 1, "top": 2, "edits": edits}).json()
+    assert edited["layers"][0]["parts"]["memory"] != place["layers"][0]["parts"]["memory"]
+    body = {"model": "tiny", "prompt": ids[:2], "max_tokens": 1, "temperature": 0, "edits": edits}
+    completion = post("/v1/completions", body | {"return_token_ids": True}).json()
+    assert completion["choices"][0]["token_ids"] == [edited["final"]["id"]]
 
 
 @pytest.mark.parametrize(
@@ -45,6 +52,7 @@ def test_the_views_of_a_model(address, post):
         ("key", {"ffn": "compute", "layer": 1, "key": 5}, 'ffn: expected "memory", .*, found "compute"'),
         ("position", {"ids": [1, 2], "position": 2}, "position: expected from 0 to 1, found 2"),
         ("position", {"ids": [1] * 33, "position": 32}, "ids: expected from 1 to 32 token ids, found 33"),
+        ("position", {"ids": [1], "position": 0, "edits": [{"operation": "zero", "token": 512}]}, r"edits\[0\]: .*512"),
         ("position", {"ids": [1, 512], "position": 0}, r"ids\[1\]: expected from 0 to 511, found 512"),
     ],
 )

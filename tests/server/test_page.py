@@ -19,35 +19,45 @@ CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
-def browser():
+def tab():
+    """One tab for all tests: to open another takes longer than to load the page again."""
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine, such as that of Debian: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    with (
+        sync_api.sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser,
+    ):
+        tab = browser.new_page(reduced_motion="reduce")
+        tab.set_default_timeout(20_000)
+        tab.faults = []
+        tab.on("pageerror", lambda error: tab.faults.append(str(error)))
+        tab.on("console", lambda message: tab.faults.append(message.text) if "Security" in message.text else None)
+        tab.on("dialog", lambda dialog: (tab.faults.append(dialog.message), dialog.dismiss()))
+        yield tab
 
 
 @pytest.fixture
-def page(browser, address):
-    """The page, open at Generate. A script that fails, and anything that the browser refuses, fails the test."""
-    with opened(browser, address) as page:
+def page(tab, address):
+    """The page, open at Generate."""
+    with opened(tab, address) as page:
         yield page
 
 
 @contextlib.contextmanager
-def opened(browser, address, prepare=lambda page: None, **more):
-    page = browser.new_page(viewport={"width": 1400, "height": 900}, reduced_motion="reduce", **more)
-    page.set_default_timeout(20_000)
-    faults = []
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("console", lambda message: faults.append(message.text) if "Security" in message.text else None)
-    page.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
-    prepare(page)
-    page.goto(address)
-    yield page
-    assert not faults
-    page.close()
+def opened(tab, address, prepare=lambda page: None, width=1400):
+    """The page, opened anew. A script that fails, and anything that the browser refuses, fails the test."""
+    tab.set_viewport_size({"width": width, "height": 900})
+    tab.mouse.move(0, 0)
+    prepare(tab)
+    tab.goto(address)
+    try:
+        yield tab
+        assert not tab.faults
+    finally:
+        tab.faults.clear()
+        tab.unroute_all(behavior="ignoreErrors")
+        tab.evaluate("sessionStorage.clear()")
+        tab.goto("about:blank")
 
 
 def view(page, name):
@@ -65,6 +75,7 @@ def set_sampling(page, name, **values):
         field = view(page, name).get_by_label(label, exact=True)
         field.fill(str(value))
         field.blur()
+        expect(field).to_have_value(str(value))
     view(page, name).locator("summary").click()
 
 
@@ -81,13 +92,15 @@ def generated(page):
 
 def test_generate(page, served):
     expect(page.locator("#facts")).to_contain_text("tiny · flex-3 · ")
+    tip = page.get_by_role("tooltip")
+    chips(page, "generate").nth(1).hover()
+    expect(tip).to_contain_text("generate to see its probability")
     text = generated(page)
     ids = served.engine.prompt("The file is")
     new = [token for batch in served.engine.generate([ids], 6, GREEDY) for _, token in batch]
     expect(text).to_have_count(len(ids) + 6)
 
     # Alternatives by the pointer and, with the arrow keys, by the keyboard
-    tip = page.get_by_role("tooltip")
     text.nth(len(ids)).hover()
     expect(tip).to_contain_text(f"#{new[0]}")
     assert tip.locator("tr").count() == 5 and "%" in tip.locator("tr").first.inner_text()
@@ -168,6 +181,17 @@ def test_edit(page, served, tmp_path):
     (saved,) = Overlay.open(str(path), served.editing.memory).edits
     assert saved.text == edit.locator(".edits bdi").inner_text()
 
+    # The edited text is looked at with its edits, and a reload loses neither these nor what can be undone.
+    with page.expect_request("**/api/look/position") as asked:
+        edit.locator(".beside > div").last.locator(".chip").nth(2).click()
+    asked = asked.value.post_data_json
+    assert asked["edits"] == [{"operation": "zero", "token": token}] and len(asked["ids"]) == 3
+    expect(view(page, "look").get_by_text("By the model with the edits that wrote this text.")).to_be_visible()
+    page.reload()
+    expect(view(page, "look").locator(".settling")).to_be_visible()
+    page.get_by_role("tab", name="Edit").click()
+    expect(edit.locator(".edits li")).to_have_count(1)
+    expect(verdict).not_to_be_empty()
     edit.get_by_role("button", name="Undo").click()
     expect(edit.locator(".edits li")).to_have_count(0)
     expect(verdict).to_have_text("Both texts are the same.")
@@ -175,13 +199,18 @@ def test_edit(page, served, tmp_path):
 
 def test_ablate(page):
     expect(chips(page, "generate").first).to_be_visible()
-    set_sampling(page, "generate", Tokens=16, Temperature=1)
+    set_sampling(page, "generate", Tokens=16, Temperature=0.75)
     page.get_by_role("tab", name="Ablate").click()
     ablate = view(page, "ablate")
     verdict = ablate.locator(".beside + .note")
     expect(verdict).to_have_text("Both texts are the same.")
     asked = []
-    page.on("request", lambda request: asked.append(request.post_data_json.get("contribution")))
+
+    def note(route):
+        asked.append(route.request.post_data_json.get("contribution"))
+        route.continue_()
+
+    page.route("**/v1/completions", note)
     for slider in ("memory", "compute"):
         ablate.locator(f"#alpha-{slider}").focus()
         page.keyboard.press("End")
@@ -208,14 +237,14 @@ HOSTILE = {
 }
 
 
-def test_texts_of_tokens_are_only_texts(browser, address):
+def test_texts_of_tokens_are_only_texts(tab, address):
     tokens = [{"id": i, "text": text} for i, text in enumerate(HOSTILE)]
 
     def prepare(page):
         page.route("**/api/tokens?*", lambda route: route.fulfill(json={"tokens": tokens, "total": len(tokens)}))
         page.route("**/api/tokenize", lambda route: route.fulfill(json={"tokens": tokens}))
 
-    with opened(browser, address, prepare) as page:
+    with opened(tab, address, prepare) as page:
         expect(chips(page, "generate")).to_have_count(len(tokens))
         page.get_by_role("tab", name="Look").click()
         view(page, "look").get_by_role("combobox").fill("x")
@@ -233,7 +262,7 @@ def test_no_script_makes_markup_of_text():
     assert not re.search(r"<script(?! type=\"module\" src=)|<style|\sstyle=|\son\w+=|https?://", index)
 
 
-def test_it_asks_for_the_key_and_says_errors_at_their_place(browser, address):
+def test_it_asks_for_the_key_and_says_errors_at_their_place(tab, address):
     keys = []
 
     def model(route):
@@ -241,7 +270,7 @@ def test_it_asks_for_the_key_and_says_errors_at_their_place(browser, address):
         refusal = {"error": {"message": "Authorization: expected a key", "type": "", "param": None, "code": None}}
         route.continue_() if keys[-1] == "Bearer right" else route.fulfill(status=401, json=refusal)
 
-    with opened(browser, address, lambda page: page.route("**/api/model", model)) as page:
+    with opened(tab, address, lambda page: page.route("**/api/model", model)) as page:
         for key in ("wrong", "right"):
             page.locator("#key-input").fill(key)
             page.keyboard.press("Enter")
@@ -261,6 +290,7 @@ def test_it_asks_for_the_key_and_says_errors_at_their_place(browser, address):
 def test_work_shows_progress_and_is_cancelled_when_the_person_goes_on(page):
     expect(chips(page, "generate").first).to_be_visible()
     page.route("**/api/look/nearest", lambda route: None)  # which takes forever
+    page.route("**/api/look/position", lambda route: route.fulfill(status=500))  # which keeps back nothing else
     chips(page, "generate").nth(1).click()
     progress = view(page, "look").get_by_role("progressbar")
     expect(progress).to_have_accessible_name("Comparing with the rows of all tokens")
@@ -269,9 +299,8 @@ def test_work_shows_progress_and_is_cancelled_when_the_person_goes_on(page):
     assert failed.value.url.endswith("/api/look/nearest")
 
 
-def test_narrow_screens_need_no_sideways_scrolling(browser, address):
-    with opened(browser, address) as page:
-        page.set_viewport_size({"width": 420, "height": 800})
+def test_narrow_screens_need_no_sideways_scrolling(tab, address):
+    with opened(tab, address, width=420) as page:
         text = generated(page)
         text.last.hover()
         box = page.get_by_role("tooltip").bounding_box()

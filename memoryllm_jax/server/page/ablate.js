@@ -49,7 +49,7 @@ function dial(ffn, change) {
   };
 }
 
-/** Fills the view. `look(tokens, index)` opens a token of a text in Look. */
+/** Fills the view. `look(text, index)` opens a token of a text in Look. */
 export function ablateView(view, look) {
   const { ffns } = state.model;
   const texts = new SideBySide(["Original", "Ablated"], look);
@@ -95,7 +95,7 @@ export function ablateView(view, look) {
       ),
       texts.element,
     ),
-    lossSection("The loss, beside the original", "factors", () => ({ contribution: contribution() })),
+    lossSection("The loss, beside the original", "factors", changes),
   );
 
   /** The factors as a request has them. A model with one FFN takes alpha and drop_layers for it, whichever it is. */
@@ -105,10 +105,16 @@ export function ablateView(view, look) {
     return { alpha: main.alpha, drop_layers: main.layers, ...compute };
   }
 
+  /** The fields of a request that scale or drop; none if nothing is. */
+  function changes() {
+    const isWhole = Object.values(dials).every(({ alpha, layers }) => alpha === 1 && layers.length === 0);
+    return isWhole ? {} : { contribution: contribution() };
+  }
+
   function run() {
     regenerate.cancel();
     hasRun = true;
-    return texts.run({ contribution: contribution() });
+    return texts.run(changes());
   }
 
   view.addEventListener("shown", () => {

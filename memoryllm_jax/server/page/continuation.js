@@ -10,10 +10,11 @@ import { Strip } from "./tokens.js";
 export class Continuation {
   /**
    * @param label what the text is, for screen readers.
-   * @param look is called with the tokens and the index of the one that was chosen.
+   * @param look is called with the text, as `state.text`, and the index of the token that was chosen.
    */
   constructor(label, look) {
-    this.strip = new Strip(label, (index) => look(this.strip.tokens, index));
+    this.strip = new Strip(label, (index) => look(this.text, index));
+    this.changes = {};
     this.place = h("div", {});
     this.task = new Task(this.place);
     this.element = h("div", { class: "continuation" }, this.place, this.strip.element);
@@ -23,10 +24,16 @@ export class Continuation {
     return this.strip.tokens;
   }
 
+  /** The text as `state.text`. */
+  get text() {
+    return { tokens: this.strip.tokens, changes: this.changes };
+  }
+
   /** Shows tokens that are there already. */
   show(tokens) {
     this.task.cancel();
     this.strip.clear();
+    this.changes = {};
     tokens.forEach((token) => this.strip.add(token));
   }
 
@@ -37,11 +44,11 @@ export class Continuation {
   /**
    * Continues the prompt.
    *
-   * @param more fields of the request, such as edits.
+   * @param changes fields of the request that change the model, such as edits.
    * @param arrived is called after each batch of tokens with the number of new ones.
    * @returns whether the text is complete.
    */
-  async run(more, arrived = () => {}) {
+  async run(changes, arrived = () => {}) {
     this.element.classList.add("stale");
     const done = await this.task.run("Waiting for the first token", async (signal, setDone, quiet) => {
       const prompt = await promptTokens(signal);
@@ -49,13 +56,14 @@ export class Continuation {
       for await (const batch of complete(
         completionBody(
           prompt.map(({ id }) => id),
-          more,
+          changes,
         ),
         signal,
       )) {
         if (count === 0) {
           quiet();
           this.strip.clear();
+          this.changes = changes;
           this.element.classList.remove("stale");
         }
         for (const token of batch) {
@@ -106,11 +114,11 @@ export class SideBySide {
     this.runs = 0;
   }
 
-  /** Generates what is not there yet; `more` are the fields of the request that change the model. */
-  async run(more) {
+  /** Generates what is not there yet; `changes` are the fields of the request that change the model. */
+  async run(changes) {
     const run = (this.runs += 1);
     this.verdict.textContent = "";
-    const done = await Promise.all([this.#unchanged(), this.other.run(more)]);
+    const done = await Promise.all([this.#unchanged(), this.other.run(changes)]);
     if (run !== this.runs || !done.every(Boolean)) return;
     this.verdict.textContent = markCommon(this.one, this.other);
     say(this.verdict.textContent);

@@ -20,7 +20,7 @@ const OPERATIONS = {
 /**
  * Fills the view.
  *
- * @param look(tokens, index) opens a token of a text in Look; `open()` shows this view.
+ * @param look(text, index) opens a token of a text in Look; `open()` shows this view.
  * @returns {token(token), key(layer, key)}: begin an edit of a token or a key.
  */
 export function editView(view, look, open) {
@@ -243,7 +243,7 @@ function comparison(view, look) {
   const run = () => texts.run(changesBody());
 
   // The texts follow the edits while the view is open, and catch up when it is opened.
-  let seen = state.changes;
+  let seen = isChanged() ? null : state.changes;
   const follow = new Pause(250, () => {
     if (view.hidden || seen === state.changes) return;
     seen = state.changes;

@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { Pause, errorBox, field, freshId, h } from "./dom.js";
 import { changed, onChange, set, state } from "./state.js";
 import { tokenText } from "./tokens.js";
-import { alone, whole } from "./texts.js";
+import { alone, count } from "./texts.js";
 
 /** The prompt, which all views share. Ctrl+Enter calls `submit`. */
 export function promptField(submit) {
@@ -29,7 +29,7 @@ export function promptField(submit) {
 }
 
 const SAMPLING = [
-  { name: "max_tokens", label: "Tokens", min: 1, max: 4096, step: 1 },
+  { name: "max_tokens", label: "Tokens", min: 1, step: 1 }, // at most the context
   { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.1 },
   { name: "top_p", label: "Top p", min: 0.01, max: 1, step: 0.01 },
   { name: "top_k", label: "Top k (0: all)", min: 0, max: 1000, step: 1 },
@@ -38,16 +38,16 @@ const SAMPLING = [
 
 /** How tokens are drawn: the same for all views, so that a change of the model is the only difference. */
 export function samplingFields() {
-  const inputs = SAMPLING.map(({ name, label, min, max, step }) => {
+  const inputs = SAMPLING.map(({ name, label, min, max = state.model.context, step }) => {
     const input = h("input", {
       type: "number",
       min: String(min),
       max: String(max),
       step: String(step),
       change: () => {
-        const value = Number(input.value);
-        if (input.value !== "" && input.checkValidity()) state.sampling[name] = value;
-        else input.value = state.sampling[name];
+        const value = Math.min(max, Math.max(min, Number(input.value)));
+        if (input.value !== "") state.sampling[name] = step === 1 ? Math.round(value) : value;
+        input.value = state.sampling[name];
         changed("sampling");
       },
     });
@@ -66,7 +66,7 @@ function summary() {
   const show = () => {
     const { max_tokens, temperature, seed } = state.sampling;
     const drawn = temperature === 0 ? "likeliest token each time" : `temperature ${temperature}, seed ${seed}`;
-    text.textContent = `${max_tokens} tokens, ${drawn}`;
+    text.textContent = `${count(max_tokens, "token")}, ${drawn}`;
   };
   onChange("sampling", show);
   show();
@@ -169,7 +169,7 @@ export class TokenSearch {
       tokens.length === 0
         ? "no token has this text"
         : total > tokens.length
-          ? `${whole(total)} tokens; the first ${tokens.length}`
+          ? `${count(total, "token")}; the first ${tokens.length}`
           : "";
     if (tokens.length > 0) this.#go(0);
   }

@@ -4,15 +4,15 @@ import { Continuation } from "./continuation.js";
 import { Pause, Task, h, say } from "./dom.js";
 import { promptField, samplingFields } from "./fields.js";
 import { changesBody, isChanged, onChange, promptTokens, set, state } from "./state.js";
-import { whole } from "./texts.js";
+import { count, whole } from "./texts.js";
 
-/** Fills the view. `look(tokens, index)` opens a token of a text in Look. */
+/** Fills the view. `look(text, index)` opens a token of a text, which is one as `state.text`, in Look. */
 export function generateView(view, look) {
-  const text = new Continuation("Tokens of the text", look);
+  const writing = new Continuation("Tokens of the text", look);
   const note = h("p", { class: "note quiet" });
   const typing = new Task(h("div", {}));
   const start = h("button", { type: "button", class: "primary", click: generate }, "Generate");
-  const stop = h("button", { type: "button", disabled: true, click: () => text.cancel() }, "Stop");
+  const stop = h("button", { type: "button", disabled: true, click: () => writing.cancel() }, "Stop");
   const useEdits = h("input", { type: "checkbox", id: "use-edits" });
   const withEdits = h("label", { class: "check", for: "use-edits" }, useEdits, "with the edits");
   let runs = 0;
@@ -22,7 +22,7 @@ export function generateView(view, look) {
     promptField(generate),
     h("div", { class: "row" }, start, stop, samplingFields(), withEdits),
     typing.place,
-    text.element,
+    writing.element,
     note,
     h(
       "p",
@@ -42,14 +42,16 @@ export function generateView(view, look) {
   showPrompt();
 
   async function showPrompt() {
-    text.cancel();
+    writing.cancel();
     await typing.run("Splitting the prompt into tokens", async (signal) => {
-      const tokens = (await promptTokens(signal)).map((token) => ({ ...token, given: true, logProb: undefined }));
-      const shown = text.tokens.filter((token) => token.given);
+      const tokens = (await promptTokens(signal)).map((token) => ({ ...token, given: true }));
+      const shown = writing.tokens.filter((token) => token.given);
       if (shown.length === tokens.length && shown.every((token, i) => token.id === tokens[i].id)) return;
-      text.show(tokens);
-      set("sequence", tokens);
-      note.textContent = `${whole(tokens.length)} tokens`;
+      writing.show(tokens);
+      set("text", writing.text);
+      const { context } = state.model;
+      const excess = tokens.length < context ? "" : `: too many for the context of ${whole(context)}`;
+      note.textContent = `${count(tokens.length, "token")}${excess}`;
     });
   }
 
@@ -59,13 +61,13 @@ export function generateView(view, look) {
     start.textContent = "Generate again";
     stop.disabled = false;
     const run = (runs += 1);
-    const more = useEdits.checked ? changesBody() : {};
-    const done = await text.run(more, (count) => {
-      note.textContent = `${whole(count)} new tokens`;
+    const changes = useEdits.checked ? changesBody() : {};
+    const done = await writing.run(changes, (arrived) => {
+      note.textContent = count(arrived, "new token");
     });
     if (run !== runs) return; // The next one has begun.
     stop.disabled = true;
-    set("sequence", text.tokens);
+    set("text", writing.text);
     if (done) say(note.textContent);
   }
 }

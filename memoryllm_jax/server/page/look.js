@@ -5,7 +5,7 @@ import { Task, h } from "./dom.js";
 import { TokenSearch } from "./fields.js";
 import { keyTable, layerList, tokenList } from "./layer.js";
 import { settling } from "./settling.js";
-import { onChange, state } from "./state.js";
+import { hasEdits, isChanged, onChange, state } from "./state.js";
 import { Strip, tokenText } from "./tokens.js";
 import { number, percent } from "./texts.js";
 
@@ -15,7 +15,7 @@ const NO_TEXT = "Generate a text first, then choose one of its tokens here. Or s
  * Fills the view.
  *
  * @param edit gets the functions `token(token)` and `key(layer, key)`, which open Edit.
- * @returns {position(index), focus()}: shows a token of the text in `state.sequence`; gives that token the focus.
+ * @returns {position(index), focus()}: shows a token of `state.text`; gives that token the focus.
  */
 export function lookView(view, edit) {
   const hasMemory = state.model.ffns.includes("memory");
@@ -40,23 +40,26 @@ export function lookView(view, edit) {
     near.element,
   );
 
-  const showSequence = () => {
+  const showText = () => {
     strip.clear();
-    state.sequence.forEach((token) => strip.add(token));
-    noText.hidden = state.sequence.length > 0;
+    state.text.tokens.forEach((token) => strip.add(token));
+    noText.hidden = state.text.tokens.length > 0;
   };
-  onChange("sequence", () => {
-    showSequence();
-    if (shown.index !== null && state.sequence[shown.index]?.id !== shown.token.id) shown.index = null;
+  onChange("text", () => {
+    showText();
+    if (shown.index !== null && state.text.tokens[shown.index]?.id !== shown.token.id) shown.index = null;
     strip.mark(shown.index ?? -1);
+    showFirst();
   });
-  showSequence();
-  view.addEventListener("shown", () => {
-    // The view opens with something to see: the last token of the prompt, whose prediction is the first new token.
-    if (shown.token || state.sequence.length === 0) return;
-    const given = state.sequence.filter((token) => token.given).length;
+  showText();
+  view.addEventListener("shown", showFirst);
+
+  /** Opens the view with something to see: the last token of the prompt, which predicts the first new token. */
+  function showFirst() {
+    if (view.hidden || shown.token || state.text.tokens.length === 0) return;
+    const given = state.text.tokens.filter((token) => token.given).length;
     showPosition(Math.max(0, given - 1));
-  });
+  }
 
   function section(title) {
     const place = h("div", {});
@@ -67,7 +70,7 @@ export function lookView(view, edit) {
 
   function showPosition(index) {
     search.set(null);
-    begin(state.sequence[index], index);
+    begin(state.text.tokens[index], index);
   }
 
   function showToken(token) {
@@ -81,14 +84,17 @@ export function lookView(view, edit) {
     showSubject();
     for (const part of [settled, rows, near]) part.element.hidden = true;
     // One after the other: the server computes one at a time, and this is the order in which they are read.
-    if (index !== null && !(await showSettling(token, index))) return;
-    if (hasMemory && (await showRows(token))) await showNearest(null);
+    const mine = shown;
+    if (index !== null) await showSettling(index);
+    if (!hasMemory || shown !== mine) return;
+    await showRows(token);
+    if (shown === mine) await showNearest(null);
   }
 
   function showSubject() {
     const { token, index } = shown;
     const facts = [`#${token.id}`];
-    if (index !== null) facts.push(`place ${index + 1} of ${state.sequence.length}`);
+    if (index !== null) facts.push(`place ${index + 1} of ${state.text.tokens.length}`);
     if (index > 0 && Number.isFinite(token.logProb)) facts.push(`probability ${percent(Math.exp(token.logProb))}`);
     subject.replaceChildren(
       h("h2", { class: "glyph" }, tokenText(token.text)),
@@ -105,14 +111,26 @@ export function lookView(view, edit) {
       subject.append(h("p", {}, "This model keeps no rows for tokens: choose one in a text."));
   }
 
-  async function showSettling(token, index) {
+  /** Which model the prediction is of, where the text was written by a changed one. */
+  function whichModel() {
+    const { contribution } = state.text.changes;
+    if (contribution) return "By the model as it was trained, not by the ablated one that wrote this text.";
+    return hasEdits(state.text.changes) ? "By the model with the edits that wrote this text." : null;
+  }
+
+  async function showSettling(index) {
     settled.content.replaceChildren();
     settled.element.hidden = false;
-    const ids = state.sequence.map(({ id }) => id);
+    // What follows the place has no effect on it.
+    const ids = state.text.tokens.slice(0, index + 1).map(({ id }) => id);
+    const { overlay, edits } = state.text.changes;
+    const following = state.text.tokens[index + 1];
+    const model = whichModel();
     return settled.task.run("Following the prediction through the layers", async (signal, setDone) => {
-      const found = await result("/api/look/position", { ids, position: index, top: 3 }, signal, setDone);
+      const found = await result("/api/look/position", { ids, position: index, top: 3, overlay, edits }, signal, setDone);
       shown.positions = found.layers;
-      settled.content.replaceChildren(...settling(found, state.sequence[index + 1]));
+      settled.content.replaceChildren(...settling(found, following));
+      if (model) settled.content.prepend(h("p", { class: "note quiet" }, model));
       if (!hasMemory) showKeysHere();
     });
   }
@@ -146,6 +164,7 @@ export function lookView(view, edit) {
         "p",
         { class: "note quiet" },
         "Layer, size of the row, and the tokens that the row points to. Choose a layer.",
+        (isChanged() || hasEdits(state.text.changes)) && " Rows and neighbours are those of the model without edits.",
       );
       rows.content.replaceChildren(h("div", { class: "rows" }, h("div", {}, head, list), detail));
     });

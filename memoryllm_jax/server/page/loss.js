@@ -3,7 +3,7 @@
 import { post } from "./api.js";
 import { Task, field, h, say } from "./dom.js";
 import { onChange, state } from "./state.js";
-import { signed, whole } from "./texts.js";
+import { count, signed } from "./texts.js";
 
 /**
  * A section that measures the loss with and without changes.
@@ -27,7 +27,7 @@ export function lossSection(title, name, changesOf) {
       const { before, after, tokens } = await post("/api/edit/loss", body, signal);
       found.replaceChildren(
         h("strong", {}, signed(after - before, 4)),
-        ` nats a token: ${before.toFixed(4)} before, ${after.toFixed(4)} after, over ${whole(tokens)} tokens`,
+        ` nats a token: ${before.toFixed(4)} before, ${after.toFixed(4)} after, over ${count(tokens, "token")}`,
       );
       say(found.textContent);
     });

@@ -6,7 +6,7 @@ import { errorBox, h } from "./dom.js";
 import { editView } from "./edit.js";
 import { generateView } from "./generate.js";
 import { lookView } from "./look.js";
-import { ffnName, set, state } from "./state.js";
+import { ffnName, keepInTab, set, state } from "./state.js";
 import { whole } from "./texts.js";
 
 const VIEWS = ["generate", "look", "edit", "ablate"];
@@ -75,10 +75,11 @@ async function start() {
   document.title = `${state.model.name} · memoryllm`;
   state.prompt = "The file is";
   state.sampling.max_tokens = Math.min(48, Math.floor(state.model.context / 2));
+  keepInTab();
   const edit = {};
   const look = lookView(view("look"), edit);
-  const lookAt = (tokens, index) => {
-    set("sequence", tokens);
+  const lookAt = (text, index) => {
+    set("text", text);
     look.position(index);
     open("look");
     look.focus();

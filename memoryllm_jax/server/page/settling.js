@@ -11,7 +11,7 @@ const NAMES = { residual: "Residual", attention: "Attention", output: "Layer's o
 const nameOf = (part) => NAMES[part] ?? ffnName(part);
 
 const HEIGHT = 200;
-const EDGE = { left: 44, right: 12, top: 10, bottom: 28 };
+const EDGE = { left: 56, right: 12, top: 10, bottom: 28 };
 
 function partsOf(found) {
   return PARTS.filter((part) => found.layers.some((layer) => layer.parts[part]));

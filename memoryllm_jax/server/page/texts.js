@@ -68,3 +68,8 @@ export function signed(x, digits = digitsOf(x)) {
 export function whole(n) {
   return n.toLocaleString("en-US");
 }
+
+/** How many of something there are, with its noun. */
+export function count(n, noun) {
+  return `${whole(n)} ${noun}${n === 1 ? "" : "s"}`;
+}

@@ -22,13 +22,12 @@ export function tokenTexts(tokens) {
   );
 }
 
-function bar(share) {
+/** A bar that shows a share. */
+export function bar(share) {
   const line = h("span", { class: "bar", "aria-hidden": "true" }, h("span", {}));
   line.firstChild.style.width = `${Math.max(1, 100 * Math.min(1, share))}%`;
   return line;
 }
-
-export { bar };
 
 function alternatives(token) {
   const rows = token.alternatives.map((other) =>
@@ -44,12 +43,13 @@ function alternatives(token) {
 }
 
 function tipContent(token) {
-  const known = token.logProb !== null && token.logProb !== undefined;
+  const known = Number.isFinite(token.logProb);
+  const unknown = token.logProb === null ? "first token: nothing predicts it" : "generate to see its probability";
   return [
     h("p", { class: "tip-head" }, tokenText(token.text), h("span", { class: "quiet" }, `#${token.id}`)),
     known
       ? h("p", {}, `probability ${percent(Math.exp(token.logProb))}`)
-      : h("p", { class: "quiet" }, "first token: nothing predicts it"),
+      : h("p", { class: "quiet" }, unknown),
     known && token.alternatives?.length > 0 && alternatives(token),
     h("p", { class: "quiet" }, "click or Enter: look inside"),
   ];
@@ -138,7 +138,7 @@ export class Strip {
       },
       h("bdi", { dir: "auto" }, running(token.text)),
     );
-    if (token.logProb !== null && token.logProb !== undefined) {
+    if (Number.isFinite(token.logProb)) {
       // From nothing at a probability of 1 to the full tint at 1/1000.
       chip.style.setProperty("--surprise", Math.min(1, -token.logProb / Math.log(1000)).toFixed(3));
     }
