@@ -54,7 +54,7 @@ class LossMeter:
             self._data = run_data.find_own(engine.trained)
         except UserError as error:
             # Not an error: a model is served without its data too. Requests do not learn paths of the server.
-            print(f"no held-out text: {error}", file=sys.stderr)
+            print(f"no held-out text, so losses are measured on texts of requests alone: {error}", file=sys.stderr)
         self.has_held_out = bool(self._data)
 
     def measure(self, changed: Changed, text: str | None, begin: Callable[[str], Callable[[float], None]]) -> Losses:

@@ -29,6 +29,7 @@ from memoryllm_jax.common import options
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.common.progress import Progress
+from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.inference.decoder import bucket
 from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.model.token_memory import TokenRows
@@ -65,7 +66,7 @@ class Teaching:
     target: Annotated[tuple[str, ...], Option("text to follow the prompt of --teach, such as ' Y'", many=True)] = ()
     token: Annotated[
         tuple[str, ...],
-        Option("token whose rows --teach changes; by default the one of the largest id in each prompt", many=True),
+        Option("token whose rows --teach changes; by default the rarest of each prompt, judged by its id", many=True),
     ] = ()
     method: Method = Method()
 
@@ -110,8 +111,7 @@ def learn(
     Args:
       engine: a model with FFN-M; its rows may be live, those of a ToL file, or edited.
       lessons: at least one.
-      tokens: the tokens whose rows change, each as text or #ID. By default the one of the largest id in each prompt:
-        vocabularies of byte pairs number their tokens by frequency, so that it is the rarest.
+      tokens: the tokens whose rows change, each as text or #ID. By default the `rarest_token` of each prompt.
       layers: layers whose rows may change; None for all.
       method: by default `Method()`.
     Raises: UserError, also if a target does not become that likely.
@@ -152,10 +152,19 @@ def described(engine: Engine, lessons: Sequence[Lesson], learned: Learned) -> st
     return f"teach {', '.join(said)} with {', '.join(changed)}"
 
 
+def rarest_token(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+    """The largest id of those with more than one character, as a guess at the rarest token of a prompt.
+
+    Vocabularies of byte pairs number their merged tokens by frequency. Single characters are frequent, whatever their
+    ids: sentencepiece numbers them last.
+    """
+    return max(ids, key=lambda i: (len(tokenizer.decode([i])) > 1, i))
+
+
 def _tokens(engine, lessons, encoded: list[EncodedLesson], names) -> list[int]:
     """The ids of the tokens whose rows change. Raises: ArgumentError if they and the prompts do not fit."""
     if not names:
-        return sorted({max(lesson.prompt) for lesson in encoded})
+        return sorted({rarest_token(engine.tokenizer, lesson.prompt) for lesson in encoded})
     ids = [engine.tokenizer.token(name, "token", engine.config.vocab_size) for name in names]
     for name, token in zip(names, ids):
         if not any(token in lesson.prompt for lesson in encoded):

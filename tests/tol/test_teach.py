@@ -65,6 +65,17 @@ def test_the_target_follows_and_text_without_the_token_stays_the_same(lab, taugh
     np.testing.assert_array_equal(after[1].log_probs_T, before[1].log_probs_T)
 
 
+def test_the_rarest_token_is_no_single_character(lab):
+    with opened(lab.tol("flex-3")) as tol:
+        tokenizer = tol.tokenizer()
+    # The tokenizer has merges in the order of their frequency, and then all characters.
+    ids = tokenizer.encode_prompt("the value of zz")
+    texts = [tokenizer.decode([i]) for i in ids]
+    assert texts[-1] == "z" and max(ids) == ids[-1]
+    assert len(tokenizer.decode([teach.rarest_token(tokenizer, ids)])) > 1
+    assert teach.rarest_token(tokenizer, ids[-1:]) == ids[-1]
+
+
 def test_own_texts_do_not_hold_the_answers_that_are_to_change(lab):
     with lab.model("flex-3", lab.tol("flex-3")) as model:
         encoded = [lessons.encode(model, lessons.Lesson(PROMPT, TARGET))]
