@@ -50,9 +50,12 @@ def bind(host: str, port: int) -> socket.socket:
         bound.close()
         if error.errno == errno.EADDRNOTAVAIL:
             raise ArgumentError("host", f"{not_here}: {error.strerror}") from error
-        problem = f"expected a free port on {host}, found that {port} cannot be used: {error.strerror}"
-        raise ArgumentError("port", problem) from error
+        raise _not_free(host, port, error) from error
     return bound
+
+
+def _not_free(host: str, port: int, error: OSError) -> ArgumentError:
+    return ArgumentError("port", f"expected a free port on {host}, found that {port} cannot be used: {error.strerror}")
 
 
 def address_of(bound: socket.socket) -> str:
@@ -75,9 +78,14 @@ def run(
       on_ready: called when connections are accepted.
       on_stop: called at the first signal.
       end_s: seconds after which what still runs is ended.
+    Raises: ArgumentError if another process has begun to listen on the address since `bind`.
     """
     server = Server(config(app, end_s), on_ready, on_stop)
     with contextlib.closing(bound):
+        try:
+            bound.listen(_BACKLOG)
+        except OSError as error:
+            raise _not_free(*bound.getsockname()[:2], error) from error
         asyncio.run(server.serve(sockets=[bound]))
 
 

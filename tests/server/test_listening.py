@@ -83,9 +83,13 @@ def test_addresses():
     with listening.bind("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
         assert listening.address_of(bound) == f"http://127.0.0.1:{port}"
+        other = listening.bind("127.0.0.1", port)  # another server that is starting too
         bound.listen()
-        with pytest.raises(ArgumentError, match=rf"port: expected a free port on 127.0.0.1, found that {port} cannot"):
+        taken = rf"port: expected a free port on 127.0.0.1, found that {port} cannot"
+        with pytest.raises(ArgumentError, match=taken):
             listening.bind("127.0.0.1", port)
+        with pytest.raises(ArgumentError, match=taken):
+            listening.run(None, other, lambda: None, lambda: None, end_s=1)
     for host in ("nowhere.invalid", "a..b", "192.0.2.1"):
         with pytest.raises(ArgumentError, match=f"host: expected an address of this machine, found '{host}': .*[a-z]"):
             listening.bind(host, 0)
