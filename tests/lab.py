@@ -39,6 +39,8 @@ DESCRIPTION = Description(
 CONTEXT = 32  # context of the models that `Lab` trains, in tokens
 TOKENS = 12 * CONTEXT  # length of the text that models are compared on: whole windows, so that only one shape compiles
 GREEDY = Sampling(temperature=0)
+# For `jax.jit`: as XLA compiles outside of the tests, which fuses operations and orders sums as it likes
+OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hf", "golden_hf")
 
 

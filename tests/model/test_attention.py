@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lab import OPTIMISED
 
 from memoryllm_jax import config
 from memoryllm_jax.common.errors import UserError
@@ -166,9 +167,7 @@ def test_attention_over_a_cache_has_the_same_bits_for_any_number_of_segments_tha
     def attend(cache, reach):
         return attention.Past(cache, position_BT, reach).attend(q, new)
 
-    # As XLA compiles outside of the tests: without optimisation a longer span would have the same bits too.
-    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-    attend = jax.jit(attend, compiler_options=options)
+    attend = jax.jit(attend, compiler_options=OPTIMISED)  # else a longer span would have the same bits too
     found = [attend(parts, attention.Reach(segments=np.int32(count)))[0] for count in (2, 3, len(parts))]
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])
