@@ -15,11 +15,13 @@ const KEY = "api key";
 let asking = null;
 
 /** Asks for the API key, once for all requests that wait for it. */
-function askForKey() {
+function askForKey(wasRefused) {
   asking ??= new Promise((resolve) => {
     const dialog = document.getElementById("key-dialog");
     const input = document.getElementById("key-input");
     input.value = "";
+    document.getElementById("key-note").textContent =
+      `${wasRefused ? "It did not accept the last one. " : ""}The page keeps it until the tab is closed.`;
     dialog.addEventListener(
       "close",
       () => {
@@ -65,7 +67,7 @@ async function request(method, path, body, signal, more = {}) {
     if (error.name === "AbortError") throw error;
     throw new RequestError("The server cannot be reached. Is it still running?", 0);
   }
-  if (response.status === 401 && (sessionStorage.getItem(KEY) !== key || (await askForKey()))) {
+  if (response.status === 401 && (sessionStorage.getItem(KEY) !== key || (await askForKey(key !== null)))) {
     return request(method, path, body, signal, more);
   }
   if (!response.ok) throw await failure(response);

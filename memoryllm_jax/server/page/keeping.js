@@ -16,7 +16,7 @@ export function keeping() {
     autocomplete: "off",
   });
   const keep = h("button", { type: "submit" }, "Keep");
-  const kept = h("select", { "aria-label": "Kept overlays" });
+  const kept = h("select", {});
   const load = h("button", { type: "button", click: open }, "Load");
   const keepForm = h(
     "form",
