@@ -115,6 +115,7 @@ class _Look:
                 "can_edit": c.memory_dim > 0,
                 "can_look": True,
                 "views": self._views(),
+                "keeps_rows": self._looker.keeps_rows,
                 "overlays": await asyncio.to_thread(self._served.editing.names),
                 "keeps_overlays": bool(self._served.options.overlays),
                 "has_chat": self._served.chat is not None,

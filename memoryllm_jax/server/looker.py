@@ -14,6 +14,7 @@ from memoryllm_jax.analysis import views
 from memoryllm_jax.analysis.key_values import KeyValueModel, Parameters
 from memoryllm_jax.analysis.neighbours import neighbours_of
 from memoryllm_jax.analysis.vocabulary import key_triggers
+from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data.tokenizer import token_texts
 from memoryllm_jax.inference.decoder import bucket
 from memoryllm_jax.inference.engine import Engine
@@ -21,7 +22,8 @@ from memoryllm_jax.inference.rows import RowSource
 from memoryllm_jax.tol.cached_rows import CachedRows
 from memoryllm_jax.tol.edited_rows import EditedRows
 from memoryllm_jax.tol.overlay import Overlay
-from memoryllm_jax.tol.sources import FileSource, Repair
+from memoryllm_jax.tol.rows import FileRows
+from memoryllm_jax.tol.sources import FileSource, Repair, gives_rows
 
 # The rows of all tokens are kept on the device if they take at most this much: a second search for neighbours is then a
 # product with them. Larger ones are computed or read again for each search.
@@ -79,6 +81,7 @@ class Looker:
       params: its parameters, which others may share.
     Attributes:
       has_rows: whether tokens have rows, which the views of a token and of its neighbours show.
+      keeps_rows: whether the rows of all tokens are kept, so that all searches for neighbours but the first are quick.
     """
 
     def __init__(self, engine: Engine, rows: RowSource, params: Parameters):
@@ -90,7 +93,8 @@ class Looker:
         self._source = _Fetched(functools.partial(_fetch, rows))
         self._kept: dict[tuple[int, int], jax.Array] = {}
         size = 4 * self.config.vocab_size * self.config.layers * self.config.row_dim
-        self._keeps = size <= KEPT_BYTES
+        self.keeps_rows = size <= KEPT_BYTES
+        self._is_checked = False  # whether FFN-M is that of the file's rows
 
     @functools.cached_property
     def _file(self) -> FileSource | None:
@@ -232,8 +236,19 @@ class Looker:
         return [(token, c) for token, c in pairs if token >= 0]
 
     def _read_weights(self, begin):
-        """Reads what the engine does not hold: with a ToL file, FFN-M and an untied embedding. They are kept."""
+        """Reads what the engine does not hold: with a ToL file, FFN-M and an untied embedding. They are kept.
+
+        Raises: UserError if the rows of the file come from other weights: their keys would not be those of the rows.
+        """
         self._params.read(begin("reading the weights of FFN-M", is_kept=True))
+        rows, trained = self._engine.rows, self._engine.trained
+        if isinstance(rows, FileRows) and not self._is_checked:
+            begin("checking the weights of FFN-M", is_kept=True)
+            found = trained.digest(functools.partial(gives_rows, trained), self._params)
+            if found != rows.tol.metadata["rows_digest"]:
+                expected = f"expected the weights that the rows of {rows.tol.path} were made from"
+                raise UserError(f"{trained.workdir}, step {trained.step}: {expected}, found others")
+            self._is_checked = True
 
     def _vectors(self, layer: int, ids_N: np.ndarray) -> jax.Array:
         """Rows for a search, whose chunks are the same each time. float32, as cosines in bfloat16 would tie."""
@@ -241,7 +256,7 @@ class Looker:
         if len(ids_N) > 1 and place in self._kept:
             return self._kept[place]
         rows_ND = self._passing.rows(layer, ids_N).astype(jnp.float32)
-        if len(ids_N) > 1 and self._keeps:
+        if len(ids_N) > 1 and self.keeps_rows:
             self._kept[place] = rows_ND
         return rows_ND
 

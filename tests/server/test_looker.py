@@ -7,6 +7,7 @@ from lab import GREEDY, opened
 
 from memoryllm_jax.analysis import vocabulary
 from memoryllm_jax.analysis.key_values import Parameters
+from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.server.looker import Looker
 from memoryllm_jax.server.worker_rows import WorkerRows
 from memoryllm_jax.tol.sources import read_rows
@@ -51,11 +52,18 @@ def test_the_neighbours_of_a_token_are_those_by_the_rows_that_are_served(looked)
             np.testing.assert_allclose(cosines, cosine_V[list(ids)], atol=1e-5)
 
 
-def test_the_rows_of_a_token_are_those_that_are_served_and_its_keys_those_of_the_weights(looked, lab):
+def test_the_rows_of_a_token_are_those_that_are_served_and_its_keys_those_of_the_weights(looked, lab, monkeypatch):
     engine, looker, name, rows_VLD = looked
     began = Began()
+    parts = ["reading the weights of FFN-M"]
+    if name == "tied":  # from a file
+        parts.append("checking the weights of FFN-M")
+        monkeypatch.setitem(engine.rows.tol.metadata, "rows_digest", "0")
+        with pytest.raises(UserError, match=r"expected the weights that the rows .* were made from, found others"):
+            looker.token(SEEN, 4, Began())
+        monkeypatch.undo()
     layers = looker.token(SEEN, 4, began)
-    assert began == ["reading the weights of FFN-M", ""] and not looker._params.missing
+    assert began == [*parts, ""] and not looker._params.missing
     assert looker._params["layers"] is engine.params["layers"]  # no second copy of what the engine holds
     norms = np.linalg.norm(rows_VLD[SEEN], axis=1)
     np.testing.assert_allclose([layer.norm for layer in layers], norms, rtol=1e-5)

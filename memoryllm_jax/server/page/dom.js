@@ -65,6 +65,13 @@ export function errorBox(error) {
   return h("p", { class: "error", role: "alert" }, `${error.message}${wait}`);
 }
 
+/** The time that a part of some work still takes at its speed so far, for the end of a line; "" while it is unclear. */
+function timeLeft(share, seconds) {
+  const left = share > 0 ? (seconds / share) * (1 - share) : 0;
+  if (seconds < 3 || left < 3) return "";
+  return left < 90 ? `, about ${Math.round(left)} s left` : `, about ${Math.round(left / 60)} min left`;
+}
+
 /**
  * One place of the page with work on demand: starting new work cancels the one before.
  *
@@ -96,9 +103,12 @@ export class Task {
     const show = () => this.place.replaceChildren(h("p", { class: "progress" }, words, bar));
     this.timer = setTimeout(show, 300);
     try {
+      let part = null;
+      let began = 0;
       const setDone = (share, doing) => {
+        if (doing !== part) [part, began] = [doing, performance.now()];
         bar.value = share;
-        words.textContent = doing || label;
+        words.textContent = (doing || label) + timeLeft(share, (performance.now() - began) / 1000);
       };
       const quiet = () => {
         clearTimeout(this.timer);

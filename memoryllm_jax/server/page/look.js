@@ -88,7 +88,7 @@ export function lookView(view, edit) {
     if (index !== null) await showSettling(index);
     if (!hasMemory || shown !== mine) return;
     await showRows(token);
-    if (shown === mine) await showNearest(null);
+    if (shown === mine) await showNearest();
   }
 
   function showSubject() {
@@ -182,18 +182,23 @@ export function lookView(view, edit) {
     ].filter(Boolean);
   }
 
-  async function showNearest(chosen) {
+  async function showNearest() {
     near.element.hidden = false;
     near.content.replaceChildren();
     const { token } = shown;
     const scope = h("select", { "aria-label": "Layers to compare" }, h("option", { value: "" }, "all layers together"));
     shown.layers.forEach((at) => scope.append(h("option", { value: String(at.layer) }, `layer ${at.layer}`)));
-    scope.value = chosen === null ? "" : String(chosen);
     const list = h("div", {});
-    scope.addEventListener("change", () => find(scope.value === "" ? null : Number(scope.value)));
-    near.content.append(h("div", { class: "row" }, scope), list);
+    // Where rows are not kept, a search may take minutes of all processors: it is made only when it is asked for.
+    const isQuick = state.model.keeps_rows;
+    const start = isQuick ? "" : h("button", { type: "button", click: find }, "Compare with all tokens");
+    if (isQuick) scope.addEventListener("change", find);
+    else scope.value = String(layer);
+    near.content.append(h("div", { class: "row" }, scope, start), list);
 
-    function find(wanted) {
+    function find() {
+      list.replaceChildren();
+      const wanted = scope.value === "" ? null : Number(scope.value);
       return near.task.run("Comparing with the rows of all tokens", async (signal, setDone) => {
         const { tokens } = await result(
           "/api/look/nearest",
@@ -205,7 +210,7 @@ export function lookView(view, edit) {
       });
     }
 
-    await find(chosen);
+    if (isQuick) await find();
   }
 
   return {

@@ -1,6 +1,6 @@
 // The change of the loss on held-out text, or on a text that the person gives.
 
-import { post } from "./api.js";
+import { result } from "./api.js";
 import { Task, field, h, say } from "./dom.js";
 import { onChange, state } from "./state.js";
 import { count, signed } from "./texts.js";
@@ -22,9 +22,9 @@ export function lossSection(title, name, changesOf) {
 
   async function measure() {
     found.replaceChildren();
-    await task.run("Scoring the text with and without the changes", async (signal) => {
+    await task.run("Scoring the text with and without the changes", async (signal, setDone) => {
       const body = { ...changesOf(), text: own.value || null };
-      const { before, after, tokens } = await post("/api/edit/loss", body, signal);
+      const { before, after, tokens } = await result("/api/edit/loss", body, signal, setDone);
       found.replaceChildren(
         h("strong", {}, signed(after - before, 4)),
         ` nats a token: ${before.toFixed(4)} before, ${after.toFixed(4)} after, over ${count(tokens, "token")}`,
