@@ -16,6 +16,8 @@ from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import TEMPERATURES, is_temperature
 from memoryllm_jax.inference import ahead
 
+_LARGEST = 1024  # so many of the largest logits nearly always decide top_k and top_p, without a sort of all
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -49,15 +51,13 @@ def draw(logits_BV, seed, sequence_B, position_B, sampling: Sampling, vocab_size
     """
     logits_BV = without_padding(logits_BV, vocab_size)
     if sampling.temperature == 0:
-        return logits_BV.argmax(-1)
+        return _likeliest(logits_BV)
     logits_BV /= sampling.temperature
-    if sampling.top_k:
-        least = jax.lax.top_k(logits_BV, min(sampling.top_k, vocab_size))[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
-    if sampling.top_p < 1:
-        sorted_BV = -jnp.sort(-logits_BV, -1)
-        logits_BV = jnp.where(logits_BV < _least_of_share(sorted_BV, sampling.top_p), -jnp.inf, logits_BV)
-    return jax.vmap(_draw_one, (0, None, 0, 0))(logits_BV, seed, sequence_B, position_B)
+    if sampling.top_k or sampling.top_p < 1:
+        B = len(logits_BV)
+        top_k_B = jnp.full(B, min(sampling.top_k, vocab_size), jnp.int32)
+        logits_BV = _limited(logits_BV, top_k_B, jnp.full(B, sampling.top_p, jnp.float32))
+    return _sampled(logits_BV, jnp.broadcast_to(seed, sequence_B.shape), sequence_B, position_B)
 
 
 class Draws(NamedTuple):
@@ -87,15 +87,16 @@ def draw_each(logits_BV, draws: Draws, position_B, vocab_size: int):
     Returns: token ids below `vocab_size`, int32 [B].
     """
     logits_BV = without_padding(logits_BV, vocab_size)
-    likeliest_B = logits_BV.argmax(-1).astype(jnp.int32)
+    likeliest_B = _likeliest(logits_BV)
     is_greedy_B = draws.temperature_B == 0
-    has_limit_B = ~is_greedy_B & ((draws.top_k_B > 0) | (draws.top_p_B < 1))
+    top_k_B, top_p_B = jnp.where(is_greedy_B, 0, draws.top_k_B), jnp.where(is_greedy_B, 1, draws.top_p_B)
+    has_limit = ((top_k_B > 0) | (top_p_B < 1)).any()
 
     def sample():
         scaled_BV = logits_BV / jnp.where(is_greedy_B, 1, draws.temperature_B)[:, None]
-        limited_BV = jax.lax.cond(has_limit_B.any(), lambda: _limited(scaled_BV, draws), lambda: scaled_BV)
-        drawn_B = jax.vmap(_draw_one)(limited_BV, draws.seed_B, draws.number_B, position_B)
-        return jnp.where(is_greedy_B, likeliest_B, drawn_B.astype(jnp.int32))
+        limited_BV = jax.lax.cond(has_limit, lambda: _limited(scaled_BV, top_k_B, top_p_B), lambda: scaled_BV)
+        drawn_B = _sampled(limited_BV, draws.seed_B, draws.number_B, position_B)
+        return jnp.where(is_greedy_B, likeliest_B, drawn_B)
 
     return jax.lax.cond(is_greedy_B.all(), lambda: likeliest_B, sample)
 
@@ -105,25 +106,67 @@ def without_padding(logits_BV, vocab_size: int):
     return jnp.where(jnp.arange(logits_BV.shape[1]) < vocab_size, logits_BV, -jnp.inf)
 
 
-def _limited(logits_BV, draws):
-    """The logits, -inf for ids outside each sequence's top_k and top_p."""
-    sorted_BV = -jnp.sort(-logits_BV, -1)
-    kth_B1 = jnp.take_along_axis(sorted_BV, jnp.maximum(draws.top_k_B - 1, 0)[:, None], -1, mode="clip")
-    least_B1 = jnp.where(draws.top_k_B[:, None] > 0, kth_B1, -jnp.inf)
-    top_p_B1 = draws.top_p_B[:, None]
-    of_share_B1 = _least_of_share(jnp.where(sorted_BV < least_B1, -jnp.inf, sorted_BV), top_p_B1)
-    least_B1 = jnp.maximum(least_B1, jnp.where(top_p_B1 < 1, of_share_B1, -jnp.inf))
+def _limited(logits_BV, top_k_B, top_p_B):
+    """The logits, -inf for ids outside each sequence's top_k (0: all) and top_p."""
+
+    def from_sort():
+        return _least_kept(logits_BV, -jnp.sort(-logits_BV, -1), top_k_B, top_p_B)[0]
+
+    def from_largest():
+        # Behind a barrier: where a part of the result is read, XLA replaces top_k by a sort of all.
+        largest_BN = jax.lax.optimization_barrier(jax.lax.top_k(logits_BV, _LARGEST)[0])
+        least_B1, is_known_B1 = _least_kept(logits_BV, largest_BN, top_k_B, top_p_B)
+        sorted_B1 = jax.lax.cond(is_known_B1.all(), lambda: least_B1, from_sort)
+        # Whether others need the sort must not change a sequence's result.
+        return jnp.where(is_known_B1, least_B1, sorted_B1)
+
+    if logits_BV.shape[1] <= _LARGEST:
+        least_B1 = from_sort()
+    else:
+        # An accelerator sorts quickly, and would wait for the host at the condition.
+        least_B1 = jax.lax.platform_dependent(cpu=from_largest, default=from_sort)
     return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
 
 
-def _least_of_share(sorted_BV, top_p):
-    """The least of the logits, sorted from the largest on, whose tokens together hold the share `top_p`, [B, 1]."""
-    p_BV = jax.nn.softmax(sorted_BV, -1)
+def _least_kept(logits_BV, largest_BN, top_k_B, top_p_B):
+    """The least logits within top_k and top_p, as far as the largest logits tell.
+
+    Args:
+      largest_BN: the N largest logits, the largest first.
+    Returns: (float32 [B, 1], whether the N largest suffice to know it, bool [B, 1]).
+    """
+    top_k_B1, top_p_B1, N = top_k_B[:, None], top_p_B[:, None], largest_BN.shape[1]
+    kth_B1 = jnp.take_along_axis(largest_BN, jnp.clip(top_k_B1 - 1, 0, N - 1), -1)
+    kth_B1 = jnp.where(top_k_B1 > 0, kth_B1, -jnp.inf)
+
+    def weights(x):
+        return jnp.where(x < kth_B1, 0, jnp.exp(x - largest_BN[:, :1]))
+
+    p_BN = weights(largest_BN) / weights(logits_BV).sum(-1, keepdims=True)
     # The sum before a token decides, so that the token that reaches top_p is kept too.
-    is_kept = jnp.cumsum(p_BV, -1) - p_BV < top_p
-    return jnp.where(is_kept, sorted_BV, jnp.inf).min(-1, keepdims=True)
+    is_kept_BN = jnp.cumsum(p_BN, -1) - p_BN < top_p_B1
+    of_share_B1 = jnp.where(is_kept_BN, largest_BN, jnp.inf).min(-1, keepdims=True)
+    least_B1 = jnp.maximum(kth_B1, jnp.where(top_p_B1 < 1, of_share_B1, -jnp.inf))
+    # What follows the N largest is dropped by top_p, or by top_k except where it equals the k-th.
+    is_dropped_B1 = ~is_kept_BN[:, -1:] | (largest_BN[:, -1:] <= kth_B1)
+    return least_B1, (top_k_B1 <= N) & (is_dropped_B1 | (top_p_B1 >= 1))
 
 
-def _draw_one(logits_V, seed, sequence, position):
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sequence), position)
-    return jax.random.categorical(key, logits_V)
+def _likeliest(logits_BV):
+    """The id of each largest logit, the first of equal ones, int32 [B]. On a CPU, `argmax` takes ten times as long."""
+    # Else the CPU computes what the logits are made of twice, once for each use.
+    logits_BV = jax.lax.optimization_barrier(logits_BV)
+    V = logits_BV.shape[1]
+    is_largest_BV = logits_BV == logits_BV.max(-1, keepdims=True)
+    first_B = jnp.where(is_largest_BV, jnp.arange(V, dtype=jnp.int32), V).min(-1)
+    return jnp.where(first_B < V, first_B, 0)  # no logit is the largest if one is NaN
+
+
+def _sampled(logits_BV, seed_B, number_B, position_B):
+    """Draws from the softmax of each sequence's logits, as `jax.random.categorical` does, int32 [B]."""
+
+    def perturbed(logits_V, seed, number, position):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), position)
+        return jax.random.gumbel(key, logits_V.shape, logits_V.dtype) + logits_V
+
+    return _likeliest(jax.vmap(perturbed)(logits_BV, seed_B, number_B, position_B))
