@@ -95,8 +95,9 @@ def test_losses_are_those_of_evaluate(live, lab, data_path, tmp_path):
     with lab.model("flex-3", overlay=path) as engine:
         for number, contribution in ((1, Contribution()), (3, Contribution(drop_layers=(0,), alpha_compute=0.5))):
             engine.contribute(contribution)
-            assert found[number]["after"] == pytest.approx(loss_on(engine, data_path, 0), rel=1e-6)
-    assert all(losses["before"] == found[0]["after"] and losses["tokens"] == 2495 for losses in found)
+            assert found[number]["after"] == pytest.approx(loss_on(engine, data_path, 8192), rel=1e-6)
+    # The text comes with Python: its version decides whether there is more of it than is scored.
+    assert all(losses["before"] == found[0]["after"] and 2000 < losses["tokens"] <= 8192 for losses in found)
     assert len({losses["after"] for losses in found}) == 4
     shares: dict[str, list[float]] = {}
     live.losses.measure(
@@ -153,7 +154,7 @@ def test_64_requests_in_one_batch_have_the_texts_of_their_overlays_alone(served,
         assert alone.greedy_T[7:].all(), number
         log_probs_T = np.array(choice["logprobs"]["token_logprobs"])
         np.testing.assert_allclose(log_probs_T, alone.log_probs_T[7:], atol=1e-4)
-        assert (np.abs(log_probs_T - plain[number].log_probs_T[7:]).max() > 1e-3) == (number > 0)
+        assert (np.abs(log_probs_T - plain[number].log_probs_T[7:]).max() > 1e-4) == (number > 0)
 
 
 def of_tokens(count):
