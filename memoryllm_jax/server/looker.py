@@ -143,15 +143,28 @@ class Looker:
     @functools.cached_property
     def _folded(self) -> list[str]:
         """The texts of all tokens, without the difference of upper and lower case."""
-        return [text.casefold() for text in self._model.texts]
+        return [text.casefold() for text in self._texts]
+
+    @functools.cached_property
+    def _texts(self) -> list[str]:
+        """The texts of all tokens, as `shown` gives them."""
+        return [self._spelled(token, text) for token, text in enumerate(self._model.texts)]
+
+    @functools.cached_property
+    def _special(self) -> dict[int, str]:
+        return {token: spelling for spelling, token in self.tokenizer.special_tokens.items()}
+
+    def _spelled(self, token, text):
+        """The text of a token; a special token, which has none, by its spelling, as completions name it."""
+        return self._special.get(token, text) if text == f"#{token}" else text
 
     def shown(self, token: int) -> dict:
         """{"id", "text"} of a token."""
         return {"id": int(token), "text": self._text(int(token))}
 
     def _text(self, token):
-        texts = self._model.__dict__.get("texts")  # not those that still have to be made
-        return texts[token] if texts else token_texts(self.tokenizer, [token])[0]
+        texts = self.__dict__.get("_texts")  # not those that still have to be made
+        return texts[token] if texts else self._spelled(token, token_texts(self.tokenizer, [token])[0])
 
     def search(self, query: str, limit: int) -> tuple[list[int], int]:
         """Finds tokens by #ID or by a part of their text as pages show it; spaces may be written as such.
@@ -164,7 +177,7 @@ class Looker:
           limit: most tokens to return.
         Returns: (ids, number of tokens found).
         """
-        texts = self._model.texts
+        texts = self._texts
         wanted = query.replace(" ", "␣").replace("\n", "\\n").replace("\t", "\\t")
         groups: list[list[int]] = [[], [], [], []]
         number = query[1:] if query.startswith("#") else ""

@@ -94,5 +94,7 @@ def test_search_finds_the_likeliest_first(looked):
     assert ids[0] == space and total == len(ids) == sum(texts[space].casefold() in text.casefold() for text in texts)
     assert looker.search(wanted.upper(), 1000)[1] == total
     assert looker.search("#17", 5)[0][0] == 17
+    end = looker.tokenizer.special_tokens["</s>"]
+    assert looker.search("</s>", 5) == ([end], 1) and looker.shown(end) == {"id": end, "text": "</s>"}
     assert looker.search("", 3) == ([0, 1, 2], 512)
     assert looker.search("no token has this text", 3) == ([], 0)
