@@ -26,7 +26,7 @@ from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.tokenizer import token_texts
 from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.inference.rows import LiveRows
-from memoryllm_jax.model import transformer
+from memoryllm_jax.model import modules
 
 # The option --ffn of the analyses that look at one kind of FFN.
 FFN = Annotated[
@@ -312,12 +312,12 @@ def _coefficients(q_ND, gate_DF, up_DF, keys):
     if keys is not None:
         # Columns are picked before the products, which then take K / F of the time.
         gate_DF, up_DF = gate_DF[:, keys], up_DF[:, keys]
-    return transformer.swiglu_coefficients(q_ND, gate_DF, up_DF)
+    return modules.swiglu_coefficients(q_ND, gate_DF, up_DF)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _queries(config, table_VD, norm, ids_N):
-    return transformer.Norm(config).apply({"params": norm}, table_VD[ids_N][:, : config.dim])
+    return modules.Norm(config).apply({"params": norm}, table_VD[ids_N][:, : config.dim])
 
 
 @jax.jit
@@ -338,6 +338,6 @@ def _logits(config, norm, head_VD, x_ND, at_n, unit):
     if unit:
         # The 1e-30 keeps vectors of zeros, which say nothing, from becoming NaN.
         x_ND = x_ND * jax.lax.rsqrt(jnp.square(x_ND).mean(-1, keepdims=True) + 1e-30)
-    y_ND = transformer.Norm(config).apply({"params": norm}, x_ND)
+    y_ND = modules.Norm(config).apply({"params": norm}, x_ND)
     # float32 for a bfloat16 model too: rounded logits would tie.
     return jnp.einsum("nd,vd->nv", y_ND, head_VD, preferred_element_type=jnp.float32)

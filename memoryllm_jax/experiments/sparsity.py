@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoryllm_jax.config import ModelConfig
-from memoryllm_jax.model import sharding, transformer
+from memoryllm_jax.model import modules, sharding, transformer
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 DAMPING = 0.01  # added to the Gram matrix's diagonal, as a share of its mean, as in SparseGPT
@@ -106,7 +106,7 @@ def _grams(config, layer, x_BTD):
         "qkv": out.attention_input_BTD,
         "out": out.mixed_BTHK,
         "up": out.ffn_input_BTD,
-        "down": transformer.swiglu_coefficients(out.ffn_input_BTD, ffn["gate"], ffn["up"]),
+        "down": modules.swiglu_coefficients(out.ffn_input_BTD, ffn["gate"], ffn["up"]),
     }
 
     def gram(x):

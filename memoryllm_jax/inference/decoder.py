@@ -236,7 +236,7 @@ class Decoder:
             out = transformer.apply_layer(c, layer_params, x_BTD, ffn_SUD, index_SN, rope, past, factors)
             x_BTD = out.x_BTD
             written.append(out.keys_values)
-        x_BTD = transformer.Norm(c).apply({"params": params["final_norm"]}, x_BTD)
+        x_BTD = sequences.normalised(c, params["final_norm"], x_BTD)
         return sequences.logits(c, params["head"], x_BTD[:, 0]), written
 
     def _steps_body(self, params, arrays, standing, rules, cache, rows, sampling, vocab_size, count):

@@ -166,7 +166,7 @@ def score(config, final_norm, head_VD, x_bTD, before_D, ids_T, has_alternatives,
     Returns: `Likelihoods` of each token.
     """
     x_TD = jnp.concatenate([before_D[None], x_bTD[0, :-1]])
-    x_TD = transformer.Norm(config).apply({"params": final_norm}, x_TD)
+    x_TD = sequences.normalised(config, final_norm, x_TD)
     # Logits are whole on each device, and at most LOGITS_BYTES at a time.
     T = len(ids_T)
     chunk = min(T, max(1, sequences.LOGITS_BYTES // (4 * head_VD.shape[0])))
@@ -190,5 +190,5 @@ def last_state(x_bTD, place: Place):
 
 def logits_after(config: ModelConfig, final_norm: dict, head_VD, last_D):
     """Logits [1, V] of the token after a position with this state. For use in jit."""
-    last_1D = transformer.Norm(config).apply({"params": final_norm}, last_D[None])
+    last_1D = sequences.normalised(config, final_norm, last_D[None])
     return sequences.logits(config, head_VD, last_1D)

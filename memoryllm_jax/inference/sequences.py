@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.inference import ahead
-from memoryllm_jax.model import attention, loss, transformer
+from memoryllm_jax.model import attention, loss, modules, transformer
 from memoryllm_jax.model.sharding import constrain, parts, spec, unpadded_embed
 from memoryllm_jax.model.token_memory import TokenRows, take_rows
 
@@ -159,7 +159,7 @@ def _log_probs_of_states(config, final_norm, head_VD, x_BTD, targets_SN):
 
 
 def normalised(config, final_norm, x):
-    return transformer.Norm(config).apply({"params": final_norm}, x)
+    return modules.Norm(config).apply({"params": final_norm}, x)
 
 
 def loss_options(config, head_VD, targets_SN):

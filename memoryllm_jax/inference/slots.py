@@ -275,11 +275,6 @@ class Slots:
         self._last_B[slot], self._position_B[slot], self._unread_B[slot] = -1, 0, 0
         self._before.pop(slot, None)
 
-    @property
-    def is_running(self) -> bool:
-        """Whether a step would do anything: some slot has a sequence that, as far as is known, goes on."""
-        return bool((self._settings.is_decoding_B & (self._next_positions() < self._settings.end_B)).any())
-
     def _next_positions(self):
         """The positions after the last tokens, if all steps are taken that are not read yet."""
         return self._position_B + self._unread_B + 1

@@ -22,132 +22,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.model import attention
-from memoryllm_jax.model.blocked_attention import SAVED
-from memoryllm_jax.model.sharding import batch_shards, constrain, padded, shardings, unpadded_embed
+from memoryllm_jax.model.modules import Norm, SwiGLU, matmul, output_std, parameter, weight
+from memoryllm_jax.model.sharding import batch_shards, constrain, padded, shardings
 from memoryllm_jax.model.token_memory import TokenRows, embed, take_rows
-
-
-def _parameter(module, name, shape, axes, std):
-    """A float32 parameter, stored with the padding that the mesh needs. Its values do not depend on the mesh.
-
-    A parameter that exists is taken as it is stored: training pads more than the mesh needs.
-    """
-    if module.has_variable("params", name):
-        return module.get_variable("params", name)
-
-    def init(key, stored_shape, dtype):
-        # Drawn before padding, because another shape would draw other values.
-        values = nn.initializers.normal(std)(key, shape, dtype)
-        return jnp.pad(values, [(0, stored - size) for size, stored in zip(shape, stored_shape)])
-
-    return module.param(name, nn.with_logical_partitioning(init, axes), padded(shape, axes), jnp.float32)
-
-
-def _weight(module, name, shape, axes, std):
-    """A parameter for `_matmul`: without padding of the model's width, and in the dtype of the computation.
-
-    With reduce_dtype float32 it stays as it is stored, and `_matmul` casts it.
-    """
-    w = _parameter(module, name, shape, axes, std)
-    if module.config.reduce_dtype != "float32":
-        w = w.astype(module.config.dtype)
-    return unpadded_embed(w, module.config.dim, axes)
-
-
-def _matmul(x, w):
-    """x[..., D] @ w[D, F] in the dtype of x. A wider w gets a gradient of its own dtype."""
-    # On a CPU, XLA multiplies [B T, D] twice as fast as [B, T, D].
-    product = _dot if w.dtype == x.dtype else _dot_with_wide_gradient
-    y = product(x.reshape(-1, x.shape[-1]), w)
-    return checkpoint_name(y, SAVED).reshape(*x.shape[:-1], w.shape[-1])
-
-
-def _dot(x_ND, w_DF):
-    """x @ w in the dtype of x."""
-    # On a CPU, XLA multiplies bfloat16 five times as fast if the result is float32.
-    on_cpu = jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu"
-    return jnp.dot(x_ND, w_DF, preferred_element_type=jnp.float32 if on_cpu else None).astype(x_ND.dtype)
-
-
-@jax.custom_vjp
-def _dot_with_wide_gradient(x_ND, w_DF):
-    """`_dot` for float32 weights, which are cast to the dtype of x. Their gradient is float32 before it is rounded.
-
-    Devices sum a product over their batch shards in the dtype of its result. Here that is float32.
-    """
-    return _dot(x_ND, w_DF.astype(x_ND.dtype))
-
-
-def _dot_forward(x_ND, w_DF):
-    # The cast weight is kept: if the backward pass cast it again, XLA would gather it a second time there.
-    w_DF = w_DF.astype(x_ND.dtype)
-    return _dot(x_ND, w_DF), (x_ND, w_DF)
-
-
-def _dot_backward(residuals, g_NF):
-    x_ND, w_DF = residuals
-    # Not _dot(g, w.T): XLA would gather w and its transpose, where the forward pass is recomputed just before.
-    (dx_ND,) = jax.linear_transpose(lambda x: _dot(x, w_DF), x_ND)(g_NF)
-    return dx_ND, jnp.dot(x_ND.T, g_NF, preferred_element_type=jnp.float32)
-
-
-_dot_with_wide_gradient.defvjp(_dot_forward, _dot_backward)
-
-
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm, with a scale and without bias."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x):
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale_D = self.param("scale", init, x.shape[-1:], jnp.float32)
-        y = x.astype(jnp.float32)  # bfloat16 has 8 bits of precision, too few for a mean of squares
-        if self.config.norm == "layernorm":
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
-        return (y * scale_D).astype(self.config.dtype)
-
-
-def swiglu_coefficients(q, gate, up, matmul=jnp.matmul):
-    """SiLU(q W_gate) * (q W_up), the coefficients by which SwiGLU weighs its values (paper, section 2.3.1).
-
-    Args:
-      q: queries [..., D].
-      gate, up: W_gate and W_up [D, F], or one column of each [D].
-      matmul: function that multiplies q with `gate` and with `up`; it decides the dtype of the result.
-    Returns: [..., F], or [...] for one column.
-    """
-    return nn.silu(matmul(q, gate)) * matmul(q, up)
-
-
-class SwiGLU(nn.Module):
-    """(SiLU(x W_gate) * (x W_up)) W_down. Columns of W_up are keys, rows of W_down values (paper, section 2.3.1)."""
-
-    config: ModelConfig
-    width: int
-
-    @nn.compact
-    def __call__(self, x):
-        D, F = x.shape[-1], self.width
-        std = self.config.init_std
-        gate_DF = _weight(self, "gate", (D, F), ("embed", "mlp"), std)
-        up_DF = _weight(self, "up", (D, F), ("embed", "mlp"), std)
-        down_FD = _weight(self, "down", (F, D), ("mlp", "embed"), _output_std(self.config))
-        return _matmul(swiglu_coefficients(x, gate_DF, up_DF, _matmul), down_FD)
-
-
-def _output_std(config):
-    """Initial standard deviation of matrices that write to the residual stream.
-
-    The stream sums two such results of each layer. Scaled like this, its variance does not grow with depth (GPT-2).
-    """
-    return config.init_std / (2 * config.layers) ** 0.5
 
 
 def rope_table(config: ModelConfig, positions):
@@ -220,8 +100,8 @@ class Attention(nn.Module):
         K = c.head_dim
 
         def project(name, heads):
-            w_DHK = _weight(self, name, (D, heads, K), ("embed", "heads", "head_dim"), c.init_std)
-            return _matmul(x_BTD, w_DHK.reshape(D, -1)).reshape(B, T, -1, K)
+            w_DHK = weight(self, name, (D, heads, K), ("embed", "heads", "head_dim"), c.init_std)
+            return matmul(x_BTD, w_DHK.reshape(D, -1)).reshape(B, T, -1, K)
 
         q = _rotate(project("q", c.heads), rope)
         k, v = _rotate(project("k", c.key_heads), rope), project("v", c.key_heads)
@@ -229,7 +109,7 @@ class Attention(nn.Module):
             value_BTHK = value_BTE.reshape(B, T, c.key_heads, K)
             padding = v.shape[2] - c.key_heads  # heads that pad the stored weights
             v = v + jnp.pad(value_BTHK, [(0, 0), (0, 0), (0, padding), (0, 0)])
-        out_HKD = _weight(self, "out", (c.heads, K, D), ("heads", "head_dim", "embed"), _output_std(c))
+        out_HKD = weight(self, "out", (c.heads, K, D), ("heads", "head_dim", "embed"), output_std(c))
         keys_values = attention.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
         if past is None:
             group = c.heads // c.key_heads
@@ -239,7 +119,7 @@ class Attention(nn.Module):
                 y = attention.causal_attention(q, jnp.repeat(k, group, 2), jnp.repeat(v, group, 2), c.attention)
         else:
             y, keys_values = past.attend(q, keys_values)  # it takes grouped heads as they are
-        return AttentionOutput(_matmul(y.reshape(B, T, -1), out_HKD.reshape(-1, D)), y, keys_values)
+        return AttentionOutput(matmul(y.reshape(B, T, -1), out_HKD.reshape(-1, D)), y, keys_values)
 
 
 class Gate(nn.Module):
@@ -250,12 +130,12 @@ class Gate(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, row_BTP):
         D, P = x_BTD.shape[-1], self.config.table_dim
-        gate_DP = _weight(self, "gate", (D, P), ("embed", "mlp"), self.config.init_std)
-        out_PD = _weight(self, "out", (P, D), ("mlp", "embed"), _output_std(self.config))
-        openness_BTP = nn.gelu(_matmul(x_BTD, gate_DP))
+        gate_DP = weight(self, "gate", (D, P), ("embed", "mlp"), self.config.init_std)
+        out_PD = weight(self, "out", (P, D), ("mlp", "embed"), output_std(self.config))
+        openness_BTP = nn.gelu(matmul(x_BTD, gate_DP))
         padding = openness_BTP.shape[-1] - P  # columns that pad the stored weights
         row_BTP = jnp.pad(row_BTP, [(0, 0), (0, 0), (0, padding)])
-        return _matmul(openness_BTP * row_BTP, out_PD)
+        return matmul(openness_BTP * row_BTP, out_PD)
 
 
 class Factors(NamedTuple):
@@ -409,7 +289,7 @@ class MemoryTable(nn.Module):
           take: function of (table [V, P] as stored, with padding; ids) that returns rows in the config's dtype.
         """
         c = self.config
-        table_VP = _parameter(self, "table", (c.vocab_size, c.row_dim), ("vocab", "embed"), c.init_std)
+        table_VP = parameter(self, "table", (c.vocab_size, c.row_dim), ("vocab", "embed"), c.init_std)
         row = take(table_VP, ids)[..., : c.row_dim]
         return Norm(c, name="norm")(row) if c.token_memory == "per_layer" else row
 
@@ -451,9 +331,9 @@ class LanguageModel(nn.Module):
     def setup(self):
         c = self.config
         shape, axes = (c.vocab_size, c.dim), ("vocab", "embed")
-        self.embedding_VD = _parameter(self, "embedding", shape, axes, c.init_std)
+        self.embedding_VD = parameter(self, "embedding", shape, axes, c.init_std)
         if not c.tie_embeddings:
-            self.head_VD = _parameter(self, "head", shape, axes, c.init_std)
+            self.head_VD = parameter(self, "head", shape, axes, c.init_std)
         self.layers = _over_layers(ScannedDecoderLayer, c, (0, nn.broadcast, nn.broadcast))(c)
         if c.row_dim:
             memory = ScannedMemoryLayer if c.memory_dim else ScannedMemoryTable

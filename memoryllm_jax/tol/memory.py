@@ -19,7 +19,7 @@ from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.inference.rows import live_x0
-from memoryllm_jax.model.transformer import Norm, swiglu_coefficients
+from memoryllm_jax.model.modules import Norm, swiglu_coefficients
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.sources import (
     FileSource,

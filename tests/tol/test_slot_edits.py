@@ -123,7 +123,7 @@ def test_texts_of_64_slots_with_64_overlays_are_those_of_generate(lab):
             slots.begin(slot, Settings(sampling=GREEDY, end=10))
             edits.place(slot, overlay)
             texts += [[slots.read_piece(slots.prefill(slot, prompts[slot], 0, False, True)).token]]
-        while slots.is_running:
+        while len(texts[0]) < 7:
             for text, token in zip(texts, slots.read(slots.step()).tokens_B.tolist()):
                 text.append(token)
         plain = written(engine, prompts, 7)
