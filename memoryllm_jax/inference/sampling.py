@@ -158,7 +158,9 @@ def _likeliest(logits_BV):
     logits_BV = jax.lax.optimization_barrier(logits_BV)
     V = logits_BV.shape[1]
     is_largest_BV = logits_BV == logits_BV.max(-1, keepdims=True)
-    first_B = jnp.where(is_largest_BV, jnp.arange(V, dtype=jnp.int32), V).min(-1)
+    # XLA for CPUs has fast minima of floats, not of integers. Floats up to 2^24 are exact.
+    dtype = jnp.float32 if V <= 1 << 24 else jnp.int32
+    first_B = jnp.where(is_largest_BV, jnp.arange(V, dtype=dtype), V).min(-1).astype(jnp.int32)
     return jnp.where(first_B < V, first_B, 0)  # no logit is the largest if one is NaN
 
 
