@@ -34,7 +34,7 @@ PACKAGES = (
 )
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Paths of this machine do not belong in a committed record.
-_PATH_FLAGS = re.compile(r"^(--(?:\w*data|hf|\w*workdir|tol|base|before|other|out|output|scratch|work))=.*")
+_PATH_FLAGS = re.compile(r"^(--(?:\w*data|english|hf|\w*workdir|tol|base|before|other|out|output|scratch|work))=.*")
 
 
 def facts() -> dict:
