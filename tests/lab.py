@@ -130,7 +130,7 @@ class HostRows:
 
     @property
     def arrays(self):
-        return self.live.arrays, jnp.asarray(self.held)
+        return self.live.arrays, jnp.array(self.held)  # a copy: a step under way reads what was held when it began
 
     def fetch(self, ids_U):
         return self.live.fetch(ids_U)

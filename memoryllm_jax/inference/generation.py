@@ -79,6 +79,13 @@ class _How(NamedTuple):
     steps_per_call: int
 
 
+class _Called(NamedTuple):
+    """A call that was dispatched: the tokens that it draws, and whether its first step finds its rows for sure."""
+
+    ids_kB: jax.Array
+    finds_rows: bool
+
+
 class _Generation:
     """B sequences that grow together: one for each prompt, and unused ones that pad the batch to its compiled shape.
 
@@ -112,25 +119,29 @@ class _Generation:
         if ahead.is_on():
             self._call()
             return
-        # The tokens that each call draws, int32 [steps, B], not read yet. The prefill has drawn the first ones.
-        calls = collections.deque([self.standing.tokens_B[None]])
+        # Calls whose tokens, int32 [steps, B], are not read yet. The prefill has drawn the first ones.
+        calls = collections.deque([_Called(self.standing.tokens_B[None], finds_rows=True)])
         while self.running:
             # The next call is dispatched before the tokens of this one are read, so that the device does not wait for
             # the host. It reads the tokens on the device. Where their rows have to be read first, it takes no step.
-            if len(calls) == 1 and self.done + len(calls[0]) < self.most:
-                calls.append(self._call())
-            ids_kB = np.asarray(calls.popleft())  # waits for the device
+            if len(calls) == 1 and self.done + len(calls[0].ids_kB) < self.most:
+                calls.append(_Called(self._call(), self.rows.on_device))
+            ids_kB = np.asarray(calls.popleft().ids_kB)  # waits for the device
             new, is_missing = [], False
             for ids_B in ids_kB[ids_kB[:, 0] >= 0]:
                 if not self.running:
                     break
                 new.append(self._read(ids_B))
-                ids = ids_B[sorted(self.running)]
-                if not self.rows.on_device and len(ids):
-                    is_missing = self.rows.hold(ids)
+                last_ids = ids_B[sorted(self.running)]
+                if not self.rows.on_device and len(last_ids):
+                    is_missing = self.rows.hold(last_ids)
+            if not new and not any(call.finds_rows for call in calls):
+                # Another text has displaced rows since they were held.
+                is_missing = True
+                self.rows.hold(last_ids)
             # Dispatched just after `hold`, so that it finds its rows even if another text displaces them later.
             if self.running and (is_missing or not calls):
-                calls.append(self._call())
+                calls.append(_Called(self._call(), finds_rows=True))
             # Yielded only now, so that the device works on the next step while the caller handles these tokens.
             yield from filter(None, new)
 

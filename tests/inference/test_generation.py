@@ -46,13 +46,32 @@ def test_a_text_does_not_depend_on_its_batch_or_on_where_rows_are(sources):
     assert texts(decoder, host, prompts) == texts(decoder, live, prompts)
 
 
-def test_texts_that_grow_in_turns_do_not_take_each_others_rows(sources):
+@pytest.mark.parametrize("steps", [1, 4])
+def test_texts_that_grow_in_turns_do_not_take_each_others_rows(sources, steps):
     decoder, live, host = sources
     prompts, settings = some_prompts(3, 9), Sampling(0.9)
     alone = [texts(decoder, live, [prompt], settings=settings)[0] for prompt in prompts]
-    growing = [generation.generate(decoder, host, [p], 12, settings, 0, CONTEXT, VOCAB) for p in prompts]
-    steps = [[token for [(_, token)] in of_prompt] for of_prompt in zip(*zip(*growing))]
-    assert steps == alone
+    growing = [
+        generation.generate(decoder, host, [p], 12, settings, 0, CONTEXT, VOCAB, steps_per_call=steps) for p in prompts
+    ]
+    grown = [[token for [(_, token)] in of_prompt] for of_prompt in zip(*zip(*growing))]
+    assert grown == alone
+
+
+def test_rows_that_are_displaced_as_soon_as_they_are_held_are_held_again(sources):
+    decoder, live, _ = sources
+    prompt, settings = some_prompts(3)[0], Sampling(0.9)
+
+    class Displaced(HostRows):
+        def hold(self, ids_U):
+            is_missing = super().hold(ids_U)
+            if len(self.asked) % 2:
+                self.held[:] = False
+            return is_missing
+
+    assert texts(decoder, Displaced(live), [prompt], settings=settings) == texts(
+        decoder, live, [prompt], settings=settings
+    )
 
 
 def test_texts_end_at_stop_tokens_the_context_and_max_tokens(sources):
