@@ -10,7 +10,7 @@ from memoryllm_jax.common import records
 from memoryllm_jax.server.errors import ApiError
 
 BODY_SECONDS = 30.0  # in which a body has to arrive
-_CLOSE = {"Connection": "close"}  # what still comes of a refused body is not read
+_CLOSE = {"Connection": "close"}  # the rest of a refused body is not read
 _LARGE = 1 << 16  # bytes; a larger body is decoded in a thread, so that the event loop is not held up
 
 

@@ -46,9 +46,9 @@ class ApiError(Exception):
 
 
 def of(error: Exception, what: str) -> ApiError:
-    """The error that a client is told of.
+    """The error to send to a client.
 
-    What is not meant for it goes to stderr: paths of the server, and a bug's traceback.
+    What clients must not learn goes to stderr: paths of the server, and a bug's traceback.
 
     Args:
       error: what was raised.

@@ -1,5 +1,6 @@
 """What completions and chat have in common: fields of requests, sequences to generate, and their results."""
 
+import abc
 import asyncio
 import secrets
 import time
@@ -155,7 +156,7 @@ def room(model: ServedModel, prompt: list[int], max_tokens: int | None, default:
     return wanted
 
 
-class Choice:
+class Choice(abc.ABC):
     """Turns the events of one sequence into the parts of a response.
 
     Args:
@@ -172,11 +173,12 @@ class Choice:
         self.new_tokens = -len(work.ids) if work.echo else 0
 
     def opening(self) -> dict | None:
-        """What a stream sends of it before its first token."""
+        """What a stream sends of it before its first token; None: nothing."""
+        return None
 
+    @abc.abstractmethod
     def content(self, tokens: list[Token], text: str, is_chunk: bool) -> dict:
         """The fields that hold these tokens and this text, "logprobs" among them."""
-        raise NotImplementedError
 
     def is_worth_sending(self, happened: list[Token | Finished]) -> bool:
         """Whether a chunk with these events would say anything: a token may have no text yet."""

@@ -1,4 +1,4 @@
-"""A cache of the values that were used last, bounded by their size."""
+"""A cache of the values that were used last, bounded by their sizes."""
 
 import threading
 from collections import OrderedDict
@@ -13,7 +13,7 @@ class Recent(Generic[K, V]):
     """The values that were used last, for any thread. A value larger than all of the room is made each time.
 
     Args:
-      room: bytes of all values together.
+      room: most that the sizes of all values come to, in the unit of `size`, such as bytes.
     """
 
     def __init__(self, room: int):

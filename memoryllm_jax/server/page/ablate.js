@@ -2,7 +2,7 @@
 
 import { SideBySide } from "./continuation.js";
 import { Pause, h } from "./dom.js";
-import { LayerChips, promptField, samplingFields } from "./fields.js";
+import { LayerChips } from "./fields.js";
 import { lossSection } from "./loss.js";
 import { changed, ffnName, onChange, state } from "./state.js";
 
@@ -82,19 +82,7 @@ export function ablateView(view, look) {
       ),
       h("div", { class: "row" }, reset),
     ),
-    h(
-      "section",
-      {},
-      h("h2", {}, "The text, beside the original"),
-      promptField(run),
-      h(
-        "div",
-        { class: "row" },
-        h("button", { type: "button", class: "primary", click: run }, "Generate both"),
-        samplingFields(),
-      ),
-      texts.element,
-    ),
+    texts.section("The text, beside the original", "Generate both", run),
     lossSection("The loss, beside the original", "factors", changes),
   );
 

@@ -2,6 +2,7 @@
 
 import { complete } from "./api.js";
 import { Task, h, say } from "./dom.js";
+import { promptField, samplingFields } from "./fields.js";
 import { completionBody, promptTokens, state } from "./state.js";
 import { whole } from "./texts.js";
 import { Strip } from "./tokens.js";
@@ -112,6 +113,18 @@ export class SideBySide {
     );
     this.original = { wanted: "", done: null };
     this.runs = 0;
+  }
+
+  /** A part of a view: prompt, sampling and both texts. `run` is called by the button and by Ctrl+Enter in the prompt. */
+  section(title, button, run) {
+    return h(
+      "section",
+      {},
+      h("h2", {}, title),
+      promptField(run),
+      h("div", { class: "row" }, h("button", { type: "button", class: "primary", click: run }, button), samplingFields()),
+      this.element,
+    );
   }
 
   /** Generates what is not there yet; `changes` are the fields of the request that change the model. */

@@ -3,7 +3,7 @@
 import { post } from "./api.js";
 import { SideBySide } from "./continuation.js";
 import { Pause, Task, errorBox, field, h, say } from "./dom.js";
-import { LayerChips, TokenSearch, promptField, samplingFields } from "./fields.js";
+import { LayerChips, TokenSearch } from "./fields.js";
 import { keeping } from "./keeping.js";
 import { lossSection } from "./loss.js";
 import { canUndo, changesBody, isChanged, onChange, setChanges, state, undoChanges } from "./state.js";
@@ -251,17 +251,5 @@ function comparison(view, look) {
   });
   onChange("changes", () => follow.start());
   view.addEventListener("shown", () => follow.start());
-  return h(
-    "section",
-    {},
-    h("h2", {}, "The text, before and after"),
-    promptField(run),
-    h(
-      "div",
-      { class: "row" },
-      h("button", { type: "button", class: "primary", click: run }, "Compare"),
-      samplingFields(),
-    ),
-    texts.element,
-  );
+  return texts.section("The text, before and after", "Compare", run);
 }
