@@ -5,16 +5,15 @@ overridden on the command line; `resolve` turns it into the frozen `Config` that
 """
 
 import dataclasses
-import difflib
-import math
 import re
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 
 import ml_collections
 
+from memoryllm_jax.common import fields
 from memoryllm_jax.common.errors import ArgumentError, UserError, shown
+from memoryllm_jax.common.fields import did_you_mean, field, flatten, rules
 
 ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn", "splash")
 # {what each layer looks up by token id: the name of the architectures that do, as in flex-B or value-B}
@@ -43,54 +42,6 @@ def is_temperature(value: float) -> bool:
     """Whether the value is a valid temperature of sampling, as `TEMPERATURES` says."""
     # Outside this range float32 logits overflow, or all differ by less than their rounding.
     return value == 0 or 1e-3 <= value <= 1e3
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """Which values of a field are valid, and whether the field may change on resume.
-
-    Attributes:
-      least, most: bounds of a number, inclusive.
-      above, below: bounds of a number, exclusive.
-      choices: the valid texts; empty: any text is valid.
-      resumable: whether the field may change when a run resumes from a checkpoint. Such fields decide where and how
-        fast a run trains, but not what it trains.
-    """
-
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
-    choices: tuple[str, ...] = ()
-    resumable: bool = False
-
-    def takes(self, value) -> bool:
-        """Whether the value is valid."""
-        if self.choices and value not in self.choices:
-            return False
-        return (
-            (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
-
-    def expected(self) -> str:
-        """The valid values in words, for an error message."""
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
-        bounds = {
-            "at least": self.least,
-            "at most": self.most,
-            "more than": self.above,
-            "less than": self.below,
-        }
-        return " and ".join(f"{words} {bound:,.10g}" for words, bound in bounds.items() if bound is not None)
-
-
-def field(default, **rule):
-    """A dataclass field whose metadata hold a `Rule` with these keywords."""
-    return dataclasses.field(default=default, metadata={"rule": Rule(**rule)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +76,10 @@ class ModelConfig:
     rope_high_freq_factor: float = 4.0
     rope_original_context: int = field(8192, above=0)  # tokens
     tie_embeddings: bool = False  # one table for input and output
+    # Normalise each head's queries and keys before the rotary embedding, as in Qwen3 and OLMo 2
+    qk_norm: bool = False
+    # c: logits become c tanh(logits / c), as in Gemma 2; 0: they stay as they are
+    logit_softcap: float = field(0.0, least=0)
     init_std: float = field(0.02, above=0)  # not given in the paper; output projections: init_std / sqrt(2 layers)
     dtype: str = field("bfloat16", choices=("bfloat16", "float32"))  # of the computation; parameters are float32
     # auto: splash on TPU, cudnn on NVIDIA in bfloat16, else blocked
@@ -199,6 +154,9 @@ class StartConfig:
     # Workdir of a trained or imported model; "": start from random parameters. base is converted to memory or flex-B
     workdir: str = ""
     step: int = field(-1, least=-1)  # step of the checkpoint; -1: the newest
+    # new: moments and step begin at zero; continue: the run goes on from the checkpoint's moments, step and place in
+    # the data, so that a decay branches off the stable part of another run
+    optimizer: str = field("new", choices=("new", "continue"))
     # FFN-M of a converted model: copy (a copy of base's FFN) or new (random)
     memory: str = field("copy", choices=("copy", "new"))
 
@@ -208,10 +166,13 @@ class DataConfig:
     """The training text and how it is read."""
 
     # A folder that `prepare` wrote, or its URL; several, separated by commas, are one stream in this order;
-    # embedded: Python's own texts, which are prepared in the workdir
+    # FOLDER:WEIGHT,FOLDER:WEIGHT is a mixture with these shares of the sequences; embedded: Python's own texts, which
+    # are prepared in the workdir
     path: str = field("embedded", resumable=True)
     # Passes over the training tokens at most; a run that needs more is refused
     epochs: int = field(1, least=1, resumable=True)
+    # Keep attention inside a document, with positions that start anew in each
+    document_mask: bool = False
     # Check the checksums of all file shards before training; each host checks its share, and the workdir remembers it
     verify: bool = field(True, resumable=True)
     threads: int = field(4, least=1, resumable=True)  # reader threads of each host
@@ -220,8 +181,14 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a warm-up and a cosine schedule. The defaults are those of the paper's Table 3, as far as it goes."""
+    """The optimizer and its schedule. The defaults are those of the paper's Table 3, as far as it goes."""
 
+    # muon: Muon for the matrices of the layers, AdamW for the other parameters
+    name: str = field("adamw", choices=("adamw", "muon"))
+    # After the warm-up: cosine to final_lr; wsd: constant, then down to final_lr over the last decay_share of the
+    # steps; constant
+    schedule: str = field("cosine", choices=("cosine", "wsd", "constant"))
+    decay_share: float = field(0.2, above=0, most=1)  # of the steps, in which wsd decays
     peak_lr: float = field(1e-4, above=0)
     final_lr: float = field(1e-5, least=0)
     warmup_steps: int = field(5000, least=0)
@@ -231,6 +198,14 @@ class OptimizerConfig:
     weight_decay: float = field(0.1, least=0)  # of matrices; norm scales have none
     clip_norm: float = field(1.0, above=0)  # largest global norm of the gradient; not given in the paper
     z_loss: float = field(1e-6, least=0)  # weight of the squared log-partition function
+    # Muon's own peak rate, momentum and weight decay; AdamW's parameters keep the fields above
+    muon_lr: float = field(0.02, above=0)
+    muon_momentum: float = field(0.95, least=0, below=1)
+    muon_weight_decay: float = field(0.1, least=0)
+    # Steps that a run may skip because their loss or gradient norm is not finite or a spike; one more ends the run
+    max_skipped: int = field(0, least=0)
+    # A spike is more than this many standard deviations above the running mean; 0: only what is not finite is skipped
+    spike_deviations: float = field(0.0, least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +233,11 @@ class EvalConfig:
 
     every: int = field(1000, least=1, resumable=True)  # steps between evaluations; the last step is always evaluated
     batches: int = field(0, least=0, resumable=True)  # held-out batches; 0: all of the validation split
+    # Tasks of the evaluation harness, separated by commas, that are run while the model trains; "": none
+    tasks: str = field("", resumable=True)
+    tasks_folder: str = field("", resumable=True)  # folder with the tasks' definitions and data; "": the harness's own
+    tasks_every: int = field(0, least=0, resumable=True)  # steps between runs of the tasks; 0: after the last step only
+    tasks_limit: int = field(0, least=0, resumable=True)  # examples of each task; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,14 +247,18 @@ class LogConfig:
     every: int = field(10, least=1, resumable=True)  # steps between lines of metrics
     tensorboard: bool = field(True, resumable=True)
     wandb: bool = field(False, resumable=True)
+    trackio: bool = field(False, resumable=True)
+    # Steps between records of each layer's norms: of its gradients, and of what FFN-M adds; 0: none
+    norms_every: int = field(0, least=0, resumable=True)
     # Peak FLOP/s of one device, for MFU; 0: look them up by the device's name
     peak_flops: float = field(0.0, least=0, resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """A text that is sampled at the end of the run."""
+    """A text that is sampled at the end of the run and, if asked for, while it trains."""
 
+    every: int = field(0, least=0, resumable=True)  # steps between samples; 0: at the end only
     tokens: int = field(0, least=0, resumable=True)  # length of the text; 0: sample none
     prompt: str = field("", resumable=True)
     temperature: float = field(0.8, least=0, resumable=True)
@@ -286,6 +270,10 @@ class Config:
 
     seed: int = field(0, least=0)
     steps: int = field(100_000, least=1)  # optimizer steps
+    # Tokens to train on, instead of `steps`; 0: as many as `steps` take
+    tokens: float = field(0.0, least=0)
+    # The same as a multiple of the parameters without embedding and head; 0: not given
+    tokens_per_parameter: float = field(0.0, least=0)
     batch_size: int = field(512, least=1, most=_MOST_IDS)  # sequences of one optimizer step, over all devices
     accumulate: int = field(1, least=1, resumable=True)  # micro-batches that the batch of a step is split into
     seq_len: int = field(2048, least=2, most=_MOST_IDS)  # tokens
@@ -302,16 +290,7 @@ class Config:
     sample: SampleConfig = SampleConfig()
 
 
-def _rules(group: type, prefix: str = "") -> Iterator[tuple[str, Rule]]:
-    """Yields ("model.dim", its Rule) for every field."""
-    for f in dataclasses.fields(group):
-        if dataclasses.is_dataclass(f.type):
-            yield from _rules(f.type, f"{prefix}{f.name}.")
-        else:
-            yield prefix + f.name, f.metadata.get("rule", Rule())
-
-
-RULES = dict(_rules(Config))
+RULES = dict(rules(Config))
 RESUMABLE_FIELDS = frozenset(name for name, rule in RULES.items() if rule.resumable)
 
 
@@ -362,7 +341,7 @@ def default(architecture: str) -> ml_collections.ConfigDict:
 def resolve(config: ml_collections.ConfigDict | dict) -> Config:
     """Turns a config file's tree into the frozen, validated `Config`. Raises: UserError that names the field."""
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-    resolved = _build(Config, tree, "config")
+    resolved = fields.build(Config, tree, "config")
     validate(resolved)
     return resolved
 
@@ -372,51 +351,9 @@ def from_saved(tree: dict) -> Config:
 
     Raises: UserError that names a field that is unknown, or has a value of the wrong type or out of its range.
     """
-    saved = _build(Config, tree, "config")
+    saved = fields.build(Config, tree, "config")
     validate(saved)
     return saved
-
-
-def flatten(config: Config) -> dict[str, object]:
-    """All fields by their dotted names: {"model.dim": 256, ...}."""
-    out = {}
-    for name, value in dataclasses.asdict(config).items():
-        if isinstance(value, dict):
-            out.update({f"{name}.{key}": inner for key, inner in value.items()})
-        else:
-            out[name] = value
-    return out
-
-
-def _build(group: type, tree, path: str):
-    """An instance of the dataclass `group` from a tree of its fields; `path` is its dotted name, for error messages."""
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a group of fields, found {shown(tree)}")
-    types = {f.name: f.type for f in dataclasses.fields(group)}
-    values = {}
-    for name, value in tree.items():
-        if name not in types:
-            raise UserError(f"{path}.{name[:60]}: no such field{_did_you_mean(name, types)}")
-        kind = types[name]
-        if dataclasses.is_dataclass(kind):
-            values[name] = _build(kind, value, f"{path}.{name}")
-        elif type(value) is int and abs(value) >= 2**63:
-            raise UserError(f"{path}.{name}: expected a number of at most 64 bits, found {shown(value)}")
-        elif kind is float and type(value) is int:
-            values[name] = float(value)
-        elif type(value) is kind and (kind is not float or math.isfinite(value)):
-            values[name] = value
-        else:
-            raise UserError(f"{path}.{name}: expected {kind.__name__}, found {shown(value)}")
-    return group(**values)
-
-
-def _did_you_mean(name, names) -> str:
-    """The end of an error message about an unknown name: a similar name, or all of them."""
-    close = difflib.get_close_matches(name, names, 1)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; there are {', '.join(names) or 'none below it'}"
 
 
 def validate(config: Config) -> None:
@@ -538,5 +475,5 @@ def _check_field(config: ml_collections.ConfigDict, path: str) -> None:
     for name in path.split("."):
         names = list(node.keys()) if isinstance(node, ml_collections.ConfigDict) else []
         if name not in names:
-            raise UserError(f"{seen}.{name}: no such field{_did_you_mean(name, names)}")
+            raise UserError(f"{seen}.{name}: no such field{did_you_mean(name, names)}")
         node, seen = node[name], f"{seen}.{name}"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from memoryllm_jax import config as config_lib
-from memoryllm_jax.common import records, storage
+from memoryllm_jax.common import fields, records, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError, one_line
 from memoryllm_jax.common.records import Count, Record
 from memoryllm_jax.config import Config
@@ -197,5 +197,5 @@ def check_matches(saved: Description, current: Description, where: str) -> None:
 
 def _fields(description: Description) -> dict[str, object]:
     """{name: value} of the config's fields, and the digests of tokenizer and data."""
-    fields = config_lib.flatten(description.run())
-    return fields | {"tokenizer": description.tokenizer.digest, "data": description.data.digest}
+    of_config = fields.flatten(description.run())
+    return of_config | {"tokenizer": description.tokenizer.digest, "data": description.data.digest}

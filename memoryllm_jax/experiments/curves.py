@@ -7,7 +7,8 @@ from typing import NamedTuple
 from memoryllm_jax.checkpoint import description as description_lib
 from memoryllm_jax.common import child, plots, report, storage
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.config import RESUMABLE_FIELDS, Config, flatten
+from memoryllm_jax.common.fields import flatten
+from memoryllm_jax.config import RESUMABLE_FIELDS, Config
 from memoryllm_jax.model.flops import parameters
 from memoryllm_jax.training import metrics
 

@@ -2,9 +2,8 @@
 
 import os
 
-from memoryllm_jax import config
 from memoryllm_jax.checkpoint.trained import TrainedModel
-from memoryllm_jax.common import storage
+from memoryllm_jax.common import fields, storage
 from memoryllm_jax.model import flops
 from memoryllm_jax.training import metrics
 
@@ -80,7 +79,7 @@ def _about_training(trained):
     training = f"{trained.step:,} steps, {trained.step * run.batch_size * run.seq_len:,} tokens, seed {run.seed}"
     if run.start.workdir:
         training += f", from the model in {os.path.basename(run.start.workdir.rstrip('/'))}"
-    optimizer = [f"{name} {value}" for name, value in config.flatten(run).items() if "optimizer." in name]
+    optimizer = [f"{name} {value}" for name, value in fields.flatten(run).items() if "optimizer." in name]
     return {"training": training, "optimizer": ", ".join(optimizer)}
 
 

@@ -13,7 +13,7 @@ from lab import CONTEXT, with_devices
 from memoryllm_jax import compare
 from memoryllm_jax.checkpoint.description import config_of
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.config import flatten
+from memoryllm_jax.common.fields import flatten
 from memoryllm_jax.experiments import curves
 from memoryllm_jax.model import flops
 
