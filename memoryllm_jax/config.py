@@ -76,9 +76,9 @@ class ModelConfig:
     rope_high_freq_factor: float = 4.0
     rope_original_context: int = field(8192, above=0)  # tokens
     tie_embeddings: bool = False  # one table for input and output
-    # Normalise each head's queries and keys before the rotary embedding, as in Qwen3 and OLMo 2
+    # Normalise each head's queries and keys before the rotary embedding, as Qwen3 does
     qk_norm: bool = False
-    # c: logits become c tanh(logits / c), as in Gemma 2; 0: they stay as they are
+    # Soft cap c: logits become c tanh(logits / c), as in Gemma 2; 0: they stay as they are
     logit_softcap: float = field(0.0, least=0)
     init_std: float = field(0.02, above=0)  # not given in the paper; output projections: init_std / sqrt(2 layers)
     dtype: str = field("bfloat16", choices=("bfloat16", "float32"))  # of the computation; parameters are float32

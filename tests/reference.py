@@ -56,6 +56,8 @@ def attention(x, p, m, table_rows=None):
     v = jnp.einsum("btd,dhk->bthk", x, p["v"])
     if table_rows is not None:
         v = v + table_rows.reshape(v.shape)
+    if m.qk_norm:  # each head by itself, with one scale for all heads
+        q, k = norm(q, p["q_norm"]["scale"], m), norm(k, p["k_norm"]["scale"], m)
     q, k = rotate(q, m), rotate(k, m)
     key_head = np.arange(m.heads) * m.key_heads // m.heads  # query head h uses key-value head h // group size
     k, v = k[:, :, key_head], v[:, :, key_head]
@@ -85,7 +87,8 @@ def logits(params, tokens, m):
             update = update + swiglu(norm(x0, memory["norm"]["scale"], m), memory["ffn"])
         x = x + update
     head = params["embedding"] if m.tie_embeddings else params["head"]
-    return norm(x, params["final_norm"]["scale"], m) @ head.T
+    z = norm(x, params["final_norm"]["scale"], m) @ head.T
+    return m.logit_softcap * jnp.tanh(z / m.logit_softcap) if m.logit_softcap else z
 
 
 def from_llama(tensors, m):
@@ -96,6 +99,8 @@ def from_llama(tensors, m):
         w = {name.split(".", 3)[3]: t for name, t in tensors.items() if name.startswith(f"model.layers.{layer}.")}
         heads = {part: w[f"self_attn.{part}_proj"].T.reshape(m.dim, -1, m.head_dim) for part in "qkv"}
         heads["out"] = w["self_attn.o_proj"].T.reshape(m.heads, m.head_dim, m.dim)
+        if m.qk_norm:
+            heads |= {name: {"scale": w[f"self_attn.{name}"]} for name in ("q_norm", "k_norm")}
         layers.append({"attention": heads, "attention_norm": {"scale": w["input_layernorm"]}})
         if "mlp.gate_proj" in w:
             layers[-1] |= {"ffn": _ffn(w, "mlp"), "ffn_norm": {"scale": w["post_attention_layernorm"]}}

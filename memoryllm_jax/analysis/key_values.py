@@ -340,4 +340,5 @@ def _logits(config, norm, head_VD, x_ND, at_n, unit):
         x_ND = x_ND * jax.lax.rsqrt(jnp.square(x_ND).mean(-1, keepdims=True) + 1e-30)
     y_ND = modules.Norm(config).apply({"params": norm}, x_ND)
     # float32 for a bfloat16 model too: rounded logits would tie.
-    return jnp.einsum("nd,vd->nv", y_ND, head_VD, preferred_element_type=jnp.float32)
+    logits_NV = jnp.einsum("nd,vd->nv", y_ND, head_VD, preferred_element_type=jnp.float32)
+    return modules.softcap(logits_NV, config.logit_softcap)

@@ -65,7 +65,7 @@ def logits(config: ModelConfig, head_VD, x_BD):
     """Logits [B, V] in float32, whole on each device, so that all hosts draw the same token. Call it inside jit."""
     head_VD = unpadded_embed(head_VD, config.dim, ("vocab", "embed"))
     logits_BV = jnp.einsum("bd,vd->bv", x_BD, head_VD, preferred_element_type=jnp.float32)
-    return constrain(logits_BV, None, None)
+    return constrain(modules.softcap(logits_BV, config.logit_softcap), None, None)
 
 
 def rows_of_layer(rows: TokenRows, params: dict, layer: int):
@@ -168,4 +168,4 @@ def loss_options(config, head_VD, targets_SN):
     most = max(1, LOGITS_BYTES // bytes_of_position)
     positions = targets_SN.shape[1]
     chunk = -(-positions // -(-positions // most))
-    return loss.Options(vocab_size=config.vocab_size, z_loss=0.0, chunk=chunk, dtype=config.dtype)
+    return loss.Options(config.vocab_size, z_loss=0.0, chunk=chunk, dtype=config.dtype, softcap=config.logit_softcap)

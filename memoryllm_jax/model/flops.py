@@ -40,11 +40,12 @@ def parameters(config: Config) -> dict[str, int]:
     if m.token_memory == "per_layer":
         norms_a_layer += 1
         gates = m.layers * 2 * m.dim * m.table_dim
+    of_heads = 2 * m.head_dim if m.qk_norm else 0  # of queries and of keys
     tables = 1 if m.tie_embeddings else 2
     parts = {
         "attention": m.layers * 2 * m.dim * (m.heads + m.key_heads) * m.head_dim,
         "ffn_c": m.layers * 3 * m.dim * m.compute_dim,
-        "norms": m.layers * norms_a_layer * m.dim + m.dim,  # and the final one
+        "norms": m.layers * (norms_a_layer * m.dim + of_heads) + m.dim,  # and the final one
         "gates": gates,
         "memory": m.layers * _memory_a_layer(m),
         "embedding_and_head": tables * m.vocab_size * m.dim,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memoryllm_jax.model.modules import softcap
 from memoryllm_jax.model.sharding import constrain, parts, spec, unpadded_embed
 
 
@@ -21,12 +22,14 @@ class Options(NamedTuple):
       z_loss: weight of the squared log-partition.
       chunk: positions of each batch shard whose logits exist at one time.
       dtype: dtype of the product with the head; sums and the loss are float32.
+      softcap: `model.logit_softcap`. Loss and z-loss are those of the capped logits.
     """
 
     vocab_size: int
     z_loss: float
     chunk: int
     dtype: str
+    softcap: float
 
 
 class TargetScores(NamedTuple):
@@ -88,6 +91,7 @@ def _chunks(a, size):
 def _logits(options, x_SCD, head_VD):
     """Logits [S, C, V] in float32, -inf for ids that only pad the vocabulary."""
     logits = jnp.einsum("scd,vd->scv", x_SCD, head_VD, preferred_element_type=jnp.float32)
+    logits = softcap(logits, options.softcap)
     if head_VD.shape[0] > options.vocab_size:
         logits = jnp.where(jnp.arange(head_VD.shape[0]) < options.vocab_size, logits, -jnp.inf)
     return constrain(logits, "shard", None, "vocab")
@@ -96,7 +100,8 @@ def _logits(options, x_SCD, head_VD):
 def _chunk_loss(options, x_SCD, head_VD, targets_SC, weights_SC):
     """The loss of one chunk and its gradient.
 
-    Returns: ([sum of the loss, sum of its nll part], gradient of the loss with respect to the logits [S, C, V]).
+    Returns: ([sum of the loss, sum of its nll part], gradient of the loss with respect to the product with the head,
+      which are the logits before the cap, [S, C, V]).
     """
     z_loss = options.z_loss
     logits = _logits(options, x_SCD, head_VD)
@@ -111,6 +116,10 @@ def _chunk_loss(options, x_SCD, head_VD, targets_SC, weights_SC):
     # softmax * (1 + 2 z_loss lse) - one-hot.
     factor_SC = (1 + 2 * z_loss * lse_SC) * weights_SC
     d_logits = exp * (factor_SC[..., None] / total) - jnp.where(is_target, weights_SC[..., None], 0)
+    if options.softcap:
+        # The slope of c tanh(z / c) is 1 - tanh^2. -1 in place of the -inf of padding makes it 0 there, and not NaN.
+        tanh = jnp.maximum(logits / options.softcap, -1)
+        d_logits *= (1 + tanh) * (1 - tanh)
     return jnp.stack([loss.sum(), nll.sum()]), d_logits
 
 

@@ -96,6 +96,18 @@ class Norm(nn.Module):
         return (y * scale_D).astype(self.config.dtype)
 
 
+def softcap(logits, cap: float):
+    """c tanh(logits / c): logits between -c and c in their order (Gemma 2, Gemma Team 2024, arXiv 2408.00118).
+
+    Every function that computes logits calls it, before ids that only pad the vocabulary get -inf.
+
+    Args:
+      logits: float32.
+      cap: c, `model.logit_softcap`; 0 returns the logits as they are.
+    """
+    return cap * jnp.tanh(logits / cap) if cap else logits
+
+
 def swiglu_coefficients(q, gate, up, matmul=jnp.matmul):
     """SiLU(q W_gate) * (q W_up), the coefficients by which SwiGLU weighs its values (paper, section 2.3.1).
 

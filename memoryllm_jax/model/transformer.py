@@ -81,7 +81,13 @@ class AttentionOutput(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions and, where there are fewer key heads, grouped queries."""
+    """Causal multi-head attention with rotary positions and, where there are fewer key heads, grouped queries.
+
+    With `model.qk_norm`, queries and keys are normalised over the K components of each head, so that their scores stay
+    bounded (Henry et al. 2020, arXiv 2010.04245). A layer has two scales [K], one of its queries and one of its keys,
+    as in Qwen3 (arXiv 2505.09388); OLMo 2 normalises all heads together. The norm is that of the model: RMSNorm, or
+    LayerNorm as in ViT-22B (Dehghani et al. 2023, arXiv 2302.05442).
+    """
 
     config: ModelConfig
 
@@ -103,8 +109,11 @@ class Attention(nn.Module):
             w_DHK = weight(self, name, (D, heads, K), ("embed", "heads", "head_dim"), c.init_std)
             return matmul(x_BTD, w_DHK.reshape(D, -1)).reshape(B, T, -1, K)
 
-        q = _rotate(project("q", c.heads), rope)
-        k, v = _rotate(project("k", c.key_heads), rope), project("v", c.key_heads)
+        def normalised(name, x_BTHK):
+            return Norm(c, name=name)(x_BTHK) if c.qk_norm else x_BTHK
+
+        q = _rotate(normalised("q_norm", project("q", c.heads)), rope)
+        k, v = _rotate(normalised("k_norm", project("k", c.key_heads)), rope), project("v", c.key_heads)
         if value_BTE is not None:
             value_BTHK = value_BTE.reshape(B, T, c.key_heads, K)
             padding = v.shape[2] - c.key_heads  # heads that pad the stored weights

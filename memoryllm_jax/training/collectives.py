@@ -69,6 +69,7 @@ def transfers(config: Config, params, mesh_shape: Mapping[str, int], distinct: i
     widths = itemsize, _FLOAT32 if m.reduce_dtype == "float32" else itemsize
     sums = data_sums(config)
     norms = sums * elements["norms"] * _FLOAT32
+    of_heads = m.layers * 2 * m.head_dim * _FLOAT32 if m.qk_norm else 0
     found = [
         *_matrices("layers", elements["layers"], widths, mesh_shape, config.accumulate, sums),
         *_matrices("token memory", elements["memory"], widths, mesh_shape, 1, 1),
@@ -77,6 +78,8 @@ def transfers(config: Config, params, mesh_shape: Mapping[str, int], distinct: i
         *_lookups("embeddings", distinct, distinct * m.dim * itemsize, elements["embedding"]),
         *_head(config, mesh_shape, elements["embedding"] if m.tie_embeddings else elements["head"], itemsize),
         Transfer("norms' gradients", "all-reduce", ("data", "fsdp"), norms),
+        # Of the norms of queries and keys, each device has the gradient of its own heads.
+        Transfer("heads' norms' gradients", "all-reduce", ("tensor",), config.accumulate * of_heads),
     ]
     if elements["tables"]:
         # The backward pass of the norm of per-layer embeddings looks its rows up again, unless they are kept.

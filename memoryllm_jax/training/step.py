@@ -116,7 +116,8 @@ class Trainer:
         hidden = self.model.apply({"params": params}, rows, micro.index_SN, c.seq_len, method="hidden")
         head_VD = self.model.apply({"params": params}, method="output_embedding")
         x_SND = hidden.reshape(*micro.index_SN.shape, c.model.dim)
-        options = loss.Options(c.model.vocab_size, c.optimizer.z_loss, c.model.loss_chunk, c.model.dtype)
+        m = c.model
+        options = loss.Options(m.vocab_size, c.optimizer.z_loss, m.loss_chunk, m.dtype, m.logit_softcap)
         return loss.cross_entropy(x_SND, head_VD, micro.targets_SN, micro.weights_SN, options)
 
     def _gradients(self, params, batch: Batch):

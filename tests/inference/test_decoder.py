@@ -42,8 +42,8 @@ def test_a_bucket_is_a_power_of_two_or_the_most(size, most, padded):
     "architecture, overrides, mesh",
     [
         ("memory", {"model.tie_embeddings": True}, (1, 1, 1)),
-        ("flex-3", {"model.dim": 30, "model.heads": 3, "model.ffn_dim": 103}, (2, 2, 2)),
-        ("base", {"model.dim": 48, "model.heads": 8, "model.kv_heads": 4}, (1, 1, 4)),
+        ("flex-3", {"model.dim": 30, "model.heads": 3, "model.ffn_dim": 103, "model.qk_norm": True}, (2, 2, 2)),
+        ("base", {"model.dim": 48, "model.heads": 8, "model.kv_heads": 4, "model.logit_softcap": 9.0}, (1, 1, 4)),
         ("value-3", {"model.kv_heads": 2}, (1, 1, 1)),
         ("ple-3", {}, (2, 1, 1)),
     ],

@@ -14,7 +14,8 @@ CONTEXT = 32
 
 @pytest.mark.parametrize("architecture, devices", [("base", 2), ("flex-3", 1), ("value-3", 1), ("ple-3", 1)])
 def test_scores_are_those_of_the_equations(make_config, architecture, devices):
-    m = make_config(architecture, **{"model.vocab_size": 64}).model
+    options = {"model.qk_norm": True, "model.logit_softcap": 9.0} if architecture == "flex-3" else {}
+    m = make_config(architecture, **{"model.vocab_size": 64, **options}).model
     decoder, rows, params = random_decoder(m, (devices, 1, 1))
     log_probs = jax.jit(lambda params, ids: jax.nn.log_softmax(reference.logits(params, ids, m)))
     lengths = (5, 33, 2, 18, 33, 9, CONTEXT)

@@ -73,9 +73,17 @@ def make(make_config):
 @pytest.mark.parametrize(
     "architecture, overrides",
     [
-        ("base", {"model.dim": 48, "model.heads": 8, "model.kv_heads": 4, "mesh.tensor": 4}),
+        (
+            "base",
+            {"model.dim": 48, "model.heads": 8, "model.kv_heads": 4, "mesh.tensor": 4, "model.vocab_size": VOCAB + 1}
+            | {"model.qk_norm": True, "model.logit_softcap": 0.3},
+        ),
         ("memory", {"model.tie_embeddings": True, "model.attention": "plain", "model.remat": "none"}),
-        ("flex-1", {"model.compute_input": "after_attention", "model.norm": "layernorm", "model.remat": "full"}),
+        (
+            "flex-1",
+            {"model.compute_input": "after_attention", "model.norm": "layernorm", "model.remat": "full"}
+            | {"model.dim": 30, "model.heads": 3, "model.qk_norm": True, "mesh.tensor": 2},
+        ),
         ("flex-3", {"accumulate": 2}),
         ("value-0", {"model.kv_heads": 2}),
         ("ple-3", {}),
