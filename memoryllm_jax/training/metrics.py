@@ -1,4 +1,4 @@
-"""Speed and MFU, and the writers of a run's records: metrics.jsonl, TensorBoard, Weights & Biases, and profiles.
+"""Speed and MFU, and the writers of a run's records: metrics.jsonl, TensorBoard, trackers, and profiles.
 
 `model_flops_per_second` and `mfu` use the formula of model/flops.py for the rows of token memory that were evaluated:
 one for each distinct id, padding included. The `_plain` figures count a row for every position, which is the work of a
@@ -11,7 +11,6 @@ import json
 import os
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
@@ -20,12 +19,17 @@ import msgspec
 
 from memoryllm_jax.checkpoint.description import Description
 from memoryllm_jax.common import devices, storage
-from memoryllm_jax.common.errors import UserError, require
+from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.records import Count, Record, parse
 from memoryllm_jax.config import Config
 from memoryllm_jax.model.flops import train_flops
 from memoryllm_jax.training import chips
+from memoryllm_jax.training.tracking import Tracker, open_trackers
 
+# What a record is about: training, a validation, norms by layer, scores on tasks, or a sampled text
+Kind = Literal["train", "validation", "norms", "tasks", "sample"]
+# Made again by a run that resumes at their step, even if they are there
+_MADE_AGAIN = ("validation",)
 _A_RECORD = "a record of an earlier run"
 _SYNC_S = 60  # seconds between copies of the records to a workdir behind a URL
 
@@ -131,7 +135,7 @@ class _Place(Record):
     """Where a record belongs in a run."""
 
     step: Count
-    kind: Literal["train", "validation"]
+    kind: Kind
 
 
 def _lines(path: str) -> Iterator[tuple[str, str]]:
@@ -146,8 +150,15 @@ def _lines(path: str) -> Iterator[tuple[str, str]]:
 
 
 def records(path: str) -> list[TrainRecord | ValidationRecord]:
-    """The records of a metrics.jsonl, in the order of the file. Raises: UserError that names a line."""
-    return [parse(TrainRecord | ValidationRecord, line, where, _A_RECORD) for line, where in _lines(path)]
+    """The records of training and validation in a metrics.jsonl, in the order of the file.
+
+    Raises: UserError that names a line.
+    """
+    found = []
+    for line, where in _lines(path):
+        if parse(_Place, line, where, _A_RECORD).kind in ("train", "validation"):
+            found.append(parse(TrainRecord | ValidationRecord, line, where, _A_RECORD))
+    return found
 
 
 def _kept_lines(path: str, start: int) -> list[str]:
@@ -160,29 +171,28 @@ def _kept_lines(path: str, start: int) -> list[str]:
     kept = []
     for line, where in _lines(path):
         record = parse(_Place, line, where, _A_RECORD)
-        if record.step < start or (record.step == start and record.kind == "train"):
+        if record.step < start or (record.step == start and record.kind not in _MADE_AGAIN):
             kept.append(line)
     return kept
 
 
 class Writer:
-    """Appends the records of a run to WORKDIR/metrics.jsonl and, if configured, to TensorBoard and Weights & Biases.
+    """Appends the records of a run to WORKDIR/metrics.jsonl and, if configured, to TensorBoard and trackers.
 
     Object storage cannot append to a file. If the workdir is behind a URL, the files grow on this machine and are
     copied there whole, once a minute and by `sync`. The caller calls `sync` before it saves a checkpoint: a run that
     resumes from it then finds all records up to it.
 
-    Weights & Biases cannot drop records: what a resumed run makes again is there twice, at the same step.
-
     Args:
-      description: of the run, for Weights & Biases.
+      description: of the run, for trackers.
       start: step that the run resumes from, 0 for a new one. Records past it, of a killed run, are dropped.
       enabled: False on every host but the first: nothing is written.
     Raises: UserError.
     """
 
     def __init__(self, config: Config, description: Description, workdir: str, start: int, enabled: bool):
-        self._file = self._tensorboard = self._wandb = self._claim = None
+        self._file = self._tensorboard = self._claim = None
+        self._trackers: list[Tracker] = []
         if not enabled:
             return
         self._workdir = folder = workdir
@@ -204,16 +214,15 @@ class Writer:
             for record in map(json.loads, kept):
                 if record.pop("step") == start:
                     self._add_to_tensorboard(start, record.pop("kind"), record)
-        if config.log.wandb:
-            self._wandb = _open_wandb(workdir, folder, description)
+        self._trackers = open_trackers(config.log, workdir, folder, description)
 
-    def write(self, step: int, kind: str, values: dict) -> None:
+    def write(self, step: int, kind: Kind, values: dict) -> None:
         """Appends one record.
 
         Args:
           step: steps done.
-          kind: train or validation.
-          values: numbers by name.
+          kind: what the record is about.
+          values: by name, as JSON holds them. TensorBoard gets the numbers, and the texts of a sample.
         Raises: UserError.
         """
         if self._file is None:
@@ -226,14 +235,17 @@ class Writer:
             raise UserError(f"{self._path}: cannot be written: {error.strerror}") from error
         if self._tensorboard is not None:
             self._add_to_tensorboard(step, kind, values)
-        if self._wandb is not None:
-            self._wandb.log({f"{kind}/{name}": value for name, value in values.items()} | {"step": step})
+        for tracker in self._trackers:
+            tracker.write(step, kind, values)
         if self._claim is not None and time.monotonic() - self._synced > _SYNC_S:
             self.sync()
 
     def _add_to_tensorboard(self, step: int, kind: str, values: dict) -> None:
         for name, value in values.items():
-            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            if isinstance(value, int | float):
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            elif name == "text":
+                self._tensorboard.add_text(kind, _as_markdown(value), step)
 
     def sync(self) -> None:
         """Copies the records to a workdir behind a URL.
@@ -262,8 +274,8 @@ class Writer:
         if self._file is not None:
             with contextlib.suppress(OSError):  # `write` has raised the same error before
                 self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._claim is not None:
@@ -272,19 +284,6 @@ class Writer:
             self._scratch.cleanup()
 
 
-def _open_wandb(workdir: str, folder: str, description: Description):
-    """Opens a run in Weights & Biases. Its id is kept in the workdir, so that a resumed run continues the same one."""
-    wandb = require("wandb", "wandb", "config.log.wandb")
-    id_path = os.path.join(workdir, "wandb_id")
-    if not storage.exists(id_path):
-        storage.write_bytes(id_path, uuid.uuid4().hex.encode())
-    run = wandb.init(
-        project="memoryllm_jax",
-        name=os.path.basename(workdir),
-        id=storage.read_bytes(id_path, "the id of the run").decode(),
-        resume="allow",
-        dir=folder,
-        config=description.config,
-    )
-    run.define_metric("*", step_metric="step")
-    return run
+def _as_markdown(text: str) -> str:
+    """Markdown that shows a text as it is, also its line breaks and white space."""
+    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -65,7 +65,7 @@ class Recorder:
       start: steps done before this process.
       batches: training batches, which know epochs and bytes per token.
       checkpoints: the error for a loss that is not finite names the newest good one.
-      description: of the run, for Weights & Biases.
+      description: of the run, for trackers.
       sizes: of distinct ids; the steps of those planned are compiled.
       profile_steps: number of steps to profile; 0: none.
     """

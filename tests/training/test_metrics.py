@@ -11,8 +11,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from memoryllm_jax.training.metrics import Writer
 
 
-def shown_by_tensorboard(folder) -> list[tuple[str, int, float]]:
-    """(tag, step, value) of the scalars in a folder. A session drops what is there from its first step on."""
+def shown_by_tensorboard(folder) -> list[tuple[str, int, float | str]]:
+    """(tag, step, value) of the scalars and texts in a folder. A session drops what is there from its first step on."""
     shown = []
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
@@ -22,7 +22,9 @@ def shown_by_tensorboard(folder) -> list[tuple[str, int, float]]:
             content = content[16 + length :]
             if event.HasField("session_log") and event.session_log.status == SessionLog.START:
                 shown = [entry for entry in shown if entry[1] < event.step]
-            shown += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            for value in event.summary.value:
+                texts = value.tensor.string_val
+                shown.append((value.tag, event.step, texts[0].decode() if texts else value.simple_value))
     return shown
 
 
@@ -33,14 +35,18 @@ def test_a_resumed_run_records_each_step_once(make_config, tmp_path, monkeypatch
 
     def write(start, values):
         writer = Writer(config, DESCRIPTION, str(tmp_path), start, enabled=True)
-        for step, kind, loss in values:
-            writer.write(step, kind, {"loss": loss})
+        for step, kind, value in values:
+            writer.write(step, kind, {"text" if kind == "sample" else "loss": value})
         writer.close()
 
-    # The first run is killed after step 3. Its newest checkpoint is that of step 2.
-    write(0, [(1, "train", 4.0), (2, "train", 3.0), (2, "validation", 3.5), (3, "train", 2.0)])
+    # The first run is killed after step 3. Its newest checkpoint is that of step 2, whose validation is made again.
+    of_two = [(2, "train", 3.0), (2, "validation", 3.5), (2, "tasks", 0.5), (2, "sample", "def\n f")]
+    write(0, [(1, "train", 4.0), *of_two, (3, "train", 2.0)])
     write(2, [(2, "validation", 3.5), (3, "train", 2.0)])
-    expected = [("train", 1, 4.0), ("train", 2, 3.0), ("validation", 2, 3.5), ("train", 3, 2.0)]
+    expected = [("train", 1, 4.0), *((kind, step, value) for step, kind, value in of_two), ("train", 3, 2.0)]
+    expected.insert(4, expected.pop(2))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["kind"], line["step"], line["loss"]) for line in lines] == expected
-    assert shown_by_tensorboard(tmp_path / "tensorboard") == [(f"{kind}/loss", *more) for kind, *more in expected]
+    assert [(line["kind"], line["step"], line.get("loss", line.get("text"))) for line in lines] == expected
+    expected[3] = ("sample/text_summary", 2, "    def\n     f")
+    shown = [(tag.removesuffix("/loss"), *more) for tag, *more in shown_by_tensorboard(tmp_path / "tensorboard")]
+    assert shown == expected
