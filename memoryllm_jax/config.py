@@ -203,8 +203,9 @@ class OptimizerConfig:
     muon_momentum: float = field(0.95, least=0, below=1)
     muon_weight_decay: float = field(0.1, least=0)
     # Steps that a run may skip because their loss or gradient norm is not finite or a spike; one more ends the run
-    max_skipped: int = field(0, least=0)
-    # A spike is more than this many standard deviations above the running mean; 0: only what is not finite is skipped
+    max_skipped: int = field(0, least=0, resumable=True)
+    # A spike is more than this many standard deviations above the mean of the last 128 applied steps; 0: only what is
+    # not finite is skipped
     spike_deviations: float = field(0.0, least=0)
 
 
@@ -399,6 +400,11 @@ def _check_run(config: Config, need) -> None:
     o = config.optimizer
     need(is_temperature(config.sample.temperature), "sample.temperature", TEMPERATURES)
     need(o.final_lr <= o.peak_lr, "optimizer.final_lr", f"at most optimizer.peak_lr = {o.peak_lr}")
+    need(
+        o.max_skipped > 0 or not o.spike_deviations,
+        "optimizer.max_skipped",
+        f"at least 1, as optimizer.spike_deviations is {o.spike_deviations:g}",
+    )
     need(config.batch_size % config.accumulate == 0, "batch_size", f"a multiple of accumulate = {config.accumulate}")
     parts = dataclasses.asdict(config.mesh)
     for axis, size in parts.items():

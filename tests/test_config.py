@@ -104,6 +104,11 @@ def test_width_follows_an_overridden_dim():
         ("steps", 0, "config.steps: expected at least 1, found 0"),
         ("optimizer.b1", 1.0, "config.optimizer.b1: expected at least 0 and less than 1, found 1.0"),
         ("optimizer.eps", 0.0, "config.optimizer.eps: expected more than 0, found 0.0"),
+        (
+            "optimizer.spike_deviations",
+            6.0,
+            "config.optimizer.max_skipped: expected at least 1, as optimizer.spike_dev",
+        ),
         ("sample.temperature", 1e-9, "config.sample.temperature: expected 0 (greedy), or from 0.001 to 1000"),
         ("accumulate", 3, "config.batch_size: expected a multiple of accumulate = 3"),
         ("optimizer.final_lr", 1.0, "config.optimizer.final_lr: expected at most"),

@@ -24,7 +24,7 @@ from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.documents import EMBEDDED
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.model import attention, sharding
-from memoryllm_jax.training import summary
+from memoryllm_jax.training import spikes, summary
 from memoryllm_jax.training.batches import TrainBatches, ValidationBatches, local_shards
 from memoryllm_jax.training.compilation import NEED_LESS
 from memoryllm_jax.training.feeder import Feeder
@@ -126,7 +126,7 @@ def open_run(
         description_lib.check_matches(saved, description, f"{workdir}/{newest}")
         # The model that the run started from
         description = msgspec.structs.replace(description, source=saved.source)
-        state = checkpoints.restore(newest, trainer.state_shape)
+        state = spikes.restore(checkpoints, newest, trainer.state_shape, saved.run())
     if config.data.verify:  # last, as it can take long, and what is refused should be refused before
         _verify(dataset, stop)
     return Run(

@@ -155,7 +155,7 @@ class Recorder:
         self._steps += 1
         self._rows += rows
         loss = values.pop("loss")
-        self._check_finite(step, loss, values["grad_norm"])
+        self._check(step, loss, values)
         done = step + 1
         if done % self._config.log.every == 0 or done == self._config.steps:
             self._record(done, rows, loss, values)
@@ -163,16 +163,31 @@ class Recorder:
         show = self._progress.restart if step == self._first else self._progress.update
         show(done, f"loss {loss:.3f}")
 
-    def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
+    def _check(self, step: int, loss: float, values: dict[str, float]) -> None:
+        """Prints a step that was skipped, and takes what only this needs out of `values`.
+
+        Raises: UserError if the step is not finite or a spike, and must not be skipped.
+        """
+        grad_norm = values["grad_norm"]
+        limits = values.pop("loss_limit", math.inf), values.pop("grad_norm_limit", math.inf)
+        is_skipped = bool(values.pop("is_skipped", False))
         # The gradient too: it can overflow where the loss is still finite. The sum is finite only if both are.
-        if math.isfinite(loss + grad_norm):
+        if math.isfinite(loss + grad_norm) and not is_skipped:
             return
         first = step * self._config.batch_size
         last = first + self._config.batch_size - 1
-        raise UserError(
-            f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}, on sequences {first} to {last} "
-            f"of the shuffled data (epoch {self._batches.epoch(step):.3f}); {self._checkpoints.last_good()}"
+        found = (
+            f"step {step + 1}: the loss is {_limited(loss, limits[0])} and the gradient norm "
+            f"{_limited(grad_norm, limits[1])}, on sequences {first} to {last} of the shuffled data "
+            f"(epoch {self._batches.epoch(step):.3f})"
         )
+        most = self._config.optimizer.max_skipped
+        if is_skipped and values["skipped"] <= most:
+            self._progress.line(f"{found}; skipped, {values['skipped']:.0f} of at most {most}")
+            return
+        if is_skipped:
+            found += f"; expected at most config.optimizer.max_skipped = {most} such steps, found one more"
+        raise UserError(f"{found}; {self._checkpoints.last_good()}")
 
     def _record(self, done: int, rows: int, loss: float, values: dict[str, float]) -> None:
         # The speed is that since the last record: an average over the whole run would hide a change.
@@ -186,7 +201,8 @@ class Recorder:
             **metrics.speed(self._config, self._peak_flops, tokens, self._rows, self._clock.lap()),
         }
         self._steps = self._rows = 0
-        self._writer.write(done, "train", record)
+        # JSON has no NaN: the record of a skipped step lacks what is not finite.
+        self._writer.write(done, "train", {name: value for name, value in record.items() if not _is_not_finite(value)})
         self._progress.line(f"{_train_text(done, self._config.steps, record)}  ETA {self._progress.eta()}")
 
     def validated(self, step: int, result: dict) -> None:
@@ -213,6 +229,16 @@ class Recorder:
         self._writer.close()
 
 
+def _is_not_finite(value) -> bool:
+    """Whether a value is infinite or not a number."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _limited(value: float, limit: float) -> str:
+    """The value as text, with the largest value that was no spike, if there is one."""
+    return f"{value:.6g}" + (f" (a spike above {limit:.6g})" if math.isfinite(limit) else "")
+
+
 def quality_text(result: dict) -> str:
     """Loss, perplexity and bits per byte as a clause to print."""
     return (
@@ -228,6 +254,8 @@ def _train_text(done: int, steps: int, record: dict) -> str:
         f"lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.2f}  "
         f"{record['tokens_per_second']:,.0f} tokens/s  {record['model_flops_per_second'] / 1e9:,.0f} GFLOP/s"
     )
+    if "skipped" in record:
+        text += f"  skipped {record['skipped']:.0f}"
     if "mfu" in record:
         text += f"  MFU {100 * record['mfu']:.1f}% (plain {100 * record['mfu_plain']:.1f}%)"
     return text

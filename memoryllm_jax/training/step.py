@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from memoryllm_jax.config import Config
 from memoryllm_jax.model import loss, sharding, transformer
-from memoryllm_jax.training import compilation, optimizer
+from memoryllm_jax.training import compilation, optimizer, spikes
 from memoryllm_jax.training.batches import Batch, abstract_batch
 from memoryllm_jax.training.sizes import Sizes
 
@@ -38,9 +38,10 @@ class Trainer:
       params_shape, state_shape: trees of jax.ShapeDtypeStruct with shardings.
       shards: number of batch shards.
       batch_sharding: sharding of a batch's arrays, whose leading axis is the batch shard.
-      init(key) -> state: {"params", "opt_state", "step"}; each device makes its own part.
+      init(key) -> state: {"params", "opt_state", "step"}, and "spikes" if config.optimizer.max_skipped allows to skip
+        steps; each device makes its own part.
       train(state, batch) -> (state, metrics): one optimizer step; the old state is donated. The metrics are the
-        scalars loss and z_loss in nats, grad_norm and learning_rate.
+        scalars loss and z_loss in nats, grad_norm and learning_rate, and those of `spikes.guard`.
       evaluate(params, batch) -> (nll in nats, weight): sums over the batch's positions, without z-loss.
     Raises: UserError if config.xla does not fit the platform.
     """
@@ -99,12 +100,13 @@ class Trainer:
             params,
             transform_non_params=lambda _: replicated,
         )
-        shardings = {"params": params, "opt_state": opt_state, "step": replicated}
+        shardings = jax.tree.map(lambda _: replicated, shapes) | {"params": params, "opt_state": opt_state}
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
     def _init(self, key):
         params = nn.unbox(transformer.init(self.model, key, self.shards, sharding.PRODUCT_MULTIPLE))
-        return {"params": params, "opt_state": self.optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+        state = {"params": params, "opt_state": self.optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+        return state | {"spikes": spikes.init()} if self.config.optimizer.max_skipped else state
 
     def _token_rows(self, params, ids_SU):
         """The `transformer.TokenRows` of the ids: embeddings and token memory."""
@@ -158,7 +160,11 @@ class Trainer:
             "learning_rate": optimizer.schedule(self.config)(state["step"]),
         }
         params = optax.apply_updates(params, updates)
-        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+        after = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        if not self.config.optimizer.max_skipped:
+            return after, metrics
+        after, of_guard = spikes.guard(self.config, state, after, metrics["loss"], metrics["grad_norm"])
+        return after, metrics | of_guard
 
     def _evaluate(self, params, batch: Batch):
         rows = self._token_rows(params, batch.ids_SU)

@@ -17,8 +17,9 @@ from memoryllm_jax.training.step import Trainer
 
 @pytest.fixture
 def trainer_and_batch(make_config):
-    """flex-3 on data 2 x fsdp 2 x tensor 2, and a batch of it."""
-    config = make_config("flex-3", **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "model.ffn_dim": 160})
+    """flex-3 on data 2 x fsdp 2 x tensor 2, which may skip steps, and a batch of it."""
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    config = make_config("flex-3", **mesh, **{"model.ffn_dim": 160, "optimizer.max_skipped": 3})
     dataset = Dataset(config.data.path)
     config = loop.complete(config, dataset)
     trainer = Trainer(config, sharding.make_mesh(config.mesh))
