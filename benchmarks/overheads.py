@@ -31,10 +31,10 @@ import jax
 
 from memoryllm_jax.checkpoint import store
 from memoryllm_jax.checkpoint.description import describe
-from memoryllm_jax.common import cli
+from memoryllm_jax.common import cli, config_files
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.options import Option
-from memoryllm_jax.config import default, load, resolve
+from memoryllm_jax.config import default, resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
 from memoryllm_jax.model.flops import train_flops
@@ -62,8 +62,9 @@ def loading(dataset, tokens_wanted):
 
     Returns: tokens a second, those needed, their ratio, and the distinct ids of a batch.
     """
-    c = load(f"{HERE}/../configs/1b.py:memory")
-    c.batch_size, c.data.epochs, c.steps = DEVICES * SEQUENCES, 1000, 500
+    c = config_files.load(f"{HERE}/../configs/1b.py:memory")
+    c.batch_size, c.data.epochs = DEVICES * SEQUENCES, 1000
+    c.steps, c.optimizer.warmup_steps = 500, 25
     config = loop.complete(resolve(c), dataset)
     batches = TrainBatches(config, dataset, DEVICES, list(range(DEVICES)))
     step = config.batch_size * config.seq_len
@@ -101,8 +102,9 @@ def remote_loading(dataset, rounds):
 
     All shards of the host in one call, and shard by shard, take turns.
     """
-    c = load(f"{HERE}/../configs/1b.py:memory")
-    c.batch_size, c.data.epochs, c.steps = DEVICES * SEQUENCES, 1000, 500
+    c = config_files.load(f"{HERE}/../configs/1b.py:memory")
+    c.batch_size, c.data.epochs = DEVICES * SEQUENCES, 1000
+    c.steps, c.optimizer.warmup_steps = 500, 25
     config = loop.complete(resolve(c), dataset)
     storage = SlowStorage()
     dataset.train.shards = tuple(shard._replace(fs=storage) for shard in dataset.train.shards)

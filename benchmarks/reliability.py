@@ -94,7 +94,7 @@ def of_edited_rows(folder: pathlib.Path) -> str:
 SMALL = "--config={configs}/tiny.py:flex-3 --config.model.dim=48 --config.model.layers=2 --config.model.heads=4 "
 SMALL += "--config.seq_len=64 --config.batch_size=8 --config.log.tensorboard=false --config.eval.batches=2 "
 TRAIN = "train " + SMALL + f"--workdir={{out}}/run --config.data.path={{made}}/data --config.steps={STEPS} "
-TRAIN += "--config.checkpoint.every=5 --config.log.every=1"
+TRAIN += "--config.optimizer.warmup_steps=3 --config.checkpoint.every=5 --config.log.every=1"
 EDIT = "tol edit {made}/tol.safetensors --overlay={out}/edits.safetensors --replace=#5,#9"
 COMMANDS = {
     "prepare": Command(

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from memoryllm_jax import config as configs
 from memoryllm_jax.checkpoint import store
 from memoryllm_jax.checkpoint.description import describe
-from memoryllm_jax.common import cli
+from memoryllm_jax.common import cli, config_files
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import Config, MeshConfig, resolve
 from memoryllm_jax.data.dataset import Dataset
@@ -68,4 +67,4 @@ def draw(number: int, path, shape: jax.ShapeDtypeStruct, std: float) -> jax.Arra
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/SIZE.py:ARCHITECTURE; override as --config.FIELD=VALUE")
     flags.mark_flag_as_required("config")
-    cli.run(main, check=configs.check_flags)
+    cli.run(main, check=config_files.check_flags)

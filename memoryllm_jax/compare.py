@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from memoryllm_jax import config
-from memoryllm_jax.common import cli, plots
+from memoryllm_jax.common import cli, config_files, plots
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.data.verification import Verification
@@ -74,4 +74,4 @@ def _train(path: str, names: list[str], workdir: str) -> int:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "config file without an architecture, such as configs/tiny.py")
     flags.mark_flag_as_required("config")
-    cli.run(main, check=config.check_flags)
+    cli.run(main, check=config_files.check_flags)

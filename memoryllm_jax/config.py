@@ -5,15 +5,15 @@ overridden on the command line; `resolve` turns it into the frozen `Config` that
 """
 
 import dataclasses
+import math
 import re
-import runpy
-from pathlib import Path
+from collections.abc import Collection
 
 import ml_collections
 
 from memoryllm_jax.common import fields
 from memoryllm_jax.common.errors import ArgumentError, UserError, shown
-from memoryllm_jax.common.fields import did_you_mean, field, flatten, rules
+from memoryllm_jax.common.fields import field, flatten, rules
 
 ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn", "splash")
 # {what each layer looks up by token id: the name of the architectures that do, as in flex-B or value-B}
@@ -129,6 +129,16 @@ class ModelConfig:
         return _PAPER_MEMORY_WIDTHS.get((self.ffn_dim, self.beta), multiple_of_8)
 
     @property
+    def matrix_parameters(self) -> int:
+        """Parameters of attention and FFNs in base of these sizes, which `Config.tokens_per_parameter` multiplies.
+
+        All architectures of a size have the same, so that they train on equally many tokens. Embedding, head, norms and
+        the baselines' tables are not counted.
+        """
+        attention = 2 * self.dim * (self.heads + self.key_heads) * self.head_dim
+        return self.layers * (attention + 3 * self.dim * self.ffn_dim)
+
+    @property
     def row_dim(self) -> int:
         """Width of the vector that a layer looks up for a token; 0: it looks up nothing."""
         if self.token_memory == "value":
@@ -185,10 +195,9 @@ class OptimizerConfig:
 
     # muon: Muon for the matrices of the layers, AdamW for the other parameters
     name: str = field("adamw", choices=("adamw", "muon"))
-    # After the warm-up: cosine to final_lr; wsd: constant, then down to final_lr over the last decay_share of the
-    # steps; constant
+    # After the warm-up: cosine (down to final_lr), wsd (peak_lr, then down to final_lr) or constant (peak_lr)
     schedule: str = field("cosine", choices=("cosine", "wsd", "constant"))
-    decay_share: float = field(0.2, above=0, most=1)  # of the steps, in which wsd decays
+    decay_share: float = field(0.2, above=0, most=1)  # share of the run's steps, the last ones, in which wsd decays
     peak_lr: float = field(1e-4, above=0)
     final_lr: float = field(1e-5, least=0)
     warmup_steps: int = field(5000, least=0)
@@ -271,10 +280,10 @@ class Config:
 
     seed: int = field(0, least=0)
     steps: int = field(100_000, least=1)  # optimizer steps
-    # Tokens to train on, instead of `steps`; 0: as many as `steps` take
-    tokens: float = field(0.0, least=0)
-    # The same as a multiple of the parameters without embedding and head; 0: not given
-    tokens_per_parameter: float = field(0.0, least=0)
+    # The length of the run in tokens, or in tokens for each of model.matrix_parameters: `resolve` sets steps, rounded
+    # up. 0: not given. They may change on resume because steps may not.
+    tokens: float = field(0.0, least=0, resumable=True)
+    tokens_per_parameter: float = field(0.0, least=0, resumable=True)
     batch_size: int = field(512, least=1, most=_MOST_IDS)  # sequences of one optimizer step, over all devices
     accumulate: int = field(1, least=1, resumable=True)  # micro-batches that the batch of a step is split into
     seq_len: int = field(2048, least=2, most=_MOST_IDS)  # tokens
@@ -289,6 +298,17 @@ class Config:
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     sample: SampleConfig = SampleConfig()
+
+    @property
+    def decay_begins(self) -> int:
+        """Steps that are done when the learning rate begins to fall; `steps` if it does not fall."""
+        o = self.optimizer
+        if o.schedule == "cosine":
+            return o.warmup_steps
+        if o.schedule == "constant":
+            return self.steps
+        # Rounded down, but for a share that is a rounding error below a whole number of steps
+        return self.steps - max(1, math.floor(o.decay_share * self.steps + 1e-6))
 
 
 RULES = dict(rules(Config))
@@ -339,17 +359,43 @@ def default(architecture: str) -> ml_collections.ConfigDict:
     return config
 
 
-def resolve(config: ml_collections.ConfigDict | dict) -> Config:
-    """Turns a config file's tree into the frozen, validated `Config`. Raises: UserError that names the field."""
+def resolve(config: ml_collections.ConfigDict | dict, given: Collection[str] = ()) -> Config:
+    """Turns the tree of a config file into the frozen, validated `Config` of a run, whose `steps` are its length.
+
+    Args:
+      config: the tree, with the fields that the command line overrides.
+      given: dotted names of these fields. Of steps, tokens and tokens_per_parameter, the one among them counts.
+    Raises: UserError that names the field.
+    """
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     resolved = fields.build(Config, tree, "config")
     validate(resolved)
+    resolved = _with_steps(resolved, given)
+    _check_schedule(resolved)
     return resolved
+
+
+def _with_steps(config: Config, given: Collection[str]) -> Config:
+    """The config with the steps that `tokens` or `tokens_per_parameter` ask for. Raises: UserError."""
+    asked = [name for name in ("steps", "tokens", "tokens_per_parameter") if name in given]
+    if not asked:
+        asked = [name for name in ("tokens", "tokens_per_parameter") if getattr(config, name)]
+    if len(asked) > 1:
+        raise UserError(f"config.{asked[1]}: expected one length of the run, found config.{asked[0]} beside it")
+    if asked:
+        # The command line goes before the config file.
+        dropped = {"tokens", "tokens_per_parameter"} - set(asked)
+        config = dataclasses.replace(config, **dict.fromkeys(dropped, 0.0))
+    tokens = config.tokens or config.tokens_per_parameter * config.model.matrix_parameters
+    if not tokens:
+        return config
+    return dataclasses.replace(config, steps=math.ceil(tokens / (config.batch_size * config.seq_len)))
 
 
 def from_saved(tree: dict) -> Config:
     """The `Config` saved in a checkpoint. Fields that did not exist when it was saved get their defaults.
 
+    Schedules that `resolve` refuses are accepted, as earlier versions trained with them.
     Raises: UserError that names a field that is unknown, or has a value of the wrong type or out of its range.
     """
     saved = fields.build(Config, tree, "config")
@@ -412,74 +458,16 @@ def _check_run(config: Config, need) -> None:
     need(list(parts.values()).count(-1) <= 1, "mesh.fsdp", "-1 on one axis only (it is -1 unless set)")
 
 
-def _installed() -> Path:
-    """The folder of the package's own config files: inside the package if it is installed, beside it in a clone."""
-    package = Path(__file__).parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-def locate(path: str) -> str:
-    """Replaces FILE in `FILE.py:ARCHITECTURE` by the path where it is found.
-
-    `configs/NAME.py` is looked for in the current folder, and then among the package's own config files.
-    Raises: ArgumentError that names both places.
-    """
-    name, colon, architecture = path.partition(":")
-    if Path(name).is_file():
-        return path
-    installed = _installed() / Path(name).name
-    if Path(name).parent == Path("configs") and installed.is_file():
-        return f"{installed}{colon}{architecture}"
-    known = ", ".join(f"configs/{file.name}" for file in sorted(_installed().glob("*.py")))
-    raise ArgumentError(
-        "config",
-        f"expected FILE.py:ARCHITECTURE, found no file {name} in {Path.cwd()}; the package's own files, "
-        f"in {_installed().parent}, are {known}",
-    )
-
-
-def load(path: str) -> ml_collections.ConfigDict:
-    """The config of `FILE.py:ARCHITECTURE`, before any override. Raises: UserError."""
-    name, _, architecture = locate(path).partition(":")
-    arguments = [architecture] if architecture else []
-    try:
-        return runpy.run_path(name)["get_config"](*arguments)
-    except UserError:
-        raise
-    except Exception as error:
-        problem = f"expected a file whose get_config() returns a config, found {path}: {type(error).__name__}: {error}"
-        raise ArgumentError("config", problem) from error
-
-
-def check_flags(argv: list[str]) -> list[str]:
-    """Locates the config file in the arguments and checks that overridden fields exist.
-
-    Missing files and unknown fields are refused here, as the messages of config_flags do not name them.
-    Args:
-      argv: the command line, with --config=FILE.py:ARCHITECTURE and --config.FIELD=VALUE among others.
-    Returns: the arguments, with the path where the config file was found.
-    Raises: UserError that names the file or field.
-    """
-    argv = list(argv)
-    config = None
-    for at, argument in enumerate(argv):
-        if match := re.fullmatch("(--?config=)(.*)", argument):
-            argv[at], config = match[1] + locate(match[2]), load(match[2])
-        elif re.fullmatch("--?config", argument) and at + 1 < len(argv):
-            argv[at + 1], config = locate(argv[at + 1]), load(argv[at + 1])
-    for argument in argv:
-        match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)  # --noconfig.FIELD sets a boolean field to false
-        if match and config is not None:
-            _check_field(config, match[1])
-    return argv
-
-
-def _check_field(config: ml_collections.ConfigDict, path: str) -> None:
-    """Raises: UserError if the config has no field with the dotted name `path`."""
-    node, seen = config, "config"
-    for name in path.split("."):
-        names = list(node.keys()) if isinstance(node, ml_collections.ConfigDict) else []
-        if name not in names:
-            raise UserError(f"{seen}.{name}: no such field{did_you_mean(name, names)}")
-        node, seen = node[name], f"{seen}.{name}"
+def _check_schedule(config: Config) -> None:
+    """Refuses a warm-up that the run's steps cannot hold, together with a decay. Raises: UserError."""
+    o, steps = config.optimizer, config.steps
+    if o.warmup_steps > steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps: expected at most the {steps:,} steps of the run, found "
+            f"{o.warmup_steps:,}; set it to {steps // 20}, a twentieth of them, or train longer"
+        )
+    if o.schedule == "wsd" and o.warmup_steps > config.decay_begins:
+        raise UserError(
+            f"config.optimizer.decay_share: expected a decay that begins after the {o.warmup_steps:,} steps of "
+            f"warm-up, found {o.decay_share:g} of {steps:,} steps, so that it begins after {config.decay_begins:,}"
+        )

@@ -21,12 +21,12 @@ from typing import Annotated
 from absl import flags
 from ml_collections import config_flags
 
-from memoryllm_jax.common import cli, options
+from memoryllm_jax.common import cli, config_files, options
 from memoryllm_jax.common import devices as devices_lib
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.hosts import HostOptions
 from memoryllm_jax.common.options import Option
-from memoryllm_jax.config import check_flags, resolve
+from memoryllm_jax.config import resolve
 from memoryllm_jax.training import chips
 from memoryllm_jax.training.loop import train
 from memoryllm_jax.training.plan import dry_run as print_plan
@@ -40,15 +40,12 @@ def main(
     devices: Annotated[int, Option("devices to plan for", least=1)] = 8,
     chip: Annotated[str, Option("kind of device to plan for", choices=tuple(chips.CHIPS))] = "h100",
     slices: Annotated[int, Option("TPU slices to plan for; 0: as few as can hold the devices", least=0)] = 0,
-    tokens: Annotated[
-        float, Option("training tokens to plan for; 0: as many as the config's steps take", least=0)
-    ] = 0.0,
     plan: Annotated[str, Option("JSON file to write the plan to", writes=True)] = "",
 ) -> int:
-    config = resolve(flags.FLAGS.config)
+    config = resolve(flags.FLAGS.config, config_flags.get_override_values(flags.FLAGS["config"]))
     if dry_run:
-        return print_plan(config, chip, devices, slices, tokens, plan)
-    for name in ("devices", "chip", "slices", "tokens", "plan"):
+        return print_plan(config, chip, devices, slices, plan)
+    for name in ("devices", "chip", "slices", "plan"):
         if options.given(name):
             raise ArgumentError(name, "expected only with --dry_run, found without it")
     if not workdir:
@@ -62,4 +59,4 @@ def main(
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/SIZE.py:ARCHITECTURE; override as --config.FIELD=VALUE")
     flags.mark_flag_as_required("config")
-    cli.run(main, check=check_flags)
+    cli.run(main, check=config_files.check_flags)

@@ -2,19 +2,17 @@
 
 import dataclasses
 import glob
-import os
-import shutil
+import math
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import jax
 import pytest
 
-from memoryllm_jax import config as config_lib
+from memoryllm_jax.common import config_files
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.config import default, resolve
+from memoryllm_jax.config import default, from_saved, resolve
 from memoryllm_jax.model import flops, sharding, transformer
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +27,7 @@ TABLE = {
 
 
 def load(size, variant):
-    return config_lib.load(f"configs/{size}.py:{variant}")
+    return config_files.load(f"configs/{size}.py:{variant}")
 
 
 @pytest.mark.parametrize("size", TABLE)
@@ -76,7 +74,7 @@ def test_every_config_file_builds_every_variant():
     assert len(names) >= 4
     for name in names:
         for variant in (*VARIANTS, "flex-1.5"):
-            config = resolve(config_lib.load(f"{name}:{variant}"))
+            config = resolve(config_files.load(f"{name}:{variant}"))
             assert config.model.architecture == variant
             assert config.model.memory_dim + config.model.compute_dim == config.model.ffn_dim
 
@@ -123,6 +121,52 @@ def test_impossible_values_are_refused_by_name(field, value, message):
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"steps": 39},
+            "config.optimizer.warmup_steps: expected at most the 39 steps of the run, found 40; set it to 1,",
+        ),
+        (
+            {"optimizer.schedule": "wsd", "optimizer.decay_share": 0.92},
+            "config.optimizer.decay_share: expected a decay that begins after the 40 steps of warm-up, found 0.92",
+        ),
+        ({"tokens": 1e6, "tokens_per_parameter": 2.0}, "config.tokens_per_parameter: expected one length of the run"),
+    ],
+)
+def test_what_the_steps_cannot_hold_is_refused_by_name(fields, message):
+    config = load("tiny", "flex-3")
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(UserError) as error:
+        resolve(config)
+    assert str(error.value).startswith(message)
+    if "tokens" not in fields:  # earlier versions trained so, and what they saved still opens
+        from_saved(config.to_dict())
+
+
+def test_tokens_set_the_steps():
+    config = load("tiny", "flex-3")  # 2,048 tokens a step
+    config.tokens = 2048 * 50.5
+    resolved = resolve(config)
+    assert resolved.steps == 51
+    assert resolve(dataclasses.asdict(resolved)) == resolved
+    config.tokens = 0
+    for architecture in ("base", "memory", "flex-3", "ple-3"):
+        config = load("tiny", architecture)
+        config.tokens_per_parameter = 2.0
+        config.model.vocab_size = 1000
+        base = load("tiny", "base")
+        counted = flops.parameters(resolve(base))
+        matrices = counted["attention"] + counted["ffn_c"]
+        assert resolve(config).steps == math.ceil(2 * matrices / 2048)
+    # One on the command line goes before those of the config file; two are refused.
+    assert resolve(config, ["steps"]).steps == 480
+    assert resolve(config, ["steps"]).tokens_per_parameter == 0
+    with pytest.raises(UserError, match=r"config\.tokens: expected one length of the run, found config\.steps beside"):
+        resolve(config, ["tokens", "steps"])
+
+
 def test_unknown_fields_and_wrong_types_are_refused_by_name():
     tree = load("tiny", "base").to_dict()
     for change, message in (
@@ -140,21 +184,6 @@ def test_unknown_fields_and_wrong_types_are_refused_by_name():
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ("--config.model.dimm=3", "config.model.dimm: no such field; did you mean dim?"),
-        ("--config.steps.more=1", "config.steps.more: no such field; there are none below it"),
-        ("--config=configs/tiny.py:flex-9", "config: expected the architecture base, memory or flex-B"),
-        ("--config=configs/tyni.py", "config: expected FILE.py:ARCHITECTURE, found no file configs/tyni.py"),
-    ],
-)
-def test_overrides_and_files_that_do_not_exist_are_refused(argument, message):
-    with pytest.raises(UserError) as error:
-        config_lib.check_flags(["train", "--config=configs/tiny.py:base", argument])
-    assert str(error.value).startswith(message)
-
-
-@pytest.mark.parametrize(
-    "argument, message",
-    [
         ("--config.steps=many", "flag --config.steps=many"),
         ("--config=configs/tyni.py", "error: --config: expected FILE.py:ARCHITECTURE, found no file configs/tyni.py"),
         ("--config.model.heads=3", "error: config.model.heads: expected a divisor of model.dim = 256, found 3"),
@@ -166,46 +195,6 @@ def test_command_line_mistakes_are_one_sentence(argument, message, tmp_path):
     assert result.returncode == 1
     assert message in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert not (tmp_path / "w").exists()
-
-
-def test_a_config_file_is_found_in_any_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert config_lib.locate("configs/tiny.py:memory") == f"{ROOT}/configs/tiny.py:memory"
-    assert resolve(config_lib.load("configs/tiny.py:flex-3")).model.architecture == "flex-3"
-    arguments = ["train", "--config", "configs/tiny.py:base", "--workdir=w"]
-    assert config_lib.check_flags(arguments) == [
-        arguments[0],
-        "--config",
-        f"{ROOT}/configs/tiny.py:base",
-        "--workdir=w",
-    ]
-    with pytest.raises(UserError) as error:
-        config_lib.locate("configs/other.py:memory")
-    assert str(tmp_path) in str(error.value) and f"files, in {ROOT}, are configs/1b.py" in str(error.value)
-
-    Path("configs").mkdir()
-    shutil.copy(ROOT / "configs/1b.py", "configs/tiny.py")
-    assert config_lib.locate("configs/tiny.py:memory") == "configs/tiny.py:memory"  # the user's own comes first
-
-
-def test_config_files_are_installed_with_the_package(tmp_path):
-    for name in ("memoryllm_jax", "configs"):
-        shutil.copytree(ROOT / name, tmp_path / "source" / name)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / "source")
-    build = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
-    subprocess.run([sys.executable, "-c", build], cwd=tmp_path / "source", check=True, capture_output=True, text=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as file:
-        file.extractall(tmp_path / "installed")
-        page = (ROOT / "memoryllm_jax/server/page").iterdir()
-        needed = {"evaluation/tasks/lambada_local.yaml", *(f"server/page/{entry.name}" for entry in page)}
-        assert {f"memoryllm_jax/{name}" for name in needed} <= set(file.namelist())
-    show = "from memoryllm_jax import config as c; print(c.__file__, c.load('configs/tiny.py:flex-3').model.dim)"
-    command = [sys.executable, "-c", show]
-    env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
-    done = subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, text=True)
-    assert done.stdout.split() == [f"{tmp_path}/installed/memoryllm_jax/config.py", "256"]
 
 
 def test_the_package_lists_its_commands():

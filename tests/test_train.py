@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from lab import free_port, records, with_devices, write_untrained
 
-from memoryllm_jax.common import hosts
+from memoryllm_jax.common import config_files, hosts
 from memoryllm_jax.common.exit_codes import ExitCode
-from memoryllm_jax.config import load, resolve
+from memoryllm_jax.config import resolve
 from memoryllm_jax.training import loop
 
 SMALL = {"seq_len": 32, "batch_size": 4, "log.every": 1, "eval.every": 10**6, "eval.batches": 1}
@@ -65,7 +65,7 @@ def newest_checkpoint(workdir):
 
 def train_here(folder, fields, devices):
     """Trains the model of `Command` in this process."""
-    config = load("configs/tiny.py:memory")
+    config = config_files.load("configs/tiny.py:memory")
     config.update_from_flattened_dict(SMALL | fields)
     return loop.train(resolve(config), str(folder), jax.devices()[:devices])
 

@@ -49,34 +49,33 @@ _DISTINCT = {
 _DISTINCT_DEVIATION = 0.25
 
 
-def dry_run(config: Config, chip: str, count: int, slices: int, tokens: float, output: str) -> int:
+def dry_run(config: Config, chip: str, count: int, slices: int, output: str) -> int:
     """Prints the plan and, with `output`, writes it as JSON.
 
     Args:
       chip: name of the device, as in chips.CHIPS.
       count: number of devices.
       slices: number of TPU slices; 0: as few as hold the devices.
-      tokens: tokens of the whole run; 0: those of the config's steps.
       output: JSON file to write, "" for none.
     Returns: the exit code: 0 if the run fits the devices' memory, else 1.
     Raises: UserError.
     """
     chips.emulate(count)
     devices, compiler = chips.devices(chip, count, slices)
-    result = plan(config, chip, devices, tokens, slices) | {"compiler": compiler}
+    result = plan(config, chip, devices, slices) | {"compiler": compiler}
     print(plan_text.text(result))
     if output:
         storage.write_json(output, result)
     return 0 if result["fits"] else 1
 
 
-def plan(config: Config, name: str, devices: list[jax.Device], tokens: float = 0, slices: int = 0) -> dict:
+def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) -> dict:
     """The plan as JSON values: sizes in bytes, times in seconds.
 
     Args:
       name: name of the chip.
       devices: devices to compile for, as `chips.devices` returns them.
-      tokens, slices: as in `dry_run`.
+      slices: as in `dry_run`.
     Raises: UserError.
     """
     chip = chips.get(name)
@@ -90,7 +89,6 @@ def plan(config: Config, name: str, devices: list[jax.Device], tokens: float = 0
     domain = len(devices) // slices if slices else chip.domain
     traffic = roofline.traffic(compiled.transfers, mesh, chip, domain)
     times = roofline.times(mesh.size, chip, step_tokens, flops_a_token, traffic, memory["parameters"])
-    tokens = tokens or config.steps * step_tokens
     peak_tokens_per_second = mesh.size * chip.peak_flops / flops_a_token["per_token"]
     return {
         "chip": chip.title,
@@ -116,8 +114,9 @@ def plan(config: Config, name: str, devices: list[jax.Device], tokens: float = 0
         "seconds": times,
         "tokens_per_second": _bounds(times, lambda seconds: step_tokens / seconds),
         "mfu": _bounds(times, lambda seconds: step_tokens / seconds / peak_tokens_per_second),
-        "run_tokens": tokens,
-        "run_device_hours": _bounds(times, lambda seconds: tokens / step_tokens * seconds * mesh.size / 3600),
+        "run_steps": config.steps,
+        "run_tokens": config.steps * step_tokens,
+        "run_device_hours": _bounds(times, lambda seconds: config.steps * seconds * mesh.size / 3600),
         "compile_seconds": time.monotonic() - start,
     }
 

@@ -97,7 +97,8 @@ def _time_lines(p: dict) -> list[str]:
         "ms; at least with the network's time hidden behind compute, at most with none of it hidden",
         f"speed            {_range(p['tokens_per_second'], '{:,.0f}'.format)} tokens/s, "
         f"MFU {_range(p['mfu'], '{:.0%}'.format)}",
-        f"the run          {p['run_tokens'] / 1e9:,.1f} G tokens: {_range(hours, '{:,.0f}'.format)} device hours, "
+        f"the run          {p['run_steps']:,} steps, {p['run_tokens'] / 1e9:,.1f} G tokens: "
+        f"{_range(hours, '{:,.0f}'.format)} device hours, "
         + _range(hours, lambda n: progress.duration(n / p["devices"] * 3600)),
         f"roofline, not a measurement: compute at {EFFICIENCY:.0%} of peak FLOP/s, collectives at the speeds of data "
         "sheets (memoryllm_jax/training/chips.py)",

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from memoryllm_jax.config import Config
 from memoryllm_jax.model import loss, sharding, transformer
-from memoryllm_jax.training import compilation, optimizer, spikes
+from memoryllm_jax.training import compilation, optimizer, schedules, spikes
 from memoryllm_jax.training.batches import Batch, abstract_batch
 from memoryllm_jax.training.sizes import Sizes
 
@@ -157,7 +157,7 @@ class Trainer:
             "loss": losses.nll,
             "z_loss": losses.total - losses.nll,
             "grad_norm": optax.tree.norm(grads),
-            "learning_rate": optimizer.schedule(self.config)(state["step"]),
+            "learning_rate": schedules.learning_rate(self.config)(state["step"]),
         }
         params = optax.apply_updates(params, updates)
         after = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}

@@ -12,6 +12,7 @@ from memoryllm_jax.inference.generation import STEPS_PER_CALL, generate
 from memoryllm_jax.inference.rows import LiveRows
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.model import flops
+from memoryllm_jax.training import schedules
 from memoryllm_jax.training.batches import TrainBatches
 from memoryllm_jax.training.recorder import quality_text
 from memoryllm_jax.training.sizes import Sizes
@@ -36,6 +37,7 @@ def opening(trainer: Trainer, batches: TrainBatches, sizes: Sizes, start: int) -
         f"{config.model.dtype}",
         f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens, "
         f"{batches.epoch(config.steps):.2f} epochs; compiling for {planned} distinct ids a shard",
+        f"learning rate: {schedules.text(config)}",
     ]
     if start:
         lines.append(f"going on from step {start}")

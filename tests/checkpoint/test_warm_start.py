@@ -9,10 +9,10 @@ import pytest
 import reference
 from lab import GOLDEN, random_params, write_untrained
 
-from memoryllm_jax import config as config_lib
 from memoryllm_jax.checkpoint import warm_start
 from memoryllm_jax.checkpoint.digest import array_name
 from memoryllm_jax.checkpoint.trained import TrainedModel
+from memoryllm_jax.common import config_files
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import resolve
 from memoryllm_jax.data.dataset import Dataset
@@ -68,8 +68,8 @@ def start(lab, data_path):
     """start(architecture, source): a run of one step that starts from a workdir, by default lab's memory model."""
 
     def make(architecture="memory", source="", **overrides):
-        c = config_lib.load(f"configs/start.py:{architecture}@{source or lab.workdir('memory')}")
-        c.steps, c.batch_size, c.seq_len, c.log.tensorboard = 1, 8, 32, False
+        c = config_files.load(f"configs/start.py:{architecture}@{source or lab.workdir('memory')}")
+        c.steps, c.optimizer.warmup_steps, c.batch_size, c.seq_len, c.log.tensorboard = 1, 0, 8, 32, False
         c.data.path, c.optimizer.peak_lr, c.optimizer.final_lr = data_path, 1e-9, 0.0
         c.update_from_flattened_dict(overrides)
         return resolve(c)

@@ -62,6 +62,7 @@ def test_a_missing_matplotlib_ends_the_command_before_it_trains(monkeypatch, tmp
 @pytest.mark.slow
 def test_the_command_trains_with_its_overrides(lab, tmp_path):
     sizes = {"steps": 2, "batch_size": 8, "seq_len": 32, "model.dim": 16, "model.layers": 1, "model.heads": 2}
+    sizes |= {"optimizer.warmup_steps": 1}
     sizes |= {"data.path": lab.data_path, "eval.batches": 1, "sample.tokens": 0}
     options = [f"--config.{field}={value}" for field, value in sizes.items()] + ["--noconfig.log.tensorboard"]
     command = [sys.executable, "-m", "memoryllm_jax.compare", f"--workdir={tmp_path}", "--config=configs/tiny.py"]

@@ -22,7 +22,7 @@ from sides import (
     write_tokenizer,
 )
 
-from memoryllm_jax import config as config_lib
+from memoryllm_jax.common import config_files
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import resolve
 from memoryllm_jax.data import dataset
@@ -245,9 +245,9 @@ def test_prepare_finds_the_special_tokens_of_an_import(prepared):
 def test_a_model_trained_from_an_import_and_resumed_keeps_its_files(with_files, prepared, tmp_path):
     """New are config.json and the model card, which describe the weights, and the class in tokenizer_config.json."""
     _, work = with_files
-    c = config_lib.load(f"configs/start.py:memory@{work}")
+    c = config_files.load(f"configs/start.py:memory@{work}")
     c.steps, c.batch_size, c.seq_len, c.checkpoint.every, c.log.tensorboard = 2, 2, 32, 1, False
-    c.data.path, c.eval.batches, c.sample.tokens = prepared, 1, 0
+    c.data.path, c.eval.batches, c.sample.tokens, c.optimizer.warmup_steps = prepared, 1, 0, 0
     run = str(tmp_path / "run")
     for out in ("started", "resumed"):
         assert loop.train(resolve(c), run, jax.devices()[:1]) == 0

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memoryllm_jax.config import MeshConfig, load, resolve
+from memoryllm_jax.common import config_files
+from memoryllm_jax.config import MeshConfig, resolve
 from memoryllm_jax.model import attention, sharding
 from memoryllm_jax.training import chips, plan
 
@@ -15,7 +16,7 @@ from memoryllm_jax.training import chips, plan
 @pytest.mark.parametrize("architecture", ["flex-3", "memory"])
 def test_1b_trains_on_one_h100(chip_devices, architecture):
     """It fits with micro-batches, and copies no weight to pad it. FFN-C is 2,046 wide, FFN-M 3,418 or 5,464."""
-    c = load(f"configs/1b.py:{architecture}")
+    c = config_files.load(f"configs/1b.py:{architecture}")
     c.model.vocab_size, c.accumulate = 128_253, 128
     mesh = sharding.make_mesh(c.mesh, chip_devices("h100"))
     step = plan.LoweredStep(resolve(c), mesh).compile()

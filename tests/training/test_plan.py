@@ -12,8 +12,9 @@ import jax
 import pytest
 from lab import with_devices
 
+from memoryllm_jax.common import config_files
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.config import MeshConfig, load, resolve
+from memoryllm_jax.config import MeshConfig, resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
 from memoryllm_jax.training import chips, collectives, plan, plan_text, roofline
@@ -26,7 +27,7 @@ from memoryllm_jax.training.step import Trainer
 def test_plan_places_state_and_activations_on_8_and_64_devices(tmp_path):
     small = {"model.dim": 128, "model.layers": 2, "model.heads": 8, "model.vocab_size": 1000, "seq_len": 64}
     small |= {"mesh.data": 2, "mesh.tensor": 2, "mesh.fsdp": -1, "model.dtype": "float32"}
-    config = load("configs/tiny.py:flex-3")
+    config = config_files.load("configs/tiny.py:flex-3")
     config.update_from_flattened_dict(small | {"batch_size": 8})
     plans = {8: plan.plan(resolve(config), "h100", jax.devices())}
 
@@ -89,7 +90,7 @@ def test_memory_is_planned_for_the_most_distinct_ids_and_work_for_the_usual_numb
     step = plan.LoweredStep(config, sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2]))
     assert step._usual == usual and step._lowered.in_avals[0][1].ids_SU.shape == (2, largest)
     # English text: as many tokens a shard, but the largest of more shards. 16 sequences of 2,048 tokens a shard at 1b.
-    c = load("configs/1b.py:flex-3")
+    c = config_files.load("configs/1b.py:flex-3")
     c.update_from_flattened_dict({"model.vocab_size": 128_256, "batch_size": 16 * 512})
     many = resolve(c)
     few = dataclasses.replace(many, batch_size=16 * 8)
@@ -196,7 +197,7 @@ def test_the_committed_plans_of_1b_flex_3_are_those_by_hand(N):
 
 
 def test_this_code_plans_1b_flex_3_as_by_hand():
-    config = load("configs/1b.py:flex-3")
+    config = config_files.load("configs/1b.py:flex-3")
     config.update_from_flattened_dict({"batch_size": 64, "model.vocab_size": 128_256})
     config = resolve(config)
     mesh = sharding.make_mesh(config.mesh, jax.devices())

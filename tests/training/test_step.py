@@ -76,7 +76,7 @@ def test_overlap_gathers_weights_while_products_are_computed(chip_devices, xla):
     """In the step compiled for H100: by default each all-gather is waited for at once."""
     devices = chip_devices("h100", 8)
     c = default("flex-3")
-    c.batch_size, c.seq_len, c.steps, c.xla, c.mesh.fsdp = 16, 256, 10, xla, 8
+    c.batch_size, c.seq_len, c.xla, c.mesh.fsdp = 16, 256, xla, 8
     c.model.dim, c.model.layers, c.model.heads, c.model.vocab_size, c.model.attention = 128, 4, 2, 512, "cudnn"
     config = resolve(c)
     trainer = Trainer(config, sharding.make_mesh(config.mesh, devices))
