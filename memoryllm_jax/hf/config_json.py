@@ -13,12 +13,11 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.records import Count, Size
 from memoryllm_jax.config import ModelConfig, resolve
 
-# Settings of Llama that change what the model computes, with the values that our models support.
+# Settings of Llama and Qwen3 that change what the model computes, with the values that our models support.
 _SUPPORTED = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "sliding_window": (None,),
     "quantization_config": (None,),
     "add_cross_attention": (None, False),
     "per_layer_config": (None,),
@@ -26,6 +25,8 @@ _SUPPORTED = {
 }
 # rope_type in config.json -> ModelConfig.rope_scaling
 _ROPE_SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3"}
+# model_type -> the largest number of positions where a file has none, as in transformers
+_CONTEXTS = {"llama": 2048, "memoryllm": 2048, "qwen3": 32_768}
 # dtype of the weights -> ModelConfig.dtype, which can be float32 or bfloat16; only float32 holds every float16 value
 _COMPUTE_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -33,6 +34,8 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def to_json(c: ModelConfig, context: int, dtype: str, special: dict) -> dict:
     """The settings for config.json: those of an ordinary Llama for base, else those that modeling_memoryllm.py reads.
+
+    base with `qk_norm` is a Qwen3, which is a Llama with norms of queries and keys.
 
     Args:
       c: the model.
@@ -43,12 +46,15 @@ def to_json(c: ModelConfig, context: int, dtype: str, special: dict) -> dict:
     """
     if c.token_memory in ("value", "per_layer"):
         raise UserError(f"config.model.token_memory: expected ffn or none to export, found {c.token_memory}")
-    if c.memory_dim == 0 and c.norm != "rmsnorm":
-        raise UserError(f"config.model.norm: expected rmsnorm, as Llama has no other, found {c.norm}")
+    if c.memory_dim == 0:
+        if c.norm != "rmsnorm":
+            raise UserError(f"config.model.norm: expected rmsnorm, as Llama has no other, found {c.norm}")
+        if c.logit_softcap:
+            raise UserError(f"config.model.logit_softcap: expected 0, as Llama has none, found {c.logit_softcap:g}")
     scaling = _rope_to_json(c)
     out = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen3ForCausalLM" if c.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if c.qk_norm else "llama",
         "attention_bias": False,
         "attention_dropout": 0.0,
         **special,
@@ -87,6 +93,11 @@ def to_json(c: ModelConfig, context: int, dtype: str, special: dict) -> dict:
             "memory_size": c.memory_dim,
             "norm": c.norm,
         }
+        # Only where they are set, so that other models keep the files that they had.
+        if c.qk_norm:
+            out["qk_norm"] = True
+        if c.logit_softcap:
+            out["final_logit_softcapping"] = c.logit_softcap
     return out
 
 
@@ -110,7 +121,7 @@ _Positive = Annotated[float, msgspec.Meta(ge=2.0**-126, le=2.0**127)]  # as floa
 class Settings(records.Record):
     """The settings of a config.json that import reads. A missing one has the value that transformers gives it.
 
-    The settings of FFN-M, from `beta` on, are those that `to_json` adds for memory and flex-B.
+    The settings from `beta` on are those that `to_json` adds for memory and flex-B.
     """
 
     hidden_size: Size
@@ -121,7 +132,7 @@ class Settings(records.Record):
     model_type: str | None = None
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
-    max_position_embeddings: Size = 2048
+    max_position_embeddings: Size | UnsetType = UNSET
     rms_norm_eps: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1e-6
     initializer_range: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.02
     tie_word_embeddings: bool = False
@@ -132,6 +143,7 @@ class Settings(records.Record):
     attention_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
+    use_sliding_window: bool = False  # Qwen3's, without which it ignores sliding_window
     layer_types: list[str] | None = None
     quantization_config: Any = None
     add_cross_attention: bool | None = None
@@ -152,6 +164,13 @@ class Settings(records.Record):
     memory_size: Count = 0
     compute_input: str = "after_attention"
     norm: str = "rmsnorm"
+    qk_norm: bool = False
+    final_logit_softcapping: float | None = None  # named as in Gemma 2
+
+    @property
+    def context(self) -> int:
+        """The largest number of positions in a sequence."""
+        return _CONTEXTS[self.model_type] if self.max_position_embeddings is UNSET else self.max_position_embeddings
 
     def special(self) -> dict:
         """{name: ids} of those special tokens that the file names, as `to_json` takes them."""
@@ -193,6 +212,7 @@ def from_json(settings: Settings, where: str) -> tuple[ModelConfig, int]:
     dtype = s.dtype or s.torch_dtype or "float32"
     if dtype not in _COMPUTE_DTYPES:
         _refuse(where, "torch_dtype", "one of " + ", ".join(_COMPUTE_DTYPES), dtype)
+    is_ours = s.model_type == "memoryllm"  # transformers' Llama ignores what it has no setting for, and so do we
     has_fewer_keys = s.num_key_value_heads not in (None, s.num_attention_heads)
     model = {
         "dim": s.hidden_size,
@@ -206,16 +226,18 @@ def from_json(settings: Settings, where: str) -> tuple[ModelConfig, int]:
         "norm": s.norm,
         "norm_eps": s.rms_norm_eps,
         "tie_embeddings": s.tie_word_embeddings,
+        "qk_norm": s.model_type == "qwen3" or (is_ours and s.qk_norm),
+        "logit_softcap": (is_ours and s.final_logit_softcapping) or 0.0,
         "init_std": s.initializer_range or 0.02,  # a file may hold 0, our config may not
         "dtype": _COMPUTE_DTYPES[dtype],
         **_rope_from_json(s, where),
     }
-    config = resolve({"model": model, "seq_len": s.max_position_embeddings}).model
+    config = resolve({"model": model, "seq_len": s.context}).model
     # ModelConfig derives the widths of FFN-C and FFN-M from ffn_dim and beta, so they must be the file's.
     if (config.compute_dim, config.memory_dim) != (s.intermediate_size, s.memory_size):
         expected = f"{config.memory_dim}, the FFN-M width of beta {s.beta:g}"
         _refuse(where, "memory_size", expected, s.memory_size)
-    return config, s.max_position_embeddings
+    return config, s.context
 
 
 def _refuse(where, name, expected, found) -> NoReturn:
@@ -225,8 +247,14 @@ def _refuse(where, name, expected, found) -> NoReturn:
 
 def _check_supported(s, where):
     """Refuses other model families, and values that change the computation in a way that ours lacks."""
-    if s.model_type not in ("llama", "memoryllm"):
-        _refuse(where, "model_type", "llama (or memoryllm, as export writes it)", s.model_type)
+    if s.model_type not in _CONTEXTS:
+        _refuse(where, "model_type", "llama or qwen3 (or memoryllm, as export writes it)", s.model_type)
+    if s.model_type == "qwen3":
+        for name in ("head_dim", "num_key_value_heads"):
+            if getattr(s, name) is None:  # transformers has defaults that do not depend on the other sizes
+                _refuse(where, name, "a number in the settings of a Qwen3", None)
+    if s.sliding_window is not None and (s.model_type != "qwen3" or s.use_sliding_window):
+        _refuse(where, "sliding_window", "None", s.sliding_window)
     for name, values in _SUPPORTED.items():
         if getattr(s, name) not in values:
             _refuse(where, name, " or ".join(repr(value) for value in values), getattr(s, name))
@@ -261,9 +289,7 @@ def _rope_from_json(s, where):
     if scaling != "none":
         out["rope_factor"] = given(f"{name}.factor", rope.factor)
     if scaling == "llama3":
-        original = _first_set(
-            s.original_max_position_embeddings, rope.original_max_position_embeddings, s.max_position_embeddings
-        )
+        original = _first_set(s.original_max_position_embeddings, rope.original_max_position_embeddings, s.context)
         out["rope_low_freq_factor"] = given(f"{name}.low_freq_factor", rope.low_freq_factor)
         out["rope_high_freq_factor"] = given(f"{name}.high_freq_factor", rope.high_freq_factor)
         out["rope_original_context"] = given(f"{name}.original_max_position_embeddings", original)

@@ -41,8 +41,12 @@ def _decoder_weights(model):
         out[f"layers/{name}"] = [(weight_of(layer).weight, shape) for layer in decoder.layers]
 
     of_layers("attention/k", lambda layer: layer.self_attn.k_proj, width, c.num_key_value_heads, head_dim)
+    if c.qk_norm:
+        of_layers("attention/k_norm/scale", lambda layer: layer.self_attn.k_norm, head_dim)
     of_layers("attention/out", lambda layer: layer.self_attn.o_proj, c.num_attention_heads, head_dim, width)
     of_layers("attention/q", lambda layer: layer.self_attn.q_proj, width, c.num_attention_heads, head_dim)
+    if c.qk_norm:
+        of_layers("attention/q_norm/scale", lambda layer: layer.self_attn.q_norm, head_dim)
     of_layers("attention/v", lambda layer: layer.self_attn.v_proj, width, c.num_key_value_heads, head_dim)
     of_layers("attention_norm/scale", lambda layer: layer.input_layernorm, width)
     if c.intermediate_size:

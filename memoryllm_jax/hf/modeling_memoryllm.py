@@ -4,9 +4,9 @@
     AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True, tol="tol.safetensors")
 
 X_{l+1} = X_l + Attn(N1(X_l)) [+ FFN-C(N2(X_l))] + FFN-M(NM(X_0)), as in Jaiswal et al. 2026 (arXiv 2602.00398).
-Attention, norms and rotary embedding are those of transformers' Llama. `tol` is a file of token-wise lookups (ToL) that
-`memoryllm_jax.precompute` wrote. With it, FFN-M and an untied input embedding are not loaded: their rows are read from
-the file. That needs the package xxhash.
+Attention, norms and rotary embedding are those of transformers' Llama; with `qk_norm`, attention is Qwen3's. `tol` is a
+file of token-wise lookups (ToL) that `memoryllm_jax.precompute` wrote. With it, FFN-M and an untied input embedding are
+not loaded: their rows are read from the file. That needs the package xxhash.
 
 modeling_tol.py reads the file; modeling_digest.py computes the digest that ties it to the weights.
 """
@@ -26,6 +26,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from .modeling_digest import decoder_digest
 from .modeling_tol import Tol, check_ids
@@ -41,6 +43,8 @@ class MemoryLLMConfig(LlamaConfig):
       beta: FFN-C has beta h^2 of the FFNs' 8 h^2 parameters, where h is the model's width.
       compute_input: the input of FFN-C: `block_input` (X_l) or `after_attention` (X_l + Attn(N1(X_l))).
       norm: `rmsnorm` or `layernorm`.
+      qk_norm: whether attention normalises the queries and keys of each head, as Qwen3's does.
+      final_logit_softcapping: c of the logits c tanh(logits / c), as in Gemma 2; None leaves them as they are.
       float16_digests: {digest of the decoder rounded to float16: its digest before that}. By it, a ToL file is
         recognised from weights that were exported or loaded in float16, as the file holds the second.
       tol: path of a ToL file; None computes FFN-M live. It is not saved, as it belongs to one machine.
@@ -51,6 +55,8 @@ class MemoryLLMConfig(LlamaConfig):
         "layers.*.memory.gate_proj": "colwise",
         "layers.*.memory.up_proj": "colwise",
         "layers.*.memory.down_proj": "rowwise",
+        # Under tensor parallelism each device normalises its own heads.
+        **{name: style for name, style in Qwen3Config.base_model_tp_plan.items() if name.endswith("_norm")},
     }
     # A later pipeline stage receives the hidden states alone, and FFN-M of its layers reads X_0.
     base_model_pp_plan = None
@@ -59,6 +65,8 @@ class MemoryLLMConfig(LlamaConfig):
     beta: float = 0.0
     compute_input: str = "block_input"
     norm: str = "rmsnorm"
+    qk_norm: bool = False
+    final_logit_softcapping: float | None = None
     float16_digests: dict | None = None
     tol: str | None = None
 
@@ -69,10 +77,31 @@ class MemoryLLMConfig(LlamaConfig):
         return settings
 
 
-def make_norm(config):
+def make_norm(config, width=None):
+    width = width or config.hidden_size
     if config.norm == "layernorm":
-        return nn.LayerNorm(config.hidden_size, config.rms_norm_eps, bias=False)
-    return LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        return nn.LayerNorm(width, config.rms_norm_eps, bias=False)
+    return LlamaRMSNorm(width, config.rms_norm_eps)
+
+
+def make_attention(config, layer_idx):
+    if not config.qk_norm:
+        return LlamaAttention(config, layer_idx)
+    attention = Qwen3Attention(config, layer_idx)
+    attention.q_norm, attention.k_norm = (make_norm(config, attention.head_dim) for _ in range(2))
+    return attention
+
+
+class Head(nn.Linear):
+    """The output head, which caps its logits if the settings say so."""
+
+    def __init__(self, config):
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        self.cap = config.final_logit_softcapping
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
 
 class TokenMemory(nn.Module):
@@ -99,7 +128,7 @@ class MemoryLLMDecoderLayer(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.after_attention = config.compute_input == "after_attention"
         self.input_layernorm = make_norm(config)
-        self.self_attn = LlamaAttention(config, layer_idx)
+        self.self_attn = make_attention(config, layer_idx)
         self.post_attention_layernorm = make_norm(config) if config.intermediate_size else None
         self.mlp = LlamaMLP(config) if config.intermediate_size else None
         self.memory = TokenMemory(config) if config.tol is None else None
@@ -201,7 +230,7 @@ class WithTol:
 # Arguments of from_pretrained that say where the weights are.
 _SOURCE_OPTIONS = ("cache_dir", "revision", "subfolder", "use_safetensors", "variant")
 _LAYERS = ["MemoryLLMDecoderLayer"]
-_RECORDED = {"hidden_states": MemoryLLMDecoderLayer, "attentions": LlamaAttention}
+_RECORDED = {"hidden_states": MemoryLLMDecoderLayer, "attentions": [LlamaAttention, Qwen3Attention]}
 _REPLACED = [r"\.memory\.", r"embed_tokens"]  # weights in the safetensors files that a ToL file replaces
 
 
@@ -274,7 +303,7 @@ class MemoryLLMForCausalLM(WithTol, LlamaForCausalLM):
         LlamaPreTrainedModel.__init__(self, config)  # LlamaForCausalLM.__init__ would build a LlamaModel
         self.model = MemoryLLMModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config)
         if config.tol is not None:
             self._keys_to_ignore_on_load_unexpected = _REPLACED
         self.post_init()

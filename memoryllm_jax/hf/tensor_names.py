@@ -1,7 +1,8 @@
 """The tensors of the Hugging Face layout, and the parameter of ours that each belongs to.
 
 The names are Llama's: `mlp.*` is base's FFN or FFN-C, and FFN-M adds
-`model.layers.N.memory.{norm,gate_proj,up_proj,down_proj}.weight`. Hugging Face's matrices are [outputs, inputs], ours
+`model.layers.N.memory.{norm,gate_proj,up_proj,down_proj}.weight`. Norms of queries and keys are Qwen3's
+`self_attn.{q_norm,k_norm}.weight`. Hugging Face's matrices are [outputs, inputs], ours
 [inputs, outputs]. Heads, and the two halves of a head that the rotary embedding rotates, have the same order in both.
 """
 
@@ -67,6 +68,8 @@ def _layer(c):
         ("self_attn.v_proj", "layers/attention/v", (keys, c.dim)),
         ("self_attn.o_proj", "layers/attention/out", (c.dim, query)),
     ]
+    if c.qk_norm:
+        out += [(f"self_attn.{name}", f"layers/attention/{name}/scale", (c.head_dim,)) for name in ("q_norm", "k_norm")]
     if c.compute_dim:
         out += _swiglu("mlp", "layers/ffn", c.dim, c.compute_dim)
     out.append(("input_layernorm", "layers/attention_norm/scale", (c.dim,)))

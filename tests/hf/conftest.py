@@ -17,6 +17,8 @@ MODELS = {
             "model.tie_embeddings": True,
             "model.norm": "layernorm",
             "model.compute_input": "after_attention",
+            "model.qk_norm": True,
+            "model.logit_softcap": 3.0,
         },
     ),
 }

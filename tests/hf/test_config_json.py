@@ -31,6 +31,9 @@ LLAMA = {
 }
 
 
+QWEN3 = {"model_type": "qwen3", "head_dim": 8, "num_key_value_heads": 2}
+
+
 def llama(**changes):
     """The settings of a small Llama with some changed, or removed if they are MISSING."""
     return {name: value for name, value in (LLAMA | changes).items() if value is not MISSING}
@@ -40,6 +43,8 @@ def llama(**changes):
     "changes, message",
     [
         ({"model_type": "mistral"}, "model_type: expected llama .*, found 'mistral'"),
+        ({"model_type": "qwen3", "num_key_value_heads": 4}, "head_dim: expected a number in .* a Qwen3, found None"),
+        (QWEN3 | {"use_sliding_window": True, "sliding_window": 9}, "sliding_window: expected None, found 9"),
         ({"attention_bias": True}, "attention_bias: expected False, found True"),
         ({"mlp_bias": True}, "mlp_bias: expected False, found True"),
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
@@ -77,9 +82,11 @@ def test_settings_that_our_config_refuses_are_named_by_its_fields():
         converted(llama(num_key_value_heads=3))
 
 
-@pytest.mark.parametrize("architecture", ["base", "memory", "flex-3"])
-def test_a_model_comes_back_from_its_config_json(make_config, architecture):
+@pytest.mark.parametrize("architecture, softcap", [("base", 0.0), ("memory", 0.0), ("flex-3", 30.0)])
+def test_a_model_comes_back_from_its_config_json(make_config, architecture, softcap):
     overrides = {
+        "model.qk_norm": architecture != "memory",
+        "model.logit_softcap": softcap,
         "model.vocab_size": 512,
         "model.kv_heads": 2,
         "model.norm_eps": 3e-6,
@@ -92,6 +99,7 @@ def test_a_model_comes_back_from_its_config_json(make_config, architecture):
     tree = to_json(model, 64, "bfloat16", {})
     found, context = converted(tree)
     assert context == 64 and found.dtype == "bfloat16"
+    assert (found.qk_norm, found.logit_softcap) == (model.qk_norm, softcap)
     assert to_json(found, 64, "bfloat16", {}) == tree
 
 

@@ -17,7 +17,7 @@ from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data import tokenizer_conversion
-from memoryllm_jax.hf import tensor_names
+from memoryllm_jax.hf import config_json, tensor_names
 from memoryllm_jax.hf.export import export_model
 from memoryllm_jax.hf.import_ import import_model
 
@@ -187,6 +187,9 @@ def test_only_what_an_export_left_is_removed_from_the_folder_that_is_filled_firs
 
 
 def test_a_base_that_is_no_llama_is_refused(make_config, tmp_path):
+    model = make_config("base", **{"model.logit_softcap": 30.0}).model
+    with pytest.raises(UserError, match=r"config.model.logit_softcap: expected 0, as Llama has none, found 30"):
+        config_json.to_json(model, 64, "float32", {})
     write_untrained(make_config("base", **{"model.norm": "layernorm"}), str(tmp_path / "work"))
     with pytest.raises(UserError, match=r"config.model.norm: expected rmsnorm, as Llama has no other, found layernorm"):
         export_model(str(tmp_path / "work"), str(tmp_path / "out"))

@@ -57,34 +57,48 @@ def stored_bits(folder):
 
 
 @pytest.mark.parametrize(
-    "dtype, tied, rope", [("float32", False, LLAMA3_ROPE), ("bfloat16", True, None), ("float16", False, None)]
+    "family, dtype, tied, rope",
+    [
+        ("Llama", "float32", False, LLAMA3_ROPE),
+        ("Llama", "bfloat16", True, None),
+        ("Qwen3", "float16", False, None),
+    ],
 )
-def test_a_llama_of_transformers_goes_in_and_out_bit_by_bit(transformers, tmp_path, dtype, tied, rope):
+def test_a_model_of_transformers_goes_in_and_out_bit_by_bit(transformers, tmp_path, family, dtype, tied, rope):
     import torch
 
     source, path, out = (str(tmp_path / n) for n in ("source", "work", "out"))
     torch.manual_seed(0)
     rope = {"rope_theta": 5e5} | (rope or {"rope_type": "linear", "factor": 2.0})
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=88, num_hidden_layers=3, num_attention_heads=4,
+    kind = getattr(transformers, f"{family}ForCausalLM")
+    model = kind(
+        getattr(transformers, f"{family}Config")(
+            vocab_size=64, hidden_size=32, head_dim=8, intermediate_size=88, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, rms_norm_eps=3e-6, tie_word_embeddings=tied, max_position_embeddings=64,
             rope_parameters=rope, initializer_range=0.2,
         )
     ).to(getattr(torch, dtype))  # fmt: skip
-    llama.save_pretrained(source, max_shard_size="20KB")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 2)  # norms that are all one could be swapped unnoticed
+    model.save_pretrained(source, max_shard_size="20KB")
     write_tokenizer(source)
     import_model(source, path)
-    # Read again, as `llama` holds rotary frequencies that are rounded to its dtype.
-    exact = transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
+    # Read again, as `model` holds rotary frequencies that are rounded to its dtype.
+    exact = kind.from_pretrained(source, dtype=torch.float32)
     with float32_engine(path) as engine:
         np.testing.assert_allclose(our_logits(engine, IDS), their_logits(exact, IDS), atol=1e-4)
 
     export_model(path, out)
     assert stored_bits(out) == stored_bits(source)
     assert filecmp.cmp(f"{source}/config.json", f"{out}/config.json", shallow=False)
-    again = transformers.LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
-    np.testing.assert_array_equal(their_logits(again, IDS), their_logits(exact, IDS))
+    # In another dtype, config.json is export's own.
+    export_model(path, f"{out}-wide", "float32")
+    for folder in (out, f"{out}-wide"):
+        again = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        assert type(again) is kind
+        np.testing.assert_array_equal(their_logits(again, IDS), their_logits(exact, IDS))
 
 
 def copy_of_base(folder, change=lambda folder: None):
