@@ -3,11 +3,11 @@
     python -m memoryllm_jax.export --workdir=DIR --output=HF_DIR [--dtype=bfloat16]
     python -m memoryllm_jax.export --import=HF_DIR --workdir=DIR
 
-A base model becomes an ordinary Llama. memory and flex-B keep Llama's tensor names and add `model.layers.N.memory.*`.
-The directory then holds modeling files, so that transformers loads it with
+A base model becomes an ordinary Llama, or a Qwen3 if it has qk_norm. memory and flex-B keep Llama's tensor names and
+add `model.layers.N.memory.*`. The directory then holds modeling files, so that transformers loads it with
 AutoModelForCausalLM.from_pretrained(HF_DIR, trust_remote_code=True), and with tol="FILE" from a ToL file.
 
---import reads Llama models in safetensors files, and directories that this command wrote. evaluate, generate,
+--import reads Llama and Qwen3 models in safetensors files, and directories that this command wrote. evaluate, generate,
 precompute and export then take the workdir, and training can start from it with configs/start.py.
 """
 

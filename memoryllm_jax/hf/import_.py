@@ -115,7 +115,7 @@ def _check_tensors(stored, tensors, folder):
     """Raises: UserError that names a tensor which is unknown, missing or of another shape."""
     for name, (file, _, shape, _) in stored.items():
         if name not in tensors:
-            raise UserError(f"{folder}/{file}: tensor {name}: expected one of Llama's or FFN-M's, found an unknown one")
+            raise UserError(f"{folder}/{file}: tensor {name}: expected one that config.json calls for, found another")
         if shape != tensors[name].shape:
             raise UserError(f"{folder}/{file}: tensor {name}: expected the shape {tensors[name].shape}, found {shape}")
     for name in tensors:
