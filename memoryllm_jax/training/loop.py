@@ -28,6 +28,7 @@ from memoryllm_jax.training import spikes, summary
 from memoryllm_jax.training.batches import TrainBatches, ValidationBatches, local_shards
 from memoryllm_jax.training.compilation import NEED_LESS
 from memoryllm_jax.training.feeder import Feeder
+from memoryllm_jax.training.goodput import Goodput
 from memoryllm_jax.training.recorder import Recorder
 from memoryllm_jax.training.step import Trainer
 from memoryllm_jax.training.validation import Validation
@@ -43,6 +44,7 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
     Returns: the exit code: 0, or ExitCode.STOPPED after a signal.
     Raises: UserError, if this is the only process of the run. With several processes an error ends this process.
     """
+    goodput = Goodput()  # counts from here
     workdir = description_lib.folder(workdir)
     with contextlib.ExitStack() as at_exit:
         unlock = contextlib.ExitStack()
@@ -58,7 +60,7 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
             if stop.now():  # while the data was verified
                 print(_stopped(run, run.start), flush=True)
                 return ExitCode.STOPPED
-            return _train(run, profile, stop, at_exit)
+            return _train(run, goodput, profile, stop, at_exit)
         except (Exception, KeyboardInterrupt, StoppedEarly) as error:
             if jax.process_count() > 1:
                 unlock.close()  # one of several processes ends without cleanup
@@ -198,13 +200,13 @@ class _End(NamedTuple):
     stopped: bool
 
 
-def _train(run: Run, profile: int, stop: StopSignal, at_exit: contextlib.ExitStack) -> int:
+def _train(run: Run, goodput: Goodput, profile: int, stop: StopSignal, at_exit: contextlib.ExitStack) -> int:
     """Trains an opened run, and reports how it ended. Returns: the exit code."""
     sizes, validation_sizes = run.batches.sizes(), run.validation_batches.sizes()
     if hosts.is_first():
         print(summary.opening(run.trainer, run.batches, sizes, run.start), flush=True)
     start = time.monotonic()
-    with hosts.compiling("the training step", f"; {NEED_LESS}"):
+    with goodput.during("compile"), hosts.compiling("the training step", f"; {NEED_LESS}"):
         run.trainer.compile(sizes, validation_sizes)
     if hosts.is_first():
         print(f"compiled in {progress.duration(time.monotonic() - start)}", flush=True)
@@ -218,17 +220,21 @@ def _train(run: Run, profile: int, stop: StopSignal, at_exit: contextlib.ExitSta
         checkpoints=run.checkpoints,
         description=run.description,
         sizes=sizes,
+        goodput=goodput,
         profile_steps=profile,
     )
     at_exit.callback(recorder.close)
     end = _steps(run, feeder, recorder, validation, stop)
-    recorder.sync()
-    run.checkpoints.wait()  # the last one may still be on its way to disk
+    with recorder.paused("save"):
+        recorder.sync()
+        run.checkpoints.wait()  # the last one may still be on its way to disk
+    times = recorder.finish(end.done)
     if end.stopped:
+        recorder.line(summary.times_text(times))
         recorder.line(_stopped(run, end.done))
         return ExitCode.STOPPED
     recorder.end_progress()
-    summary.finish(run.trainer, end.state["params"], run.tokenizer, end.validation, run.workdir)
+    summary.finish(run.trainer, end.state["params"], run.tokenizer, end.validation, times, run.workdir)
     return 0
 
 
@@ -249,8 +255,7 @@ def _steps(run: Run, feeder: Feeder, recorder: Recorder, validation: Validation,
         result = _validate(validation, recorder, done, state)
     if stop.agreed():
         return _End(done, state, None, stopped=True)
-    recorder.start()
-    for step, batch, size in feeder:
+    for step, batch, size in recorder.steps(feeder):
         with recorder.dispatching(step, size):
             state, metrics = run.trainer.train(state, batch)
         # Reading a metric waits for its step to end. `add` therefore reads the metrics of the step before: the devices
@@ -302,16 +307,13 @@ def _due(done: int, every: int, last: int) -> bool:
 
 
 def _save(run: Run, recorder: Recorder, done: int, state: dict) -> None:
-    # To pause reads this step's metrics too: a state whose loss is not finite must not be saved.
-    with recorder.paused():
-        # Records first: a run that goes on from this checkpoint would not make the missing ones again.
-        recorder.sync()
+    with recorder.saving(done):
         run.checkpoints.save(done, state, run.description)
 
 
 def _validate(validation: Validation, recorder: Recorder, done: int, state: dict) -> dict | None:
     """Validates, records and prints the result. Returns: the result; None if a signal stopped the validation."""
-    with recorder.paused():
+    with recorder.paused("validation"):
         result = validation(state["params"])
         if result is not None:
             recorder.validated(done, result)

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import msgspec
@@ -24,10 +24,11 @@ from memoryllm_jax.common.records import Count, Record, parse
 from memoryllm_jax.config import Config
 from memoryllm_jax.model.flops import train_flops
 from memoryllm_jax.training import chips
-from memoryllm_jax.training.tracking import Tracker, open_trackers
+from memoryllm_jax.training.goodput import GoodputRecord
+from memoryllm_jax.training.tracking import Tracker, flat, open_trackers
 
-# What a record is about: training, a validation, norms by layer, scores on tasks, or a sampled text
-Kind = Literal["train", "validation", "norms", "tasks", "sample"]
+# What a record is about: training, a validation, where the time went, norms by layer, scores on tasks, a sampled text
+Kind = Literal["train", "validation", "goodput", "norms", "tasks", "sample"]
 # Made again by a run that resumes at their step, even if they are there
 _MADE_AGAIN = ("validation",)
 _A_RECORD = "a record of an earlier run"
@@ -56,6 +57,13 @@ def speed(config: Config, peak: float | None, tokens: int, rows: int, seconds: f
         if peak:
             out[f"mfu{suffix}"] = flops / peak
     return out
+
+
+def peak_memory() -> dict:
+    """{"peak_memory_bytes": the most that a device of this host has had in use}; {} on CPUs, which do not count it."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices.find_local()]
+    known = [peak for peak in peaks if peak is not None]
+    return {"peak_memory_bytes": max(known)} if known else {}
 
 
 class Trace:
@@ -161,19 +169,31 @@ def records(path: str) -> list[TrainRecord | ValidationRecord]:
     return found
 
 
-def _kept_lines(path: str, start: int) -> list[str]:
-    """The lines that a run keeps when it resumes from step `start`.
+class _Earlier(NamedTuple):
+    """What an earlier process of the run has recorded.
 
-    Records past `start` are made again, and so is the validation at `start`.
+    Attributes:
+      kept: the lines that the run keeps when it resumes.
+      goodput: the records of goodput, also those that are not kept.
     """
-    if not storage.exists(path):
-        return []
-    kept = []
-    for line, where in _lines(path):
+
+    kept: list[str]
+    goodput: list[GoodputRecord]
+
+
+def _earlier(path: str, start: int) -> _Earlier:
+    """Reads the records of a run that resumes from step `start`.
+
+    Those past `start` are made again, and so is the validation at `start`.
+    """
+    kept, goodput = [], []
+    for line, where in _lines(path) if storage.exists(path) else ():
         record = parse(_Place, line, where, _A_RECORD)
         if record.step < start or (record.step == start and record.kind not in _MADE_AGAIN):
             kept.append(line)
-    return kept
+        if record.kind == "goodput":
+            goodput.append(parse(GoodputRecord, line, where, _A_RECORD))
+    return _Earlier(kept, goodput)
 
 
 class Writer:
@@ -187,12 +207,15 @@ class Writer:
       description: of the run, for trackers.
       start: step that the run resumes from, 0 for a new one. Records past it, of a killed run, are dropped.
       enabled: False on every host but the first: nothing is written.
+    Attributes:
+      earlier_goodput: the records of goodput of the run's earlier processes, also those past `start`.
     Raises: UserError.
     """
 
     def __init__(self, config: Config, description: Description, workdir: str, start: int, enabled: bool):
         self._file = self._tensorboard = self._claim = None
         self._trackers: list[Tracker] = []
+        self.earlier_goodput: list[GoodputRecord] = []
         if not enabled:
             return
         self._workdir = folder = workdir
@@ -201,7 +224,7 @@ class Writer:
             self._synced = time.monotonic()
             self._scratch = tempfile.TemporaryDirectory(prefix="memoryllm_jax-")
             folder = self._scratch.name
-        kept = _kept_lines(os.path.join(workdir, "metrics.jsonl"), start)
+        kept, self.earlier_goodput = _earlier(os.path.join(workdir, "metrics.jsonl"), start)
         self._path = os.path.join(folder, "metrics.jsonl")
         storage.write_bytes(self._path, "".join(kept).encode())
         self._file = open(self._path, "a", encoding="utf-8")
@@ -241,10 +264,10 @@ class Writer:
             self.sync()
 
     def _add_to_tensorboard(self, step: int, kind: str, values: dict) -> None:
-        for name, value in values.items():
+        for name, value in flat(kind, values):
             if isinstance(value, int | float):
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
-            elif name == "text":
+                self._tensorboard.add_scalar(name, value, step)
+            elif name == f"{kind}/text":
                 self._tensorboard.add_text(kind, _as_markdown(value), step)
 
     def sync(self) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,34 +16,9 @@ from memoryllm_jax.config import Config
 from memoryllm_jax.model.loss import quality
 from memoryllm_jax.training import metrics
 from memoryllm_jax.training.batches import TrainBatches
+from memoryllm_jax.training.feeder import Feed, Feeder
+from memoryllm_jax.training.goodput import Activity, Goodput, earlier_seconds
 from memoryllm_jax.training.sizes import Sizes
-
-
-class Clock:
-    """Measures seconds of training: pauses for validation, saving and late compilation are left out.
-
-    The devices work on what was dispatched while the clock is paused. So the caller waits for them before a pause.
-    """
-
-    def __init__(self):
-        self._start = time.monotonic()
-        self._paused = 0.0
-
-    def lap(self) -> float:
-        """Ends a lap and begins the next. Returns: seconds of the lap without its pauses, more than 0."""
-        now = time.monotonic()
-        seconds = now - self._start - self._paused
-        self._start = now
-        self._paused = 0.0
-        return max(seconds, 1e-9)  # speeds divide by it
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """A context whose time is not counted."""
-        # No try/finally: an error in the pause ends the run, and nothing reads the clock after it.
-        start = time.monotonic()
-        yield
-        self._paused += time.monotonic() - start
 
 
 class _Unread(NamedTuple):
@@ -67,6 +41,7 @@ class Recorder:
       checkpoints: the error for a loss that is not finite names the newest good one.
       description: of the run, for trackers.
       sizes: of distinct ids; the steps of those planned are compiled.
+      goodput: counts the run's time, since before the data was opened.
       profile_steps: number of steps to profile; 0: none.
     """
 
@@ -79,13 +54,15 @@ class Recorder:
         checkpoints: Checkpoints,
         description: Description,
         sizes: Sizes,
+        goodput: Goodput,
         profile_steps: int = 0,
     ):
         self._config, self._batches, self._checkpoints = config, batches, checkpoints
         self._writer = metrics.Writer(config, description, workdir, start, hosts.is_first())
         self._progress = Progress("train", config.steps, "step", initial=start, enabled=hosts.is_first())
         self._trace = metrics.Trace(workdir, profile_steps, self._progress.line)
-        self._clock = Clock()
+        self._goodput = goodput
+        self._goodput_at = -1  # step of the last record of goodput
         self._first = start  # number of the first step of this process
         self._peak_flops = metrics.peak_flops(config)
         self._tokens_a_step = config.batch_size * config.seq_len
@@ -93,10 +70,16 @@ class Recorder:
         self._compiled = set(sizes.planned)  # sizes of distinct ids whose step is compiled
         self._unread: _Unread | None = None
         self._steps = self._rows = 0  # steps, and rows of token memory that they evaluated, since the last record
+        goodput.add_earlier(earlier_seconds(self._writer.earlier_goodput, start))
+        if self._writer.earlier_goodput:
+            # Those of steps that are trained again are dropped. If this process ended early, their time would be lost.
+            self._record_goodput(start)
 
-    def start(self) -> None:
-        """Starts the clock. Call right before the first step."""
-        self._clock.lap()
+    def steps(self, feeder: Feeder) -> Iterator[Feed]:
+        """Yields the feeds of all steps. The first one starts the clock."""
+        self._goodput.begin("step")
+        self._goodput.lap()
+        yield from self._goodput.inputs(feeder)
 
     @contextlib.contextmanager
     def dispatching(self, step: int, size: int) -> Iterator[None]:
@@ -112,20 +95,36 @@ class Recorder:
             self._progress.line(
                 f"step {step + 1}: more distinct ids than were planned for; compiling for {size:,} of them a shard"
             )
-            pause_if_compiling = self.paused()
+            pause_if_compiling = self.paused("compile")
         with pause_if_compiling, jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, activity: Activity) -> Iterator[None]:
         """A context for work whose time does not count in the measured speed.
 
+        Args:
+          activity: what the time counts for in the goodput.
         Raises: UserError if the loss of the last step is not finite.
         """
         # Waits for the last step, which is counted: else the devices would compute it while the clock stands still, and
         # the speed of the record would be too high, once by a factor of 200.
         self.read()
-        with self._clock.paused():
+        with self._goodput.during(activity):
+            yield
+
+    @contextlib.contextmanager
+    def saving(self, done: int) -> Iterator[None]:
+        """A context for saving a checkpoint after `done` steps, whose records it writes first.
+
+        Raises: UserError if the loss of the last step is not finite, or the records cannot be written.
+        """
+        # To pause reads this step's metrics too: a state whose loss is not finite must not be saved.
+        with self.paused("save"):
+            # Records first: a run that goes on from this checkpoint would not make the missing ones again.
+            if self._goodput_at != done:
+                self._record_goodput(done)
+            self._writer.sync()
             yield
 
     def add(self, step: int, size: int, values: dict[str, jax.Array]) -> None:
@@ -137,6 +136,7 @@ class Recorder:
           values: scalars on the devices.
         Raises: UserError if the loss of the step before is not finite.
         """
+        self._goodput.dispatched(values)
         self.read()
         self._unread = _Unread(step, size, values)
 
@@ -198,12 +198,27 @@ class Recorder:
             "tokens": done * self._tokens_a_step,
             "epoch": self._batches.epoch(done),
             "rows": rows,
-            **metrics.speed(self._config, self._peak_flops, tokens, self._rows, self._clock.lap()),
+            **metrics.speed(self._config, self._peak_flops, tokens, self._rows, self._goodput.lap()),
+            **metrics.peak_memory(),
         }
         self._steps = self._rows = 0
         # JSON has no NaN: the record of a skipped step lacks what is not finite.
         self._writer.write(done, "train", {name: value for name, value in record.items() if not _is_not_finite(value)})
         self._progress.line(f"{_train_text(done, self._config.steps, record)}  ETA {self._progress.eta()}")
+        self._record_goodput(done)
+
+    def _record_goodput(self, done: int) -> dict:
+        record = self._goodput.record()
+        self._writer.write(done, "goodput", record)
+        self._goodput_at = done
+        return record
+
+    def finish(self, done: int) -> dict:
+        """Records where the time of the run went, once the last checkpoint is saved.
+
+        Returns: what `Goodput.record` returns, with the peak memory where it is known.
+        """
+        return self._record_goodput(done) | metrics.peak_memory()
 
     def validated(self, step: int, result: dict) -> None:
         """Records and prints the result of a validation after `step` steps."""
@@ -224,6 +239,7 @@ class Recorder:
 
     def close(self) -> None:
         """Closes the files, also after an error. Metrics that are not read yet are dropped."""
+        self._goodput.close()
         self._trace.close()
         self._progress.close()
         self._writer.close()
@@ -258,4 +274,6 @@ def _train_text(done: int, steps: int, record: dict) -> str:
         text += f"  skipped {record['skipped']:.0f}"
     if "mfu" in record:
         text += f"  MFU {100 * record['mfu']:.1f}% (plain {100 * record['mfu_plain']:.1f}%)"
+    if "peak_memory_bytes" in record:
+        text += f"  memory {record['peak_memory_bytes'] / 1e9:.1f} GB"
     return text

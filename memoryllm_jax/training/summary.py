@@ -12,7 +12,7 @@ from memoryllm_jax.inference.generation import STEPS_PER_CALL, generate
 from memoryllm_jax.inference.rows import LiveRows
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.model import flops
-from memoryllm_jax.training import schedules
+from memoryllm_jax.training import goodput, schedules
 from memoryllm_jax.training.batches import TrainBatches
 from memoryllm_jax.training.recorder import quality_text
 from memoryllm_jax.training.sizes import Sizes
@@ -44,25 +44,35 @@ def opening(trainer: Trainer, batches: TrainBatches, sizes: Sizes, start: int) -
     return "\n".join(lines)
 
 
-def finish(trainer: Trainer, params, tokenizer: Tokenizer, validation: dict | None, workdir: str) -> None:
-    """Writes result.json, and prints the last validation and, if config.sample asks for it, sampled text.
+def finish(trainer: Trainer, params, tokenizer: Tokenizer, validation: dict | None, times: dict, workdir: str) -> None:
+    """Writes result.json, and prints the last validation, the goodput and, if config.sample asks for it, sampled text.
 
     Args:
       params: the trained parameters on the devices.
       tokenizer: the data's.
       validation: the result of the validation after the last step.
+      times: what `Recorder.finish` returns.
       workdir: absolute path or URL.
     Raises: UserError if result.json cannot be written.
     """
     config = trainer.config
     if hosts.is_first():
         record = {"steps": config.steps, "architecture": config.model.architecture, "validation": validation}
+        record |= times
         storage.write_json(os.path.join(workdir, "result.json"), record)
-        print(f"\nvalidation: {quality_text(validation)}", flush=True)
+        print(f"\nvalidation: {quality_text(validation)}\n{times_text(times)}", flush=True)
     if config.sample.tokens:
         text = sample(trainer, params, tokenizer)  # on every host, as the parameters are spread over them
         if hosts.is_first():
             print(f"sample at temperature {config.sample.temperature:g}:\n{text}")
+
+
+def times_text(times: dict) -> str:
+    """What `Recorder.finish` returns as a line to print."""
+    line = goodput.text(times)
+    if "peak_memory_bytes" in times:
+        line += f"; peak memory of a device {times['peak_memory_bytes'] / 1e9:.1f} GB"
+    return line
 
 
 def sample(trainer: Trainer, params, tokenizer: Tokenizer) -> str:

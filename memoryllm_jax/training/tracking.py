@@ -49,7 +49,7 @@ class Tracker:
 
     def write(self, step: int, kind: str, values: dict) -> None:
         """Adds a record. The arguments are those of `metrics.Writer.write`."""
-        named = {f"{kind}/{name}": value for name, value in values.items()}
+        named = dict(flat(kind, values))
         if self._takes_steps:
             self._run.log(named, step=step)
         else:
@@ -58,6 +58,18 @@ class Tracker:
     def close(self) -> None:
         """Waits until the records are written or sent."""
         self._run.finish()
+
+
+def flat(name: str, values) -> Iterator[tuple[str, int | float | str]]:
+    """Yields (name, value) of nested values: {"seconds": {"step": 2.0}} is NAME/seconds/step, [2.0] is NAME/00."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from flat(f"{name}/{key}", value)
+    elif isinstance(values, list):
+        for number, value in enumerate(values):
+            yield from flat(f"{name}/{number:02}", value)
+    else:
+        yield name, values
 
 
 def open_trackers(log: LogConfig, workdir: str, folder: str, description: Description) -> list[Tracker]:

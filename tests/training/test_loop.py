@@ -77,6 +77,9 @@ def test_resumed_is_bitwise_uninterrupted(make_config, tmp_path, monkeypatch):
     assert whole["step"] == 4
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert [record["step"] for record in records(tmp_path / "parts")] == [1, 2, 3, 4]
+    *stopped, gone_on, _, _ = records(tmp_path / "parts", "goodput")
+    assert (stopped[-1]["step"], gone_on["step"]) == (3, 3)
+    assert gone_on["seconds"] == stopped[-1]["seconds"] | gone_on["seconds"]
 
 
 def test_a_run_that_is_complete_is_evaluated_once_more_and_recorded_once(make_config, tmp_path):
@@ -201,8 +204,8 @@ def test_steps_are_compiled_before_the_clock_starts(make_config, tmp_path, monke
         if event == "/jax/core/compile/backend_compile_duration":
             order.extend(name for name in ("_train", "_evaluate") if name in fun_name)
 
-    start = Recorder.start
-    monkeypatch.setattr(Recorder, "start", lambda self: order.append("start") or start(self))
+    steps = Recorder.steps
+    monkeypatch.setattr(Recorder, "steps", lambda *args: order.append("start") or steps(*args))
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
         run(make_config("memory", **{"eval.every": 2, "checkpoint.every": 2}), tmp_path)

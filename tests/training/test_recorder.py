@@ -1,4 +1,4 @@
-"""The clock of a run, and how it is paused."""
+"""How the clock of a run is paused."""
 
 import time
 import types
@@ -7,7 +7,8 @@ import jax
 import pytest
 from lab import records
 
-from memoryllm_jax.training.recorder import Clock, Recorder
+from memoryllm_jax.training.goodput import Goodput
+from memoryllm_jax.training.recorder import Recorder
 from memoryllm_jax.training.sizes import Sizes
 
 
@@ -17,17 +18,6 @@ def now(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
-
-
-def test_clock_leaves_out_what_is_paused(now):
-    clock = Clock()
-    now[0] += 3
-    with clock.paused():
-        now[0] += 50
-    now[0] += 4
-    assert clock.lap() == 7
-    now[0] += 2
-    assert clock.lap() == 2  # the lap and the pause before do not count
 
 
 @pytest.mark.parametrize("late", ["validation or saving", "compilation"])
@@ -43,16 +33,15 @@ def test_a_pause_begins_when_the_devices_are_done(make_config, tmp_path, now, mo
 
     monkeypatch.setattr(jax, "device_get", device_get)
     sizes = Sizes((64,), 128)
-    recorder = Recorder(config, str(tmp_path), 0, batches, checkpoints=None, description=None, sizes=sizes)
-    recorder.start()
-    for step, size in enumerate((64, 128 if late == "compilation" else 64, 64)):
+    recorder = Recorder(config, str(tmp_path), 0, batches, None, None, sizes, Goodput())
+    for step, size in recorder.steps(enumerate((64, 128 if late == "compilation" else 64, 64))):
         with recorder.dispatching(step, size):
             if size == 128:
                 now[0] += 1000
             done_at[step] = max([now[0], *done_at.values()]) + 5
         recorder.add(step, size, {"loss": step, "grad_norm": 1, "learning_rate": 1})
         if step == 0 and late != "compilation":
-            with recorder.paused():
+            with recorder.paused("validation"):
                 now[0] += 1000
     recorder.read()
     recorder.close()
