@@ -1,10 +1,11 @@
-"""AdamW (the paper's Table 3), and the global-norm clipping usual for Llama."""
+"""AdamW (the paper's Table 3) or Muon with AdamW, and the global-norm clipping usual for Llama."""
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from memoryllm_jax.config import Config
-from memoryllm_jax.training import schedules
+from memoryllm_jax.training import muon, schedules
 
 
 def decay_mask(params) -> dict:
@@ -12,10 +13,23 @@ def decay_mask(params) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
-def make(config: Config) -> optax.GradientTransformation:
-    """The optimizer of a run. AdamW's settings are the paper's; clipping is not given in the paper."""
+def muon_rate(config: Config) -> optax.Schedule:
+    """Muon's learning rate of each step: that of `schedules.learning_rate`, times muon_lr / peak_lr."""
+    rate, ratio = schedules.learning_rate(config), config.optimizer.muon_lr / config.optimizer.peak_lr
+    return lambda steps_done: ratio * rate(steps_done)
+
+
+def make(config: Config, params, mesh: Mesh) -> optax.GradientTransformation:
+    """The optimizer of a run. AdamW's settings are the paper's; clipping is not given in the paper.
+
+    Args:
+      params: abstract parameters with their shardings, as stored.
+    """
     o = config.optimizer
-    return optax.chain(
-        optax.clip_by_global_norm(o.clip_norm),
-        optax.adamw(schedules.learning_rate(config), o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decay_mask),
-    )
+    rate = schedules.learning_rate(config)
+    update = optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decay_mask)
+    if o.name == "muon":
+        of_muon = muon.make(config, muon.matrices(config, params, mesh), muon_rate(config))
+        labels = jax.tree_util.tree_map_with_path(lambda path, _: "muon" if muon.is_matrix(path) else "adamw", params)
+        update = optax.partition({"muon": of_muon, "adamw": update}, labels)
+    return optax.chain(optax.clip_by_global_norm(o.clip_norm), update)

@@ -53,10 +53,11 @@ class Trainer:
         # With micro-batches, what the token memory kept for its backward pass would lie beside the activations of each
         # of them: tens of GB at 1B parameters. Its rows are few beside the positions, so it is cheap to recompute.
         self.model = transformer.LanguageModel(config.model, recompute_memory=config.accumulate > 1)
-        self.optimizer = optimizer.make(config)
+        abstract = transformer.abstract_params(self.model, mesh, sharding.PRODUCT_MULTIPLE)
+        self.optimizer = optimizer.make(config, abstract, mesh)
         self.shards = sharding.batch_shards(mesh)
         self.batch_sharding = NamedSharding(mesh, sharding.spec("shard"))
-        self.state_shape = self._abstract_state()
+        self.state_shape = self._abstract_state(jax.tree.map(lambda x: x.sharding, abstract))
         self.params_shape = self.state_shape["params"]
         state_sharding = jax.tree.map(lambda x: x.sharding, self.state_shape)
         replicated = NamedSharding(mesh, P())
@@ -86,19 +87,22 @@ class Trainer:
             compilation.check_fits(executable, size, self.mesh.local_devices[0])
             step.keep(size, executable)
 
-    def _abstract_state(self):
-        """The state's shapes, dtypes and shardings. Moments are sharded as their parameters, counts are replicated."""
+    def _abstract_state(self, params):
+        """The state's shapes, dtypes and shardings. Moments are sharded as their parameters, counts are replicated.
+
+        Args:
+          params: the parameters' shardings.
+        """
         with jax.set_mesh(self.mesh):
             shapes = jax.eval_shape(lambda: self._init(jax.random.key(0)))
-        abstract = transformer.abstract_params(self.model, self.mesh, sharding.PRODUCT_MULTIPLE)
-        params = jax.tree.map(lambda x: x.sharding, abstract)
         replicated = NamedSharding(self.mesh, P())
         opt_state = optax.tree_utils.tree_map_params(
             self.optimizer,
-            lambda _, sharding_of_parameter: sharding_of_parameter,
+            lambda moment, of_parameter: moment if _is_absent(moment) else of_parameter,
             shapes["opt_state"],
             params,
             transform_non_params=lambda _: replicated,
+            is_leaf=_is_absent,
         )
         shardings = jax.tree.map(lambda _: replicated, shapes) | {"params": params, "opt_state": opt_state}
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -170,6 +174,11 @@ class Trainer:
         rows = self._token_rows(params, batch.ids_SU)
         nll = jax.lax.map(lambda micro: self._sums(params, rows, micro)[1], _micro_batches(batch))
         return nll.sum(), batch.weights_SAN.sum()
+
+
+def _is_absent(moment) -> bool:
+    """Whether an optimizer has no moment of a parameter, because another one has it (`optax.partition`)."""
+    return isinstance(moment, optax.MaskedNode)
 
 
 class _InMesh:

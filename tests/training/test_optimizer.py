@@ -14,7 +14,7 @@ def test_matrices_decay_and_norm_scales_do_not(make_config):
         "layers": {"norm": {"scale": jnp.ones(3)}, "ffn": {"up": jnp.ones((3, 3))}},
         "embedding": jnp.ones((2, 3)),
     }
-    tx = optimizer.make(config)
+    tx = optimizer.make(config, params, None)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     np.testing.assert_allclose(updates["layers"]["ffn"]["up"], -1e-4 * 0.1, rtol=1e-5)
     np.testing.assert_allclose(updates["embedding"], -1e-4 * 0.1, rtol=1e-5)
@@ -22,7 +22,7 @@ def test_matrices_decay_and_norm_scales_do_not(make_config):
 
 
 def test_gradients_are_clipped_by_their_global_norm(make_config):
-    tx = optimizer.make(make_config())
+    tx = optimizer.make(make_config(), None, None)
     params = {"a": jnp.zeros(3), "b": jnp.zeros(4)}
     for size, kept in ((30.0, 1.0), (0.5, 0.5)):
         grads = {"a": jnp.full(3, size / 7**0.5), "b": jnp.full(4, size / 7**0.5)}
