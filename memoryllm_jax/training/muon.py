@@ -6,16 +6,16 @@ For a matrix W with `fan_in` rows that reads a vector and returns one of `fan_ou
     O  = NewtonSchulz(G + momentum M)
     W <- W - rate (sqrt(max(1, fan_out / fan_in)) O + weight_decay W)
 
-NewtonSchulz brings all singular values close to 1: 0.7 to 1.2, after five steps of x <- a x + b x^3 + c x^5. The factor
-of O is that of Jordan's code and of torch.optim.Muon. With it, one rate serves all widths: the largest change of the
-output is bounded by the input's size, whatever fan_in is (Bernstein and Newhouse 2024, arXiv 2409.20325).
+NewtonSchulz brings all singular values close to 1 by five steps of x <- a x + b x^3 + c x^5. The factor of O is that of
+Jordan's code and of torch.optim.Muon. With it a rate serves all widths: O changes the root mean square of an output in
+proportion to that of its input, whatever the width is (Bernstein and Newhouse 2024, arXiv 2409.20325).
 
-A matrix is all heads of a projection together, as in Jordan's code, in Moonlight (Liu et al. 2025, arXiv 2502.16982) and
-in MaxText, not each head for itself: these are the forms that were compared with AdamW at scale.
+A matrix is all heads of a projection together, not each head for itself, as in Jordan's code, in Moonlight (Liu et al.
+2025, arXiv 2502.16982) and in MaxText: this is the form that was compared with AdamW at scale.
 
-Newton-Schulz needs whole matrices, which the mesh splits. Products of split matrices would gather a matrix in each of the
-five steps. Instead an all-to-all gives each device whole matrices of some of the layers, and another one brings the results
-back. Replicas along the data axis share the matrices too. So each matrix is orthogonalised once, on one device.
+Newton-Schulz needs whole matrices, which the mesh splits. Products of split matrices would gather a matrix in each of
+the five steps. Instead an all-to-all gives each device whole matrices of some of the layers, and another one brings the
+results back. Replicas along the data axis share the matrices too. So each is orthogonalised once, on one device.
 """
 
 import math

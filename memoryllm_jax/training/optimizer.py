@@ -13,12 +13,6 @@ def decay_mask(params) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
-def muon_rate(config: Config) -> optax.Schedule:
-    """Muon's learning rate of each step: that of `schedules.learning_rate`, times muon_lr / peak_lr."""
-    rate, ratio = schedules.learning_rate(config), config.optimizer.muon_lr / config.optimizer.peak_lr
-    return lambda steps_done: ratio * rate(steps_done)
-
-
 def make(config: Config, params, mesh: Mesh) -> optax.GradientTransformation:
     """The optimizer of a run. AdamW's settings are the paper's; clipping is not given in the paper.
 
@@ -29,7 +23,7 @@ def make(config: Config, params, mesh: Mesh) -> optax.GradientTransformation:
     rate = schedules.learning_rate(config)
     update = optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decay_mask)
     if o.name == "muon":
-        of_muon = muon.make(config, muon.matrices(config, params, mesh), muon_rate(config))
+        of_muon = muon.make(config, muon.matrices(config, params, mesh), schedules.learning_rate(config, o.muon_lr))
         labels = jax.tree_util.tree_map_with_path(lambda path, _: "muon" if muon.is_matrix(path) else "adamw", params)
         update = optax.partition({"muon": of_muon, "adamw": update}, labels)
     return optax.chain(optax.clip_by_global_norm(o.clip_norm), update)

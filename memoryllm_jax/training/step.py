@@ -41,7 +41,8 @@ class Trainer:
       init(key) -> state: {"params", "opt_state", "step"}, and "spikes" if config.optimizer.max_skipped allows to skip
         steps; each device makes its own part.
       train(state, batch) -> (state, metrics): one optimizer step; the old state is donated. The metrics are the
-        scalars loss and z_loss in nats, grad_norm and learning_rate, and those of `spikes.guard`.
+        scalars loss and z_loss in nats, grad_norm, learning_rate, with Muon muon_learning_rate, and those of
+        `spikes.guard`.
       evaluate(params, batch) -> (nll in nats, weight): sums over the batch's positions, without z-loss.
     Raises: UserError if config.xla does not fit the platform.
     """
@@ -163,6 +164,9 @@ class Trainer:
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedules.learning_rate(self.config)(state["step"]),
         }
+        o = self.config.optimizer
+        if o.name == "muon":
+            metrics["muon_learning_rate"] = schedules.learning_rate(self.config, o.muon_lr)(state["step"])
         params = optax.apply_updates(params, updates)
         after = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
         if not self.config.optimizer.max_skipped:
