@@ -205,6 +205,7 @@ class Dataset:
     Attributes:
       path: as given.
       vocab_size: number of token ids.
+      bos_id, eos_id: ids before and after each document; None if there are none.
       train, validation: the splits as `Tokens`.
       digest: of one folder, the SHA-256 over the checksums of the tokenizer and of all file shards; of several, that
         over their digests. Checkpoints name the data by it.
@@ -219,6 +220,7 @@ class Dataset:
         for other in others:
             _check_same_tokenizer(first, other)
         self.vocab_size = first.record.vocab_size
+        self.bos_id, self.eos_id = first.record.tokenizer.bos_id, first.record.tokenizer.eos_id
         digests = [folder.digest for folder in self._folders]
         self.digest = first.digest if not others else _digest(digests)
         self._verification = Verification(workdir)

@@ -16,6 +16,7 @@ import numpy as np
 from memoryllm_jax.common import devices
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.model.blocked_attention import MASKED, SAVED, blocked, einsum_float32
+from memoryllm_jax.model.document_tiles import blocked_in_documents
 from memoryllm_jax.model.sharding import spec
 
 SPLASH_BLOCK = 512  # positions of a tile of the splash kernel
@@ -99,21 +100,43 @@ def _check_cudnn(where, dtype, head_dim):
         )
 
 
-def causal_attention(q_BTHK, k_BTHK, v_BTHK, backend: str):
+def check_documents(backend: str, length: int) -> None:
+    """Refuses sequences in which a backend cannot keep attention inside documents.
+
+    Args:
+      backend: as `resolve_backend` returns it.
+      length: positions of a sequence.
+    Raises: UserError.
+    """
+    if backend == "cudnn" and length % 2:
+        # Of cuDNN's backward pass with a bias, which is how a mask reaches it. JAX checks the same.
+        raise UserError(
+            f"config.seq_len: expected an even number, as config.data.document_mask asks of cuDNN's attention, "
+            f"found {length}"
+        )
+
+
+def causal_attention(q_BTHK, k_BTHK, v_BTHK, backend: str, start_BT=None):
     """softmax(q k^T / sqrt(K)) v, where each position attends to itself and to earlier ones. Call it inside a mesh.
 
     Args:
       q_BTHK, k_BTHK, v_BTHK: queries, keys and values, with as many key heads as query heads.
       backend: as `resolve_backend` returns it, or `auto`.
+      start_BT: int32, the position at which each position's document begins: earlier ones are masked too. None: 0.
     Returns: [B, T, H, K] in the dtype of q.
     """
     if backend == "auto":
         backend = resolve_backend(backend, q_BTHK.dtype.name, q_BTHK.shape[-1])
-    kernel = {"plain": plain, "blocked": blocked, "cudnn": cudnn, "splash": splash}[backend]
     qkv = spec("batch", None, "heads", None)
+    if start_BT is None:
+        kernel = {"plain": plain, "blocked": blocked, "cudnn": cudnn, "splash": splash}[backend]
+        arguments, specs = (q_BTHK, k_BTHK, v_BTHK), (qkv, qkv, qkv)
+    else:
+        kernel = {"plain": plain, "blocked": blocked_in_documents, "cudnn": cudnn, "splash": splash}[backend]
+        arguments, specs = (q_BTHK, k_BTHK, v_BTHK, start_BT), (qkv, qkv, qkv, spec("batch", None))
     # Each device computes its own sequences and heads. Without shard_map XLA would gather them, as it cannot split a
     # kernel. check_vma is off because the splash kernel does not say over which axes its results vary.
-    return jax.shard_map(kernel, in_specs=(qkv, qkv, qkv), out_specs=qkv, check_vma=False)(q_BTHK, k_BTHK, v_BTHK)
+    return jax.shard_map(kernel, in_specs=specs, out_specs=qkv, check_vma=False)(*arguments)
 
 
 def keep_results(primitive, *args, **params) -> bool:
@@ -287,28 +310,44 @@ def _merged_with_more(part: _Part, q_BHRK, k_BHCK, v_BHCK, position_BHR) -> _Par
     return part.merge(_attend(q_BHRK, k_BHCK, v_BHCK, position_BHR))
 
 
-def plain(q_BTHK, k_BTHK, v_BTHK):
+def plain(q_BTHK, k_BTHK, v_BTHK, start_BT=None):
     """JAX's own attention, which holds all scores [B, H, T, T] at once."""
-    return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="xla")
+    mask = _in_document(start_BT)
+    return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, mask=mask, is_causal=True, implementation="xla")
 
 
-def cudnn(q_BTHK, k_BTHK, v_BTHK):
-    """cuDNN's flash attention. It needs head sizes that are multiples of 8, so heads are padded with zeros."""
+def _in_document(start_BT):
+    """Mask [B, 1, T, T]: whether a key is no earlier than the query's document; None without documents."""
+    if start_BT is None:
+        return None
+    return (jnp.arange(start_BT.shape[1]) >= start_BT[..., None])[:, None]
+
+
+def cudnn(q_BTHK, k_BTHK, v_BTHK, start_BT=None):
+    """cuDNN's flash attention. It needs head sizes that are multiples of 8, so heads are padded with zeros.
+
+    `jax.nn.dot_product_attention` (jax 0.10 to 0.12) passes the mask of documents to cuDNN as a bias [B, 1, T, T] in
+    bfloat16. cuDNN then skips keys after the query, but not those of other documents. It could skip these too if it
+    were given the documents' offsets; but JAX has no public function for that, and only Hopper and later support it.
+    """
     K = q_BTHK.shape[-1]
     q = _pad_head_size(q_BTHK, 8)
     k = _pad_head_size(k_BTHK, 8)
     v = _pad_head_size(v_BTHK, 8)
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn", scale=K**-0.5)
+    mask = _in_document(start_BT)
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn", scale=K**-0.5)
     return out[..., :K]
 
 
-def splash(q_BTHK, k_BTHK, v_BTHK, block: int = SPLASH_BLOCK, interpret: bool = False):
+def splash(q_BTHK, k_BTHK, v_BTHK, start_BT=None, block: int = SPLASH_BLOCK, interpret: bool = False):
     """JAX's flash attention for TPUs.
 
     Sequences are padded at their end, where no real position attends. Head sizes are padded to a multiple of 64, which
-    costs nothing, as a TPU stores rows of 128 numbers.
+    costs nothing, as a TPU stores rows of 128 numbers. Documents are told apart by segment ids: their scores are
+    computed all the same, and masked.
 
     Args:
+      start_BT: where each position's document begins, or None.
       block: most positions of a tile, of its queries and of its keys.
       interpret: whether to run in Pallas' interpreter, which works on any platform.
     """
@@ -323,9 +362,10 @@ def splash(q_BTHK, k_BTHK, v_BTHK, block: int = SPLASH_BLOCK, interpret: bool = 
     if not is_fused:
         tiles += ["block_q_dq", "block_kv_dq"]
     # The kernel takes the heads of one sequence. Heads do not see each other, so those of all sequences are passed as
-    # heads of one.
+    # heads of one; but not where sequences have segment ids of their own.
+    heads = B * H if start_BT is None else H
     attend = splash_attention.make_splash_mha(
-        splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * (B * H)),
+        splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * heads),
         block_sizes=splash_attention.BlockSizes(**dict.fromkeys(tiles, block), use_fused_bwd_kernel=is_fused),
         head_shards=1,
         q_seq_shards=1,
@@ -337,8 +377,13 @@ def splash(q_BTHK, k_BTHK, v_BTHK, block: int = SPLASH_BLOCK, interpret: bool = 
         x = _pad_head_size(x_BTHK, 64).swapaxes(1, 2).reshape(B * H, T, -1)
         return jnp.pad(x, [(0, 0), (0, length - T), (0, 0)])
 
-    out = attend(as_heads(q_BTHK * K**-0.5), as_heads(k_BTHK), as_heads(v_BTHK))[:, :T, :K]
-    return out.reshape(B, H, T, K).swapaxes(1, 2)
+    qkv = as_heads(q_BTHK * K**-0.5), as_heads(k_BTHK), as_heads(v_BTHK)
+    if start_BT is None:
+        out = attend(*qkv)
+    else:
+        id_BT = jnp.pad(start_BT, [(0, 0), (0, length - T)], constant_values=T)
+        out = jax.vmap(attend)(*(x.reshape(B, H, length, -1) for x in qkv), splash_attention.SegmentIds(id_BT, id_BT))
+    return out.reshape(B, H, length, -1)[:, :, :T, :K].swapaxes(1, 2)
 
 
 def _pad_head_size(x_BTHK, multiple):

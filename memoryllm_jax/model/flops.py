@@ -2,23 +2,30 @@
 
 FLOPs of a forward pass over N tokens that evaluates R rows of the token memory, a multiply-add counted as two:
 
-    N L (4 h^2 (1 + G) + 2 h T + 6 h W_C)  +  R L (6 h W_M)  +  N 2 h V
+    N L (4 h^2 (1 + G) + 2 h T S + 6 h W_C)  +  R L (6 h W_M)  +  N 2 h V
 
 with L layers of width h, sequences of T tokens and V token ids. The terms are attention's projections, with G key-value
 heads for each query head (G = 1 unless `model.kv_heads` is set); attention's scores and values, counted at half as
-attention is causal; FFN-C of width W_C; FFN-M of width W_M; and the output head. Gates of per-layer embeddings of
-width P add N L (4 h P). Lookups, norms and element-wise work are not counted. A training step counts as three forward
-passes, whatever rematerialisation computes again.
+attention is causal, times the share S of these pairs that lie inside documents (1 without config.data.document_mask);
+FFN-C of width W_C; FFN-M of width W_M; and the output head. Gates of per-layer embeddings of width P add N L (4 h P).
+Lookups, norms and element-wise work are not counted. A training step counts as three forward passes, whatever
+rematerialisation computes again.
 """
 
 from memoryllm_jax.config import Config
 
 
-def train_flops(config: Config, tokens: int, rows: int) -> float:
-    """FLOPs of a training step of `tokens` tokens that evaluates `rows` rows of the token memory."""
+def train_flops(config: Config, tokens: int, rows: int, attention_share: float = 1.0) -> float:
+    """FLOPs of a training step.
+
+    Args:
+      tokens: tokens of the step.
+      rows: rows of the token memory that it evaluates.
+      attention_share: share of the pairs of causal attention that lie inside documents.
+    """
     m = config.model
     projections = 4 * m.dim**2 * (1 + m.key_heads / m.heads)
-    per_token = m.layers * (projections + 2 * m.dim * config.seq_len + 6 * m.dim * m.compute_dim)
+    per_token = m.layers * (projections + 2 * m.dim * config.seq_len * attention_share + 6 * m.dim * m.compute_dim)
     if m.token_memory == "per_layer":
         per_token += m.layers * 4 * m.dim * m.table_dim
     per_token += 2 * m.dim * m.vocab_size

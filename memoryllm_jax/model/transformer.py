@@ -92,7 +92,9 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, rope, past: attention.Past | None = None, value_BTE=None) -> AttentionOutput:
+    def __call__(
+        self, x_BTD, rope, past: attention.Past | None = None, value_BTE=None, start_BT=None
+    ) -> AttentionOutput:
         """Attends over x itself or, with `past`, over a cache and over x.
 
         Args:
@@ -100,6 +102,7 @@ class Attention(nn.Module):
           rope: `rope_table` of the positions of x.
           past: where x lies in a cache of the earlier positions, or None.
           value_BTE: what is added to the values, or None; E = key heads x K.
+          start_BT: as of `attention.causal_attention`; without `past` only.
         """
         c = self.config
         B, T, D = x_BTD.shape
@@ -122,10 +125,9 @@ class Attention(nn.Module):
         keys_values = attention.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
         if past is None:
             group = c.heads // c.key_heads
-            if group == 1:
-                y = attention.causal_attention(q, k, v, c.attention)
-            else:  # the kernels need a key head for each query head
-                y = attention.causal_attention(q, jnp.repeat(k, group, 2), jnp.repeat(v, group, 2), c.attention)
+            if group > 1:  # the kernels need a key head for each query head
+                k, v = jnp.repeat(k, group, 2), jnp.repeat(v, group, 2)
+            y = attention.causal_attention(q, k, v, c.attention, start_BT)
         else:
             y, keys_values = past.attend(q, keys_values)  # it takes grouped heads as they are
         return AttentionOutput(matmul(y.reshape(B, T, -1), out_HKD.reshape(-1, D)), y, keys_values)
@@ -190,8 +192,8 @@ class DecoderLayer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, ffn_SUD, index_SN, rope, past=None, factors=None) -> LayerOutput:
-        """The arguments are those of `apply_layer`."""
+    def __call__(self, x_BTD, ffn_SUD, index_SN, rope, past=None, factors=None, start_BT=None) -> LayerOutput:
+        """The arguments are those of `apply_layer`, and `start_BT` as of `attention.causal_attention`."""
         c = self.config
         row_BTP = None
         if ffn_SUD is not None:
@@ -201,7 +203,7 @@ class DecoderLayer(nn.Module):
             row_BTP = row_BTP.astype(c.dtype)
         value_BTE = row_BTP if c.token_memory == "value" else None
         attention_input = Norm(c, name="attention_norm")(x_BTD)
-        attended, mixed, keys_values = Attention(c, name="attention")(attention_input, rope, past, value_BTE)
+        attended, mixed, keys_values = Attention(c, name="attention")(attention_input, rope, past, value_BTE, start_BT)
         y = x_BTD + attended
         ffn_input = None
         if c.compute_dim:
@@ -246,8 +248,8 @@ def apply_layer(
 class ScannedDecoderLayer(DecoderLayer):
     """A decoder layer for `nn.scan`, which expects (carry, what to stack over layers): here nothing is stacked."""
 
-    def __call__(self, *args):
-        return super().__call__(*args).x_BTD, None
+    def __call__(self, x_BTD, ffn_SUD, index_SN, rope, start_BT):
+        return super().__call__(x_BTD, ffn_SUD, index_SN, rope, start_BT=start_BT).x_BTD, None
 
 
 class MemoryOutput(NamedTuple):
@@ -343,7 +345,7 @@ class LanguageModel(nn.Module):
         self.embedding_VD = parameter(self, "embedding", shape, axes, c.init_std)
         if not c.tie_embeddings:
             self.head_VD = parameter(self, "head", shape, axes, c.init_std)
-        self.layers = _over_layers(ScannedDecoderLayer, c, (0, nn.broadcast, nn.broadcast))(c)
+        self.layers = _over_layers(ScannedDecoderLayer, c, (0, nn.broadcast, nn.broadcast, nn.broadcast))(c)
         if c.row_dim:
             memory = ScannedMemoryLayer if c.memory_dim else ScannedMemoryTable
             remat = "full" if self.recompute_memory else c.remat
@@ -367,18 +369,24 @@ class LanguageModel(nn.Module):
             _, ffn_LSUD = self.memory(x0_SUD if self.config.memory_dim else ids_SU)
         return TokenRows(x0_SUD, ffn_LSUD)
 
-    def hidden(self, rows: TokenRows, index_SN, length: int):
+    def hidden(self, rows: TokenRows, index_SN, length: int, start_SN=None):
         """Runs all decoder layers.
 
         Args:
           rows: the result of `token_rows`.
           index_SN: int32, the row of each position: position n of shard s takes row index[s, n] of its shard.
           length: T, the positions of a sequence.
+          start_SN: int32, the position in its sequence at which each position's document begins: attention stays inside
+            a document, and positions count from its beginning. None: a sequence is one document.
         Returns: the normalised final states [B, T, D].
         """
         x_BTD = take_rows(rows.x0_SUD, index_SN).reshape(-1, length, self.config.dim)
         x_BTD = constrain(x_BTD, "batch", None, None)
-        x_BTD, _ = self.layers(x_BTD, rows.ffn_LSUD, index_SN, rope_table(self.config, jnp.arange(length)))
+        positions, start_BT = jnp.arange(length), None
+        if start_SN is not None:
+            start_BT = constrain(start_SN.reshape(-1, length), "batch", None)
+            positions = positions - start_BT
+        x_BTD, _ = self.layers(x_BTD, rows.ffn_LSUD, index_SN, rope_table(self.config, positions), start_BT)
         return self.final_norm(x_BTD)
 
     def output_embedding(self):

@@ -25,7 +25,7 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model.sharding import batch_shards
-from memoryllm_jax.training import sizes
+from memoryllm_jax.training import documents, sizes
 from memoryllm_jax.training.sizes import Sizes
 
 # Tokens that are read to plan the sizes, and the bounds of the number of batch shards that they make up. Of 64 shards
@@ -42,12 +42,15 @@ class Batch(NamedTuple):
     index_SAN: where each position's token id stands in its shard's ids; int32.
     targets_SAN: the token after each position; int32.
     weights_SAN: weight of each target in the loss, 0 where there is no target; float32.
+    start_SAN: the position in its sequence at which each position's document begins, int32; None without
+      config.data.document_mask.
     """
 
     ids_SU: jax.Array
     index_SAN: jax.Array
     targets_SAN: jax.Array
     weights_SAN: jax.Array
+    start_SAN: jax.Array | None = None
 
 
 class Windows(NamedTuple):
@@ -68,6 +71,7 @@ class ShardBatch(NamedTuple):
     index_AN: np.ndarray
     targets_AN: np.ndarray
     weights_AN: np.ndarray
+    start_AN: np.ndarray | None
 
 
 class HostBatch(dict[int, ShardBatch]):
@@ -97,9 +101,10 @@ class Batches(abc.ABC):
       local: numbers of this host's batch shards.
     """
 
-    def __init__(self, config: Config, shards: int, local: list[int]):
+    def __init__(self, config: Config, dataset: Dataset, shards: int, local: list[int]):
         self.config, self.shards, self.local = config, shards, local
         self.sequences = config.batch_size // shards  # sequences of a batch shard
+        self._first_id = documents.first_id(dataset) if config.data.document_mask else None
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -123,11 +128,15 @@ class Batches(abc.ABC):
             # Each position stands for a distinct id, so that the step is the same code with and without unique_tokens.
             ids, index = inputs, np.arange(len(inputs))
         by_micro_batch = (self.config.accumulate, -1)
+        start = None
+        if self._first_id is not None:
+            start = documents.starts(windows[:, :-1], self._first_id).reshape(by_micro_batch)
         return ShardBatch(
             ids.astype(np.int32),
             index.reshape(by_micro_batch).astype(np.int32),
             windows[:, 1:].reshape(by_micro_batch).astype(np.int32),
             weights.reshape(by_micro_batch).astype(np.float32),
+            start,
         )
 
     def sizes(self) -> Sizes:
@@ -147,24 +156,36 @@ class Batches(abc.ABC):
         """Whether one size serves all steps. Without a token memory, padding costs no more than a lookup."""
         return not self.config.model.row_dim
 
+    def attention_share(self) -> float:
+        """The share of causal attention's pairs that the config leaves unmasked, in batches spread over all steps."""
+        if self._first_id is None:
+            return 1.0
+        shares = [
+            documents.attention_share(documents.starts(ids[:, :-1], self._first_id)) for ids in self._sampled_windows()
+        ]
+        return float(np.mean(shares))
+
     def _sampled_counts(self) -> list[int]:
         """The number of distinct ids in each of some batch shards, spread over all steps."""
+        return [len(_distinct(ids[:, :-1].reshape(-1))[0]) for ids in self._sampled_windows()]
+
+    def _sampled_windows(self) -> Iterator[np.ndarray]:
+        """Yields the token ids [sequences, T+1] of some batch shards, spread over all steps."""
         positions = self.sequences * self.config.seq_len
         samples = min(max(_SAMPLED_TOKENS // positions, _FEWEST_SAMPLES), _MOST_SAMPLES)
         numbers = np.unique(np.linspace(0, len(self) * self.shards - 1, samples).astype(int))
         at_a_time = max(1, _READ_TOKENS // positions)
-        counts = []
         for first in range(0, len(numbers), at_a_time):
             places = [divmod(int(number), self.shards) for number in numbers[first : first + at_a_time]]
-            counts += [len(_distinct(ids[:, :-1].reshape(-1))[0]) for ids, _ in self.windows(places)]
-        return counts
+            for ids, _ in self.windows(places):
+                yield ids
 
 
 class TrainBatches(Batches):
     """Windows of seq_len + 1 tokens, shuffled anew each epoch. Neighbours share a token: last target, first input."""
 
     def __init__(self, config: Config, dataset: Dataset, shards: int, local: list[int]):
-        super().__init__(config, shards, local)
+        super().__init__(config, dataset, shards, local)
         self.tokens = dataset.train
         self.windows_an_epoch = (self.tokens.tokens - 1) // config.seq_len
         if not self.windows_an_epoch:
@@ -213,7 +234,7 @@ class ValidationBatches(Batches):
     """Held-out windows in order. Every token but the first is a target once; positions past the end have weight 0."""
 
     def __init__(self, config: Config, dataset: Dataset, shards: int, local: list[int]):
-        super().__init__(config, shards, local)
+        super().__init__(config, dataset, shards, local)
         self.tokens = dataset.validation
         if self.tokens.tokens < 2:
             raise UserError(f"{dataset.path}: expected held-out tokens, found {self.tokens.tokens}")
@@ -262,6 +283,7 @@ def abstract_batch(config: Config, shards: int, sharding: NamedSharding, size: i
         index_SAN=array(positions, jnp.int32),
         targets_SAN=array(positions, jnp.int32),
         weights_SAN=array(positions, jnp.float32),
+        start_SAN=array(positions, jnp.int32) if config.data.document_mask else None,
     )
 
 
@@ -280,10 +302,12 @@ def place(batch: HostBatch, size: int, sharding: NamedSharding) -> Batch:
         for number, shard in batch.items()
     }
 
-    def placed(field: str) -> jax.Array:
-        """One field of all shards, with the shards on a new leading axis."""
+    def placed(field: str) -> jax.Array | None:
+        """One field of all shards, with the shards on a new leading axis; None if the shards have none."""
         parts = {number: getattr(shard, field) for number, shard in padded.items()}
         any_part = next(iter(parts.values()))
+        if any_part is None:
+            return None
 
         # JAX asks for the slices of this host's devices alone, so the other hosts' batch shards are not needed.
         def part_at(index) -> np.ndarray:
@@ -297,4 +321,5 @@ def place(batch: HostBatch, size: int, sharding: NamedSharding) -> Batch:
         index_SAN=placed("index_AN"),
         targets_SAN=placed("targets_AN"),
         weights_SAN=placed("weights_AN"),
+        start_SAN=placed("start_AN"),
     )

@@ -188,6 +188,8 @@ def complete(config: Config, dataset: Dataset, accelerator: attention.Accelerato
             f"found {vocab_size}"
         )
     backend = attention.resolve_backend(m.attention, m.dtype, m.head_dim, accelerator)
+    if config.data.document_mask:
+        attention.check_documents(backend, config.seq_len)
     return dataclasses.replace(config, model=dataclasses.replace(m, vocab_size=vocab_size, attention=backend))
 
 

@@ -2,7 +2,8 @@
 
 `model_flops_per_second` and `mfu` use the formula of model/flops.py for the rows of token memory that were evaluated:
 one for each distinct id, padding included. The `_plain` figures count a row for every position, which is the work of a
-step without unique tokens.
+step without unique tokens. With config.data.document_mask, all of them count the pairs of attention inside documents
+alone, whether or not the kernel skips the others.
 """
 
 import contextlib
@@ -41,7 +42,9 @@ def peak_flops(config: Config) -> float | None:
     return of_one * jax.device_count() if of_one else None
 
 
-def speed(config: Config, peak: float | None, tokens: int, rows: int, seconds: float) -> dict:
+def speed(
+    config: Config, peak: float | None, tokens: int, rows: int, seconds: float, attention_share: float = 1.0
+) -> dict:
     """The speed of some steps: tokens/s, model FLOP/s and, if the peak is known, MFU.
 
     Args:
@@ -49,10 +52,11 @@ def speed(config: Config, peak: float | None, tokens: int, rows: int, seconds: f
       tokens: tokens of the steps.
       rows: rows of token memory that the steps evaluated. The `_plain` figures count one for each token instead.
       seconds: time of the steps.
+      attention_share: mean share of causal attention's pairs that lie inside documents.
     """
     out = {"tokens_per_second": tokens / seconds}
     for suffix, counted_rows in (("", rows), ("_plain", tokens)):
-        flops = train_flops(config, tokens, counted_rows) / seconds
+        flops = train_flops(config, tokens, counted_rows, attention_share) / seconds
         out[f"model_flops_per_second{suffix}"] = flops
         if peak:
             out[f"mfu{suffix}"] = flops / peak

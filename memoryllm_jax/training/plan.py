@@ -85,7 +85,8 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
     start = time.monotonic()
     compiled, memory = _compile(config, mesh, chip)
     step_tokens = config.batch_size * config.seq_len
-    flops_a_token = roofline.flops_a_token(config, compiled.rows)
+    attention_share = _attention_share(config, sharding.batch_shards(mesh))
+    flops_a_token = roofline.flops_a_token(config, compiled.rows, attention_share)
     domain = len(devices) // slices if slices else chip.domain
     traffic = roofline.traffic(compiled.transfers, mesh, chip, domain)
     times = roofline.times(mesh.size, chip, step_tokens, flops_a_token, traffic, memory["parameters"])
@@ -107,6 +108,7 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
         "fits": memory["total"] <= chip.memory,
         "advice": _advice(config, mesh, memory, chip),
         "rows_a_step": compiled.rows,
+        "attention_share": attention_share,
         "tokens_a_step": step_tokens,
         "flops": flops_a_token,
         "collectives": traffic,
@@ -139,6 +141,9 @@ def _completed(config: Config, chip: chips.Chip) -> tuple[Config, list[str]]:
         if m.unique_tokens and m.row_dim:
             assumed.append("distinct ids as in English text with the Llama 3 tokenizer")
         backend = attention.resolve_backend(m.attention, m.dtype, m.head_dim, chip.accelerator)
+        if config.data.document_mask:
+            attention.check_documents(backend, config.seq_len)
+            assumed.append("a document for each sequence, so that config.data.document_mask masks nothing")
         model = dataclasses.replace(m, vocab_size=m.vocab_size or VOCABULARY, attention=backend)
         config = dataclasses.replace(config, model=model)
     if compilation.options(config, "gpu" if chip.gpu else chip.platform) and not chip.has_compiler():
@@ -165,6 +170,13 @@ def distinct_ids(config: Config, shards: int) -> sizes.Sizes:
     std = mean * _DISTINCT_DEVIATION / (tokens / config.seq_len) ** 0.5
     most = min(tokens, config.model.vocab_size)
     return sizes.plan(mean, std, shards, config.steps, most, only_last=not config.model.row_dim)
+
+
+def _attention_share(config: Config, shards: int) -> float:
+    """The share of causal attention's pairs that lie inside documents: that of the run if its data is there, else 1."""
+    if config.data.path == EMBEDDED or not config.data.document_mask:
+        return 1.0
+    return TrainBatches(config, Dataset(config.data.path), shards, local=[]).attention_share()
 
 
 # The TPU compiler's errors for a step that does not fit are known only by these sentences.

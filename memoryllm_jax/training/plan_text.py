@@ -74,6 +74,8 @@ def _work_lines(p: dict) -> list[str]:
         f"FLOPs a token    {f['per_token'] / 1e9:.2f} G, with FFN-M at every position {f['per_token_plain'] / 1e9:.2f} "
         f"G, recomputed {f['recomputed_per_token'] / 1e9:.2f} G"
     ]
+    if p["attention_share"] < 1:
+        lines.append(f"documents        hold {p['attention_share']:.0%} of the pairs of causal attention")
     label = "traffic"
     # Leaves out transfers that would print as 0.00 GB, and those below a hundredth of all traffic.
     least = max(5e6, 0.01 * p["collective_bytes"])

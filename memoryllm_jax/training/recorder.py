@@ -70,6 +70,7 @@ class Recorder:
         self._compiled = set(sizes.planned)  # sizes of distinct ids whose step is compiled
         self._unread: _Unread | None = None
         self._steps = self._rows = 0  # steps, and rows of token memory that they evaluated, since the last record
+        self._attention_shares = 0.0  # sum of these steps' shares of attention inside documents
         goodput.add_earlier(earlier_seconds(self._writer.earlier_goodput, start))
         if self._writer.earlier_goodput:
             # Those of steps that are trained again are dropped. If this process ended early, their time would be lost.
@@ -154,6 +155,7 @@ class Recorder:
         rows = size * self._batches.shards  # rows of token memory that the step evaluated
         self._steps += 1
         self._rows += rows
+        self._attention_shares += values.get("attention_share", 1.0)
         loss = values.pop("loss")
         self._check(step, loss, values)
         done = step + 1
@@ -191,17 +193,18 @@ class Recorder:
 
     def _record(self, done: int, rows: int, loss: float, values: dict[str, float]) -> None:
         # The speed is that since the last record: an average over the whole run would hide a change.
-        tokens = self._steps * self._tokens_a_step
+        tokens, share = self._steps * self._tokens_a_step, self._attention_shares / self._steps
         record = {
             **quality(loss, 1, self._bytes_a_token),
             **values,
             "tokens": done * self._tokens_a_step,
             "epoch": self._batches.epoch(done),
             "rows": rows,
-            **metrics.speed(self._config, self._peak_flops, tokens, self._rows, self._goodput.lap()),
+            **metrics.speed(self._config, self._peak_flops, tokens, self._rows, self._goodput.lap(), share),
             **metrics.peak_memory(),
         }
         self._steps = self._rows = 0
+        self._attention_shares = 0.0
         # JSON has no NaN: the record of a skipped step lacks what is not finite.
         self._writer.write(done, "train", {name: value for name, value in record.items() if not _is_not_finite(value)})
         self._progress.line(f"{_train_text(done, self._config.steps, record)}  ETA {self._progress.eta()}")

@@ -28,20 +28,22 @@ EFFICIENCY = 0.5  # share of peak FLOP/s that well-tuned trainers publish near 1
 _UPDATES = 7
 
 
-def flops_a_token(config: Config, rows: int) -> dict[str, float]:
+def flops_a_token(config: Config, rows: int, attention_share: float = 1.0) -> dict[str, float]:
     """FLOPs per token of a step that evaluates `rows` rows of token memory.
 
-    "per_token_plain" is for a row at every position; "recomputed_per_token" comes on top.
+    Args:
+      attention_share: as of `flops.train_flops`.
+    Returns: "per_token"; "per_token_plain", for a row at every position; "recomputed_per_token", which comes on top.
     """
     tokens = config.batch_size * config.seq_len
     return {
-        "per_token": flops.train_flops(config, tokens, rows) / tokens,
-        "per_token_plain": flops.train_flops(config, 1, 1),
-        "recomputed_per_token": _recomputed(config, tokens, rows) / tokens,
+        "per_token": flops.train_flops(config, tokens, rows, attention_share) / tokens,
+        "per_token_plain": flops.train_flops(config, 1, 1, attention_share),
+        "recomputed_per_token": _recomputed(config, tokens, rows, attention_share) / tokens,
     }
 
 
-def _recomputed(config: Config, tokens: int, rows: int) -> float:
+def _recomputed(config: Config, tokens: int, rows: int, attention_share: float) -> float:
     """FLOPs that the backward pass recomputes.
 
     With remat `full` that is the layers' forward pass; else nothing or, with micro-batches, FFN-M alone (`Trainer`).
@@ -51,7 +53,7 @@ def _recomputed(config: Config, tokens: int, rows: int) -> float:
         return memory / 3 if config.accumulate > 1 else 0.0
     # A forward pass is a third of a step. The head's is not recomputed.
     head = 2 * tokens * config.model.dim * config.model.vocab_size
-    return flops.train_flops(config, tokens, rows) / 3 - head
+    return flops.train_flops(config, tokens, rows, attention_share) / 3 - head
 
 
 def traffic(transfers: list[Transfer], mesh: Mesh, chip: Chip, domain: int) -> list[dict]:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from memoryllm_jax.config import Config
 from memoryllm_jax.model import loss, sharding, transformer
-from memoryllm_jax.training import compilation, optimizer, schedules, spikes
+from memoryllm_jax.training import compilation, documents, optimizer, schedules, spikes
 from memoryllm_jax.training.batches import Batch, abstract_batch
 from memoryllm_jax.training.sizes import Sizes
 
@@ -22,6 +22,7 @@ class Micro(NamedTuple):
     index_SN: jax.Array
     targets_SN: jax.Array
     weights_SN: jax.Array
+    start_SN: jax.Array | None
 
 
 class Losses(NamedTuple):
@@ -41,8 +42,8 @@ class Trainer:
       init(key) -> state: {"params", "opt_state", "step"}, and "spikes" if config.optimizer.max_skipped allows to skip
         steps; each device makes its own part.
       train(state, batch) -> (state, metrics): one optimizer step; the old state is donated. The metrics are the
-        scalars loss and z_loss in nats, grad_norm, learning_rate, with Muon muon_learning_rate, and those of
-        `spikes.guard`.
+        scalars loss and z_loss in nats, grad_norm, learning_rate, with Muon muon_learning_rate, with
+        config.data.document_mask attention_share (`documents.attention_share`), and those of `spikes.guard`.
       evaluate(params, batch) -> (nll in nats, weight): sums over the batch's positions, without z-loss.
     Raises: UserError if config.xla does not fit the platform.
     """
@@ -120,7 +121,8 @@ class Trainer:
     def _sums(self, params, rows, micro: Micro):
         """(total, nll): weighted sums over one micro-batch, in nats; see `loss.cross_entropy`."""
         c = self.config
-        hidden = self.model.apply({"params": params}, rows, micro.index_SN, c.seq_len, method="hidden")
+        arguments = rows, micro.index_SN, c.seq_len, micro.start_SN
+        hidden = self.model.apply({"params": params}, *arguments, method="hidden")
         head_VD = self.model.apply({"params": params}, method="output_embedding")
         x_SND = hidden.reshape(*micro.index_SN.shape, c.model.dim)
         m = c.model
@@ -167,6 +169,8 @@ class Trainer:
         o = self.config.optimizer
         if o.name == "muon":
             metrics["muon_learning_rate"] = schedules.learning_rate(self.config, o.muon_lr)(state["step"])
+        if batch.start_SAN is not None:
+            metrics["attention_share"] = documents.attention_share(batch.start_SAN.reshape(-1, self.config.seq_len))
         params = optax.apply_updates(params, updates)
         after = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
         if not self.config.optimizer.max_skipped:
@@ -222,4 +226,5 @@ def _micro_batches(batch: Batch) -> Micro:
         index_SN=batch.index_SAN.swapaxes(0, 1),
         targets_SN=batch.targets_SAN.swapaxes(0, 1),
         weights_SN=batch.weights_SAN.swapaxes(0, 1),
+        start_SN=None if batch.start_SAN is None else batch.start_SAN.swapaxes(0, 1),
     )
