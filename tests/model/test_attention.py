@@ -13,7 +13,7 @@ from lab import OPTIMISED
 
 from memoryllm_jax import config
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.model import attention, blocked_attention, sharding
+from memoryllm_jax.model import attention, blocked_attention, document_tiles, sharding
 from memoryllm_jax.training.batches import Batch
 from memoryllm_jax.training.step import Trainer
 
@@ -34,6 +34,8 @@ def forward_and_backward(kernel, q, k, v, g):
         ("splash", 2, 16, 2, 60),
         ("splash", 1, 300, 2, 64),
         ("splash in two kernels", 1, 200, 1, 64),
+        ("blocked in documents", 2, 300, 3, 10),
+        ("splash in documents", 2, 300, 2, 64),
     ],
 )
 def test_tiles_give_plain_attention_and_its_gradients(monkeypatch, backend, batch, length, heads, head_dim):
@@ -42,12 +44,27 @@ def test_tiles_give_plain_attention_and_its_gradients(monkeypatch, backend, batc
         monkeypatch.setattr(attention, "_MOST_FUSED", 128)
     if backend == "blocked in one span":
         monkeypatch.setattr(blocked_attention, "SPANS", 1)
-    splash = functools.partial(attention.splash, block=128, interpret=True)
-    kernel = splash if backend.startswith("splash") else blocked_attention.blocked
+    name, _, way = backend.partition(" ")
+    kernel, expected = blocked_attention.blocked, attention.plain
+    if name == "splash":
+        kernel = functools.partial(attention.splash, block=128, interpret=True)
+    if way == "in documents":
+        if name == "blocked":
+            kernel = document_tiles.blocked_in_documents
+        # A document of one position, and some that end inside tiles and with one. Of plain attention in documents,
+        # test_transformer.py tests that it is attention over each of them.
+        start_BT = starts([[1, 140, 256], [2, 10, 131]], length)
+        kernel, expected = (functools.partial(attend, start_BT=start_BT) for attend in (kernel, expected))
     args = np.random.default_rng(0).normal(size=(4, batch, length, heads, head_dim)).astype(np.float32)
-    both = jax.jit(lambda *args: [forward_and_backward(k, *args) for k in (kernel, attention.plain)])
+    both = jax.jit(lambda *args: [forward_and_backward(k, *args) for k in (kernel, expected)])
     for a, b in zip(*both(*args)):
         np.testing.assert_allclose(a, b, atol=5e-6, rtol=2e-6)
+
+
+def starts(ends, length):
+    """Where each position's document begins, for sequences of documents that end at these positions."""
+    first = [np.repeat([0, *row], np.diff([0, *row, length])) for row in ends]
+    return np.array(first, np.int32)
 
 
 def kernels(text: str) -> list[tuple[str, str]]:

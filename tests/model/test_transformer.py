@@ -17,12 +17,13 @@ VOCAB = 64
 WINDOWS = np.random.default_rng(0).integers(0, VOCAB, (8, 33))
 
 
-def batch_of(windows, accumulate=1, unique=True, weights=None, padding=0):
+def batch_of(windows, accumulate=1, unique=True, weights=None, padding=0, start=None):
     """The windows as a batch of one shard, with its distinct token ids or, unless `unique`, one id for each position.
 
     Args:
       weights: one for each predicted position; by default 1.
       padding: number of ids that pad the distinct ids.
+      start: where the document of each predicted position begins, or None.
     """
     ids, index = windows[:, :-1].reshape(-1), np.arange(windows[:, :-1].size)
     if unique:
@@ -31,7 +32,8 @@ def batch_of(windows, accumulate=1, unique=True, weights=None, padding=0):
     by_micro_batch = [x.reshape(1, accumulate, -1) for x in (index, windows[:, 1:], weights)]
     index_SAN, targets_SAN, weights_SAN = by_micro_batch
     ids_SU = np.pad(ids, (0, padding))[None]
-    return Batch(np.int32(ids_SU), np.int32(index_SAN), np.int32(targets_SAN), np.float32(weights_SAN))
+    start_SAN = None if start is None else np.int32(start.reshape(1, accumulate, -1))
+    return Batch(np.int32(ids_SU), np.int32(index_SAN), np.int32(targets_SAN), np.float32(weights_SAN), start_SAN)
 
 
 def gradients(config, batch):
@@ -82,18 +84,28 @@ def make(make_config):
         (
             "flex-1",
             {"model.compute_input": "after_attention", "model.norm": "layernorm", "model.remat": "full"}
-            | {"model.dim": 30, "model.heads": 3, "model.qk_norm": True, "mesh.tensor": 2},
+            | {"model.dim": 30, "model.heads": 3, "model.qk_norm": True, "mesh.tensor": 2, "data.document_mask": True},
         ),
         ("flex-3", {"accumulate": 2}),
-        ("value-0", {"model.kv_heads": 2}),
+        ("value-0", {"model.kv_heads": 2, "accumulate": 2, "data.document_mask": True}),
         ("ple-3", {}),
-        ("no-memory-3", {}),
+        ("no-memory-3", {"model.attention": "plain", "data.document_mask": True}),
     ],
 )
 def test_loss_and_gradients_are_those_of_the_equations(make, architecture, overrides):
+    """With a document mask, half of the sequences hold two documents each, which the equations take one by one."""
     config = make(architecture, **overrides)
-    (total, _), grads, params = gradients(config, batch_of(WINDOWS, config.accumulate))
-    expected_total, expected = jax.jit(jax.value_and_grad(lambda p: reference.loss(p, WINDOWS, config)))(params)
+    start, expected_loss = None, functools.partial(reference.loss, windows=WINDOWS, config=config)
+    if config.data.document_mask:
+        start = np.zeros((8, 32))
+        start[:4, 16:] = 16
+        documents = np.concatenate([WINDOWS[:4, :17], WINDOWS[:4, 16:]])
+
+        def expected_loss(p):
+            return (reference.loss(p, documents, config) + reference.loss(p, WINDOWS[4:], config)) / 2
+
+    (total, _), grads, params = gradients(config, batch_of(WINDOWS, config.accumulate, start=start))
+    expected_total, expected = jax.jit(jax.value_and_grad(expected_loss))(params)
     assert total == pytest.approx(float(expected_total), rel=2e-6)
     assert_close(grads, expected, 2e-5)
 
