@@ -43,7 +43,7 @@ def flops_a_token(config: Config, rows: int, attention_share: float = 1.0) -> di
     }
 
 
-def _recomputed(config: Config, tokens: int, rows: int, attention_share: float) -> float:
+def _recomputed(config: Config, tokens: int, rows: int, attention_share: float = 1.0) -> float:
     """FLOPs that the backward pass recomputes.
 
     With remat `full` that is the layers' forward pass; else nothing or, with micro-batches, FFN-M alone (`Trainer`).
