@@ -91,9 +91,9 @@ def _chosen(is_applied: jax.Array, after, before):
     def is_schedule(node) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
-    # A `lax.cond` around the update would make the host wait on GPUs, and copy the state that it returns. XLA fuses the
-    # choice with the update, which reads the old values in any case. Nothing is differentiated here, so what is not
-    # finite in `after` does not get into the result.
+    # XLA fuses the choice with the update, which reads the old values in any case. A `lax.cond` around the update needs
+    # as much memory, and XLA for GPUs would copy its condition to the host and wait. Nothing is differentiated here, so
+    # what is not finite in `after` does not get into the result.
     def choose(new, old):
         return new if is_schedule(new) else jnp.where(is_applied, new, old)
 
