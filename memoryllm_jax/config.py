@@ -245,7 +245,8 @@ class EvalConfig:
     batches: int = field(0, least=0, resumable=True)  # held-out batches; 0: all of the validation split
     # Tasks of the evaluation harness, separated by commas, that are run while the model trains; "": none
     tasks: str = field("", resumable=True)
-    tasks_folder: str = field("", resumable=True)  # folder with the tasks' definitions and data; "": the harness's own
+    # Folder with task files (.yaml) and data of the tasks; "": the harness's own tasks, which fetch their data
+    tasks_folder: str = field("", resumable=True)
     tasks_every: int = field(0, least=0, resumable=True)  # steps between runs of the tasks; 0: after the last step only
     tasks_limit: int = field(0, least=0, resumable=True)  # examples of each task; 0: all
 
@@ -444,6 +445,10 @@ def _check_ffn(m: ModelConfig, need) -> None:
 
 def _check_run(config: Config, need) -> None:
     o = config.optimizer
+    need(config.sample.tokens or not config.sample.every, "sample.every", "0, as sample.tokens is 0")
+    for name in ("tasks_folder", "tasks_every", "tasks_limit"):
+        is_given = bool(getattr(config.eval, name))
+        need(config.eval.tasks or not is_given, f"eval.{name}", "the default, as eval.tasks names none")
     need(is_temperature(config.sample.temperature), "sample.temperature", TEMPERATURES)
     need(o.final_lr <= o.peak_lr, "optimizer.final_lr", f"at most optimizer.peak_lr = {o.peak_lr}")
     need(

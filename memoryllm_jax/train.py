@@ -27,6 +27,7 @@ from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.hosts import HostOptions
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import resolve
+from memoryllm_jax.evaluation.while_training import open_tasks
 from memoryllm_jax.training import chips
 from memoryllm_jax.training.loop import train
 from memoryllm_jax.training.plan import dry_run as print_plan
@@ -53,7 +54,7 @@ def main(
     # By default JAX reserves 75% of a GPU's memory. --dry_run assumes GPU_SHARE, so a run must take the same.
     devices_lib.limit_gpu_memory(chips.GPU_SHARE)
     hosts.join()
-    return train(config, workdir, profile=profile)
+    return train(config, workdir, profile=profile, open_tasks=open_tasks)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ was read into.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -123,11 +124,7 @@ class TrainedModel:
         """What `load` returns for all parameters, with shapes, dtypes and shardings in place of the arrays."""
         params = {}
         for name, (_, like) in self._leaves.items():
-            shape, where = like.shape, like.sharding
-            if _has_layers(name):
-                shape, where = shape[1:], _of_one_layer(where)
-            part = jax.ShapeDtypeStruct(shape, _serving_dtype(name, self.config), sharding=where)
-            _put(params, name.split("/"), [part] * like.shape[0] if _has_layers(name) else part)
+            _put(params, name.split("/"), _shape_for_serving(name, like, self.config))
         return params
 
     def digest(self, wanted: Callable[[str], bool], params: dict | None = None) -> str:
@@ -317,15 +314,45 @@ def for_serving(params, config: ModelConfig) -> dict:
     return out
 
 
+def serving_shapes(params_shape, config: ModelConfig) -> dict:
+    """What `for_serving` returns, with shapes, dtypes and shardings in place of the arrays.
+
+    Args:
+      params_shape: the training state's parameters as jax.ShapeDtypeStruct with shardings.
+    """
+    out = {}
+    for path, like in jax.tree_util.tree_leaves_with_path(params_shape):
+        name = digest_lib.array_name(path)
+        _put(out, name.split("/"), _shape_for_serving(name, like, config))
+    return out
+
+
 def _for_serving(name, leaf, config):
     """The leaf in the dtype for inference; stacked layers become a list of one array per layer."""
     dtype = _serving_dtype(name, config)
+    if _has_layers(name):
+        return _layers_as(dtype, _of_one_layer(leaf.sharding))(leaf)
+    return leaf if leaf.dtype == dtype else _as(dtype, leaf.sharding)(leaf)
+
+
+def _shape_for_serving(name, like, config):
+    """The shape, dtype and sharding of what `_for_serving` returns."""
+    dtype = _serving_dtype(name, config)
     if not _has_layers(name):
-        if leaf.dtype == dtype:
-            return leaf
-        return jax.jit(lambda x: x.astype(dtype), out_shardings=leaf.sharding)(leaf)
-    where = _of_one_layer(leaf.sharding)
-    return jax.jit(lambda x: [x[i].astype(dtype) for i in range(x.shape[0])], out_shardings=where)(leaf)
+        return jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
+    part = jax.ShapeDtypeStruct(like.shape[1:], dtype, sharding=_of_one_layer(like.sharding))
+    return [part] * like.shape[0]
+
+
+# Cached, so that a run that converts its parameters again and again compiles the conversion once.
+@functools.cache
+def _as(dtype, where):
+    return jax.jit(lambda x: x.astype(dtype), out_shardings=where)
+
+
+@functools.cache
+def _layers_as(dtype, where):
+    return jax.jit(lambda x: [x[i].astype(dtype) for i in range(x.shape[0])], out_shardings=where)
 
 
 def _serving_dtype(name, config):

@@ -40,11 +40,11 @@ class ArgumentError(UserError):
 
     def __init__(self, name: str, problem: str):
         super().__init__(f"{name}: {problem}")
-        self.name, self._problem = name, problem
+        self.name, self.problem = name, problem
 
     def __reduce__(self):
         # Worker processes send their errors; by default an exception is rebuilt from its text alone.
-        return ArgumentError, (self.name, self._problem)
+        return ArgumentError, (self.name, self.problem)
 
 
 def one_line(error: Exception, most: int | None = None) -> str:

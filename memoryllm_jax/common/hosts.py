@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Annotated, NoReturn
 
 import jax
+import numpy as np
 from jax._src import clusters, distributed  # jax has no public way to the address and the store of all processes
 from jax.experimental import multihost_utils
 
@@ -184,6 +185,13 @@ def wait_for_all(what: str) -> None:
     """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def as_the_first(flag: bool) -> bool:
+    """The flag of the first host, on all of them: for what only that host can know. All processes call it."""
+    if not _several():
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
 
 
 def is_lost_peer(error: BaseException) -> bool:

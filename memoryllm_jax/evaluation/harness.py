@@ -9,19 +9,22 @@ import glob
 import itertools
 import json
 import os
+import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import lm_eval
+import numpy as np
+from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
-from memoryllm_jax.common import storage
-from memoryllm_jax.common.errors import ArgumentError, UserError
+from memoryllm_jax.common import hosts, storage
+from memoryllm_jax.common.errors import ArgumentError, UserError, one_line
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.inference import scoring
 from memoryllm_jax.inference.decoder import bucket
@@ -31,6 +34,7 @@ from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.inference.text import Streamer
 
 _CACHED_POSITIONS = 1 << 14  # positions of the key-value cache on each batch shard while texts are generated
+_SEED = 1234  # the harness's own
 _GENERATION_SETTINGS = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")
 
 
@@ -43,12 +47,17 @@ class _Generation(NamedTuple):
 
 
 class MemoryLLM(TemplateLM):
-    """Gives an `Engine` the harness's model interface. Raises: UserError for requests that the model cannot serve."""
+    """Gives an `Engine` the harness's model interface. Raises: UserError for requests that the model cannot serve.
+
+    Args:
+      report: called between batches with the share of the requests that is done. An exception of it ends the work.
+    """
 
     max_gen_toks = 256  # new tokens if the task sets no limit, as in HFLM
 
-    def __init__(self, model: Engine):
+    def __init__(self, model: Engine, report: Callable[[float], None] | None = None):
         super().__init__()
+        self._report = report
         self._model, self._tokenizer, self.max_length = model, model.tokenizer, model.context
 
     @property
@@ -87,9 +96,9 @@ class MemoryLLM(TemplateLM):
         sequences = [self._sequence(*request) for request in requests]
         lengths = [len(context) + len(continuation) for _, context, continuation in requests]
         truncated = [length for length in lengths if length > self.max_length + 1]
-        if truncated:
+        if truncated and hosts.is_first():
             print(f"{len(truncated)} requests are longer than the context of {self.max_length} and lose their start")
-        progress = Progress("score", sum(len(sequence) - 1 for sequence in sequences), "token")
+        progress = self._progress("score", sum(len(sequence) - 1 for sequence in sequences), "token")
         found = scoring.score(self._model.decoder, self._model.rows, sequences, self.max_length, progress)
         progress.close()
         answers = []
@@ -100,6 +109,9 @@ class MemoryLLM(TemplateLM):
             if texts is not None:  # windows of a rolling request are not cached one by one
                 self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
         return answers
+
+    def _progress(self, label, total, unit):
+        return Progress(label, total, unit, enabled=hosts.is_first(), report=self._report)
 
     def _sequence(self, texts, context, continuation):
         """Ids of context and continuation, truncated from the left to one more than the model's context.
@@ -133,7 +145,7 @@ class MemoryLLM(TemplateLM):
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         texts, seeds = [""] * len(requests), itertools.count()
-        progress = Progress("generate", len(requests), "text")
+        progress = self._progress("generate", len(requests), "text")
         for members in groups.values():
             how = self._generation(normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks))
             prompts = {k: self._prompt(requests[k].args[0], how.max_new) for k in members}
@@ -241,6 +253,54 @@ class Tasks:
                 scores[task] = metrics[0], float(values[metrics[0]])
         return scores
 
+    def load(self) -> None:
+        """Reads the tasks' definitions and examples, for `all_scores`. Raises: UserError if they cannot be read."""
+        _seed()
+        names = ", ".join(self._names)
+        try:
+            self._loaded = self._manager.load(self._names)
+        except UserError:
+            raise
+        except Exception as error:  # a task is code of its own, and its data may come from anywhere
+            problem = f"expected tasks whose examples can be read, found {names}: {type(error).__name__}: "
+            raise ArgumentError("tasks", problem + one_line(error, 300)) from error
+        for name, task in self._loaded["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+                raise ArgumentError("tasks", f"expected tasks on text that run no code of the model, found {name}")
+
+    def all_scores(
+        self, model: Engine, stopped: Callable[[], bool] = lambda: False, limit: int = 0
+    ) -> dict[str, dict[str, float]] | None:
+        """Scores a model by all metrics of the tasks that were loaded, as `run` does but without standard errors.
+
+        Args:
+          stopped: called between batches; if it returns True, the scoring ends without a result. With several
+            processes all of them must get the same answers.
+          limit: as for `run`.
+        Returns: {task or group: {metric: value}}, with the number of documents as "n"; None if it was stopped.
+        Raises: UserError.
+        """
+
+        def report(_):
+            if stopped():
+                raise _StoppedError
+
+        _seed()
+        for task in self._loaded["tasks"].values():  # as `simple_evaluate` sets them up
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=_SEED)
+        try:
+            # Not `simple_evaluate`, which would read the examples again, and look into the machine for seconds.
+            results = evaluator.evaluate(
+                MemoryLLM(model, report), self._loaded, limit=limit or None, bootstrap_iters=0, log_samples=False
+            )
+        except _StoppedError:
+            return None
+        except ImportError as error:
+            raise self._missing_package(error) from error
+        return {task: _numbers(results, task) for task in results["results"]}
+
     def run(
         self,
         model: Engine,
@@ -284,14 +344,38 @@ class Tasks:
                 **more,
             )
         except ImportError as error:
-            names = ", ".join(self._names)
-            problem = f"expected the packages that {names} need, found one missing: {error}"
-            raise ArgumentError("tasks", problem) from error
+            raise self._missing_package(error) from error
+
+    def _missing_package(self, error):
+        names = ", ".join(self._names)
+        return ArgumentError("tasks", f"expected the packages that {names} need, found one missing: {error}")
 
     @staticmethod
     def table(results: dict) -> str:
         """The harness's own text table of the results that `run` returns."""
         return "\n".join(make_table(results, column) for column in ("results", "groups") if column in results)
+
+
+class _StoppedError(Exception):
+    """The caller has asked to stop."""
+
+
+def _seed() -> None:
+    """Seeds the generators that tasks may draw from, as `simple_evaluate` does."""
+    random.seed(0)
+    np.random.seed(_SEED)
+
+
+def _numbers(results, task) -> dict[str, float]:
+    """{metric: value} of a task in the harness's results, and the number of its documents as "n"."""
+    found = {}
+    for key, value in results["results"][task].items():
+        metric, comma, by = key.partition(",")  # the harness names a value METRIC,FILTER
+        if comma and isinstance(value, int | float) and not metric.endswith("_stderr"):
+            found[metric if by == "none" else f"{metric}.{by}"] = float(value)
+    samples = results["n-samples"]
+    members = results["group_subtasks"].get(task) or [task]
+    return found | {"n": sum(samples[name]["effective"] for name in members if name in samples)}
 
 
 def _save(tracker, results, folder, output):

@@ -70,7 +70,8 @@ class Engine:
     """A decoder and the rows that it reads.
 
     Args:
-      trained: the model. The engine closes it.
+      trained: the model; for one that is still trained, what says the same of it (training/during.py). The engine
+        closes it.
       params: the decoder's parameters, as `TrainedModel.load` gives them; or their shapes until `fill` is called.
       rows: the source of rows. The engine closes it.
     Attributes:

@@ -155,7 +155,8 @@ def _score_states(config, final_norm, head_VD, x_BTD, targets_SN, weights_SN):
 def _log_probs_of_states(config, final_norm, head_VD, x_BTD, targets_SN):
     x_SND = normalised(config, final_norm, x_BTD).reshape(*targets_SN.shape, -1)
     found = loss.log_probs(x_SND, head_VD, targets_SN, loss_options(config, head_VD, targets_SN))
-    return loss.TargetScores(*(x_SN.reshape(x_BTD.shape[:2]) for x_SN in found))
+    # Whole on each device, so that each of several hosts can read them.
+    return loss.TargetScores(*(constrain(x_SN.reshape(x_BTD.shape[:2]), None, None) for x_SN in found))
 
 
 def normalised(config, final_norm, x):

@@ -24,9 +24,10 @@ from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.documents import EMBEDDED
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.model import attention, sharding
-from memoryllm_jax.training import spikes, summary
+from memoryllm_jax.training import during, spikes, summary
 from memoryllm_jax.training.batches import TrainBatches, ValidationBatches, local_shards
 from memoryllm_jax.training.compilation import NEED_LESS
+from memoryllm_jax.training.during import Observer, OpenTasks, Tasks
 from memoryllm_jax.training.feeder import Feeder
 from memoryllm_jax.training.goodput import Goodput
 from memoryllm_jax.training.recorder import Recorder
@@ -34,13 +35,20 @@ from memoryllm_jax.training.step import Trainer
 from memoryllm_jax.training.validation import Validation
 
 
-def train(config: Config, workdir: str, devices: list[jax.Device] | None = None, profile: int = 0) -> int:
+def train(
+    config: Config,
+    workdir: str,
+    devices: list[jax.Device] | None = None,
+    profile: int = 0,
+    open_tasks: OpenTasks | None = None,
+) -> int:
     """Trains until the last step or a stop signal, from the newest checkpoint in the workdir if there is one.
 
     Args:
       workdir: folder or gs:// URL for checkpoints and metrics. Only one run at a time may use it.
       devices: devices to train on; None: all.
       profile: number of steps to profile; the trace goes to WORKDIR/profile. 0: none.
+      open_tasks: opens the tasks of config.eval; None: such a config is refused.
     Returns: the exit code: 0, or ExitCode.STOPPED after a signal.
     Raises: UserError, if this is the only process of the run. With several processes an error ends this process.
     """
@@ -56,15 +64,25 @@ def train(config: Config, workdir: str, devices: list[jax.Device] | None = None,
                 # A start that fails before it writes anything leaves no folder.
                 unlock.callback(storage.release_lock, storage.lock_folder(workdir), workdir)
             hosts.wait_for_all("the workdir is locked")  # if it is in use, the others end here and blame nothing else
+            tasks = _open_tasks(config, open_tasks)
             run = open_run(config, workdir, devices, stop, at_exit)
             if stop.now():  # while the data was verified
                 print(_stopped(run, run.start), flush=True)
                 return ExitCode.STOPPED
-            return _train(run, goodput, profile, stop, at_exit)
+            return _train(run, tasks, goodput, profile, stop, at_exit)
         except (Exception, KeyboardInterrupt, StoppedEarly) as error:
             if jax.process_count() > 1:
                 unlock.close()  # one of several processes ends without cleanup
             hosts.fail(error, f"; {NEED_LESS}")
+
+
+def _open_tasks(config: Config, open_tasks: OpenTasks | None) -> Tasks | None:
+    """The tasks that the config names, or None. Raises: UserError, also if nothing opens them."""
+    if not config.eval.tasks:
+        return None
+    if open_tasks is None:
+        raise UserError(f"config.eval.tasks: expected none, as nothing here opens tasks, found {config.eval.tasks}")
+    return open_tasks(config.eval)
 
 
 class Run(NamedTuple):
@@ -197,12 +215,13 @@ class _End(NamedTuple):
     """The end of a run's steps: after the last one, or after a stop signal."""
 
     done: int
-    state: dict
-    validation: dict | None  # the result after the last step; None if the run was stopped
+    results: dict[str, dict]  # of the observers after the last step, by kind; empty if the run was stopped
     stopped: bool
 
 
-def _train(run: Run, goodput: Goodput, profile: int, stop: StopSignal, at_exit: contextlib.ExitStack) -> int:
+def _train(
+    run: Run, tasks: Tasks | None, goodput: Goodput, profile: int, stop: StopSignal, at_exit: contextlib.ExitStack
+) -> int:
     """Trains an opened run, and reports how it ended. Returns: the exit code."""
     sizes, validation_sizes = run.batches.sizes(), run.validation_batches.sizes()
     if hosts.is_first():
@@ -213,7 +232,11 @@ def _train(run: Run, goodput: Goodput, profile: int, stop: StopSignal, at_exit: 
     if hosts.is_first():
         print(f"compiled in {progress.duration(time.monotonic() - start)}", flush=True)
     feeder = Feeder(run.batches, run.trainer, sizes, run.start)
-    validation = Validation(run.validation_batches, run.trainer, validation_sizes, stop.agreed)
+    validation = Validation(run.config.eval.every, run.validation_batches, run.trainer, validation_sizes, stop.agreed)
+    observers = [validation, *during.observers(run.trainer, run.tokenizer, tasks, stop.agreed)]
+    if run.start < run.config.steps:
+        with goodput.during("tasks"):
+            during.rehearse(observers, run.state["params"])
     recorder = Recorder(
         run.config,
         run.workdir,
@@ -226,7 +249,7 @@ def _train(run: Run, goodput: Goodput, profile: int, stop: StopSignal, at_exit: 
         profile_steps=profile,
     )
     at_exit.callback(recorder.close)
-    end = _steps(run, feeder, recorder, validation, stop)
+    end = _steps(run, feeder, recorder, observers, stop)
     with recorder.paused("save"):
         recorder.sync()
         run.checkpoints.wait()  # the last one may still be on its way to disk
@@ -236,7 +259,7 @@ def _train(run: Run, goodput: Goodput, profile: int, stop: StopSignal, at_exit: 
         recorder.line(_stopped(run, end.done))
         return ExitCode.STOPPED
     recorder.end_progress()
-    summary.finish(run.trainer, end.state["params"], run.tokenizer, end.validation, times, run.workdir)
+    summary.finish(run.config, end.results, times, run.workdir)
     return 0
 
 
@@ -246,17 +269,16 @@ def _stopped(run: Run, done: int) -> str:
     return f"stopped by a signal after step {done}; {saved}; run the same line to go on"
 
 
-def _steps(run: Run, feeder: Feeder, recorder: Recorder, validation: Validation, stop: StopSignal) -> _End:
-    """Trains, saves and validates from step `run.start` until the last step or a stop signal."""
-    config = run.config
+def _steps(run: Run, feeder: Feeder, recorder: Recorder, observers: list[Observer], stop: StopSignal) -> _End:
+    """Trains, saves and observes from step `run.start` until the last step or a stop signal."""
     done, state = run.start, run.state
-    result = None
+    results = {}
     stop.begin()
-    if done and _due(done, config.eval.every, config.steps):
-        # A signal may have stopped the earlier run between this checkpoint and its validation, so it is repeated.
-        result = _validate(validation, recorder, done, state)
-    if stop.agreed():
-        return _End(done, state, None, stopped=True)
+    if done:
+        # A signal or a kill may have ended the earlier run between this checkpoint and what was due after it.
+        results = _observe(run, recorder, observers, done, state, again=True)
+    if results is None or stop.agreed():
+        return _End(done, {}, stopped=True)
     for step, batch, size in recorder.steps(feeder):
         with recorder.dispatching(step, size):
             state, metrics = run.trainer.train(state, batch)
@@ -265,47 +287,39 @@ def _steps(run: Run, feeder: Feeder, recorder: Recorder, validation: Validation,
         recorder.add(step, size, metrics)
         run.checkpoints.check()
         done = step + 1
-        stopped, result = _after_step(run, recorder, validation, stop, done, state)
-        if stopped:
-            return _End(done, state, None, stopped=True)
-    # Validation is always due after the last step. If no step was left, `result` is that of the repeated validation.
-    return _End(done, state, result, stopped=False)
-
-
-class _AfterStep(NamedTuple):
-    """How the work after a step ended."""
-
-    stopped: bool  # by a signal; the state is saved then
-    validation: dict | None  # the result; None if there was no validation or a signal stopped it
+        results = _after_step(run, recorder, observers, stop, done, state)
+        if results is None:
+            return _End(done, {}, stopped=True)
+    # All observers are due after the last step. If no step was left, these are the results from before the loop.
+    return _End(done, results, stopped=False)
 
 
 def _after_step(
-    run: Run, recorder: Recorder, validation: Validation, stop: StopSignal, done: int, state: dict
-) -> _AfterStep:
-    """Saves and validates where that is due after `done` steps, and saves before the run stops for a signal.
+    run: Run, recorder: Recorder, observers: list[Observer], stop: StopSignal, done: int, state: dict
+) -> dict[str, dict] | None:
+    """Saves and observes where that is due after `done` steps, and saves before the run stops for a signal.
 
     Args:
       stop: asked once a step, because with several hosts each answer is an agreement between all of them.
       done: number of steps done.
       state: the trainer's state after these steps.
+    Returns: the results of the observers that were due, by kind; None if a signal stopped the run: it is saved then.
     """
-    config = run.config
     stopped = stop.agreed()
-    saving = stopped or _due(done, config.checkpoint.every, config.steps)
-    validating = not stopped and _due(done, config.eval.every, config.steps)
+    saving = stopped or _due(done, run.config.checkpoint.every, run.config.steps)
     if saving:
         _save(run, recorder, done, state)
-    if not validating:
-        return _AfterStep(stopped, None)
-    result = _validate(validation, recorder, done, state)
-    if result is None and not saving:  # a signal stopped the validation; one checkpoint a step is enough
+    if stopped:
+        return None
+    results = _observe(run, recorder, observers, done, state)
+    if results is None and not saving:  # a signal stopped an observer; one checkpoint a step is enough
         _save(run, recorder, done, state)
-    return _AfterStep(stopped=result is None, validation=result)
+    return results
 
 
 def _due(done: int, every: int, last: int) -> bool:
-    """Whether something is due after `done` steps that is done every `every` steps and after the last one."""
-    return done % every == 0 or done == last
+    """Whether something is due after `done` steps that is done every `every` steps (0: never) and after the last."""
+    return done == last or (every > 0 and done % every == 0)
 
 
 def _save(run: Run, recorder: Recorder, done: int, state: dict) -> None:
@@ -313,10 +327,28 @@ def _save(run: Run, recorder: Recorder, done: int, state: dict) -> None:
         run.checkpoints.save(done, state, run.description)
 
 
-def _validate(validation: Validation, recorder: Recorder, done: int, state: dict) -> dict | None:
-    """Validates, records and prints the result. Returns: the result; None if a signal stopped the validation."""
-    with recorder.paused("validation"):
-        result = validation(state["params"])
-        if result is not None:
-            recorder.validated(done, result)
-    return result
+def _observe(
+    run: Run, recorder: Recorder, observers: list[Observer], done: int, state: dict, again: bool = False
+) -> dict[str, dict] | None:
+    """Lets the observers that are due after `done` steps look at the state, and records and prints their results.
+
+    Args:
+      again: the run resumes here. What an earlier process recorded at this step is not made again.
+    Returns: the results by kind; None if a signal stopped an observer.
+    """
+    results = {}
+    for observer in observers:
+        if not _due(done, observer.every, run.config.steps):
+            continue
+        if again and observer.asked:
+            kept = recorder.kept(observer.kind)
+            if hosts.as_the_first(kept is not None and kept["asked"] == observer.asked):
+                results[observer.kind] = kept or {}  # which the first host alone has, and writes to result.json
+                continue
+        with recorder.paused(observer.kind):
+            result = observer(state["params"])
+            if result is None:
+                return None
+            recorder.observed(done, observer.kind, result, observer.text(result))
+        results[observer.kind] = result
+    return results

@@ -218,6 +218,7 @@ class Writer:
 
     def __init__(self, config: Config, description: Description, workdir: str, start: int, enabled: bool):
         self._file = self._tensorboard = self._claim = None
+        self._at_start: list[dict] = []  # the records of the step that the run resumes from
         self._trackers: list[Tracker] = []
         self.earlier_goodput: list[GoodputRecord] = []
         if not enabled:
@@ -229,6 +230,7 @@ class Writer:
             self._scratch = tempfile.TemporaryDirectory(prefix="memoryllm_jax-")
             folder = self._scratch.name
         kept, self.earlier_goodput = _earlier(os.path.join(workdir, "metrics.jsonl"), start)
+        self._at_start = [record for record in map(json.loads, kept) if record["step"] == start]
         self._path = os.path.join(folder, "metrics.jsonl")
         storage.write_bytes(self._path, "".join(kept).encode())
         self._file = open(self._path, "a", encoding="utf-8")
@@ -236,12 +238,15 @@ class Writer:
             import tensorboardX  # here, as it is slow to import and optional
 
             # TensorBoard drops all values from `purge_step` on, as the validation at `start` is made again. The step's
-            # training record is not, so it is written again.
+            # other records are not, so they are written again.
             self._tensorboard = tensorboardX.SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=start)
-            for record in map(json.loads, kept):
-                if record.pop("step") == start:
-                    self._add_to_tensorboard(start, record.pop("kind"), record)
+            for record in self._at_start:
+                self._add_to_tensorboard(start, record["kind"], _values(record))
         self._trackers = open_trackers(config.log, workdir, folder, description)
+
+    def kept(self, kind: Kind) -> dict | None:
+        """The values of the record of the step that the run resumes from; None if it has none, or not on this host."""
+        return next((_values(record) for record in self._at_start if record["kind"] == kind), None)
 
     def write(self, step: int, kind: Kind, values: dict) -> None:
         """Appends one record.
@@ -309,6 +314,11 @@ class Writer:
             with contextlib.suppress(UserError):
                 self.sync()
             self._scratch.cleanup()
+
+
+def _values(record: dict) -> dict:
+    """What a record holds beside its place in the run."""
+    return {name: value for name, value in record.items() if name not in ("step", "kind")}
 
 
 def _as_markdown(text: str) -> str:

@@ -223,10 +223,14 @@ class Recorder:
         """
         return self._record_goodput(done) | metrics.peak_memory()
 
-    def validated(self, step: int, result: dict) -> None:
-        """Records and prints the result of a validation after `step` steps."""
-        self._writer.write(step, "validation", result)
-        self._progress.line(f"step {step}: validation {quality_text(result)}, {result['tokens']:,} tokens")
+    def observed(self, step: int, kind: metrics.Kind, result: dict, text: str) -> None:
+        """Records the result of an observer after `step` steps, and prints it as `text`."""
+        self._writer.write(step, kind, result)
+        self._progress.line(f"step {step}: {text}")
+
+    def kept(self, kind: metrics.Kind) -> dict | None:
+        """What an earlier process recorded at the step that this one resumes from; None on all hosts but the first."""
+        return self._writer.kept(kind)
 
     def sync(self) -> None:
         """Copies the records to a workdir behind a URL; does nothing on a disk. Raises: UserError."""
@@ -256,14 +260,6 @@ def _is_not_finite(value) -> bool:
 def _limited(value: float, limit: float) -> str:
     """The value as text, with the largest value that was no spike, if there is one."""
     return f"{value:.6g}" + (f" (a spike above {limit:.6g})" if math.isfinite(limit) else "")
-
-
-def quality_text(result: dict) -> str:
-    """Loss, perplexity and bits per byte as a clause to print."""
-    return (
-        f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}, "
-        f"{result['bits_per_byte']:.4f} bits per byte"
-    )
 
 
 def _train_text(done: int, steps: int, record: dict) -> str:

@@ -4,19 +4,15 @@ import os
 
 import jax
 
-from memoryllm_jax.checkpoint.trained import for_serving
 from memoryllm_jax.common import devices, hosts, storage
-from memoryllm_jax.data.tokenizer import Tokenizer
-from memoryllm_jax.inference.decoder import Decoder
-from memoryllm_jax.inference.generation import STEPS_PER_CALL, generate
-from memoryllm_jax.inference.rows import LiveRows
-from memoryllm_jax.inference.sampling import Sampling
+from memoryllm_jax.config import Config
 from memoryllm_jax.model import flops
 from memoryllm_jax.training import goodput, schedules
 from memoryllm_jax.training.batches import TrainBatches
-from memoryllm_jax.training.recorder import quality_text
+from memoryllm_jax.training.during import score_lines
 from memoryllm_jax.training.sizes import Sizes
 from memoryllm_jax.training.step import Trainer
+from memoryllm_jax.training.validation import quality_text
 
 
 def opening(trainer: Trainer, batches: TrainBatches, sizes: Sizes, start: int) -> str:
@@ -44,27 +40,24 @@ def opening(trainer: Trainer, batches: TrainBatches, sizes: Sizes, start: int) -
     return "\n".join(lines)
 
 
-def finish(trainer: Trainer, params, tokenizer: Tokenizer, validation: dict | None, times: dict, workdir: str) -> None:
-    """Writes result.json, and prints the last validation, the goodput and, if config.sample asks for it, sampled text.
+def finish(config: Config, results: dict[str, dict], times: dict, workdir: str) -> None:
+    """Writes result.json, and prints the last validation, the last scores on tasks and the goodput.
 
     Args:
-      params: the trained parameters on the devices.
-      tokenizer: the data's.
-      validation: the result of the validation after the last step.
+      results: of the observers after the last step, by kind.
       times: what `Recorder.finish` returns.
       workdir: absolute path or URL.
     Raises: UserError if result.json cannot be written.
     """
-    config = trainer.config
-    if hosts.is_first():
-        record = {"steps": config.steps, "architecture": config.model.architecture, "validation": validation}
-        record |= times
-        storage.write_json(os.path.join(workdir, "result.json"), record)
-        print(f"\nvalidation: {quality_text(validation)}\n{times_text(times)}", flush=True)
-    if config.sample.tokens:
-        text = sample(trainer, params, tokenizer)  # on every host, as the parameters are spread over them
-        if hosts.is_first():
-            print(f"sample at temperature {config.sample.temperature:g}:\n{text}")
+    if not hosts.is_first():
+        return
+    record = {"steps": config.steps, "architecture": config.model.architecture, "validation": results["validation"]}
+    lines = ["", f"validation: {quality_text(results['validation'])}"]
+    if "tasks" in results:
+        record["tasks"] = results["tasks"]
+        lines += ["tasks:", *score_lines(results["tasks"])]
+    storage.write_json(os.path.join(workdir, "result.json"), record | times)
+    print("\n".join([*lines, times_text(times)]), flush=True)
 
 
 def times_text(times: dict) -> str:
@@ -73,26 +66,3 @@ def times_text(times: dict) -> str:
     if "peak_memory_bytes" in times:
         line += f"; peak memory of a device {times['peak_memory_bytes'] / 1e9:.1f} GB"
     return line
-
-
-def sample(trainer: Trainer, params, tokenizer: Tokenizer) -> str:
-    """The prompt of config.sample, continued by the model."""
-    config = trainer.config
-    prompt = tokenizer.encode_prompt(config.sample.prompt)
-    if tokenizer.bos_id is not None:
-        prompt = [tokenizer.bos_id, *prompt]
-    prompt = (prompt or [0])[: config.seq_len - 1]  # a decoder needs a token to start from, and room for the next
-    params = for_serving(params, config.model)
-    steps = generate(
-        Decoder(config.model, params, trainer.mesh),
-        LiveRows(config.model, params, trainer.mesh),
-        [prompt],
-        config.sample.tokens,
-        Sampling(config.sample.temperature),
-        seed=config.seed % 2**32,
-        context=config.seq_len,
-        vocab_size=tokenizer.vocab_size,
-        stop_ids=tokenizer.stop_ids,
-        steps_per_call=STEPS_PER_CALL,
-    )
-    return tokenizer.decode(prompt + [token for new in steps for _, token in new])

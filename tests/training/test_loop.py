@@ -23,7 +23,7 @@ from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
-from memoryllm_jax.training import loop
+from memoryllm_jax.training import loop, metrics
 from memoryllm_jax.training.recorder import Recorder
 from memoryllm_jax.training.step import Trainer
 
@@ -225,10 +225,40 @@ def test_records_of_a_run(make_config, tmp_path):
     assert 0 < last["mfu"] < last["mfu_plain"]  # fewer rows than tokens were evaluated
 
 
-def test_vocabulary_larger_than_the_data_trains_and_samples(make_config, tmp_path, capfd):
-    config = make_config("memory", steps=1, **{"model.vocab_size": 640, "sample.tokens": 30})
-    assert run(config, tmp_path / "w") == 0
-    assert "sample at temperature" in capfd.readouterr().out
+def test_a_run_samples_and_scores_and_makes_again_only_what_a_signal_cut_off(make_config, tmp_path, capfd):
+    """With a vocabulary larger than the data's, whose padding no text shows."""
+    during = {"sample.tokens": 30, "sample.every": 2, "eval.tasks": "some", "eval.tasks_every": 2}
+    config = make_config("memory", **{"model.vocab_size": 640}, **during)
+    asked = []
+
+    def open_tasks(chosen):
+        def scores(model, stopped, limit):
+            asked.append(limit)
+            return None if len(asked) == 2 else {"some": {"acc": 0.5, "n": 2}}  # the first is the rehearsal
+
+        assert chosen.tasks == "some"
+        return scores
+
+    def run_with_tasks():
+        return loop.train(config, str(tmp_path / "w"), jax.devices()[:1], open_tasks=open_tasks)
+
+    assert run_with_tasks() == ExitCode.STOPPED and saved_steps(tmp_path / "w") == [2]
+    assert [len(records(tmp_path / "w", kind)) for kind in ("sample", "tasks")] == [1, 0]
+    assert run_with_tasks() == 0 and asked == [1, 0, 1, 0, 0]
+    for kind in ("sample", "tasks"):
+        assert [record["step"] for record in records(tmp_path / "w", kind)] == [2, 4]
+    output = capfd.readouterr().out
+    for step, sample in zip((2, 4), records(tmp_path / "w", "sample"), strict=True):
+        assert f"step {step}: sample at temperature 0.8:\n{sample['text']}\n" in output
+    assert "step 4: tasks\n  some: acc 0.5000 (2 examples)" in output
+    assert json.loads((tmp_path / "w" / "result.json").read_text())["tasks"]["some"] == {"acc": 0.5, "n": 2}
+    assert {type(record) for record in metrics.records(str(tmp_path / "w" / "metrics.jsonl"))} == {
+        metrics.TrainRecord,
+        metrics.ValidationRecord,
+    }
+    assert run_with_tasks() == 0 and asked == [1, 0, 1, 0, 0]  # all is there
+    with pytest.raises(UserError, match=r"config.eval.tasks: expected none, as nothing here opens tasks, found some"):
+        run(config, tmp_path / "w")
     with pytest.raises(UserError, match=r"config.model.vocab_size: expected at least the 512 ids of .* found 500"):
         run(make_config("memory", steps=1, **{"model.vocab_size": 500}), tmp_path / "other")
 
