@@ -90,7 +90,6 @@ def test_width_follows_an_overridden_dim():
     "field, value, message",
     [
         ("model.heads", 7, "config.model.heads: expected a divisor of model.dim = 256, found 7"),
-        ("sample.every", 7, "config.sample.every: expected 0, as sample.tokens is 0, found 7"),
         ("eval.tasks_limit", 7, "config.eval.tasks_limit: expected the default, as eval.tasks names none, found 7"),
         ("model.heads", 256, "config.model.heads: expected an even head size"),
         ("model.beta", 9.0, "config.model.beta: expected at least 0 and at most 8, found 9.0"),
