@@ -67,25 +67,31 @@ def attention(x, p, m, table_rows=None):
     return jnp.einsum("bhqs,bshk,hkd->bqd", jax.nn.softmax(scores, -1), v, p["out"])
 
 
-def logits(params, tokens, m):
-    """Logits [B, T, V] after each of the tokens [B, T]."""
+def logits(params, tokens, m, added=None):
+    """Logits [B, T, V] after each of the tokens [B, T].
+
+    Args:
+      added: a list that gets what the parts of each layer add to the residual stream: {part: [B, T, D]}.
+    """
     x0 = x = params["embedding"][tokens]
     for layer in range(m.layers):
         p = jax.tree.map(lambda a, layer=layer: a[layer], params["layers"])
         memory = jax.tree.map(lambda a, layer=layer: a[layer], params.get("memory", {}))
         rows = memory["table"][tokens] if "table" in memory else None
         added_to_values = rows if m.token_memory == "value" else None
-        update = attention(norm(x, p["attention_norm"]["scale"], m), p["attention"], m, added_to_values)
-        compute_input = x + update if m.compute_input == "after_attention" else x
+        parts = {"attention": attention(norm(x, p["attention_norm"]["scale"], m), p["attention"], m, added_to_values)}
+        compute_input = x + parts["attention"] if m.compute_input == "after_attention" else x
         if "ffn" in p:
-            update = update + swiglu(norm(compute_input, p["ffn_norm"]["scale"], m), p["ffn"])
+            parts["ffn"] = swiglu(norm(compute_input, p["ffn_norm"]["scale"], m), p["ffn"])
         if m.token_memory == "per_layer":
             gate = p["row_gate"]
-            openness = jax.nn.gelu(norm(x + update, p["row_gate_norm"]["scale"], m) @ gate["gate"])
-            update = update + (openness * norm(rows, memory["norm"]["scale"], m)) @ gate["out"]
+            openness = jax.nn.gelu(norm(x + sum(parts.values()), p["row_gate_norm"]["scale"], m) @ gate["gate"])
+            parts["row_gate"] = (openness * norm(rows, memory["norm"]["scale"], m)) @ gate["out"]
         if "ffn" in memory:
-            update = update + swiglu(norm(x0, memory["norm"]["scale"], m), memory["ffn"])
-        x = x + update
+            parts["memory"] = swiglu(norm(x0, memory["norm"]["scale"], m), memory["ffn"])
+        x = x + sum(parts.values())
+        if added is not None:
+            added.append(parts)
     head = params["embedding"] if m.tie_embeddings else params["head"]
     z = norm(x, params["final_norm"]["scale"], m) @ head.T
     return m.logit_softcap * jnp.tanh(z / m.logit_softcap) if m.logit_softcap else z

@@ -29,6 +29,10 @@ from memoryllm_jax.model.modules import Norm, SwiGLU, matmul, output_std, parame
 from memoryllm_jax.model.sharding import batch_shards, constrain, padded, shardings
 from memoryllm_jax.model.token_memory import TokenRows, embed, take_rows
 
+# Linen's collection of what layers add to the stream: squares, summed over the positions of each batch shard. A caller
+# of `hidden` gets it, {"layers": {part: float32 [L, S]}}, if it applies the model with mutable=[ADDED].
+ADDED = "added"
+
 
 def rope_table(config: ModelConfig, positions):
     """cos and sin [..., T, K/2] of the rotary embedding (Su et al. 2021), for the half-split layout of Llama.
@@ -204,19 +208,30 @@ class DecoderLayer(nn.Module):
         value_BTE = row_BTP if c.token_memory == "value" else None
         attention_input = Norm(c, name="attention_norm")(x_BTD)
         attended, mixed, keys_values = Attention(c, name="attention")(attention_input, rope, past, value_BTE, start_BT)
+        self._note("attention", attended, index_SN)
         y = x_BTD + attended
         ffn_input = None
         if c.compute_dim:
             source = y if c.compute_input == "after_attention" else x_BTD
             ffn_input = Norm(c, name="ffn_norm")(source)
             computed = SwiGLU(c, c.compute_dim, name="ffn")(ffn_input)
+            self._note("ffn", computed, index_SN)
             y = y + (computed if factors is None else _times(computed, factors.compute))
         if c.token_memory == "per_layer":
-            y = y + Gate(c, name="row_gate")(Norm(c, name="row_gate_norm")(y), row_BTP)
+            gated = Gate(c, name="row_gate")(Norm(c, name="row_gate_norm")(y), row_BTP)
+            self._note("row_gate", gated, index_SN)
+            y = y + gated
         elif c.token_memory == "ffn" and row_BTP is not None:
             y = y + row_BTP
         y = constrain(y, "batch", None, None)
         return LayerOutput(y, keys_values, attention_input, mixed, attended, ffn_input)
+
+    def _note(self, part: str, y_BTD, index_SN) -> None:
+        """Keeps the squares of what a part adds to the stream, if the caller asks for the collection ADDED."""
+        if self.is_mutable_collection(ADDED) and not self.is_initializing():
+            # One sum for each batch shard, so that devices send each other nothing in the loop over layers.
+            square_S = jnp.square(y_BTD.astype(jnp.float32)).reshape(len(index_SN), -1).sum(-1)
+            self.put_variable(ADDED, part, constrain(square_S, "shard"))
 
 
 def apply_layer(
@@ -321,7 +336,7 @@ def _over_layers(layer, config, in_axes):
         layer = nn.remat(layer, policy=policy, prevent_cse=False)
     return nn.scan(
         layer,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, ADDED: 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         length=config.layers,

@@ -14,7 +14,7 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.config import Config
 from memoryllm_jax.model.loss import quality
-from memoryllm_jax.training import metrics
+from memoryllm_jax.training import metrics, norms
 from memoryllm_jax.training.batches import TrainBatches
 from memoryllm_jax.training.feeder import Feed, Feeder
 from memoryllm_jax.training.goodput import Activity, Goodput, earlier_seconds
@@ -27,6 +27,7 @@ class _Unread(NamedTuple):
     step: int
     size: int
     values: dict[str, jax.Array]
+    norms: dict | None
 
 
 class Recorder:
@@ -134,12 +135,12 @@ class Recorder:
         Args:
           step: number of the step, from 0 on.
           size: number of ids that each batch shard's distinct ids were padded to.
-          values: scalars on the devices.
+          values: the step's metrics, on the devices.
         Raises: UserError if the loss of the step before is not finite.
         """
         self._goodput.dispatched(values)
         self.read()
-        self._unread = _Unread(step, size, values)
+        self._unread = _Unread(step, size, values, values.pop("norms", None))
 
     def read(self) -> None:
         """Reads the metrics that `add` kept, if any, and records them when due. Waits for their step to end.
@@ -148,7 +149,7 @@ class Recorder:
         """
         if self._unread is None:
             return
-        step, size, on_devices = self._unread
+        step, size, on_devices, of_layers = self._unread
         self._unread = None
         # One `device_get` for all: to convert the arrays one by one would wait for a transfer each.
         values = {name: float(value) for name, value in jax.device_get(on_devices).items()}
@@ -161,6 +162,8 @@ class Recorder:
         done = step + 1
         if done % self._config.log.every == 0 or done == self._config.steps:
             self._record(done, rows, loss, values)
+        if of_layers is not None and done % self._config.log.norms_every == 0:
+            self._record_norms(done, of_layers)
         # In the first step devices start to talk to each other and kernels load: no time left follows from it.
         show = self._progress.restart if step == self._first else self._progress.update
         show(done, f"loss {loss:.3f}")
@@ -209,6 +212,11 @@ class Recorder:
         self._writer.write(done, "train", {name: value for name, value in record.items() if not _is_not_finite(value)})
         self._progress.line(f"{_train_text(done, self._config.steps, record)}  ETA {self._progress.eta()}")
         self._record_goodput(done)
+
+    def _record_norms(self, done: int, of_layers: dict) -> None:
+        record = norms.record(jax.device_get(of_layers))
+        if record is not None:
+            self._writer.write(done, "norms", record)
 
     def _record_goodput(self, done: int) -> dict:
         record = self._goodput.record()

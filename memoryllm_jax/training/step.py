@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from memoryllm_jax.config import Config
 from memoryllm_jax.model import loss, sharding, transformer
-from memoryllm_jax.training import compilation, documents, optimizer, schedules, spikes
+from memoryllm_jax.training import compilation, documents, norms, optimizer, schedules, spikes
 from memoryllm_jax.training.batches import Batch, abstract_batch
 from memoryllm_jax.training.sizes import Sizes
 
@@ -26,10 +26,17 @@ class Micro(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Means over the positions of an optimizer step, in nats."""
+    """Means over the positions of an optimizer step, or sums over those of a micro-batch.
 
-    total: jax.Array  # what is minimised: nll + z-loss
-    nll: jax.Array  # cross entropy
+    total: what is minimised, nll + z-loss, in nats.
+    nll: cross entropy, in nats.
+    added: by part, what the layers add to the residual stream: `norms.of_added` of a step, for a micro-batch the sums
+      that it takes. {} if the config asks for no norms.
+    """
+
+    total: jax.Array
+    nll: jax.Array
+    added: dict[str, jax.Array]
 
 
 class Trainer:
@@ -43,7 +50,8 @@ class Trainer:
         steps; each device makes its own part.
       train(state, batch) -> (state, metrics): one optimizer step; the old state is donated. The metrics are the
         scalars loss and z_loss in nats, grad_norm, learning_rate, with Muon muon_learning_rate, with
-        config.data.document_mask attention_share (`documents.attention_share`), and those of `spikes.guard`.
+        config.data.document_mask attention_share (`documents.attention_share`), and those of `spikes.guard`. With
+        config.log.norms_every there is norms: {"gradient": `norms.of_gradients`, "added": `norms.of_added`}.
       evaluate(params, batch) -> (nll in nats, weight): sums over the batch's positions, without z-loss.
     Raises: UserError if config.xla does not fit the platform.
     """
@@ -118,43 +126,51 @@ class Trainer:
         """The `transformer.TokenRows` of the ids: embeddings and token memory."""
         return self.model.apply({"params": params}, ids_SU, method="token_rows")
 
-    def _sums(self, params, rows, micro: Micro):
-        """(total, nll): weighted sums over one micro-batch, in nats; see `loss.cross_entropy`."""
+    def _sums(self, params, rows, micro: Micro, with_added: bool = False) -> Losses:
+        """Weighted sums over one micro-batch, see `loss.cross_entropy`, and what the layers add if it is asked for."""
         c = self.config
+        asked = [transformer.ADDED] if with_added else []
         arguments = rows, micro.index_SN, c.seq_len, micro.start_SN
-        hidden = self.model.apply({"params": params}, *arguments, method="hidden")
+        hidden, noted = self.model.apply({"params": params}, *arguments, method="hidden", mutable=asked)
         head_VD = self.model.apply({"params": params}, method="output_embedding")
         x_SND = hidden.reshape(*micro.index_SN.shape, c.model.dim)
         m = c.model
         options = loss.Options(m.vocab_size, c.optimizer.z_loss, m.loss_chunk, m.dtype, m.logit_softcap)
-        return loss.cross_entropy(x_SND, head_VD, micro.targets_SN, micro.weights_SN, options)
+        total, nll = loss.cross_entropy(x_SND, head_VD, micro.targets_SN, micro.weights_SN, options)
+        return Losses(total, nll, noted[transformer.ADDED]["layers"] if with_added else {})
 
     def _gradients(self, params, batch: Batch):
         """(Losses, gradient of the total loss by the parameters), over all positions of all micro-batches."""
+        with_added = self.config.log.norms_every > 0
         weight = batch.weights_SAN.sum()
         # The token memory is evaluated once per optimizer step. All micro-batches read the same rows; the gradients by
         # these rows are summed over micro-batches, and the sum is propagated through the token memory once.
         rows, rows_vjp = jax.vjp(lambda p: self._token_rows(p, batch.ids_SU), params)
 
         def mean_losses(params, rows, micro):
-            total, nll = self._sums(params, rows, micro)
-            return total / weight, nll / weight
+            sums = self._sums(params, rows, micro, with_added)
+            return sums.total / weight, (sums.nll / weight, sums.added)
 
         value_and_grad = jax.value_and_grad(mean_losses, argnums=(0, 1), has_aux=True)
         micro_batches = _micro_batches(batch)
+        first = jax.tree.map(lambda x: x[0], micro_batches)
         if self.config.accumulate == 1:
-            losses, (grads, d_rows) = value_and_grad(params, rows, jax.tree.map(lambda x: x[0], micro_batches))
+            (total, (nll, added)), (grads, d_rows) = value_and_grad(
+                params, rows, jax.tree.map(lambda x: x[0], micro_batches)
+            )
         else:
 
             def add(sums, micro):
                 return jax.tree.map(jnp.add, sums, value_and_grad(params, rows, micro)), None
 
-            # Zeros of the structure that value_and_grad returns: ((total, nll), gradients by (params, rows)). Rows may
-            # be bfloat16; their gradients are summed in float32.
-            zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), ((weight, weight), (params, rows)))
-            (losses, (grads, d_rows)), _ = jax.lax.scan(add, zeros, micro_batches)
+            # Rows may be bfloat16; their gradients are summed in float32.
+            shapes = jax.eval_shape(value_and_grad, params, rows, first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+            ((total, (nll, added)), (grads, d_rows)), _ = jax.lax.scan(add, zeros, micro_batches)
             d_rows = jax.tree.map(lambda d, row: d.astype(row.dtype), d_rows, rows)
-        return Losses(*losses), jax.tree.map(jnp.add, grads, rows_vjp(d_rows)[0])
+        if with_added:
+            added = norms.of_added(self.config, added, rows, batch.index_SAN)
+        return Losses(total, nll, added), jax.tree.map(jnp.add, grads, rows_vjp(d_rows)[0])
 
     def _train(self, state, batch: Batch):
         params = state["params"]
@@ -171,6 +187,8 @@ class Trainer:
             metrics["muon_learning_rate"] = schedules.learning_rate(self.config, o.muon_lr)(state["step"])
         if batch.start_SAN is not None:
             metrics["attention_share"] = documents.attention_share(batch.start_SAN.reshape(-1, self.config.seq_len))
+        if self.config.log.norms_every:
+            metrics["norms"] = {"gradient": norms.of_gradients(grads), "added": losses.added}
         params = optax.apply_updates(params, updates)
         after = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
         if not self.config.optimizer.max_skipped:
@@ -180,7 +198,7 @@ class Trainer:
 
     def _evaluate(self, params, batch: Batch):
         rows = self._token_rows(params, batch.ids_SU)
-        nll = jax.lax.map(lambda micro: self._sums(params, rows, micro)[1], _micro_batches(batch))
+        nll = jax.lax.map(lambda micro: self._sums(params, rows, micro).nll, _micro_batches(batch))
         return nll.sum(), batch.weights_SAN.sum()
 
 

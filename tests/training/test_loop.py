@@ -58,7 +58,7 @@ def stop_after(monkeypatch, step):
 
 
 def test_resumed_is_bitwise_uninterrupted(make_config, tmp_path, monkeypatch):
-    config = make_config("flex-3", **{"checkpoint.every": 2, "accumulate": 2})
+    config = make_config("flex-3", **{"checkpoint.every": 2, "accumulate": 2, "log.norms_every": 2})
     assert run(config, tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -77,6 +77,8 @@ def test_resumed_is_bitwise_uninterrupted(make_config, tmp_path, monkeypatch):
     assert whole["step"] == 4
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert [record["step"] for record in records(tmp_path / "parts")] == [1, 2, 3, 4]
+    norms = records(tmp_path / "parts", "norms")
+    assert norms == records(tmp_path / "whole", "norms") and [record["step"] for record in norms] == [2, 4]
     *stopped, gone_on, _, _ = records(tmp_path / "parts", "goodput")
     assert (stopped[-1]["step"], gone_on["step"]) == (3, 3)
     assert gone_on["seconds"] == stopped[-1]["seconds"] | gone_on["seconds"]

@@ -1,0 +1,59 @@
+"""Norms by layer: of the gradient of each part's parameters, and of what each part adds to the residual stream.
+
+They are computed inside the train step from what it computes anyway: gradients are read once more, and layers return
+sums of squares. Each step computes them, as a condition would make the host wait on GPUs; only steps at which a record
+is due send them to the host. Gradient norms are those before clipping. With g_p the gradient of part p in layer l,
+y_n what a part adds to the stream at position n, and N positions in a batch:
+
+    gradient    sqrt(sum |g_p|^2), so that the squares of all parts and layers sum to that of grad_norm
+    added       sqrt(1/N sum_n |y_n|^2)
+
+Shapes: L layers, S batch shards, U distinct ids of a shard, A micro-batches, N positions, D width.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from memoryllm_jax.config import Config
+from memoryllm_jax.model.token_memory import TokenRows
+
+_BY_LAYER = ("layers", "memory")  # the parameters whose leading axis is L
+
+
+def of_gradients(grads) -> dict[str, jax.Array]:
+    """The norm of the gradient of each part: [L] for attention, ffn (FFN-C), memory (FFN-M or tables) and row_gate.
+
+    A part includes the norm of its input. What no layer has, such as the embedding, has one norm.
+    """
+    squares = {}
+    for path, gradient in jax.tree_util.tree_leaves_with_path(grads):
+        group = path[0].key
+        part = path[1].key.removesuffix("_norm") if group == "layers" else group
+        axes = range(1 if group in _BY_LAYER else 0, gradient.ndim)
+        squares[part] = squares.get(part, 0) + jnp.square(gradient).sum(tuple(axes))
+    return jax.tree.map(jnp.sqrt, squares)
+
+
+def of_added(config: Config, sums: dict[str, jax.Array], rows: TokenRows, index_SAN) -> dict[str, jax.Array]:
+    """The norm of what each part adds to the residual stream, [L].
+
+    Args:
+      sums: {part: squares summed over the positions of each batch shard, [L, S]}, from the layers.
+      rows: of the distinct ids; with FFN-M, its rows are what it adds.
+      index_SAN: the row of each position.
+    """
+    squares = {part: sum_LS.sum(-1) for part, sum_LS in sums.items()}
+    if config.model.memory_dim:
+        # Rows that pad the distinct ids are at no position. Products and sums, as a matrix product would be rounded.
+        count = jax.vmap(lambda index_AN: jnp.zeros(rows.ffn_LSUD.shape[2]).at[index_AN.reshape(-1)].add(1.0))
+        square_LSU = jnp.square(rows.ffn_LSUD.astype(jnp.float32)).sum(-1)
+        squares["memory"] = (square_LSU * count(index_SAN)).sum((1, 2))
+    return jax.tree.map(lambda square_L: jnp.sqrt(square_L / index_SAN.size), squares)
+
+
+def record(norms) -> dict | None:
+    """Norms on the host as JSON holds them, with six digits; None if one is not finite, as of a skipped step."""
+    values = jax.tree.map(lambda x: [float(f"{v:.6g}") for v in x] if x.ndim else float(f"{x:.6g}"), norms)
+    return values if all(map(math.isfinite, jax.tree.leaves(values))) else None
