@@ -1,16 +1,23 @@
-"""Training that starts from a trained or imported model; base may become memory or flex-B.
+"""Training that starts from a trained or imported model; base may become memory or flex-B. Or the decay of a run.
 
     python -m memoryllm_jax.train --config=configs/start.py:memory@WORKDIR --workdir=DIR --config.data.path=DATA
+    python -m memoryllm_jax.train --config=configs/start.py:decay@WORKDIR --workdir=DIR
 
 The name before @ is the architecture to train: that of the model, or memory or flex-B if the model is base. WORKDIR is
 the model's workdir (`export --import` creates one from a Hugging Face directory). Sizes and parameters come from its
 newest checkpoint; the optimizer starts anew. The data must be prepared with the model's tokenizer. docs/huggingface.md
 explains how base is converted, and what to expect.
+
+With decay, the run in WORKDIR branches: the new run has all of its settings, and goes on from its newest checkpoint
+before a decay, or that of --config.start.step, with its moments, step and place in the data. From there the learning
+rate decays, over --config.optimizer.decay_share of all steps. WORKDIR is only read. It may still train: then name the
+step, so that the same line goes on with the same branch later (docs/training.md).
 """
 
 import dataclasses
 
 from memoryllm_jax import config
+from memoryllm_jax.checkpoint import branch
 from memoryllm_jax.checkpoint.description import config_of
 from memoryllm_jax.common.errors import ArgumentError
 
@@ -18,7 +25,11 @@ from memoryllm_jax.common.errors import ArgumentError
 def get_config(start=""):
     architecture, _, workdir = start.partition("@")
     if not workdir:
-        raise ArgumentError("config", f"expected ARCHITECTURE@WORKDIR after the colon, found {start or 'nothing'}")
+        raise ArgumentError(
+            "config", f"expected ARCHITECTURE@WORKDIR or decay@WORKDIR after the colon, found {start or 'nothing'}"
+        )
+    if architecture == "decay":
+        return branch.decay_of(workdir)
     c = config.default(architecture)
     asked = {name: c.model[name] for name in ("beta", "token_memory", "compute_input")}
     trained_model = config_of(workdir).model

@@ -197,7 +197,7 @@ class OptimizerConfig:
     name: str = field("adamw", choices=("adamw", "muon"))
     # After the warm-up: cosine (down to final_lr), wsd (peak_lr, then down to final_lr) or constant (peak_lr)
     schedule: str = field("cosine", choices=("cosine", "wsd", "constant"))
-    decay_share: float = field(0.2, above=0, most=1)  # share of the run's steps, the last ones, in which wsd decays
+    decay_share: float = field(0.2, above=0, below=1)  # share of the run's steps, the last ones, in which wsd decays
     peak_lr: float = field(1e-4, above=0)
     final_lr: float = field(1e-5, least=0)
     warmup_steps: int = field(5000, least=0)
@@ -450,6 +450,11 @@ def _check_run(config: Config, need) -> None:
         is_given = bool(getattr(config.eval, name))
         need(config.eval.tasks or not is_given, f"eval.{name}", "the default, as eval.tasks names none")
     need(is_temperature(config.sample.temperature), "sample.temperature", TEMPERATURES)
+    need(
+        config.start.workdir != "" or config.start.optimizer == "new",
+        "start.workdir",
+        "the workdir of the run that start.optimizer=continue goes on from",
+    )
     need(o.final_lr <= o.peak_lr, "optimizer.final_lr", f"at most optimizer.peak_lr = {o.peak_lr}")
     need(
         o.max_skipped > 0 or not o.spike_deviations,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection
 from typing import Any, Literal
 
 import msgspec
@@ -154,8 +155,8 @@ def steps(workdir: str) -> list[int]:
     return sorted(map(int, numbers))
 
 
-def choose_step(workdir: str, step: int | None) -> int:
-    """`step`, or the newest of a workdir if it is None. Raises: UserError if there is none."""
+def choose_step(workdir: str, step: int | None, argument: str = "step") -> int:
+    """`step`, or the newest of a workdir if it is None. Raises: UserError if there is none; it names the argument."""
     if not storage.exists(workdir):
         raise UserError(f"{workdir}: expected a folder with checkpoints, found none")
     found = steps(workdir)
@@ -165,7 +166,7 @@ def choose_step(workdir: str, step: int | None) -> int:
         return found[-1]
     if step not in found:
         expected = f"expected one of {', '.join(map(str, found))} in {workdir}"
-        raise ArgumentError("step", f"{expected}, found {step}")
+        raise ArgumentError(argument, f"{expected}, found {step}")
     return step
 
 
@@ -184,15 +185,25 @@ def check_matches(saved: Description, current: Description, where: str) -> None:
       where: path of the checkpoint, for the error message.
     Raises: UserError that names each field that differs.
     """
-    before = _fields(saved)
-    now = _fields(current)
-    different = [
-        f"{field}: {before[field]!r} in the checkpoint, {now[field]!r} in this run"
-        for field in now
-        if before[field] != now[field] and field not in config_lib.RESUMABLE_FIELDS
-    ]
+    different = differences(saved, current)
     if different:
         raise UserError(f"{where} is of another run: {'; '.join(different)}; use another workdir or the same settings")
+
+
+def differences(saved: Description, current: Description, but: Collection[str] = ()) -> list[str]:
+    """A clause for each field but config.RESUMABLE_FIELDS, and those given, in which a run differs from a checkpoint.
+
+    Args:
+      saved, current: as in `check_matches`.
+      but: dotted names of further fields that may differ.
+    """
+    before = _fields(saved)
+    now = _fields(current)
+    return [
+        f"{field}: {before[field]!r} in the checkpoint, {now[field]!r} in this run"
+        for field in now
+        if before[field] != now[field] and field not in config_lib.RESUMABLE_FIELDS and field not in but
+    ]
 
 
 def _fields(description: Description) -> dict[str, object]:

@@ -48,6 +48,7 @@ class Reader:
         self.workdir = workdir
         devices.find()  # before Orbax asks for devices: only the first to ask learns why JAX finds none
         self._arrays = ocp.PyTreeCheckpointer()
+        self._states = ocp.Checkpointer(ocp.StandardCheckpointHandler())
         self._context = host_arrays.new_context()
         self._descriptions: dict[int, Description] = {}
         self._trees: dict[int, _Saved] = {}
@@ -96,6 +97,22 @@ class Reader:
         if value.dtype == like.dtype:
             return value
         return jax.jit(lambda x: x.astype(like.dtype), out_shardings=like.sharding)(value)
+
+    def restore(self, step: int, shapes):
+        """The state of a step, which may have been saved from another mesh. Its digests are checked.
+
+        Args:
+          step: number of the checkpoint.
+          shapes: tree of jax.ShapeDtypeStruct with shardings, which the result has. Padding differs between meshes, so
+            the saved arrays are cut or filled with zeros to these shapes.
+        """
+        saved = self.description(step).digests
+        with self.errors(step):
+            args = ocp.args.StandardRestore(shapes, strict=False)
+            state = self._states.restore(self._path(step), args=args)
+            if saved is not None:  # version 0.1.0 saved none
+                check_digests(digest.of_tree(state), saved)
+            return state
 
     def leaf_on_host(self, step: int, path) -> np.ndarray:
         """Reads one parameter into host memory as it was saved, with the padding of the mesh it was trained on.
@@ -235,6 +252,7 @@ class Reader:
     def close(self) -> None:
         """Ends reading."""
         self._arrays.close()
+        self._states.close()
 
 
 def check_digests(found: dict[str, str], saved: dict[str, str]) -> None:

@@ -1,13 +1,18 @@
 """The prepared data of a training run, and the data that is read for a trained model."""
 
-import os
+from __future__ import annotations
 
-from memoryllm_jax.checkpoint.trained import TrainedModel
+import os
+import typing
+
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data import dataset, documents
 from memoryllm_jax.data.dataset import Dataset
+
+if typing.TYPE_CHECKING:  # it imports JAX, which a config file that names a run must not wait for
+    from memoryllm_jax.checkpoint.trained import TrainedModel
 
 
 def path_of(config: Config, workdir: str) -> str:

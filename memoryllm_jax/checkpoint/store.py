@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from memoryllm_jax.checkpoint import description as description_lib
 from memoryllm_jax.checkpoint import digest
 from memoryllm_jax.checkpoint.description import Description
-from memoryllm_jax.checkpoint.reader import ITEM, Reader, check_digests, raise_if_lost_peer
+from memoryllm_jax.checkpoint.reader import ITEM, Reader, raise_if_lost_peer
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError, one_line
 
@@ -153,21 +153,8 @@ class Checkpoints:
         return self._reader.description(step)
 
     def restore(self, step: int, shapes):
-        """The state of a step, which may have been saved from another mesh. Its digests are checked.
-
-        Args:
-          step: number of the checkpoint.
-          shapes: tree of jax.ShapeDtypeStruct with shardings, which the result has. Padding differs between meshes, so
-            the saved arrays are cut or filled with zeros to these shapes.
-        Raises: UserError.
-        """
-        saved = self.description(step).digests
-        with self._reader.errors(step):
-            args = ocp.args.Composite(**{ITEM: ocp.args.StandardRestore(shapes, strict=False)})
-            state = self._manager.restore(step, args=args)[ITEM]
-            if saved is not None:  # version 0.1.0 saved none
-                check_digests(digest.of_tree(state), saved)
-            return state
+        """The state of a step (`Reader.restore`). Raises: UserError."""
+        return self._reader.restore(step, shapes)
 
     def close(self) -> None:
         """Waits for a save in the background, and closes. May be called twice. Only `wait` raises errors of a save."""

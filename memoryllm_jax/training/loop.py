@@ -9,9 +9,10 @@ from typing import NamedTuple
 import jax
 import msgspec
 
+from memoryllm_jax.checkpoint import branch, run_data
 from memoryllm_jax.checkpoint import description as description_lib
-from memoryllm_jax.checkpoint import run_data
 from memoryllm_jax.checkpoint.description import Description
+from memoryllm_jax.checkpoint.reader import Reader
 from memoryllm_jax.checkpoint.store import Checkpoints
 from memoryllm_jax.checkpoint.warm_start import starting_params
 from memoryllm_jax.common import hosts, progress, storage
@@ -128,25 +129,7 @@ def open_run(
     description = description_lib.describe(config, dataset.digest, tokenizer)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
     at_exit.callback(checkpoints.close)
-    newest = checkpoints.latest()
-    if newest == 0:
-        # A run saves its first checkpoint after a step; an import is saved as step 0.
-        raise UserError(
-            f"{workdir}: expected a folder of a training run, found an imported model: "
-            f"start from it in another one, with the config configs/start.py:ARCHITECTURE@{workdir}"
-        )
-    if newest is None:
-        with hosts.compiling("the initial state", f"; {NEED_LESS}"):
-            state = trainer.init(jax.random.key(config.seed))
-        if config.start.workdir:
-            state["params"], source = starting_params(config, tokenizer, state["params"], mesh)
-            description = msgspec.structs.replace(description, source=source)
-    else:
-        saved = checkpoints.description(newest)
-        description_lib.check_matches(saved, description, f"{workdir}/{newest}")
-        # The model that the run started from
-        description = msgspec.structs.replace(description, source=saved.source)
-        state = spikes.restore(checkpoints, newest, trainer.state_shape, saved.run())
+    beginning = _beginning(trainer, checkpoints, description, tokenizer)
     if config.data.verify:  # last, as it can take long, and what is refused should be refused before
         _verify(dataset, stop)
     return Run(
@@ -157,10 +140,49 @@ def open_run(
         batches=batches,
         validation_batches=validation_batches,
         checkpoints=checkpoints,
-        description=description,
-        start=newest or 0,
-        state=state,
+        description=msgspec.structs.replace(description, source=beginning.source),
+        start=beginning.step,
+        state=beginning.state,
     )
+
+
+class _Beginning(NamedTuple):
+    """Where a run begins: steps done, the state after them, and the description's `source`."""
+
+    step: int
+    state: dict
+    source: dict
+
+
+def _beginning(
+    trainer: Trainer, checkpoints: Checkpoints, description: Description, tokenizer: Tokenizer
+) -> _Beginning:
+    """The newest checkpoint; or without one, what `config.start` names, or random parameters. Raises: UserError."""
+    config, workdir = trainer.config, checkpoints.workdir
+    newest = checkpoints.latest()
+    if newest == 0:
+        # A run saves its first checkpoint after a step; an import is saved as step 0.
+        raise UserError(
+            f"{workdir}: expected a folder of a training run, found an imported model: "
+            f"start from it in another one, with the config configs/start.py:ARCHITECTURE@{workdir}"
+        )
+    if newest is not None:
+        saved = checkpoints.description(newest)
+        description_lib.check_matches(saved, description, f"{workdir}/{newest}")
+        state = spikes.restore(checkpoints, newest, trainer.state_shape, saved.run())
+        return _Beginning(newest, state, saved.source)
+    if config.start.optimizer == "continue":
+        origin = branch.origin(config, description)
+        saved = origin.description
+        with contextlib.closing(Reader(origin.workdir)) as reader:
+            state = spikes.restore(reader, origin.step, trainer.state_shape, saved.run())
+        return _Beginning(origin.step, state, saved.source)
+    with hosts.compiling("the initial state", f"; {NEED_LESS}"):
+        state = trainer.init(jax.random.key(config.seed))
+    source = description.source
+    if config.start.workdir:
+        state["params"], source = starting_params(config, tokenizer, state["params"], trainer.mesh)
+    return _Beginning(0, state, source)
 
 
 def _verify(dataset: Dataset, stop: StopSignal) -> None:

@@ -85,6 +85,9 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
     start = time.monotonic()
     compiled, memory = _compile(config, mesh, chip)
     step_tokens = config.batch_size * config.seq_len
+    steps = config.steps
+    if config.start.optimizer == "continue":
+        steps -= max(config.start.step, 0)  # the run that this one goes on from has made them
     attention_share = _attention_share(config, sharding.batch_shards(mesh))
     flops_a_token = roofline.flops_a_token(config, compiled.rows, attention_share)
     domain = len(devices) // slices if slices else chip.domain
@@ -116,9 +119,9 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
         "seconds": times,
         "tokens_per_second": _bounds(times, lambda seconds: step_tokens / seconds),
         "mfu": _bounds(times, lambda seconds: step_tokens / seconds / peak_tokens_per_second),
-        "run_steps": config.steps,
-        "run_tokens": config.steps * step_tokens,
-        "run_device_hours": _bounds(times, lambda seconds: config.steps * seconds * mesh.size / 3600),
+        "run_steps": steps,
+        "run_tokens": steps * step_tokens,
+        "run_device_hours": _bounds(times, lambda seconds: steps * seconds * mesh.size / 3600),
         "compile_seconds": time.monotonic() - start,
     }
 

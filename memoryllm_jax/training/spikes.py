@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from memoryllm_jax.checkpoint.reader import Reader
 from memoryllm_jax.checkpoint.store import Checkpoints
 from memoryllm_jax.config import Config
 
@@ -100,13 +101,14 @@ def _chosen(is_applied: jax.Array, after, before):
     return jax.tree.map(choose, after, before, is_leaf=is_schedule)
 
 
-def restore(checkpoints: Checkpoints, step: int, shapes: dict[str, Any], saved: Config) -> dict[str, Any]:
+def restore(checkpoints: Checkpoints | Reader, step: int, shapes: dict[str, Any], saved: Config) -> dict[str, Any]:
     """The state of a checkpoint, with the statistics if this run keeps them.
 
     config.optimizer.max_skipped may change on resume, from and to 0 too: statistics that the checkpoint lacks begin
     anew, and those that the run does not keep are dropped.
 
     Args:
+      checkpoints: those of this run, or the reader of those of another.
       step: number of the checkpoint.
       shapes: `Trainer.state_shape` of this run.
       saved: config that the checkpoint was saved with.

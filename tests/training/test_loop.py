@@ -3,6 +3,7 @@
 Runs of four steps share their compiled steps: the number of steps is a constant in them, by the learning rate.
 """
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -17,9 +18,10 @@ from jax._src import compilation_cache
 from lab import records
 
 from memoryllm_jax.checkpoint import store
-from memoryllm_jax.common import hosts, storage
+from memoryllm_jax.common import config_files, hosts, storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.exit_codes import ExitCode
+from memoryllm_jax.config import StartConfig, resolve
 from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
@@ -82,6 +84,23 @@ def test_resumed_is_bitwise_uninterrupted(make_config, tmp_path, monkeypatch):
     *stopped, gone_on, _, _ = records(tmp_path / "parts", "goodput")
     assert (stopped[-1]["step"], gone_on["step"]) == (3, 3)
     assert gone_on["seconds"] == stopped[-1]["seconds"] | gone_on["seconds"]
+
+
+def test_a_branch_ends_where_the_run_that_decays_there_ends(make_config, tmp_path):
+    """A run that goes on to train at a constant rate leaves the checkpoint from which another one decays."""
+    stable = {"optimizer.schedule": "constant", "checkpoint.every": 2, "checkpoint.keep": 9}
+    run(make_config("memory", **stable), tmp_path / "stable")
+    c = config_files.load(f"configs/start.py:decay@{tmp_path}/stable")
+    c.optimizer.decay_share, c.start.step = 0.5, 2
+    config = resolve(c)
+    assert config.steps == 4
+    run(config, tmp_path / "branch")
+    straight = dataclasses.replace(config, start=StartConfig())
+    run(straight, tmp_path / "straight")
+    branch, whole = (final_state(straight, tmp_path / name) for name in ("branch", "straight"))
+    jax.tree.map(np.testing.assert_array_equal, branch, whole)
+    assert losses(tmp_path / "branch") == losses(tmp_path / "straight")[2:]
+    assert losses(tmp_path / "stable")[-1] != losses(tmp_path / "branch")[-1]  # the decay does something
 
 
 def test_a_run_that_is_complete_is_evaluated_once_more_and_recorded_once(make_config, tmp_path):
