@@ -146,6 +146,24 @@ def test_what_the_steps_cannot_hold_is_refused_by_name(fields, message):
         from_saved(config.to_dict())
 
 
+def test_one_number_sets_sizes_and_recipe():
+    """GPT-3 Small at depth 12 (its Table 2.1), and the tokens of Hoffmann et al. (2022)."""
+    c = load("depth", "base@12")
+    config = resolve(c)
+    m, o = config.model, config.optimizer
+    assert (m.layers, m.dim, m.heads, config.batch_size * config.seq_len) == (12, 768, 12, 2**19)
+    assert (o.peak_lr, o.warmup_steps, config.steps) == (6e-4, config.steps // 20, 3240)
+    c.batch_size = 64  # steps and warm-up follow
+    config = resolve(c)
+    assert config.steps == math.ceil(20 * m.matrix_parameters / (64 * 2048)) == 12_960
+    assert config.optimizer.warmup_steps == 648
+    config = resolve(load("depth", "base@24"))
+    assert (config.model.dim, config.batch_size, config.optimizer.peak_lr) == (1536, 512, 3e-4)
+    for depth in ("0", "1.5", "deep"):
+        with pytest.raises(UserError, match=f"a depth from 1 to 100, found base@{depth}"):
+            load("depth", f"base@{depth}")
+
+
 def test_tokens_set_the_steps():
     config = load("tiny", "flex-3")  # 2,048 tokens a step
     config.tokens = 2048 * 50.5
