@@ -1,6 +1,5 @@
 """Steps that are skipped, against a rolling window in NumPy, and runs that skip steps and resume."""
 
-import itertools
 import math
 
 import jax
@@ -11,9 +10,7 @@ import pytest
 from lab import records
 
 from memoryllm_jax.checkpoint import store
-from memoryllm_jax.common import hosts
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.training import loop, spikes
 from memoryllm_jax.training.step import Trainer
 
@@ -97,17 +94,35 @@ def _saved(workdir, step) -> dict[str, np.ndarray]:
     return digests
 
 
+@pytest.mark.parametrize("saved_most, most", [(0, 0), (0, 2), (2, 0), (2, 2)])
+def test_the_statistics_begin_anew_are_dropped_or_go_on(make_config, saved_most, most):
+    shapes = {"step": jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))}
+    kept = shapes | {"spikes": jax.eval_shape(spikes.init)}
+
+    class Saved:
+        def restore(self, step, wanted):
+            assert jax.tree.structure(wanted) == jax.tree.structure(kept if saved_most else shapes)
+            return jax.tree.map(lambda x: np.full(x.shape, step, x.dtype), wanted)
+
+    saved = make_config(**{"optimizer.max_skipped": saved_most})
+    state = spikes.restore(Saved(), 7, kept if most else shapes, saved)
+    assert state["step"] == 7 and ("spikes" in state) == bool(most)
+    if most:
+        assert state["spikes"]["skipped"] == (7 if saved_most else 0)
+
+
 def test_a_run_skips_steps_resumes_bitwise_and_ends_after_the_last_that_it_may_skip(
-    make_config, tmp_path, monkeypatch, capfd, damage
+    make_config, tmp_path, capfd, damage
 ):
+    """Of a run without the option, one with it, and one that goes on after either has ended in an error."""
     chosen = {"accumulate": 2, "checkpoint.every": 1, "checkpoint.keep": 9}
     off = make_config("flex-3", **chosen)
     on = make_config("flex-3", **chosen, **{"optimizer.max_skipped": 1})
+    sequences = "on sequences 16 to 23 of the shuffled data"
     damage.add(3)
     assert _run(on, tmp_path / "whole") == 0
-    assert "step 3: the loss is nan and the gradient norm nan, on sequences 16 to 23 of the shuffled data" in (
-        printed := capfd.readouterr().out
-    )
+    printed = capfd.readouterr().out
+    assert f"step 3: the loss is nan and the gradient norm nan, {sequences}" in printed
     assert "; skipped, 1 of at most 1\n" in printed
     third, fourth = records(tmp_path / "whole")[2:]
     assert (third["skipped"], fourth["skipped"]) == (1, 1) and "loss" not in third and math.isfinite(fourth["loss"])
@@ -115,28 +130,20 @@ def test_a_run_skips_steps_resumes_bitwise_and_ends_after_the_last_that_it_may_s
     differ = {name for name in second if second[name] != after[name]}
     assert differ == {"step", "spikes/skipped", "opt_state/1/2/count"}  # the last one is the schedule's
 
-    # A run without the option ends at the bad step. With it, it goes on, and is stopped in the middle.
-    sequences = "on sequences 16 to 23 of the shuffled data"
     with pytest.raises(
         UserError, match=rf"^step 3: the loss is nan .*, {sequences} .*; the last good .* is .*/parts/2$"
     ):
         _run(off, tmp_path / "parts")
     assert not (tmp_path / "parts" / "3").exists()
-    with monkeypatch.context() as patch:
-        calls = itertools.count()
-        patch.setattr(hosts.StopSignal, "agreed", lambda self: next(calls) >= 1)
-        assert _run(on, tmp_path / "parts") == ExitCode.STOPPED
+    damage.add(4)
+    bound = r"^step 4: .*; expected at most .*max_skipped = 1 such steps, found one more; the last good .*/parts/3$"
+    with pytest.raises(UserError, match=bound):
+        _run(on, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "4").exists()
+    damage.remove(4)
     assert _run(on, tmp_path / "parts") == 0
     whole, parts = _saved(tmp_path / "whole", 4), _saved(tmp_path / "parts", 4)
     assert {name for name in whole if whole[name] != parts[name]} == {
         f"spikes/{name}"
         for name in ("applied", "loss", "grad_norm")  # they began at step 3
     }
-
-    damage.add(4)
-    bound = r"^step 4: .*; expected at most .*max_skipped = 1 such steps, found one more; the last good .*/two/3$"
-    with pytest.raises(UserError, match=bound):
-        _run(on, tmp_path / "two")
-    damage.clear()
-    assert _run(off, tmp_path / "two") == 0  # which drops the statistics
-    assert "spikes/skipped" not in _saved(tmp_path / "two", 4)
