@@ -225,8 +225,7 @@ class _Leaf(typing.NamedTuple):
 
 def _without_padding(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{name of an array in a checkpoint: its shape} of all parameters; on one device nothing is padded."""
-    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), devices.find_local()[:1])
-    shapes = transformer.abstract_params(transformer.LanguageModel(model), mesh)
+    shapes = transformer.unpadded_params(model, devices.find_local()[0])
     return {
         f"params/{digest_lib.array_name(path)}": leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)

@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memoryllm_jax.config import ModelConfig
+from memoryllm_jax.config import MeshConfig, ModelConfig
 from memoryllm_jax.model import attention
 from memoryllm_jax.model.modules import Norm, SwiGLU, matmul, output_std, parameter, weight
-from memoryllm_jax.model.sharding import batch_shards, constrain, padded, shardings
+from memoryllm_jax.model.sharding import batch_shards, constrain, make_mesh, padded, shardings
 from memoryllm_jax.model.token_memory import TokenRows, embed, take_rows
 
 # Linen's collection of what layers add to the stream: squares, summed over the positions of each batch shard. A caller
@@ -438,3 +438,9 @@ def abstract_params(model: LanguageModel, mesh, multiple: int = 1):
         boxed = jax.eval_shape(lambda: init(model, jax.random.key(0), batch_shards(mesh), multiple))
     placed = shardings(mesh, nn.get_partition_spec(boxed))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), placed)
+
+
+def unpadded_params(config: ModelConfig, device: jax.Device):
+    """Shapes and dtypes of the parameters without padding, as `abstract_params` returns them for one device."""
+    one = make_mesh(MeshConfig(1, 1, 1), [device])
+    return abstract_params(LanguageModel(config), one)

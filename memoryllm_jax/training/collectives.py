@@ -12,6 +12,9 @@ The shardings (model/sharding.py) leave the compiler little choice, so each tran
              [tokens, dim] array in the forward pass, and in the backward pass one for the gradient of the input.
     lookups  rows of embeddings and tables are sent to the batch shard that looks them up, and their gradients are sent
              back; the gradient of a table is summed over the replicas in float32.
+    Muon     an all-to-all within an fsdp group and one within a tensor group bring each device whole matrices of the
+             layers, in the dtype of the computation, and two more bring the results back. The replicas share the
+             matrices, and sum their results over data (training/muon.py).
     head     it is gathered for each micro-batch, and its gradient is summed in float32 for each of them, over data too.
 
 Scalars, such as the norm of the gradient, are left out. docs/plan.md says how closely the formulas agree with compiled
@@ -26,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from memoryllm_jax.config import Config
+from memoryllm_jax.training import muon
 
 _FLOAT32 = _INT32 = 4  # bytes
 
@@ -81,6 +85,8 @@ def transfers(config: Config, params, mesh_shape: Mapping[str, int], distinct: i
         # Of the norms of queries and keys, each device has the gradient of its own heads.
         Transfer("heads' norms' gradients", "all-reduce", ("tensor",), config.accumulate * of_heads),
     ]
+    if config.optimizer.name == "muon":
+        found += _momenta(params, mesh_shape, itemsize)
     if elements["tables"]:
         # The backward pass of the norm of per-layer embeddings looks its rows up again, unless they are kept.
         looked_up_again = m.token_memory == "per_layer" and m.remat != "none"
@@ -127,6 +133,19 @@ def _matrices(
     yield Transfer(f"weights of the {what}", "all-gather", ("fsdp",), passes * 2 * weights)
     yield Transfer(f"gradients of the {what}", "reduce-scatter", ("fsdp",), passes * whole)
     yield Transfer(f"gradients of the {what}", "all-reduce", ("data",), sums * gradients)
+
+
+def _momenta(params, mesh_shape, itemsize: int) -> Iterator[Transfer]:
+    """Muon's whole matrices. Their number is rounded up, so that each device of a group gets equally many."""
+    elements = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if muon.is_matrix(path):
+            layers, *stored = leaf.sharding.shard_shape(leaf.shape)
+            padding = -layers % muon.parts(leaf.sharding.spec, mesh_shape)
+            elements += (layers + padding) * math.prod(stored)
+    for axis in ("fsdp", "tensor"):
+        yield Transfer("momenta of Muon's matrices", "all-to-all", (axis,), 2 * elements * itemsize)
+    yield Transfer("updates of Muon's matrices", "all-reduce", ("data",), elements * itemsize)
 
 
 def _activations(config: Config, mesh_shape, itemsize: int) -> Iterator[Transfer]:

@@ -19,6 +19,7 @@ results back. Replicas along the data axis share the matrices too. So each is or
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -28,21 +29,25 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from memoryllm_jax.config import Config, MeshConfig
-from memoryllm_jax.model import sharding, transformer
+from memoryllm_jax.config import Config
+from memoryllm_jax.model import transformer
 
-_STEPS = 5  # of Newton-Schulz
+# (a, b, c) of each step of Newton-Schulz: those of Jordan et al. 2024. With a tuple for each step, optax loops over the
+# steps, so that less code is compiled.
+_STEPS = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 class Matrices(NamedTuple):
     """A parameter that stacks a matrix of each layer, [L, ...].
 
     Attributes:
+      layers: number of matrices.
       numbers: the axes of one layer's array that the matrix reduces over, and those of its output.
       fan_in, fan_out: sizes of the matrix, without padding.
       spec: how the stacked parameter is split over the mesh.
     """
 
+    layers: int
     numbers: MuonDimensionNumbers
     fan_in: int
     fan_out: int
@@ -65,8 +70,7 @@ def matrices(config: Config, params, mesh: Mesh):
     Args:
       params: abstract parameters with their shardings, as stored.
     """
-    one = sharding.make_mesh(MeshConfig(1, 1, 1), [mesh.devices.flat[0]])  # where nothing is padded
-    whole = transformer.abstract_params(transformer.LanguageModel(config.model), one)
+    whole = transformer.unpadded_params(config.model, mesh.devices.flat[0])
     return jax.tree_util.tree_map_with_path(_matrices, whole, params)
 
 
@@ -78,7 +82,46 @@ def _matrices(path, whole, stored) -> Matrices | optax.MaskedNode:
     axes = tuple(range(len(whole.shape) - 1))
     numbers = MuonDimensionNumbers(axes[:inputs], axes[inputs:])
     fan_in, fan_out = (math.prod(whole.shape[1 + axis] for axis in side) for side in numbers)
-    return Matrices(numbers, fan_in, fan_out, stored.sharding.spec)
+    return Matrices(whole.shape[0], numbers, fan_in, fan_out, stored.sharding.spec)
+
+
+class Work(NamedTuple):
+    """What Muon adds to a step on the device with the most matrices.
+
+    Attributes:
+      stored: bytes of Muon's parameters that the device stores. AdamW has a second moment of its own, Muon has none.
+      flops: FLOPs of Newton-Schulz.
+    """
+
+    stored: int = 0
+    flops: float = 0.0
+
+
+def work(config: Config, params, mesh: Mesh) -> Work:
+    """Counts the work of `make`; none with another optimizer.
+
+    A step of Newton-Schulz on an [m, n] matrix with m <= n has two products of 2 m^2 n FLOPs and one of 2 m^3.
+
+    Args:
+      params: abstract parameters with their shardings, as stored.
+    """
+    if config.optimizer.name != "muon":
+        return Work()
+    stored, flops = 0, 0.0
+    of_params = jax.tree.leaves(matrices(config, params, mesh), is_leaf=lambda node: isinstance(node, Matrices))
+    leaves = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if is_matrix(path)]
+    for of, leaf in zip(of_params, leaves, strict=True):
+        stored += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        layers = -(-of.layers // parts(of.spec, mesh.shape))
+        layers = -(-layers // mesh.shape["data"])
+        m, n = sorted((of.fan_in, of.fan_out))
+        flops += layers * len(_STEPS) * (4.0 * m**2 * n + 2.0 * m**3)
+    return Work(stored, flops)
+
+
+def parts(spec: P, mesh_shape: Mapping[str, int]) -> int:
+    """Number of parts that the axes of a stacked parameter are split into."""
+    return math.prod(mesh_shape[name] for name in spec if name)
 
 
 def make(config: Config, matrices, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -117,15 +160,15 @@ def _orthogonalised(x, of: Matrices, config: Config):
 
 def _local(x, of: Matrices):
     """Orthogonalises the matrices of which x, [L, ...], is this device's part. Returns: its part of the results."""
-    split = [(at, names) for at, names in enumerate(of.spec) if names]
-    parts = math.prod(jax.lax.axis_size(names) for _, names in split)
+    split = [(at, name) for at, name in enumerate(of.spec) if name]
     layers = len(x)
-    x = jnp.pad(x, [(0, -layers % parts), *[(0, 0)] * (x.ndim - 1)])
-    for at, names in split:
-        x = jax.lax.all_to_all(x, names, split_axis=0, concat_axis=at, tiled=True)
+    padding = -layers % parts(of.spec, jax.sharding.get_abstract_mesh().shape)
+    x = jnp.pad(x, [(0, padding), *[(0, 0)] * (x.ndim - 1)])
+    for at, name in split:
+        x = jax.lax.all_to_all(x, name, split_axis=0, concat_axis=at, tiled=True)
     x = _shared_by_replicas(x, of.numbers)
-    for at, names in reversed(split):
-        x = jax.lax.all_to_all(x, names, split_axis=at, concat_axis=0, tiled=True)
+    for at, name in reversed(split):
+        x = jax.lax.all_to_all(x, name, split_axis=at, concat_axis=0, tiled=True)
     return x[:layers]
 
 
@@ -134,7 +177,7 @@ def _shared_by_replicas(x, numbers: MuonDimensionNumbers):
 
     def one(matrix):
         # Without momentum, this is Newton-Schulz alone.
-        muon = scale_by_muon(ns_steps=_STEPS, beta=0.0, nesterov=False, weight_dimension_numbers=numbers)
+        muon = scale_by_muon(_STEPS, beta=0.0, nesterov=False, weight_dimension_numbers=numbers)
         return muon.update(matrix, muon.init(matrix))[0]
 
     # One after the other: the products of one matrix are large enough for a device, and all at once need more memory.

@@ -1,10 +1,14 @@
 """AdamW (the paper's Table 3) or Muon with AdamW, and the global-norm clipping usual for Llama."""
 
+import math
+from typing import NamedTuple
+
 import jax
 import optax
 from jax.sharding import Mesh
 
 from memoryllm_jax.config import Config
+from memoryllm_jax.model import transformer
 from memoryllm_jax.training import muon, schedules
 
 
@@ -27,3 +31,53 @@ def make(config: Config, params, mesh: Mesh) -> optax.GradientTransformation:
         labels = jax.tree_util.tree_map_with_path(lambda path, _: "muon" if muon.is_matrix(path) else "adamw", params)
         update = optax.partition({"muon": of_muon, "adamw": update}, labels)
     return optax.chain(optax.clip_by_global_norm(o.clip_norm), update)
+
+
+class Group(NamedTuple):
+    """Parameters that are trained alike.
+
+    Attributes:
+      what: muon or adamw, and which parameters.
+      arrays: number of arrays. Those of the layers are stacked, so the count does not depend on the depth.
+      parameters: number of parameters, without padding.
+      peak_lr, weight_decay: of the group.
+    """
+
+    what: str
+    arrays: int
+    parameters: int
+    peak_lr: float
+    weight_decay: float
+
+    @property
+    def text(self) -> str:
+        """The group as a line to print."""
+        return (
+            f"{self.what}: {self.parameters / 1e6:,.1f}M parameters in {self.arrays} arrays, "
+            f"peak rate {self.peak_lr:g}, weight decay {self.weight_decay:g}"
+        )
+
+
+def groups(config: Config, device: jax.Device) -> list[Group]:
+    """The groups of parameters that `make` trains alike, each with at least one parameter."""
+    o = config.optimizer
+    kinds = {
+        "muon, matrices of the layers": (o.muon_lr, o.muon_weight_decay),
+        "adamw, embeddings and head": (o.peak_lr, o.weight_decay),
+        "adamw, matrices and embeddings": (o.peak_lr, o.weight_decay),
+        "adamw, scales of norms": (o.peak_lr, 0.0),
+    }
+
+    def kind(path, decays: bool) -> str:
+        if not decays:
+            return "adamw, scales of norms"
+        if o.name == "adamw":
+            return "adamw, matrices and embeddings"
+        return "muon, matrices of the layers" if muon.is_matrix(path) else "adamw, embeddings and head"
+
+    params = transformer.unpadded_params(config.model, device)
+    sizes: dict[str, list[int]] = {}
+    leaves, decays = jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(decay_mask(params))
+    for (path, leaf), decay in zip(leaves, decays, strict=True):
+        sizes.setdefault(kind(path, decay), []).append(math.prod(leaf.shape))
+    return [Group(what, len(sizes[what]), sum(sizes[what]), *kinds[what]) for what in kinds if what in sizes]

@@ -26,7 +26,7 @@ from memoryllm_jax.config import Config
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.documents import EMBEDDED
 from memoryllm_jax.model import attention, flops, sharding
-from memoryllm_jax.training import chips, collectives, compilation, loop, plan_text, roofline, sizes
+from memoryllm_jax.training import chips, collectives, compilation, loop, muon, optimizer, plan_text, roofline, sizes
 from memoryllm_jax.training.batches import TrainBatches, abstract_batch
 from memoryllm_jax.training.plan_text import gb
 from memoryllm_jax.training.step import Trainer
@@ -92,7 +92,8 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
     flops_a_token = roofline.flops_a_token(config, compiled.rows, attention_share)
     domain = len(devices) // slices if slices else chip.domain
     traffic = roofline.traffic(compiled.transfers, mesh, chip, domain)
-    times = roofline.times(mesh.size, chip, step_tokens, flops_a_token, traffic, memory["parameters"])
+    work = muon.work(config, compiled.params, mesh)
+    times = roofline.times(mesh.size, chip, step_tokens, flops_a_token, traffic, memory["parameters"], work)
     peak_tokens_per_second = mesh.size * chip.peak_flops / flops_a_token["per_token"]
     return {
         "chip": chip.title,
@@ -106,6 +107,8 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
         "sequences_a_device": _sequences(config, mesh),
         "assumed": assumed,
         "parameters": flops.parameters(config),
+        "optimizer": [group._asdict() for group in optimizer.groups(config, mesh.devices.flat[0])],
+        "newton_schulz_flops": work.flops,
         "memory": memory,
         "memory_of_device": chip.memory,
         "fits": memory["total"] <= chip.memory,
@@ -226,6 +229,7 @@ class CompiledStep(NamedTuple):
       sequences: sequences of a micro-batch on one device.
       memory: bytes on one device, by part.
       transfers: what the step sends.
+      params: abstract parameters with their shardings.
     """
 
     executable: jax.stages.Compiled
@@ -233,6 +237,7 @@ class CompiledStep(NamedTuple):
     sequences: int
     memory: dict[str, int]
     transfers: list[collectives.Transfer]
+    params: dict
 
 
 class LoweredStep:
@@ -275,6 +280,7 @@ class LoweredStep:
             sequences=_sequences(config, mesh),
             memory=_memory(executable, trainer),
             transfers=collectives.transfers(config, trainer.params_shape, mesh.shape, self._largest),
+            params=trainer.params_shape,
         )
 
 

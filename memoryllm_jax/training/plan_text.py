@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from memoryllm_jax.common import progress
+from memoryllm_jax.training.optimizer import Group
 from memoryllm_jax.training.roofline import EFFICIENCY
 
 
@@ -33,6 +34,8 @@ def text(p: dict) -> str:
         "",
         *_size_lines(p),
         "",
+        *_optimizer_lines(p),
+        "",
         *_memory_lines(p),
         "",
         *_work_lines(p),
@@ -52,6 +55,13 @@ def _size_lines(p: dict) -> list[str]:
         f"{p['sequences_a_device']} a device in each of {p['accumulate']} micro-batches; {p['rows_a_step']:,} rows of "
         "token memory",
     ]
+
+
+def _optimizer_lines(p: dict) -> list[str]:
+    lines = [Group(**group).text for group in p["optimizer"]]
+    if p["newton_schulz_flops"]:
+        lines[0] += f"; Newton-Schulz {p['newton_schulz_flops'] / 1e12:,.2f} TFLOPs a step on the busiest device"
+    return [f"{label:<16} {line}" for label, line in zip(["optimizer"] + [""] * len(lines), lines)]
 
 
 def _memory_lines(p: dict) -> list[str]:

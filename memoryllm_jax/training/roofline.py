@@ -3,6 +3,7 @@
     compute   = (FLOPs of a step by model/flops.py + recomputed FLOPs) / (peak FLOP/s * EFFICIENCY)
     network   = sum of the times of the transfers (collectives.py)
     optimizer = bytes of parameters, moments and gradients read and written / memory bandwidth
+                + FLOPs of Muon's Newton-Schulz on the busiest device / (peak FLOP/s * EFFICIENCY)
 
 The step takes at least max(compute, network) + optimizer, where transfers overlap with computation, and at most
 compute + network + optimizer, where none does. Latency is left out.
@@ -22,10 +23,13 @@ from memoryllm_jax.config import Config
 from memoryllm_jax.model import flops
 from memoryllm_jax.training.chips import Chip
 from memoryllm_jax.training.collectives import Transfer
+from memoryllm_jax.training.muon import Work
 
 EFFICIENCY = 0.5  # share of peak FLOP/s that well-tuned trainers publish near 1B parameters
-# The optimizer reads and writes the parameters and two moments, and reads the gradients: 7 times the parameters' bytes.
+# AdamW reads and writes the parameters and two moments, and reads the gradients: 7 times the parameters' bytes. Muon
+# has one moment.
 _UPDATES = 7
+_UPDATES_OF_MUON = 5
 
 
 def flops_a_token(config: Config, rows: int, attention_share: float = 1.0) -> dict[str, float]:
@@ -97,7 +101,15 @@ def _sent_between_domains(transfer: Transfer, group: int, in_a_domain: int) -> f
     return transfer.sent_bytes(group) / in_a_domain
 
 
-def times(devices: int, chip: Chip, tokens: int, flops_per_token: dict, transfers: list[dict], stored: int) -> dict:
+def times(
+    devices: int,
+    chip: Chip,
+    tokens: int,
+    flops_per_token: dict,
+    transfers: list[dict],
+    stored: int,
+    muon: Work,
+) -> dict:
     """Seconds of a step's parts and of the step.
 
     Args:
@@ -106,12 +118,14 @@ def times(devices: int, chip: Chip, tokens: int, flops_per_token: dict, transfer
       flops_per_token: as `flops_a_token` returns it.
       transfers: as `traffic` returns them.
       stored: bytes of the parameters that one device stores.
+      muon: as `muon.work` returns it.
     Returns: "compute", "network", "optimizer" and "step"; network and step have the bounds "least" and "most".
     """
     computed = (flops_per_token["per_token"] + flops_per_token["recomputed_per_token"]) * tokens
     compute = computed / (devices * chip.peak_flops * EFFICIENCY)
     network = {bound: sum(part["seconds"][bound] for part in transfers) for bound in ("least", "most")}
-    optimizer = _UPDATES * stored / chip.bandwidth
+    updates = _UPDATES * (stored - muon.stored) + _UPDATES_OF_MUON * muon.stored
+    optimizer = updates / chip.bandwidth + muon.flops / (chip.peak_flops * EFFICIENCY)
     return {
         "compute": compute,
         "network": network,

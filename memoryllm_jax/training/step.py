@@ -108,11 +108,11 @@ class Trainer:
         replicated = NamedSharding(self.mesh, P())
         opt_state = optax.tree_utils.tree_map_params(
             self.optimizer,
-            lambda moment, of_parameter: moment if _is_absent(moment) else of_parameter,
+            lambda moment, of_parameter: moment if is_absent(moment) else of_parameter,
             shapes["opt_state"],
             params,
             transform_non_params=lambda _: replicated,
-            is_leaf=_is_absent,
+            is_leaf=is_absent,
         )
         shardings = jax.tree.map(lambda _: replicated, shapes) | {"params": params, "opt_state": opt_state}
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -202,7 +202,7 @@ class Trainer:
         return nll.sum(), batch.weights_SAN.sum()
 
 
-def _is_absent(moment) -> bool:
+def is_absent(moment) -> bool:
     """Whether an optimizer has no moment of a parameter, because another one has it (`optax.partition`)."""
     return isinstance(moment, optax.MaskedNode)
 

@@ -7,7 +7,7 @@ import jax
 from memoryllm_jax.common import devices, hosts, storage
 from memoryllm_jax.config import Config
 from memoryllm_jax.model import flops
-from memoryllm_jax.training import goodput, schedules
+from memoryllm_jax.training import goodput, optimizer, schedules
 from memoryllm_jax.training.batches import TrainBatches
 from memoryllm_jax.training.during import score_lines
 from memoryllm_jax.training.sizes import Sizes
@@ -34,6 +34,7 @@ def opening(trainer: Trainer, batches: TrainBatches, sizes: Sizes, start: int) -
         f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens, "
         f"{batches.epoch(config.steps):.2f} epochs; compiling for {planned} distinct ids a shard",
         f"learning rate: {schedules.text(config)}",
+        *(group.text for group in optimizer.groups(config, trainer.mesh.devices.flat[0])),
     ]
     if start:
         lines.append(f"going on from step {start}")

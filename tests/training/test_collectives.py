@@ -57,7 +57,7 @@ def check(config: Config, devices, platform: str) -> None:
     "architecture, overrides",
     [
         ("flex-3", {"mesh.data": 2, "mesh.fsdp": 4, "accumulate": 2}),
-        ("flex-3", {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "model.qk_norm": True}),
+        ("flex-3", {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "model.qk_norm": True, "optimizer.name": "muon"}),
         ("ple-3", {"mesh.data": 2, "mesh.fsdp": 4}),
     ],
 )

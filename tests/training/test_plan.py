@@ -17,7 +17,7 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import MeshConfig, resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import sharding
-from memoryllm_jax.training import chips, collectives, plan, plan_text, roofline
+from memoryllm_jax.training import chips, collectives, muon, plan, plan_text, roofline
 from memoryllm_jax.training.batches import TrainBatches
 from memoryllm_jax.training.collectives import Transfer
 from memoryllm_jax.training.step import Trainer
@@ -211,5 +211,5 @@ def test_this_code_plans_1b_flex_3_as_by_hand():
     chip = chips.get("h100")
     traffic = roofline.traffic(transfers, mesh, chip, chip.domain)
     flops_a_token = roofline.flops_a_token(config, 8 * sizes[0])
-    times = roofline.times(8, chip, 64 * 2048, flops_a_token, traffic, stored)
+    times = roofline.times(8, chip, 64 * 2048, flops_a_token, traffic, stored, muon.Work())
     assert times["step"] == pytest.approx(by_hand["step"], rel=1e-12)
