@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax._src import compilation_cache
-from lab import records
+from lab import read_all, records
 
 from memoryllm_jax.checkpoint import store
 from memoryllm_jax.common import config_files, hosts, storage
@@ -24,8 +24,8 @@ from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.config import StartConfig, resolve
 from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
-from memoryllm_jax.model import sharding
-from memoryllm_jax.training import loop, metrics
+from memoryllm_jax.model import flops, sharding
+from memoryllm_jax.training import documents, loop, metrics
 from memoryllm_jax.training.recorder import Recorder
 from memoryllm_jax.training.step import Trainer
 
@@ -134,14 +134,25 @@ def test_a_signal_before_the_first_step_saves_nothing_and_says_so(make_config, t
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture, mesh", [("memory", (1, 8, 1)), ("flex-3", (2, 2, 2)), ("ple-3", (2, 2, 2))])
 def test_eight_devices_train_as_one(make_config, tmp_path, monkeypatch, architecture, mesh):
+    """ple-3 attends inside documents, of about 20 tokens: the most frequent id takes the part of bos."""
     # See compile_cache._EMULATED_DEVICES: an earlier session of the tests may have filled the cache.
     monkeypatch.setattr(compilation_cache, "get_executable_and_time", lambda *_, **__: (None, None))
     names = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh))
-    run(make_config(architecture), tmp_path / "one")
-    run(make_config(architecture, **names), tmp_path / "eight", devices=8)
+    fields = {"model.vocab_size": 512, "data.document_mask": architecture == "ple-3"}
+    config = make_config(architecture, **fields)
+    frequent = int(np.bincount(read_all(Dataset(config.data.path))).argmax())
+    monkeypatch.setattr(documents, "first_id", lambda dataset: frequent)
+    run(config, tmp_path / "one")
+    run(make_config(architecture, **fields, **names), tmp_path / "eight", devices=8)
     one, eight = losses(tmp_path / "one"), losses(tmp_path / "eight")
     assert one[0] != pytest.approx(one[-1], rel=1e-2)  # it trained
     np.testing.assert_allclose(eight, one, rtol=2e-5)
+    for record in records(tmp_path / "eight"):
+        share = record.get("attention_share", 1)
+        assert (share < 1) == config.data.document_mask
+        assert record["model_flops_per_second_plain"] / record["tokens_per_second"] == pytest.approx(
+            flops.train_flops(config, 1, 1, share)
+        )
 
 
 def test_resuming_on_four_devices_what_eight_saved(make_config, tmp_path, monkeypatch):
