@@ -20,12 +20,14 @@ if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":  # else an accelerato
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
 
 import gc
+import hashlib
 import itertools
 import json
 import shutil
 import types
 
 import jax
+import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from lab import Lab, made_once, shared_folder
@@ -131,3 +133,18 @@ def chip_devices(monkeypatch, with_cudnn):
         return chips.devices(name, count)[0]
 
     return devices
+
+
+@pytest.fixture
+def swapped(copied):
+    """Prepared data with the texts of `data_path`: its splits are swapped, so that it is small, and its ids uint32."""
+    tree = json.loads((copied / "dataset.json").read_text())
+    tree["splits"] = {"train": tree["splits"]["validation"], "validation": tree["splits"]["train"]}
+    tree["dtype"] = "uint32"
+    for split in tree["splits"].values():
+        for shard in split["shards"]:
+            ids = np.fromfile(copied / shard["file"], "<u2").astype("<u4").tobytes()
+            (copied / shard["file"]).write_bytes(ids)
+            shard["sha256"] = hashlib.sha256(ids).hexdigest()
+    (copied / "dataset.json").write_text(json.dumps(tree))
+    return copied.rename(copied.parent / "small")

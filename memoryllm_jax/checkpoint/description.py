@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Collection
+from fractions import Fraction
 from typing import Any, Literal
 
 import msgspec
@@ -22,10 +23,15 @@ ITEM, FILE = "description", "metadata"  # Orbax's names: STEP/description/metada
 COMMITTED = "commit_success.txt"  # a file that Orbax writes last into a checkpoint on gs://
 
 
-class Data(Record):
-    """The training data: the digest of the prepared data set."""
+class Data(Record, omit_defaults=True):
+    """The training data.
+
+    digest: of the prepared data (`Dataset.digest`).
+    shares: of the folders in a mixture, as fractions such as 7/10; () without weights.
+    """
 
     digest: records.Digest
+    shares: tuple[str, ...] = ()
 
 
 class SavedTokenizer(Record):
@@ -75,12 +81,23 @@ class Description(Record):
         return Tokenizer.from_json(records.to_json(self.tokenizer))
 
 
-def describe(config: Config, data_digest: str, tokenizer: Tokenizer, source: dict | None = None) -> Description:
-    """The description of a run's checkpoints, without digests: `Checkpoints.save` adds those."""
+def describe(
+    config: Config,
+    data_digest: str,
+    tokenizer: Tokenizer,
+    source: dict | None = None,
+    shares: tuple[Fraction, ...] = (),
+) -> Description:
+    """The description of a run's checkpoints, without digests: `Checkpoints.save` adds those.
+
+    Args:
+      data_digest, shares: as of `Dataset`.
+      source: as of `Description`.
+    """
     saved = tokenizer.to_json()
     return Description(
         config=dataclasses.asdict(config),
-        data=Data(digest=data_digest),
+        data=Data(digest=data_digest, shares=tuple(map(str, shares))),
         tokenizer=SavedTokenizer(**(saved | {"content": base64.b64decode(saved["content"])})),
         source=source or {},
     )
@@ -207,6 +224,9 @@ def differences(saved: Description, current: Description, but: Collection[str] =
 
 
 def _fields(description: Description) -> dict[str, object]:
-    """{name: value} of the config's fields, and the digests of tokenizer and data."""
-    of_config = fields.flatten(description.run())
-    return of_config | {"tokenizer": description.tokenizer.digest, "data": description.data.digest}
+    """{name: value} of the config's fields, the digests of tokenizer and data, and the shares of a mixture."""
+    return fields.flatten(description.run()) | {
+        "tokenizer": description.tokenizer.digest,
+        "data": description.data.digest,
+        "shares of the data": ", ".join(description.data.shares),
+    }

@@ -5,10 +5,12 @@ No JAX.
 
 import collections
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable
-from typing import Annotated, Literal
+from fractions import Fraction
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,8 +19,8 @@ from memoryllm_jax.common import records, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.common.records import Count, Record, Size
+from memoryllm_jax.data import mixture
 from memoryllm_jax.data import tokenizer as tokenizer_lib
-from memoryllm_jax.data.documents import EMBEDDED
 from memoryllm_jax.data.stream import Tokens
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.data.verification import FileShard, Sha256, Verification
@@ -196,35 +198,70 @@ class _Folder:
         return model
 
 
+class Span(NamedTuple):
+    """What a source has of a split.
+
+    start: position of its first token in the split's stream.
+    tokens, bytes: numbers of its tokens, and of bytes of their text.
+    """
+
+    start: int
+    tokens: int
+    bytes: int
+
+
+class Source(NamedTuple):
+    """What batches are drawn from: a folder of a mixture, or else all of the data.
+
+    name: tells the sources of a mixture apart (`mixture.short_names`).
+    share: of the sequences that come from it.
+    train, validation: where it lies in the splits.
+    """
+
+    name: str
+    share: Fraction
+    train: Span
+    validation: Span
+
+
 class Dataset:
     """Folders that `prepare` wrote, or copies of them behind URLs that fsspec reads, as one stream for each split.
 
     Args:
-      path: a folder or URL, or several, separated by commas. Their order is that of the stream.
+      path: a folder or URL, or several, separated by commas, with weights for a mixture (`mixture.parts_of`). Their
+        order is that of the stream, which does not depend on the weights.
       workdir: folder or URL in which to remember which file shards were verified; "": nowhere.
     Attributes:
       path: as given.
       vocab_size: number of token ids.
       bos_id, eos_id: ids before and after each document; None if there are none.
       train, validation: the splits as `Tokens`.
+      shares: of the folders in a mixture, which add up to 1; () without weights.
+      sources: the folders of a mixture; without weights, one source that is all of the data.
       digest: of one folder, the SHA-256 over the checksums of the tokenizer and of all file shards; of several, that
-        over their digests. Checkpoints name the data by it.
+        over their digests, and over their shares in a mixture. Checkpoints name the data by it.
     Raises: UserError if files are missing, have another size than recorded, or come from another version, or if the
       folders were made with different tokenizers.
     """
 
     def __init__(self, path: str, workdir: str = ""):
         self.path = path
-        self._folders = [_Folder(name) for name in folders_in(path)]
+        parts = mixture.parts_of(path)
+        self._folders = [_Folder(part.path) for part in parts]
         first, *others = self._folders
         for other in others:
             _check_same_tokenizer(first, other)
         self.vocab_size = first.record.vocab_size
         self.bos_id, self.eos_id = first.record.tokenizer.bos_id, first.record.tokenizer.eos_id
+        self.shares = mixture.shares_of(parts)
         digests = [folder.digest for folder in self._folders]
-        self.digest = first.digest if not others else _digest(digests)
+        if self.shares:
+            self.digest = _digest([*digests, *map(str, self.shares)])
+        else:
+            self.digest = first.digest if not others else _digest(digests)
         self._verification = Verification(workdir)
         self.train, self.validation = (self._stream(split) for split in SPLITS)
+        self.sources = self._sources()
 
     def _stream(self, split: str) -> Tokens:
         parts = [folder.split(split) for folder in self._folders]
@@ -235,6 +272,18 @@ class Dataset:
             vocab_size=self.vocab_size,
             verification=self._verification,
         )
+
+    def _sources(self) -> tuple[Source, ...]:
+        if not self.shares:
+            whole = (Span(0, stream.tokens, stream.bytes) for stream in (self.train, self.validation))
+            return (Source(self.path, Fraction(1), *whole),)
+        spans = []
+        for split in SPLITS:
+            records = [folder.split(split) for folder in self._folders]
+            starts = itertools.accumulate((record.tokens for record in records), initial=0)
+            spans.append([Span(start, record.tokens, record.bytes) for start, record in zip(starts, records)])
+        names = mixture.short_names([folder.path for folder in self._folders])
+        return tuple(map(Source, names, self.shares, *spans))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the data. Raises: UserError if the file has another checksum than recorded."""
@@ -259,25 +308,6 @@ class Dataset:
 
     def _all_shards(self) -> tuple[FileShard, ...]:
         return self.train.shards + self.validation.shards
-
-
-def folders_in(path: str) -> list[str]:
-    """The folders in a comma-separated list. A single folder may have commas in its name. Raises: UserError."""
-    names = path.split(",")
-    if len(names) == 1 or (not storage.is_url(path) and os.path.isdir(path)):
-        return [path]
-    for name in names:
-        if name == EMBEDDED:
-            raise UserError(f"{path}: expected folders of prepared data in a list, found {EMBEDDED}")
-        if not name:
-            raise UserError(f"{path}: expected folders of prepared data, separated by commas, found an empty name")
-        if not storage.is_url(name) and not os.path.isdir(name):
-            raise UserError(
-                f"{path}: expected folders, separated by commas and without commas in their names, found no {name!r}"
-            )
-        if names.count(name) > 1:
-            raise UserError(f"{path}: expected each folder once, found {name} {names.count(name)} times")
-    return names
 
 
 def _check_same_tokenizer(first: _Folder, other: _Folder) -> None:

@@ -1,9 +1,10 @@
 """Batches from prepared data: shuffled globally, and a function of the step's number.
 
-The training text is one stream of tokens cut into windows of seq_len. Grain shuffles the windows anew each epoch and
-gives random access to the shuffled order, so the batch of any step is a function of (data, seed, step). A run therefore
-resumes from the number of its step alone, and any number of hosts makes the same global batches; each host reads only
-its own batch shards.
+The training text is one stream of tokens cut into windows of seq_len; in a mixture, one stream for each source. Grain
+shuffles the windows of a source anew each epoch and gives random access to the shuffled order, and the shares alone say
+which source a sequence comes from (`mixture.Interleave`), so the batch of any step is a function of (data, seed, step).
+A run therefore resumes from the number of its step alone, and any number of hosts makes the same global batches; each
+host reads only its own batch shards.
 
 Each batch shard comes with its distinct token ids, as the token memory is evaluated once for each of them. Their number
 is padded to one of a few sizes (sizes.py).
@@ -11,7 +12,7 @@ is padded to one of a few sizes (sizes.py).
 
 import abc
 import functools
-import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from jax.sharding import NamedSharding
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.data.mixture import Interleave
 from memoryllm_jax.model.sharding import batch_shards
 from memoryllm_jax.training import documents, sizes
 from memoryllm_jax.training.sizes import Sizes
@@ -182,45 +184,81 @@ class Batches(abc.ABC):
 
 
 class TrainBatches(Batches):
-    """Windows of seq_len + 1 tokens, shuffled anew each epoch. Neighbours share a token: last target, first input."""
+    """Windows of seq_len + 1 tokens, shuffled anew each epoch. Neighbours share a token: last target, first input.
+
+    Attributes:
+      tokens: the training split.
+      sources: what the sequences are drawn from.
+      is_mixture: whether the sources have weights.
+      windows_of: number of windows of each source in an epoch.
+    """
 
     def __init__(self, config: Config, dataset: Dataset, shards: int, local: list[int]):
         super().__init__(config, dataset, shards, local)
         self.tokens = dataset.train
-        self.windows_an_epoch = (self.tokens.tokens - 1) // config.seq_len
-        if not self.windows_an_epoch:
-            raise UserError(
-                f"config.seq_len: expected less than the {dataset.train.tokens} training tokens of {dataset.path}, "
-                f"found {config.seq_len}"
-            )
-        epochs = config.steps * config.batch_size / self.windows_an_epoch
-        if epochs > config.data.epochs:
-            needed = -(-config.steps * config.batch_size // self.windows_an_epoch)
-            raise UserError(
-                f"config.data.epochs: {config.steps} steps of {config.batch_size} sequences need {epochs:.2f} epochs "
-                f"of {dataset.path}, which has {self.windows_an_epoch} sequences; set it to {needed}, "
-                "or train fewer steps"
-            )
+        self.sources = dataset.sources
+        self.is_mixture = bool(dataset.shares)
+        self.windows_of = [(source.train.tokens - 1) // config.seq_len for source in self.sources]
+        self._interleave = Interleave([source.share for source in self.sources])
+        self._check_enough()
         # Windows are shuffled as numbers; tokens are read in `windows`. Grain seeds the shuffle of each epoch anew.
-        source = grain.MapDataset.range(self.windows_an_epoch).seed(config.seed).shuffle()
-        self._order = source.repeat(config.data.epochs) if config.data.epochs > 1 else source
+        self._orders = []
+        for number, windows in enumerate(self.windows_of):
+            source = grain.MapDataset.range(windows).seed(config.seed + number).shuffle()
+            self._orders.append(source.repeat(config.data.epochs) if config.data.epochs > 1 else source)
+
+    def _check_enough(self) -> None:
+        """Raises: UserError that names a source too short for a sequence, or for the steps of the run."""
+        config = self.config
+        for source, windows in zip(self.sources, self.windows_of):
+            if not windows:
+                raise UserError(
+                    f"config.seq_len: expected less than the {source.train.tokens} training tokens of {source.name}, "
+                    f"found {config.seq_len}"
+                )
+        epochs = self.epochs(config.steps)
+        most = max(epochs)
+        if most > config.data.epochs:
+            source, windows = list(zip(self.sources, self.windows_of))[epochs.index(most)]
+            less = "" if len(self.sources) == 1 else f", or give {source.name} less weight in the mixture"
+            raise UserError(
+                f"config.data.epochs: {config.steps} steps of {config.batch_size} sequences need {most:.2f} epochs "
+                f"of {source.name}, which has {windows} sequences; set it to {math.ceil(most)}, "
+                f"or train fewer steps{less}"
+            )
 
     def __len__(self):
         return self.config.steps
 
+    def epochs(self, step: int) -> list[float]:
+        """Number of passes over the training tokens of each source that are made before this step."""
+        counts = self._interleave.counts(step * self.config.batch_size)
+        return [count / windows for count, windows in zip(counts, self.windows_of)]
+
     def epoch(self, step: int) -> float:
-        """Number of passes over the training tokens that are made before this step."""
-        return step * self.config.batch_size / self.windows_an_epoch
+        """Number of passes over the training tokens that are made before this step; the most of a mixture's sources."""
+        return max(self.epochs(step))
+
+    @property
+    def bytes_a_token(self) -> float:
+        """Bytes of text in a token: of all training tokens; in a mixture, the mean over its sources by their shares."""
+        return sum(float(source.share) * (source.train.bytes / source.train.tokens) for source in self.sources)
 
     def windows(self, places):
         T, count = self.config.seq_len, self.sequences
         starts = []
         for step, shard in places:
             first = step * self.config.batch_size + shard * count  # in the shuffled order
-            starts += [int(self._order[i]) * T for i in range(first, first + count)]
+            starts += [self._start(number) for number in range(first, first + count)]
         read = self.tokens.read_each(starts, T + 1)
         weights = np.ones((count, T), np.float32)
         return [Windows(np.stack(read[i : i + count]), weights) for i in range(0, len(read), count)]
+
+    def _start(self, number: int) -> int:
+        """The position in the training split at which a sequence of the shuffled order begins."""
+        source, of_source = self._interleave.place(number)
+        window = int(self._orders[source][of_source])
+        return self.sources[source].train.start + window * self.config.seq_len
 
     def iterate(self, start: int) -> Iterator[HostBatch]:
         """Yields the batches of steps start, start + 1, ..., which threads read ahead."""
@@ -231,31 +269,56 @@ class TrainBatches(Batches):
 
 
 class ValidationBatches(Batches):
-    """Held-out windows in order. Every token but the first is a target once; positions past the end have weight 0."""
+    """Held-out windows in order. Every token but the first is a target once; positions past the end have weight 0.
+
+    The sources of a mixture follow one another, each from the start of a batch, so that a batch is of one source. The
+    batches of config.eval.batches are divided among them in proportion, rounded up.
+
+    Attributes:
+      tokens: the held-out split.
+      sources: those that have held-out tokens to predict.
+      is_mixture: whether the sources have weights.
+    """
 
     def __init__(self, config: Config, dataset: Dataset, shards: int, local: list[int]):
         super().__init__(config, dataset, shards, local)
         self.tokens = dataset.validation
-        if self.tokens.tokens < 2:
+        self.is_mixture = bool(dataset.shares)
+        self.sources = [source for source in dataset.sources if source.validation.tokens > 1]
+        if not self.sources:
             raise UserError(f"{dataset.path}: expected held-out tokens, found {self.tokens.tokens}")
+        tokens = config.batch_size * config.seq_len
+        whole = [-(-(source.validation.tokens - 1) // tokens) for source in self.sources]
+        wanted = min(sum(whole), config.eval.batches or sum(whole))
+        self._numbers = [
+            (source, number)
+            for source, batches in enumerate(whole)
+            for number in range(-(-wanted * batches // sum(whole)))
+        ]
 
     def __len__(self):
-        batches = -(-(self.tokens.tokens - 1) // (self.config.batch_size * self.config.seq_len))
-        return min(batches, self.config.eval.batches or batches)
+        return len(self._numbers)
 
     @property
     def one_size(self):
         return True  # padding costs little without a backward pass
 
+    def source_of(self, number: int) -> int:
+        """The index in `sources` of the source that a batch is of."""
+        return self._numbers[number][0]
+
     def windows(self, places):
         T, count = self.config.seq_len, self.sequences
-        starts = []
+        spans = []
         for step, shard in places:
-            first = (step * self.config.batch_size + shard * count) * T
+            source, number = self._numbers[step]
+            held_out = self.sources[source].validation
+            first, end = held_out.start + (number * self.shards + shard) * count * T, held_out.start + held_out.tokens
             # A window that would begin with the last token has no target.
-            starts.append([start for start in range(first, first + count * T, T) if start < self.tokens.tokens - 1])
-        read = iter(self.tokens.read_each([start for of_shard in starts for start in of_shard], T + 1))
-        return [self._padded(list(itertools.islice(read, len(of_shard)))) for of_shard in starts]
+            spans.append([(start, end) for start in range(first, first + count * T, T) if start < end - 1])
+        read = iter(self.tokens.read_each([start for of_shard in spans for start, _ in of_shard], T + 1))
+        # A source's last window is cut off where the next source begins.
+        return [self._padded([next(read)[: end - start] for start, end in of_shard]) for of_shard in spans]
 
     def _padded(self, windows: list[np.ndarray]) -> Windows:
         """The sequences of one batch shard. The last window of the split is shorter, and none follow it."""

@@ -126,7 +126,7 @@ def open_run(
     local = local_shards(trainer.batch_sharding, trainer.shards)
     batches = TrainBatches(config, dataset, trainer.shards, local)
     validation_batches = ValidationBatches(config, dataset, trainer.shards, local)
-    description = description_lib.describe(config, dataset.digest, tokenizer)
+    description = description_lib.describe(config, dataset.digest, tokenizer, shares=dataset.shares)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
     at_exit.callback(checkpoints.close)
     beginning = _beginning(trainer, checkpoints, description, tokenizer)

@@ -67,7 +67,7 @@ class Recorder:
         self._first = start  # number of the first step of this process
         self._peak_flops = metrics.peak_flops(config)
         self._tokens_a_step = config.batch_size * config.seq_len
-        self._bytes_a_token = batches.tokens.bytes / batches.tokens.tokens
+        self._bytes_a_token = batches.bytes_a_token
         self._compiled = set(sizes.planned)  # sizes of distinct ids whose step is compiled
         self._unread: _Unread | None = None
         self._steps = self._rows = 0  # steps, and rows of token memory that they evaluated, since the last record

@@ -36,9 +36,22 @@ def opening(trainer: Trainer, batches: TrainBatches, sizes: Sizes, start: int) -
         f"learning rate: {schedules.text(config)}",
         *(group.text for group in optimizer.groups(config, trainer.mesh.devices.flat[0])),
     ]
+    if batches.is_mixture:
+        lines += _mixture(batches)
     if start:
         lines.append(f"going on from step {start}")
     return "\n".join(lines)
+
+
+def _mixture(batches: TrainBatches) -> list[str]:
+    """A line for each source of a mixture: its share, and how much of it the run trains on."""
+    lines = []
+    for source, windows, epochs in zip(batches.sources, batches.windows_of, batches.epochs(len(batches))):
+        line = f"  {float(source.share):.2%} {source.name}: {epochs:.2f} epochs of {windows:,} sequences"
+        if source.validation.tokens < 2:
+            line += "; not validated, as it has no held-out tokens"
+        lines.append(line)
+    return lines
 
 
 def finish(config: Config, results: dict[str, dict], times: dict, workdir: str) -> None:

@@ -32,8 +32,13 @@ class Validation:
         self._agreement = SizeAgreement(sizes, trainer.mesh)
 
     def __call__(self, params) -> dict | None:
-        """Returns: {"loss" in nats per token, "perplexity", "bits_per_byte", "tokens"}; None if it was stopped."""
-        nll = weight = 0.0
+        """Evaluates the parameters.
+
+        Returns: {"loss" in nats per token, "perplexity", "bits_per_byte", "tokens"}, means over all tokens that were
+          scored, as Levanter's `eval/loss` is; for a mixture also "sources", {name: the same of one source}. None if it
+          was stopped.
+        """
+        nll, weight = [0.0] * len(self._batches.sources), [0.0] * len(self._batches.sources)
         for number in range(len(self._batches)):
             if self._stopped():
                 return None
@@ -41,20 +46,33 @@ class Validation:
             size = self._agreement.size(self._agreement.propose(batch.distinct))
             placed = place(batch, size, self._trainer.batch_sharding)
             batch_nll, batch_weight = jax.device_get(self._trainer.evaluate(params, placed))
-            nll += float(batch_nll)
-            weight += float(batch_weight)
-        # Bytes per token are those of the whole split, also where config.eval.batches evaluates only a part of it.
+            source = self._batches.source_of(number)
+            nll[source] += float(batch_nll)
+            weight[source] += float(batch_weight)
         held_out = self._batches.tokens
-        return quality(nll / weight, held_out.tokens - 1, held_out.bytes) | {"tokens": int(weight)}
+        result = _quality(sum(nll), sum(weight), held_out.tokens, held_out.bytes)
+        if self._batches.is_mixture:
+            result["sources"] = {
+                source.name: _quality(*sums, source.validation.tokens, source.validation.bytes)
+                for source, *sums in zip(self._batches.sources, nll, weight)
+            }
+        return result
 
     def text(self, result: dict) -> str:
-        """A result as a line to print."""
-        return f"validation {quality_text(result)}, {result['tokens']:,} tokens"
+        """A result as lines to print: the whole and, for a mixture, a line for each source."""
+        return f"validation {quality_text(result)}"
+
+
+def _quality(nll: float, weight: float, tokens: int, text_bytes: int) -> dict:
+    # Bytes per token are those of the whole split, also where config.eval.batches evaluates only a part of it.
+    return quality(nll / weight, tokens - 1, text_bytes) | {"tokens": int(weight)}
 
 
 def quality_text(result: dict) -> str:
-    """Loss, perplexity and bits per byte as a clause to print."""
-    return (
+    """Loss, perplexity, bits per byte and number of tokens as a clause to print; a line more for each source."""
+    lines = [
         f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}, "
-        f"{result['bits_per_byte']:.4f} bits per byte"
-    )
+        f"{result['bits_per_byte']:.4f} bits per byte, {result['tokens']:,} tokens"
+    ]
+    lines += [f"  {name}: {quality_text(of_source)}" for name, of_source in result.get("sources", {}).items()]
+    return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Opening prepared data: what is damaged or missing is named."""
 
-import hashlib
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -113,27 +113,26 @@ def test_a_dataset_json_that_is_no_description_is_refused(tmp_path, text):
         Dataset(str(tmp_path))
 
 
-def test_several_folders_are_one_stream_in_their_order(data_path, copied, tmp_path):
-    """The second folder has its splits swapped, and uint32 ids."""
-    tree = json.loads((copied / "dataset.json").read_text())
-    tree["splits"] = {"train": tree["splits"]["validation"], "validation": tree["splits"]["train"]}
-    tree["dtype"] = "uint32"
-    for split in tree["splits"].values():
-        for shard in split["shards"]:
-            ids = np.fromfile(copied / shard["file"], "<u2").astype("<u4").tobytes()
-            (copied / shard["file"]).write_bytes(ids)
-            shard["sha256"] = hashlib.sha256(ids).hexdigest()
-    (copied / "dataset.json").write_text(json.dumps(tree))
-    one, two = Dataset(data_path), Dataset(str(copied))
-    both, reversed_ = Dataset(f"{data_path},{copied}"), Dataset(f"{copied},{data_path}")
+def test_several_folders_are_one_stream_in_their_order(data_path, swapped, tmp_path):
+    """With weights too, which are part of the data's identity, as multiples of each other."""
+    one, two = Dataset(data_path), Dataset(str(swapped))
+    both, reversed_ = Dataset(f"{data_path},{swapped}"), Dataset(f"{swapped},{data_path}")
+    mixed, same, other = (Dataset(f"{data_path}:{a},{swapped}:{b}") for a, b in (("0.7", ".3"), ("7e1", "30"), (1, 1)))
     both.verify()
     for split in ("train", "validation"):
         expected = np.concatenate([read_all(one, split), read_all(two, split)])
         np.testing.assert_array_equal(read_all(both, split), expected)
+        np.testing.assert_array_equal(read_all(mixed, split), expected)
+        for source, alone in zip(mixed.sources, (one, two)):
+            start, tokens, text_bytes = getattr(source, split)
+            np.testing.assert_array_equal(expected[start : start + tokens], read_all(alone, split))
+            assert text_bytes == getattr(alone, split).bytes
         parts = [getattr(dataset, split) for dataset in (one, two)]
         assert getattr(both, split).bytes == sum(part.bytes for part in parts)
         assert getattr(both, split).documents == sum(part.documents for part in parts)
-    assert len({one.digest, two.digest, both.digest, reversed_.digest}) == 4
+    assert len({data.digest for data in (one, two, both, reversed_, mixed, other)}) == 6
+    assert mixed.digest == same.digest and mixed.shares == same.shares == (Fraction(7, 10), Fraction(3, 10))
+    assert [source.name for source in mixed.sources] == ["prepared", "small"]
     assert both.tokenizer().digest == one.tokenizer().digest
 
     # The name of a single folder may have a comma.
@@ -155,17 +154,3 @@ def test_folders_of_different_tokenizers_are_refused(data_path, copied, place, v
     (copied / "dataset.json").write_text(json.dumps(tree))
     with pytest.raises(UserError, match=message.replace("COPY", str(copied)).replace("DATA", data_path)):
         Dataset(f"{data_path},{copied}")
-
-
-@pytest.mark.parametrize(
-    "names, message",
-    [
-        ("DATA,", "found an empty name"),
-        ("DATA,DATA", "expected each folder once, found .* 2 times"),
-        ("DATA,embedded", "expected folders of prepared data in a list, found embedded"),
-        ("DATA,none", "expected folders, separated by commas and without commas in their names, found no 'none'"),
-    ],
-)
-def test_lists_of_folders_that_are_refused(data_path, names, message):
-    with pytest.raises(UserError, match=message):
-        Dataset(names.replace("DATA", data_path))

@@ -17,9 +17,10 @@ def global_batch(batches, step):
     return np.concatenate(inputs), np.concatenate(targets)
 
 
-def test_global_batches_do_not_depend_on_hosts_or_shards(make_config):
-    config = make_config("memory", steps=200, **{"data.epochs": 2})
-    dataset = Dataset(config.data.path)
+@pytest.mark.parametrize("path", ["DATA", "DATA:0.9,SMALL:0.1"])
+def test_global_batches_do_not_depend_on_hosts_or_shards(make_config, data_path, swapped, path):
+    config = make_config("memory", steps=200, **{"data.epochs": 3})
+    dataset = Dataset(path.replace("DATA", data_path).replace("SMALL", str(swapped)))
     one = TrainBatches(config, dataset, 1, [0])
     for step in (0, 7, 199):
         inputs, targets = global_batch(one, step)
@@ -38,13 +39,34 @@ def test_an_epoch_takes_every_window_once_in_shuffled_order(make_config):
     dataset = Dataset(config.data.path)
     batches = TrainBatches(config, dataset, 1, [0])
     T, B = config.seq_len, config.batch_size
-    steps = batches.windows_an_epoch // B
+    (windows_an_epoch,) = batches.windows_of
+    steps = windows_an_epoch // B
     found = np.concatenate([global_batch(batches, step)[0].reshape(B, T) for step in range(steps)])
-    windows = read_all(dataset)[: batches.windows_an_epoch * T].reshape(-1, T)
+    windows = read_all(dataset)[: windows_an_epoch * T].reshape(-1, T)
     assert not np.array_equal(found, windows[: len(found)])
     distinct_found, distinct_windows = ({window.tobytes() for window in all_} for all_ in (found, windows))
     assert distinct_found <= distinct_windows
     assert len(distinct_found) >= len(distinct_windows) - B  # windows left for the epoch's last, shared batch
+
+
+def test_a_mixture_takes_each_window_of_its_sources_in_their_shares(make_config, data_path, swapped):
+    config = make_config("memory", steps=100, **{"data.epochs": 4})
+    dataset = Dataset(f"{data_path}:3,{swapped}:1")
+    batches = TrainBatches(config, dataset, 1, [0])
+    T, B, small = config.seq_len, config.batch_size, batches.windows_of[1]
+    found = np.concatenate([global_batch(batches, step)[0].reshape(B, T) for step in range(100)])
+    of_small = {window.tobytes() for window in read_all(Dataset(str(swapped)))[: small * T].reshape(-1, T)}
+    is_small = np.array([window.tobytes() in of_small for window in found])
+    assert is_small.reshape(100, B).sum(1).tolist() == [B // 4] * 100
+    # Each of its epochs has every window once, in an order of its own.
+    epochs = found[is_small][: 200 // small * small].reshape(-1, small, T)
+    for epoch in epochs:
+        assert {window.tobytes() for window in epoch} == of_small
+    assert len(epochs) >= 2 and not np.array_equal(epochs[0], epochs[1])
+    assert batches.epochs(100) == [600 / batches.windows_of[0], 200 / small]
+    alone = TrainBatches(config, Dataset(f"{data_path}:9"), 1, [0])
+    plain = TrainBatches(config, Dataset(data_path), 1, [0])
+    np.testing.assert_array_equal(global_batch(alone, 7)[1], global_batch(plain, 7)[1])
 
 
 def test_reading_starts_at_any_step(make_config):
@@ -72,23 +94,36 @@ def test_more_steps_than_the_data_has_are_refused_before_training(make_config):
         TrainBatches(config, Dataset(config.data.path), 1, [0])
 
 
-def test_sequences_longer_than_the_data_are_refused(make_config):
-    config = make_config("memory", seq_len=10_000_000)
+def test_a_source_that_is_too_small_is_named(make_config, data_path, swapped):
+    dataset = Dataset(f"{data_path}:0.5,{swapped}:0.5")
     with pytest.raises(
-        UserError, match=r"config.seq_len: expected less than the \d+ training tokens of .*, found 1000"
+        UserError,
+        match=r"config.data.epochs: .* epochs of small, which has \d+ sequences; .* or give small less weight",
     ):
-        TrainBatches(config, Dataset(config.data.path), 1, [0])
+        TrainBatches(make_config("memory", steps=400, **{"data.epochs": 9}), dataset, 1, [0])
+    # Longer than the small source, and then longer than the other one too
+    for seq_len, source in ((40_000, "small"), (10_000_000, "prepared")):
+        message = rf"config.seq_len: expected less than the \d+ training tokens of {source}, found {seq_len}"
+        with pytest.raises(UserError, match=message):
+            TrainBatches(make_config("memory", seq_len=seq_len), dataset, 1, [0])
 
 
-def test_validation_scores_every_token_once(make_config):
+@pytest.mark.parametrize("path", ["DATA", "DATA:3,SMALL:1"])
+def test_validation_scores_every_token_once(make_config, data_path, swapped, path):
+    """Each source from its first token on, which nothing predicts."""
     config = make_config("memory", **{"eval.batches": 0})
-    dataset = Dataset(config.data.path)
+    dataset = Dataset(path.replace("DATA", data_path).replace("SMALL", str(swapped)))
     batches = ValidationBatches(config, dataset, 2, [0, 1])
-    scored = []
+    scored = [[] for _ in dataset.sources]
     for step in range(len(batches)):
         for shard in batches[step].values():
-            scored.append(shard.targets_AN[shard.weights_AN == 1])
-    np.testing.assert_array_equal(np.concatenate(scored), read_all(dataset, "validation")[1:])
+            scored[batches.source_of(step)].append(shard.targets_AN[shard.weights_AN == 1])
+    for source, found in zip(dataset.sources, scored):
+        start, tokens, _ = source.validation
+        expected = read_all(dataset, "validation")[start + 1 : start + tokens]
+        np.testing.assert_array_equal(np.concatenate(found), expected)
+    some = ValidationBatches(make_config("memory", **{"eval.batches": 9}), dataset, 2, [0, 1])
+    assert len(some) in (9, 10) and {some.source_of(n) for n in range(len(some))} == set(range(len(scored)))
 
 
 @pytest.mark.parametrize("batch_size, shards", [(8, 1), (64, 8)])

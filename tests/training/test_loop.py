@@ -167,8 +167,9 @@ def test_resuming_on_four_devices_what_eight_saved(make_config, tmp_path, monkey
         assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b)
 
 
-def test_other_config_data_or_tokenizer_is_refused_with_the_fields(make_config, tmp_path, corpus):
-    run(make_config("memory"), tmp_path / "w")
+def test_other_config_data_or_tokenizer_is_refused_with_the_fields(make_config, data_path, swapped, tmp_path, corpus):
+    """And a mixture with other weights, where its folders may lie elsewhere."""
+    run(make_config("memory", **{"data.path": f"{data_path}:0.7,{swapped}:0.3"}), tmp_path / "w")
     with pytest.raises(UserError) as error:
         run(make_config("flex-1", seed=3), tmp_path / "w")
     assert "seed: 0 in the checkpoint, 3 in this run" in str(error.value)
@@ -177,8 +178,15 @@ def test_other_config_data_or_tokenizer_is_refused_with_the_fields(make_config, 
     shards.prepare(corpus, "sentencepiece:train:500", str(tmp_path / "other"), validation_fraction=0.05)
     with pytest.raises(UserError, match=r"model.vocab_size: 512 .* 500 .*tokenizer: .*data: "):
         run(make_config("memory", **{"data.path": str(tmp_path / "other")}), tmp_path / "w")
+    shares = "shares of the data: '7/10, 3/10' in the checkpoint, '1/2, 1/2' in this run"
+    with pytest.raises(UserError, match=f"data: '.*; {shares}"):
+        run(make_config("memory", **{"data.path": f"{data_path}:1,{swapped}:1"}), tmp_path / "w")
     # Fields that decide where and how fast a run trains may change.
-    assert run(make_config("memory", **{"model.remat": "full", "mesh.fsdp": 2}), tmp_path / "w", 2) == 0
+    moved = {"data.path": f"{data_path}:7,{swapped.rename(tmp_path / 'moved')}:3"}
+    assert run(make_config("memory", **{"model.remat": "full", "mesh.fsdp": 2} | moved), tmp_path / "w", 2) == 0
+    (validation,) = records(tmp_path / "w", "validation")
+    assert list(validation["sources"]) == ["prepared", "moved"]
+    assert json.loads((tmp_path / "w" / "result.json").read_text())["validation"]["sources"] == validation["sources"]
 
 
 def test_checkpoints_that_are_kept(make_config, tmp_path):
