@@ -268,7 +268,7 @@ class Writer:
         if self._tensorboard is not None:
             self._add_to_tensorboard(step, kind, values)
         for tracker in self._trackers:
-            tracker.write(step, kind, _flat(values))
+            tracker.write(step, kind, values)
         if self._claim is not None and time.monotonic() - self._synced > _SYNC_S:
             self.sync()
 

@@ -12,7 +12,7 @@ from memoryllm_jax.training.batches import TrainBatches
 from memoryllm_jax.training.during import score_lines
 from memoryllm_jax.training.sizes import Sizes
 from memoryllm_jax.training.step import Trainer
-from memoryllm_jax.training.validation import quality_text
+from memoryllm_jax.training.validation import quality_text, source_lines
 
 
 def opening(trainer: Trainer, batches: TrainBatches, sizes: Sizes, start: int) -> str:
@@ -66,7 +66,7 @@ def finish(config: Config, results: dict[str, dict], times: dict, workdir: str) 
     if not hosts.is_first():
         return
     record = {"steps": config.steps, "architecture": config.model.architecture, "validation": results["validation"]}
-    lines = ["", f"validation: {quality_text(results['validation'])}"]
+    lines = ["", f"validation: {quality_text(results['validation'])}", *source_lines(results["validation"])]
     if "tasks" in results:
         record["tasks"] = results["tasks"]
         lines += ["tasks:", *score_lines(results["tasks"])]

@@ -59,8 +59,9 @@ class Validation:
         return result
 
     def text(self, result: dict) -> str:
-        """A result as lines to print: the whole and, for a mixture, a line for each source."""
-        return f"validation {quality_text(result)}"
+        """A result as lines to print."""
+        line = f"validation {quality_text(result)}, {result['tokens']:,} tokens"
+        return "\n".join([line, *source_lines(result)])
 
 
 def _quality(nll: float, weight: float, tokens: int, text_bytes: int) -> dict:
@@ -69,10 +70,13 @@ def _quality(nll: float, weight: float, tokens: int, text_bytes: int) -> dict:
 
 
 def quality_text(result: dict) -> str:
-    """Loss, perplexity, bits per byte and number of tokens as a clause to print; a line more for each source."""
-    lines = [
+    """Loss, perplexity and bits per byte as a clause to print."""
+    return (
         f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}, "
-        f"{result['bits_per_byte']:.4f} bits per byte, {result['tokens']:,} tokens"
-    ]
-    lines += [f"  {name}: {quality_text(of_source)}" for name, of_source in result.get("sources", {}).items()]
-    return "\n".join(lines)
+        f"{result['bits_per_byte']:.4f} bits per byte"
+    )
+
+
+def source_lines(result: dict) -> list[str]:
+    """A line to print for each source of a mixture; none without one."""
+    return [f"  {name}: {quality_text(of_source)}" for name, of_source in result.get("sources", {}).items()]

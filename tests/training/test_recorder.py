@@ -24,7 +24,7 @@ def now(monkeypatch):
 def test_a_pause_begins_when_the_devices_are_done(make_config, tmp_path, now, monkeypatch, late):
     """Each step takes a device 5 s, also while the clock is paused."""
     config = make_config("memory", steps=3)
-    batches = types.SimpleNamespace(shards=1, epoch=lambda step: 0, tokens=types.SimpleNamespace(bytes=4, tokens=1))
+    batches = types.SimpleNamespace(shards=1, epoch=lambda step: 0, bytes_a_token=4)
     done_at = {}
 
     def device_get(values):

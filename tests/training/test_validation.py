@@ -19,17 +19,18 @@ from memoryllm_jax.training.validation import Validation
 class IdTrainer:
     """Gives each target a loss of a hundredth of its id."""
 
-    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     batch_sharding = NamedSharding(mesh, P("fsdp"))
 
     def evaluate(self, params, batch):
-        return (batch.targets_SAN * batch.weights_SAN).sum() / 100, batch.weights_SAN.sum()
+        weights = np.asarray(batch.weights_SAN)
+        return (np.asarray(batch.targets_SAN) * weights).sum() / 100, weights.sum()
 
 
 def test_losses_are_means_over_all_held_out_tokens_and_over_those_of_each_source(make_config, data_path, swapped):
-    config = make_config("memory", **{"eval.batches": 0})
+    config = make_config("memory", batch_size=256, **{"eval.batches": 0, "model.vocab_size": 512})
     dataset = Dataset(f"{data_path}:0.5,{swapped}:0.5")
-    batches = ValidationBatches(config, dataset, 2, [0, 1])
+    batches = ValidationBatches(config, dataset, 1, [0])
     found = Validation(1, batches, IdTrainer(), batches.sizes(), lambda: False)(None)
     ids = [read_all(Dataset(path), "validation")[1:] / 100 for path in (data_path, str(swapped))]
     expected = [np.concatenate(ids), *ids]
