@@ -29,8 +29,9 @@ from memoryllm_jax.model.modules import Norm, SwiGLU, matmul, output_std, parame
 from memoryllm_jax.model.sharding import batch_shards, constrain, make_mesh, padded, shardings
 from memoryllm_jax.model.token_memory import TokenRows, embed, take_rows
 
-# Linen's collection of what layers add to the stream: squares, summed over the positions of each batch shard. A caller
-# of `hidden` gets it, {"layers": {part: float32 [L, S]}}, if it applies the model with mutable=[ADDED].
+# Linen's collection of the squares, in float32, of what layers add to the stream. A caller gets it if it applies the
+# model with mutable=[ADDED]: from `hidden` {"layers": {part: [L, S], summed over the positions of each batch shard}},
+# from `token_rows` {"memory": {"memory": [L, S, U], of FFN-M's rows}} or, without FFN-M, nothing.
 ADDED = "added"
 
 
@@ -208,30 +209,35 @@ class DecoderLayer(nn.Module):
         value_BTE = row_BTP if c.token_memory == "value" else None
         attention_input = Norm(c, name="attention_norm")(x_BTD)
         attended, mixed, keys_values = Attention(c, name="attention")(attention_input, rope, past, value_BTE, start_BT)
-        self._note("attention", attended, index_SN)
+        _note(self, "attention", attended, len(index_SN))
         y = x_BTD + attended
         ffn_input = None
         if c.compute_dim:
             source = y if c.compute_input == "after_attention" else x_BTD
             ffn_input = Norm(c, name="ffn_norm")(source)
             computed = SwiGLU(c, c.compute_dim, name="ffn")(ffn_input)
-            self._note("ffn", computed, index_SN)
+            _note(self, "ffn", computed, len(index_SN))
             y = y + (computed if factors is None else _times(computed, factors.compute))
         if c.token_memory == "per_layer":
             gated = Gate(c, name="row_gate")(Norm(c, name="row_gate_norm")(y), row_BTP)
-            self._note("row_gate", gated, index_SN)
+            _note(self, "row_gate", gated, len(index_SN))
             y = y + gated
         elif c.token_memory == "ffn" and row_BTP is not None:
             y = y + row_BTP
         y = constrain(y, "batch", None, None)
         return LayerOutput(y, keys_values, attention_input, mixed, attended, ffn_input)
 
-    def _note(self, part: str, y_BTD, index_SN) -> None:
-        """Keeps the squares of what a part adds to the stream, if the caller asks for the collection ADDED."""
-        if self.is_mutable_collection(ADDED) and not self.is_initializing():
-            # One sum for each batch shard, so that devices send each other nothing in the loop over layers.
-            square_S = jnp.square(y_BTD.astype(jnp.float32)).reshape(len(index_SN), -1).sum(-1)
-            self.put_variable(ADDED, part, constrain(square_S, "shard"))
+
+def _note(module: nn.Module, part: str, added, *sums: int) -> None:
+    """Keeps the squares of what a part adds, if the caller asks for the collection ADDED.
+
+    Args:
+      added: [..., D].
+      sums: shape of the result: over what axes it is summed. Devices need not communicate if it begins with S.
+    """
+    if module.is_mutable_collection(ADDED) and not module.is_initializing():
+        square = jnp.square(added.astype(jnp.float32)).reshape(*sums, -1).sum(-1)
+        module.put_variable(ADDED, part, constrain(square, "shard", *[None] * (len(sums) - 1)))
 
 
 def apply_layer(
@@ -298,7 +304,10 @@ class ScannedMemoryLayer(MemoryLayer):
     """A memory layer for `nn.scan`. The carry is the embeddings, which all layers read; the rows are stacked."""
 
     def __call__(self, x0_SUD):
-        return x0_SUD, constrain(super().__call__(x0_SUD).row, "shard", None, None)
+        row_SUD = constrain(super().__call__(x0_SUD).row, "shard", None, None)
+        # Here and not after the loop: the rows of all layers would be in memory for longer.
+        _note(self, "memory", row_SUD, *row_SUD.shape[:2])
+        return x0_SUD, row_SUD
 
 
 class MemoryTable(nn.Module):

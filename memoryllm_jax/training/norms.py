@@ -16,9 +16,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from memoryllm_jax.config import Config
-from memoryllm_jax.model.token_memory import TokenRows
-
 _BY_LAYER = ("layers", "memory")  # the parameters whose leading axis is L
 
 
@@ -36,21 +33,24 @@ def of_gradients(grads) -> dict[str, jax.Array]:
     return jax.tree.map(jnp.sqrt, squares)
 
 
-def of_added(config: Config, sums: dict[str, jax.Array], rows: TokenRows, index_SAN) -> dict[str, jax.Array]:
-    """The norm of what each part adds to the residual stream, [L].
+def of_added(sums: dict[str, jax.Array], of_rows: dict[str, jax.Array], index_SAN) -> dict[str, jax.Array]:
+    """The norm of what each part adds to the residual stream, [L]. The first two arguments are of `transformer.ADDED`.
 
     Args:
-      sums: {part: squares summed over the positions of each batch shard, [L, S]}, from the layers.
-      rows: of the distinct ids; with FFN-M, its rows are what it adds.
+      sums: {part: squares summed over the positions of each batch shard, [L, S]}.
+      of_rows: {part: squares of the rows of distinct ids, [L, S, U]}.
       index_SAN: the row of each position.
     """
     squares = {part: sum_LS.sum(-1) for part, sum_LS in sums.items()}
-    if config.model.memory_dim:
-        # Rows that pad the distinct ids are at no position. Products and sums, as a matrix product would be rounded.
-        count = jax.vmap(lambda index_AN: jnp.zeros(rows.ffn_LSUD.shape[2]).at[index_AN.reshape(-1)].add(1.0))
-        square_LSU = jnp.square(rows.ffn_LSUD.astype(jnp.float32)).sum(-1)
-        squares["memory"] = (square_LSU * count(index_SAN)).sum((1, 2))
+    for part, square_LSU in of_rows.items():
+        # Products and sums, as a matrix product would be rounded.
+        squares[part] = (square_LSU * _positions_of(index_SAN, square_LSU.shape[-1])).sum((1, 2))
     return jax.tree.map(lambda square_L: jnp.sqrt(square_L / index_SAN.size), squares)
+
+
+def _positions_of(index_SAN, rows: int) -> jax.Array:
+    """The number of positions that take each row, float32 [S, U]. Rows that pad the distinct ids are taken by none."""
+    return jax.vmap(lambda index_AN: jnp.zeros(rows).at[index_AN.reshape(-1)].add(1.0))(index_SAN)
 
 
 def record(norms) -> dict | None:

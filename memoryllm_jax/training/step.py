@@ -1,5 +1,6 @@
 """The compiled train and eval steps, and the state that they work on, placed on a mesh."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -122,22 +123,28 @@ class Trainer:
         state = {"params": params, "opt_state": self.optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
         return state | {"spikes": spikes.init()} if self.config.optimizer.max_skipped else state
 
-    def _token_rows(self, params, ids_SU):
-        """The `transformer.TokenRows` of the ids: embeddings and token memory."""
-        return self.model.apply({"params": params}, ids_SU, method="token_rows")
+    def _token_rows(self, params, ids_SU, with_added: bool = False):
+        """(`transformer.TokenRows` of the ids: embeddings and token memory; what `_apply` notes)."""
+        return self._apply(params, "token_rows", with_added, ids_SU)
+
+    def _apply(self, params, method: str, with_added: bool, *arguments):
+        """(result of a method of the model, {part: what it adds, as in `transformer.ADDED`} if that is asked for)."""
+        asked = [transformer.ADDED] if with_added else []
+        result, noted = self.model.apply({"params": params}, *arguments, method=method, mutable=asked)
+        (parts,) = noted.get(transformer.ADDED, {"": {}}).values()
+        return result, parts
 
     def _sums(self, params, rows, micro: Micro, with_added: bool = False) -> Losses:
         """Weighted sums over one micro-batch, see `loss.cross_entropy`, and what the layers add if it is asked for."""
         c = self.config
-        asked = [transformer.ADDED] if with_added else []
         arguments = rows, micro.index_SN, c.seq_len, micro.start_SN
-        hidden, noted = self.model.apply({"params": params}, *arguments, method="hidden", mutable=asked)
+        hidden, added = self._apply(params, "hidden", with_added, *arguments)
         head_VD = self.model.apply({"params": params}, method="output_embedding")
         x_SND = hidden.reshape(*micro.index_SN.shape, c.model.dim)
         m = c.model
         options = loss.Options(m.vocab_size, c.optimizer.z_loss, m.loss_chunk, m.dtype, m.logit_softcap)
         total, nll = loss.cross_entropy(x_SND, head_VD, micro.targets_SN, micro.weights_SN, options)
-        return Losses(total, nll, noted[transformer.ADDED]["layers"] if with_added else {})
+        return Losses(total, nll, added)
 
     def _gradients(self, params, batch: Batch):
         """(Losses, gradient of the total loss by the parameters), over all positions of all micro-batches."""
@@ -145,7 +152,8 @@ class Trainer:
         weight = batch.weights_SAN.sum()
         # The token memory is evaluated once per optimizer step. All micro-batches read the same rows; the gradients by
         # these rows are summed over micro-batches, and the sum is propagated through the token memory once.
-        rows, rows_vjp = jax.vjp(lambda p: self._token_rows(p, batch.ids_SU), params)
+        token_rows = functools.partial(self._token_rows, ids_SU=batch.ids_SU, with_added=with_added)
+        rows, rows_vjp, of_rows = jax.vjp(token_rows, params, has_aux=True)
 
         def mean_losses(params, rows, micro):
             sums = self._sums(params, rows, micro, with_added)
@@ -155,9 +163,7 @@ class Trainer:
         micro_batches = _micro_batches(batch)
         first = jax.tree.map(lambda x: x[0], micro_batches)
         if self.config.accumulate == 1:
-            (total, (nll, added)), (grads, d_rows) = value_and_grad(
-                params, rows, jax.tree.map(lambda x: x[0], micro_batches)
-            )
+            (total, (nll, added)), (grads, d_rows) = value_and_grad(params, rows, first)
         else:
 
             def add(sums, micro):
@@ -169,7 +175,7 @@ class Trainer:
             ((total, (nll, added)), (grads, d_rows)), _ = jax.lax.scan(add, zeros, micro_batches)
             d_rows = jax.tree.map(lambda d, row: d.astype(row.dtype), d_rows, rows)
         if with_added:
-            added = norms.of_added(self.config, added, rows, batch.index_SAN)
+            added = norms.of_added(added, of_rows, batch.index_SAN)
         return Losses(total, nll, added), jax.tree.map(jnp.add, grads, rows_vjp(d_rows)[0])
 
     def _train(self, state, batch: Batch):
@@ -197,7 +203,7 @@ class Trainer:
         return after, metrics | of_guard
 
     def _evaluate(self, params, batch: Batch):
-        rows = self._token_rows(params, batch.ids_SU)
+        rows, _ = self._token_rows(params, batch.ids_SU)
         nll = jax.lax.map(lambda micro: self._sums(params, rows, micro).nll, _micro_batches(batch))
         return nll.sum(), batch.weights_SAN.sum()
 
