@@ -368,12 +368,22 @@ def resolve(config: ml_collections.ConfigDict | dict, given: Collection[str] = (
       given: dotted names of these fields. Of steps, tokens and tokens_per_parameter, the one among them counts.
     Raises: UserError that names the field.
     """
-    tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    tree = _values(config) if isinstance(config, ml_collections.ConfigDict) else config
     resolved = fields.build(Config, tree, "config")
     validate(resolved)
     resolved = _with_steps(resolved, given)
     _check_schedule(resolved)
     return resolved
+
+
+def _values(config: ml_collections.ConfigDict) -> dict:
+    """The tree with the values of fields that follow from others. Raises: UserError if one cannot be computed."""
+    try:
+        return config.to_dict()
+    except (ArithmeticError, ValueError) as error:  # such as a batch of 0 sequences, or a share that is not a number
+        raise UserError(
+            f"config: expected values from which its other fields follow, found one with {error}"
+        ) from error
 
 
 def _with_steps(config: Config, given: Collection[str]) -> Config:

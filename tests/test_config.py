@@ -159,6 +159,9 @@ def test_one_number_sets_sizes_and_recipe():
     assert config.optimizer.warmup_steps == 648
     config = resolve(load("depth", "base@24"))
     assert (config.model.dim, config.batch_size, config.optimizer.peak_lr) == (1536, 512, 3e-4)
+    c.batch_size = 0
+    with pytest.raises(UserError, match="config: expected values from which other fields can be computed, found"):
+        resolve(c)
     for depth in ("0", "1.5", "deep"):
         with pytest.raises(UserError, match=f"a depth from 1 to 100, found base@{depth}"):
             load("depth", f"base@{depth}")
