@@ -29,12 +29,13 @@ import types
 import jax
 import numpy as np
 import pytest
+import shared_trainers as trainers
 from jax._src.cudnn import fused_attention_stablehlo
 from lab import Lab, made_once, shared_folder
 
 from memoryllm_jax.config import default, resolve
 from memoryllm_jax.data import documents, shards
-from memoryllm_jax.training import chips
+from memoryllm_jax.training import chips, loop
 
 
 def pytest_collection_modifyitems(config, items):
@@ -93,6 +94,12 @@ def make_config(data_path):
         return resolve(c)
 
     return make
+
+
+@pytest.fixture
+def shared_trainers(monkeypatch):
+    """Runs in this process with the same step compile it once."""
+    monkeypatch.setattr(loop, "Trainer", trainers.shared)
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,8 @@ from memoryllm_jax.training import documents, loop, metrics
 from memoryllm_jax.training.recorder import Recorder
 from memoryllm_jax.training.step import Trainer
 
+pytestmark = pytest.mark.usefixtures("shared_trainers")
+
 
 def run(config, workdir, devices=1):
     return loop.train(config, str(workdir), jax.devices()[:devices])
@@ -37,7 +39,7 @@ def run(config, workdir, devices=1):
 def final_state(config, workdir):
     """The newest checkpoint's arrays, on the host."""
     config = loop.complete(config, Dataset(config.data.path))
-    trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    trainer = loop.Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     checkpoints = store.Checkpoints(str(workdir), keep=10)
     state = checkpoints.restore(checkpoints.latest(), trainer.state_shape)
     checkpoints.close()
@@ -205,11 +207,11 @@ def test_a_save_that_fails_in_the_background_ends_the_run(make_config, tmp_path,
 
 def test_a_step_is_dispatched_before_the_metrics_of_the_step_before_are_read(make_config, tmp_path, monkeypatch):
     order, seen = [], []
-    compiled, get = Trainer.__init__, jax.device_get
+    make, get = loop.Trainer, jax.device_get
 
-    def watched(self, *args):
-        compiled(self, *args)
-        step = self.train
+    def watched(*args):
+        trainer = make(*args)
+        step = trainer.train
 
         def train_step(state, batch):
             state, values = step(state, batch)
@@ -217,13 +219,14 @@ def test_a_step_is_dispatched_before_the_metrics_of_the_step_before_are_read(mak
             seen.append(values)
             return state, values
 
-        self.train = train_step
+        trainer.train = train_step
+        return trainer
 
     def device_get(values):
         order.extend(f"read {number}" for number, known in enumerate(seen) if known is values)
         return get(values)
 
-    monkeypatch.setattr(Trainer, "__init__", watched)
+    monkeypatch.setattr(loop, "Trainer", watched)
     monkeypatch.setattr(jax, "device_get", device_get)
     run(make_config("memory"), tmp_path / "w")
     assert order == ["train 0", "train 1", "read 0", "train 2", "read 1", "train 3", "read 2", "read 3"]
@@ -237,6 +240,7 @@ def test_steps_are_compiled_before_the_clock_starts(make_config, tmp_path, monke
         if event == "/jax/core/compile/backend_compile_duration":
             order.extend(name for name in ("_train", "_evaluate") if name in fun_name)
 
+    monkeypatch.setattr(loop, "Trainer", Trainer)  # one that shares nothing
     steps = Recorder.steps
     monkeypatch.setattr(Recorder, "steps", lambda *args: order.append("start") or steps(*args))
     jax.monitoring.register_event_duration_secs_listener(note)

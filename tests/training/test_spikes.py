@@ -12,7 +12,6 @@ from lab import records
 from memoryllm_jax.checkpoint import store
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.training import loop, spikes
-from memoryllm_jax.training.step import Trainer
 
 
 def _expected(values_N2, deviations) -> list[bool]:
@@ -64,21 +63,22 @@ def test_a_step_is_skipped_by_the_mean_and_deviation_of_the_last_applied_steps(m
 
 
 @pytest.fixture
-def damage(monkeypatch):
+def damage(monkeypatch, shared_trainers):
     """A set of steps, from 1 on, whose batches give a loss that is not a number."""
-    steps, made = set(), Trainer.__init__
+    steps, make = set(), loop.Trainer
 
-    def damaging(self, *args):
-        made(self, *args)
-        train = self.train
+    def damaging(*args):
+        trainer = make(*args)
+        train = trainer.train
 
         def step(state, batch):
             is_damaged = int(state["step"]) + 1 in steps
             return train(state, batch._replace(weights_SAN=batch.weights_SAN * np.nan) if is_damaged else batch)
 
-        self.train = step
+        trainer.train = step
+        return trainer
 
-    monkeypatch.setattr(Trainer, "__init__", damaging)
+    monkeypatch.setattr(loop, "Trainer", damaging)
     return steps
 
 
