@@ -176,10 +176,10 @@ class DataConfig:
     """The training text and how it is read."""
 
     # A folder that `prepare` wrote, or its URL; several, separated by commas, are one stream in this order;
-    # FOLDER:WEIGHT,FOLDER:WEIGHT is a mixture with these shares of the sequences; embedded: Python's own texts, which
-    # are prepared in the workdir
+    # FOLDER:WEIGHT,FOLDER:WEIGHT is a mixture in which sequences come from the folders in proportion to the weights;
+    # embedded: Python's own texts, which are prepared in the workdir
     path: str = field("embedded", resumable=True)
-    # Passes over the training tokens at most; a run that needs more is refused
+    # Passes over the training tokens at most, in a mixture over those of each source; a run that needs more is refused
     epochs: int = field(1, least=1, resumable=True)
     # Keep attention inside a document, with positions that start anew in each
     document_mask: bool = False

@@ -38,6 +38,9 @@ def of_text(page: report.Report, model: Engine, text: Text, result: dict) -> Non
     """
     rows = [[name, result[name], meaning] for name, meaning in _MEASURES.items()]
     page.table(["measure", "value", "what it is"], rows, csv="quality")
+    if "sources" in result:
+        head = ["source of the mixture", "loss, nats a token", "perplexity", "bits per byte", "predicted tokens"]
+        page.table(head, [[name, *found.values()] for name, found in result["sources"].items()], csv="sources")
     parts = result["by_context"]
     page.figure("context", _draw_context(parts), "Loss by how many tokens the model has seen")
     head = ["tokens before, from", "to", "loss, nats a token", "predicted tokens"]

@@ -18,18 +18,38 @@ from memoryllm_jax.model import loss
 _CHUNK = 1 << 20  # tokens read at a time
 
 
+class Part(NamedTuple):
+    """A part of a stream that is cut into windows of its own: a source of a mixture, or all of the stream.
+
+    name: of the source; "": all of the stream.
+    start, stop: positions of its first token, and one past its last.
+    bytes: size of the text that is predicted.
+    """
+
+    name: str
+    start: int
+    stop: int
+    bytes: float
+
+    @property
+    def predicted(self) -> int:
+        """Number of tokens that are predicted, which are all but the first."""
+        return self.stop - self.start - 1
+
+
 class Text(NamedTuple):
     """A stream of token ids to score.
 
     read_each: (starts, count) -> list of arrays, `count` int32 ids from each start, fewer at the end of the stream.
     tokens: length of the stream.
-    bytes, words: size of the text that is predicted, which is all but the first token.
+    words: number of words in the text that is predicted.
+    parts: what is scored of it.
     """
 
     read_each: Callable
     tokens: int
-    bytes: float
     words: float
+    parts: tuple[Part, ...]
 
 
 class Span(NamedTuple):
@@ -76,11 +96,11 @@ class Windows(NamedTuple):
             predicted -= (predicted - self.context) % self.stride
         return predicted + 1
 
-    def spans(self, tokens: int) -> Iterator[Span]:
-        """Yields the windows of a stream of `tokens`."""
-        start = scored = 0  # scored: one past the last token that a window has held
-        while scored < tokens:
-            stop = min(start + self.context + 1, tokens)
+    def spans(self, tokens: int, first: int = 0) -> Iterator[Span]:
+        """Yields the windows of `tokens` tokens of a stream, from position `first` on."""
+        start = scored = first  # scored: one past the last token that a window has held
+        while scored < first + tokens:
+            stop = min(start + self.context + 1, first + tokens)
             # The targets of a window are its tokens from start + 1 on.
             yield Span(start, stop, skipped=max(0, scored - 1 - start))
             scored = stop
@@ -103,25 +123,32 @@ def perplexity(
       report: called after each batch, as by `Progress`; None: the progress is printed.
       positions: as of `scoring.score`.
     Returns: a record for JSON with loss in nats a token, perplexity of tokens and of words, bits per byte, the numbers
-      of tokens, words and bytes that these are means over, and the loss by context.
+      of tokens, words and bytes that these are means over, and the loss by context; of a mixture also "sources",
+      {name: loss, perplexity, bits per byte and tokens of one source}.
     """
-    spans = list(windows.spans(text.tokens))
+    spans, part_of = [], []  # the number of the part that each span is of
+    for number, part in enumerate(text.parts):
+        found = list(windows.spans(part.stop - part.start, part.start))
+        spans += found
+        part_of += [number] * len(found)
     total = sum(span.stop - span.start - 1 for span in spans)
     progress = Progress("score", total, "token", enabled=report is None, report=report)
     # Sums over all windows, by the position of the predicted token in its window.
     nats_T = np.zeros(windows.context)
     predicted_T = np.zeros(windows.context, np.int64)
+    nats_of_parts = np.zeros(len(text.parts))
     saved = []
     step = max(1, _CHUNK // windows.context)  # windows whose ids are in memory at a time
     for first in range(0, len(spans), step):
-        chosen = spans[first : first + step]
+        chosen, numbers = spans[first : first + step], part_of[first : first + step]
         pieces = text.read_each([span.start for span in chosen], windows.context + 1)
         ids = [piece[: span.stop - span.start] for piece, span in zip(pieces, chosen)]
         found = scoring.score(model.decoder, model.rows, ids, windows.context, progress, positions)
-        for span, scores in zip(chosen, found):
+        for number, span, scores in zip(numbers, chosen, found):
             targets = slice(span.skipped, len(scores.log_probs_T))
             nats_T[targets] -= scores.log_probs_T[targets]
             predicted_T[targets] += 1
+            nats_of_parts[number] -= scores.log_probs_T[targets].sum(dtype=np.float64)
         if save_tokens:
             saved += ids
     progress.close()
@@ -129,17 +156,29 @@ def perplexity(
         buffer = io.BytesIO()
         np.save(buffer, np.stack(saved))
         storage.write_bytes(save_tokens, buffer.getvalue())
-    tokens, nats = text.tokens - 1, float(nats_T.sum())
-    return {
-        **loss.quality(nats / tokens, tokens, text.bytes),
+    tokens, nats = sum(part.predicted for part in text.parts), float(nats_T.sum())
+    text_bytes = sum(part.bytes for part in text.parts)
+    result = {
+        **loss.quality(nats / tokens, tokens, text_bytes),
         "tokens": tokens,
         "word_perplexity": math.exp(min(nats / max(text.words, 1), 700.0)),  # exp overflows above 709
         "words": round(text.words),
-        "bytes": round(text.bytes),
+        "bytes": round(text_bytes),
         "windows": len(spans),
         "context": windows.context,
         "stride": windows.stride,
         "by_context": _by_context(nats_T, predicted_T),
+    }
+    if any(part.name for part in text.parts):
+        result["sources"] = _by_source(text.parts, nats_of_parts.tolist())
+    return result
+
+
+def _by_source(parts: Iterable[Part], nats: Iterable[float]) -> dict[str, dict]:
+    """The means over each source of a mixture, from its sum of nats."""
+    return {
+        part.name: loss.quality(of_part / part.predicted, part.predicted, part.bytes) | {"tokens": part.predicted}
+        for part, of_part in zip(parts, nats)
     }
 
 
@@ -162,21 +201,31 @@ def _by_context(nats_T: np.ndarray, predicted_T: np.ndarray) -> list[dict]:
 def prepared_text(path: str, split: str, tokenizer, windows: Windows, workdir: str = "") -> Text:
     """Opens a split of prepared data, and verifies what is used of it.
 
-    Bytes are in proportion to the tokens used; words are counted in the decoded tokens.
+    Bytes are in proportion to the tokens used; words are counted in the decoded tokens. The sources of a mixture follow
+    one another, whatever their weights, each with windows of its own as in the validation of training.
 
     Args:
-      path: folder or URL of the data, or several, separated by commas.
+      path: the data, as of `Dataset`.
       split: "train" or "validation".
       tokenizer: the model's, which the data must have been prepared with.
       windows: how the text is cut, and how much of it is used.
       workdir: remembers which file shards are verified; "": nothing does.
     Raises: UserError.
     """
-    stream = getattr(dataset.open_for(path, tokenizer.digest, workdir), split)
+    data = dataset.open_for(path, tokenizer.digest, workdir)
+    if data.shares and windows.whole:
+        raise ArgumentError("save_tokens", f"expected one folder of prepared data, found the mixture {path}")
+    stream = getattr(data, split)
     tokens = windows.used(stream.tokens, path)
     stream.verify([0], tokens)
-    share = (tokens - 1) / (stream.tokens - 1)
-    return Text(stream.read_each, tokens, stream.bytes * share, _count_words(stream, tokens, tokenizer))
+    parts = []
+    for source in data.sources:
+        start, length, text_bytes = getattr(source, split)
+        stop = min(start + length, tokens)
+        if stop - start > 1:
+            share = (stop - start - 1) / (length - 1)
+            parts.append(Part(source.name if data.shares else "", start, stop, text_bytes * share))
+    return Text(stream.read_each, tokens, _count_words(stream, tokens, tokenizer), tuple(parts))
 
 
 def raw_text(pattern: str, text_key: str, tokenizer, windows: Windows) -> Text:
@@ -219,7 +268,7 @@ def text_of(texts: Iterable[str], tokenizer, windows: Windows, name: str) -> Tex
     def read_each(starts, count):
         return [ids[start : start + count] for start in starts]
 
-    return Text(read_each, used, text_bytes * share, words * share)
+    return Text(read_each, used, words * share, (Part("", 0, used, text_bytes * share),))
 
 
 def _documents(pattern, text_key):
@@ -244,10 +293,16 @@ def _count_words(stream, tokens, tokenizer) -> int:
 
 
 def summary(result: dict) -> str:
-    """Two lines for the terminal about a result of `perplexity`."""
-    return (
+    """Two lines for the terminal about a result of `perplexity`, and one for each source of a mixture."""
+    lines = [
         f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.3f}, word perplexity "
-        f"{result['word_perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte\n"
+        f"{result['word_perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte",
         f"{result['tokens']:,} tokens, {result['words']:,} words, {result['bytes']:,} bytes in {result['windows']:,} "
-        f"windows of {result['context']}, stride {result['stride']}"
-    )
+        f"windows of {result['context']}, stride {result['stride']}",
+    ]
+    for name, found in result.get("sources", {}).items():
+        lines.append(
+            f"  {name}: loss {found['loss']:.4f} nats a token, perplexity {found['perplexity']:.3f}, "
+            f"{found['bits_per_byte']:.4f} bits per byte, {found['tokens']:,} tokens"
+        )
+    return "\n".join(lines)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 
+from memoryllm_jax.data.dataset import Span
 from memoryllm_jax.model.loss import quality
 from memoryllm_jax.training.batches import ValidationBatches, place
 from memoryllm_jax.training.feeder import SizeAgreement
@@ -49,13 +50,11 @@ class Validation:
             source = self._batches.source_of(number)
             nll[source] += float(batch_nll)
             weight[source] += float(batch_weight)
-        held_out = self._batches.tokens
-        result = _quality(sum(nll), sum(weight), held_out.tokens, held_out.bytes)
+        spans = [source.validation for source in self._batches.sources]
+        result = _quality(sum(nll), sum(weight), spans)
         if self._batches.is_mixture:
-            result["sources"] = {
-                source.name: _quality(*sums, source.validation.tokens, source.validation.bytes)
-                for source, *sums in zip(self._batches.sources, nll, weight)
-            }
+            names = [source.name for source in self._batches.sources]
+            result["sources"] = {name: _quality(*of, [span]) for name, *of, span in zip(names, nll, weight, spans)}
         return result
 
     def text(self, result: dict) -> str:
@@ -64,9 +63,11 @@ class Validation:
         return "\n".join([line, *source_lines(result)])
 
 
-def _quality(nll: float, weight: float, tokens: int, text_bytes: int) -> dict:
-    # Bytes per token are those of the whole split, also where config.eval.batches evaluates only a part of it.
-    return quality(nll / weight, tokens - 1, text_bytes) | {"tokens": int(weight)}
+def _quality(nll: float, weight: float, spans: list[Span]) -> dict:
+    """The means of a sum of `nll` nats over `weight` tokens, which were scored in these parts of the split."""
+    # Bytes per token are those of the whole parts, also where config.eval.batches evaluates less of them.
+    tokens = sum(span.tokens - 1 for span in spans)  # nothing predicts the first token of each
+    return quality(nll / weight, tokens, sum(span.bytes for span in spans)) | {"tokens": int(weight)}
 
 
 def quality_text(result: dict) -> str:

@@ -50,6 +50,22 @@ def test_text_files_are_what_prepare_would_make_of_them(lab, tmp_path):
         assert found["bytes"] == sum(len(text.encode()) for text in texts)
 
 
+def test_the_sources_of_a_mixture_are_scored_as_alone(lab, swapped):
+    """The second one as far as max_tokens goes. The whole is the mean over all tokens, whatever the weights."""
+    held_out = dataset.Dataset(lab.data_path).validation.tokens
+    with lab.model("memory") as model:
+        windows = Windows(CONTEXT, CONTEXT, max_tokens=held_out + 300)
+        found = quality(model, f"{lab.data_path}:0.9,{swapped}:0.1", windows)
+        alone = [quality(model, lab.data_path), quality(model, str(swapped), Windows(CONTEXT, CONTEXT, 300))]
+        with pytest.raises(ArgumentError, match="save_tokens: expected one folder of prepared data, found the mixture"):
+            quality(model, f"{swapped}:1", Windows(CONTEXT, CONTEXT, 90, whole=True))
+    assert list(found["sources"]) == ["prepared", "small"] and found["tokens"] == held_out - 1 + 300
+    for source, expected in zip(found["sources"].values(), alone):
+        assert source == pytest.approx({name: expected[name] for name in source}, rel=1e-6)
+    total = sum(source["loss"] * source["tokens"] for source in found["sources"].values())
+    assert found["loss"] == pytest.approx(total / found["tokens"], rel=1e-9)
+
+
 def test_windows_with_a_stride_predict_each_token_once_from_context_minus_stride_tokens(lab):
     stride, tokens = 12, 90
     with lab.model("flex-3") as model:
