@@ -69,7 +69,7 @@ def starts(ends, length):
 
 def kernels(text: str) -> list[tuple[str, str]]:
     """The attention kernels that a lowered step calls, in order: (of splash, of cuDNN), one of them empty."""
-    return re.findall(r'kernel_name = "splash_mha_([a-z]+)_|@__cudnn\$fmhaSoftmax(\w*)\(', text)
+    return re.findall(r'kernel_name = "splash_mha_([a-z]+)_|@__cudnn\$fmha(?:ScaleBias)?Softmax(\w*)\(', text)
 
 
 A100 = attention.Accelerator("cuda", "A100", (8, 0))
@@ -85,14 +85,22 @@ CALLS = {"cuda": [("", ""), ("", "Backward")], "tpu": [("fwd", ""), ("dkv", "")]
     [("cuda", 60, 64), ("cuda", 100, 104), ("cuda", 64, 64), ("tpu", 60, 64), ("tpu", 100, 128), ("tpu", 64, 64)],
 )
 def test_flash_attention_is_lowered_for_gpu_and_tpu(with_cudnn, platform, head_dim, padded_head_dim):
-    """Each device runs the kernels on its own two sequences and two heads, with head sizes that the kernels support."""
+    """Each device runs the kernels on its own two sequences and two heads, with head sizes that the kernels support.
+
+    Heads of 64 attend inside documents: cuDNN gets a mask, and splash's heads stay apart by sequence.
+    """
     backend = attention.resolve_backend("auto", "bfloat16", head_dim, {"cuda": H100, "tpu": TPU}[platform])
     x = jax.ShapeDtypeStruct((8, 2048, 4, head_dim), jnp.bfloat16)
-    step = functools.partial(forward_and_backward, functools.partial(attention.causal_attention, backend=backend))
+    start_BT = np.zeros((8, 2048), np.int32) if head_dim == 64 else None
+    kernel = functools.partial(attention.causal_attention, backend=backend, start_BT=start_BT)
+    step = functools.partial(forward_and_backward, kernel)
     with jax.set_mesh(sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))):
         text = jax.jit(step).trace(x, x, x, x).lower(lowering_platforms=(platform,)).as_text()
     assert kernels(text) == CALLS[platform]
     operand = {"cuda": f"tensor<2x2048x2x{padded_head_dim}xbf16>", "tpu": f"tensor<4x2048x{padded_head_dim}xbf16>"}
+    if head_dim == 64:
+        operand["cuda"] = "tensor<2x1x2048x2048xbf16>"
+        operand["tpu"] = "tensor<2x2x2048x64xbf16>"
     for line in text.splitlines():
         if "custom_call @tpu" in line or "custom_call @__cudnn" in line:
             assert operand[platform] in line, line
