@@ -20,7 +20,7 @@ from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.config import MeshConfig
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import attention, sharding
-from memoryllm_jax.training import loop
+from memoryllm_jax.training import documents, loop
 from memoryllm_jax.training.batches import TrainBatches, place
 from memoryllm_jax.training.step import Trainer
 
@@ -38,15 +38,17 @@ def mesh():
     return sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
 
 
-@pytest.mark.parametrize("head_dim", [60, 64, 100])
-def test_attention_and_its_gradients_are_plain_attention(mesh, record_property, head_dim):
+@pytest.mark.parametrize("head_dim, in_documents", [(60, False), (64, False), (100, False), (64, True)])
+def test_attention_and_its_gradients_are_plain_attention(mesh, record_property, head_dim, in_documents):
     """The device's own kernel in bfloat16, with the head sizes of the paper's models, against float32."""
     backend = attention.resolve_backend("auto", "bfloat16", head_dim)
     expected = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}
     assert backend == expected[jax.default_backend()]  # not a slower one that runs everywhere
     length = 128 if backend == "blocked" else 2048
-    drawn = np.random.default_rng(0).normal(size=(4, 2, length, 4, head_dim))
+    rng = np.random.default_rng(0)
+    drawn = rng.normal(size=(4, 2, length, 4, head_dim))
     inputs = jnp.asarray(drawn, jnp.bfloat16)
+    start_BT = documents.starts(rng.random((2, length)) < 1 / 60, True) if in_documents else None
 
     def forward_and_backward(kernel):
         def run(inputs):
@@ -57,8 +59,9 @@ def test_attention_and_its_gradients_are_plain_attention(mesh, record_property, 
         return jax.jit(run)
 
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        found = forward_and_backward(functools.partial(attention.causal_attention, backend=backend))(inputs)
-        exact = forward_and_backward(attention.plain)(inputs.astype(jnp.float32))
+        kernel = functools.partial(attention.causal_attention, backend=backend, start_BT=start_BT)
+        found = forward_and_backward(kernel)(inputs)
+        exact = forward_and_backward(functools.partial(attention.plain, start_BT=start_BT))(inputs.astype(jnp.float32))
     errors = dict(zip(("out", "dq", "dk", "dv"), map(relative_error, found, exact)))
     record_property("errors", errors)
     assert max(errors.values()) < 1e-2, errors

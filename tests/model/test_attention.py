@@ -146,6 +146,12 @@ def test_an_unavailable_backend_is_an_error(name, dtype, head_dim, accelerator, 
         attention.resolve_backend(name, dtype, head_dim, accelerator)
 
 
+def test_cudnn_takes_documents_in_sequences_of_even_length():
+    attention.check_documents("cudnn", 2048)
+    with pytest.raises(UserError, match=r"config.seq_len: expected an even number.* found 2047"):
+        attention.check_documents("cudnn", 2047)
+
+
 @pytest.mark.parametrize(
     "accelerator, dtype, head_dim, backend",
     [
