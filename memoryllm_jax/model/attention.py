@@ -116,6 +116,11 @@ def check_documents(backend: str, length: int) -> None:
         )
 
 
+def skips_other_documents(backend: str) -> bool:
+    """Whether a backend leaves out the scores between documents, or computes them and masks them."""
+    return backend == "blocked"
+
+
 def causal_attention(q_BTHK, k_BTHK, v_BTHK, backend: str, start_BT=None):
     """softmax(q k^T / sqrt(K)) v, where each position attends to itself and to earlier ones. Call it inside a mesh.
 

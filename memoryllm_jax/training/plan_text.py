@@ -85,7 +85,10 @@ def _work_lines(p: dict) -> list[str]:
         f"G, recomputed {f['recomputed_per_token'] / 1e9:.2f} G"
     ]
     if p["attention_share"] < 1:
-        lines.append(f"documents        hold {p['attention_share']:.0%} of the pairs of causal attention")
+        line = f"documents        hold {p['attention_share']:.0%} of the pairs of causal attention"
+        if f["masked_per_token"]:
+            line += f"; {p['attention']} computes the others too, {f['masked_per_token'] / 1e9:.2f} G a token"
+        lines.append(line)
     label = "traffic"
     # Leaves out transfers that would print as 0.00 GB, and those below a hundredth of all traffic.
     least = max(5e6, 0.01 * p["collective_bytes"])

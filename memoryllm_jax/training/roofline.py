@@ -1,6 +1,6 @@
 """FLOPs, traffic and time of a planned step: a roofline from data sheets, not a measurement.
 
-    compute   = (FLOPs of a step by model/flops.py + recomputed FLOPs) / (peak FLOP/s * EFFICIENCY)
+    compute   = (FLOPs of a step by model/flops.py + recomputed + masked FLOPs) / (peak FLOP/s * EFFICIENCY)
     network   = sum of the times of the transfers (collectives.py)
     optimizer = bytes of parameters, moments and gradients read and written / memory bandwidth
                 + FLOPs of Muon's Newton-Schulz on the busiest device / (peak FLOP/s * EFFICIENCY)
@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from memoryllm_jax.config import Config
-from memoryllm_jax.model import flops
+from memoryllm_jax.model import attention, flops
 from memoryllm_jax.training.chips import Chip
 from memoryllm_jax.training.collectives import Transfer
 from memoryllm_jax.training.muon import Work
@@ -37,14 +37,24 @@ def flops_a_token(config: Config, rows: int, attention_share: float = 1.0) -> di
 
     Args:
       attention_share: as of `flops.train_flops`.
-    Returns: "per_token"; "per_token_plain", for a row at every position; "recomputed_per_token", which comes on top.
+    Returns: "per_token"; "per_token_plain", for a row at every position; and what comes on top: "recomputed_per_token",
+      and "masked_per_token", attention between documents that its kernel computes all the same.
     """
     tokens = config.batch_size * config.seq_len
     return {
         "per_token": flops.train_flops(config, tokens, rows, attention_share) / tokens,
         "per_token_plain": flops.train_flops(config, 1, 1, attention_share),
         "recomputed_per_token": _recomputed(config, tokens, rows, attention_share) / tokens,
+        "masked_per_token": _masked(config, attention_share),
     }
+
+
+def _masked(config: Config, attention_share: float) -> float:
+    """FLOPs per token of attention between documents, if the config's kernel computes them to mask them."""
+    if attention.skips_other_documents(config.model.attention):
+        return 0.0
+    once = flops.train_flops(config, 1, 1) - flops.train_flops(config, 1, 1, attention_share)
+    return once * 4 / 3 if config.model.remat == "full" else once  # a forward pass, a third of a step, is recomputed
 
 
 def _recomputed(config: Config, tokens: int, rows: int, attention_share: float = 1.0) -> float:
@@ -121,7 +131,8 @@ def times(
       muon: as `muon.work` returns it.
     Returns: "compute", "network", "optimizer" and "step"; network and step have the bounds "least" and "most".
     """
-    computed = (flops_per_token["per_token"] + flops_per_token["recomputed_per_token"]) * tokens
+    parts = ("per_token", "recomputed_per_token", "masked_per_token")
+    computed = sum(flops_per_token[part] for part in parts) * tokens
     compute = computed / (devices * chip.peak_flops * EFFICIENCY)
     network = {bound: sum(part["seconds"][bound] for part in transfers) for bound in ("least", "most")}
     updates = _UPDATES * (stored - muon.stored) + _UPDATES_OF_MUON * muon.stored

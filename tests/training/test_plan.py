@@ -83,6 +83,22 @@ def test_micro_batches_recompute_the_token_memory(make_config):
     assert recomputed == [0, 100 * m.layers * 6 * m.dim * m.memory_dim]  # three products of h x W
 
 
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_pairs_between_documents_take_time_where_the_kernel_computes_them(make_config, remat):
+    def flops_a_token(backend, share):
+        config = make_config("base", **{"model.attention": backend, "model.remat": remat, "model.vocab_size": 512})
+        found = roofline.flops_a_token(config, 0, share)
+        return found["per_token"], sum(
+            found[part] for part in ("per_token", "recomputed_per_token", "masked_per_token")
+        )
+
+    (whole, computed), (inside, skipping) = flops_a_token("cudnn", 1), flops_a_token("blocked", 0.25)
+    assert flops_a_token("cudnn", 0.25) == pytest.approx((inside, computed))
+    c = make_config("base")
+    assert whole - inside == 3 * c.model.layers * 2 * c.model.dim * c.seq_len * 0.75
+    assert computed - skipping == pytest.approx((whole - inside) * (4 / 3 if remat == "full" else 1))
+
+
 def test_memory_is_planned_for_the_most_distinct_ids_and_work_for_the_usual_number(make_config):
     config = make_config("memory", steps=1000, batch_size=64, **{"model.vocab_size": 5000, "data.epochs": 9})
     planned = TrainBatches(config, Dataset(config.data.path), 2, [0]).sizes()  # those of the run, counted in its data
