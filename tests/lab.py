@@ -203,7 +203,10 @@ def run_experiment(experiment, models, folder, **chosen) -> tuple[dict, str]:
 # {name of a model: (its architecture, overridden fields)}. Any other name is an architecture without overrides.
 MODELS = {
     "flex-3": ("flex-3", {"checkpoint.every": 8}),
-    "tied": ("memory", {"model.tie_embeddings": True, "model.norm": "layernorm"}),
+    "tied": (
+        "memory",
+        {"model.tie_embeddings": True, "model.norm": "layernorm", "model.qk_norm": True, "model.logit_softcap": 8.0},
+    ),
     "other": ("memory", {"steps": 2, "data.path": "other"}),  # same shapes as memory, another tokenizer
 }
 

@@ -112,7 +112,9 @@ class InNumpy:
 
     def says(self, x):
         """The logits of vectors of the residual stream."""
-        return self.norm(x, self.p["final_norm"]["scale"]) @ self.p["head"].T
+        z = self.norm(x, self.p["final_norm"]["scale"]) @ self.p["head"].T
+        cap = self.config.logit_softcap
+        return cap * np.tanh(z / cap) if cap else z
 
     def says_unit(self, x):
         """The logits of vectors that are first brought to root mean square 1."""

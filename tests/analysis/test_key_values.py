@@ -1,3 +1,6 @@
+import copy
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,6 +37,10 @@ def test_logits_come_in_blocks_of_one_shape(model):
     assert [part.stop - part.start for part in parts] == [7, 3]  # SMALL has 512 * 7 elements at a time
     (whole,) = [block for _, block in model.logits(x_ND[:7] * 1e-3, unit=True)]
     np.testing.assert_allclose(blocks[0], whole, rtol=1e-3, atol=1e-5)  # the size of vectors does not matter
+    capped = copy.copy(model)
+    capped.config = dataclasses.replace(model.config, logit_softcap=2.0)
+    (_, found), _ = capped.logits(x_ND, unit=True)
+    np.testing.assert_allclose(found, 2 * np.tanh(blocks[0] / 2), rtol=1e-5, atol=1e-6)
 
 
 def test_chunks_are_filled_up_to_one_shape(model):
