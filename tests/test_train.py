@@ -119,7 +119,7 @@ sys.exit(xla_bridge.backends_are_initialized())
 @pytest.mark.slow
 def test_two_processes_that_are_killed_and_stopped_train_as_one(data_path, tmp_path, monkeypatch):
     """One of two is killed; one process goes on; two go on, and Ctrl-C at one stops both; two go on to the end."""
-    fields = {"steps": 120, "data.path": data_path, "checkpoint.every": 20, "sample.tokens": 3}
+    fields = {"steps": 120, "data.path": data_path, "checkpoint.every": 20, "sample.tokens": 3, "sample.every": 50}
     workdir = tmp_path / "w"
     processes = start_several(tmp_path, 2, fields, "killed")
     wait_until((workdir / "20").exists, *processes)
@@ -146,7 +146,9 @@ def test_two_processes_that_are_killed_and_stopped_train_as_one(data_path, tmp_p
     assert [p.end(seconds=200) for p in processes] == [0, 0]
     assert "sample at temperature" in processes[0].log.read_text()
     assert json.loads((workdir / "result.json").read_text())["steps"] == 120
-    train_here(tmp_path / "here", fields | {"sample.tokens": 0, "checkpoint.every": 1000}, devices=2)
+    assert [record["step"] for record in records(workdir, "sample")] == [50, 100, 120]
+    without = {"sample.tokens": 0, "sample.every": 0, "checkpoint.every": 1000}
+    train_here(tmp_path / "here", fields | without, devices=2)
     here, several = ([r["loss"] for r in records(folder)] for folder in (tmp_path / "here", workdir))
     assert len(several) == 120
     np.testing.assert_allclose(several[:20], here[:20], rtol=1e-5)

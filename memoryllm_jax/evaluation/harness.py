@@ -5,6 +5,7 @@ same numbers for the same model. As with HFLM, bos comes before a text if the to
 """
 
 import difflib
+import functools
 import glob
 import itertools
 import json
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 import lm_eval
 import numpy as np
-from lm_eval import evaluator
+from lm_eval import evaluator, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -32,6 +33,9 @@ from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.inference.generation import STEPS_PER_CALL
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.inference.text import Streamer
+
+# The harness compiles the templates of a task again for each example, which takes longer than all else that it does.
+utils.env.from_string = functools.lru_cache(1 << 10)(utils.env.from_string)
 
 _CACHED_POSITIONS = 1 << 14  # positions of the key-value cache on each batch shard while texts are generated
 _SEED = 1234  # the harness's own

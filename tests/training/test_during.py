@@ -13,6 +13,7 @@ from memoryllm_jax.checkpoint import store
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.config import EvalConfig, MeshConfig, SampleConfig
 from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.inference.decoder import Decoder
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.model import sharding
 from memoryllm_jax.training import during, loop
@@ -64,7 +65,7 @@ def test_a_sample_is_what_generate_makes_of_the_checkpoint_and_compiles_once(lab
         assert first["text"] == tokenizer.decode(prompt + new)
 
 
-def test_tasks_score_the_parameters_in_place_as_evaluate_scores_the_checkpoint(lab, training, tmp_path):
+def test_tasks_score_the_parameters_in_place_as_evaluate_scores_the_checkpoint(lab, training, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="the harness is not installed: pip install 'memoryllm_jax[eval]'")
     from memoryllm_jax.evaluation import harness
     from memoryllm_jax.evaluation.while_training import open_tasks
@@ -75,7 +76,17 @@ def test_tasks_score_the_parameters_in_place_as_evaluate_scores_the_checkpoint(l
     trainer, state, tokenizer = training(eval=chosen)
     asked = []  # whether to stop
     (scores,) = during.observers(trainer, tokenizer, open_tasks(chosen), lambda: len(asked) > 1)
-    during.rehearse([scores], state["params"])
+    log_probs, is_whole = Decoder.log_probs, []
+
+    def watched(*args):
+        found = log_probs(*args)
+        is_whole.extend(x.is_fully_replicated for x in found)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "log_probs", watched)
+        during.rehearse([scores], state["params"])
+    assert is_whole and all(is_whole)  # so that each of several hosts can read them
     result = scores(state["params"])
     with compilations() as compiled:
         assert scores(state["params"]) == result
