@@ -54,8 +54,9 @@ def wait_until(condition, *commands):
 
 
 def count_records(workdir):
+    """The number of steps that are recorded."""
     path = workdir / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
+    return path.read_text().count('"kind": "train"') if path.exists() else 0
 
 
 def newest_checkpoint(workdir):
