@@ -1,6 +1,8 @@
-"""What a step that may be skipped costs (config.optimizer.max_skipped): memory and time, with and without.
+"""What an option of the train step costs: memory and time of the step with it and without.
 
-    python benchmarks/skipping.py --output=benchmarks/results/NAME.json
+    python benchmarks/step_options.py --option=skipping --output=benchmarks/results/NAME.json
+
+skipping: a step that may be skipped (config.optimizer.max_skipped). norms: norms by layer (config.log.norms_every).
 
 Memory is that of the step compiled ahead of time for --chip, without such a device; its compiler (the extra cuda or
 tpu) must be installed. Time is that of steps on this machine's device, on random tokens: both steps in one process, in
@@ -17,16 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoryllm_jax.common import cli
+from memoryllm_jax.common.config_files import load
 from memoryllm_jax.common.options import Option
-from memoryllm_jax.config import load, resolve
+from memoryllm_jax.config import resolve
 from memoryllm_jax.model import sharding
 from memoryllm_jax.training import chips, compilation, plan
 from memoryllm_jax.training.batches import abstract_batch
 from memoryllm_jax.training.step import Trainer
 
-SIDES = {
-    "without": {},
-    "with": {"optimizer.max_skipped": 10, "optimizer.spike_deviations": 6.0},
+OPTIONS = {
+    "skipping": {"optimizer.max_skipped": 10, "optimizer.spike_deviations": 6.0},
+    "norms": {"log.norms_every": 10},
 }
 
 
@@ -72,6 +75,7 @@ class Side:
 
 
 def main(
+    option: Annotated[str, Option("what the step is measured with and without", choices=tuple(OPTIONS))] = "skipping",
     config: Annotated[str, Option("config whose steps are timed on this machine")] = "configs/tiny.py:flex-3",
     plans: Annotated[tuple[str, ...], Option("configs whose memory is planned; none: no plans")] = (
         "configs/1b.py:flex-3",
@@ -82,27 +86,28 @@ def main(
     rounds: Annotated[int, Option("rounds", least=1)] = 12,
     output: Annotated[str, Option("JSON file for the record", writes=True)] = "",
 ) -> None:
+    sides = {"without": {}, "with": OPTIONS[option]}
     results = {"memory": {}}
     if plans:
         chips.emulate(devices)
     for path in plans:
         found = {
             side: planned(path, chip, devices, overrides | {"batch_size": 16 * devices})
-            for side, overrides in SIDES.items()
+            for side, overrides in sides.items()
         }
         results["memory"][f"{path} on {devices} x {chip}"] = found
-    sides = {name: Side(config, overrides) for name, overrides in SIDES.items()}
-    for side in sides.values():
+    steppers = {name: Side(config, overrides) for name, overrides in sides.items()}
+    for side in steppers.values():
         side.seconds(2)
-    times = {name: [] for name in sides}
+    times = {name: [] for name in steppers}
     for number in range(rounds):
         # The first of a round may profit from what the one before left behind, so they take turns at it.
-        for name in list(sides)[:: 1 if number % 2 else -1]:
-            times[name].append(sides[name].seconds(steps))
+        for name in list(steppers)[:: 1 if number % 2 else -1]:
+            times[name].append(steppers[name].seconds(steps))
     results["time"] = {
         "device": jax.devices()[0].device_kind,
         "config": config,
-        "bytes": {name: side.bytes for name, side in sides.items()},
+        "bytes": {name: side.bytes for name, side in steppers.items()},
     }
     for kind in ("seconds", "processor_seconds"):
         measured = {name: [each[kind] for each in of_side] for name, of_side in times.items()}
@@ -110,7 +115,7 @@ def main(
             **{name: common.spread(values) for name, values in measured.items()},
             "with_over_without": common.ratio(measured["with"], measured["without"]),
         }
-    print(results["time"])
+    print(results)
     common.write(output, results, {})
 
 
