@@ -259,7 +259,8 @@ class LogConfig:
     tensorboard: bool = field(True, resumable=True)
     wandb: bool = field(False, resumable=True)
     trackio: bool = field(False, resumable=True)
-    # Steps between records of each layer's norms: of its gradients, and of what FFN-M adds; 0: none
+    # Steps between records of each layer's norms: of its gradients, and of what attention, FFN-C and FFN-M add to the
+    # residual stream; 0: none
     norms_every: int = field(0, least=0, resumable=True)
     # Peak FLOP/s of one device, for MFU; 0: look them up by the device's name
     peak_flops: float = field(0.0, least=0, resumable=True)

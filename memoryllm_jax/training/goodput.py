@@ -130,11 +130,11 @@ class Goodput:
             yield feed
 
     def record(self) -> dict:
-        """The times so far: {"goodput": the share of steps, "wall_seconds", "seconds": {activity: seconds}}."""
+        """The times so far: {"share": of steps in the wall time, "wall_seconds", "seconds": {activity: seconds}}."""
         self.begin(self._activity)
         seconds = {activity: round(spent, 3) for activity, spent in self._seconds.items()}
-        wall = sum(seconds.values())
-        return {"goodput": seconds.get("step", 0.0) / max(wall, 1e-9), "wall_seconds": wall, "seconds": seconds}
+        wall = round(sum(seconds.values()), 3)
+        return {"share": round(seconds.get("step", 0.0) / max(wall, 1e-9), 6), "wall_seconds": wall, "seconds": seconds}
 
     def close(self) -> None:
         """Ends the thread that waits for steps, when its step ends."""
@@ -180,5 +180,5 @@ def text(record: dict) -> str:
         share = 100 * spent / max(record["wall_seconds"], 1e-9)
         if share >= 0.05:
             shares.append(f"{activity} {share:.1f}%")
-    line = f"goodput: {100 * record['goodput']:.1f}% of {duration(record['wall_seconds'])} in steps"
+    line = f"goodput: {100 * record['share']:.1f}% of {duration(record['wall_seconds'])} in steps"
     return f"{line}; {', '.join(shares)}" if shares else line

@@ -227,9 +227,9 @@ class Recorder:
     def finish(self, done: int) -> dict:
         """Records where the time of the run went, once the last checkpoint is saved.
 
-        Returns: what `Goodput.record` returns, with the peak memory where it is known.
+        Returns: {"goodput": what `Goodput.record` returns}, with the peak memory where it is known.
         """
-        return self._record_goodput(done) | metrics.peak_memory()
+        return {"goodput": self._record_goodput(done)} | metrics.peak_memory()
 
     def observed(self, step: int, kind: metrics.Kind, result: dict, text: str) -> None:
         """Records the result of an observer after `step` steps, and prints it as `text`."""

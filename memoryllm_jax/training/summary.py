@@ -76,7 +76,7 @@ def finish(config: Config, results: dict[str, dict], times: dict, workdir: str) 
 
 def times_text(times: dict) -> str:
     """What `Recorder.finish` returns as a line to print."""
-    line = goodput.text(times)
+    line = goodput.text(times["goodput"])
     if "peak_memory_bytes" in times:
         line += f"; peak memory of a device {times['peak_memory_bytes'] / 1e9:.1f} GB"
     return line

@@ -49,7 +49,7 @@ def test_each_moment_counts_for_one_activity_and_laps_are_steps_and_input(now):
     assert goodput.lap() == 6
     record = goodput.record()
     assert record["seconds"] == {"start": 2, "compile": 35, "step": 13, "validation": 50}
-    assert record["wall_seconds"] == 100 and record["goodput"] == 0.13
+    assert record["wall_seconds"] == 100 and record["share"] == 0.13
     assert text(record) == "goodput: 13.0% of 1m40s in steps; validation 50.0%, compile 35.0%, start 2.0%"
 
 
