@@ -33,6 +33,10 @@ class Data(Record, omit_defaults=True):
     digest: records.Digest
     shares: tuple[str, ...] = ()
 
+    def identity(self) -> dict[str, str]:
+        """What must agree where two runs train on the same data, by names for error messages."""
+        return {"data": self.digest, "weights of the data": ", ".join(self.shares) or "none"}
+
 
 class SavedTokenizer(Record):
     """The tokenizer, whole (`Tokenizer.to_json`).
@@ -227,6 +231,5 @@ def _fields(description: Description) -> dict[str, object]:
     """{name: value} of the config's fields, the digests of tokenizer and data, and the shares of a mixture."""
     return fields.flatten(description.run()) | {
         "tokenizer": description.tokenizer.digest,
-        "data": description.data.digest,
-        "shares of the data": ", ".join(description.data.shares),
+        **description.data.identity(),
     }

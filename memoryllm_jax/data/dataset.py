@@ -239,7 +239,7 @@ class Dataset:
       shares: of the folders in a mixture, which add up to 1; () without weights.
       sources: the folders of a mixture; without weights, one source that is all of the data.
       digest: of one folder, the SHA-256 over the checksums of the tokenizer and of all file shards; of several, that
-        over their digests, and over their shares in a mixture. Checkpoints name the data by it.
+        over their digests. Checkpoints name the data by it, and a mixture by its shares too.
     Raises: UserError if files are missing, have another size than recorded, or come from another version, or if the
       folders were made with different tokenizers.
     """
@@ -255,10 +255,7 @@ class Dataset:
         self.bos_id, self.eos_id = first.record.tokenizer.bos_id, first.record.tokenizer.eos_id
         self.shares = mixture.shares_of(parts)
         digests = [folder.digest for folder in self._folders]
-        if self.shares:
-            self.digest = _digest([*digests, *map(str, self.shares)])
-        else:
-            self.digest = first.digest if not others else _digest(digests)
+        self.digest = first.digest if not others else _digest(digests)
         self._verification = Verification(workdir)
         self.train, self.validation = (self._stream(split) for split in SPLITS)
         self.sources = self._sources()

@@ -58,7 +58,7 @@ def run_of(workdir: str) -> dict | None:
       parameters: as `flops.parameters` counts them.
       curve: for each evaluation {"step", "tokens", "seconds", "flops", "loss", "perplexity", "bits_per_byte"}. Seconds
         and FLOPs are those of training until then, without compiling, evaluating and saving.
-      recipe: {field: value} of the config's fields that must agree in a comparison, and the data's digest.
+      recipe: {field: value} of the config's fields that must agree in a comparison, and the data's identity.
       data: path of the prepared data.
       finished: whether the last step has been evaluated.
     """
@@ -80,7 +80,7 @@ def run_of(workdir: str) -> dict | None:
     return {
         "parameters": parameters(config),
         "curve": curve,
-        "recipe": recipe | {"data's digest": description.data.digest},
+        "recipe": recipe | description.data.identity(),
         "data": config.data.path,
         "finished": curve[-1]["step"] == config.steps,
     }

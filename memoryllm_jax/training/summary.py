@@ -33,18 +33,19 @@ def opening(trainer: Trainer, batches: TrainBatches, sizes: Sizes, start: int) -
         f"{config.model.dtype}",
         f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens, "
         f"{batches.epoch(config.steps):.2f} epochs; compiling for {planned} distinct ids a shard",
+        *_mixture(batches),
         f"learning rate: {schedules.text(config)}",
         *(group.text for group in optimizer.groups(config, trainer.mesh.devices.flat[0])),
     ]
-    if batches.is_mixture:
-        lines += _mixture(batches)
     if start:
         lines.append(f"going on from step {start}")
     return "\n".join(lines)
 
 
 def _mixture(batches: TrainBatches) -> list[str]:
-    """A line for each source of a mixture: its share, and how much of it the run trains on."""
+    """A line for each source of a mixture: its share, and how much of it the run trains on. None without a mixture."""
+    if not batches.is_mixture:
+        return []
     lines = []
     for source, windows, epochs in zip(batches.sources, batches.windows_of, batches.epochs(len(batches))):
         line = f"  {float(source.share):.2%} {source.name}: {epochs:.2f} epochs of {windows:,} sequences"

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
-from memoryllm_jax.data.dataset import Span
+from memoryllm_jax.data.dataset import Source, Span
 from memoryllm_jax.model.loss import quality
 from memoryllm_jax.training.batches import ValidationBatches, place
 from memoryllm_jax.training.feeder import SizeAgreement
@@ -35,9 +36,8 @@ class Validation:
     def __call__(self, params) -> dict | None:
         """Evaluates the parameters.
 
-        Returns: {"loss" in nats per token, "perplexity", "bits_per_byte", "tokens"}, means over all tokens that were
-          scored, as Levanter's `eval/loss` is; for a mixture also "sources", {name: the same of one source}. None if it
-          was stopped.
+        Returns: {"loss" in nats per token, "perplexity", "bits_per_byte", "tokens"}, means over all held-out tokens;
+          for a mixture also "sources", {name: the same of one source}. None if it was stopped.
         """
         nll, weight = [0.0] * len(self._batches.sources), [0.0] * len(self._batches.sources)
         for number in range(len(self._batches)):
@@ -50,12 +50,10 @@ class Validation:
             source = self._batches.source_of(number)
             nll[source] += float(batch_nll)
             weight[source] += float(batch_weight)
-        spans = [source.validation for source in self._batches.sources]
-        result = _quality(sum(nll), sum(weight), spans)
-        if self._batches.is_mixture:
-            names = [source.name for source in self._batches.sources]
-            result["sources"] = {name: _quality(*of, [span]) for name, *of, span in zip(names, nll, weight, spans)}
-        return result
+        results = {
+            source.name: _quality(*sums, source.validation) for source, *sums in zip(self._batches.sources, nll, weight)
+        }
+        return _whole(results, self._batches.sources) if self._batches.is_mixture else results.popitem()[1]
 
     def text(self, result: dict) -> str:
         """A result as lines to print."""
@@ -63,11 +61,19 @@ class Validation:
         return "\n".join([line, *source_lines(result)])
 
 
-def _quality(nll: float, weight: float, spans: list[Span]) -> dict:
-    """The means of a sum of `nll` nats over `weight` tokens, which were scored in these parts of the split."""
-    # Bytes per token are those of the whole parts, also where config.eval.batches evaluates less of them.
-    tokens = sum(span.tokens - 1 for span in spans)  # nothing predicts the first token of each
-    return quality(nll / weight, tokens, sum(span.bytes for span in spans)) | {"tokens": int(weight)}
+def _quality(nll: float, weight: float, held_out: Span) -> dict:
+    """The means of a sum of `nll` nats over `weight` tokens, which were scored in this part of the split."""
+    # Bytes per token are those of the whole part, also where config.eval.batches evaluates less of it.
+    return quality(nll / weight, held_out.tokens - 1, held_out.bytes) | {"tokens": int(weight)}
+
+
+def _whole(results: dict[str, dict], sources: list[Source]) -> dict:
+    """The result of a mixture, from those of its sources."""
+    # A source counts by all of its held-out tokens, as config.eval.batches may evaluate a larger share of one source.
+    tokens = [source.validation.tokens - 1 for source in sources]
+    loss = float(np.average([result["loss"] for result in results.values()], weights=tokens))
+    whole = quality(loss, sum(tokens), sum(source.validation.bytes for source in sources))
+    return whole | {"tokens": sum(result["tokens"] for result in results.values()), "sources": results}
 
 
 def quality_text(result: dict) -> str:

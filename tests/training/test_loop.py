@@ -181,8 +181,8 @@ def test_other_config_data_or_tokenizer_is_refused_with_the_fields(make_config, 
     shards.prepare(corpus, "sentencepiece:train:500", str(tmp_path / "other"), validation_fraction=0.05)
     with pytest.raises(UserError, match=r"model.vocab_size: 512 .* 500 .*tokenizer: .*data: "):
         run(make_config("memory", **{"data.path": str(tmp_path / "other")}), tmp_path / "w")
-    shares = "shares of the data: '7/10, 3/10' in the checkpoint, '1/2, 1/2' in this run"
-    with pytest.raises(UserError, match=f"data: '.*; {shares}"):
+    message = "of another run: weights of the data: '7/10, 3/10' in the checkpoint, '1/2, 1/2' in this run; use"
+    with pytest.raises(UserError, match=message):
         run(make_config("memory", **{"data.path": f"{data_path}:1,{swapped}:1"}), tmp_path / "w")
     # Fields that decide where and how fast a run trains may change.
     moved = {"data.path": f"{data_path}:7,{swapped.rename(tmp_path / 'moved')}:3"}
