@@ -13,6 +13,7 @@ import pytest
 from lab import free_port, records, with_devices, write_untrained
 
 from memoryllm_jax.common import config_files, hosts
+from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.config import resolve
 from memoryllm_jax.training import loop
@@ -26,12 +27,11 @@ class Command:
 
     def __init__(self, folder, name, fields, *options, devices=1):
         arguments = [f"--config.{field}={value}" for field, value in (SMALL | fields).items()]
-        self.line = [sys.executable, "-m", "memoryllm_jax.train", "--config=configs/tiny.py:memory", *arguments]
-        self.line += [f"--workdir={folder}/w", *options]
+        line = [sys.executable, "-m", "memoryllm_jax.train", "--config=configs/tiny.py:memory", *arguments]
+        line += [f"--workdir={folder}/w", *options]
         self.log = folder / f"{name}.log"
-        self.env = with_devices(devices)
         with open(self.log, "w") as file:
-            self.process = subprocess.Popen(self.line, stdout=file, stderr=file, env=self.env)
+            self.process = subprocess.Popen(line, stdout=file, stderr=file, env=with_devices(devices))
 
     def end(self, seconds: float = 60) -> int:
         """Waits until the command ends. Returns: its exit code."""
@@ -75,8 +75,8 @@ def test_sigterm_saves_and_one_workdir_takes_one_run(data_path, tmp_path):
     """A second run is refused; SIGTERM saves and exits with 143."""
     command = Command(tmp_path, "first", {"steps": 3000, "data.path": data_path, "checkpoint.every": 10**6})
     wait_until(lambda: "step 5/" in command.log.read_text(), command)
-    second = subprocess.run(command.line, capture_output=True, text=True, env=command.env, timeout=100)
-    assert second.returncode == 1 and f"in use by another run (process {command.process.pid}" in second.stderr
+    with pytest.raises(UserError, match=rf"in use by another run \(process {command.process.pid}"):
+        train_here(tmp_path / "w", {"data.path": data_path}, devices=1)
     command.process.send_signal(signal.SIGTERM)
     assert command.end() == ExitCode.STOPPED
     (step,) = (int(path.name) for path in (tmp_path / "w").glob("[0-9]*"))
@@ -118,7 +118,7 @@ sys.exit(xla_bridge.backends_are_initialized())
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_and_stopped_train_as_one(data_path, tmp_path, monkeypatch):
+def test_two_processes_that_are_killed_and_stopped_train_as_one(data_path, tmp_path, monkeypatch, shared_trainers):
     """One of two is killed; one process goes on; two go on, and Ctrl-C at one stops both; two go on to the end."""
     fields = {"steps": 120, "data.path": data_path, "checkpoint.every": 20, "sample.tokens": 3, "sample.every": 50}
     workdir = tmp_path / "w"

@@ -79,10 +79,10 @@ fail() {
     exit 1
 }
 
-submit() { # NAME ARGUMENT...: sets `job`
+submit() { # NAME ARGUMENT...: sets `job`, of two tasks or $tasks
     name=$1
     shift
-    job=$(sbatch --parsable --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=1 --output="$folder/$name.log" \
+    job=$(sbatch --parsable --ntasks-per-node="${tasks:-2}" --gpus-per-node=2 --cpus-per-task=1 --output="$folder/$name.log" \
         launch/slurm.sbatch --config=configs/tiny.py:memory --workdir="$folder/$name" --config.data.path="$data" \
         --config.{model.dim=16,model.layers=1,model.heads=2,seq_len=32,batch_size=4,data.epochs=9} \
         --config.{log.every=1,log.tensorboard=false,eval.every=9999,eval.batches=1,checkpoint.every=9999} \
@@ -105,7 +105,7 @@ scancel --signal=TERM "$train"
 wait_for logged "stopped by a signal after step"
 
 echo "a wrong config, while SLURM waits before the restart: the job is not restarted"
-submit wrong --config.model.dim=7
+tasks=1 submit wrong --config.model.dim=7
 wait_for has JobState FAILED
 expect has ExitCode 1:0
 expect has Restarts 0

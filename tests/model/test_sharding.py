@@ -28,7 +28,7 @@ def losses(config, workdir, devices):
 
 
 @pytest.mark.slow
-def test_padded_widths_train_as_unpadded_ones(make_config, tmp_path, monkeypatch):
+def test_padded_widths_train_as_unpadded_ones(make_config, tmp_path, monkeypatch, shared_trainers):
     """Their padding stays zero, and a run can go on from a checkpoint with more or less padding."""
     rest = {"checkpoint.every": 2, "eval.batches": 1}
     whole = make_config("flex-3", **ODD, **rest)  # on one device nothing needs padding
