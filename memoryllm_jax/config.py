@@ -382,9 +382,8 @@ def _values(config: ml_collections.ConfigDict) -> dict:
     try:
         return config.to_dict()
     except (ArithmeticError, ValueError) as error:  # such as a batch of 0 sequences, or a share that is not a number
-        raise UserError(
-            f"config: expected values from which its other fields follow, found one with {error}"
-        ) from error
+        problem = "expected values from which other fields can be computed"
+        raise UserError(f"config: {problem}, found one with which they cannot: {error}") from error
 
 
 def _with_steps(config: Config, given: Collection[str]) -> Config:
