@@ -21,8 +21,8 @@ import numpy as np
 from memoryllm_jax.common import cli
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import MeshConfig
+from memoryllm_jax.data import document_starts
 from memoryllm_jax.model import attention, sharding
-from memoryllm_jax.training import documents
 
 CALLS = 3  # of each side in a round
 
@@ -30,7 +30,7 @@ CALLS = 3  # of each side in a round
 def drawn_starts(sequences: int, length: int, mean: int, rng: np.random.Generator) -> np.ndarray:
     """Where each position's document begins, int32 [B, T], for documents of `mean` tokens; 0: of whole sequences."""
     begins = rng.random((sequences, length)) < (1 / mean if mean else 0)
-    return documents.starts(begins, True)
+    return document_starts.starts(begins, True)
 
 
 def seconds(run) -> dict[str, float]:
@@ -84,7 +84,7 @@ def main(
                 times[name].append(seconds(sides[name]))
     results = {"device": jax.devices()[0].device_kind, "backend": backend, "dtype": dtype, "shape": shape}
     for name, start in starts.items():
-        found = {} if start is None else {"pairs": float(documents.attention_share(start))}
+        found = {} if start is None else {"pairs": float(document_starts.attention_share(start))}
         for kind in ("seconds", "processor_seconds"):
             measured, unmasked = ([each[kind] for each in times[side]] for side in (name, "unmasked"))
             found[kind] = common.spread(measured) | {"over_unmasked": common.ratio(measured, unmasked)}

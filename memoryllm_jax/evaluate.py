@@ -11,7 +11,9 @@ The work is spread over all devices of this machine. --data is prepared data (fo
 Text files become one stream of tokens, as in `prepare`: all documents in order, each between bos and eos. The stream is
 cut into windows of the model's context, as in training, and every token but the first is predicted once, from the
 tokens before it in its window. With --stride=S below the context T, windows start every S tokens, and all windows but
-the first score their last S tokens only, so that each token is predicted from at least T-S tokens.
+the first score their last S tokens only, so that each token is predicted from at least T-S tokens. If the model was
+trained with config.data.document_mask, each document of a window is scored alone; --document_mask and --nodocument_mask
+choose.
 """
 
 import contextlib

@@ -6,8 +6,7 @@ import numpy as np
 
 from memoryllm_jax.common import plots, report
 from memoryllm_jax.data.tokenizer import token_texts
-from memoryllm_jax.evaluation.perplexity import Text
-from memoryllm_jax.inference import scoring
+from memoryllm_jax.evaluation.perplexity import Text, Windows, score_windows
 from memoryllm_jax.inference.engine import Engine
 
 _SHADED = 400  # tokens of the text that the page shows, at most
@@ -27,13 +26,13 @@ _MEASURES = {
 }
 
 
-def of_text(page: report.Report, model: Engine, text: Text, result: dict) -> None:
+def of_text(page: report.Report, model: Engine, text: Text, windows: Windows, result: dict) -> None:
     """Fills a page with the perplexity of a text, and with the text's first tokens.
 
     Args:
       page: the page to fill; the caller writes it.
       model: scores the first tokens.
-      text: the text that was scored.
+      text, windows: the text that was scored, and how it was cut.
       result: as `perplexity.perplexity` returns it.
     """
     rows = [[name, result[name], meaning] for name, meaning in _MEASURES.items()]
@@ -45,11 +44,13 @@ def of_text(page: report.Report, model: Engine, text: Text, result: dict) -> Non
     page.figure("context", _draw_context(parts), "Loss by how many tokens the model has seen")
     head = ["tokens before, from", "to", "loss, nats a token", "predicted tokens"]
     rows = [[part["from"], part["to"], part["loss"], part["tokens"]] for part in parts]
-    page.table(head, rows, "Loss by the tokens before the predicted one in its window", csv="context")
+    page.table(
+        head, rows, "Loss by the tokens before the predicted one in its window, or in its document", csv="context"
+    )
     page.heading("The first tokens")
     count = min(model.trained.context, _SHADED) + 1
     (ids,) = text.read_each([0], count)
-    page.raw(_shaded(model, ids[: text.tokens]))
+    page.raw(_shaded(model, ids[: text.tokens], windows))
 
 
 def _draw_context(parts: list[dict]):
@@ -61,9 +62,9 @@ def _draw_context(parts: list[dict]):
     return figure
 
 
-def _shaded(model: Engine, ids: np.ndarray) -> str:
+def _shaded(model: Engine, ids: np.ndarray, windows: Windows) -> str:
     """The text as HTML: the less likely a token was, the darker its background."""
-    (found,) = scoring.score(model.decoder, model.rows, [ids], model.trained.context)
+    (found,) = score_windows(model, [ids], windows)
     first, *texts = map(html.escape, token_texts(model.tokenizer, ids))
     spans = [f"<span>{first}</span>"]
     for text, log_prob in zip(texts, found.log_probs_T):

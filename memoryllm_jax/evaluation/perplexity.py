@@ -1,8 +1,9 @@
 """Perplexity of a trained model on a stream of tokens, in windows."""
 
 import io
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.progress import Progress
-from memoryllm_jax.data import dataset, documents
+from memoryllm_jax.data import dataset, document_starts, documents
 from memoryllm_jax.inference import scoring
 from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.model import loss
@@ -70,12 +71,15 @@ class Windows(NamedTuple):
     context: tokens that are predicted in a window, which holds one more: its first token is not predicted.
     max_tokens: how many tokens of the stream are predicted at most; 0: all.
     whole: leave out a last window that is not full.
+    first_id: the id that a document begins with, if each document of a window is scored alone, as
+      config.data.document_mask trains; None: a window is scored as one text.
     """
 
     context: int
     stride: int
     max_tokens: int = 0
     whole: bool = False
+    first_id: int | None = None
 
     def used(self, tokens: int, path: str) -> int:
         """The number of tokens, from the start of a stream of `tokens`, that the windows cover.
@@ -133,7 +137,7 @@ def perplexity(
         part_of += [number] * len(found)
     total = sum(span.stop - span.start - 1 for span in spans)
     progress = Progress("score", total, "token", enabled=report is None, report=report)
-    # Sums over all windows, by the position of the predicted token in its window.
+    # Sums over all windows, by the number of tokens before the predicted one in its window, or in its document.
     nats_T = np.zeros(windows.context)
     predicted_T = np.zeros(windows.context, np.int64)
     nats_of_parts = np.zeros(len(text.parts))
@@ -143,12 +147,12 @@ def perplexity(
         chosen, numbers = spans[first : first + step], part_of[first : first + step]
         pieces = text.read_each([span.start for span in chosen], windows.context + 1)
         ids = [piece[: span.stop - span.start] for piece, span in zip(pieces, chosen)]
-        found = scoring.score(model.decoder, model.rows, ids, windows.context, progress, positions)
+        found = score_windows(model, ids, windows, progress, positions)
         for number, span, scores in zip(numbers, chosen, found):
-            targets = slice(span.skipped, len(scores.log_probs_T))
-            nats_T[targets] -= scores.log_probs_T[targets]
-            predicted_T[targets] += 1
-            nats_of_parts[number] -= scores.log_probs_T[targets].sum(dtype=np.float64)
+            log_probs_T, before_T = (x_T[span.skipped :] for x_T in scores)
+            np.subtract.at(nats_T, before_T, log_probs_T)
+            np.add.at(predicted_T, before_T, 1)
+            nats_of_parts[number] -= log_probs_T.sum(dtype=np.float64)
         if save_tokens:
             saved += ids
     progress.close()
@@ -167,11 +171,44 @@ def perplexity(
         "windows": len(spans),
         "context": windows.context,
         "stride": windows.stride,
+        "document_mask": windows.first_id is not None,
         "by_context": _by_context(nats_T, predicted_T),
     }
     if any(part.name for part in text.parts):
         result["sources"] = _by_source(text.parts, nats_of_parts.tolist())
     return result
+
+
+class WindowScores(NamedTuple):
+    """Scores of the targets of a window.
+
+    log_probs_T: in nats.
+    before_T: the number of tokens that each is predicted from, less one.
+    """
+
+    log_probs_T: np.ndarray
+    before_T: np.ndarray
+
+
+def score_windows(
+    model: Engine,
+    ids: Sequence[np.ndarray],
+    windows: Windows,
+    progress: Progress | None = None,
+    positions: int = scoring.POSITIONS,
+) -> Iterator[WindowScores]:
+    """Scores windows, each whole or, with `windows.first_id`, document by document.
+
+    Args:
+      ids: token ids of each window.
+      windows, progress, positions: as of `perplexity` and `scoring.score`.
+    """
+    texts = [[x] if windows.first_id is None else document_starts.split(x, windows.first_id) for x in ids]
+    every = list(itertools.chain.from_iterable(texts))
+    scores = iter(scoring.score(model.decoder, model.rows, every, windows.context, progress, positions))
+    for of_window in texts:
+        found = [next(scores).log_probs_T for _ in of_window]
+        yield WindowScores(np.concatenate(found), np.concatenate([np.arange(len(x_T)) for x_T in found]))
 
 
 def _by_source(parts: Iterable[Part], nats: Iterable[float]) -> dict[str, dict]:
@@ -183,7 +220,7 @@ def _by_source(parts: Iterable[Part], nats: Iterable[float]) -> dict[str, dict]:
 
 
 def _by_context(nats_T: np.ndarray, predicted_T: np.ndarray) -> list[dict]:
-    """Loss after 1, 2, 3 to 4, 5 to 8, ... tokens of the window.
+    """Loss after 1, 2, 3 to 4, 5 to 8, ... tokens of the window or document.
 
     Returns: {"from", "to": tokens before the predicted one, "loss": nats a token, "tokens": predicted} of each part.
     """

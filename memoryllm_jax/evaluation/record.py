@@ -9,6 +9,7 @@ from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common import report, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
+from memoryllm_jax.data import document_starts
 from memoryllm_jax.evaluation import page as pages
 from memoryllm_jax.evaluation.measure import TaskOptions, TextOptions, refuse_unused
 from memoryllm_jax.evaluation.perplexity import Windows, perplexity, summary
@@ -30,16 +31,33 @@ class WindowedText(TextOptions):
         ),
     ] = ""
 
+    document_mask: Annotated[
+        bool | None,
+        Option("score each document of a window alone; by default as config.data.document_mask of the model's run"),
+    ] = None
+
     def _check_data(self) -> None:
         """Allows the other options without `data`: `text_or_own` names the data then."""
 
-    def windows(self, context: int) -> Windows:
-        """The windows for a model's context. Raises: ArgumentError for a stride above it, which would skip tokens."""
+    def windows(self, context: int, first_id: int | None = None) -> Windows:
+        """The windows for a model's context.
+
+        Args:
+          first_id: as of `Windows`.
+        Raises: ArgumentError for a stride above the context, which would skip tokens.
+        """
         stride = context if self.stride is None else self.stride
         if stride > context:
             raise ArgumentError("stride", f"expected 1 to {context}, the model's context, found {stride}")
         # Saved tokens are one rectangular array, which has no place for a shorter last window.
-        return Windows(context, stride, self.max_tokens, whole=bool(self.save_tokens))
+        return Windows(context, stride, self.max_tokens, whole=bool(self.save_tokens), first_id=first_id)
+
+    def windows_for(self, model: Engine) -> Windows:
+        """The windows for a model, with its documents apart if it was trained so. Raises: ArgumentError."""
+        apart = model.trained.run.data.document_mask if self.document_mask is None else self.document_mask
+        where = model.trained.workdir
+        first_id = document_starts.first_id(model.tokenizer, where, "document_mask") if apart else None
+        return self.windows(model.context, first_id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +97,7 @@ def on_text(
       page: a page to fill and write, or None.
     Returns: the record. Raises: UserError.
     """
-    windows = chosen.windows(model.context)
+    windows = chosen.windows_for(model)
     text = chosen.open(model.tokenizer, windows, model.trained.workdir)
     result = perplexity(model, text, windows, chosen.save_tokens)
     print(summary(result), flush=True)
@@ -88,7 +106,7 @@ def on_text(
     if output:
         storage.write_json(output, result)
     if page:
-        pages.of_text(page, model, text, result)
+        pages.of_text(page, model, text, windows, result)
         print(page.write(result))
     return result
 

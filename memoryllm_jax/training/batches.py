@@ -24,10 +24,11 @@ from jax.sharding import NamedSharding
 
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config
+from memoryllm_jax.data import document_starts
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.mixture import Interleave
 from memoryllm_jax.model.sharding import batch_shards
-from memoryllm_jax.training import documents, sizes
+from memoryllm_jax.training import sizes
 from memoryllm_jax.training.sizes import Sizes
 
 # Tokens that are read to plan the sizes, and the bounds of the number of batch shards that they make up. Of 64 shards
@@ -106,7 +107,7 @@ class Batches(abc.ABC):
     def __init__(self, config: Config, dataset: Dataset, shards: int, local: list[int]):
         self.config, self.shards, self.local = config, shards, local
         self.sequences = config.batch_size // shards  # sequences of a batch shard
-        self._first_id = documents.first_id(dataset) if config.data.document_mask else None
+        self._first_id = document_starts.first_id(dataset, dataset.path) if config.data.document_mask else None
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -132,7 +133,7 @@ class Batches(abc.ABC):
         by_micro_batch = (self.config.accumulate, -1)
         start = None
         if self._first_id is not None:
-            start = documents.starts(windows[:, :-1], self._first_id).reshape(by_micro_batch)
+            start = document_starts.starts(windows[:, :-1], self._first_id).reshape(by_micro_batch)
         return ShardBatch(
             ids.astype(np.int32),
             index.reshape(by_micro_batch).astype(np.int32),
@@ -163,7 +164,8 @@ class Batches(abc.ABC):
         if self._first_id is None:
             return 1.0
         shares = [
-            documents.attention_share(documents.starts(ids[:, :-1], self._first_id)) for ids in self._sampled_windows()
+            document_starts.attention_share(document_starts.starts(ids[:, :-1], self._first_id))
+            for ids in self._sampled_windows()
         ]
         return float(np.mean(shares))
 

@@ -11,8 +11,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from memoryllm_jax.config import Config
+from memoryllm_jax.data import document_starts
 from memoryllm_jax.model import loss, sharding, transformer
-from memoryllm_jax.training import compilation, documents, norms, optimizer, schedules, spikes
+from memoryllm_jax.training import compilation, norms, optimizer, schedules, spikes
 from memoryllm_jax.training.batches import Batch, abstract_batch
 from memoryllm_jax.training.sizes import Sizes
 
@@ -51,7 +52,7 @@ class Trainer:
         steps; each device makes its own part.
       train(state, batch) -> (state, metrics): one optimizer step; the old state is donated. The metrics are the
         scalars loss and z_loss in nats, grad_norm, learning_rate, with Muon muon_learning_rate, with
-        config.data.document_mask attention_share (`documents.attention_share`), and those of `spikes.guard`. With
+        config.data.document_mask attention_share (`document_starts.attention_share`), and those of `spikes.guard`. With
         config.log.norms_every there is norms: {"gradient": `norms.of_gradients`, "added": `norms.of_added`}.
       evaluate(params, batch) -> (nll in nats, weight): sums over the batch's positions, without z-loss.
     Raises: UserError if config.xla does not fit the platform.
@@ -192,7 +193,9 @@ class Trainer:
         if o.name == "muon":
             metrics["muon_learning_rate"] = schedules.learning_rate(self.config, o.muon_lr)(state["step"])
         if batch.start_SAN is not None:
-            metrics["attention_share"] = documents.attention_share(batch.start_SAN.reshape(-1, self.config.seq_len))
+            metrics["attention_share"] = document_starts.attention_share(
+                batch.start_SAN.reshape(-1, self.config.seq_len)
+            )
         if self.config.log.norms_every:
             metrics["norms"] = {"gradient": norms.of_gradients(grads), "added": losses.added}
         params = optax.apply_updates(params, updates)

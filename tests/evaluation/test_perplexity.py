@@ -1,5 +1,6 @@
 """Perplexity on prepared data and on text files, in windows, against the equations and the validation of training."""
 
+import itertools
 import json
 
 import numpy as np
@@ -64,6 +65,20 @@ def test_the_sources_of_a_mixture_are_scored_as_alone(lab, swapped):
         assert source == pytest.approx({name: expected[name] for name in source}, rel=1e-6)
     total = sum(source["loss"] * source["tokens"] for source in found["sources"].values())
     assert found["loss"] == pytest.approx(total / found["tokens"], rel=1e-9)
+
+
+def test_documents_of_a_window_are_scored_alone(lab):
+    """With the most frequent token in the part of bos."""
+    with lab.model("memory") as model:
+        ids = dataset.Dataset(lab.data_path).validation.read(0, 2 * CONTEXT + 1)
+        first = int(np.bincount(ids).argmax())
+        found = quality(model, lab.data_path, Windows(CONTEXT, CONTEXT, 2 * CONTEXT, first_id=first))
+        ends = [position for position in range(1, 2 * CONTEXT) if ids[position] == first or position == CONTEXT]
+        texts = [ids[a : b + 1] for a, b in itertools.pairwise([0, *ends, 2 * CONTEXT])]
+        p = log_softmax(model, np.stack([np.pad(text[:-1], (0, CONTEXT + 1 - len(text))) for text in texts]))
+        nats = [-p[n, range(len(text) - 1), text[1:]].sum() for n, text in enumerate(texts)]
+    assert found["loss"] == pytest.approx(sum(nats) / (2 * CONTEXT), rel=1e-5)
+    assert found["by_context"][0]["tokens"] == len(texts) > 3 and found["document_mask"]
 
 
 def test_windows_with_a_stride_predict_each_token_once_from_context_minus_stride_tokens(lab):

@@ -18,9 +18,10 @@ from lab import random_params, some_tokens, step_logits, written
 
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.config import MeshConfig
+from memoryllm_jax.data import document_starts
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import attention, sharding
-from memoryllm_jax.training import documents, loop
+from memoryllm_jax.training import loop
 from memoryllm_jax.training.batches import TrainBatches, place
 from memoryllm_jax.training.step import Trainer
 
@@ -48,7 +49,7 @@ def test_attention_and_its_gradients_are_plain_attention(mesh, record_property, 
     rng = np.random.default_rng(0)
     drawn = rng.normal(size=(4, 2, length, 4, head_dim))
     inputs = jnp.asarray(drawn, jnp.bfloat16)
-    start_BT = documents.starts(rng.random((2, length)) < 1 / 60, True) if in_documents else None
+    start_BT = document_starts.starts(rng.random((2, length)) < 1 / 60, True) if in_documents else None
 
     def forward_and_backward(kernel):
         def run(inputs):

@@ -22,10 +22,10 @@ from memoryllm_jax.common import config_files, hosts, storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.config import StartConfig, resolve
-from memoryllm_jax.data import shards
+from memoryllm_jax.data import document_starts, shards
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.model import flops, sharding
-from memoryllm_jax.training import documents, loop, metrics
+from memoryllm_jax.training import loop, metrics
 from memoryllm_jax.training.recorder import Recorder
 from memoryllm_jax.training.step import Trainer
 
@@ -144,7 +144,7 @@ def test_eight_devices_train_as_one(make_config, tmp_path, monkeypatch, architec
     fields = {"model.vocab_size": 512, "data.document_mask": architecture == "ple-3"}
     config = make_config(architecture, **fields)
     frequent = int(np.bincount(read_all(Dataset(config.data.path))).argmax())
-    monkeypatch.setattr(documents, "first_id", lambda dataset: frequent)
+    monkeypatch.setattr(document_starts, "first_id", lambda *_: frequent)
     run(config, tmp_path / "one")
     run(make_config(architecture, **fields, **names), tmp_path / "eight", devices=8)
     one, eight = losses(tmp_path / "one"), losses(tmp_path / "eight")

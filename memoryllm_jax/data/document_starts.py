@@ -1,4 +1,4 @@
-"""Documents in the sequences of a batch, for config.data.document_mask.
+"""Where documents begin in windows of a stream of tokens, for config.data.document_mask. No JAX.
 
 The training text is a stream of documents, cut into windows of seq_len wherever they fall. Without the mask, a position
 attends to everything before it in its window, also to documents that have nothing to do with its own. With the mask,
@@ -11,20 +11,33 @@ document alone, as are the others, and the token after its last one shows where 
 losses with and without the mask are means over the same targets.
 """
 
+import itertools
+from typing import Protocol
+
 import numpy as np
 
-from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.common.errors import ArgumentError
 
 
-def first_id(dataset: Dataset) -> int:
-    """The token id that each document begins with. Raises: UserError if documents are not told apart by a token."""
-    found = dataset.bos_id if dataset.bos_id is not None else dataset.eos_id
+class Marks(Protocol):
+    """What knows the ids before and after each document, or None: a `Tokenizer`, or a `Dataset`."""
+
+    bos_id: int | None
+    eos_id: int | None
+
+
+def first_id(marks: Marks, where: str, argument: str = "config.data.document_mask") -> int:
+    """The token id that each document begins with.
+
+    Args:
+      where: what the error names: the data, or the model.
+      argument: that asks for it.
+    Raises: ArgumentError if no id shows where documents begin.
+    """
+    found = marks.bos_id if marks.bos_id is not None else marks.eos_id
     if found is None:
-        raise UserError(
-            "config.data.document_mask: expected a tokenizer with bos or eos, which show where a document begins, "
-            f"found one with neither in {dataset.path}"
-        )
+        problem = f"expected a tokenizer with bos or eos, which show where a document begins, found neither in {where}"
+        raise ArgumentError(argument, problem)
     return found
 
 
@@ -51,3 +64,14 @@ def attention_share(start_BT):
     # A query at position t attends to t - start + 1 keys, itself among them. Without documents that is (T+1)/2 on
     # average.
     return 1 - 2 * start_BT.mean() / (start_BT.shape[1] + 1)
+
+
+def split(ids: np.ndarray, first: int) -> list[np.ndarray]:
+    """Cuts the ids of one window into its documents, each with its last target: neighbours share a token.
+
+    Args:
+      ids: at least 2 token ids. The last one is only a target, so that no document begins with it.
+      first: the id that `first_id` returns.
+    """
+    begins = np.flatnonzero(ids[1:-1] == first) + 1
+    return [ids[a : b + 1] for a, b in itertools.pairwise([0, *begins.tolist(), len(ids) - 1])]
