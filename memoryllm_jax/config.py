@@ -242,7 +242,8 @@ class EvalConfig:
     """When a run is evaluated on held-out text, and on how much of it."""
 
     every: int = field(1000, least=1, resumable=True)  # steps between evaluations; the last step is always evaluated
-    batches: int = field(0, least=0, resumable=True)  # held-out batches; 0: all of the validation split
+    # Held-out batches, divided among the sources of a mixture; 0: all of the validation split
+    batches: int = field(0, least=0, resumable=True)
     # Tasks of the evaluation harness, separated by commas, that are run while the model trains; "": none
     tasks: str = field("", resumable=True)
     # Folder with task files (.yaml) and data of the tasks; "": the harness's own tasks, which fetch their data

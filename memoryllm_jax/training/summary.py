@@ -48,7 +48,7 @@ def _mixture(batches: TrainBatches) -> list[str]:
         return []
     lines = []
     for source, windows, epochs in zip(batches.sources, batches.windows_of, batches.epochs(len(batches))):
-        line = f"  {float(source.share):.2%} {source.name}: {epochs:.2f} epochs of {windows:,} sequences"
+        line = f"  {100 * float(source.share):.4g}% {source.name}: {epochs:.2f} epochs of {windows:,} sequences"
         if source.validation.tokens < 2:
             line += "; not validated, as it has no held-out tokens"
         lines.append(line)

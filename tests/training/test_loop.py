@@ -61,8 +61,9 @@ def stop_after(monkeypatch, step):
     monkeypatch.setattr(hosts.StopSignal, "agreed", lambda self: next(calls) >= step)
 
 
-def test_resumed_is_bitwise_uninterrupted(make_config, tmp_path, monkeypatch):
-    config = make_config("flex-3", **{"checkpoint.every": 2, "accumulate": 2, "log.norms_every": 2})
+def test_resumed_is_bitwise_uninterrupted(make_config, data_path, swapped, tmp_path, monkeypatch):
+    fields = {"checkpoint.every": 2, "accumulate": 2, "log.norms_every": 2}
+    config = make_config("flex-3", **fields, **{"data.path": f"{data_path}:3,{swapped}:1"})
     assert run(config, tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
