@@ -28,6 +28,14 @@ def shown_by_tensorboard(folder) -> list[tuple[str, int, float | str]]:
     return shown
 
 
+def test_tensorboard_shows_the_numbers_of_nested_values(make_config, tmp_path):
+    writer = Writer(make_config("memory", **{"log.tensorboard": True}), DESCRIPTION, str(tmp_path), 0, enabled=True)
+    writer.write(1, "norms", {"added": {"ffn": [1.0, 2.0]}, "share": 0.5})
+    writer.close()
+    expected = [("norms/added/ffn/00", 1, 1.0), ("norms/added/ffn/01", 1, 2.0), ("norms/share", 1, 0.5)]
+    assert shown_by_tensorboard(tmp_path / "tensorboard") == expected
+
+
 def test_a_resumed_run_records_each_step_once(make_config, tmp_path, monkeypatch):
     seconds = itertools.count(1_000_000_000)  # TensorBoard names its files after the time in seconds
     monkeypatch.setattr(time, "time", lambda: next(seconds))
