@@ -1,7 +1,8 @@
 """Paths that name several folders of prepared data, and the mixture that weights make of them. No JAX.
 
 In a mixture each sequence of a batch comes from one source, and source k gives the share w_k / (w_1 + ... + w_K) of the
-sequences. As all sequences are equally long, that is its share of the tokens too.
+sequences. As all sequences are equally long, that is its share of the tokens too: the "sampling proportion" of LLaMA
+(Touvron et al. 2023, arXiv 2302.13971, Table 1).
 """
 
 import math

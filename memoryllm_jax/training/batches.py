@@ -102,10 +102,13 @@ class Batches(abc.ABC):
     Args:
       shards: number of batch shards, of all hosts.
       local: numbers of this host's batch shards.
+    Attributes:
+      is_mixture: whether the data's folders have weights.
     """
 
     def __init__(self, config: Config, dataset: Dataset, shards: int, local: list[int]):
         self.config, self.shards, self.local = config, shards, local
+        self.is_mixture = bool(dataset.shares)
         self.sequences = config.batch_size // shards  # sequences of a batch shard
         self._first_id = document_starts.first_id(dataset, dataset.path) if config.data.document_mask else None
 
@@ -191,7 +194,6 @@ class TrainBatches(Batches):
     Attributes:
       tokens: the training split.
       sources: what the sequences are drawn from.
-      is_mixture: whether the sources have weights.
       windows_of: number of windows of each source in an epoch.
     """
 
@@ -199,11 +201,11 @@ class TrainBatches(Batches):
         super().__init__(config, dataset, shards, local)
         self.tokens = dataset.train
         self.sources = dataset.sources
-        self.is_mixture = bool(dataset.shares)
         self.windows_of = [(source.train.tokens - 1) // config.seq_len for source in self.sources]
         self._interleave = Interleave([source.share for source in self.sources])
         self._check_enough()
         # Windows are shuffled as numbers; tokens are read in `windows`. Grain seeds the shuffle of each epoch anew.
+        # Sources have seeds of their own, as equally large ones would be shuffled alike.
         self._orders = []
         for number, windows in enumerate(self.windows_of):
             source = grain.MapDataset.range(windows).seed(config.seed + number).shuffle()
@@ -279,13 +281,11 @@ class ValidationBatches(Batches):
     Attributes:
       tokens: the held-out split.
       sources: those that have held-out tokens to predict.
-      is_mixture: whether the sources have weights.
     """
 
     def __init__(self, config: Config, dataset: Dataset, shards: int, local: list[int]):
         super().__init__(config, dataset, shards, local)
         self.tokens = dataset.validation
-        self.is_mixture = bool(dataset.shares)
         self.sources = [source for source in dataset.sources if source.validation.tokens > 1]
         if not self.sources:
             raise UserError(f"{dataset.path}: expected held-out tokens, found {self.tokens.tokens}")
