@@ -44,6 +44,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "chip_devices" in item.fixturenames:
             item.add_marker("chips")
+    # The longest tests first: the last one of a session would keep one worker busy while the other has nothing to do.
+    items.sort(key=lambda item: "slow" not in item.keywords)
 
 
 def pytest_sessionfinish():

@@ -256,7 +256,7 @@ def test_prepare_finds_the_special_tokens_of_an_import(prepared):
     assert data.train.read(0, 1) == [62]
 
 
-def test_a_model_trained_from_an_import_and_resumed_keeps_its_files(with_files, prepared, tmp_path):
+def test_a_model_trained_from_an_import_and_resumed_keeps_its_files(with_files, prepared, tmp_path, shared_trainers):
     """New are config.json and the model card, which describe the weights, and the class in tokenizer_config.json."""
     _, work = with_files
     c = config_files.load(f"configs/start.py:memory@{work}")
