@@ -53,7 +53,7 @@ class Group(NamedTuple):
     def text(self) -> str:
         """The group as a line to print."""
         return (
-            f"{self.what}: {self.parameters / 1e6:,.1f}M parameters in {self.arrays} arrays, "
+            f"{self.what}: {self.parameters:,} parameters in {self.arrays} arrays, "
             f"peak rate {self.peak_lr:g}, weight decay {self.weight_decay:g}"
         )
 

@@ -9,15 +9,17 @@ from memoryllm_jax.config import MeshConfig
 from memoryllm_jax.model import flops, sharding, transformer
 from memoryllm_jax.training import muon, optimizer
 
+LAYERS = 9
 PICKED = (("attention", "q"), ("attention", "out"), ("ffn", "down"))  # split over heads, over rows, and a tall matrix
 
 
 def test_updates_are_those_of_pytorch_and_padding_stays_zero(make_config, monkeypatch):
-    """Three layers on eight devices, so that some devices orthogonalise padding, and replicas share what they do."""
+    """Nine layers over four parts are three each with padding, which two replicas share as two and one."""
     torch = pytest.importorskip("torch")
     # PyTorch rounds to bfloat16 first, as a GPU does here. XLA for CPUs does not.
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x.float().clone())
-    config = make_config("flex-3", **{"model.layers": 3, "model.heads": 3, "model.dim": 30, "model.vocab_size": 64})
+    sizes = {"model.layers": LAYERS, "model.heads": 3, "model.dim": 30, "model.vocab_size": 64}
+    config = make_config("flex-3", **sizes)
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2), jax.devices())
     model = transformer.LanguageModel(config.model)
     stored = transformer.abstract_params(model, mesh, sharding.PRODUCT_MULTIPLE)
@@ -47,11 +49,11 @@ def test_updates_are_those_of_pytorch_and_padding_stays_zero(make_config, monkey
         of = matrices[name]
         found = np.array(params[name])
         kept = tuple(slice(n) for n in x.shape)
-        expected = np.stack([in_pytorch(torch, [v[name][layer] for v in values], of) for layer in range(3)])
+        expected = np.stack([in_pytorch(torch, [v[name][layer] for v in values], of) for layer in range(LAYERS)])
         np.testing.assert_allclose(found[kept], expected, atol=2e-6)
         found[kept] = 0
         assert not found.any()
-    assert stored["q"].shape == (3, 30, 4, 10) and stored["down"].shape[1] % 16 == 0  # there is padding
+    assert stored["q"].shape == (LAYERS, 30, 4, 10) and stored["down"].shape[1] % 16 == 0  # there is padding
 
 
 def in_pytorch(torch, values, of: muon.Matrices) -> np.ndarray:
