@@ -50,23 +50,23 @@ def test_an_epoch_takes_every_window_once_in_shuffled_order(make_config):
 
 
 def test_a_mixture_takes_each_window_of_its_sources_in_their_shares(make_config, data_path, swapped):
-    config = make_config("memory", steps=100, **{"data.epochs": 4})
-    dataset = Dataset(f"{data_path}:3,{swapped}:1")
-    batches = TrainBatches(config, dataset, 1, [0])
-    T, B, small = config.seq_len, config.batch_size, batches.windows_of[1]
-    found = np.concatenate([global_batch(batches, step)[0].reshape(B, T) for step in range(100)])
-    of_small = {window.tobytes() for window in read_all(Dataset(str(swapped)))[: small * T].reshape(-1, T)}
+    alone = Dataset(str(swapped))
+    small = (alone.train.tokens - 1) // 32  # its windows
+    config = make_config("memory", steps=small, batch_size=8, seq_len=32, **{"data.epochs": 9})
+    batches = TrainBatches(config, Dataset(f"{data_path}:3,{swapped}:1"), 1, [0])
+    found = np.concatenate([global_batch(batches, step)[0].reshape(8, 32) for step in range(small)])
+    of_small = {window.tobytes() for window in read_all(alone)[: small * 32].reshape(-1, 32)}
     is_small = np.array([window.tobytes() in of_small for window in found])
-    assert is_small.reshape(100, B).sum(1).tolist() == [B // 4] * 100
+    assert is_small.reshape(-1, 8).sum(1).tolist() == [2] * small
     # Each of its epochs has every window once, in an order of its own.
-    epochs = found[is_small][: 200 // small * small].reshape(-1, small, T)
-    for epoch in epochs:
+    first, second = found[is_small].reshape(2, small, 32)
+    for epoch in (first, second):
         assert {window.tobytes() for window in epoch} == of_small
-    assert len(epochs) >= 2 and not np.array_equal(epochs[0], epochs[1])
-    assert batches.epochs(100) == [600 / batches.windows_of[0], 200 / small]
-    alone = TrainBatches(config, Dataset(f"{data_path}:9"), 1, [0])
-    plain = TrainBatches(config, Dataset(data_path), 1, [0])
-    np.testing.assert_array_equal(global_batch(alone, 7)[1], global_batch(plain, 7)[1])
+    assert not np.array_equal(first, second)
+    assert batches.epochs(small) == [6 * small / batches.windows_of[0], 2]
+    # One source with a weight is as without.
+    one, plain = (TrainBatches(config, Dataset(path), 1, [0]) for path in (f"{data_path}:9", data_path))
+    np.testing.assert_array_equal(global_batch(one, 7)[1], global_batch(plain, 7)[1])
 
 
 def test_reading_starts_at_any_step(make_config):
@@ -96,11 +96,12 @@ def test_more_steps_than_the_data_has_are_refused_before_training(make_config):
 
 def test_a_source_that_is_too_small_is_named(make_config, data_path, swapped):
     dataset = Dataset(f"{data_path}:0.5,{swapped}:0.5")
+    small = (dataset.sources[1].train.tokens - 1) // 32  # of its sequences, four of which each step takes
     with pytest.raises(
         UserError,
         match=r"config.data.epochs: .* epochs of small, which has \d+ sequences; .* or give small less weight",
     ):
-        TrainBatches(make_config("memory", steps=400, **{"data.epochs": 9}), dataset, 1, [0])
+        TrainBatches(make_config("memory", steps=small + 1, **{"data.epochs": 4}), dataset, 1, [0])
     # Longer than the small source, and then longer than the other one too
     for seq_len, source in ((40_000, "small"), (10_000_000, "prepared")):
         message = rf"config.seq_len: expected less than the \d+ training tokens of {source}, found {seq_len}"
