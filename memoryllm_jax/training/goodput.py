@@ -23,7 +23,7 @@ from memoryllm_jax.common.records import Count, Record
 
 # start: opening data, devices and checkpoints, initialising or restoring, until the first step, except for `compile`
 # compile: XLA
-# step: training steps, the host's work between two of them included
+# step: training steps, skipped ones and the host's work between two of them included
 # input: the devices had no step to compute, because the next batch was not there
 # validation, save, sample, tasks: between two steps; a save goes on in the background, which counts as `step`
 # lost: steps that were trained again, because the process that trained them first ended before it saved them
