@@ -33,6 +33,13 @@ def flex(lab):
         yield model
 
 
+@pytest.fixture
+def without_listing(harness, monkeypatch):
+    """Leaves out the harness's own tasks, which take ten seconds to list."""
+    manager = harness.TaskManager
+    monkeypatch.setattr(harness, "TaskManager", lambda **more: manager(**more | {"include_defaults": False}))
+
+
 def requests(*arguments):
     from lm_eval.api.instance import Instance
 
@@ -96,7 +103,7 @@ def test_generated_texts_end_at_stop_strings_and_lengths(lab, harness):
             texts(contexts, max_gen_toks=2, num_beams=4)
 
 
-def test_local_tasks_run_without_a_network(lab, harness, tmp_path, monkeypatch):
+def test_local_tasks_run_without_a_network(lab, harness, without_listing, tmp_path, monkeypatch):
     pairs = [("She gave him a", "book"), ("Call this function with a", "string"), ("The value is", "None")]
     lines = [{"query": query, "answers_text": [answer]} for query, answer in pairs]
     (tmp_path / "lambada.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -135,12 +142,8 @@ def test_local_tasks_run_without_a_network(lab, harness, tmp_path, monkeypatch):
     assert len(samples) == 1 and len(open(samples[0]).readlines()) == 4 and len(os.listdir(output.parent)) == 3
 
 
-def test_bad_tasks_and_data_are_refused_before_the_model_is_used(harness, tmp_path, monkeypatch):
-    from lm_eval.tasks import TaskManager
-
+def test_bad_tasks_and_data_are_refused_before_the_model_is_used(harness, without_listing, tmp_path):
     model = types.SimpleNamespace(tokenizer=None, context=CONTEXT)
-    # Without the harness's own tasks, which take ten seconds to list.
-    monkeypatch.setattr(harness, "TaskManager", lambda **more: TaskManager(**more | {"include_defaults": False}))
     with pytest.raises(ArgumentError, match=r"tasks: .*found .lambda_local.; did you mean .*lambada_local"):
         harness.Tasks(["lambda_local"])
     with pytest.raises(ArgumentError, match="task_path: expected a folder with task files, found none at nowhere"):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+from typing import NamedTuple
 
 import jax
 import pytest
@@ -11,9 +12,10 @@ from lab import written
 
 from memoryllm_jax.checkpoint import store
 from memoryllm_jax.common.errors import ArgumentError, UserError
-from memoryllm_jax.config import EvalConfig, MeshConfig, SampleConfig
+from memoryllm_jax.config import Config, EvalConfig, MeshConfig, SampleConfig
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.inference.decoder import Decoder
+from memoryllm_jax.inference.generation import STEPS_PER_CALL
 from memoryllm_jax.inference.sampling import Sampling
 from memoryllm_jax.model import sharding
 from memoryllm_jax.training import during, loop
@@ -36,33 +38,39 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(note)
 
 
+SAMPLE = SampleConfig(every=4, tokens=12, prompt="def ", temperature=0.8)
+
+
+class Training(NamedTuple):
+    """A run of flex-3 on two devices after its last step, as its observers see it."""
+
+    config: Config
+    params: dict
+    model: during.LiveModel
+
+
 @pytest.fixture(scope="module")
 def training(lab):
-    """A function: training(config fields) returns (Trainer of flex-3's run on two devices, its state, tokenizer)."""
-    workdir, data = lab.workdir("flex-3"), Dataset(lab.data_path)
-    checkpoints = store.Checkpoints(workdir)
-
-    def restored(**fields):
-        config = loop.complete(dataclasses.replace(lab.run("flex-3"), mesh=MeshConfig(1, 2, 1), **fields), data)
-        trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:2]))
-        return trainer, checkpoints.restore(16, trainer.state_shape), data.tokenizer()
-
-    yield restored
-    checkpoints.close()
+    data = Dataset(lab.data_path)
+    chosen = dataclasses.replace(lab.run("flex-3"), mesh=MeshConfig(2, 1, 1), sample=SAMPLE, seed=3)
+    config = loop.complete(chosen, data)
+    trainer = Trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:2]))
+    with contextlib.closing(store.Checkpoints(lab.workdir("flex-3"))) as checkpoints:
+        params = checkpoints.restore(16, trainer.state_shape)["params"]
+    return Training(config, params, during.LiveModel(trainer, data.tokenizer()))
 
 
 def test_a_sample_is_what_generate_makes_of_the_checkpoint_and_compiles_once(lab, training):
-    chosen = SampleConfig(every=4, tokens=12, prompt="def ", temperature=0.8)
-    trainer, state, tokenizer = training(sample=chosen, seed=3)
-    (sample,) = during.observers(trainer, tokenizer, None, lambda: False)
-    first = sample(state["params"])
+    sample = during.Sample(training.config, training.model)
+    first = sample(training.params)
     with compilations() as compiled:
-        assert sample(state["params"]) == first
+        assert sample(training.params) == first
     assert not compiled and sample.every == 4
-    with lab.model("flex-3") as model:
+    with lab.model("flex-3", devices=2) as model:
         prompt = model.prompt("def ")
-        (new,) = written(model, [prompt], 12, Sampling(0.8), seed=3, stop_ids=tokenizer.stop_ids)
-        assert first["text"] == tokenizer.decode(prompt + new)
+        how = {"seed": 3, "stop_ids": model.tokenizer.stop_ids, "steps_per_call": STEPS_PER_CALL}
+        (new,) = written(model, [prompt], 12, Sampling(0.8), **how)
+        assert first["text"] == model.tokenizer.decode(prompt + new)
 
 
 def test_tasks_score_the_parameters_in_place_as_evaluate_scores_the_checkpoint(lab, training, tmp_path, monkeypatch):
@@ -73,9 +81,8 @@ def test_tasks_score_the_parameters_in_place_as_evaluate_scores_the_checkpoint(l
     lines = [{"goal": f"do {n}", "sol1": "a b" * n, "sol2": "return it", "label": n % 2} for n in range(1, 6)]
     (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     chosen = EvalConfig(tasks="piqa_local", tasks_folder=str(tmp_path), tasks_every=8)
-    trainer, state, tokenizer = training(eval=chosen)
     asked = []  # whether to stop
-    (scores,) = during.observers(trainer, tokenizer, open_tasks(chosen), lambda: len(asked) > 1)
+    scores = during.Scores(chosen, open_tasks(chosen), training.model, lambda: len(asked) > 1)
     log_probs, is_whole = Decoder.log_probs, []
 
     def watched(*args):
@@ -85,18 +92,19 @@ def test_tasks_score_the_parameters_in_place_as_evaluate_scores_the_checkpoint(l
 
     with monkeypatch.context() as patch:
         patch.setattr(Decoder, "log_probs", watched)
-        during.rehearse([scores], state["params"])
+        during.rehearse([scores], training.params)
     assert is_whole and all(is_whole)  # so that each of several hosts can read them
-    result = scores(state["params"])
+    result = scores(training.params)
     with compilations() as compiled:
-        assert scores(state["params"]) == result
+        assert scores(training.params) == result
     assert not compiled
     asked += [1, 2]
-    assert scores(state["params"]) is None
-    with lab.model("flex-3") as model:
-        whole = harness.Tasks(["piqa_local"], data=str(tmp_path)).run(model, {}, bootstrap_iters=0)["results"]
-    expected = {"acc": whole["piqa_local"]["acc,none"], "acc_norm": whole["piqa_local"]["acc_norm,none"], "n": 5}
-    assert result == {"piqa_local": expected, "asked": "piqa_local: all examples of each"}
+    assert scores(training.params) is None
+    with lab.model("flex-3", devices=2) as model:
+        whole = harness.Tasks(["piqa_local"], data=str(tmp_path)).scores(model)
+    assert result["piqa_local"]["acc"] == whole["piqa_local"][1]
+    assert result == {"piqa_local": result["piqa_local"] | {"n": 5}, "asked": "piqa_local: all examples of each"}
+    assert set(result["piqa_local"]) == {"acc", "acc_norm", "n"}
     assert scores.text(result).startswith("tasks\n  piqa_local: acc 0.")
 
 

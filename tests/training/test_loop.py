@@ -116,18 +116,6 @@ def test_a_run_that_is_complete_is_evaluated_once_more_and_recorded_once(make_co
     assert len(records(tmp_path)) == 4
 
 
-def test_a_signal_during_validation_saves_first_and_the_validation_is_made_again(make_config, tmp_path, monkeypatch):
-    config = make_config("memory", **{"eval.every": 2, "data.verify": False})
-    with monkeypatch.context() as patch:
-        asked = []
-        # `agreed` is called before the first step, after each step, and before each batch of the first validation.
-        patch.setattr(hosts.StopSignal, "agreed", lambda self: asked.append(0) or len(asked) == 5)
-        assert run(config, tmp_path) == ExitCode.STOPPED
-    assert saved_steps(tmp_path) == [2] and not records(tmp_path, "validation")
-    assert run(config, tmp_path) == 0
-    assert [record["step"] for record in records(tmp_path, "validation")] == [2, 4]
-
-
 def test_a_signal_before_the_first_step_saves_nothing_and_says_so(make_config, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(hosts.StopSignal, "now", lambda self: True)
     assert run(make_config("memory"), tmp_path / "run") == ExitCode.STOPPED
@@ -263,40 +251,46 @@ def test_records_of_a_run(make_config, tmp_path):
     assert 0 < last["mfu"] < last["mfu_plain"]  # fewer rows than tokens were evaluated
 
 
-def test_a_run_samples_and_scores_and_makes_again_only_what_a_signal_cut_off(make_config, tmp_path, capfd):
-    """With a vocabulary larger than the data's, whose padding no text shows."""
-    during = {"sample.tokens": 30, "sample.every": 2, "eval.tasks": "some", "eval.tasks_every": 2}
-    config = make_config("memory", **{"model.vocab_size": 640}, **during)
+def test_what_a_signal_cut_off_is_made_again_and_nothing_else(make_config, tmp_path, monkeypatch, capfd):
+    """Validation, samples and tasks after step 2. The vocabulary is larger than the data's."""
+    workdir = tmp_path / "w"
+    during = {"sample.tokens": 30, "sample.every": 2, "eval.tasks": "some", "eval.tasks_every": 2, "eval.every": 2}
+    config = make_config("memory", **{"model.vocab_size": 640, "data.verify": False}, **during)
     asked = []
 
     def open_tasks(chosen):
         def scores(model, stopped, limit):
             asked.append(limit)
-            return None if len(asked) == 2 else {"some": {"acc": 0.5, "n": 2}}  # the first is the rehearsal
+            return None if len(asked) == 3 else {"some": {"acc": 0.5, "n": 2}}  # after two rehearsals
 
         assert chosen.tasks == "some"
         return scores
 
     def run_with_tasks():
-        return loop.train(config, str(tmp_path / "w"), jax.devices()[:1], open_tasks=open_tasks)
+        return loop.train(config, str(workdir), jax.devices()[:1], open_tasks=open_tasks)
 
-    assert run_with_tasks() == ExitCode.STOPPED and saved_steps(tmp_path / "w") == [2]
-    assert [len(records(tmp_path / "w", kind)) for kind in ("sample", "tasks")] == [1, 0]
-    assert run_with_tasks() == 0 and asked == [1, 0, 1, 0, 0]
-    for kind in ("sample", "tasks"):
-        assert [record["step"] for record in records(tmp_path / "w", kind)] == [2, 4]
+    def recorded():
+        kinds = ("validation", "sample", "tasks")
+        return [[record["step"] for record in records(workdir, kind)] for kind in kinds]
+
+    with monkeypatch.context() as patch:
+        calls = []
+        # `agreed` is called before the first step, after each step, and before each batch of the first validation.
+        patch.setattr(hosts.StopSignal, "agreed", lambda self: calls.append(0) or len(calls) == 5)
+        assert run_with_tasks() == ExitCode.STOPPED
+    assert saved_steps(workdir) == [2] and recorded() == [[], [], []]
+    assert run_with_tasks() == ExitCode.STOPPED and recorded() == [[2], [2], []]
+    assert run_with_tasks() == 0 and recorded() == [[2, 4]] * 3 and asked == [1, 1, 0, 1, 0, 0]
     output = capfd.readouterr().out
-    for step, sample in zip((2, 4), records(tmp_path / "w", "sample"), strict=True):
-        assert f"step {step}: sample at temperature 0.8:\n{sample['text']}\n" in output
+    for step, sample in zip((2, 4), records(workdir, "sample"), strict=True):
+        assert output.count(f"step {step}: sample at temperature 0.8:\n{sample['text']}\n") == 1
     assert "step 4: tasks\n  some: acc 0.5000 (2 examples)" in output
-    assert json.loads((tmp_path / "w" / "result.json").read_text())["tasks"]["some"] == {"acc": 0.5, "n": 2}
-    assert {type(record) for record in metrics.records(str(tmp_path / "w" / "metrics.jsonl"))} == {
-        metrics.TrainRecord,
-        metrics.ValidationRecord,
-    }
-    assert run_with_tasks() == 0 and asked == [1, 0, 1, 0, 0]  # all is there
+    assert json.loads((workdir / "result.json").read_text())["tasks"]["some"] == {"acc": 0.5, "n": 2}
+    kinds = {type(record) for record in metrics.records(str(workdir / "metrics.jsonl"))}
+    assert kinds == {metrics.TrainRecord, metrics.ValidationRecord}
+    assert run_with_tasks() == 0 and recorded() == [[2, 4]] * 3 and len(asked) == 6  # all is there
     with pytest.raises(UserError, match=r"config.eval.tasks: expected none, as nothing here opens tasks, found some"):
-        run(config, tmp_path / "w")
+        run(config, workdir)
     with pytest.raises(UserError, match=r"config.model.vocab_size: expected at least the 512 ids of .* found 500"):
         run(make_config("memory", steps=1, **{"model.vocab_size": 500}), tmp_path / "other")
 
