@@ -364,7 +364,7 @@ def _observe(
             continue
         if again and observer.asked:
             kept = recorder.kept(observer.kind)
-            if hosts.as_the_first(kept is not None and kept["asked"] == observer.asked):
+            if hosts.as_the_first(kept is not None and kept.get("asked") == observer.asked):
                 results[observer.kind] = kept or {}  # which the first host alone has, and writes to result.json
                 continue
         with recorder.paused(observer.kind):
