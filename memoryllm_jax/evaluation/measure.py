@@ -143,7 +143,8 @@ class Measure:
     def perplexity(self, model: Engine) -> float:
         """Perplexity of the text's tokens, in windows of the model's context."""
         # Windows that do not overlap: experiments measure many variants, and need differences more than the last digit.
-        windows = Windows(model.context, model.context, self.text.max_tokens)
+        first_id = perplexity.first_id(model)
+        windows = Windows(model.context, model.context, self.text.max_tokens, first_id=first_id)
         text = self._opened_text(model.trained, windows)
         return perplexity.perplexity(model, text, windows)["perplexity"]
 

@@ -111,6 +111,20 @@ class Windows(NamedTuple):
             start += self.stride
 
 
+def first_id(model: Engine, document_mask: bool | None = None) -> int | None:
+    """The `first_id` of a model's windows.
+
+    Args:
+      document_mask: whether each document of a window is scored alone; None: as the model was trained.
+    Raises: ArgumentError if its tokenizer does not show where documents begin.
+    """
+    if document_mask is None:
+        document_mask = model.trained.run.data.document_mask
+    if not document_mask:
+        return None
+    return document_starts.first_id(model.tokenizer, model.trained.workdir, "document_mask")
+
+
 def perplexity(
     model: Engine,
     text: Text,

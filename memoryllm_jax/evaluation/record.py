@@ -9,10 +9,9 @@ from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common import report, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
-from memoryllm_jax.data import document_starts
 from memoryllm_jax.evaluation import page as pages
 from memoryllm_jax.evaluation.measure import TaskOptions, TextOptions, refuse_unused
-from memoryllm_jax.evaluation.perplexity import Windows, perplexity, summary
+from memoryllm_jax.evaluation.perplexity import Windows, first_id, perplexity, summary
 from memoryllm_jax.inference.engine import Engine
 
 
@@ -39,25 +38,22 @@ class WindowedText(TextOptions):
     def _check_data(self) -> None:
         """Allows the other options without `data`: `text_or_own` names the data then."""
 
-    def windows(self, context: int, first_id: int | None = None) -> Windows:
+    def windows(self, context: int, first: int | None = None) -> Windows:
         """The windows for a model's context.
 
         Args:
-          first_id: as of `Windows`.
+          first: `first_id` of the windows.
         Raises: ArgumentError for a stride above the context, which would skip tokens.
         """
         stride = context if self.stride is None else self.stride
         if stride > context:
             raise ArgumentError("stride", f"expected 1 to {context}, the model's context, found {stride}")
         # Saved tokens are one rectangular array, which has no place for a shorter last window.
-        return Windows(context, stride, self.max_tokens, whole=bool(self.save_tokens), first_id=first_id)
+        return Windows(context, stride, self.max_tokens, whole=bool(self.save_tokens), first_id=first)
 
     def windows_for(self, model: Engine) -> Windows:
         """The windows for a model, with its documents apart if it was trained so. Raises: ArgumentError."""
-        apart = model.trained.run.data.document_mask if self.document_mask is None else self.document_mask
-        where = model.trained.workdir
-        first_id = document_starts.first_id(model.tokenizer, where, "document_mask") if apart else None
-        return self.windows(model.context, first_id)
+        return self.windows(model.context, first_id(model, self.document_mask))
 
 
 @dataclasses.dataclass(frozen=True)

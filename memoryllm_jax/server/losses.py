@@ -46,7 +46,8 @@ class LossMeter:
 
     def __init__(self, engine: Engine, rows: RowSource):
         self._engine, self._rows = engine, rows
-        self._windows = Windows(engine.context, engine.context, max(_MOST_TOKENS, engine.context))
+        first_id = perplexity.first_id(engine)
+        self._windows = Windows(engine.context, engine.context, max(_MOST_TOKENS, engine.context), first_id=first_id)
         self._before: Recent[str, float] = Recent(_TEXTS)
         self._held_out: Text | None = None
         self._data = ""
