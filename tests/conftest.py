@@ -37,6 +37,11 @@ from memoryllm_jax.config import default, resolve
 from memoryllm_jax.data import documents, shards
 from memoryllm_jax.training import chips, loop
 
+# JAX traces with many small objects, in a process where as many live on. By Python's default thresholds, to look for
+# garbage took 16% of the CPU time of tests/inference/test_slots.py and test_decoder.py; with these 8%.
+gc.set_threshold(50_000, 10, 10)
+gc.freeze()  # what the imports have made stays anyway
+
 
 def pytest_collection_modifyitems(config, items):
     if "long" not in config.option.markexpr:
