@@ -197,7 +197,8 @@ class OptimizerConfig:
     name: str = field("adamw", choices=("adamw", "muon"))
     # After the warm-up: cosine (down to final_lr), wsd (peak_lr, then down to final_lr) or constant (peak_lr)
     schedule: str = field("cosine", choices=("cosine", "wsd", "constant"))
-    decay_share: float = field(0.2, above=0, below=1)  # share of the run's steps, the last ones, in which wsd decays
+    # Share of the run's steps, the last ones, in which wsd decays
+    decay_share: float = field(0.2, above=0, below=1, only_with="optimizer.schedule=wsd")
     peak_lr: float = field(1e-4, above=0)
     final_lr: float = field(1e-5, least=0)
     warmup_steps: int = field(5000, least=0)
@@ -208,14 +209,14 @@ class OptimizerConfig:
     clip_norm: float = field(1.0, above=0)  # largest global norm of the gradient; not given in the paper
     z_loss: float = field(1e-6, least=0)  # weight of the squared log-partition function
     # Muon's own peak rate, momentum and weight decay; AdamW's parameters keep the fields above
-    muon_lr: float = field(0.02, above=0)
-    muon_momentum: float = field(0.95, least=0, below=1)
-    muon_weight_decay: float = field(0.1, least=0)
+    muon_lr: float = field(0.02, above=0, only_with="optimizer.name=muon")
+    muon_momentum: float = field(0.95, least=0, below=1, only_with="optimizer.name=muon")
+    muon_weight_decay: float = field(0.1, least=0, only_with="optimizer.name=muon")
     # Steps that a run may skip because their loss or gradient norm is not finite or a spike; one more ends the run
     max_skipped: int = field(0, least=0, resumable=True)
     # A spike is more than this many standard deviations above the mean of the last 128 applied steps; 0: only what is
     # not finite is skipped
-    spike_deviations: float = field(0.0, least=0)
+    spike_deviations: float = field(0.0, least=0, only_with="optimizer.max_skipped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,9 +248,10 @@ class EvalConfig:
     # Tasks of the evaluation harness, separated by commas, that are run while the model trains; "": none
     tasks: str = field("", resumable=True)
     # Folder with task files (.yaml) and data of the tasks; "": the harness's own tasks, which fetch their data
-    tasks_folder: str = field("", resumable=True)
-    tasks_every: int = field(0, least=0, resumable=True)  # steps between runs of the tasks; 0: after the last step only
-    tasks_limit: int = field(0, least=0, resumable=True)  # examples of each task; 0: all
+    tasks_folder: str = field("", resumable=True, only_with="eval.tasks")
+    # Steps between runs of the tasks; 0: after the last step only
+    tasks_every: int = field(0, least=0, resumable=True, only_with="eval.tasks")
+    tasks_limit: int = field(0, least=0, resumable=True, only_with="eval.tasks")  # examples of each task; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +273,8 @@ class LogConfig:
 class SampleConfig:
     """A text that is sampled at the end of the run and, if asked for, while it trains."""
 
-    every: int = field(0, least=0, resumable=True)  # steps between samples; 0: at the end only
+    # Steps between samples; 0: at the end only
+    every: int = field(0, least=0, resumable=True, only_with="sample.tokens")
     tokens: int = field(0, least=0, resumable=True)  # length of the text; 0: sample none
     prompt: str = field("", resumable=True)
     temperature: float = field(0.8, least=0, resumable=True)
@@ -373,6 +376,7 @@ def resolve(config: ml_collections.ConfigDict | dict, given: Collection[str] = (
     tree = _values(config) if isinstance(config, ml_collections.ConfigDict) else config
     resolved = fields.build(Config, tree, "config")
     validate(resolved)
+    fields.check_used(resolved, "config")
     resolved = _with_steps(resolved, given)
     _check_schedule(resolved)
     return resolved
@@ -407,7 +411,7 @@ def _with_steps(config: Config, given: Collection[str]) -> Config:
 def from_saved(tree: dict) -> Config:
     """The `Config` saved in a checkpoint. Fields that did not exist when it was saved get their defaults.
 
-    Schedules that `resolve` refuses are accepted, as earlier versions trained with them.
+    Schedules that `resolve` refuses are accepted, as earlier versions trained with them, and so are unused fields.
     Raises: UserError that names a field that is unknown, or has a value of the wrong type or out of its range.
     """
     saved = fields.build(Config, tree, "config")
@@ -456,10 +460,6 @@ def _check_ffn(m: ModelConfig, need) -> None:
 
 def _check_run(config: Config, need) -> None:
     o = config.optimizer
-    need(config.sample.tokens or not config.sample.every, "sample.every", "0, as sample.tokens is 0")
-    for name in ("tasks_folder", "tasks_every", "tasks_limit"):
-        is_given = bool(getattr(config.eval, name))
-        need(config.eval.tasks or not is_given, f"eval.{name}", "the default, as eval.tasks names none")
     need(is_temperature(config.sample.temperature), "sample.temperature", TEMPERATURES)
     need(
         config.start.workdir != "" or config.start.optimizer == "new",
@@ -467,11 +467,6 @@ def _check_run(config: Config, need) -> None:
         "the workdir of the run that start.optimizer=continue goes on from",
     )
     need(o.final_lr <= o.peak_lr, "optimizer.final_lr", f"at most optimizer.peak_lr = {o.peak_lr}")
-    need(
-        o.max_skipped > 0 or not o.spike_deviations,
-        "optimizer.max_skipped",
-        f"at least 1, as optimizer.spike_deviations is {o.spike_deviations:g}",
-    )
     need(config.batch_size % config.accumulate == 0, "batch_size", f"a multiple of accumulate = {config.accumulate}")
     parts = dataclasses.asdict(config.mesh)
     for axis, size in parts.items():

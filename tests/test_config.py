@@ -90,7 +90,12 @@ def test_width_follows_an_overridden_dim():
     "field, value, message",
     [
         ("model.heads", 7, "config.model.heads: expected a divisor of model.dim = 256, found 7"),
-        ("eval.tasks_limit", 7, "config.eval.tasks_limit: expected the default, as eval.tasks names none, found 7"),
+        ("eval.tasks_limit", 7, "config.eval.tasks_limit: expected its default, 0, as eval.tasks is '', found 7"),
+        (
+            "optimizer.muon_lr",
+            0.05,
+            "config.optimizer.muon_lr: expected its default, 0.02, as optimizer.name is 'adamw', found 0.05",
+        ),
         ("model.heads", 256, "config.model.heads: expected an even head size"),
         ("model.beta", 9.0, "config.model.beta: expected at least 0 and at most 8, found 9.0"),
         ("model.beta", 8.0, "config.model.compute_input: expected after_attention"),
@@ -106,7 +111,7 @@ def test_width_follows_an_overridden_dim():
         (
             "optimizer.spike_deviations",
             6.0,
-            "config.optimizer.max_skipped: expected at least 1, as optimizer.spike_dev",
+            "config.optimizer.spike_deviations: expected its default, 0.0, as optimizer.max_skipped is 0, found 6.0",
         ),
         ("sample.temperature", 1e-9, "config.sample.temperature: expected 0 (greedy), or from 0.001 to 1000"),
         ("accumulate", 3, "config.batch_size: expected a multiple of accumulate = 3"),
@@ -114,7 +119,7 @@ def test_width_follows_an_overridden_dim():
         ("mesh.data", -1, "config.mesh.fsdp: expected -1 on one axis only"),
     ],
 )
-def test_impossible_values_are_refused_by_name(field, value, message):
+def test_impossible_and_unused_values_are_refused_by_name(field, value, message):
     config = load("tiny", "flex-3")
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError) as error:

@@ -18,6 +18,8 @@ class Rule:
       choices: the valid texts; empty: any text is valid.
       resumable: whether the field may change when a run resumes from a checkpoint. Such fields decide where and how
         fast a run trains, but not what it trains.
+      only_with: another field as "GROUP.FIELD=VALUE", or "GROUP.FIELD" for any value but 0 and "". Without that value
+        this field has no effect, and must keep its default.
     """
 
     least: float | None = None
@@ -26,6 +28,7 @@ class Rule:
     below: float | None = None
     choices: tuple[str, ...] = ()
     resumable: bool = False
+    only_with: str = ""
 
     def takes(self, value) -> bool:
         """Whether the value is valid."""
@@ -100,6 +103,26 @@ def build(group: type, tree, path: str):
         else:
             raise UserError(f"{path}.{name}: expected {kind.__name__}, found {shown(value)}")
     return group(**values)
+
+
+def check_used(config, path: str) -> None:
+    """Refuses fields that have no effect (`Rule.only_with`) and another value than their default.
+
+    Args:
+      config: a tree of dataclasses, whose fields all have defaults.
+      path: its dotted name.
+    Raises: UserError that names the field.
+    """
+    values, defaults = flatten(config), flatten(type(config)())
+    for name, rule in rules(type(config)):
+        if not rule.only_with or values[name] == defaults[name]:
+            continue
+        other, equals, wanted = rule.only_with.partition("=")
+        if values[other] != wanted if equals else not values[other]:
+            raise UserError(
+                f"{path}.{name}: expected its default, {shown(defaults[name])}, as {other} is {shown(values[other])}, "
+                f"found {shown(values[name])}"
+            )
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

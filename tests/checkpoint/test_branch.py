@@ -14,6 +14,8 @@ from memoryllm_jax.data.dataset import Dataset
 
 STABLE = {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 10, "optimizer.decay_share": 0.5, "tokens": 25600.0}
 
+COSINE = {"optimizer.schedule": "cosine", "optimizer.decay_share": 0.2}
+
 
 @pytest.fixture
 def workdir(make_config, data_path, tmp_path):
@@ -58,7 +60,7 @@ def test_a_decay_has_the_settings_of_its_run_and_begins_at_its_newest_stable_ste
 @pytest.mark.parametrize(
     "steps, fields, asked, message",
     [
-        ([100], {"optimizer.schedule": "cosine"}, {}, "config.start.workdir: expected a run with the schedule wsd or"),
+        ([100], COSINE, {}, "config.start.workdir: expected a run with the schedule wsd or"),
         (
             [5, 60],
             {},
@@ -78,7 +80,7 @@ def test_a_decay_has_the_settings_of_its_run_and_begins_at_its_newest_stable_ste
         (
             [40],
             {},
-            {"optimizer.schedule": "cosine"},
+            COSINE,
             "config.optimizer.schedule: expected wsd or constant, as of",
         ),
         (

@@ -75,7 +75,7 @@ def test_formulas_are_what_xla_for_cpus_compiles(architecture, overrides):
     [
         ("flex-3", {"mesh.data": 2, "mesh.fsdp": 4, "accumulate": 2}),
         ("flex-3", {"mesh.data": 2, "mesh.fsdp": 4, "accumulate": 2, "model.reduce_dtype": "float32"}),
-        ("flex-3", {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "model.qk_norm": True}),
+        ("flex-3", {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "model.qk_norm": True, "optimizer.name": "muon"}),
     ],
 )
 def test_formulas_are_what_the_chips_compilers_compile(chip_devices, name, architecture, overrides):
