@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from memoryllm_jax.checkpoint import store
+from memoryllm_jax.checkpoint import description, store
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import MeshConfig
 from memoryllm_jax.data import dataset
@@ -29,7 +29,7 @@ def losses(config, workdir, devices):
 
 @pytest.mark.slow
 def test_padded_widths_train_as_unpadded_ones(make_config, tmp_path, monkeypatch, shared_trainers):
-    """Their padding stays zero, and a run can go on from a checkpoint with more or less padding."""
+    """Their padding stays zero, and a run resumes with Muon, bitwise or with more or less padding."""
     rest = {"checkpoint.every": 2, "eval.batches": 1}
     whole = make_config("flex-3", **ODD, **rest)  # on one device nothing needs padding
     config = make_config("flex-3", **ODD, **rest, **{"mesh.fsdp": 4, "mesh.tensor": 2})
@@ -40,6 +40,11 @@ def test_padded_widths_train_as_unpadded_ones(make_config, tmp_path, monkeypatch
     np.testing.assert_allclose(losses(config, tmp_path / "odd", 8), one, rtol=2e-5)
 
     assert_padding_is_zero(config, tmp_path / "odd")
+
+    saved = description.read(str(tmp_path / "odd"), 4).digests
+    (tmp_path / "odd" / "4").rename(tmp_path / "first-4")
+    losses(config, tmp_path / "odd", 8)
+    assert description.read(str(tmp_path / "odd"), 4).digests == saved  # from step 2 on the same mesh: bit for bit
 
     for name in "one", "odd":
         (tmp_path / name / "4").rename(tmp_path / f"gone-{name}")
