@@ -201,6 +201,7 @@ class DecoderLayer(nn.Module):
     def __call__(self, x_BTD, ffn_SUD, index_SN, rope, past=None, factors=None, start_BT=None) -> LayerOutput:
         """The arguments are those of `apply_layer`, and `start_BT` as of `attention.causal_attention`."""
         c = self.config
+        shards = 1 if index_SN is None else len(index_SN)  # a layer of base needs no index
         row_BTP = None
         if ffn_SUD is not None:
             row_BTP = take_rows(ffn_SUD, index_SN).reshape(*x_BTD.shape[:2], -1)
@@ -210,18 +211,18 @@ class DecoderLayer(nn.Module):
         value_BTE = row_BTP if c.token_memory == "value" else None
         attention_input = Norm(c, name="attention_norm")(x_BTD)
         attended, mixed, keys_values = Attention(c, name="attention")(attention_input, rope, past, value_BTE, start_BT)
-        _note(self, "attention", attended, len(index_SN))
+        _note(self, "attention", attended, shards)
         y = x_BTD + attended
         ffn_input = None
         if c.compute_dim:
             source = y if c.compute_input == "after_attention" else x_BTD
             ffn_input = Norm(c, name="ffn_norm")(source)
             computed = SwiGLU(c, c.compute_dim, name="ffn")(ffn_input)
-            _note(self, "ffn", computed, len(index_SN))
+            _note(self, "ffn", computed, shards)
             y = y + (computed if factors is None else _times(computed, factors.compute))
         if c.token_memory == "per_layer":
             gated = Gate(c, name="row_gate")(Norm(c, name="row_gate_norm")(y), row_BTP)
-            _note(self, "row_gate", gated, len(index_SN))
+            _note(self, "row_gate", gated, shards)
             y = y + gated
         elif c.token_memory == "ffn" and row_BTP is not None:
             y = y + row_BTP
