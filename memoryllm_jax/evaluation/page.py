@@ -58,7 +58,7 @@ def _draw_context(parts: list[dict]):
     axis.plot([part["to"] for part in parts], [part["loss"] for part in parts], **plots.style_of(0))
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel="tokens before the predicted one in its window, at most", ylabel="loss, nats a token")
+    axis.set(xlabel="tokens before the predicted one in its window or document, at most", ylabel="loss, nats a token")
     return figure
 
 

@@ -388,7 +388,7 @@ def splash(q_BTHK, k_BTHK, v_BTHK, start_BT=None, block: int = SPLASH_BLOCK, int
     else:
         id_BT = jnp.pad(start_BT, [(0, 0), (0, length - T)], constant_values=T)
         out = jax.vmap(attend)(*(x.reshape(B, H, length, -1) for x in qkv), splash_attention.SegmentIds(id_BT, id_BT))
-    return out.reshape(B, H, length, -1)[:, :, :T, :K].swapaxes(1, 2)
+    return out.reshape(B * H, length, -1)[:, :T, :K].reshape(B, H, T, K).swapaxes(1, 2)
 
 
 def _pad_head_size(x_BTHK, multiple):

@@ -2,6 +2,8 @@
 
 A tile of scores has TILE query and TILE key positions. Tiles in which no query's document reaches the keys are skipped,
 in both passes: a loop over the tiles of a query tile begins at the one where the document of its first query begins.
+Whole sequences keep the kernel of blocked_attention.py, whose loops have lengths known when they are compiled: on a CPU
+it is faster up to about 1,000 positions, and slower above.
 
 Shapes: N groups of G heads, T positions, K head size; a tile of scores [G, q, k] has q query and k key positions. In
 einsums the letters are g, q, k, and d for the head size.
@@ -16,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from memoryllm_jax.model.blocked_attention import HEADS_PER_TILE, MASKED, SAVED, einsum_float32
 
-TILE = 128  # positions
+TILE = 128  # positions; shorter sequences are one tile
 
 
 def blocked_in_documents(q_BTHK, k_BTHK, v_BTHK, start_BT):
@@ -32,7 +34,7 @@ def blocked_in_documents(q_BTHK, k_BTHK, v_BTHK, start_BT):
     """
     B, T, H, K = q_BTHK.shape
     group = HEADS_PER_TILE if H % HEADS_PER_TILE == 0 else 1  # heads of one sequence, as they share its documents
-    padding = -T % TILE
+    padding = -T % min(TILE, T)
 
     def grouped(x_BTHK):
         x_BTHK = jnp.pad(x_BTHK, [(0, 0), (0, padding), (0, 0), (0, 0)])
@@ -64,14 +66,16 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _tile(x, number, axis=1):
     """The tile `number` of an array along the positions."""
-    return jax.lax.dynamic_slice_in_dim(x, number * TILE, TILE, axis)
+    size = min(TILE, x.shape[axis])
+    return jax.lax.dynamic_slice_in_dim(x, number * size, size, axis)
 
 
 def _scores(q_GqK, k_GkK, start_q, query_tile, key_tile):
     """Scores [G, q, k] in float32, with keys after the query and keys of earlier documents masked."""
     s_Gqk = einsum_float32("gqd,gkd->gqk", q_GqK, k_GkK)
-    query_q = query_tile * TILE + jnp.arange(TILE)
-    key_k = key_tile * TILE + jnp.arange(TILE)
+    offset_q = jnp.arange(len(start_q))
+    query_q = query_tile * TILE + offset_q
+    key_k = key_tile * TILE + offset_q
     is_seen = (key_k >= start_q[:, None]) & (key_k <= query_q[:, None])
     return jnp.where(is_seen, s_Gqk, MASKED)
 
@@ -116,7 +120,7 @@ def _group_forward(q, k, v, start_T):
         found = jax.lax.fori_loop(start_q[0] // TILE, query_tile, add, own)
         return (found.sum_GqK / found.weight_Gq1).astype(q.dtype), found.top_Gq1 + jnp.log(found.weight_Gq1)
 
-    results = jax.lax.map(over_keys, jnp.arange(T // TILE))
+    results = jax.lax.map(over_keys, jnp.arange(-(-T // TILE)))
     return tuple(x_nGqx.swapaxes(0, 1).reshape(G, T, -1) for x_nGqx in results)
 
 
@@ -142,12 +146,12 @@ def _group_backward(q, k, v, start_T, out, lse, d_out):
             dk_GTK = _add_to_tile(dk_GTK, key_tile, einsum_float32("gqd,gqk->gkd", q_GqK, ds))
             return dq_GqK, dk_GTK, dv_GTK
 
-        zeros = jnp.zeros((G, TILE, K), jnp.float32)
+        zeros = jnp.zeros(q_GqK.shape, jnp.float32)
         dq_GqK, dk_GTK, dv_GTK = jax.lax.fori_loop(start_q[0] // TILE, query_tile + 1, add, (zeros, *gradients))
         return (dk_GTK, dv_GTK), dq_GqK
 
     zeros = jnp.zeros((G, T, K), jnp.float32)
-    (dk, dv), dq = jax.lax.scan(over_keys, (zeros, zeros), jnp.arange(T // TILE))
+    (dk, dv), dq = jax.lax.scan(over_keys, (zeros, zeros), jnp.arange(-(-T // TILE)))
     gradients = dq.swapaxes(0, 1).reshape(G, T, K), dk, dv
     return tuple(g.astype(q.dtype) for g in gradients)
 
