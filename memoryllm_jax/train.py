@@ -45,7 +45,7 @@ def main(
 ) -> int:
     config = resolve(flags.FLAGS.config, config_flags.get_override_values(flags.FLAGS["config"]))
     if dry_run:
-        return print_plan(config, chip, devices, slices, plan)
+        return print_plan(config, chip, devices, slices, plan, open_tasks)
     for name in ("devices", "chip", "slices", "plan"):
         if options.given(name):
             raise ArgumentError(name, "expected only with --dry_run, found without it")

@@ -104,13 +104,13 @@ class Goodput:
     def _in_steps(self) -> float:
         return self._seconds.get("step", 0.0) + self._seconds.get("input", 0.0)
 
-    def dispatched(self, values) -> None:
+    def dispatched(self, result: jax.Array) -> None:
         """Notes that the devices were given a step.
 
         Args:
-          values: results of the step, on the devices.
+          result: of the step, on the devices. Not a dict that the caller may change: a thread waits for it.
         """
-        self._ends.watch(values)
+        self._ends.watch(result)
 
     def inputs(self, feeds: Iterable[T]) -> Iterator[T]:
         """Yields from `feeds`. The time in which the devices waited for the next of them too counts as `input`."""
@@ -151,8 +151,8 @@ class _Ends:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="end-of-step")
         self._end: concurrent.futures.Future | None = None
 
-    def watch(self, values) -> None:
-        self._end = self._thread.submit(_wait, values)
+    def watch(self, result: jax.Array) -> None:
+        self._end = self._thread.submit(_wait, result)
 
     def last(self) -> float | None:
         """When the last step ended, by `time.monotonic`; 0 if there was none, and None if it has not ended."""
@@ -164,11 +164,11 @@ class _Ends:
         self._thread.shutdown(wait=False)
 
 
-def _wait(values) -> float:
-    """Waits for arrays. Returns: the time when they were there."""
+def _wait(result: jax.Array) -> float:
+    """Waits for an array. Returns: the time when it was there."""
     # The train loop meets an error of the step when it reads its metrics.
     with contextlib.suppress(Exception):
-        jax.block_until_ready(values)
+        jax.block_until_ready(result)
     return time.monotonic()
 
 

@@ -65,7 +65,7 @@ def train(
                 # A start that fails before it writes anything leaves no folder.
                 unlock.callback(storage.release_lock, storage.lock_folder(workdir), workdir)
             hosts.wait_for_all("the workdir is locked")  # if it is in use, the others end here and blame nothing else
-            tasks = _open_tasks(config, open_tasks)
+            tasks = opened_tasks(config, open_tasks)
             run = open_run(config, workdir, devices, stop, at_exit)
             if stop.now():  # while the data was verified
                 print(_stopped(run, run.start), flush=True)
@@ -77,7 +77,7 @@ def train(
             hosts.fail(error, f"; {NEED_LESS}")
 
 
-def _open_tasks(config: Config, open_tasks: OpenTasks | None) -> Tasks | None:
+def opened_tasks(config: Config, open_tasks: OpenTasks | None) -> Tasks | None:
     """The tasks that the config names, or None. Raises: UserError, also if nothing opens them."""
     if not config.eval.tasks:
         return None
@@ -256,7 +256,7 @@ def _train(
     feeder = Feeder(run.batches, run.trainer, sizes, run.start)
     validation = Validation(run.config.eval.every, run.validation_batches, run.trainer, validation_sizes, stop.agreed)
     observers = [validation, *during.observers(run.trainer, run.tokenizer, tasks, stop.agreed)]
-    if run.start < run.config.steps:
+    if tasks is not None and run.start < run.config.steps:
         with goodput.during("tasks"):
             during.rehearse(observers, run.state["params"])
     recorder = Recorder(
@@ -268,6 +268,7 @@ def _train(
         description=run.description,
         sizes=sizes,
         goodput=goodput,
+        skipped=spikes.skipped(run.state),
         profile_steps=profile,
     )
     at_exit.callback(recorder.close)

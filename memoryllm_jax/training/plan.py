@@ -28,6 +28,7 @@ from memoryllm_jax.data.documents import EMBEDDED
 from memoryllm_jax.model import attention, flops, sharding
 from memoryllm_jax.training import chips, collectives, compilation, loop, muon, optimizer, plan_text, roofline, sizes
 from memoryllm_jax.training.batches import TrainBatches, abstract_batch
+from memoryllm_jax.training.during import OpenTasks
 from memoryllm_jax.training.plan_text import gb
 from memoryllm_jax.training.step import Trainer
 
@@ -49,7 +50,9 @@ _DISTINCT = {
 _DISTINCT_DEVIATION = 0.25
 
 
-def dry_run(config: Config, chip: str, count: int, slices: int, output: str) -> int:
+def dry_run(
+    config: Config, chip: str, count: int, slices: int, output: str, open_tasks: OpenTasks | None = None
+) -> int:
     """Prints the plan and, with `output`, writes it as JSON.
 
     Args:
@@ -57,11 +60,13 @@ def dry_run(config: Config, chip: str, count: int, slices: int, output: str) -> 
       count: number of devices.
       slices: number of TPU slices; 0: as few as hold the devices.
       output: JSON file to write, "" for none.
+      open_tasks: as of `loop.train`: tasks that the run would refuse are refused here.
     Returns: the exit code: 0 if the run fits the devices' memory, else 1.
     Raises: UserError.
     """
     chips.emulate(count)
     devices, compiler = chips.devices(chip, count, slices)
+    loop.opened_tasks(config, open_tasks)
     result = plan(config, chip, devices, slices) | {"compiler": compiler}
     print(plan_text.text(result))
     if output:
@@ -107,6 +112,7 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
         "sequences_a_device": _sequences(config, mesh),
         "assumed": assumed,
         "parameters": flops.parameters(config),
+        "besides": _besides(config),
         "optimizer": [group._asdict() for group in optimizer.groups(config, mesh.devices.flat[0])],
         "newton_schulz_flops": work.flops,
         "memory": memory,
@@ -127,6 +133,26 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
         "run_device_hours": _bounds(times, lambda seconds: steps * seconds * mesh.size / 3600),
         "compile_seconds": time.monotonic() - start,
     }
+
+
+def _besides(config: Config) -> list[str]:
+    """What the run does besides training, validating and saving, a line for each option that asks for it."""
+    lines = []
+    o, sample, tasks, log = config.optimizer, config.sample, config.eval, config.log
+    if o.max_skipped:
+        spikes = f" or more than {o.spike_deviations:g} deviations above the mean" if o.spike_deviations else ""
+        lines.append(f"skips at most {o.max_skipped:,} steps whose loss or gradient norm is not finite{spikes}")
+    if log.norms_every:
+        lines.append(f"norms by layer every {log.norms_every:,} steps; all steps compute them")
+    if sample.tokens:
+        lines.append(f"a sample of {sample.tokens:,} tokens {_when(sample.every)}")
+    if tasks.tasks:
+        lines.append(f"tasks {tasks.tasks}, {tasks.tasks_limit or 'all'} examples of each, {_when(tasks.tasks_every)}")
+    return lines
+
+
+def _when(every: int) -> str:
+    return f"every {every:,} steps and after the last" if every else "after the last step"
 
 
 def _bounds(times: dict, value: Callable[[float], float]) -> dict[str, float]:

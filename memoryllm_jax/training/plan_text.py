@@ -35,6 +35,7 @@ def text(p: dict) -> str:
         *_size_lines(p),
         "",
         *_optimizer_lines(p),
+        *(f"{label:<16} {line}" for label, line in zip(["besides"] + [""] * len(p["besides"]), p["besides"])),
         "",
         *_memory_lines(p),
         "",

@@ -43,6 +43,7 @@ class Recorder:
       description: of the run, for trackers.
       sizes: of distinct ids; the steps of those planned are compiled.
       goodput: counts the run's time, since before the data was opened.
+      skipped: number of steps skipped before this process; None if the run skips none.
       profile_steps: number of steps to profile; 0: none.
     """
 
@@ -56,6 +57,7 @@ class Recorder:
         description: Description,
         sizes: Sizes,
         goodput: Goodput,
+        skipped: int | None = None,
         profile_steps: int = 0,
     ):
         self._config, self._batches, self._checkpoints = config, batches, checkpoints
@@ -64,6 +66,7 @@ class Recorder:
         self._trace = metrics.Trace(workdir, profile_steps, self._progress.line)
         self._goodput = goodput
         self._goodput_at = -1  # step of the last record of goodput
+        self._skipped = skipped
         self._first = start  # number of the first step of this process
         self._peak_flops = metrics.peak_flops(config)
         self._tokens_a_step = config.batch_size * config.seq_len
@@ -138,7 +141,7 @@ class Recorder:
           values: the step's metrics, on the devices.
         Raises: UserError if the loss of the step before is not finite.
         """
-        self._goodput.dispatched(values)
+        self._goodput.dispatched(values["loss"])  # all results of a step are there at the same time
         self.read()
         self._unread = _Unread(step, size, values, values.pop("norms", None))
 
@@ -157,6 +160,8 @@ class Recorder:
         self._steps += 1
         self._rows += rows
         self._attention_shares += values.get("attention_share", 1.0)
+        if "skipped" in values:
+            self._skipped = int(values["skipped"])
         loss = values.pop("loss")
         self._check(step, loss, values)
         done = step + 1
@@ -227,9 +232,11 @@ class Recorder:
     def finish(self, done: int) -> dict:
         """Records where the time of the run went, once the last checkpoint is saved.
 
-        Returns: {"goodput": what `Goodput.record` returns}, with the peak memory where it is known.
+        Returns: what result.json has of the whole run: {"goodput": what `Goodput.record` returns}, with the peak memory
+          where it is known, and with "skipped", the number of steps skipped, if the run may skip steps.
         """
-        return {"goodput": self._record_goodput(done)} | metrics.peak_memory()
+        skipped = {} if self._skipped is None else {"skipped": self._skipped}
+        return {"goodput": self._record_goodput(done)} | metrics.peak_memory() | skipped
 
     def observed(self, step: int, kind: metrics.Kind, result: dict, text: str) -> None:
         """Records the result of an observer after `step` steps, and prints it as `text`."""

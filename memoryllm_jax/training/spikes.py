@@ -38,6 +38,11 @@ def init() -> dict[str, jax.Array]:
     }
 
 
+def skipped(state: dict[str, Any]) -> int | None:
+    """The number of steps that a run has skipped before this state; None if it skips none. Waits for the state."""
+    return int(state["spikes"]["skipped"]) if "spikes" in state else None
+
+
 def guard(config: Config, before: dict[str, Any], after: dict[str, Any], loss, grad_norm) -> tuple[dict, dict]:
     """Undoes a step that has to be skipped. Traced inside the step: the host decides nothing.
 

@@ -161,54 +161,66 @@ class Trainer:
             return sums.total / weight, (sums.nll / weight, sums.added)
 
         value_and_grad = jax.value_and_grad(mean_losses, argnums=(0, 1), has_aux=True)
-        micro_batches = _micro_batches(batch)
-        first = jax.tree.map(lambda x: x[0], micro_batches)
-        if self.config.accumulate == 1:
-            (total, (nll, added)), (grads, d_rows) = value_and_grad(params, rows, first)
-        else:
-
-            def add(sums, micro):
-                return jax.tree.map(jnp.add, sums, value_and_grad(params, rows, micro)), None
-
-            # Rows may be bfloat16; their gradients are summed in float32.
-            shapes = jax.eval_shape(value_and_grad, params, rows, first)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-            ((total, (nll, added)), (grads, d_rows)), _ = jax.lax.scan(add, zeros, micro_batches)
-            d_rows = jax.tree.map(lambda d, row: d.astype(row.dtype), d_rows, rows)
+        of_micro = functools.partial(value_and_grad, params, rows)
+        (total, (nll, added)), (grads, d_rows) = _summed(of_micro, _micro_batches(batch))
+        d_rows = jax.tree.map(lambda d, row: d.astype(row.dtype), d_rows, rows)
         if with_added:
             added = norms.of_added(added, of_rows, batch.index_SAN)
         return Losses(total, nll, added), jax.tree.map(jnp.add, grads, rows_vjp(d_rows)[0])
 
     def _train(self, state, batch: Batch):
-        params = state["params"]
-        losses, grads = self._gradients(params, batch)
-        updates, opt_state = self.optimizer.update(grads, state["opt_state"], params)
+        """One optimizer step: (the state after it, its metrics)."""
+        losses, grads = self._gradients(state["params"], batch)
+        updates, opt_state = self.optimizer.update(grads, state["opt_state"], state["params"])
+        metrics = self._metrics(state["step"], batch, losses, grads)
+        params = optax.apply_updates(state["params"], updates)
+        after = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        of_guard = {}
+        if self.config.optimizer.max_skipped:
+            after, of_guard = spikes.guard(self.config, state, after, metrics["loss"], metrics["grad_norm"])
+        return after, metrics | of_guard
+
+    def _metrics(self, step, batch: Batch, losses: Losses, grads) -> dict:
+        """The metrics of a step, see `train`, but for those of `spikes.guard`. Args: step: steps done before it."""
+        config = self.config
         metrics = {
             "loss": losses.nll,
             "z_loss": losses.total - losses.nll,
             "grad_norm": optax.tree.norm(grads),
-            "learning_rate": schedules.learning_rate(self.config)(state["step"]),
+            "learning_rate": schedules.learning_rate(config)(step),
         }
-        o = self.config.optimizer
-        if o.name == "muon":
-            metrics["muon_learning_rate"] = schedules.learning_rate(self.config, o.muon_lr)(state["step"])
+        if config.optimizer.name == "muon":
+            metrics["muon_learning_rate"] = schedules.learning_rate(config, config.optimizer.muon_lr)(step)
         if batch.start_SAN is not None:
-            metrics["attention_share"] = document_starts.attention_share(
-                batch.start_SAN.reshape(-1, self.config.seq_len)
-            )
-        if self.config.log.norms_every:
+            start_BT = batch.start_SAN.reshape(-1, config.seq_len)
+            metrics["attention_share"] = document_starts.attention_share(start_BT)
+        if config.log.norms_every:
             metrics["norms"] = {"gradient": norms.of_gradients(grads), "added": losses.added}
-        params = optax.apply_updates(params, updates)
-        after = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
-        if not self.config.optimizer.max_skipped:
-            return after, metrics
-        after, of_guard = spikes.guard(self.config, state, after, metrics["loss"], metrics["grad_norm"])
-        return after, metrics | of_guard
+        return metrics
 
     def _evaluate(self, params, batch: Batch):
         rows, _ = self._token_rows(params, batch.ids_SU)
         nll = jax.lax.map(lambda micro: self._sums(params, rows, micro).nll, _micro_batches(batch))
         return nll.sum(), batch.weights_SAN.sum()
+
+
+def _summed(of_micro, micro_batches: Micro):
+    """The sum of a function's trees of arrays over micro-batches; for a single one, as the function returns it.
+
+    Args:
+      micro_batches: arrays [A, S, N].
+    """
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    if len(micro_batches.index_SN) == 1:
+        return of_micro(first)
+
+    def add(sums, micro):
+        return jax.tree.map(jnp.add, sums, of_micro(micro)), None
+
+    # Rows of the token memory may be bfloat16; their gradients are summed in float32.
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(of_micro, first))
+    sums, _ = jax.lax.scan(add, zeros, micro_batches)
+    return sums
 
 
 def is_absent(moment) -> bool:

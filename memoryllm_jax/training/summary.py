@@ -80,4 +80,6 @@ def times_text(times: dict) -> str:
     line = goodput.text(times["goodput"])
     if "peak_memory_bytes" in times:
         line += f"; peak memory of a device {times['peak_memory_bytes'] / 1e9:.1f} GB"
+    if "skipped" in times:
+        line += f"; steps skipped: {times['skipped']:,}"
     return line

@@ -58,6 +58,21 @@ def test_plan_places_state_and_activations_on_8_and_64_devices(tmp_path):
     assert few["collective_bytes"] < many["collective_bytes"] < 1.9 * few["collective_bytes"]
 
 
+def test_plan_says_what_the_run_does_besides_training_and_refuses_tasks_that_it_would_refuse(make_config, monkeypatch):
+    monkeypatch.setattr(plan.chips, "emulate", lambda count: None)
+    monkeypatch.setattr(plan.chips, "devices", lambda *_: (jax.devices()[:1], "a compiler"))
+    chosen = {"optimizer.max_skipped": 3, "log.norms_every": 10, "sample.tokens": 20, "eval.tasks": "some"}
+    config = make_config("memory", **chosen, **{"eval.tasks_every": 2})
+    assert plan._besides(config) == [
+        "skips at most 3 steps whose loss or gradient norm is not finite",
+        "norms by layer every 10 steps; all steps compute them",
+        "a sample of 20 tokens after the last step",
+        "tasks some, all examples of each, every 2 steps and after the last",
+    ]
+    with pytest.raises(UserError, match=r"^config.eval.tasks: expected none"):
+        plan.dry_run(config, "h100", 1, 0, "")
+
+
 def test_plan_says_what_to_change(make_config, monkeypatch):
     # All plans compile the same steps.
     monkeypatch.setattr(plan.LoweredStep, "compile", functools.cache(plan.LoweredStep.compile))

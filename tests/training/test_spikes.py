@@ -1,5 +1,6 @@
 """Steps that are skipped, against a rolling window in NumPy, and runs that skip steps and resume."""
 
+import json
 import math
 
 import jax
@@ -124,6 +125,7 @@ def test_a_run_skips_steps_resumes_bitwise_and_ends_after_the_last_that_it_may_s
     printed = capfd.readouterr().out
     assert f"step 3: the loss is nan and the gradient norm nan, {sequences}" in printed
     assert "; skipped, 1 of at most 1\n" in printed
+    assert json.loads((tmp_path / "whole" / "result.json").read_text())["skipped"] == 1
     third, fourth = records(tmp_path / "whole")[2:]
     assert (third["skipped"], fourth["skipped"]) == (1, 1) and "loss" not in third and math.isfinite(fourth["loss"])
     second, after = _saved(tmp_path / "whole", 2), _saved(tmp_path / "whole", 3)
