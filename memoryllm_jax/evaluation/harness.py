@@ -209,6 +209,20 @@ class MemoryLLM(TemplateLM):
         return [postprocess_generated_text(self._tokenizer.decode(new), how.stops, None) for new in ids]
 
 
+class _Checks(MemoryLLM):
+    """Refuses the requests that `MemoryLLM` refuses. To the others it makes up answers, so that nothing is computed."""
+
+    def _loglikelihood_tokens(self, requests, **_):
+        for request in requests:
+            self._sequence(*request)
+        return [(-float(len(continuation)), False) for *_, continuation in requests]
+
+    def generate_until(self, requests, disable_tqdm: bool = False):
+        for request in requests:
+            self._generation(normalize_gen_kwargs(request.args[1], self.max_gen_toks))
+        return [""] * len(requests)
+
+
 class Tasks:
     """Tasks by name, found among the harness's own, those in tasks/ beside this file, and those of a folder.
 
@@ -258,7 +272,7 @@ class Tasks:
         return scores
 
     def load(self) -> None:
-        """Reads the tasks' definitions and examples, for `all_scores`. Raises: UserError if they cannot be read."""
+        """Reads the tasks' definitions and examples. Raises: UserError if they cannot be read."""
         _seed()
         names = ", ".join(self._names)
         try:
@@ -272,15 +286,22 @@ class Tasks:
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                 raise ArgumentError("tasks", f"expected tasks on text that run no code of the model, found {name}")
 
-    def all_scores(
-        self, model: Engine, stopped: Callable[[], bool] = lambda: False, limit: int = 0
-    ) -> dict[str, dict[str, float]] | None:
+    def check(self, model: Engine, limit: int) -> None:
+        """Prepares all requests of the tasks that were loaded, and computes nothing: the model needs no weights.
+
+        Args:
+          limit: as for `run`.
+        Raises: UserError for a request that the model cannot serve.
+        """
+        self._of_loaded(_Checks(model), limit)
+
+    def all_scores(self, model: Engine, limit: int, stopped: Callable[[], bool]) -> dict[str, dict[str, float]] | None:
         """Scores a model by all metrics of the tasks that were loaded, as `run` does but without standard errors.
 
         Args:
+          limit: as for `run`.
           stopped: called between batches; if it returns True, the scoring ends without a result. With several
             processes all of them must get the same answers.
-          limit: as for `run`.
         Returns: {task or group: {metric: value}}, with the number of documents as "n"; None if it was stopped.
         Raises: UserError.
         """
@@ -289,6 +310,14 @@ class Tasks:
             if stopped():
                 raise _StoppedError
 
+        try:
+            results = self._of_loaded(MemoryLLM(model, report), limit)
+        except _StoppedError:
+            return None
+        return {task: _numbers(results, task) for task in results["results"]}
+
+    def _of_loaded(self, model: MemoryLLM, limit: int) -> dict:
+        """The harness's results on the tasks that were loaded. Raises: UserError."""
         _seed()
         for task in self._loaded["tasks"].values():  # as `simple_evaluate` sets them up
             if task.get_config("num_fewshot") is None:
@@ -296,14 +325,9 @@ class Tasks:
             task.set_fewshot_seed(seed=_SEED)
         try:
             # Not `simple_evaluate`, which would read the examples again, and look into the machine for seconds.
-            results = evaluator.evaluate(
-                MemoryLLM(model, report), self._loaded, limit=limit or None, bootstrap_iters=0, log_samples=False
-            )
-        except _StoppedError:
-            return None
+            return evaluator.evaluate(model, self._loaded, limit=limit or None, bootstrap_iters=0, log_samples=False)
         except ImportError as error:
             raise self._missing_package(error) from error
-        return {task: _numbers(results, task) for task in results["results"]}
 
     def run(
         self,

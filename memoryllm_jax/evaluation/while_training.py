@@ -1,17 +1,19 @@
 """Tasks of the harness for a model that is still trained: `train` hands `open_tasks` to the train loop."""
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from memoryllm_jax.common import errors
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.config import EvalConfig
-from memoryllm_jax.inference.engine import Engine
+
+if TYPE_CHECKING:
+    from memoryllm_jax.evaluation.harness import Tasks
 
 
-def open_tasks(chosen: EvalConfig) -> Callable[[Engine, Callable[[], bool], int], dict | None]:
+def open_tasks(chosen: EvalConfig) -> "Tasks":
     """Finds the tasks of a config and reads their examples, which every scoring then uses.
 
-    Returns: a function like `training.during.Tasks`.
+    Returns: the tasks, as `training.during.Tasks` describes them.
     Raises: UserError that names the field, if the harness, a task or its examples are missing.
     """
     errors.require("lm_eval", "eval", "config.eval.tasks")
@@ -24,4 +26,4 @@ def open_tasks(chosen: EvalConfig) -> Callable[[Engine, Callable[[], bool], int]
     except ArgumentError as error:
         field = "tasks" if error.name == "tasks" else "tasks_folder"
         raise ArgumentError(f"config.eval.{field}", error.problem) from error
-    return tasks.all_scores
+    return tasks

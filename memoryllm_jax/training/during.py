@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from jax.sharding import Mesh
 
 from memoryllm_jax.checkpoint.trained import for_serving, serving_shapes
+from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.config import Config, EvalConfig, ModelConfig, SampleConfig
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.inference.engine import Engine
@@ -28,8 +29,8 @@ class Observer(Protocol):
     Attributes:
       kind: of its records.
       every: steps between its records; 0: after the last step only. The last step always has one.
-      asked: what the config asks it for. A record in which this differs is made again by a run that resumes at its
-        step; with "", every one is.
+      asked: what the config asks it for, which its records hold. A record in which this differs is made again by a run
+        that resumes at its step; with "", every one is.
     """
 
     kind: Kind
@@ -68,24 +69,26 @@ class LiveModel:
     """The model under training as an engine, which holds weights only inside `holding`.
 
     There is one engine for the whole run, so that its functions compile once.
+
+    Attributes:
+      engine: the engine, which between two uses holds the shapes of the weights alone.
     """
 
     def __init__(self, trainer: Trainer, tokenizer: Tokenizer):
         config = trainer.config
         self._model = config.model
-        # The engine without weights. Between two uses it holds their shapes alone.
         self._shapes = serving_shapes(trainer.params_shape, self._model)
         about = _Untrained(self._model, tokenizer, config.seq_len, trainer.mesh)
-        self._engine = Engine(about, self._shapes, LiveRows(self._model, self._shapes, trainer.mesh))
+        self.engine = Engine(about, self._shapes, LiveRows(self._model, self._shapes, trainer.mesh))
 
     @contextlib.contextmanager
     def holding(self, params) -> Iterator[Engine]:
         """The engine with these parameters of a training state. They are copied in the dtype of the computation."""
-        self._engine.fill(for_serving(params, self._model))
+        self.engine.fill(for_serving(params, self._model))
         try:
-            yield self._engine
+            yield self.engine
         finally:
-            self._engine.fill(self._shapes)  # frees the copies: the next step needs their memory
+            self.engine.fill(self._shapes)  # frees the copies: the next step needs their memory
 
 
 class _Untrained(NamedTuple):
@@ -109,7 +112,7 @@ class Sample:
         self.asked = _asked(config.sample)
 
     def __call__(self, params) -> dict:
-        """Returns: {"text": the prompt and what follows, "asked"}."""
+        """Returns: {"text": the prompt and what follows}."""
         with self._model.holding(params) as engine:
             prompt = engine.prompt(self._config.prompt) or [0]  # a decoder needs a token to start from
             prompt = prompt[: engine.context - 1]  # and room for the next one
@@ -122,7 +125,7 @@ class Sample:
                 STEPS_PER_CALL,
             )
             new = [token for step in steps for _, token in step]
-            return {"text": engine.tokenizer.decode(prompt + new), "asked": self.asked}
+            return {"text": engine.tokenizer.decode(prompt + new)}
 
     def text(self, result: dict) -> str:
         return f"sample at temperature {self._config.temperature:g}:\n{result['text']}"
@@ -135,12 +138,21 @@ def _asked(sample: SampleConfig) -> str:
 class Tasks(Protocol):
     """Tasks of the evaluation harness, opened. Training may not import evaluation, so a command hands them over."""
 
-    def __call__(self, model: Engine, stopped: Callable[[], bool], limit: int) -> dict[str, dict[str, float]] | None:
+    def check(self, model: Engine, limit: int) -> None:
+        """Prepares all requests, and refuses those that the model cannot serve.
+
+        Args:
+          model: without weights, as nothing is computed.
+          limit: examples of each task; 0: all.
+        Raises: UserError.
+        """
+
+    def all_scores(self, model: Engine, limit: int, stopped: Callable[[], bool]) -> dict[str, dict[str, float]] | None:
         """Scores a model.
 
         Args:
+          limit: as of `check`.
           stopped: called between batches, on all hosts alike; if it returns True, the scoring ends without a result.
-          limit: examples of each task; 0: all.
         Returns: {task: {metric: value}}, with the number of examples as "n"; None if it was stopped.
         Raises: UserError.
         """
@@ -160,35 +172,36 @@ class Scores:
         self.asked = f"{config.tasks}: {config.tasks_limit or 'all'} examples of each"
 
     def __call__(self, params) -> dict | None:
-        """Returns: {task: {metric: value}, "asked"}; None if a signal stopped it."""
+        """Returns: {task: {metric: value}}; None if a signal stopped it."""
         with self._model.holding(params) as engine:
-            scores = self._tasks(engine, self._stopped, self._limit)
-        return None if scores is None else scores | {"asked": self.asked}
+            return self._tasks.all_scores(engine, self._limit, self._stopped)
 
-    def rehearse(self, params) -> None:
-        """Scores one example of each task, to meet now what would end the run at its first scores: hours from now.
+    def check(self) -> None:
+        """Refuses now what would end the run at its first scores, hours from now: texts that do not fit the context.
 
-        Raises: UserError, such as for texts that do not fit the context.
+        Raises: UserError.
         """
-        with self._model.holding(params) as engine:
-            self._tasks(engine, lambda: False, limit=1)
+        try:
+            self._tasks.check(self._model.engine, self._limit)
+        except UserError as error:
+            problem = error.problem if isinstance(error, ArgumentError) else error
+            raise ArgumentError("config.eval.tasks", str(problem)) from error
 
     def text(self, result: dict) -> str:
         return "\n".join(["tasks", *score_lines(result)])
 
 
 def score_lines(result: dict) -> list[str]:
-    """A line to print for each task of a record of `Scores`."""
+    """A line to print for each task in a result of `Scores`."""
     lines = []
     for task, metrics in result.items():
-        if isinstance(metrics, dict):
-            values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "n")
-            lines.append(f"  {task}: {values} ({metrics['n']:,} examples)")
+        values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "n")
+        lines.append(f"  {task}: {values} ({metrics['n']:,} examples)")
     return lines
 
 
-def rehearse(observers: list[Observer], params) -> None:
-    """Lets those observers that could fail for the user's choice of tasks meet their errors. Raises: UserError."""
+def check(observers: list[Observer]) -> None:
+    """Lets the observers refuse what they could not do later. Raises: UserError."""
     for observer in observers:
         if isinstance(observer, Scores):
-            observer.rehearse(params)
+            observer.check()

@@ -248,17 +248,17 @@ def _train(
     sizes, validation_sizes = run.batches.sizes(), run.validation_batches.sizes()
     if hosts.is_first():
         print(summary.opening(run.trainer, run.batches, sizes, run.start), flush=True)
+    validation = Validation(run.config.eval.every, run.validation_batches, run.trainer, validation_sizes, stop.agreed)
+    observers = [validation, *during.observers(run.trainer, run.tokenizer, tasks, stop.agreed)]
+    if tasks is not None and run.start < run.config.steps:
+        with goodput.during("tasks"):
+            during.check(observers)
     start = time.monotonic()
     with goodput.during("compile"), hosts.compiling("the training step", f"; {NEED_LESS}"):
         run.trainer.compile(sizes, validation_sizes)
     if hosts.is_first():
         print(f"compiled in {progress.duration(time.monotonic() - start)}", flush=True)
     feeder = Feeder(run.batches, run.trainer, sizes, run.start)
-    validation = Validation(run.config.eval.every, run.validation_batches, run.trainer, validation_sizes, stop.agreed)
-    observers = [validation, *during.observers(run.trainer, run.tokenizer, tasks, stop.agreed)]
-    if tasks is not None and run.start < run.config.steps:
-        with goodput.during("tasks"):
-            during.rehearse(observers, run.state["params"])
     recorder = Recorder(
         run.config,
         run.workdir,
@@ -364,14 +364,14 @@ def _observe(
         if not _due(done, observer.every, run.config.steps):
             continue
         if again and observer.asked:
-            kept = recorder.kept(observer.kind)
-            if hosts.as_the_first(kept is not None and kept.get("asked") == observer.asked):
+            kept = recorder.kept(observer)
+            if hosts.as_the_first(kept is not None):
                 results[observer.kind] = kept or {}  # which the first host alone has, and writes to result.json
                 continue
         with recorder.paused(observer.kind):
             result = observer(state["params"])
             if result is None:
                 return None
-            recorder.observed(done, observer.kind, result, observer.text(result))
+            recorder.observed(done, observer, result)
         results[observer.kind] = result
     return results

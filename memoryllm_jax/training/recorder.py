@@ -16,6 +16,7 @@ from memoryllm_jax.config import Config
 from memoryllm_jax.model.loss import quality
 from memoryllm_jax.training import metrics, norms
 from memoryllm_jax.training.batches import TrainBatches
+from memoryllm_jax.training.during import Observer
 from memoryllm_jax.training.feeder import Feed, Feeder
 from memoryllm_jax.training.goodput import Activity, Goodput, earlier_seconds
 from memoryllm_jax.training.sizes import Sizes
@@ -238,14 +239,19 @@ class Recorder:
         skipped = {} if self._skipped is None else {"skipped": self._skipped}
         return {"goodput": self._record_goodput(done)} | metrics.peak_memory() | skipped
 
-    def observed(self, step: int, kind: metrics.Kind, result: dict, text: str) -> None:
-        """Records the result of an observer after `step` steps, and prints it as `text`."""
-        self._writer.write(step, kind, result)
-        self._progress.line(f"step {step}: {text}")
+    def observed(self, step: int, observer: Observer, result: dict) -> None:
+        """Records and prints the result of an observer after `step` steps."""
+        asked = {"asked": observer.asked} if observer.asked else {}
+        self._writer.write(step, observer.kind, result | asked)
+        self._progress.line(f"step {step}: {observer.text(result)}")
 
-    def kept(self, kind: metrics.Kind) -> dict | None:
-        """What an earlier process recorded at the step that this one resumes from; None on all hosts but the first."""
-        return self._writer.kept(kind)
+    def kept(self, observer: Observer) -> dict | None:
+        """What an earlier process recorded of an observer at the step that this one resumes from.
+
+        Returns: the result; None if there is none, if it was asked for something else, or on all hosts but the first.
+        """
+        record = self._writer.kept(observer.kind) or {}
+        return record if record.pop("asked", None) == observer.asked else None
 
     def sync(self) -> None:
         """Copies the records to a workdir behind a URL; does nothing on a disk. Raises: UserError."""

@@ -33,7 +33,7 @@ class Tracker:
     """
 
     def __init__(self, name: str, workdir: str, folder: str, description: Description):
-        module = require(name, name, f"config.log.{name}")
+        self._module = module = require(name, name, f"config.log.{name}")
         run_id = _kept_id(workdir, name)
         run_name = os.path.basename(workdir)
         more = {"project": _PROJECT, "config": description.config, "resume": "allow"}
@@ -57,7 +57,7 @@ class Tracker:
 
     def close(self) -> None:
         """Waits until the records are written or sent."""
-        self._run.finish()
+        self._module.finish()  # that of the run alone lets trackio finish it again at the exit
 
 
 def flat(name: str, values) -> Iterator[tuple[str, int | float | str]]:

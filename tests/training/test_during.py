@@ -83,6 +83,7 @@ def test_tasks_score_the_parameters_in_place_as_evaluate_scores_the_checkpoint(l
     chosen = EvalConfig(tasks="piqa_local", tasks_folder=str(tmp_path), tasks_every=8)
     asked = []  # whether to stop
     scores = during.Scores(chosen, open_tasks(chosen), training.model, lambda: len(asked) > 1)
+    scores.check()
     log_probs, is_whole = Decoder.log_probs, []
 
     def watched(*args):
@@ -92,9 +93,8 @@ def test_tasks_score_the_parameters_in_place_as_evaluate_scores_the_checkpoint(l
 
     with monkeypatch.context() as patch:
         patch.setattr(Decoder, "log_probs", watched)
-        during.rehearse([scores], training.params)
+        result = scores(training.params)
     assert is_whole and all(is_whole)  # so that each of several hosts can read them
-    result = scores(training.params)
     with compilations() as compiled:
         assert scores(training.params) == result
     assert not compiled
@@ -103,9 +103,19 @@ def test_tasks_score_the_parameters_in_place_as_evaluate_scores_the_checkpoint(l
     with lab.model("flex-3", devices=2) as model:
         whole = harness.Tasks(["piqa_local"], data=str(tmp_path)).scores(model)
     assert result["piqa_local"]["acc"] == whole["piqa_local"][1]
-    assert result == {"piqa_local": result["piqa_local"] | {"n": 5}, "asked": "piqa_local: all examples of each"}
+    assert (
+        result == {"piqa_local": result["piqa_local"] | {"n": 5}} and scores.asked == "piqa_local: all examples of each"
+    )
     assert set(result["piqa_local"]) == {"acc", "acc_norm", "n"}
     assert scores.text(result).startswith("tasks\n  piqa_local: acc 0.")
+    lines.append(lines[0] | {"sol1": "too long " * training.config.seq_len})
+    (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for limit in (5, 6):  # the last example is one of those that the run scores, or not
+        chosen = dataclasses.replace(chosen, tasks_limit=limit)
+        scores = during.Scores(chosen, open_tasks(chosen), training.model, lambda: False)
+        refusal = r"config.eval.tasks: a request: expected a context and a continuation of 1 to"
+        with pytest.raises(ArgumentError, match=refusal) if limit == 6 else contextlib.nullcontext():
+            scores.check()
 
 
 def test_missing_tasks_and_data_are_refused_by_the_name_of_the_field(tmp_path, monkeypatch):

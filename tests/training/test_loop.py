@@ -258,16 +258,16 @@ def test_what_a_signal_cut_off_is_made_again_and_nothing_else(make_config, tmp_p
     config = make_config("memory", **{"model.vocab_size": 640, "data.verify": False}, **during)
     asked = []
 
-    def open_tasks(chosen):
-        def scores(model, stopped, limit):
-            asked.append(limit)
-            return None if len(asked) == 3 else {"some": {"acc": 0.5, "n": 2}}  # after two rehearsals
+    class Tasks:
+        def check(self, model, limit):
+            asked.append("check")
 
-        assert chosen.tasks == "some"
-        return scores
+        def all_scores(self, model, limit, stopped):
+            asked.append("scores")
+            return None if asked.count("scores") == 1 else {"some": {"acc": 0.5, "n": 2}}
 
     def run_with_tasks():
-        return loop.train(config, str(workdir), jax.devices()[:1], open_tasks=open_tasks)
+        return loop.train(config, str(workdir), jax.devices()[:1], open_tasks=lambda chosen: Tasks())
 
     def recorded():
         kinds = ("validation", "sample", "tasks")
@@ -280,12 +280,13 @@ def test_what_a_signal_cut_off_is_made_again_and_nothing_else(make_config, tmp_p
         assert run_with_tasks() == ExitCode.STOPPED
     assert saved_steps(workdir) == [2] and recorded() == [[], [], []]
     assert run_with_tasks() == ExitCode.STOPPED and recorded() == [[2], [2], []]
-    assert run_with_tasks() == 0 and recorded() == [[2, 4]] * 3 and asked == [1, 1, 0, 1, 0, 0]
+    assert run_with_tasks() == 0 and recorded() == [[2, 4]] * 3
+    assert asked == ["check", "check", "scores", "check", "scores", "scores"]
     output = capfd.readouterr().out
     for step, sample in zip((2, 4), records(workdir, "sample"), strict=True):
         assert output.count(f"step {step}: sample at temperature 0.8:\n{sample['text']}\n") == 1
     assert "step 4: tasks\n  some: acc 0.5000 (2 examples)" in output
-    assert json.loads((workdir / "result.json").read_text())["tasks"]["some"] == {"acc": 0.5, "n": 2}
+    assert json.loads((workdir / "result.json").read_text())["tasks"] == {"some": {"acc": 0.5, "n": 2}}
     kinds = {type(record) for record in metrics.records(str(workdir / "metrics.jsonl"))}
     assert kinds == {metrics.TrainRecord, metrics.ValidationRecord}
     assert run_with_tasks() == 0 and recorded() == [[2, 4]] * 3 and len(asked) == 6  # all is there

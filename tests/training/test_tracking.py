@@ -47,7 +47,9 @@ def test_weights_and_biases_gets_the_same_run_again(tmp_path, monkeypatch):
         calls.append(("init", (), more))
         return Run()
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setitem(
+        sys.modules, "wandb", types.SimpleNamespace(init=init, finish=lambda: calls.append(("finish", (), {})))
+    )
     (tmp_path / "w").mkdir()
     for step in (1, 2):
         (tracker,) = open_trackers(LogConfig(wandb=True), f"{tmp_path}/w", str(tmp_path), DESCRIPTION)
