@@ -16,7 +16,7 @@ from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data.documents import EMBEDDED
 
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,2})?")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,2})?", re.ASCII)
 _HOST = re.compile(r"[^/]*://[^/]*")  # a URL without a path
 
 
@@ -37,15 +37,17 @@ def parts_of(path: str) -> list[Part]:
     Args:
       path: FOLDER or FOLDER,FOLDER, each a folder or URL; or FOLDER:WEIGHT,FOLDER:WEIGHT for a mixture. The name of an
         existing folder is taken as it is, also where it ends in a colon and a number; one that is given alone may have
-        commas. In a URL without a path, a whole number after the colon is a port.
+        commas. A name that is given alone has no weight. In a URL without a path, a whole number after the colon is a
+        port.
     Raises: UserError.
     """
     if not storage.is_url(path) and os.path.isdir(path):
         return [Part(path, None)]
     names = path.split(",")
+    if len(names) == 1:  # nothing to weigh it against
+        return [Part(path, None)]
     parts = [_part(name, path) for name in names]
-    if len(parts) > 1 or parts[0].weight is not None:
-        _check_names(parts, path)
+    _check_names(parts, path)
     weightless = [part.path for part in parts if part.weight is None]
     if weightless and len(weightless) < len(parts):
         raise UserError(
@@ -78,7 +80,8 @@ def _check_names(parts: list[Part], path: str) -> None:
             raise UserError(f"{path}: expected folders of prepared data, separated by commas, found an empty name")
         if not storage.is_url(name) and not os.path.isdir(name):
             raise UserError(
-                f"{path}: expected folders, separated by commas and without commas in their names, found no {name!r}"
+                f"{path}: expected folders, separated by commas and without commas in their names, each alone or with "
+                f"a weight as in A:0.7,B:0.3; found no folder {name!r}"
             )
         if storage.absolute(name) in seen:
             raise UserError(f"{path}: expected each folder once, found {name} more than once")

@@ -1,10 +1,8 @@
 """Batches from prepared data: shuffled globally, and a function of the step's number.
 
-The training text is one stream of tokens cut into windows of seq_len; in a mixture, one stream for each source. Grain
-shuffles the windows of a source anew each epoch and gives random access to the shuffled order, and the shares alone say
-which source a sequence comes from (`mixture.Interleave`), so the batch of any step is a function of (data, seed, step).
-A run therefore resumes from the number of its step alone, and any number of hosts makes the same global batches; each
-host reads only its own batch shards.
+A sequence is a function of (data, seed, its number), as order.py says, so the batch of any step is a function of (data,
+seed, step). A run therefore resumes from the number of its step alone, and any number of hosts makes the same global
+batches; each host reads only its own batch shards.
 
 Each batch shard comes with its distinct token ids, as the token memory is evaluated once for each of them. Their number
 is padded to one of a few sizes (sizes.py).
@@ -12,7 +10,6 @@ is padded to one of a few sizes (sizes.py).
 
 import abc
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -26,9 +23,9 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data import document_starts
 from memoryllm_jax.data.dataset import Dataset
-from memoryllm_jax.data.mixture import Interleave
 from memoryllm_jax.model.sharding import batch_shards
 from memoryllm_jax.training import sizes
+from memoryllm_jax.training.order import Order
 from memoryllm_jax.training.sizes import Sizes
 
 # Tokens that are read to plan the sizes, and the bounds of the number of batch shards that they make up. Of 64 shards
@@ -193,76 +190,35 @@ class TrainBatches(Batches):
 
     Attributes:
       tokens: the training split.
-      sources: what the sequences are drawn from.
-      windows_of: number of windows of each source in an epoch.
+      order: of the sequences.
     """
 
     def __init__(self, config: Config, dataset: Dataset, shards: int, local: list[int]):
         super().__init__(config, dataset, shards, local)
         self.tokens = dataset.train
-        self.sources = dataset.sources
-        self.windows_of = [(source.train.tokens - 1) // config.seq_len for source in self.sources]
-        self._interleave = Interleave([source.share for source in self.sources])
-        self._check_enough()
-        # Windows are shuffled as numbers; tokens are read in `windows`. Grain seeds the shuffle of each epoch anew.
-        # Sources have seeds of their own, as equally large ones would be shuffled alike.
-        self._orders = []
-        for number, windows in enumerate(self.windows_of):
-            source = grain.MapDataset.range(windows).seed(config.seed + number).shuffle()
-            self._orders.append(source.repeat(config.data.epochs) if config.data.epochs > 1 else source)
-
-    def _check_enough(self) -> None:
-        """Raises: UserError that names a source too short for a sequence, or for the steps of the run."""
-        config = self.config
-        for source, windows in zip(self.sources, self.windows_of):
-            if not windows:
-                raise UserError(
-                    f"config.seq_len: expected less than the {source.train.tokens} training tokens of {source.name}, "
-                    f"found {config.seq_len}"
-                )
-        epochs = self.epochs(config.steps)
-        most = max(epochs)
-        if most > config.data.epochs:
-            source, windows = list(zip(self.sources, self.windows_of))[epochs.index(most)]
-            less = "" if len(self.sources) == 1 else f", or give {source.name} less weight in the mixture"
-            raise UserError(
-                f"config.data.epochs: {config.steps} steps of {config.batch_size} sequences need {most:.2f} epochs "
-                f"of {source.name}, which has {windows} sequences; set it to {math.ceil(most)}, "
-                f"or train fewer steps{less}"
-            )
+        self.order = Order(config, dataset)
 
     def __len__(self):
         return self.config.steps
 
-    def epochs(self, step: int) -> list[float]:
-        """Number of passes over the training tokens of each source that are made before this step."""
-        counts = self._interleave.counts(step * self.config.batch_size)
-        return [count / windows for count, windows in zip(counts, self.windows_of)]
-
     def epoch(self, step: int) -> float:
         """Number of passes over the training tokens that are made before this step; the most of a mixture's sources."""
-        return max(self.epochs(step))
+        return max(self.order.epochs(step))
 
     @property
     def bytes_a_token(self) -> float:
         """Bytes of text in a token: of all training tokens; in a mixture, the mean over its sources by their shares."""
-        return sum(float(source.share) * (source.train.bytes / source.train.tokens) for source in self.sources)
+        return sum(float(source.share) * (source.train.bytes / source.train.tokens) for source in self.order.sources)
 
     def windows(self, places):
         T, count = self.config.seq_len, self.sequences
         starts = []
         for step, shard in places:
-            first = step * self.config.batch_size + shard * count  # in the shuffled order
-            starts += [self._start(number) for number in range(first, first + count)]
+            first = step * self.config.batch_size + shard * count  # number of its first sequence
+            starts += [self.order.start(number) for number in range(first, first + count)]
         read = self.tokens.read_each(starts, T + 1)
         weights = np.ones((count, T), np.float32)
         return [Windows(np.stack(read[i : i + count]), weights) for i in range(0, len(read), count)]
-
-    def _start(self, number: int) -> int:
-        """The position in the training split at which a sequence of the shuffled order begins."""
-        source, of_source = self._interleave.place(number)
-        window = int(self._orders[source][of_source])
-        return self.sources[source].train.start + window * self.config.seq_len
 
     def iterate(self, start: int) -> Iterator[HostBatch]:
         """Yields the batches of steps start, start + 1, ..., which threads read ahead."""

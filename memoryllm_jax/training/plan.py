@@ -93,8 +93,8 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
     steps = config.steps
     if config.start.optimizer == "continue":
         steps -= max(config.start.step, 0)  # the run that this one goes on from has made them
-    attention_share = _attention_share(config, sharding.batch_shards(mesh))
-    flops_a_token = roofline.flops_a_token(config, compiled.rows, attention_share)
+    data_use = _data_use(config, sharding.batch_shards(mesh))
+    flops_a_token = roofline.flops_a_token(config, compiled.rows, data_use["attention_share"])
     domain = len(devices) // slices if slices else chip.domain
     traffic = roofline.traffic(compiled.transfers, mesh, chip, domain)
     work = muon.work(config, compiled.params, mesh)
@@ -120,7 +120,7 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
         "fits": memory["total"] <= chip.memory,
         "advice": _advice(config, mesh, memory, chip),
         "rows_a_step": compiled.rows,
-        "attention_share": attention_share,
+        **data_use,
         "tokens_a_step": step_tokens,
         "flops": flops_a_token,
         "collectives": traffic,
@@ -204,11 +204,16 @@ def distinct_ids(config: Config, shards: int) -> sizes.Sizes:
     return sizes.plan(mean, std, shards, config.steps, most, only_last=not config.model.row_dim)
 
 
-def _attention_share(config: Config, shards: int) -> float:
-    """The share of causal attention's pairs that lie inside documents: that of the run if its data is there, else 1."""
-    if config.data.path == EMBEDDED or not config.data.document_mask:
-        return 1.0
-    return TrainBatches(config, Dataset(config.data.path), shards, local=[]).attention_share()
+def _data_use(config: Config, shards: int) -> dict:
+    """{"attention_share": the share of causal attention's pairs inside documents, "sources": as of `Order.uses`}.
+
+    Without config.data.path these are 1 and none.
+    """
+    if config.data.path == EMBEDDED:
+        return {"attention_share": 1.0, "sources": []}
+    batches = TrainBatches(config, Dataset(config.data.path), shards, local=[])
+    uses = [use._asdict() for use in batches.order.uses()]
+    return {"attention_share": batches.attention_share(), "sources": uses}
 
 
 # The TPU compiler's errors for a step that does not fit are known only by these sentences.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from memoryllm_jax.common import progress
 from memoryllm_jax.training.optimizer import Group
+from memoryllm_jax.training.order import SourceUse
 from memoryllm_jax.training.roofline import EFFICIENCY
 
 
@@ -33,6 +34,7 @@ def text(p: dict) -> str:
         *(f"assumed: {line}" for line in p["assumed"]),
         "",
         *_size_lines(p),
+        *_labelled("data", [SourceUse(**use).text for use in p["sources"]]),
         "",
         *_optimizer_lines(p),
         *(f"{label:<16} {line}" for label, line in zip(["besides"] + [""] * len(p["besides"]), p["besides"])),
@@ -62,7 +64,12 @@ def _optimizer_lines(p: dict) -> list[str]:
     lines = [Group(**group).text for group in p["optimizer"]]
     if p["newton_schulz_flops"]:
         lines[0] += f"; Newton-Schulz {p['newton_schulz_flops'] / 1e12:,.2f} TFLOPs a step on the busiest device"
-    return [f"{label:<16} {line}" for label, line in zip(["optimizer"] + [""] * len(lines), lines)]
+    return _labelled("optimizer", lines)
+
+
+def _labelled(label: str, lines: list[str]) -> list[str]:
+    """The lines in a column of their own, with a label before the first."""
+    return [f"{label if number == 0 else '':<16} {line}" for number, line in enumerate(lines)]
 
 
 def _memory_lines(p: dict) -> list[str]:

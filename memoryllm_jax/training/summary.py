@@ -33,26 +33,13 @@ def opening(trainer: Trainer, batches: TrainBatches, sizes: Sizes, start: int) -
         f"{config.model.dtype}",
         f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens, "
         f"{batches.epoch(config.steps):.2f} epochs; compiling for {planned} distinct ids a shard",
-        *_mixture(batches),
+        *(f"  {use.text}" for use in batches.order.uses() if batches.is_mixture),
         f"learning rate: {schedules.text(config)}",
         *(group.text for group in optimizer.groups(config, trainer.mesh.devices.flat[0])),
     ]
     if start:
         lines.append(f"going on from step {start}")
     return "\n".join(lines)
-
-
-def _mixture(batches: TrainBatches) -> list[str]:
-    """A line for each source of a mixture: its share, and how much of it the run trains on. None without a mixture."""
-    if not batches.is_mixture:
-        return []
-    lines = []
-    for source, windows, epochs in zip(batches.sources, batches.windows_of, batches.epochs(len(batches))):
-        line = f"  {100 * float(source.share):.4g}% {source.name}: {epochs:.2f} epochs of {windows:,} sequences"
-        if source.validation.tokens < 2:
-            line += "; not validated, as it has no held-out tokens"
-        lines.append(line)
-    return lines
 
 
 def finish(config: Config, results: dict[str, dict], times: dict, workdir: str) -> None:

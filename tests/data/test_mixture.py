@@ -15,7 +15,7 @@ def test_paths_are_cut_where_weights_begin(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     for path, expected in {
         "a:.7,c:3e-1": [("a", "0.7"), ("c", "0.3")],
-        "a:2": [("a", "2")],
+        "gs://b/d:2": [("gs://b/d:2", None)],  # nothing to weigh it against
         "a,b:2": [("a,b:2", None)],  # a folder of this name
         "c,b:2": [("c", None), ("b:2", None)],  # and another one in a list
         "b:2:5,a:1": [("b:2", "5"), ("a", "1")],
@@ -36,13 +36,17 @@ def test_paths_are_cut_where_weights_begin(tmp_path, monkeypatch):
         ("DATA,DATA/", "expected each folder once, found .* more than once"),
         ("DATA:1,DATA:2", "expected each folder once, found .* more than once"),
         ("DATA,embedded", "expected folders of prepared data in a list, found embedded"),
-        ("embedded:1", "expected folders of prepared data in a list, found embedded"),
-        ("DATA,none", "expected folders, separated by commas and without commas in their names, found no 'none'"),
-        ("DATA:nan,s3://b/c:1", "and without commas in their names, found no '.*:nan'"),
+        ("DATA:1,embedded:1", "expected folders of prepared data in a list, found embedded"),
+        (
+            "DATA,none",
+            "expected folders, separated by commas and without commas in their names, .* found no folder 'none'",
+        ),
+        ("DATA:nan,s3://b/c:1", "each alone or with a weight as in .*; found no folder '.*:nan'"),
         (
             "DATA,s3://b/c:1",
             r"expected a weight after each folder, as in A:0.7,B:0.3, or after none, found none after '/",
         ),
+        ("DATA:٣,s3://b/c:1", "found no folder '.*:٣'"),
         ("DATA:0,s3://b/c:1", "expected a weight above 0 for /.*, found 0$"),
         ("DATA:-1,s3://b/c:1", "expected a weight above 0 for /.*, found -1$"),
     ],

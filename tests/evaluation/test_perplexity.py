@@ -59,7 +59,7 @@ def test_the_sources_of_a_mixture_are_scored_as_alone(lab, swapped):
         found = quality(model, f"{lab.data_path}:0.9,{swapped}:0.1", windows)
         alone = [quality(model, lab.data_path), quality(model, str(swapped), Windows(CONTEXT, CONTEXT, 300))]
         with pytest.raises(ArgumentError, match="save_tokens: expected one folder of prepared data, found the mixture"):
-            quality(model, f"{swapped}:1", Windows(CONTEXT, CONTEXT, 90, whole=True))
+            quality(model, f"{swapped}:1,{lab.data_path}:1", Windows(CONTEXT, CONTEXT, 90, whole=True))
     assert list(found["sources"]) == ["prepared", "small"] and found["tokens"] == held_out - 1 + 300
     for source, expected in zip(found["sources"].values(), alone):
         assert source == pytest.approx({name: expected[name] for name in source}, rel=1e-6)
