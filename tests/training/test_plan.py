@@ -73,7 +73,8 @@ def test_plan_says_what_the_run_does_besides_training_and_refuses_tasks_that_it_
         plan.dry_run(config, "h100", 1, 0, "")
 
 
-def test_plan_says_what_to_change(make_config, monkeypatch):
+def test_plan_says_what_to_change(make_config, data_path, swapped, monkeypatch):
+    """It also shows the sources of the data, without a plan of their own."""
     # All plans compile the same steps.
     monkeypatch.setattr(plan.LoweredStep, "compile", functools.cache(plan.LoweredStep.compile))
     monkeypatch.setattr(plan, "LoweredStep", functools.cache(plan.LoweredStep))
@@ -88,6 +89,10 @@ def test_plan_says_what_to_change(make_config, monkeypatch):
     room = p["memory"]["fixed"] + 10 * p["memory"]["each_sequence"]
     p = planned(room)
     assert not p["fits"] and p["memory"]["largest_sequences_a_device"] == 10 and "DOES NOT FIT" in plan_text.text(p)
+    assert p["sources"] == [] and "\ndata " not in plan_text.text(p)
+    mixture = make_config("memory", **{"data.path": f"{data_path}:3,{swapped}:1", "data.epochs": 9})
+    text = plan_text.text(p | plan._data_use(mixture, 1))
+    assert re.search(r"\ndata +75% prepared: 0.\d\d epochs of .*\n +25% small: \d.\d\d epochs of .* sequences\n", text)
     accumulate, size = re.match(r"--config.accumulate=(\d+): ([\d.]+) GB a device", p["advice"][0]).groups()
     assert accumulate in ("2", "4", "8", "16") and float(size) <= room / 1e9 + 0.005
 
