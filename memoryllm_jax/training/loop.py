@@ -25,7 +25,7 @@ from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.documents import EMBEDDED
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.model import attention, sharding
-from memoryllm_jax.training import during, spikes, summary
+from memoryllm_jax.training import during, spikes, summary, tracking
 from memoryllm_jax.training.batches import TrainBatches, ValidationBatches, local_shards
 from memoryllm_jax.training.compilation import NEED_LESS
 from memoryllm_jax.training.during import Observer, OpenTasks, Tasks
@@ -65,6 +65,8 @@ def train(
                 # A start that fails before it writes anything leaves no folder.
                 unlock.callback(storage.release_lock, storage.lock_folder(workdir), workdir)
             hosts.wait_for_all("the workdir is locked")  # if it is in use, the others end here and blame nothing else
+            if hosts.is_first():
+                tracking.check(config.log)
             tasks = opened_tasks(config, open_tasks)
             run = open_run(config, workdir, devices, stop, at_exit)
             if stop.now():  # while the data was verified

@@ -20,13 +20,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from memoryllm_jax.checkpoint import branch
+from memoryllm_jax.checkpoint.description import describe
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import UserError, one_line
 from memoryllm_jax.config import Config
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.documents import EMBEDDED
 from memoryllm_jax.model import attention, flops, sharding
-from memoryllm_jax.training import chips, collectives, compilation, loop, muon, optimizer, plan_text, roofline, sizes
+from memoryllm_jax.training import (
+    chips,
+    collectives,
+    compilation,
+    loop,
+    muon,
+    optimizer,
+    plan_text,
+    roofline,
+    schedules,
+    sizes,
+    tracking,
+)
 from memoryllm_jax.training.batches import TrainBatches, abstract_batch
 from memoryllm_jax.training.during import OpenTasks
 from memoryllm_jax.training.plan_text import gb
@@ -60,12 +74,13 @@ def dry_run(
       count: number of devices.
       slices: number of TPU slices; 0: as few as hold the devices.
       output: JSON file to write, "" for none.
-      open_tasks: as of `loop.train`: tasks that the run would refuse are refused here.
+      open_tasks: as of `loop.train`: tasks and trackers that the run would refuse are refused here.
     Returns: the exit code: 0 if the run fits the devices' memory, else 1.
     Raises: UserError.
     """
     chips.emulate(count)
     devices, compiler = chips.devices(chip, count, slices)
+    tracking.check(config.log)
     loop.opened_tasks(config, open_tasks)
     result = plan(config, chip, devices, slices) | {"compiler": compiler}
     print(plan_text.text(result))
@@ -90,9 +105,9 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
     start = time.monotonic()
     compiled, memory = _compile(config, mesh, chip)
     step_tokens = config.batch_size * config.seq_len
-    steps = config.steps
-    if config.start.optimizer == "continue":
-        steps -= max(config.start.step, 0)  # the run that this one goes on from has made them
+    # The run that this one goes on from has made the steps before.
+    run_start = max(config.start.step, 0) if config.start.optimizer == "continue" else 0
+    steps = config.steps - run_start
     data_use = _data_use(config, sharding.batch_shards(mesh))
     flops_a_token = roofline.flops_a_token(config, compiled.rows, data_use["attention_share"])
     domain = len(devices) // slices if slices else chip.domain
@@ -114,6 +129,7 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
         "parameters": flops.parameters(config),
         "besides": _besides(config),
         "optimizer": [group._asdict() for group in optimizer.groups(config, mesh.devices.flat[0])],
+        "learning_rate": schedules.text(config),
         "newton_schulz_flops": work.flops,
         "memory": memory,
         "memory_of_device": chip.memory,
@@ -128,6 +144,7 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
         "seconds": times,
         "tokens_per_second": _bounds(times, lambda seconds: step_tokens / seconds),
         "mfu": _bounds(times, lambda seconds: step_tokens / seconds / peak_tokens_per_second),
+        "run_start": run_start,
         "run_steps": steps,
         "run_tokens": steps * step_tokens,
         "run_device_hours": _bounds(times, lambda seconds: steps * seconds * mesh.size / 3600),
@@ -162,10 +179,18 @@ def _bounds(times: dict, value: Callable[[float], float]) -> dict[str, float]:
 
 
 def _completed(config: Config, chip: chips.Chip) -> tuple[Config, list[str]]:
-    """(the config with vocab_size and attention filled in as `loop.complete` does, what was assumed for it)."""
+    """(the config as the run completes it, what was assumed for it). Raises: UserError.
+
+    As in `loop.complete`, that is vocab_size and attention; for a branch it is also the step that it goes on from.
+    """
     assumed = []
     if config.data.path != EMBEDDED:
-        config = loop.complete(config, Dataset(config.data.path), chip.accelerator)
+        dataset = Dataset(config.data.path)
+        config = loop.complete(config, dataset, chip.accelerator)
+        if config.start.optimizer == "continue":
+            described = describe(config, dataset.digest, dataset.tokenizer(), shares=dataset.shares)
+            origin = branch.origin(config, described)
+            config = dataclasses.replace(config, start=dataclasses.replace(config.start, step=origin.step))
     else:
         m = config.model
         if not m.vocab_size:

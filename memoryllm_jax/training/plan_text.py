@@ -37,7 +37,7 @@ def text(p: dict) -> str:
         *_labelled("data", [SourceUse(**use).text for use in p["sources"]]),
         "",
         *_optimizer_lines(p),
-        *(f"{label:<16} {line}" for label, line in zip(["besides"] + [""] * len(p["besides"]), p["besides"])),
+        *_labelled("besides", p["besides"]),
         "",
         *_memory_lines(p),
         "",
@@ -64,7 +64,7 @@ def _optimizer_lines(p: dict) -> list[str]:
     lines = [Group(**group).text for group in p["optimizer"]]
     if p["newton_schulz_flops"]:
         lines[0] += f"; Newton-Schulz {p['newton_schulz_flops'] / 1e12:,.2f} TFLOPs a step on the busiest device"
-    return _labelled("optimizer", lines)
+    return [*_labelled("optimizer", lines), f"learning rate    {p['learning_rate']}"]
 
 
 def _labelled(label: str, lines: list[str]) -> list[str]:
@@ -115,12 +115,13 @@ def _time_lines(p: dict) -> list[str]:
     s = p["seconds"]
     hours = p["run_device_hours"]
     step, network = _range(s["step"], _ms), _range(s["network"], _ms)
+    after = f" after step {p['run_start']:,}" if p["run_start"] else ""
     return [
         f"step             {step} ms: compute {_ms(s['compute'])}, network {network}, optimizer {_ms(s['optimizer'])} "
         "ms; at least with the network's time hidden behind compute, at most with none of it hidden",
         f"speed            {_range(p['tokens_per_second'], '{:,.0f}'.format)} tokens/s, "
         f"MFU {_range(p['mfu'], '{:.0%}'.format)}",
-        f"the run          {p['run_steps']:,} steps, {p['run_tokens'] / 1e9:,.1f} G tokens: "
+        f"the run          {p['run_steps']:,} steps{after}, {p['run_tokens'] / 1e9:,.1f} G tokens: "
         f"{_range(hours, '{:,.0f}'.format)} device hours, "
         + _range(hours, lambda n: progress.duration(n / p["devices"] * 3600)),
         f"roofline, not a measurement: compute at {EFFICIENCY:.0%} of peak FLOP/s, collectives at the speeds of data "

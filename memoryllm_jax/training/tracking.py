@@ -7,6 +7,7 @@ TRACKIO_SERVER_URL. Weights & Biases sends runs to its server, unless WANDB_MODE
 
 import contextlib
 import os
+import types
 import uuid
 from collections.abc import Iterator
 
@@ -33,7 +34,7 @@ class Tracker:
     """
 
     def __init__(self, name: str, workdir: str, folder: str, description: Description):
-        self._module = module = require(name, name, f"config.log.{name}")
+        self._module = module = _module(name)
         run_id = _kept_id(workdir, name)
         run_name = os.path.basename(workdir)
         more = {"project": _PROJECT, "config": description.config, "resume": "allow"}
@@ -74,8 +75,23 @@ def flat(name: str, values) -> Iterator[tuple[str, int | float | str]]:
 
 def open_trackers(log: LogConfig, workdir: str, folder: str, description: Description) -> list[Tracker]:
     """The trackers that the config asks for. The other arguments are those of `Tracker`. Raises: UserError."""
-    wanted = {"wandb": log.wandb, "trackio": log.trackio}
-    return [Tracker(name, workdir, folder, description) for name, is_wanted in wanted.items() if is_wanted]
+    return [Tracker(name, workdir, folder, description) for name in _wanted(log)]
+
+
+def check(log: LogConfig) -> None:
+    """Refuses trackers that are not installed, before a run has opened and compiled anything. Raises: UserError."""
+    for name in _wanted(log):
+        _module(name)
+
+
+def _wanted(log: LogConfig) -> list[str]:
+    """The names of the trackers that the config asks for."""
+    return [name for name in ("wandb", "trackio") if getattr(log, name)]
+
+
+def _module(name: str) -> types.ModuleType:
+    """The module of a tracker. Raises: UserError if it is not installed."""
+    return require(name, name, f"config.log.{name}")
 
 
 def _kept_id(workdir: str, name: str) -> str:

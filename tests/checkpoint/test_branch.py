@@ -11,6 +11,7 @@ from memoryllm_jax.common import config_files
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import resolve
 from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.training import chips, plan
 
 STABLE = {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 10, "optimizer.decay_share": 0.5, "tokens": 25600.0}
 
@@ -101,6 +102,15 @@ def test_a_branch_that_no_run_would_have_made_is_refused_by_name(workdir, steps,
     path = workdir(steps, **fields)
     with pytest.raises(UserError, match="^" + message):
         branch.origin(*branched(path, **asked))
+
+
+def test_the_plan_of_a_branch_begins_where_the_branch_does_and_is_refused_with_it(workdir):
+    path = workdir([20, 40], **{"model.vocab_size": 512})  # saved configs have that of their data
+    newest = {"start.step": -1, "steps": 80}
+    planned, _ = plan._completed(branched(path, **newest)[0], chips.get("h100"))
+    assert planned.start.step == 40
+    with pytest.raises(UserError, match=r"^seed: 0 in the checkpoint, 3 in this run"):
+        plan._completed(branched(path, **newest, seed=3)[0], chips.get("h100"))
 
 
 def test_other_data_is_refused(workdir):

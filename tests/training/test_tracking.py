@@ -9,6 +9,7 @@ from lab import DESCRIPTION
 
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import LogConfig
+from memoryllm_jax.training import loop, plan
 from memoryllm_jax.training.metrics import Writer
 from memoryllm_jax.training.tracking import open_trackers
 
@@ -62,7 +63,11 @@ def test_weights_and_biases_gets_the_same_run_again(tmp_path, monkeypatch):
     assert calls[2][1] == ({"validation/loss": 2.0, "step": 1},)
 
 
-def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_opened(make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(UserError, match=r"config.log.trackio: needs trackio: pip install 'memoryllm_jax\[trackio\]'"):
-        open_trackers(LogConfig(trackio=True), str(tmp_path), str(tmp_path), DESCRIPTION)
+    monkeypatch.setattr(plan.chips, "emulate", lambda count: None)
+    config = make_config("memory", **{"log.trackio": True, "data.path": str(tmp_path / "missing")})
+    for start in (lambda: loop.train(config, str(tmp_path / "w")), lambda: plan.dry_run(config, "h100", 1, 0, "")):
+        with pytest.raises(UserError, match=r"^config.log.trackio: needs trackio: pip install 'memoryllm_jax.trackio"):
+            start()
+    assert not list(tmp_path.iterdir())
