@@ -19,11 +19,13 @@ if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":  # else an accelerato
     if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later ones always use them
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
 
+import faulthandler
 import gc
 import hashlib
 import itertools
 import json
 import shutil
+import sys
 import types
 
 import jax
@@ -42,6 +44,9 @@ from memoryllm_jax.training import chips, loop
 gc.set_threshold(50_000, 10, 10)
 gc.freeze()  # what the imports have made stays anyway
 
+# A worker that never ends would keep pytest waiting without a word: it shows the stacks of its threads, and exits.
+_MOST_SECONDS_TO_END = 120
+
 
 def pytest_collection_modifyitems(config, items):
     if "long" not in config.option.markexpr:
@@ -57,8 +62,10 @@ def pytest_sessionfinish():
     # execnet interrupts a worker that takes more than 5 seconds to end after its last test. In that time pytest
     # collects garbage twice, and Python again at its exit: seconds each on a busy machine. So garbage is collected
     # here, before the worker reports that it is done, and what is left is not searched again.
+    faulthandler.dump_traceback_later(_MOST_SECONDS_TO_END, file=sys.__stderr__, exit=True)
     gc.collect()
     gc.freeze()
+    faulthandler.cancel_dump_traceback_later()
     if "PYTEST_XDIST_WORKER" not in os.environ and "TESTS_CACHE" in os.environ:
         shutil.rmtree(os.environ["TESTS_CACHE"], ignore_errors=True)
 
