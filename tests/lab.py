@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import socket
+import types
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,18 @@ GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hf", "golden_
 def with_devices(count: int) -> dict[str, str]:
     """The environment for a command with `count` emulated devices and the compiler options of this process."""
     return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={count}")}
+
+
+def stop_time(monkeypatch, *modules) -> list[float]:
+    """Lets these modules read the time, in seconds, from a list of one number. Returns: the list.
+
+    Do not replace `time.monotonic` itself: the event loop of a server in another thread of this process would compute
+    from the stopped time how long to sleep, up to a day, and the end of the session would wait for that server.
+    """
+    now = [100.0]
+    for module in modules:
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    return now
 
 
 def free_port() -> int:

@@ -22,14 +22,15 @@ def on_a_port(app):
     bound, is_ready = listening.bind("127.0.0.1", 0), threading.Event()
     config = listening.config(app, end_s=5)
     server = listening.Server(config, is_ready.set, lambda: None)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])), daemon=True)
     thread.start()
     assert is_ready.wait(20)
     try:
         yield listening.address_of(bound)
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive(), "the server does not end"
 
 
 @pytest.fixture(scope="session")

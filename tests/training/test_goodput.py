@@ -1,19 +1,18 @@
 """Where the time of a run goes."""
 
 import threading
-import time
 
 import pytest
+from lab import stop_time
 
+from memoryllm_jax.training import goodput as goodput_lib
 from memoryllm_jax.training.goodput import Goodput, GoodputRecord, earlier_seconds, text
 
 
 @pytest.fixture
 def now(monkeypatch):
     """The time in seconds, as a list of one number."""
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    return now
+    return stop_time(monkeypatch, goodput_lib)
 
 
 class Step:

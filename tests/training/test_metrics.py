@@ -3,9 +3,10 @@
 import itertools
 import json
 import struct
-import time
+import types
 
 from lab import DESCRIPTION
+from tensorboardX import event_file_writer
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from memoryllm_jax.training.metrics import Writer
@@ -38,7 +39,7 @@ def test_tensorboard_shows_the_numbers_of_nested_values(make_config, tmp_path):
 
 def test_a_resumed_run_records_each_step_once(make_config, tmp_path, monkeypatch):
     seconds = itertools.count(1_000_000_000)  # TensorBoard names its files after the time in seconds
-    monkeypatch.setattr(time, "time", lambda: next(seconds))
+    monkeypatch.setattr(event_file_writer, "time", types.SimpleNamespace(time=lambda: next(seconds)))
     config = make_config("memory", **{"log.tensorboard": True})
 
     def write(start, values):

@@ -1,12 +1,13 @@
 """How the clock of a run is paused."""
 
-import time
 import types
 
 import jax
 import pytest
-from lab import records
+from lab import records, stop_time
 
+from memoryllm_jax.common import progress
+from memoryllm_jax.training import goodput
 from memoryllm_jax.training.goodput import Goodput
 from memoryllm_jax.training.recorder import Recorder
 from memoryllm_jax.training.sizes import Sizes
@@ -15,9 +16,7 @@ from memoryllm_jax.training.sizes import Sizes
 @pytest.fixture
 def now(monkeypatch):
     """The time in seconds, as a list of one number."""
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    return now
+    return stop_time(monkeypatch, goodput, progress)
 
 
 @pytest.mark.parametrize("late", ["validation or saving", "compilation"])
