@@ -41,11 +41,13 @@ class HeldOutText(NamedTuple):
     digest: str
 
     @property
-    def inputs_N(self) -> np.ndarray:
+    def inputs(self) -> np.ndarray:
+        """Ids that the targets are predicted after, int32 [N]."""
         return self.ids[:-1]
 
     @property
-    def targets_N(self) -> np.ndarray:
+    def targets(self) -> np.ndarray:
+        """Ids of the targets, int32 [N]."""
         return self.ids[1:]
 
     def by_document(self, values_N: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ def test_targets_are_scored_as_perplexity_scores_them(lab, data, run):
     with lab.model("memory") as model:
         stream = perplexity.prepared_text(lab.data_path, "validation", model.tokenizer, windows)
         expected = perplexity.perplexity(model, stream, windows)
-    assert nats_N.shape == text.targets_N.shape == (expected["tokens"],)
+    assert nats_N.shape == text.targets.shape == (expected["tokens"],)
     assert nats_N.mean() == pytest.approx(mean, rel=1e-6) and mean == pytest.approx(expected["loss"], rel=1e-6)
     for part in expected["by_context"]:
         chosen_N = (part["from"] <= text.position_N + 1) & (text.position_N + 1 <= part["to"])
