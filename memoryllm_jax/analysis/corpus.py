@@ -21,7 +21,9 @@ from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.common.report import Report
 from memoryllm_jax.data.dataset import Split
 from memoryllm_jax.inference.decoder import bucket
+from memoryllm_jax.inference.rows import live_layer
 from memoryllm_jax.model import transformer
+from memoryllm_jax.model.modules import Norm
 
 Limit = Annotated[int, Option("tokens of text to read, in windows at even distances; 0: all", least=0)]
 
@@ -213,9 +215,8 @@ def _layer(config, layer, memory, x_BTD, x0_UD, rows_UD, index_1N):
     queries = {}
     rows_1UD = None if rows_UD is None else rows_UD[None].astype(config.dtype)  # as one batch shard
     if memory is not None:
-        memory_output = transformer.apply_memory_layer(config, memory, x0_UD[None])
-        rows_1UD = memory_output.row
-        queries["memory"] = memory_output.query[0, index_1N[0]]
+        rows_1UD = live_layer(config, memory, x0_UD[None], None)
+        queries["memory"] = Norm(config).apply({"params": memory["norm"]}, x0_UD[index_1N[0]])
     rope = transformer.rope_table(config, jnp.arange(x_BTD.shape[1]))
     out = transformer.apply_layer(config, layer, x_BTD, rows_1UD, index_1N, rope)
     if config.compute_dim:

@@ -12,7 +12,7 @@ import numpy as np
 
 from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.inference import ahead
-from memoryllm_jax.model import transformer
+from memoryllm_jax.model import memories
 from memoryllm_jax.model.sharding import constrain, parts
 from memoryllm_jax.model.token_memory import TokenRows
 
@@ -93,10 +93,8 @@ def live_layer(config: ModelConfig, layer_params: dict, x0_1UD, ids_U):
       layer_params: the layer's entry in "memory".
       x0_1UD: the embeddings of the ids, which FFN-M reads; tables read the ids.
     """
-    if config.memory_dim:
-        return transformer.apply_memory_layer(config, layer_params, x0_1UD).row
-    table = transformer.MemoryTable(config)
-    return table.apply({"params": layer_params}, ids_U, lambda table_VP, ids: _take(config, table_VP, ids))
+    take = functools.partial(_take, config)
+    return memories.layer_rows(config, layer_params, ids_U, x0_1UD, take)
 
 
 def _take(config, table, ids_U):

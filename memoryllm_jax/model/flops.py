@@ -13,6 +13,7 @@ rematerialisation computes again.
 """
 
 from memoryllm_jax.config import Config
+from memoryllm_jax.model import memories
 
 
 def train_flops(config: Config, tokens: int, rows: int, attention_share: float = 1.0) -> float:
@@ -26,10 +27,9 @@ def train_flops(config: Config, tokens: int, rows: int, attention_share: float =
     m = config.model
     projections = 4 * m.dim**2 * (1 + m.key_heads / m.heads)
     per_token = m.layers * (projections + 2 * m.dim * config.seq_len * attention_share + 6 * m.dim * m.compute_dim)
-    if m.token_memory == "per_layer":
-        per_token += m.layers * 4 * m.dim * m.table_dim
-    per_token += 2 * m.dim * m.vocab_size
-    forward = tokens * per_token + rows * m.layers * 6 * m.dim * m.memory_dim
+    memory = memories.of(m)
+    per_token += m.layers * 2 * memory.gate_weights + 2 * m.dim * m.vocab_size
+    forward = tokens * per_token + rows * m.layers * 2 * memory.row_weights
     return 3.0 * forward
 
 
@@ -43,28 +43,18 @@ def parameters(config: Config) -> dict[str, int]:
     norms_a_layer = 1  # before attention
     if m.compute_dim:
         norms_a_layer += 1
-    gates = 0
-    if m.token_memory == "per_layer":
+    memory = memories.of(m)
+    if memory.gate_weights:
         norms_a_layer += 1
-        gates = m.layers * 2 * m.dim * m.table_dim
     of_heads = 2 * m.head_dim if m.qk_norm else 0  # of queries and of keys
     tables = 1 if m.tie_embeddings else 2
     parts = {
         "attention": m.layers * 2 * m.dim * (m.heads + m.key_heads) * m.head_dim,
         "ffn_c": m.layers * 3 * m.dim * m.compute_dim,
         "norms": m.layers * (norms_a_layer * m.dim + of_heads) + m.dim,  # and the final one
-        "gates": gates,
-        "memory": m.layers * _memory_a_layer(m),
+        "gates": m.layers * memory.gate_weights,
+        "memory": m.layers * memory.parameters,
         "embedding_and_head": tables * m.vocab_size * m.dim,
     }
     active = sum(parts[name] for name in ("attention", "ffn_c", "norms", "gates"))
     return parts | {"active": active, "total": sum(parts.values())}
-
-
-def _memory_a_layer(m):
-    if m.memory_dim:
-        return 3 * m.dim * m.memory_dim + m.dim  # FFN-M and its norm
-    table = m.row_dim * m.vocab_size
-    if m.token_memory == "per_layer":
-        return table + m.row_dim  # its norm
-    return table

@@ -1,6 +1,7 @@
 """What the layers of the models are made of: parameters, their products, norms and SwiGLU.
 
-Shapes: B sequences, T positions, N = B T, D model width, F FFN width.
+Shapes: B sequences, T positions, N = B T, D model width, F FFN width, L layers, S batch shards, U distinct ids of a
+shard.
 """
 
 import flax.linen as nn
@@ -10,7 +11,24 @@ from jax.ad_checkpoint import checkpoint_name
 
 from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.model.blocked_attention import SAVED
-from memoryllm_jax.model.sharding import padded, unpadded_embed
+from memoryllm_jax.model.sharding import constrain, padded, unpadded_embed
+
+# Linen's collection of the squares, in float32, of what layers add to the stream. A caller gets it if it applies the
+# model with mutable=[ADDED]: from `hidden` {"layers": {part: [L, S], summed over the positions of each batch shard}},
+# from `token_rows` {"memory": {"memory": [L, S, U], of the rows}} or, if no rows are added to the stream, nothing.
+ADDED = "added"
+
+
+def note(module: nn.Module, part: str, added, *sums: int) -> None:
+    """Keeps the squares of what a part adds to the residual stream, if the caller asks for the collection ADDED.
+
+    Args:
+      added: [..., D].
+      sums: shape of the result: over what axes it is summed. Devices need not communicate if it begins with S.
+    """
+    if module.is_mutable_collection(ADDED) and not module.is_initializing():
+        square = jnp.square(added.astype(jnp.float32)).reshape(*sums, -1).sum(-1)
+        module.put_variable(ADDED, part, constrain(square, "shard", *[None] * (len(sums) - 1)))
 
 
 def parameter(module, name, shape, axes, std):

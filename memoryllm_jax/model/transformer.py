@@ -25,15 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from memoryllm_jax.config import MeshConfig, ModelConfig
-from memoryllm_jax.model import attention
-from memoryllm_jax.model.modules import Norm, SwiGLU, matmul, output_std, parameter, weight
+from memoryllm_jax.model import attention, memories
+from memoryllm_jax.model.modules import ADDED, Norm, SwiGLU, matmul, note, output_std, parameter, weight
 from memoryllm_jax.model.sharding import batch_shards, constrain, make_mesh, padded, shardings
 from memoryllm_jax.model.token_memory import TokenRows, embed, take_rows
-
-# Linen's collection of the squares, in float32, of what layers add to the stream. A caller gets it if it applies the
-# model with mutable=[ADDED]: from `hidden` {"layers": {part: [L, S], summed over the positions of each batch shard}},
-# from `token_rows` {"memory": {"memory": [L, S, U], of FFN-M's rows}} or, without FFN-M, nothing.
-ADDED = "added"
 
 
 def rope_table(config: ModelConfig, positions):
@@ -98,16 +93,14 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, x_BTD, rope, past: attention.Past | None = None, value_BTE=None, start_BT=None
-    ) -> AttentionOutput:
+    def __call__(self, x_BTD, rope, past: attention.Past | None = None, row_BTP=None, start_BT=None) -> AttentionOutput:
         """Attends over x itself or, with `past`, over a cache and over x.
 
         Args:
           x_BTD: normalised input.
           rope: `rope_table` of the positions of x.
           past: where x lies in a cache of the earlier positions, or None.
-          value_BTE: what is added to the values, or None; E = key heads x K.
+          row_BTP: the rows of the positions' tokens, which the values of some token memories take; or None.
           start_BT: as of `attention.causal_attention`; without `past` only.
         """
         c = self.config
@@ -122,11 +115,10 @@ class Attention(nn.Module):
             return Norm(c, name=name)(x_BTHK) if c.qk_norm else x_BTHK
 
         q = _rotate(normalised("q_norm", project("q", c.heads)), rope)
-        k, v = _rotate(normalised("k_norm", project("k", c.key_heads)), rope), project("v", c.key_heads)
-        if value_BTE is not None:
-            value_BTHK = value_BTE.reshape(B, T, c.key_heads, K)
-            padding = v.shape[2] - c.key_heads  # heads that pad the stored weights
-            v = v + jnp.pad(value_BTHK, [(0, 0), (0, 0), (0, padding), (0, 0)])
+        k = _rotate(normalised("k_norm", project("k", c.key_heads)), rope)
+        v = project("v", c.key_heads)
+        if row_BTP is not None:
+            v = memories.of(c).values(v, row_BTP)
         out_HKD = weight(self, "out", (c.heads, K, D), ("heads", "head_dim", "embed"), output_std(c))
         keys_values = attention.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
         if past is None:
@@ -137,22 +129,6 @@ class Attention(nn.Module):
         else:
             y, keys_values = past.attend(q, keys_values)  # it takes grouped heads as they are
         return AttentionOutput(matmul(y.reshape(B, T, -1), out_HKD.reshape(-1, D)), y, keys_values)
-
-
-class Gate(nn.Module):
-    """(GELU(x W_gate) * row) W_out: a token's per-layer embedding, gated by the residual stream (Gemma 3n)."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_BTD, row_BTP):
-        D, P = x_BTD.shape[-1], self.config.table_dim
-        gate_DP = weight(self, "gate", (D, P), ("embed", "mlp"), self.config.init_std)
-        out_PD = weight(self, "out", (P, D), ("mlp", "embed"), output_std(self.config))
-        openness_BTP = nn.gelu(matmul(x_BTD, gate_DP))
-        padding = openness_BTP.shape[-1] - P  # columns that pad the stored weights
-        row_BTP = jnp.pad(row_BTP, [(0, 0), (0, 0), (0, padding)])
-        return matmul(openness_BTP * row_BTP, out_PD)
 
 
 class Factors(NamedTuple):
@@ -208,38 +184,21 @@ class DecoderLayer(nn.Module):
             if factors is not None:
                 row_BTP = _times(row_BTP, factors.memory)
             row_BTP = row_BTP.astype(c.dtype)
-        value_BTE = row_BTP if c.token_memory == "value" else None
         attention_input = Norm(c, name="attention_norm")(x_BTD)
-        attended, mixed, keys_values = Attention(c, name="attention")(attention_input, rope, past, value_BTE, start_BT)
-        _note(self, "attention", attended, shards)
+        attended, mixed, keys_values = Attention(c, name="attention")(attention_input, rope, past, row_BTP, start_BT)
+        note(self, "attention", attended, shards)
         y = x_BTD + attended
         ffn_input = None
         if c.compute_dim:
             source = y if c.compute_input == "after_attention" else x_BTD
             ffn_input = Norm(c, name="ffn_norm")(source)
             computed = SwiGLU(c, c.compute_dim, name="ffn")(ffn_input)
-            _note(self, "ffn", computed, shards)
+            note(self, "ffn", computed, shards)
             y = y + (computed if factors is None else _times(computed, factors.compute))
-        if c.token_memory == "per_layer":
-            gated = Gate(c, name="row_gate")(Norm(c, name="row_gate_norm")(y), row_BTP)
-            _note(self, "row_gate", gated, shards)
-            y = y + gated
-        elif c.token_memory == "ffn" and row_BTP is not None:
-            y = y + row_BTP
+        if row_BTP is not None:
+            y = memories.of(c).stream(self, y, row_BTP, shards)
         y = constrain(y, "batch", None, None)
         return LayerOutput(y, keys_values, attention_input, mixed, attended, ffn_input)
-
-
-def _note(module: nn.Module, part: str, added, *sums: int) -> None:
-    """Keeps the squares of what a part adds, if the caller asks for the collection ADDED.
-
-    Args:
-      added: [..., D].
-      sums: shape of the result: over what axes it is summed. Devices need not communicate if it begins with S.
-    """
-    if module.is_mutable_collection(ADDED) and not module.is_initializing():
-        square = jnp.square(added.astype(jnp.float32)).reshape(*sums, -1).sum(-1)
-        module.put_variable(ADDED, part, constrain(square, "shard", *[None] * (len(sums) - 1)))
 
 
 def apply_layer(
@@ -275,68 +234,16 @@ class ScannedDecoderLayer(DecoderLayer):
         return super().__call__(x_BTD, ffn_SUD, index_SN, rope, start_BT=start_BT).x_BTD, None
 
 
-class MemoryOutput(NamedTuple):
-    """One layer's rows of the token memory, FFN-M_l(query), and the queries NM_l(X_0), both [..., D]."""
+class ScannedMemoryLayer(memories.MemoryLayer):
+    """A token memory's layer for `nn.scan`. The carry is what all layers read; the rows are stacked."""
 
-    row: jax.Array
-    query: jax.Array
-
-
-class MemoryLayer(nn.Module):
-    """FFN-M_l(NM_l(X_0)). Each layer has its own norm, which the paper found to matter for convergence."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x0) -> MemoryOutput:
-        query = Norm(self.config, name="norm")(x0)
-        return MemoryOutput(SwiGLU(self.config, self.config.memory_dim, name="ffn")(query), query)
-
-
-def apply_memory_layer(config: ModelConfig, params, x0) -> MemoryOutput:
-    """Evaluates one layer's FFN-M on embeddings x0 [..., D]. Call it inside jit and a mesh.
-
-    Args:
-      params: the layer's parameters, as `TrainedModel.load` gives them.
-    """
-    return MemoryLayer(config).apply({"params": params}, x0)
-
-
-class ScannedMemoryLayer(MemoryLayer):
-    """A memory layer for `nn.scan`. The carry is the embeddings, which all layers read; the rows are stacked."""
-
-    def __call__(self, x0_SUD):
-        row_SUD = constrain(super().__call__(x0_SUD).row, "shard", None, None)
-        # Here and not after the loop: the rows of all layers would be in memory for longer.
-        _note(self, "memory", row_SUD, *row_SUD.shape[:2])
-        return x0_SUD, row_SUD
-
-
-class MemoryTable(nn.Module):
-    """E_l[token] of the architectures with tables in place of FFN-M. In ple-b it is normalised."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, ids, take):
-        """Looks up the rows [..., P] of the ids.
-
-        Args:
-          ids: token ids in a shape that `take` understands.
-          take: function of (table [V, P] as stored, with padding; ids) that returns rows in the config's dtype.
-        """
-        c = self.config
-        table_VP = parameter(self, "table", (c.vocab_size, c.row_dim), ("vocab", "embed"), c.init_std)
-        row = take(table_VP, ids)[..., : c.row_dim]
-        return Norm(c, name="norm")(row) if c.token_memory == "per_layer" else row
-
-
-class ScannedMemoryTable(MemoryTable):
-    """A table for `nn.scan`. The carry is the ids, which all layers read; the rows are stacked."""
-
-    def __call__(self, ids_SU):
-        row_SUP = super().__call__(ids_SU, lambda table, ids: embed(table, ids, self.config.dtype))
-        return ids_SU, constrain(row_SUP, "shard", None, None)
+    def __call__(self, source_SU):
+        row_SUP = super().__call__(source_SU, lambda table_VP, ids_SU: embed(table_VP, ids_SU, self.config.dtype))
+        row_SUP = constrain(row_SUP, "shard", None, None)
+        if memories.of(self.config).adds_rows:
+            # Here and not after the loop: the rows of all layers would be in memory for longer.
+            note(self, "memory", row_SUP, *row_SUP.shape[:2])
+        return source_SU, row_SUP
 
 
 def _over_layers(layer, config, in_axes):
@@ -373,9 +280,8 @@ class LanguageModel(nn.Module):
             self.head_VD = parameter(self, "head", shape, axes, c.init_std)
         self.layers = _over_layers(ScannedDecoderLayer, c, (0, nn.broadcast, nn.broadcast, nn.broadcast))(c)
         if c.row_dim:
-            memory = ScannedMemoryLayer if c.memory_dim else ScannedMemoryTable
             remat = "full" if self.recompute_memory else c.remat
-            self.memory = _over_layers(memory, dataclasses.replace(c, remat=remat), ())(c)
+            self.memory = _over_layers(ScannedMemoryLayer, dataclasses.replace(c, remat=remat), ())(c)
         self.final_norm = Norm(c)
 
     def __call__(self, ids_SU, index_SN, length):
@@ -392,7 +298,7 @@ class LanguageModel(nn.Module):
         x0_SUD = constrain(x0_SUD, "shard", None, None)
         ffn_LSUD = None
         if self.config.row_dim:
-            _, ffn_LSUD = self.memory(x0_SUD if self.config.memory_dim else ids_SU)
+            _, ffn_LSUD = self.memory(memories.of(self.config).source(ids_SU, x0_SUD))
         return TokenRows(x0_SUD, ffn_LSUD)
 
     def hidden(self, rows: TokenRows, index_SN, length: int, start_SN=None):

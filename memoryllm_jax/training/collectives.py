@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from memoryllm_jax.config import Config
+from memoryllm_jax.model import memories
 from memoryllm_jax.training import muon
 
 _FLOAT32 = _INT32 = 4  # bytes
@@ -88,8 +89,8 @@ def transfers(config: Config, params, mesh_shape: Mapping[str, int], distinct: i
     if config.optimizer.name == "muon":
         found += _momenta(params, mesh_shape, itemsize)
     if elements["tables"]:
-        # The backward pass of the norm of per-layer embeddings looks its rows up again, unless they are kept.
-        looked_up_again = m.token_memory == "per_layer" and m.remat != "none"
+        # The backward pass of a norm of the rows looks them up again, unless they are kept.
+        looked_up_again = memories.of(m).normalises and m.remat != "none"
         ids = m.layers * distinct
         found += _lookups("tables", ids, ids * m.row_dim * itemsize, elements["tables"], 2 if looked_up_again else 1)
     return [t for t in found if t.operand_bytes and math.prod(mesh_shape[axis] for axis in t.axes) > 1]
@@ -154,7 +155,7 @@ def _activations(config: Config, mesh_shape, itemsize: int) -> Iterator[Transfer
     split_products = 1  # attention's output
     if m.compute_dim:
         split_products += 1
-    if m.token_memory == "per_layer":
+    if memories.of(m).gate_weights:
         split_products += 1  # output of the gate
     forward = split_products
     if m.remat == "full" and m.compute_dim and m.compute_input == "after_attention":
@@ -166,7 +167,7 @@ def _activations(config: Config, mesh_shape, itemsize: int) -> Iterator[Transfer
 
 def _rows(config: Config, distinct: int, itemsize: int) -> Iterator[Transfer]:
     """Sums over the parts that FFN-M's width is split into, for the rows of the token memory."""
-    if config.model.memory_dim:
+    if memories.of(config.model).row_weights:
         rows = config.model.layers * distinct * config.model.dim * itemsize
         yield Transfer("rows of the token memory, forward", "all-reduce", ("tensor",), rows)
         yield Transfer("rows of the token memory, backward", "all-reduce", ("tensor",), rows)

@@ -34,7 +34,7 @@ def of_gradients(grads) -> dict[str, jax.Array]:
 
 
 def of_added(sums: dict[str, jax.Array], of_rows: dict[str, jax.Array], index_SAN) -> dict[str, jax.Array]:
-    """The norm of what each part adds to the residual stream, [L]. The first two arguments are of `transformer.ADDED`.
+    """The norm of what each part adds to the residual stream, [L]. The first two arguments are of `modules.ADDED`.
 
     Args:
       sums: {part: squares summed over the positions of each batch shard, [L, S]}.

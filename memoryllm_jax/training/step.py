@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from memoryllm_jax.config import Config
 from memoryllm_jax.data import document_starts
-from memoryllm_jax.model import loss, sharding, transformer
+from memoryllm_jax.model import loss, modules, sharding, transformer
 from memoryllm_jax.training import compilation, norms, optimizer, schedules, spikes
 from memoryllm_jax.training.batches import Batch, abstract_batch
 from memoryllm_jax.training.sizes import Sizes
@@ -129,10 +129,10 @@ class Trainer:
         return self._apply(params, "token_rows", with_added, ids_SU)
 
     def _apply(self, params, method: str, with_added: bool, *arguments):
-        """(result of a method of the model, {part: what it adds, as in `transformer.ADDED`} if that is asked for)."""
-        asked = [transformer.ADDED] if with_added else []
+        """(result of a method of the model, {part: what it adds, as in `modules.ADDED`} if that is asked for)."""
+        asked = [modules.ADDED] if with_added else []
         result, noted = self.model.apply({"params": params}, *arguments, method=method, mutable=asked)
-        (parts,) = noted.get(transformer.ADDED, {"": {}}).values()
+        (parts,) = noted.get(modules.ADDED, {"": {}}).values()
         return result, parts
 
     def _sums(self, params, rows, micro: Micro, with_added: bool = False) -> Losses:

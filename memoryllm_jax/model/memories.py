@@ -1,0 +1,178 @@
+"""The kinds of token memory: how each computes a layer's row of a token id, and how the layer takes the row.
+
+    ffn        FFN-M(NM(X_0)), added to the residual stream
+    value      a row of a table, added to the values of attention
+    per_layer  a row of a table, normalised, which a gate that reads the residual stream lets through to the stream
+    none       nothing
+
+`TokenMemory` is their interface. The equations of the architectures are in transformer.py, and token_memory.py says how
+positions take rows.
+
+Shapes: B sequences, T positions, D model width, H heads as attention's weights store them, K head size, V token ids,
+S batch shards, U distinct token ids of a shard, P width of a row.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from memoryllm_jax.config import ModelConfig
+from memoryllm_jax.model.modules import Norm, SwiGLU, matmul, note, output_std, parameter, weight
+
+
+class TokenMemory:
+    """A kind of token memory in a model of some config, and the kind `none`. Other kinds override what differs.
+
+    Methods that are given a module build theirs inside it: call them in its compact method.
+
+    Attributes:
+      adds_rows: whether a layer adds the row itself to the residual stream. Such rows can be looked up in a ToL file.
+      reads_x0: whether rows are computed from embeddings; else they are looked up by id.
+      normalises: whether rows pass a norm after they are looked up.
+      row_weights: weights of a layer that a row is multiplied from.
+      gate_weights: weights by which a layer lets a row through.
+      parameters: those of a layer that its rows come from.
+    """
+
+    adds_rows = reads_x0 = normalises = False
+    row_weights = gate_weights = parameters = 0
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+
+    def source(self, ids, x0):
+        """What rows are computed from: the embeddings of the ids, or the ids."""
+        return x0 if self.reads_x0 else ids
+
+    def rows(self, module: nn.Module, source, take: Callable):
+        """One layer's rows [..., P] of token ids.
+
+        Args:
+          source: the result of `source`.
+          take: function of (table [V, P] as stored, with padding; ids) that returns rows in the config's dtype.
+        """
+        raise NotImplementedError
+
+    def values(self, v_BTHK, row_BTP):
+        """The values that attention reads, from those that W_V makes."""
+        return v_BTHK
+
+    def stream(self, module: nn.Module, y_BTD, row_BTP, shards: int):
+        """The residual stream with what the row adds to it.
+
+        Args:
+          shards: number of batch shards, for `note`.
+        """
+        return y_BTD
+
+
+class FeedForward(TokenMemory):
+    """FFN-M_l(NM_l(X_0)). Each layer has its own norm, which the paper found to matter for convergence."""
+
+    adds_rows = reads_x0 = True
+
+    @property
+    def row_weights(self):
+        return 3 * self.config.dim * self.config.memory_dim
+
+    @property
+    def parameters(self):
+        return self.row_weights + self.config.dim  # its norm
+
+    def rows(self, module, source, take):
+        return SwiGLU(self.config, self.config.memory_dim, name="ffn")(Norm(self.config, name="norm")(source))
+
+    def stream(self, module, y_BTD, row_BTP, shards):
+        return y_BTD + row_BTP
+
+
+class Table(TokenMemory):
+    """E_l[token], a row of a table for each layer. The kinds with tables are subclasses."""
+
+    @property
+    def parameters(self):
+        return self.config.vocab_size * self.config.row_dim
+
+    def rows(self, module, source, take):
+        c = self.config
+        table_VP = parameter(module, "table", (c.vocab_size, c.row_dim), ("vocab", "embed"), c.init_std)
+        return take(table_VP, source)[..., : c.row_dim]
+
+
+class ValueTable(Table):
+    """An embedding of the token that is added to the values of attention."""
+
+    def values(self, v_BTHK, row_BTP):
+        B, T, H, K = v_BTHK.shape
+        padding = H - self.config.key_heads  # heads that pad the stored weights
+        row_BTHK = row_BTP.reshape(B, T, self.config.key_heads, K)
+        return v_BTHK + jnp.pad(row_BTHK, [(0, 0), (0, 0), (0, padding), (0, 0)])
+
+
+class GatedTable(Table):
+    """A per-layer embedding, gated by the residual stream: (GELU(NG(y) W_gate) * row) W_out (Gemma 3n)."""
+
+    normalises = True
+
+    @property
+    def gate_weights(self):
+        return 2 * self.config.dim * self.config.table_dim
+
+    @property
+    def parameters(self):
+        return super().parameters + self.config.row_dim  # the rows' norm
+
+    def rows(self, module, source, take):
+        return Norm(self.config, name="norm")(super().rows(module, source, take))
+
+    def stream(self, module, y_BTD, row_BTP, shards):
+        gated_BTD = Gate(self.config, name="row_gate")(Norm(self.config, name="row_gate_norm")(y_BTD), row_BTP)
+        note(module, "row_gate", gated_BTD, shards)
+        return y_BTD + gated_BTD
+
+
+class Gate(nn.Module):
+    """(GELU(x W_gate) * row) W_out."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, row_BTP):
+        D, P = x_BTD.shape[-1], self.config.table_dim
+        gate_DP = weight(self, "gate", (D, P), ("embed", "mlp"), self.config.init_std)
+        out_PD = weight(self, "out", (P, D), ("mlp", "embed"), output_std(self.config))
+        openness_BTP = nn.gelu(matmul(x_BTD, gate_DP))
+        padding = openness_BTP.shape[-1] - P  # columns that pad the stored weights
+        row_BTP = jnp.pad(row_BTP, [(0, 0), (0, 0), (0, padding)])
+        return matmul(openness_BTP * row_BTP, out_PD)
+
+
+_KINDS = {"ffn": FeedForward, "value": ValueTable, "per_layer": GatedTable, "none": TokenMemory}
+
+
+def of(config: ModelConfig) -> TokenMemory:
+    """The token memory of a model; base's is that of the kind `none`."""
+    kind = _KINDS[config.token_memory] if config.row_dim else TokenMemory
+    return kind(config)
+
+
+class MemoryLayer(nn.Module):
+    """One layer of a model's token memory. The arguments and the result are those of `TokenMemory.rows`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, source, take: Callable):
+        return of(self.config).rows(self, source, take)
+
+
+def layer_rows(config: ModelConfig, params, ids, x0, take: Callable):
+    """One layer's rows [..., P] of token ids, after training. Call it inside jit and a mesh.
+
+    Args:
+      params: the layer's parameters of the token memory, as `TrainedModel.load` gives them.
+      x0: the embeddings of the ids, [..., D].
+      take: as of `TokenMemory.rows`.
+    """
+    return MemoryLayer(config).apply({"params": params}, of(config).source(ids, x0), take)
