@@ -8,12 +8,13 @@ import contextlib
 import hashlib
 import io
 import os
+import sys
 from typing import NamedTuple
 
 import numpy as np
 
 from memoryllm_jax.checkpoint import run_data
-from memoryllm_jax.common import storage
+from memoryllm_jax.common import compile_cache, storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data import document_starts
 from memoryllm_jax.data.dataset import Dataset
@@ -127,3 +128,8 @@ def read(workdir: str, text: HeldOutText) -> np.ndarray:
             f"{path}: expected scores of the text {text.digest[:12]}, found those of {digest[:12]}; score the run again"
         )
     return nats_N
+
+
+if __name__ == "__main__":  # the runner scores each run in a process of its own
+    compile_cache.use()
+    print(f"held-out loss {score(sys.argv[1]):.4f} nats a token")
