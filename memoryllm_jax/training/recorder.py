@@ -279,8 +279,8 @@ def _is_not_finite(value) -> bool:
 
 
 def _limited(value: float, limit: float) -> str:
-    """The value as text, with the largest value that was no spike, if there is one."""
-    return f"{value:.6g}" + (f" (a spike above {limit:.6g})" if math.isfinite(limit) else "")
+    """The value as text; for a spike with the largest value that was none."""
+    return f"{value:.6g}" + (f" (a spike, above {limit:.6g})" if value > limit else "")
 
 
 def _train_text(done: int, steps: int, record: dict) -> str:

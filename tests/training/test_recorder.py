@@ -3,13 +3,14 @@
 import types
 
 import jax
+import numpy as np
 import pytest
 from lab import records, stop_time
 
 from memoryllm_jax.common import progress
 from memoryllm_jax.training import goodput
 from memoryllm_jax.training.goodput import Goodput
-from memoryllm_jax.training.recorder import Recorder
+from memoryllm_jax.training.recorder import Recorder, _limited
 from memoryllm_jax.training.sizes import Sizes
 
 
@@ -45,3 +46,8 @@ def test_a_pause_begins_when_the_devices_are_done(make_config, tmp_path, now, mo
     recorder.read()
     recorder.close()
     assert [record["tokens_per_second"] for record in records(tmp_path)] == [8 * 32 / 5] * 3
+
+
+def test_only_a_spike_is_shown_with_its_limit():
+    shown = [_limited(value, limit) for value, limit in ((9, 5), (5, 5), (np.nan, 5), (9, np.inf))]
+    assert shown == ["9 (a spike, above 5)", "5", "nan", "9"]
