@@ -17,7 +17,7 @@ from memoryllm_jax.common.fields import field, flatten, rules
 
 ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn", "splash")
 # {what each layer looks up by token id: the name of the architectures that do, as in flex-B or value-B}
-TOKEN_MEMORIES = {"ffn": "flex", "value": "value", "per_layer": "ple", "none": "no-memory"}
+TOKEN_MEMORIES = {"ffn": "flex", "value": "value", "bov": "bov", "per_layer": "ple", "none": "no-memory"}
 
 # {(base width, beta): FFN-M width} from the paper's Table 5, where its rounding follows no rule that could be computed.
 # Table 5 swaps beta 1 and 3 of the 1B model; the definition of beta and Table 6 give the order here.
@@ -58,8 +58,9 @@ class ModelConfig:
     vocab_size: int = field(0, least=0, most=_MOST_IDS)  # number of token ids; 0: that of the prepared data
     beta: float = field(0.0, least=0, most=8)  # FFN-C holds beta of the FFN's 8 h^2 parameters: 0 is memory, 8 is base
     # What each layer looks up by token id. ffn: the output of FFN-M. The others are baselines. value: an embedding that
-    # is added to the values of attention; per_layer: an embedding that the residual stream gates, as in Gemma 3n;
-    # none: nothing, so that FFN-C is alone
+    # is added to the values of attention; bov (Bank of Values): an embedding that the last third of the layers has in
+    # place of these values; per_layer: an embedding that the residual stream gates, as in Gemma 3n; none: nothing, so
+    # that FFN-C is alone
     token_memory: str = field("ffn", choices=tuple(TOKEN_MEMORIES))
     table_dim: int = field(32, most=_MOST_WIDTH)  # width P of per_layer's embeddings; by default an eighth of dim
     # FFN-C reads X_l (block_input) or X_l + Attn (after_attention)
@@ -116,6 +117,10 @@ class ModelConfig:
             # The gate's two matrices, h x P, are active parameters too: as many as an FFN (three matrices) of width
             # 2 P / 3 has. FFN-C gives up that width, rounded to a multiple of 8.
             width -= 8 * round(self.table_dim / 12)
+        if self.token_memory == "bov":
+            # W_V of the last third of the layers, h x E each, is left out: it has as many parameters as an FFN of width
+            # E / 3. FFN-C gets that width, in all layers alike, rounded to a multiple of 8.
+            width += 8 * round(self.row_dim * len(self.row_layers) / (24 * self.layers))
         return width
 
     @property
@@ -141,11 +146,20 @@ class ModelConfig:
     @property
     def row_dim(self) -> int:
         """Width of the vector that a layer looks up for a token; 0: it looks up nothing."""
-        if self.token_memory == "value":
+        if self.token_memory in ("value", "bov"):
             return self.key_heads * self.head_dim
         if self.token_memory == "per_layer":
             return self.table_dim
         return self.dim if self.memory_dim else 0
+
+    @property
+    def row_layers(self) -> range:
+        """The layers that look up a vector: the last third of the layers in bov-B, else all layers or none."""
+        if not self.row_dim:
+            return range(0)
+        # Rounded as in the paper's code: two of 4 layers, and 4 of 12.
+        first = 2 * self.layers // 3 if self.token_memory == "bov" else 0
+        return range(first, self.layers)
 
     @property
     def architecture(self) -> str:
@@ -325,8 +339,8 @@ def parse_architecture(name: str, argument: str = "config") -> tuple[str, float]
     """The fields (token_memory, beta) of an architecture, by its name.
 
     Args:
-      name: base, memory or flex-B, or one of the baselines value-B, ple-B and no-memory-B. The baselines have flex-B's
-        attention and FFN-C, and replace FFN-M as `ModelConfig.token_memory` says.
+      name: base, memory or flex-B, or one of the baselines value-B, bov-B, ple-B and no-memory-B. The baselines have as
+        many active parameters as flex-B, and replace FFN-M as `ModelConfig.token_memory` says.
       argument: name of the argument that the name comes from.
     Raises: ArgumentError that names the argument.
     """
@@ -344,7 +358,7 @@ def parse_architecture(name: str, argument: str = "config") -> tuple[str, float]
     raise ArgumentError(
         argument,
         "expected the architecture base, memory or flex-B with B between 0 and 8, or one of the baselines value-B, "
-        f"ple-B and no-memory-B, found {name!r}",
+        f"bov-B, ple-B and no-memory-B, found {name!r}",
     )
 
 
@@ -450,6 +464,8 @@ def _check_ffn(m: ModelConfig, need) -> None:
     if m.token_memory == "per_layer":
         need(m.table_dim >= 1, "model.table_dim", "at least 1")
         need(m.compute_dim > 0, "model.beta", f"an FFN-C wider than the gates of table_dim = {m.table_dim}")
+    if m.token_memory == "bov":
+        need(m.layers >= 2, "model.layers", "at least 2 for bov, of which the last third has no values of its own")
     if m.beta == 8:
         need(m.compute_input == "after_attention", "model.compute_input", "after_attention, as beta 8 is base")
     if 0 < m.beta < 8:

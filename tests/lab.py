@@ -170,8 +170,10 @@ class HostRows:
 
 def stacked(params: dict) -> dict:
     """Stacks the layers of parameters from `TrainedModel.load`, as tests/reference.py expects them."""
-    groups = [name for name in ("layers", "memory") if name in params]
-    return params | {name: jax.tree.map(lambda *x: jnp.stack(x), *params[name]) for name in groups}
+    layers, memory = params["layers"], [layer for layer in params.get("memory", ()) if layer]
+    lower = sum("v" in layer["attention"] for layer in layers)  # others have their values from a token memory
+    groups = {"layers": layers[:lower], "upper_layers": layers[lower:], "memory": memory}
+    return params | {name: jax.tree.map(lambda *x: jnp.stack(x), *group) for name, group in groups.items() if group}
 
 
 def log_softmax(model, ids_BT) -> np.ndarray:

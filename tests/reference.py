@@ -50,12 +50,12 @@ def rotate(x, m):
 
 
 def attention(x, p, m, table_rows=None):
-    """Causal attention of x [B, T, D]. In value-b, `table_rows` are added to the values."""
+    """Causal attention of x [B, T, D]. `table_rows` are added to the values in value-b, and replace them in bov-b."""
     q = jnp.einsum("btd,dhk->bthk", x, p["q"])
     k = jnp.einsum("btd,dhk->bthk", x, p["k"])
-    v = jnp.einsum("btd,dhk->bthk", x, p["v"])
+    v = jnp.einsum("btd,dhk->bthk", x, p["v"]) if "v" in p else 0
     if table_rows is not None:
-        v = v + table_rows.reshape(v.shape)
+        v = v + table_rows.reshape(k.shape)
     if m.qk_norm:  # each head by itself, with one scale for all heads
         q, k = norm(q, p["q_norm"]["scale"], m), norm(k, p["k_norm"]["scale"], m)
     q, k = rotate(q, m), rotate(k, m)
@@ -67,6 +67,11 @@ def attention(x, p, m, table_rows=None):
     return jnp.einsum("bhqs,bshk,hkd->bqd", jax.nn.softmax(scores, -1), v, p["out"])
 
 
+def of_layer(tree, layer, first):
+    """A layer's parameters from a tree that is stacked over the layers, those from `first` on where layer >= first."""
+    return jax.tree.map(lambda a: a[layer if layer < first else layer - first], tree)
+
+
 def logits(params, tokens, m, added=None):
     """Logits [B, T, V] after each of the tokens [B, T].
 
@@ -74,12 +79,15 @@ def logits(params, tokens, m, added=None):
       added: a list that gets what the parts of each layer add to the residual stream: {part: [B, T, D]}.
     """
     x0 = x = params["embedding"][tokens]
+    first = m.layers * 2 // 3 if m.token_memory == "bov" else 0  # the first layer with a token memory
     for layer in range(m.layers):
-        p = jax.tree.map(lambda a, layer=layer: a[layer], params["layers"])
-        memory = jax.tree.map(lambda a, layer=layer: a[layer], params.get("memory", {}))
+        p = of_layer(params["layers" if layer < first or not first else "upper_layers"], layer, first)
+        memory = of_layer(params.get("memory", {}), layer, first) if layer >= first else {}
         rows = memory["table"][tokens] if "table" in memory else None
-        added_to_values = rows if m.token_memory == "value" else None
-        parts = {"attention": attention(norm(x, p["attention_norm"]["scale"], m), p["attention"], m, added_to_values)}
+        if m.token_memory == "bov" and rows is not None:
+            rows = memory["scale"] * rows
+        of_values = rows if m.token_memory in ("value", "bov") else None
+        parts = {"attention": attention(norm(x, p["attention_norm"]["scale"], m), p["attention"], m, of_values)}
         compute_input = x + parts["attention"] if m.compute_input == "after_attention" else x
         if "ffn" in p:
             parts["ffn"] = swiglu(norm(compute_input, p["ffn_norm"]["scale"], m), p["ffn"])

@@ -188,7 +188,7 @@ def states(model: KeyValueModel, tokens_BT: np.ndarray, source: TokenVectors | N
         memory = rows_UD = None
         if source is None and config.memory_dim:
             memory = params["memory"][layer]
-        elif config.row_dim:
+        elif layer in config.row_layers:
             rows_UD = (source or model).rows(layer, ids)
         with jax.set_mesh(model.mesh):
             state, x_BTD = _layer(config, params["layers"][layer], memory, x_BTD, x0_UD, rows_UD, index_1N)

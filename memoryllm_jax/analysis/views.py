@@ -96,7 +96,8 @@ def token(model: KeyValueModel, source: TokenVectors, number: int, top: int, rep
     config, ids_1 = model.config, np.array([number], np.int32)
     rows, found, values = [], [], []
     for layer in range(config.layers):
-        rows.append(source.rows(layer, ids_1))
+        has_row = layer in config.row_layers
+        rows.append(source.rows(layer, ids_1) if has_row else jnp.zeros((1, config.row_dim)))
         if config.memory_dim:
             c_1F = model.token_coefficients(layer, ids_1)
             keys, values_KD = _strongest(model, "memory", layer, c_1F, top)

@@ -117,14 +117,14 @@ class TrainedModel:
         for name, array in self._read(wanted, report):
             if digest is not None:
                 digest.add(name, parts(name, array))
-            _put(params, name.split("/"), self._placed(name, array))
+            _put(params, name, self._placed(name, array), self.config)
         return params
 
     def shapes(self) -> dict:
         """What `load` returns for all parameters, with shapes, dtypes and shardings in place of the arrays."""
         params = {}
         for name, (_, like) in self._leaves.items():
-            _put(params, name.split("/"), _shape_for_serving(name, like, self.config))
+            _put(params, name, _shape_for_serving(name, like, self.config), self.config)
         return params
 
     def digest(self, wanted: Callable[[str], bool], params: dict | None = None) -> str:
@@ -143,7 +143,7 @@ class TrainedModel:
             return digest.text()
         # In the order of `_read`. The digest rounds to bfloat16, as loading may have done.
         for name in filter(wanted, self._leaves):
-            digest.add(name, [np.asarray(part) for part in _loaded_parts(params, name.split("/"))])
+            digest.add(name, [np.asarray(part) for part in _loaded_parts(params, name, self.config)])
         return digest.text()
 
     def _read(self, wanted, report=None):
@@ -304,12 +304,12 @@ def for_serving(params, config: ModelConfig) -> dict:
       params: tree of parameters, those of the layers stacked over the layers.
       config: the model.
     Returns: {"layers": [tree of layer 0, ...], "memory": [tree of layer 0, ...], "head": array, ...}; matrices in the
-      config's dtype, norm scales in float32.
+      config's dtype, norm scales in float32. In "memory", a layer that looks up nothing is {}.
     """
     out = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = digest_lib.array_name(path)
-        _put(out, name.split("/"), _for_serving(name, leaf, config))
+        _put(out, name, _for_serving(name, leaf, config), config)
     return out
 
 
@@ -322,7 +322,7 @@ def serving_shapes(params_shape, config: ModelConfig) -> dict:
     out = {}
     for path, like in jax.tree_util.tree_leaves_with_path(params_shape):
         name = digest_lib.array_name(path)
-        _put(out, name.split("/"), _shape_for_serving(name, like, config))
+        _put(out, name, _shape_for_serving(name, like, config), config)
     return out
 
 
@@ -360,7 +360,7 @@ def _serving_dtype(name, config):
 
 def _has_layers(name):
     """Whether the first axis of a parameter is that of the layers."""
-    return name.startswith(("layers/", "memory/"))
+    return name.split("/")[0] in (*transformer.LAYERS, "memory")
 
 
 def parts(name: str, array: np.ndarray) -> list[np.ndarray]:
@@ -384,26 +384,44 @@ def for_this_machine(config: ModelConfig, dtype: str) -> ModelConfig:
     return dataclasses.replace(config, dtype=dtype, attention=backend)
 
 
-def _put(tree: dict, path: list[str], value) -> None:
-    """Sets tree[path[0]][path[1]]... to the value.
+def _put(tree: dict, name: str, value, config: ModelConfig) -> None:
+    """Sets tree[PART][PART]... to the value of the parameter PART/PART/...
 
-    Under "layers" and "memory" the value is a list of one array per layer; each goes into the tree of its layer.
+    Of a parameter that has layers, the value is a list of one array per layer; each goes into the tree of its layer.
     """
-    if path[0] in ("layers", "memory") and len(path) > 1:
-        layers = tree.setdefault(path[0], [{} for _ in value])
-        for layer, part in zip(layers, value):
-            _put(layer, path[1:], part)
-    elif len(path) > 1:
-        _put(tree.setdefault(path[0], {}), path[1:], value)
+    group, *path = name.split("/")
+    if _has_layers(name):
+        where, chosen = _layers_of(group, config)
+        layers = tree.setdefault(where, [{} for _ in range(config.layers)])
+        for layer, part in zip(layers[chosen], value, strict=True):
+            _set(layer, path, part)
     else:
-        tree[path[0]] = value
+        _set(tree, [group, *path], value)
 
 
-def _loaded_parts(params: dict, path: list[str]) -> list[jax.Array]:
-    """The arrays that `_put` put under this path: one for each layer, or the parameter alone."""
-    trees = [params[path[0]]] if len(path) == 1 else params[path[0]]
-    if not isinstance(trees, list):
-        trees = [trees]
-    for name in path[1:]:
-        trees = [tree[name] for tree in trees]
+def _set(tree: dict, path: list[str], value) -> None:
+    *parents, last = path
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[last] = value
+
+
+def _layers_of(group: str, config: ModelConfig) -> tuple[str, slice]:
+    """(list of layers in the layout of `for_serving`, which of them have the parameters of a stacked group)."""
+    first = config.row_layers.start
+    if group == "layers":
+        return group, slice(first or None)  # those below `upper_layers`; all, in most architectures
+    return "memory" if group == "memory" else "layers", slice(first, None)
+
+
+def _loaded_parts(params: dict, name: str, config: ModelConfig) -> list[jax.Array]:
+    """The arrays that `_put` put for this parameter: one for each layer, or the parameter alone."""
+    group, *path = name.split("/")
+    if _has_layers(name):
+        where, chosen = _layers_of(group, config)
+        trees = params[where][chosen]
+    else:
+        trees = [params[group]]
+    for part in path:
+        trees = [tree[part] for tree in trees]
     return trees

@@ -72,12 +72,14 @@ def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
     Args:
       params: parameters as `TrainedModel.load` gives them: "embedding" and, if the model has a token memory, "memory".
       ids_U: int32 token ids.
-    Returns: x0 [1, U, D], and a list by layer of rows [1, U, D], or None without a token memory.
+    Returns: x0 [1, U, D], and a list by layer of rows [1, U, D], or None without a token memory. A layer that looks up
+      nothing has None in place of rows.
     """
     x0_1UD = live_x0(config, params["embedding"], ids_U)
     if not config.row_dim:
         return TokenRows(x0_1UD, None)
-    return TokenRows(x0_1UD, [live_layer(config, layer, x0_1UD, ids_U) for layer in params["memory"]])
+    layers = [live_layer(config, layer, x0_1UD, ids_U) if layer else None for layer in params["memory"]]
+    return TokenRows(x0_1UD, layers)
 
 
 def live_x0(config: ModelConfig, embedding_VD, ids_U):
@@ -175,6 +177,8 @@ class LiveRows:
             return TokenRows(x0_1UD, None)
 
         def compute(layer):
+            if layer not in self._config.row_layers:
+                return None
             with jax.set_mesh(self.mesh):
                 return _layer(self._config, self.arrays["memory"][layer], x0_1UD, ids_U)
 

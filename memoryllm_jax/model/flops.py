@@ -8,8 +8,9 @@ with L layers of width h, sequences of T tokens and V token ids. The terms are a
 heads for each query head (G = 1 unless `model.kv_heads` is set); attention's scores and values, counted at half as
 attention is causal, times the share S of these pairs that lie inside documents (1 without config.data.document_mask);
 FFN-C of width W_C; FFN-M of width W_M; and the output head. Gates of per-layer embeddings of width P add N L (4 h P).
-Lookups, norms and element-wise work are not counted. A training step counts as three forward passes, whatever
-rematerialisation computes again.
+In bov-B, layers without a projection to values have 2 h^2 (2 + G) in the place of 4 h^2 (1 + G). Lookups, norms and
+element-wise work are not counted. A training step counts as three forward passes, whatever rematerialisation computes
+again.
 """
 
 from memoryllm_jax.config import Config
@@ -25,11 +26,11 @@ def train_flops(config: Config, tokens: int, rows: int, attention_share: float =
       attention_share: share of the pairs of causal attention that lie inside documents.
     """
     m = config.model
-    projections = 4 * m.dim**2 * (1 + m.key_heads / m.heads)
-    per_token = m.layers * (projections + 2 * m.dim * config.seq_len * attention_share + 6 * m.dim * m.compute_dim)
     memory = memories.of(m)
+    per_token = 2 * _projections(m)
+    per_token += m.layers * (2 * m.dim * config.seq_len * attention_share + 6 * m.dim * m.compute_dim)
     per_token += m.layers * 2 * memory.gate_weights + 2 * m.dim * m.vocab_size
-    forward = tokens * per_token + rows * m.layers * 2 * memory.row_weights
+    forward = tokens * per_token + rows * len(m.row_layers) * 2 * memory.row_weights
     return 3.0 * forward
 
 
@@ -49,12 +50,19 @@ def parameters(config: Config) -> dict[str, int]:
     of_heads = 2 * m.head_dim if m.qk_norm else 0  # of queries and of keys
     tables = 1 if m.tie_embeddings else 2
     parts = {
-        "attention": m.layers * 2 * m.dim * (m.heads + m.key_heads) * m.head_dim,
+        "attention": _projections(m),
         "ffn_c": m.layers * 3 * m.dim * m.compute_dim,
         "norms": m.layers * (norms_a_layer * m.dim + of_heads) + m.dim,  # and the final one
         "gates": m.layers * memory.gate_weights,
-        "memory": m.layers * memory.parameters,
+        "memory": len(m.row_layers) * memory.parameters,
         "embedding_and_head": tables * m.vocab_size * m.dim,
     }
     active = sum(parts[name] for name in ("attention", "ffn_c", "norms", "gates"))
     return parts | {"active": active, "total": sum(parts.values())}
+
+
+def _projections(m) -> int:
+    """Weights of attention's projections in all layers."""
+    without_values = len(m.row_layers) if memories.of(m).replaces_values else 0
+    to_values = m.dim * m.key_heads * m.head_dim
+    return m.layers * 2 * m.dim * (m.heads + m.key_heads) * m.head_dim - without_values * to_values

@@ -2,6 +2,7 @@
 
     ffn        FFN-M(NM(X_0)), added to the residual stream
     value      a row of a table, added to the values of attention
+    bov        a row of a table, scaled, in place of the values of attention in the last third of the layers
     per_layer  a row of a table, normalised, which a gate that reads the residual stream lets through to the stream
     none       nothing
 
@@ -29,13 +30,14 @@ class TokenMemory:
     Attributes:
       adds_rows: whether a layer adds the row itself to the residual stream. Such rows can be looked up in a ToL file.
       reads_x0: whether rows are computed from embeddings; else they are looked up by id.
-      normalises: whether rows pass a norm after they are looked up.
+      normalises: whether rows pass a norm or a trained scale after they are looked up.
+      replaces_values: whether layers with rows have no W_V.
       row_weights: weights of a layer that a row is multiplied from.
       gate_weights: weights by which a layer lets a row through.
       parameters: those of a layer that its rows come from.
     """
 
-    adds_rows = reads_x0 = normalises = False
+    adds_rows = reads_x0 = normalises = replaces_values = False
     row_weights = gate_weights = parameters = 0
 
     def __init__(self, config: ModelConfig):
@@ -54,9 +56,14 @@ class TokenMemory:
         """
         raise NotImplementedError
 
-    def values(self, v_BTHK, row_BTP):
-        """The values that attention reads, from those that W_V makes."""
-        return v_BTHK
+    def values(self, project: Callable, row_BTP, heads: int):
+        """The values that attention reads, [B, T, H, K], in a layer with rows.
+
+        Args:
+          project: makes those of W_V. A layer that does not call it has no W_V.
+          heads: H, the key heads with those that pad the stored weights.
+        """
+        return project()
 
     def stream(self, module: nn.Module, y_BTD, row_BTP, shards: int):
         """The residual stream with what the row adds to it.
@@ -94,20 +101,52 @@ class Table(TokenMemory):
     def parameters(self):
         return self.config.vocab_size * self.config.row_dim
 
+    @property
+    def init_std(self):
+        """Standard deviation of the rows at the start of training."""
+        return self.config.init_std
+
     def rows(self, module, source, take):
         c = self.config
-        table_VP = parameter(module, "table", (c.vocab_size, c.row_dim), ("vocab", "embed"), c.init_std)
+        table_VP = parameter(module, "table", (c.vocab_size, c.row_dim), ("vocab", "embed"), self.init_std)
         return take(table_VP, source)[..., : c.row_dim]
 
 
 class ValueTable(Table):
     """An embedding of the token that is added to the values of attention."""
 
-    def values(self, v_BTHK, row_BTP):
-        B, T, H, K = v_BTHK.shape
-        padding = H - self.config.key_heads  # heads that pad the stored weights
-        row_BTHK = row_BTP.reshape(B, T, self.config.key_heads, K)
-        return v_BTHK + jnp.pad(row_BTHK, [(0, 0), (0, 0), (0, padding), (0, 0)])
+    def values(self, project, row_BTP, heads):
+        return project() + self.by_head(row_BTP, heads)
+
+    def by_head(self, row_BTP, heads: int):
+        """The rows as values [B, T, H, K], padded."""
+        row_BTHK = row_BTP.reshape(*row_BTP.shape[:2], self.config.key_heads, self.config.head_dim)
+        return jnp.pad(row_BTHK, [(0, 0), (0, 0), (0, heads - self.config.key_heads), (0, 0)])
+
+
+class BankOfValues(ValueTable):
+    """An embedding in place of attention's values, in the last third of the layers: Bank of Values.
+
+    He et al. 2026 (arXiv 2606.02780): v = gamma_l E_l[token] with a trained number gamma_l, which begins as 1. Their
+    tables begin as RMSNorm(X_0) W_V with a random W_V. Here rows are drawn independently, with the deviation of those.
+    """
+
+    normalises = replaces_values = True
+
+    @property
+    def parameters(self):
+        return super().parameters + 1  # gamma
+
+    @property
+    def init_std(self):
+        return self.config.init_std * self.config.dim**0.5
+
+    def rows(self, module, source, take):
+        scale_1 = module.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), (1,))
+        return (super().rows(module, source, take) * scale_1).astype(self.config.dtype)
+
+    def values(self, project, row_BTP, heads):
+        return self.by_head(row_BTP, heads)
 
 
 class GatedTable(Table):
@@ -148,7 +187,7 @@ class Gate(nn.Module):
         return matmul(openness_BTP * row_BTP, out_PD)
 
 
-_KINDS = {"ffn": FeedForward, "value": ValueTable, "per_layer": GatedTable, "none": TokenMemory}
+_KINDS = {"ffn": FeedForward, "value": ValueTable, "bov": BankOfValues, "per_layer": GatedTable, "none": TokenMemory}
 
 
 def of(config: ModelConfig) -> TokenMemory:

@@ -4,10 +4,11 @@
     memory  X_{l+1} = X_l + Attn(N1(X_l)) + FFN-M(NM(X_0))
     flex-b  X_{l+1} = X_l + Attn(N1(X_l)) + FFN-C(N2(X_l)) + FFN-M(NM(X_0))
 
-There are three more architectures to compare with. Each is base with a smaller FFN, so that it has as many active
+There are four more architectures to compare with. Each is base with a smaller FFN, so that it has as many active
 parameters as flex-b, and in each layer a table E_l of token embeddings in place of FFN-M, or nothing:
 
     value-b      Attn's values are N1(X_l) W_V + E_l[token]
+    bov-b        in the last third of the layers, Attn's values are gamma_l E_l[token]
     ple-b        X_{l+1} = Y + (GELU(NG(Y) W_gate) * NM(E_l[token])) W_out, where Y is base's X_{l+1}
     no-memory-b  nothing
 
@@ -29,6 +30,10 @@ from memoryllm_jax.model import attention, memories
 from memoryllm_jax.model.modules import ADDED, Norm, SwiGLU, matmul, note, output_std, parameter, weight
 from memoryllm_jax.model.sharding import batch_shards, constrain, make_mesh, padded, shardings
 from memoryllm_jax.model.token_memory import TokenRows, embed, take_rows
+
+# The groups of parameters that are stacked over decoder layers, from the first layer on. The second group is only there
+# where some layers have other parameters than those below them, as they look up rows in place of values.
+LAYERS = ("layers", "upper_layers")
 
 
 def rope_table(config: ModelConfig, positions):
@@ -116,9 +121,8 @@ class Attention(nn.Module):
 
         q = _rotate(normalised("q_norm", project("q", c.heads)), rope)
         k = _rotate(normalised("k_norm", project("k", c.key_heads)), rope)
-        v = project("v", c.key_heads)
-        if row_BTP is not None:
-            v = memories.of(c).values(v, row_BTP)
+        values = functools.partial(project, "v", c.key_heads)
+        v = values() if row_BTP is None else memories.of(c).values(values, row_BTP, k.shape[2])
         out_HKD = weight(self, "out", (c.heads, K, D), ("heads", "head_dim", "embed"), output_std(c))
         keys_values = attention.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
         if past is None:
@@ -246,8 +250,11 @@ class ScannedMemoryLayer(memories.MemoryLayer):
         return source_SU, row_SUP
 
 
-def _over_layers(layer, config, in_axes):
-    """Scans a layer over the depth, with the config's remat. It compiles once, and parameters get a leading axis L."""
+def _over_layers(layer, config, in_axes, length):
+    """Scans a layer over `length` layers, with the config's remat.
+
+    It compiles once, and its parameters get a leading axis for the layers.
+    """
     if config.remat != "none":
         policy = attention.keep_results if config.remat == "dots" else None
         # prevent_cse keeps XLA from merging the recomputation with the forward pass, which it cannot do within a scan.
@@ -257,7 +264,7 @@ def _over_layers(layer, config, in_axes):
         variable_axes={"params": 0, ADDED: 0},
         split_rngs={"params": True},
         in_axes=in_axes,
-        length=config.layers,
+        length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
@@ -278,10 +285,15 @@ class LanguageModel(nn.Module):
         self.embedding_VD = parameter(self, "embedding", shape, axes, c.init_std)
         if not c.tie_embeddings:
             self.head_VD = parameter(self, "head", shape, axes, c.init_std)
-        self.layers = _over_layers(ScannedDecoderLayer, c, (0, nn.broadcast, nn.broadcast, nn.broadcast))(c)
+        in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+        lower = c.row_layers.start  # layers without rows, below those that have them
+        self.layers = _over_layers(ScannedDecoderLayer, c, in_axes, lower or c.layers)(c)
+        if lower:
+            self.upper_layers = _over_layers(ScannedDecoderLayer, c, in_axes, c.layers - lower)(c)
         if c.row_dim:
             remat = "full" if self.recompute_memory else c.remat
-            self.memory = _over_layers(ScannedMemoryLayer, dataclasses.replace(c, remat=remat), ())(c)
+            of_memory = dataclasses.replace(c, remat=remat)
+            self.memory = _over_layers(ScannedMemoryLayer, of_memory, (), len(c.row_layers))(c)
         self.final_norm = Norm(c)
 
     def __call__(self, ids_SU, index_SN, length):
@@ -318,7 +330,12 @@ class LanguageModel(nn.Module):
         if start_SN is not None:
             start_BT = constrain(start_SN.reshape(-1, length), "batch", None)
             positions = positions - start_BT
-        x_BTD, _ = self.layers(x_BTD, rows.ffn_LSUD, index_SN, rope_table(self.config, positions), start_BT)
+        where = index_SN, rope_table(self.config, positions), start_BT
+        if self.config.row_layers.start:
+            x_BTD, _ = self.layers(x_BTD, None, *where)
+            x_BTD, _ = self.upper_layers(x_BTD, rows.ffn_LSUD, *where)
+        else:
+            x_BTD, _ = self.layers(x_BTD, rows.ffn_LSUD, *where)
         return self.final_norm(x_BTD)
 
     def output_embedding(self):

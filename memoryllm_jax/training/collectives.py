@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from memoryllm_jax.config import Config
-from memoryllm_jax.model import memories
+from memoryllm_jax.model import memories, transformer
 from memoryllm_jax.training import muon
 
 _FLOAT32 = _INT32 = 4  # bytes
@@ -89,9 +89,9 @@ def transfers(config: Config, params, mesh_shape: Mapping[str, int], distinct: i
     if config.optimizer.name == "muon":
         found += _momenta(params, mesh_shape, itemsize)
     if elements["tables"]:
-        # The backward pass of a norm of the rows looks them up again, unless they are kept.
+        # The backward pass of a norm or scale of the rows looks them up again, unless they are kept.
         looked_up_again = memories.of(m).normalises and m.remat != "none"
-        ids = m.layers * distinct
+        ids = len(m.row_layers) * distinct
         found += _lookups("tables", ids, ids * m.row_dim * itemsize, elements["tables"], 2 if looked_up_again else 1)
     return [t for t in found if t.operand_bytes and math.prod(mesh_shape[axis] for axis in t.axes) > 1]
 
@@ -112,7 +112,7 @@ def _local_elements(params) -> dict[str, int]:
         elif names[-1] == "table":
             part = "tables"
         else:
-            part = names[0]
+            part = "layers" if names[0] in transformer.LAYERS else names[0]
         elements[part] += math.prod(leaf.sharding.shard_shape(leaf.shape))
     return elements
 

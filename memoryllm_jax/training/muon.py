@@ -57,11 +57,11 @@ class Matrices(NamedTuple):
 def is_matrix(path) -> bool:
     """Whether a parameter is one of Muon: a matrix of the layers or of FFN-M, by its path in the tree.
 
-    Embeddings, the tables of value-B and ple-B, the head and the scales of norms are AdamW's. Rows of a table are
+    Embeddings, the tables of token memories, the head and the scales of norms are AdamW's. Rows of a table are
     vectors of their own: what a matrix does to them is a choice of one row, so its singular values say nothing.
     """
     names = [key.key for key in path]
-    return names[0] in ("layers", "memory") and names[-1] not in ("scale", "table")
+    return names[0] in (*transformer.LAYERS, "memory") and names[-1] not in ("scale", "table")
 
 
 def matrices(config: Config, params, mesh: Mesh):

@@ -16,21 +16,34 @@ import math
 import jax
 import jax.numpy as jnp
 
-_BY_LAYER = ("layers", "memory")  # the parameters whose leading axis is L
+from memoryllm_jax.model.transformer import LAYERS
 
 
 def of_gradients(grads) -> dict[str, jax.Array]:
     """The norm of the gradient of each part: [L] for attention, ffn (FFN-C), memory (FFN-M or tables) and row_gate.
 
-    A part includes the norm of its input. What no layer has, such as the embedding, has one norm.
+    A part includes the norm of its input. What no layer has, such as the embedding, has one norm. The memory of a layer
+    that looks up nothing has the norm 0.
     """
-    squares = {}
+    squares: dict[str, dict] = {}
     for path, gradient in jax.tree_util.tree_leaves_with_path(grads):
         group = path[0].key
-        part = path[1].key.removesuffix("_norm") if group == "layers" else group
-        axes = range(1 if group in _BY_LAYER else 0, gradient.ndim)
-        squares[part] = squares.get(part, 0) + jnp.square(gradient).sum(tuple(axes))
-    return jax.tree.map(jnp.sqrt, squares)
+        part = path[1].key.removesuffix("_norm") if group in LAYERS else group
+        axes = range(1 if group in (*LAYERS, "memory") else 0, gradient.ndim)
+        of_parts = squares.setdefault(group, {})
+        of_parts[part] = of_parts.get(part, 0) + jnp.square(gradient).sum(tuple(axes))
+    found = of_all_layers(squares)
+    for group in squares.keys() - set(LAYERS):
+        found |= squares[group]
+    if "memory" in found:  # of the last layers, where not all have one
+        found["memory"] = jnp.pad(found["memory"], (len(found["attention"]) - len(found["memory"]), 0))
+    return jax.tree.map(jnp.sqrt, found)
+
+
+def of_all_layers(groups: dict[str, dict]) -> dict[str, jax.Array]:
+    """{part: [L, ...]}, from {part: [layers of the group, ...]} of each group of `transformer.LAYERS` in a tree."""
+    lower, *rest = [groups[group] for group in LAYERS if group in groups] or [{}]
+    return {part: jnp.concatenate([lower[part], *(of[part] for of in rest)]) for part in lower} if rest else lower
 
 
 def of_added(sums: dict[str, jax.Array], of_rows: dict[str, jax.Array], index_SAN) -> dict[str, jax.Array]:

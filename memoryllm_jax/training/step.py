@@ -132,8 +132,8 @@ class Trainer:
         """(result of a method of the model, {part: what it adds, as in `modules.ADDED`} if that is asked for)."""
         asked = [modules.ADDED] if with_added else []
         result, noted = self.model.apply({"params": params}, *arguments, method=method, mutable=asked)
-        (parts,) = noted.get(modules.ADDED, {"": {}}).values()
-        return result, parts
+        groups = noted.get(modules.ADDED, {})
+        return result, groups["memory"] if "memory" in groups else norms.of_all_layers(groups)
 
     def _sums(self, params, rows, micro: Micro, with_added: bool = False) -> Losses:
         """Weighted sums over one micro-batch, see `loss.cross_entropy`, and what the layers add if it is asked for."""

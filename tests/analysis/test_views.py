@@ -68,15 +68,16 @@ def test_a_position_is_seen_as_in_numpy(in_numpy, architecture):
         x_D = y_D
 
 
-@pytest.mark.parametrize("architecture", ["value-3", "ple-3"])
+@pytest.mark.parametrize("architecture", ["bov-3", "ple-3"])
 def test_tables_have_norms_and_say_nothing(lab, architecture):
     with lab.model(architecture) as engine:
         model = views.KeyValueModel(engine.trained, engine.params)
         seen = views.token(model, model, 300, 4, lambda done: None)
         row_D = np.asarray(engine.rows.fetch(np.array([300])).ffn_LSUD[1])
+        assert (seen[0].norm == 0) == (architecture == "bov-3")  # whose first layer looks up nothing
         assert seen[1] == views.TokenLayer(pytest.approx(np.linalg.norm(row_D), rel=1e-5), None, [])
         position = views.position(model, model, [1, 2, 300], 2, 3, lambda done: None)
-        # The rows of ple-3 are gated and projected to the residual stream; those of value-3 are a part of attention.
+        # The rows of ple-3 are gated and projected to the residual stream; those of bov-3 are a part of attention.
         assert ("memory" in position.layers[0].parts) == (architecture == "ple-3")
         (step,) = engine.generate([[1, 2, 300]], 1, GREEDY)
         assert step == [(0, position.final)]

@@ -45,15 +45,18 @@ def test_a_digest_depends_on_values_places_shapes_and_names():
     assert len(texts) == 5
 
 
-@pytest.mark.parametrize("dtype, parts", [("float32", (1, 1, 1)), ("bfloat16", (1, 2, 3))])
-def test_parameters_for_serving_are_those_of_the_checkpoint(make_config, tmp_path, dtype, parts):
+@pytest.mark.parametrize(
+    "architecture, dtype, parts", [("flex-3", "float32", (1, 1, 1)), ("bov-3", "bfloat16", (1, 2, 3))]
+)
+def test_parameters_for_serving_are_those_of_the_checkpoint(make_config, tmp_path, architecture, dtype, parts):
     """Orbax's reader gives the expected values. The four heads are padded to six for three devices."""
-    write_untrained(make_config("flex-3"), str(tmp_path))
+    write_untrained(make_config(architecture), str(tmp_path))
     mesh = sharding.make_mesh(MeshConfig(*parts), jax.devices()[: math.prod(parts)])
     with contextlib.closing(TrainedModel(str(tmp_path), dtype=dtype, mesh=mesh)) as model:
         digest = Digest()
         params = model.load(lambda name: True, digest)
         assert model.digest(lambda name: True) == digest.text() != model.digest(model.is_memory)
+        assert model.digest(lambda name: True, params) == digest.text()
         assert len(params["layers"]) == len(params["memory"]) == model.config.layers
         tree = {}
         for name in model.names():
@@ -62,7 +65,10 @@ def test_parameters_for_serving_are_those_of_the_checkpoint(make_config, tmp_pat
     for found, leaf in zip(*map(jax.tree.leaves, (params, trained.for_serving(tree, model.config))), strict=True):
         np.testing.assert_array_equal(found, leaf, strict=True)
         assert found.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
-    np.testing.assert_array_equal(params["memory"][1]["norm"]["scale"], tree["memory"]["norm"]["scale"][1])
+    keys_1 = (
+        tree["layers"]["attention"]["k"][1] if architecture == "flex-3" else tree["upper_layers"]["attention"]["k"][0]
+    )
+    np.testing.assert_array_equal(params["layers"][1]["attention"]["k"], keys_1.astype(dtype))
 
 
 def test_padding_of_the_mesh_that_saved_is_cut_off(make_config, tmp_path):

@@ -46,6 +46,7 @@ def test_a_bucket_is_a_power_of_two_or_the_most(size, most, padded):
         ("base", {"model.dim": 48, "model.heads": 8, "model.kv_heads": 4, "model.logit_softcap": 9.0}, (1, 1, 4)),
         ("value-3", {"model.kv_heads": 2}, (1, 1, 1)),
         ("ple-3", {}, (2, 1, 1)),
+        ("bov-3", {"model.dim": 30, "model.heads": 3, "model.layers": 3}, (1, 2, 2)),
     ],
 )
 def test_prefill_and_steps_give_the_logits_of_the_equations(make_config, architecture, overrides, mesh):

@@ -89,6 +89,7 @@ def make(make_config):
         ("flex-3", {"accumulate": 2, "log.norms_every": 1}),
         ("value-0", {"model.kv_heads": 2, "accumulate": 2, "data.document_mask": True}),
         ("ple-3", {"log.norms_every": 1}),
+        ("bov-3", {"model.kv_heads": 2, "model.layers": 3, "log.norms_every": 1}),
         ("no-memory-3", {"model.attention": "plain", "data.document_mask": True}),
     ],
 )

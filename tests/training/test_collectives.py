@@ -58,7 +58,7 @@ def check(config: Config, devices, platform: str) -> None:
     [
         ("flex-3", {"mesh.data": 2, "mesh.fsdp": 4, "accumulate": 2}),
         ("flex-3", {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "model.qk_norm": True, "optimizer.name": "muon"}),
-        ("ple-3", {"mesh.data": 2, "mesh.fsdp": 4}),
+        ("bov-3", {"mesh.data": 2, "mesh.fsdp": 4, "model.layers": 6}),
     ],
 )
 def test_formulas_are_what_xla_for_cpus_compiles(architecture, overrides):

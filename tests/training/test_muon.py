@@ -68,7 +68,7 @@ def in_pytorch(torch, values, of: muon.Matrices) -> np.ndarray:
     return weight.detach().numpy().T.reshape(values[0].shape)
 
 
-@pytest.mark.parametrize("architecture", ["flex-3", "ple-3", "value-3"])
+@pytest.mark.parametrize("architecture", ["flex-3", "ple-3", "bov-3"])
 def test_groups_hold_each_parameter_once(make_config, architecture):
     # A plan is for devices whose kernel of attention this machine lacks.
     kernel = {"model.attention": "cudnn", "model.dtype": "bfloat16"}
