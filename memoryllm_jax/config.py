@@ -17,7 +17,14 @@ from memoryllm_jax.common.fields import field, flatten, rules
 
 ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn", "splash")
 # {what each layer looks up by token id: the name of the architectures that do, as in flex-B or value-B}
-TOKEN_MEMORIES = {"ffn": "flex", "value": "value", "bov": "bov", "per_layer": "ple", "none": "no-memory"}
+TOKEN_MEMORIES = {
+    "ffn": "flex",
+    "rows": "rows",
+    "value": "value",
+    "bov": "bov",
+    "per_layer": "ple",
+    "none": "no-memory",
+}
 
 # {(base width, beta): FFN-M width} from the paper's Table 5, where its rounding follows no rule that could be computed.
 # Table 5 swaps beta 1 and 3 of the 1B model; the definition of beta and Table 6 give the order here.
@@ -57,10 +64,10 @@ class ModelConfig:
     ffn_dim: int = field(688, least=1, most=_MOST_WIDTH)
     vocab_size: int = field(0, least=0, most=_MOST_IDS)  # number of token ids; 0: that of the prepared data
     beta: float = field(0.0, least=0, most=8)  # FFN-C holds beta of the FFN's 8 h^2 parameters: 0 is memory, 8 is base
-    # What each layer looks up by token id. ffn: the output of FFN-M. The others are baselines. value: an embedding that
-    # is added to the values of attention; bov (Bank of Values): an embedding that the last third of the layers has in
-    # place of these values; per_layer: an embedding that the residual stream gates, as in Gemma 3n; none: nothing, so
-    # that FFN-C is alone
+    # What each layer looks up by token id. ffn: the output of FFN-M. The others are baselines. rows: an embedding that
+    # is added to the residual stream; value: one that is added to the values of attention; bov (Bank of Values): one
+    # that the last third of the layers has in place of these values; per_layer: one that the residual stream gates, as
+    # in Gemma 3n; none: nothing, so that FFN-C is alone
     token_memory: str = field("ffn", choices=tuple(TOKEN_MEMORIES))
     table_dim: int = field(32, most=_MOST_WIDTH)  # width P of per_layer's embeddings; by default an eighth of dim
     # FFN-C reads X_l (block_input) or X_l + Attn (after_attention)
@@ -150,7 +157,7 @@ class ModelConfig:
             return self.key_heads * self.head_dim
         if self.token_memory == "per_layer":
             return self.table_dim
-        return self.dim if self.memory_dim else 0
+        return self.dim if self.memory_dim or self.token_memory == "rows" else 0
 
     @property
     def row_layers(self) -> range:
@@ -339,8 +346,8 @@ def parse_architecture(name: str, argument: str = "config") -> tuple[str, float]
     """The fields (token_memory, beta) of an architecture, by its name.
 
     Args:
-      name: base, memory or flex-B, or one of the baselines value-B, bov-B, ple-B and no-memory-B. The baselines have as
-        many active parameters as flex-B, and replace FFN-M as `ModelConfig.token_memory` says.
+      name: base, memory or flex-B, or one of the baselines, such as rows-B. Baselines have as many active parameters as
+        flex-B, and replace FFN-M as `ModelConfig.token_memory` says.
       argument: name of the argument that the name comes from.
     Raises: ArgumentError that names the argument.
     """
@@ -355,10 +362,11 @@ def parse_architecture(name: str, argument: str = "config") -> tuple[str, float]
             # flex-0 and flex-8 have names of their own: memory and base.
             if 0 < beta < 8 or (beta <= 8 and token_memory != "ffn"):
                 return token_memory, beta
+    *baselines, last = [f"{label}-B" for token_memory, label in TOKEN_MEMORIES.items() if token_memory != "ffn"]
     raise ArgumentError(
         argument,
-        "expected the architecture base, memory or flex-B with B between 0 and 8, or one of the baselines value-B, "
-        f"bov-B, ple-B and no-memory-B, found {name!r}",
+        "expected the architecture base, memory or flex-B with B between 0 and 8, or one of the baselines "
+        f"{', '.join(baselines)} and {last}, found {name!r}",
     )
 
 

@@ -95,6 +95,8 @@ def logits(params, tokens, m, added=None):
             gate = p["row_gate"]
             openness = jax.nn.gelu(norm(x + sum(parts.values()), p["row_gate_norm"]["scale"], m) @ gate["gate"])
             parts["row_gate"] = (openness * norm(rows, memory["norm"]["scale"], m)) @ gate["out"]
+        if m.token_memory == "rows":
+            parts["memory"] = rows
         if "ffn" in memory:
             parts["memory"] = swiglu(norm(x0, memory["norm"]["scale"], m), memory["ffn"])
         x = x + sum(parts.values())

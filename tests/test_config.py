@@ -53,7 +53,10 @@ def test_parameter_counts_are_those_of_the_paper(size):
         assert (counted["total"] - 2 * V * h) / 1e6 == pytest.approx(total_millions, abs=1)
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "value-3", "value-0", "bov-3", "ple-3", "no-memory-3", "no-memory-8"])
+BASELINES = ("rows-3", "rows-8", "value-3", "value-0", "bov-3", "ple-3", "no-memory-3", "no-memory-8")
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *BASELINES])
 def test_counted_parameters_are_those_of_the_model(variant):
     config = resolve(load("1b", variant))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=1000))

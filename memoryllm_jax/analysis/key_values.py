@@ -140,7 +140,7 @@ class KeyValueModel:
         Raises: UserError if there is no such checkpoint, or the model's token memory is not made by an FFN.
         """
         trained = TrainedModel(workdir, step, dtype)
-        if trained.config.token_memory in ("value", "per_layer"):
+        if trained.config.row_dim and not trained.config.memory_dim:
             # Their rows are parameters of their own, and not sums of coefficients times values.
             trained.close()
             raise UserError(f"{workdir}: expected base, memory or flex, found {trained.config.architecture}")

@@ -19,6 +19,7 @@ from memoryllm_jax.analysis.key_values import KeyValueModel, coefficients, weigh
 from memoryllm_jax.analysis.values import top_tokens
 from memoryllm_jax.analysis.vocabulary import StrongestKeys, strongest_keys
 from memoryllm_jax.inference.decoder import bucket
+from memoryllm_jax.model import memories
 
 MOST = 20  # tokens and keys that a view can be asked for
 _LAYERS = 0.5  # share of the work that the layers are; the rest is what their vectors say
@@ -105,11 +106,12 @@ def token(model: KeyValueModel, source: TokenVectors, number: int, top: int, rep
             values.append(values_KD)
         report(_LAYERS * (layer + 1) / config.layers)
     norms_L = np.asarray(jnp.linalg.norm(jnp.concatenate(rows).astype(jnp.float32), axis=1))
-    if not config.memory_dim:  # rows of tables do not lie in the residual stream, so that they say nothing
+    if not memories.of(config).adds_rows:  # rows that do not lie in the residual stream say nothing
         return [TokenLayer(float(norm), None, []) for norm in norms_L]
     says = iter(_say(model, [*rows, *values], top, unit=True))
     of_rows = list(itertools.islice(says, config.layers))
-    return [TokenLayer(float(norm), *rest) for norm, *rest in zip(norms_L, of_rows, _keys(found, says))]
+    keys = _keys(found, says) if found else [[] for _ in of_rows]
+    return [TokenLayer(float(norm), *rest) for norm, *rest in zip(norms_L, of_rows, keys)]
 
 
 def position(model: KeyValueModel, source: TokenVectors, ids: list[int], at: int, top: int, report: Report) -> Position:
@@ -153,9 +155,10 @@ def position(model: KeyValueModel, source: TokenVectors, ids: list[int], at: int
 def _parts(config, state: State, compute_1D) -> dict[str, jax.Array]:
     """The vectors [1, D] of a layer's parts, in the order in which they are shown."""
     parts = {"residual": state.residual_ND, "attention": state.attended_ND}
-    if config.memory_dim:
+    memory = memories.of(config)
+    if memory.adds_rows:
         parts["memory"] = state.row_ND
-    elif config.token_memory == "per_layer":  # what the gate lets through of the row, and projects to the stream
+    elif memory.gate_weights:  # what the gate lets through of the row, and projects to the stream
         parts["memory"] = state.output_ND - state.residual_ND - compute_1D
     if compute_1D is not None:
         parts["compute"] = compute_1D

@@ -44,7 +44,7 @@ def to_json(c: ModelConfig, context: int, dtype: str, special: dict) -> dict:
       special: ids of the special tokens, by their names in config.json (SPECIAL).
     Raises: UserError that names a field of the model which config.json cannot express.
     """
-    if c.token_memory in ("value", "per_layer"):
+    if c.row_dim and not c.memory_dim:
         raise UserError(f"config.model.token_memory: expected ffn or none to export, found {c.token_memory}")
     if c.memory_dim == 0:
         if c.norm != "rmsnorm":

@@ -1,6 +1,7 @@
 """The kinds of token memory: how each computes a layer's row of a token id, and how the layer takes the row.
 
     ffn        FFN-M(NM(X_0)), added to the residual stream
+    rows       a row of a table, added to the residual stream
     value      a row of a table, added to the values of attention
     bov        a row of a table, scaled, in place of the values of attention in the last third of the layers
     per_layer  a row of a table, normalised, which a gate that reads the residual stream lets through to the stream
@@ -112,6 +113,15 @@ class Table(TokenMemory):
         return take(table_VP, source)[..., : c.row_dim]
 
 
+class RowTable(Table):
+    """An embedding of the token that is added to the residual stream, as FFN-M's output is: rows without an FFN."""
+
+    adds_rows = True
+
+    def stream(self, module, y_BTD, row_BTP, shards):
+        return y_BTD + row_BTP
+
+
 class ValueTable(Table):
     """An embedding of the token that is added to the values of attention."""
 
@@ -187,7 +197,14 @@ class Gate(nn.Module):
         return matmul(openness_BTP * row_BTP, out_PD)
 
 
-_KINDS = {"ffn": FeedForward, "value": ValueTable, "bov": BankOfValues, "per_layer": GatedTable, "none": TokenMemory}
+_KINDS = {
+    "ffn": FeedForward,
+    "rows": RowTable,
+    "value": ValueTable,
+    "bov": BankOfValues,
+    "per_layer": GatedTable,
+    "none": TokenMemory,
+}
 
 
 def of(config: ModelConfig) -> TokenMemory:

@@ -4,12 +4,13 @@
     memory  X_{l+1} = X_l + Attn(N1(X_l)) + FFN-M(NM(X_0))
     flex-b  X_{l+1} = X_l + Attn(N1(X_l)) + FFN-C(N2(X_l)) + FFN-M(NM(X_0))
 
-There are four more architectures to compare with. Each is base with a smaller FFN, so that it has as many active
-parameters as flex-b, and in each layer a table E_l of token embeddings in place of FFN-M, or nothing:
+There are more architectures to compare with. Each is base with a smaller FFN, so that it has as many active parameters
+as flex-b, and in each layer a table E_l of token embeddings in place of FFN-M, or nothing:
 
+    rows-b       X_{l+1} = Y + E_l[token], where Y is base's X_{l+1}
     value-b      Attn's values are N1(X_l) W_V + E_l[token]
     bov-b        in the last third of the layers, Attn's values are gamma_l E_l[token]
-    ple-b        X_{l+1} = Y + (GELU(NG(Y) W_gate) * NM(E_l[token])) W_out, where Y is base's X_{l+1}
+    ple-b        X_{l+1} = Y + (GELU(NG(Y) W_gate) * NM(E_l[token])) W_out
     no-memory-b  nothing
 
 Shapes: B sequences, T positions, D model width, H heads, K head size, F FFN width, V token ids, L layers,

@@ -15,7 +15,7 @@ from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import statistics
 from memoryllm_jax.data.dataset import open_for
-from memoryllm_jax.model import sharding
+from memoryllm_jax.model import memories, sharding
 from memoryllm_jax.tol import budget, build
 from memoryllm_jax.tol.budget import Scorer
 from memoryllm_jax.tol.codec import FLOATS, INTEGERS, Band, Part
@@ -78,10 +78,9 @@ def precompute(
     to_replace(output)  # what is in the way shows before the weights are read, which takes longest
     mesh = sharding.make_mesh(config.MeshConfig(1, -1, 1))  # every device holds a part of the weights
     with contextlib.closing(TrainedModel(workdir, step, dtype, mesh)) as trained:
-        if not trained.config.memory_dim:
-            raise UserError(
-                f"{workdir}: expected a memory or flex model, found {trained.config.architecture}, without FFN-M"
-            )
+        if not memories.of(trained.config).adds_rows:
+            expected = "expected a memory, flex or rows model, whose rows are added to the residual stream"
+            raise UserError(f"{workdir}: {expected}, found {trained.config.architecture}")
         if trained.config.dim % mesh.size:  # the weights are cut along the width
             expected = f"expected a number of devices that divides the width {trained.config.dim}"
             raise UserError(f"{workdir}: {expected}, found {mesh.size}")

@@ -47,6 +47,7 @@ def test_a_bucket_is_a_power_of_two_or_the_most(size, most, padded):
         ("value-3", {"model.kv_heads": 2}, (1, 1, 1)),
         ("ple-3", {}, (2, 1, 1)),
         ("bov-3", {"model.dim": 30, "model.heads": 3, "model.layers": 3}, (1, 2, 2)),
+        ("rows-3", {}, (1, 2, 1)),
     ],
 )
 def test_prefill_and_steps_give_the_logits_of_the_equations(make_config, architecture, overrides, mesh):

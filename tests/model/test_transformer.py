@@ -90,6 +90,7 @@ def make(make_config):
         ("value-0", {"model.kv_heads": 2, "accumulate": 2, "data.document_mask": True}),
         ("ple-3", {"log.norms_every": 1}),
         ("bov-3", {"model.kv_heads": 2, "model.layers": 3, "log.norms_every": 1}),
+        ("rows-8", {"log.norms_every": 1, "model.dim": 30, "model.heads": 3, "mesh.tensor": 2}),
         ("no-memory-3", {"model.attention": "plain", "data.document_mask": True}),
     ],
 )
