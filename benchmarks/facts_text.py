@@ -43,9 +43,9 @@ def write(folder: str, english: str, world: World, vocab_size: int, characters: 
     documents += world_documents
     draw.shuffle(documents)
     for shard in range(_SHARDS):
-        _write_lines(os.path.join(texts, f"train-{shard}.json.gz"), documents[shard::_SHARDS])
+        write_lines(os.path.join(texts, f"train-{shard}.json.gz"), documents[shard::_SHARDS])
     held_out = list(_pieces(os.path.join(english, "validation-*.json.gz")))
-    _write_lines(os.path.join(texts, "validation.json.gz"), held_out)
+    write_lines(os.path.join(texts, "validation.json.gz"), held_out)
     data = os.path.join(folder, "data")
     shards.prepare(
         os.path.join(texts, "train-*.json.gz"),
@@ -84,6 +84,7 @@ def _up_to(characters: int, documents: Iterator[str]) -> Iterator[str]:
             return
 
 
-def _write_lines(path: str, documents: list[str]) -> None:
+def write_lines(path: str, documents: list[str]) -> None:
+    """Writes documents as a .json.gz file with one {"text": ...} a line."""
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in documents)

@@ -171,14 +171,16 @@ class World:
       known: subjects of each kind whose facts the text states.
       bare: subjects of each kind that the text names without facts.
       seed: of the names and the facts.
+      withhold: whether the text states each fact in all forms but one, which differs from fact to fact.
     Attributes:
       names: {kind: all its names}; the kinds are country, person, city and language.
       objects: {relation: the objects that its facts have}.
       known, bare: {kind: subjects}.
       facts: {(subject, relation): Fact} of the known subjects.
+      withheld: {fact: the form in which the text does not state it}; empty without `withhold`.
     """
 
-    def __init__(self, known: int, bare: int, seed: int = 0):
+    def __init__(self, known: int, bare: int, seed: int = 0, withhold: bool = False):
         draw = random.Random(seed)
         counts = {"country": known + bare, "person": known + bare, "city": 40, "language": 16}
         self.names = _names(draw, counts)
@@ -197,10 +199,18 @@ class World:
         for relation, (kind, *_) in RELATIONS.items():
             for subject in self.known[kind]:
                 self.facts[subject, relation] = Fact(subject, relation, draw.choice(self.objects[relation]))
+        self.withheld: dict[Fact, str] = {}
+        if withhold:
+            for fact in self.facts.values():
+                self.withheld[fact] = draw.choice(RELATIONS[fact.relation].forms)
 
     def all_names(self) -> list[str]:
         """Every subject and every object."""
         return sorted({name for names in (*self.names.values(), *self.objects.values()) for name in names})
+
+    def stated_forms(self, fact: Fact) -> list[str]:
+        """The forms of `Relation.forms` in which the text states a fact."""
+        return [form for form in RELATIONS[fact.relation].forms if form != self.withheld.get(fact)]
 
     def document(self, draw: random.Random) -> str:
         """One document of training text: it has several subjects one after another, of which one in eight is bare."""
@@ -226,10 +236,11 @@ class World:
             sentences.append(self.opening(draw, subject, kind))
         relations = [name for name, relation in RELATIONS.items() if relation.kind == kind]
         for name in draw.sample(relations, len(relations)):
-            form = draw.choice(RELATIONS[name].forms)
+            fact = self.facts[subject, name]
+            form = draw.choice(self.stated_forms(fact))
             if is_named and draw.random() < 0.5:
                 form = RELATIONS[name].later
-            sentences.append(f"{form.format(s=subject)} {self.facts[subject, name].object}.")
+            sentences.append(f"{form.format(s=subject)} {fact.object}.")
             if draw.random() < 0.2:
                 sentences.append(draw.choice(FILLERS))
         return " ".join(sentences)

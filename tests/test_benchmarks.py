@@ -1,5 +1,6 @@
 """Benchmarks at a small size: gpu.py whole on a CPU, and the errors and tables of quality_by_size.py."""
 
+import gzip
 import importlib
 import json
 import os
@@ -159,3 +160,38 @@ def test_the_text_of_made_up_facts_states_those_of_known_subjects_and_none_of_ot
         near = [p.text for p in probes if p.measure == "neighbour after the subject"]
         assert len(far) == len(near) == 5 and all(fact.subject in p for p in near)
         assert not any(fact.subject in p for p in far)
+
+
+def test_tasks_have_the_answers_that_the_text_states_and_that_the_rules_give(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    generator = importlib.import_module("recall_reasoning")
+    options = {"characters": 150_000, "questions": 20, "subjects": 10}
+    generator.main(str(tmp_path), **options)
+    lines = b"".join(gzip.decompress(path.read_bytes()) for path in sorted(tmp_path.glob("text/train-*.gz")))
+    text = " ".join(json.loads(line)["text"] for line in lines.splitlines())
+    found = {path.stem: list(map(json.loads, path.open())) for path in tmp_path.glob("tasks/*.jsonl")}
+    for name, questions in found.items():
+        assert len(questions) == 20 and len({q["answer"] for q in questions}) > 1
+        for q in questions:
+            answer = q["choices"][q["answer"]]
+            filler, _, context = q["context"].partition(". ")
+            assert len(set(q["choices"])) == 4 and f"{filler}." in generator.FILLERS
+            if name == "recall_stated":
+                assert f"{context} {answer}." in text
+            elif name == "recall_rephrased":  # the text has the fact, and never in these words
+                assert context not in text and " " + answer in text
+            elif name == "reasoning_copy":
+                listed, again = (part.split() for part in context.removeprefix("The list: ").split(". Again: "))
+                assert again == listed[: len(again)] and answer == listed[len(again)]
+            elif name == "reasoning_lookup":
+                told, asked = context.split(" So ")
+                assert f"{asked} {answer}." in told and told.count(" owns ") in (4, 5)
+            else:
+                *whole, last = (triple.split() for triple in context.removeprefix("The pattern: ").split(", "))
+                (third,) = {triple.index(triple[2]) for triple in whole}  # all have one pattern
+                assert answer == last[third] and last[1 - third] in q["choices"]
+    again = tmp_path / "again"
+    generator.main(str(again), **options)
+    assert {path.stem: path.read_text() for path in again.glob("tasks/*.jsonl")} == {
+        path.stem: path.read_text() for path in tmp_path.glob("tasks/*.jsonl")
+    }

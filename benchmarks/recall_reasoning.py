@@ -1,0 +1,189 @@
+"""Training text and tasks of recall and of reasoning that small models can learn, with known answers and known chance.
+
+    python benchmarks/recall_reasoning.py --output=DIR
+    python -m memoryllm_jax.prepare --input='DIR/text/train-*.json.gz' --validation_input='DIR/text/validation-*.json.gz' \\
+        --tokenizer=sentencepiece:ENGLISH/tokenizer.model --output=DIR/data
+    python -m memoryllm_jax.train ... --config.data.path=ENGLISH:0.8,DIR/data:0.2
+    python -m memoryllm_jax.evaluate --workdir=WORKDIR --tasks='recall_*,reasoning_*' --task_path=DIR/tasks
+
+LAMBADA and PIQA are at chance in models of a million parameters. In these tasks the right answer is one of four, chance
+is 25%, and the wrong ones are drawn as the right one is, so that neither frequent words nor the form of a question help.
+
+Recall asks for facts of the made-up world of facts_world.py, which the training text states many times. The question
+repeats nothing of the answer.
+    recall_stated     in a form in which the text states the fact
+    recall_rephrased  in the form in which the text states other facts of the relation, and never this one
+Reasoning asks for what follows by a rule from a context that is new in each question; its words are those of the world.
+    reasoning_copy    a list is repeated, up to some word: the next word of the list
+    reasoning_lookup  who owns what, in several sentences: what one of the owners has
+    reasoning_pattern triples with one pattern, ABA or ABB (Marcus et al. 1999, doi 10.1126/science.283.5398.77), the
+                      last one without its third word: a word of it or of the triples before
+The text has as many characters of the world as of exercises. Text and tasks are the same for the same seed.
+"""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from typing import Annotated, NamedTuple
+
+from facts_text import write_lines
+from facts_world import FILLERS, GOODS, INSTRUMENTS, TRADES, Fact, World
+
+from memoryllm_jax.common import cli, storage
+from memoryllm_jax.common.options import Option
+
+CHOICES = 4
+_WORDS = (*GOODS, *INSTRUMENTS, *TRADES)
+_SHARDS = 4
+_VALIDATION = 50  # documents of held-out text to each million characters of training text
+
+
+class Question(NamedTuple):
+    """A text, the word that follows it by the rule, and words that could follow it by other rules.
+
+    Attributes:
+      context: the text, up to the space before the answer.
+      answer: the right word.
+      wrong: CHOICES - 1 other words.
+    """
+
+    context: str
+    answer: str
+    wrong: tuple[str, ...]
+
+
+def copy(draw: random.Random, world: World) -> Question:
+    """A list of words, and the start of its repetition."""
+    words = draw.sample(_WORDS, draw.randint(5, 8))
+    at = draw.randrange(1, len(words))
+    wrong = draw.sample(words[:at] + words[at + 1 :], CHOICES - 1)
+    return Question(f"The list: {' '.join(words)}. Again: {' '.join(words[:at])}", words[at], tuple(wrong))
+
+
+def lookup(draw: random.Random, world: World) -> Question:
+    """Who owns what, and the start of a sentence that repeats it for one of the owners."""
+    owners = draw.sample(world.names["person"], draw.randint(CHOICES, CHOICES + 1))
+    goods = draw.sample(GOODS, len(owners))
+    told = " ".join(f"{owner} owns the {good}." for owner, good in zip(owners, goods))
+    at = draw.randrange(len(owners))
+    wrong = draw.sample(goods[:at] + goods[at + 1 :], CHOICES - 1)
+    return Question(f"{told} So {owners[at]} owns the", goods[at], tuple(wrong))
+
+
+def pattern(draw: random.Random, world: World) -> Question:
+    """Triples with one pattern, ABA or ABB, and two words of one more."""
+    words = draw.sample(_WORDS, 2 * draw.randint(4, 6))
+    third = draw.choice((0, 1))  # which of a triple's first two words comes third
+    pairs = list(zip(words[::2], words[1::2]))
+    told = ", ".join(" ".join((*pair, pair[third])) for pair in pairs[:-1])
+    wrong = [pairs[-1][1 - third], *draw.sample(words[:-2], CHOICES - 2)]
+    return Question(f"The pattern: {told}, {' '.join(pairs[-1])}", pairs[-1][third], tuple(wrong))
+
+
+RULES = {"reasoning_copy": copy, "reasoning_lookup": lookup, "reasoning_pattern": pattern}
+
+
+def recall(draw: random.Random, world: World, fact: Fact, form: str) -> Question:
+    """A question for a fact. The wrong answers are those of other facts of the relation, drawn at random."""
+    others = [other.object for other in world.facts.values() if other.relation == fact.relation]
+    wrong: list[str] = []
+    while len(wrong) < CHOICES - 1:
+        other = draw.choice(others)
+        if other not in (fact.object, *wrong):
+            wrong.append(other)
+    return Question(f"{draw.choice(FILLERS)} {form.format(s=fact.subject)}", fact.object, tuple(wrong))
+
+
+def exercises(draw: random.Random, world: World) -> str:
+    """One document of training text: several exercises with their answers."""
+    sentences = [draw.choice(FILLERS)]
+    for _ in range(draw.randint(4, 8)):
+        question = draw.choice(list(RULES.values()))(draw, world)
+        sentences.append(_solved(question))
+    return " ".join(sentences)
+
+
+def _solved(question: Question) -> str:
+    return f"{question.context} {question.answer}."
+
+
+def tasks(world: World, count: int, seed: int) -> dict[str, list[Question]]:
+    """`count` questions of each task."""
+    draw = random.Random(f"tasks {seed}")
+    facts = [draw.choice(list(world.facts.values())) for _ in range(count)]
+    found = {
+        "recall_stated": [recall(draw, world, fact, draw.choice(world.stated_forms(fact))) for fact in facts],
+        "recall_rephrased": [recall(draw, world, fact, world.withheld[fact]) for fact in facts],
+    }
+    for name, rule in RULES.items():
+        found[name] = [_in_context(rule(draw, world), draw) for _ in range(count)]
+    return found
+
+
+def _in_context(question: Question, draw: random.Random) -> Question:
+    """The question behind a sentence, as exercises stand in the training text."""
+    return question._replace(context=f"{draw.choice(FILLERS)} {question.context}")
+
+
+def write_tasks(folder: str, found: dict[str, list[Question]], seed: int) -> None:
+    """Writes NAME.jsonl and NAME.yaml of each task, which name the folder: they are read where they were written."""
+    draw = random.Random(f"order {seed}")
+    os.makedirs(folder, exist_ok=True)
+    for name, questions in found.items():
+        lines = []
+        for question in questions:
+            choices = draw.sample((question.answer, *question.wrong), CHOICES)
+            answer = choices.index(question.answer)
+            lines.append(json.dumps({"context": question.context, "choices": choices, "answer": answer}))
+        path = os.path.abspath(os.path.join(folder, f"{name}.jsonl"))
+        storage.write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": path}},
+            "output_type": "multiple_choice",
+            "test_split": "test",
+            "doc_to_text": "{{context}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 1.0, "chance": 1 / CHOICES, "seed": seed},
+        }
+        storage.write_json(os.path.join(folder, f"{name}.yaml"), task)  # JSON is YAML
+
+
+def write_text(folder: str, world: World, characters: int, seed: int) -> None:
+    """Writes train-*.json.gz and validation-0.json.gz, half of which are documents of the world, half exercises."""
+    draw = random.Random(f"text {seed}")
+    kinds: tuple[Callable[[], str], ...] = (lambda: world.document(draw), lambda: exercises(draw, world))
+    documents = []
+    for write in kinds:
+        size = 0
+        while size < characters / len(kinds):
+            documents.append(write())
+            size += len(documents[-1])
+    draw.shuffle(documents)
+    os.makedirs(folder, exist_ok=True)
+    for shard in range(_SHARDS):
+        write_lines(os.path.join(folder, f"train-{shard}.json.gz"), documents[shard::_SHARDS])
+    held_out = [draw.choice(kinds)() for _ in range(max(1, characters * _VALIDATION // 1_000_000))]
+    write_lines(os.path.join(folder, "validation-0.json.gz"), held_out)
+
+
+def main(
+    output: Annotated[str, Option("folder for text/ and tasks/", writes=True)],
+    characters: Annotated[int, Option("of the training text", least=1)] = 20_000_000,
+    questions: Annotated[int, Option("of each task", least=1)] = 500,
+    subjects: Annotated[int, Option("countries, and people, whose three facts each the text states", least=10)] = 100,
+    seed: Annotated[int, Option("of the world, the text and the tasks")] = 0,
+) -> None:
+    world = World(subjects, subjects // 4, seed, withhold=True)
+    write_text(os.path.join(output, "text"), world, characters, seed)
+    found = tasks(world, questions, seed)
+    write_tasks(os.path.join(output, "tasks"), found, seed)
+    print(f"{output}: {characters:,} characters of text, {questions} questions of each of {', '.join(found)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
