@@ -32,7 +32,7 @@ PACKAGES = (
     "starlette",
     "uvicorn",
 )
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Paths of this machine do not belong in a committed record.
 _PATH_FLAGS = re.compile(r"^(--(?:\w*data|english|hf|\w*workdir|tol|base|before|other|out|output|scratch|work))=.*")
 
@@ -45,14 +45,14 @@ def facts() -> dict:
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "python": platform.python_version(),
         "versions": {p: installed[p] for p in PACKAGES if p in installed},
-        "commit": os.environ.get("GIT_COMMIT") or _printed_by("git", "-C", _ROOT, "rev-parse", "--short", "HEAD"),
+        "commit": os.environ.get("GIT_COMMIT") or _printed_by("git", "-C", ROOT, "rev-parse", "--short", "HEAD"),
     } | gpu_facts()
 
 
 def _script() -> str:
     """Path of the script that runs, in the project's folder."""
     path = os.path.abspath(sys.argv[0])
-    return os.path.relpath(path, _ROOT) if path.startswith(f"{_ROOT}/") else os.path.basename(path)
+    return os.path.relpath(path, ROOT) if path.startswith(f"{ROOT}/") else os.path.basename(path)
 
 
 def gpu_facts() -> dict[str, str]:

@@ -1,13 +1,13 @@
 """Training text and tasks of recall and of reasoning that small models can learn, with known answers and known chance.
 
     python benchmarks/recall_reasoning.py --output=DIR
-    python -m memoryllm_jax.prepare --input='DIR/text/train-*.json.gz' --validation_input='DIR/text/validation-*.json.gz' \\
-        --tokenizer=sentencepiece:ENGLISH/tokenizer.model --output=DIR/data
+    python -m memoryllm_jax.prepare --input='DIR/text/train-*.json.gz' --output=DIR/data \\
+        --validation_input='DIR/text/validation-*.json.gz' --tokenizer=sentencepiece:ENGLISH/tokenizer.model
     python -m memoryllm_jax.train ... --config.data.path=ENGLISH:0.8,DIR/data:0.2
     python -m memoryllm_jax.evaluate --workdir=WORKDIR --tasks='recall_*,reasoning_*' --task_path=DIR/tasks
 
-LAMBADA and PIQA are at chance in models of a million parameters. In these tasks the right answer is one of four, chance
-is 25%, and the wrong ones are drawn as the right one is, so that neither frequent words nor the form of a question help.
+LAMBADA and PIQA are at chance in models of a million parameters. In these tasks the right answer is one of four, so
+that chance is 25%, and the wrong ones are drawn as the right one is: guessing frequent words does not help.
 
 Recall asks for facts of the made-up world of facts_world.py, which the training text states many times. The question
 repeats nothing of the answer.

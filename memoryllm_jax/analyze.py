@@ -17,7 +17,7 @@ Analyses of one model, with the FFN that each looks at (for base, FFN-C means it
     residual      from which layer on the residual holds the final prediction                 all of a layer
     annotate      a sheet of triggers for people, with automatic proxies                      FFN-M or FFN-C
 
-Experiments on one or several models (--workdir may be given several times):
+Experiments on one or several models (--workdir=DIR for each):
     alpha         quality with FFN outputs scaled down (Table 1, Figure 7)                    all models
     layers        quality without one layer's FFN, and without several (Figures 4 and 12)     all models
     compression   quality by bits, ranks and budgets of a ToL file (Tables 7, 8, Figure 13)   memory or flex
@@ -78,13 +78,13 @@ Output = Annotated[str, Option("folder for the page and the files beside it")]
 # `cli.run_commands` calls one of these two with the options in its signature and those of the chosen command. Both
 # return the line to print.
 def analyze(command: str, model: run.ModelOptions, output: Output, **options) -> str:
-    """Runs an analysis of one model, which is closed when its page is written."""
-    with model.open_for(ANALYSES[command]) as opened:
-        return run.run(ANALYSES[command], opened, output, **options)
+    """Runs an analysis of one model."""
+    model.check()
+    return run.run(ANALYSES[command], model.each(ANALYSES[command]), output, len(model.workdir), **options)
 
 
 def experiment(command: str, model: models.ModelsOptions, output: Output, **options) -> str:
-    """Runs an experiment, which opens the models one after another itself."""
+    """Runs an experiment on several models."""
     return models.run(EXPERIMENTS[command], model.open(), output, **options)
 
 

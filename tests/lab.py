@@ -210,7 +210,7 @@ def loss_on(model, path, tokens=TOKENS) -> float:
 
 def run_experiment(experiment, models, folder, **chosen) -> tuple[dict, str]:
     """Runs an experiment. Returns: (results in its JSON file, HTML of its page)."""
-    models_lib.run(experiment, models, str(folder), **chosen)
+    models_lib.run(experiment, [models], str(folder), **chosen)
     name = folder / experiment.__name__
     return json.loads(name.with_suffix(".json").read_text())["results"], name.with_suffix(".html").read_text()
 

@@ -22,7 +22,7 @@ from memoryllm_jax.data.dataset import Dataset
 
 def run(command, model, output, **options):
     """Runs an analysis. Returns: the line that it prints."""
-    return analysis_run.run(analyze.ANALYSES[command], model, output, **options)
+    return analysis_run.run(analyze.ANALYSES[command], [model], output, **options)
 
 
 FEW = {"keys": 3, "top": 3, "clusters": 5, "picture": "pca"}

@@ -225,6 +225,6 @@ def _draw(model, page, ffn, layers):
     }
     page.figure(
         "rank",
-        plots.by_layer(series, "median rank", log=True, layers=at),
+        plots.by_layer(series, "median rank", "log", layers=at),
         f"Rank, among {model.config.vocab_size:,} tokens, of the trigger's next token under the value; 1 is the top.",
     )

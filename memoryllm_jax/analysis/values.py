@@ -133,7 +133,7 @@ def values(
     }
     page.figure(
         "max_p",
-        plots.by_layer(by_layer, "maximum probability", log=True),
+        plots.by_layer(by_layer, "maximum probability", "log"),
         f"Probability of the top token of {model.label(ffn)}'s values: the larger one of v's and -v's.",
     )
     page.heading("The most peaked values of each layer")

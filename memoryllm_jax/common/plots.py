@@ -1,6 +1,8 @@
 """Figures in one style. matplotlib is optional, so it is imported when the first figure is made."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -107,51 +109,105 @@ def drawable(text: str) -> bool:
     return all(ord(c) in glyphs for c in text)
 
 
-def by_layer(series: dict[str, Sequence[float]], ylabel: str, log: bool = False, layers: Sequence[int] | None = None):
-    """Draws one line for each series over the layers. Returns: the figure.
+class Line(NamedTuple):
+    """A line of a chart.
+
+    Attributes:
+      x, y: the points.
+      error: half the length of each point's error bar; None: no bars.
+      style: matplotlib's options that differ from those of `style_of`.
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float] | None = None
+    style: Mapping[str, object] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A figure as data, so that the charts of several seeds can become one.
+
+    Attributes:
+      lines: by name. "NAME, chance" is drawn as NAME is, but dotted.
+      xlabel, ylabel: labels of the axes; a ylabel that ends in ", %" puts the % at the ticks.
+      x_scale: linear, log, layers (whole numbers) or falling.
+      y_scale: linear, zero (linear from 0 on, unless a value is negative), log, or change (as `change_scale`).
+      bottom: lower end of the y axis; None: that of the values.
+      is_stacked: whether each line is a part of bars, one for each layer.
+    """
+
+    lines: Mapping[str, Line]
+    xlabel: str
+    ylabel: str
+    x_scale: str = "linear"
+    y_scale: str = "linear"
+    bottom: float | None = None
+    is_stacked: bool = False
+
+    def draw(self):
+        """Draws the chart. Returns: the figure."""
+        figure, ax = new_figure()
+        if self.is_stacked:
+            below = 0.0
+            for name, line in self.lines.items():
+                ax.bar(line.x, line.y, bottom=below, label=name)
+                below = below + np.array(line.y)
+        else:
+            self._draw_lines(ax)
+        ax.set_xlabel(self.xlabel)
+        label_y(ax, self.ylabel)
+        self._scale(ax)
+        if self.is_stacked or len(self.lines) > 1:
+            legend(ax)
+        return figure
+
+    def _draw_lines(self, ax) -> None:
+        names = list(dict.fromkeys(name.removesuffix(_CHANCE) for name in self.lines))
+        for name, line in self.lines.items():
+            style = style_of(names.index(name.removesuffix(_CHANCE)))
+            if name.endswith(_CHANCE):
+                style["linestyle"] = ":"
+            style |= {"label": name, "capsize": 2, "elinewidth": 0.8} | dict(line.style)
+            ax.errorbar(line.x, line.y, line.error, **style)
+
+    def _scale(self, ax) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        if self.x_scale == "layers":
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        elif self.x_scale == "log":
+            log_scale(ax, "x")
+        elif self.x_scale == "falling":
+            ax.invert_xaxis()
+        if self.y_scale == "log":
+            log_scale(ax)
+        elif self.y_scale == "change":
+            change_scale(ax)
+        elif self.y_scale == "zero" and not any(value < 0 for line in self.lines.values() for value in line.y):
+            # The axis begins at 0, because heights of lines would otherwise exaggerate small differences.
+            ax.update_datalim([(0, 0)], updatex=False)
+            ax.autoscale_view()
+            ax.set_ylim(bottom=0)
+        if self.bottom is not None:
+            ax.set_ylim(bottom=self.bottom)
+
+
+def by_layer(
+    series: dict[str, Sequence[float]], ylabel: str, y_scale: str = "zero", layers: Sequence[int] | None = None
+) -> Chart:
+    """A chart with one line for each series over the layers.
 
     Args:
-      series: values by name, shares in percent. "NAME, chance" is drawn as NAME is, but dotted.
-      ylabel: label of the y axis; one that ends in ", %" puts the % at the ticks.
-      log: whether the y axis is logarithmic.
+      series: values by name, shares in percent.
+      ylabel, y_scale: as of `Chart`.
       layers: numbers of the layers; by default from 0.
     """
-    figure, ax = new_figure()
-    names = list(dict.fromkeys(name.removesuffix(_CHANCE) for name in series))
-    for name, values in series.items():
-        style = style_of(names.index(name.removesuffix(_CHANCE)))
-        if name.endswith(_CHANCE):
-            style["linestyle"] = ":"
-        ax.plot(range(len(values)) if layers is None else layers, values, **style, label=name)
-    _label(ax, ylabel)
-    if log:
-        log_scale(ax)
-    elif not any(value < 0 for values in series.values() for value in values):
-        # The axis begins at 0, because heights of lines would otherwise exaggerate small differences.
-        ax.update_datalim([(0, 0)], updatex=False)
-        ax.autoscale_view()
-        ax.set_ylim(bottom=0)
-    if len(series) > 1:
-        legend(ax)
-    return figure
+    lines = {name: Line(range(len(y)) if layers is None else layers, y) for name, y in series.items()}
+    return Chart(lines, "layer", ylabel, "layers", y_scale)
 
 
-def stacked_by_layer(series: dict[str, Sequence[float]], ylabel: str):
-    """Draws one bar for each layer, in which the values of the series are stacked. Returns: the figure."""
-    figure, ax = new_figure()
-    bottom = 0.0
-    for name, values in series.items():
-        ax.bar(range(len(values)), values, bottom=bottom, label=name)
-        bottom = bottom + np.array(values)
-    _label(ax, ylabel)
-    legend(ax)
-    return figure
-
-
-def _label(ax, ylabel) -> None:
-    """Labels the axes of a figure over layers."""
-    from matplotlib.ticker import MaxNLocator
-
-    ax.set_xlabel("layer")
-    label_y(ax, ylabel)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+def stacked_by_layer(series: dict[str, Sequence[float]], ylabel: str) -> Chart:
+    """A chart with one bar for each layer, in which the values of the series are stacked."""
+    lines = {name: Line(range(len(values)), values) for name, values in series.items()}
+    return Chart(lines, "layer", ylabel, "layers", is_stacked=True)

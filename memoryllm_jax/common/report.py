@@ -18,12 +18,13 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.errors import ArgumentError
-from memoryllm_jax.common.plots import new_figure
+from memoryllm_jax.common.plots import Chart, new_figure
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -45,6 +46,44 @@ img {{ max-width: 100%; }} code, .t {{ font-family: ui-monospace, monospace; whi
 """
 
 
+class Spread(NamedTuple):
+    """A number that was measured with several seeds: its mean, and its standard deviation."""
+
+    mean: float
+    sd: float
+
+
+class Markup(NamedTuple):
+    """A part of a page as HTML: a heading, a text, a picture."""
+
+    html: str
+
+
+class Table(NamedTuple):
+    """A table of a page, with the arguments of `Report.table`."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence]
+    caption: str
+    csv: str
+
+    @property
+    def html(self) -> str:
+        cells = "".join(f"<th>{html.escape(name)}</th>" for name in self.head)
+        lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in self.rows)
+        note = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        return f'<div class="scroll"><table>{note}<tr>{cells}</tr>{lines}</table></div>'
+
+
+class Figure(NamedTuple):
+    """A figure of a page, with the arguments of `Report.figure`, drawn as `html`."""
+
+    name: str
+    figure: object
+    caption: str
+    html: str
+
+
 class Report:
     """A page that is being filled, and the files beside it.
 
@@ -55,13 +94,15 @@ class Report:
       name: begins the names of the files: NAME.html, NAME.json, NAME-PICTURE.png.
       title: title of the page.
       facts: what the page is about, such as model, checkpoint and data. The command line and the date are added.
+    Attributes:
+      elements: the parts of the page, from top to bottom.
     Raises: UserError if the folder cannot be written to, or matplotlib is not installed.
     """
 
     def __init__(self, folder: str, name: str, title: str, facts: dict[str, str]):
         self.folder, self.name, self.title = folder, name, title
         self.facts = facts | {"command": _command(), "made": f"{datetime.date.today()}"}
-        self._body: list[str] = []
+        self.elements: list[Markup | Table | Figure] = []
         self._pictures: dict[str, bytes] = {}
         # What the page needs at the end is tried here: an analysis can take hours, and its results would be lost.
         new_figure()
@@ -84,44 +125,48 @@ class Report:
 
     def heading(self, text: str) -> None:
         """Adds a heading to the page."""
-        self._body.append(f"<h2>{html.escape(text)}</h2>")
+        self.elements.append(Markup(f"<h2>{html.escape(text)}</h2>"))
 
     def text(self, text: str) -> None:
         """Adds paragraphs, which are separated by blank lines in the text."""
-        self._body += [f"<p>{html.escape(paragraph)}</p>" for paragraph in text.strip().split("\n\n")]
+        self.elements += [Markup(f"<p>{html.escape(paragraph)}</p>") for paragraph in text.strip().split("\n\n")]
 
     def raw(self, markup: str) -> None:
         """Adds HTML without escaping it: the caller has escaped all text in it."""
-        self._body.append(markup)
+        self.elements.append(Markup(markup))
 
     def table(self, head: Sequence[str], rows: Sequence, caption: str = "", csv: str = "") -> None:
         """Adds a table.
 
         Args:
           head: names of the columns.
-          rows: lists of cells: numbers, strings, or lists of strings, which are shown as tokens.
+          rows: lists of cells: numbers, strings, lists of strings, which are shown as tokens, or a `Spread`, which in
+            the CSV file becomes two columns.
           caption: text above the table.
           csv: if given, the table is also written as NAME-`csv`.csv.
         """
+        rows = [list(row) for row in rows]
         if csv:
-            with self.csv(csv, head) as write:
-                write(rows)
-        cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-        lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-        note = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-        self._body.append(f'<div class="scroll"><table>{note}<tr>{cells}</tr>{lines}</table></div>')
+            names, lines = _with_deviations(head, rows)
+            with self.csv(csv, names) as write:
+                write(lines)
+        self.elements.append(Table(head, rows, caption, csv))
 
     def figure(self, name: str, figure, caption: str) -> None:
-        """Adds a matplotlib figure to the page, which is also written as NAME-`name`.png."""
+        """Adds a figure to the page, which is also written as NAME-`name`.png.
+
+        Args:
+          figure: a `Chart`, or a figure of matplotlib.
+        """
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
+        drawn = figure.draw() if isinstance(figure, Chart) else figure
+        drawn.savefig(buffer, format="png", dpi=110)
         self._pictures[name] = buffer.getvalue()
-        data = base64.b64encode(buffer.getvalue()).decode()
-        caption = html.escape(caption)
-        self._body.append(
-            f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{caption}</figcaption></figure>"
+        data, text = base64.b64encode(buffer.getvalue()).decode(), html.escape(caption)
+        markup = (
+            f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
         )
+        self.elements.append(Figure(name, figure, caption, markup))
 
     @contextlib.contextmanager
     def csv(self, name: str, head: Sequence[str]) -> Iterator[Callable[[Iterable], None]]:
@@ -143,16 +188,19 @@ class Report:
         """The path FOLDER/NAME followed by `ending`."""
         return os.path.join(self.folder, self.name + ending)
 
-    def write(self, results) -> str:
+    def write(self, results, **more) -> str:
         """Writes the page, the pictures and the JSON {"facts", "results"}.
 
+        Args:
+          more: more of the JSON.
         Returns: one line that names the page. Raises: UserError if a file cannot be written.
         """
         facts = [f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self.facts.items()]
-        page = _PAGE.format(title=html.escape(self.title), facts="".join(facts), body="\n".join(self._body))
+        body = "\n".join(element.html for element in self.elements)
+        page = _PAGE.format(title=html.escape(self.title), facts="".join(facts), body=body)
         for name, data in self._pictures.items():
             storage.write_bytes(self.path(f"-{name}.png"), data)
-        record = json.dumps({"facts": self.facts, "results": plain(results)})
+        record = json.dumps({"facts": self.facts, "results": plain(results)} | plain(more))
         storage.write_bytes(self.path(".json"), record.encode())
         # The page is written last, so that where there is a page, the other files are complete.
         storage.write_bytes(self.path(".html"), page.encode())
@@ -180,8 +228,25 @@ def embedded_json(tree) -> str:
     return json.dumps(plain(tree), separators=(",", ":")).replace("<", "\\u003c")
 
 
+def _with_deviations(head: Sequence[str], rows: Sequence) -> tuple[list[str], list[list]]:
+    """Head and rows of a CSV file, in which a column with a `Spread` is followed by one of standard deviations."""
+    spread = [any(isinstance(row[i], Spread) for row in rows) for i in range(len(head))]
+    names, lines = [], [[] for _ in rows]
+    for i, name in enumerate(head):
+        names += [name, f"{name}, sd"] if spread[i] else [name]
+        for line, row in zip(lines, rows):
+            if isinstance(row[i], Spread):
+                line += row[i]
+            else:
+                line += [row[i], ""] if spread[i] else [row[i]]
+    return names, lines
+
+
 def _cell(value) -> str:
     """The <td> element of a number, a string or a list of tokens; NaN and infinity make an empty cell."""
+    if isinstance(value, Spread):
+        text = f"{value.mean:.4g} ± {value.sd:.2g}" if np.isfinite(value.mean) else ""
+        return f'<td class="n">{text}</td>'
     if isinstance(value, list):
         return "<td>" + "".join(f'<span class="t">{html.escape(text)}</span>' for text in value) + "</td>"
     if isinstance(value, float | np.floating):

@@ -194,33 +194,22 @@ def _show_settings(page: report.Report, settings: list[Setting], plain_bytes: in
         page.figure(metric.replace(" ", "-"), figure, f"Change of {metric} against size of the rows")
 
 
-def _draw(settings: list[Setting], metric: str):
-    full = settings[0].quality[metric]
-    figure, axis = plots.new_figure()
-    for number, kind in enumerate(("bits", "rank", "budget")):
+def _draw(settings: list[Setting], metric: str) -> plots.Chart:
+    full, lines = settings[0].quality[metric], {}
+    for kind in ("bits", "rank", "budget"):
         chosen = [setting for setting in settings if setting.kind == kind]
         points = sorted((setting.bytes / 1e6, change(setting.quality[metric], full)) for setting in chosen)
         if points:
-            label = kind if kind == "budget" else f"uniform {kind}"
-            axis.plot(*zip(*points), **plots.style_of(number), label=label)
-    axis.axhline(0, color="grey", linewidth=0.8)
-    plots.log_scale(axis, "x")
-    plots.change_scale(axis)
-    axis.set(xlabel="rows and bases, MB", ylabel=f"change of {metric}")
-    plots.legend(axis)
-    return figure
+            lines[kind if kind == "budget" else f"uniform {kind}"] = plots.Line(*zip(*points))
+    return plots.Chart(lines, "rows and bases, MB", f"change of {metric}, %", "log", "change")
 
 
-def _draw_singular(singular):
-    figure, axis = plots.new_figure()
-    last = len(singular) - 1
+def _draw_singular(singular) -> plots.Chart:
+    lines, last = {}, len(singular) - 1
     for layer, values in enumerate(singular):
-        shade = 0.1 + 0.8 * layer / max(last, 1)
+        style = {"color": plots.shade(0.1 + 0.8 * layer / max(last, 1)), "linewidth": 1.2, "marker": ""}
         # The legend of a deep model names only its first and last layer: shades show the order of those between.
-        label = f"layer {layer}" if last < 8 or layer in (0, last) else None
-        axis.plot(range(1, len(values) + 1), values, color=plots.shade(shade), linewidth=1.2, label=label)
-    plots.log_scale(axis)
-    axis.set_ylim(bottom=1e-4)
-    axis.set(xlabel="number of the singular value", ylabel="over the layer's largest")
-    plots.legend(axis)
-    return figure
+        if last >= 8 and layer not in (0, last):
+            style["label"] = "_nolegend_"
+        lines[f"layer {layer}"] = plots.Line(range(1, len(values) + 1), values, style=style | {"linestyle": "-"})
+    return plots.Chart(lines, "number of the singular value", "over the layer's largest", y_scale="log", bottom=1e-4)

@@ -118,18 +118,13 @@ def _alpha_table(page, quality, changes):
     page.table(head, rows, "Quality as FFN outputs are scaled down (Table 1); changes against alpha 1", csv="alpha")
 
 
-def _draw_alpha(changes, metric):
-    figure, axis = plots.new_figure()
-    for number, (name, by_alpha) in enumerate(changes.items()):
-        points = [found[metric] for found in by_alpha.values()]
-        axis.plot(list(by_alpha), points, **plots.style_of(number), label=name)
-    axis.invert_xaxis()
-    axis.set(xlabel="alpha")
-    plots.label_y(axis, f"change of {metric}, %")
-    if metric == PERPLEXITY:
-        plots.change_scale(axis)  # changes may be negative, and reach thousands of percent
-    plots.legend(axis)
-    return figure
+def _draw_alpha(changes, metric) -> plots.Chart:
+    lines = {}
+    for name, by_alpha in changes.items():
+        lines[name] = plots.Line(list(by_alpha), [found[metric] for found in by_alpha.values()])
+    # Changes of perplexity may be negative, and reach thousands of percent.
+    scale = "change" if metric == PERPLEXITY else "linear"
+    return plots.Chart(lines, "alpha", f"change of {metric}, %", "falling", scale)
 
 
 def group_of(task: str) -> str | None:
@@ -267,30 +262,26 @@ def _show_single_layers(page, series: dict[str, Dropped]):
     page.table(head, rows, "Quality without one layer's FFN", csv="layers")
     for metric in metrics:
         lines = {name: [changed[metric] for changed in by_layer] for name, by_layer in changes.items()}
-        figure = plots.by_layer(lines, f"change of {metric}, %")
-        plots.change_scale(figure.axes[0])
         page.figure(
             metric.replace(" ", "-"),
-            figure,
+            plots.by_layer(lines, f"change of {metric}, %", "change"),
             f"Change of {metric} without a layer's FFN (Figures 4 and 12); logarithmic from 1% on",
         )
 
 
 def _show_cumulative(page, dropped: dict[str, list[Drop]], whole: dict[str, float]):
-    figure, axis = plots.new_figure()
-    for number, (name, drops) in enumerate(dropped.items()):
+    lines = {}
+    for name, drops in dropped.items():
         points = [0.0, *(change(drop.cost, whole[name]) for drop in drops)]
-        axis.plot(range(len(points)), points, **plots.style_of(number), label=name)
-    axis.set(xlabel="layers dropped, least harmful first", ylabel="change of perplexity")
-    plots.change_scale(axis)
-    plots.legend(axis)
+        lines[name] = plots.Line(range(len(points)), points)
     page.figure(
         "cumulative",
-        figure,
+        plots.Chart(lines, "layers dropped, least harmful first", "change of perplexity, %", "layers", "change"),
         "Change of perplexity as layers' FFNs are dropped one after another; logarithmic from 1% on",
     )
-    with page.csv("cumulative", ["model", "dropped", "layer", "perplexity"]) as write:
-        write([name, n, *drop] for name, drops in dropped.items() for n, drop in enumerate(drops, 1))
+    rows = [[name, n, *drop] for name, drops in dropped.items() for n, drop in enumerate(drops, 1)]
+    head = ["model", "layers dropped", "last of them", "perplexity"]
+    page.table(head, rows, "Layers' FFNs dropped one after another", csv="cumulative")
 
 
 def _show_cumulative_quality(page, together: dict[str, list[dict[str, float]]]):

@@ -2,14 +2,16 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
 from memoryllm_jax import config
 from memoryllm_jax.checkpoint import run_data
+from memoryllm_jax.checkpoint.seeds import by_seed
 from memoryllm_jax.checkpoint.trained import TrainedModel
-from memoryllm_jax.common import report
+from memoryllm_jax.common import seeds
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.inference.engine import Engine
@@ -78,35 +80,42 @@ class ModelsOptions:
     """The options of commands that compare trained models."""
 
     workdir: Annotated[
-        tuple[str, ...], Option("folder with a trained model's checkpoints; give several to compare models", many=True)
+        tuple[str, ...],
+        Option(
+            "folder with a trained model's checkpoints; give several to compare models, or seeds of each", many=True
+        ),
     ]
     tol: Annotated[str, Option("ToL file that serves the rows of the only --workdir")] = ""
     rows: Annotated[str, Option("where the ToL file's rows are served from: device, host or, by default, disk")] = ""
     dtype: Annotated[str, Option("float32 or bfloat16, for the computation; by default that of the training")] = ""
 
-    def open(self) -> Models:
-        """Reads the models' configs. Raises: UserError."""
-        return Models(self.workdir, self.tol, self.rows, self.dtype)
+    def open(self) -> list[Models]:
+        """Reads the models' configs, seed by seed (`seeds.by_seed`). Raises: UserError."""
+        return [Models(of_seed, self.tol, self.rows, self.dtype) for of_seed in by_seed(self.workdir)]
 
 
-def run(experiment: Callable[..., dict], models: Models, output: str, **chosen) -> str:
-    """Runs an experiment, such as `contribution.alpha`, and writes its page.
+def run(experiment: Callable[..., dict], models: Sequence[Models], output: str, **chosen) -> str:
+    """Runs an experiment, such as `contribution.alpha`, and writes its page; of several seeds as `seeds.write` does.
 
     Args:
+      models: of each seed.
       output: folder for the page and the files beside it, which are named after the experiment.
       chosen: the experiment's options. If its `measure` names neither text nor tasks, it measures on the data that the
         first model was trained on.
     Returns: one line that says what was written. Raises: UserError.
     """
-    name, facts = experiment.__name__, models.facts
-    # `facts | ...` makes a copy: the models may be used for another experiment.
     measure = chosen.get("measure")
     if measure and not measure.text.data and not measure.tasks.tasks:
-        text = dataclasses.replace(measure.text, data=models.data_of(models.labels[0], "data"))
+        text = dataclasses.replace(measure.text, data=models[0].data_of(models[0].labels[0], "data"))
         measure = chosen["measure"] = dataclasses.replace(measure, text=text)
-    if measure:
-        facts = facts | measure.facts()
-    with report.Report(output, name, f"{name}: {', '.join(models.labels)}", facts) as page:
-        # The docstring is the definition of what was measured: the help text and the page give the same one.
-        page.text(inspect.getdoc(experiment))
-        return page.write(experiment(models, page, **chosen))
+    name, more = experiment.__name__, measure.facts() if measure else {}
+    every = (
+        seeds.Seed(
+            f"{name}: {', '.join(of_seed.labels)}",
+            of_seed.facts | more,
+            functools.partial(experiment, of_seed, **chosen),
+        )
+        for of_seed in models
+    )
+    # The docstring is the definition of what was measured: the help text and the page give the same one.
+    return seeds.write(output, name, inspect.getdoc(experiment), every, len(models))

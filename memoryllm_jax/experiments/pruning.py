@@ -10,7 +10,7 @@ from memoryllm_jax.common import plots, report
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import Config
-from memoryllm_jax.evaluation.measure import Measure
+from memoryllm_jax.evaluation.measure import PERPLEXITY, Measure
 from memoryllm_jax.experiments import sparsity
 from memoryllm_jax.experiments.models import Models
 from memoryllm_jax.experiments.sparsity import METHODS, Pattern
@@ -128,26 +128,23 @@ def _show(page: report.Report, points: list[Point]) -> None:
         page.figure(metric.replace(" ", "-"), figure, f"{metric} against active parameters (Figure 11)")
 
 
-def _draw(points: list[Point], metric: str):
-    figure, axis = plots.new_figure()
-    pruned = [p for p in points if p.method]
-    for is_group in (False, True):
-        # Shares of zeros make a line for each method; 2:4 is a single point, a larger empty marker of the same colour.
-        for number, method in enumerate(dict.fromkeys(p.method for p in pruned)):
-            chosen = [p for p in pruned if p.method == method and (":" in p.pattern) == is_group]
-            style, label = plots.style_of(number), f"base, {method}"
-            if is_group:
-                style |= {"linestyle": "", "markersize": 9, "fillstyle": "none"}
-                label += " 2:4"
-            line = sorted((p.active / 1e6, p.quality[metric]) for p in chosen)
-            axis.plot(*zip(*line), **style, label=label)
-    for p in points:
-        if not p.method:
-            at = p.active / 1e6, p.quality[metric]
-            axis.plot(*at, "k*", markersize=9)
-            axis.annotate(p.model, at, xytext=(5, 3), textcoords="offset points", fontsize=8)
-    if metric == "perplexity":
-        plots.log_scale(axis)
-    axis.set(xlabel="active parameters, millions", ylabel=metric)
-    plots.legend(axis)
-    return figure
+def _draw(points: list[Point], metric: str) -> plots.Chart:
+    lines = {}
+    for number, method in enumerate(dict.fromkeys(p.method for p in points if p.method)):
+        of_method = [p for p in points if p.method == method]
+        style = plots.style_of(number)
+        shares = sorted(_at(p, metric) for p in of_method if ":" not in p.pattern)
+        lines[f"base, {method}"] = plots.Line(*zip(*shares), style=style)
+        # 2:4 is a single point, a larger empty marker of the same colour.
+        style = style | {"linestyle": "", "markersize": 9, "fillstyle": "none"}
+        groups = [_at(p, metric) for p in of_method if ":" in p.pattern]
+        lines[f"base, {method} 2:4"] = plots.Line(*zip(*groups), style=style)
+    for number, p in enumerate(point for point in points if not point.method):
+        style = {"linestyle": "", "marker": "*", "markersize": 9, "color": f"C{number}"}
+        lines[p.model] = plots.Line(*zip(_at(p, metric)), style=style)
+    scale = "log" if metric == PERPLEXITY else "linear"
+    return plots.Chart(lines, "active parameters, millions", metric, y_scale=scale)
+
+
+def _at(point: Point, metric: str) -> tuple[float, float]:
+    return point.active / 1e6, point.quality[metric]

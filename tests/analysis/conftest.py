@@ -23,7 +23,7 @@ def run(tmp_path):
 
     def call(command, model, **options):
         output = tmp_path / "out"
-        analysis_run.run(analyze.ANALYSES[command], model, str(output), **options)
+        analysis_run.run(analyze.ANALYSES[command], [model], str(output), **options)
         return json.loads((output / f"{command}.json").read_text())["results"]
 
     return call

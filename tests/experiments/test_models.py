@@ -32,5 +32,5 @@ def test_without_text_or_tasks_the_first_models_own_data_is_read(lab, tmp_path, 
         read.append(measure.text.data)
         return {}
 
-    models_lib.run(experiment, Models([lab.workdir("base")]), str(tmp_path), measure=Measure())
+    models_lib.run(experiment, [Models([lab.workdir("base")])], str(tmp_path), measure=Measure())
     assert read == [lab.data_path] and "data: none is given" in capsys.readouterr().out
