@@ -123,14 +123,14 @@ def _rows(tables: Sequence[Table]) -> list[list] | None:
 
 
 def _cell(values: tuple):
-    """A cell for all seeds: measured numbers as a `Spread`, labels if they are the same; None for labels that differ.
+    """A cell for all seeds: what is the same, or measured numbers as a `Spread`; None for labels that differ.
 
     Whole numbers that differ, such as the layer that is dropped first, stand one after another.
     """
-    if all(isinstance(value, float | np.floating) for value in values):
-        return Spread(float(np.mean(values)), _sd(values))
     if all(value == values[0] for value in values):
         return values[0]
+    if all(isinstance(value, float | np.floating) for value in values):
+        return Spread(float(np.mean(values)), _sd(values))
     if all(isinstance(value, int | np.integer) for value in values):
         return " / ".join(map(str, values))
     return None
@@ -157,7 +157,7 @@ def _chart(charts: Sequence[object]) -> Chart | None:
 
 def mean(results: Sequence[object]):
     """The means of the numbers in trees of JSON. Other leaves stay where all have the same, else all are listed."""
-    return _over(results, lambda values: float(np.mean(values)), _one_or_all)
+    return _over(results, lambda values: _one_or_all(values, float(np.mean(values))), _one_or_all)
 
 
 def deviation(results: Sequence[object]):
@@ -165,8 +165,11 @@ def deviation(results: Sequence[object]):
     return _over(results, _sd, lambda values: None)
 
 
-def _one_or_all(values: Sequence[object]):
-    return values[0] if all(value == values[0] for value in values) else list(values)
+def _one_or_all(values: Sequence[object], otherwise: float | None = None):
+    """The value that all seeds have, or else `otherwise`, or else the list of all values."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    return list(values) if otherwise is None else otherwise
 
 
 def _over(trees: Sequence[object], of_numbers: Callable, of_others: Callable):

@@ -9,6 +9,7 @@ import functools
 import glob
 import itertools
 import json
+import math
 import os
 import random
 import tempfile
@@ -27,6 +28,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 from memoryllm_jax.common import hosts, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError, one_line
 from memoryllm_jax.common.progress import Progress
+from memoryllm_jax.evaluation.scores import Score
 from memoryllm_jax.inference import scoring
 from memoryllm_jax.inference.decoder import bucket
 from memoryllm_jax.inference.engine import Engine
@@ -253,22 +255,22 @@ class Tasks:
                 raise ArgumentError("tasks", f"expected names of tasks, found {name!r}{hint}")
             self._names += found
 
-    def scores(self, model: Engine, num_fewshot: int | None = None, limit: float = 0) -> dict[str, tuple[str, float]]:
-        """Scores tasks by one metric each.
+    def scores(self, model: Engine, num_fewshot: int | None = None, limit: float = 0) -> dict[str, Score]:
+        """Scores tasks by one metric each: accuracy ("acc") if the task has it, else its first one.
 
         Args:
           num_fewshot, limit: as for `run`.
-        Returns: {task: (metric, value)}; the metric is accuracy ("acc") if the task has it, else its first one.
-        Raises: UserError.
+        Returns: {"TASK": accuracy, "TASK METRIC": where a task has no accuracy}. Raises: UserError.
         """
-        results = self._evaluate(model, num_fewshot, limit, bootstrap_iters=0)
+        results = self._evaluate(model, num_fewshot, limit, bootstrap_iters=0, log_samples=True)
         scores = {}
         for task, higher_is_better in results["higher_is_better"].items():
             # The harness names a value METRIC,FILTER.
             values = {key.partition(",")[0]: value for key, value in results["results"][task].items()}
             metrics = [metric for metric in ("acc", *higher_is_better) if metric in values]
             if metrics:  # a group of tasks may have no score of its own
-                scores[task] = metrics[0], float(values[metrics[0]])
+                name = task if metrics[0] == "acc" else f"{task} {metrics[0]}"
+                scores[name] = _score(values[metrics[0]], results["samples"].get(task, []), metrics[0])
         return scores
 
     def load(self) -> None:
@@ -404,6 +406,16 @@ def _numbers(results, task) -> dict[str, float]:
     samples = results["n-samples"]
     members = results["group_subtasks"].get(task) or [task]
     return found | {"n": sum(samples[name]["effective"] for name in members if name in samples)}
+
+
+def _score(value: float, samples: list[dict], metric: str) -> Score:
+    """A metric's value with what each example has of it, if the value is the mean of these."""
+    of_examples = [sample.get(metric) for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    if of_examples and all(isinstance(one, int | float) for one in of_examples):
+        score = Score.of_examples(of_examples)
+        if math.isclose(score.value, value):  # others, such as perplexities, are no means
+            return score
+    return Score(float(value))
 
 
 def _save(tracker, results, folder, output):

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
-import math
 from typing import Annotated
+
+import numpy as np
 
 from memoryllm_jax.common import errors, options
 from memoryllm_jax.common.errors import ArgumentError
@@ -12,6 +13,7 @@ from memoryllm_jax.data import dataset, documents
 from memoryllm_jax.data.dataset import Split
 from memoryllm_jax.evaluation import perplexity
 from memoryllm_jax.evaluation.perplexity import Text, Windows
+from memoryllm_jax.evaluation.scores import Score
 from memoryllm_jax.inference.engine import Engine
 
 PERPLEXITY = "perplexity"
@@ -126,7 +128,7 @@ class Measure:
         """Facts for the caption of a page."""
         return self.text.facts() | self.tasks.facts()
 
-    def __call__(self, model: Engine) -> dict[str, float]:
+    def __call__(self, model: Engine) -> dict[str, Score]:
         """Measures a model.
 
         Returns: {"perplexity": of the text's tokens, "TASK": accuracy, "TASK METRIC": where a task has no accuracy}.
@@ -135,18 +137,27 @@ class Measure:
         if self.text.data:
             found[PERPLEXITY] = self.perplexity(model)
         if self.tasks.tasks:
-            scores = self._harness.scores(model, self.tasks.num_fewshot, self.tasks.limit)
-            for task, (metric, value) in scores.items():
-                found[task if metric == "acc" else f"{task} {metric}"] = value
+            found |= self._harness.scores(model, self.tasks.num_fewshot, self.tasks.limit)
         return found
 
-    def perplexity(self, model: Engine) -> float:
+    def perplexity(self, model: Engine) -> Score:
         """Perplexity of the text's tokens, in windows of the model's context."""
         # Windows that do not overlap: experiments measure many variants, and need differences more than the last digit.
         first_id = perplexity.first_id(model)
         windows = Windows(model.context, model.context, self.text.max_tokens, first_id=first_id)
         text = self._opened_text(model.trained, windows)
-        return perplexity.perplexity(model, text, windows)["perplexity"]
+        starts = model.tokenizer.bos_id if model.tokenizer.bos_id is not None else model.tokenizer.eos_id
+        nats_N, document_N, document = [], [], 0
+        for window in perplexity.scored_windows(model, text, windows):
+            # A target is of the document of the token before it. Without ids that show where documents begin, each
+            # window counts as one.
+            begins_T = window.ids[:-1] == starts if starts is not None else np.arange(len(window.ids) - 1) == 0
+            nats_N.append(-window.log_probs_T)
+            document_N.append(document + np.cumsum(begins_T))
+            document = document_N[-1][-1]
+        document_N = np.concatenate(document_N)
+        document_N -= document_N[0]
+        return Score.of_losses(np.bincount(document_N, np.concatenate(nats_N)), np.bincount(document_N))
 
     # Opened when first needed and then kept: an experiment measures many variants on the same text and tasks.
     # `cached_property` can do so in a frozen dataclass, as it writes to __dict__ and not through __setattr__.
@@ -164,8 +175,3 @@ class Measure:
         if key not in self._opened:
             self._opened[key] = self.text.open(trained.tokenizer, windows, trained.workdir)
         return self._opened[key]
-
-
-def change(value: float, full: float) -> float:
-    """Change from `full` to `value`, in percent of `full`; NaN if `full` is 0."""
-    return 100 * (value / full - 1) if full else math.nan

@@ -144,32 +144,18 @@ def perplexity(
       of tokens, words and bytes that these are means over, and the loss by context; of a mixture also "sources",
       {name: loss, perplexity, bits per byte and tokens of one source}.
     """
-    spans, part_of = [], []  # the number of the part that each span is of
-    for number, part in enumerate(text.parts):
-        found = list(windows.spans(part.stop - part.start, part.start))
-        spans += found
-        part_of += [number] * len(found)
-    total = sum(span.stop - span.start - 1 for span in spans)
-    progress = Progress("score", total, "token", enabled=report is None, report=report)
     # Sums over all windows, by the number of tokens before the predicted one in its window, or in its document.
     nats_T = np.zeros(windows.context)
     predicted_T = np.zeros(windows.context, np.int64)
     nats_of_parts = np.zeros(len(text.parts))
-    saved = []
-    step = max(1, _CHUNK // windows.context)  # windows whose ids are in memory at a time
-    for first in range(0, len(spans), step):
-        chosen, numbers = spans[first : first + step], part_of[first : first + step]
-        pieces = text.read_each([span.start for span in chosen], windows.context + 1)
-        ids = [piece[: span.stop - span.start] for piece, span in zip(pieces, chosen)]
-        found = score_windows(model, ids, windows, progress, positions)
-        for number, span, scores in zip(numbers, chosen, found):
-            log_probs_T, before_T = (x_T[span.skipped :] for x_T in scores)
-            np.subtract.at(nats_T, before_T, log_probs_T)
-            np.add.at(predicted_T, before_T, 1)
-            nats_of_parts[number] -= log_probs_T.sum(dtype=np.float64)
+    saved, spans = [], 0
+    for window in scored_windows(model, text, windows, report, positions):
+        np.subtract.at(nats_T, window.before_T, window.log_probs_T)
+        np.add.at(predicted_T, window.before_T, 1)
+        nats_of_parts[window.part] -= window.log_probs_T.sum(dtype=np.float64)
+        spans += 1
         if save_tokens:
-            saved += ids
-    progress.close()
+            saved.append(window.ids)
     if save_tokens:
         buffer = io.BytesIO()
         np.save(buffer, np.stack(saved))
@@ -182,7 +168,7 @@ def perplexity(
         "word_perplexity": math.exp(min(nats / max(text.words, 1), 700.0)),  # exp overflows above 709
         "words": round(text.words),
         "bytes": round(text_bytes),
-        "windows": len(spans),
+        "windows": spans,
         "context": windows.context,
         "stride": windows.stride,
         "document_mask": windows.first_id is not None,
@@ -191,6 +177,46 @@ def perplexity(
     if any(part.name for part in text.parts):
         result["sources"] = _by_source(text.parts, nats_of_parts.tolist())
     return result
+
+
+class ScoredWindow(NamedTuple):
+    """The scores of the targets of a window that no earlier window has scored.
+
+    part: number of the window's part in `Text.parts`.
+    ids: all token ids of the window; the targets are the last ones.
+    log_probs_T, before_T: as in `WindowScores`.
+    """
+
+    part: int
+    ids: np.ndarray
+    log_probs_T: np.ndarray
+    before_T: np.ndarray
+
+
+def scored_windows(
+    model: Engine,
+    text: Text,
+    windows: Windows,
+    report: Callable[[float], None] | None = None,
+    positions: int = scoring.POSITIONS,
+) -> Iterator[ScoredWindow]:
+    """Scores the windows of a text, one after another. The arguments are those of `perplexity`."""
+    spans, part_of = [], []  # the number of the part that each span is of
+    for number, part in enumerate(text.parts):
+        found = list(windows.spans(part.stop - part.start, part.start))
+        spans += found
+        part_of += [number] * len(found)
+    total = sum(span.stop - span.start - 1 for span in spans)
+    progress = Progress("score", total, "token", enabled=report is None, report=report)
+    step = max(1, _CHUNK // windows.context)  # windows whose ids are in memory at a time
+    for first in range(0, len(spans), step):
+        chosen = spans[first : first + step]
+        pieces = text.read_each([span.start for span in chosen], windows.context + 1)
+        ids = [piece[: span.stop - span.start] for piece, span in zip(pieces, chosen)]
+        found = score_windows(model, ids, windows, progress, positions)
+        for number, span, of_window, scores in zip(part_of[first:], chosen, ids, found):
+            yield ScoredWindow(number, of_window, *(x_T[span.skipped :] for x_T in scores))
+    progress.close()
 
 
 class WindowScores(NamedTuple):

@@ -11,7 +11,9 @@ from memoryllm_jax.common import plots, report
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import statistics
-from memoryllm_jax.evaluation.measure import Measure, change
+from memoryllm_jax.evaluation import scores
+from memoryllm_jax.evaluation.measure import Measure
+from memoryllm_jax.evaluation.scores import Score
 from memoryllm_jax.experiments.models import Models
 from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.model.token_memory import TokenRows
@@ -75,7 +77,7 @@ class Setting(NamedTuple):
     kind: str
     setting: str
     bytes: int
-    quality: dict[str, float]
+    quality: dict[str, Score]
 
 
 def compression(
@@ -93,7 +95,8 @@ def compression(
     vectors of a layer's rows, at 16 bits; every token has the same weight in the SVD. The budget mode is given the size
     of each uniform setting. It is planned on every second window of the held-out split of --calibration, so --data
     should be other text, or the training split. Singular values are relative to the largest of their layer. Sizes are
-    those of rows and bases; changes are relative to full rows.
+    those of rows and bases; changes are relative to full rows, with standard errors over documents of the text and
+    examples of the tasks.
     """
     if models.tol:
         raise ArgumentError("tol", "expected none, as rows are compressed here")
@@ -113,7 +116,19 @@ def compression(
     page.figure("singular", _draw_singular(trial.singular), "Singular values of each layer's rows (Figure 13)")
     with page.csv("singular", ["layer", "number", "singular value over the largest"]) as write:
         write([layer, n, value] for layer, values in enumerate(trial.singular) for n, value in enumerate(values))
-    return {"settings": [setting._asdict() for setting in settings], "singular_values": trial.singular}
+    return {"settings": _records(settings), "singular_values": trial.singular}
+
+
+def _records(settings: list[Setting]) -> list[dict]:
+    """What the JSON file has of each setting: its quality, and changes relative to full rows with their errors."""
+    full, records = settings[0].quality, []
+    for setting in settings:
+        changes = scores.changes(setting.quality, full)
+        quality = {"quality": scores.values(setting.quality)}
+        records.append(
+            setting._asdict() | quality | {"changes": scores.percent(changes), "errors": scores.errors(changes)}
+        )
+    return records
 
 
 class _Trial:
@@ -154,7 +169,7 @@ class _Trial:
 
     def _measure(self, kind, name, size, measure):
         found = measure(self.model)
-        print(f"{name}: {size:,} bytes, {found}", flush=True)
+        print(f"{name}: {size:,} bytes, {scores.text(found)}", flush=True)
         return Setting(kind, name, size, found)
 
 
@@ -181,12 +196,13 @@ def _measure_settings(trial: _Trial, layouts: list[tuple[str, str, Layout]], mea
 
 def _show_settings(page: report.Report, settings: list[Setting], plain_bytes: int, label: str) -> None:
     full = settings[0].quality
-    head = ["kind", "setting", "bytes", "saved, %", *full, *(f"{metric} change, %" for metric in full)]
+    head = ["kind", "setting", "bytes", "saved, %", *full, *scores.change_columns(full)]
     rows = []
     for setting in settings:
-        changes = [change(setting.quality[metric], full[metric]) for metric in full]
+        changes = scores.change_cells(scores.changes(setting.quality, full))
         saved = 100 * (1 - setting.bytes / plain_bytes)
-        rows.append([setting.kind, setting.setting, setting.bytes, saved, *setting.quality.values(), *changes])
+        values = scores.values(setting.quality).values()
+        rows.append([setting.kind, setting.setting, setting.bytes, saved, *values, *changes])
     caption = f"Compressed rows of {label} (Tables 7 and 8); saved: relative to 16 bits"
     page.table(head, rows, caption, csv="settings")
     for metric in full:
@@ -198,7 +214,7 @@ def _draw(settings: list[Setting], metric: str) -> plots.Chart:
     full, lines = settings[0].quality[metric], {}
     for kind in ("bits", "rank", "budget"):
         chosen = [setting for setting in settings if setting.kind == kind]
-        points = sorted((setting.bytes / 1e6, change(setting.quality[metric], full)) for setting in chosen)
+        points = sorted((setting.bytes / 1e6, *setting.quality[metric].change(full)) for setting in chosen)
         if points:
             lines[kind if kind == "budget" else f"uniform {kind}"] = plots.Line(*zip(*points))
     return plots.Chart(lines, "rows and bases, MB", f"change of {metric}, %", "log", "change")

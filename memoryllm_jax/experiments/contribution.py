@@ -8,15 +8,18 @@ from memoryllm_jax.common import plots, report
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import ModelConfig
-from memoryllm_jax.evaluation.measure import PERPLEXITY, Measure, change
+from memoryllm_jax.evaluation import scores
+from memoryllm_jax.evaluation.measure import PERPLEXITY, Measure
+from memoryllm_jax.evaluation.scores import Change, Score
 from memoryllm_jax.experiments.models import Models
 from memoryllm_jax.inference.engine import Contribution, Engine
 
 ALPHAS = ("1.0", "0.9", "0.8", "0.7", "0.6", "0.5")
-# The paper's groups of tasks (Table 1), by the beginnings of the tasks' names in the harness.
+# The paper's groups of tasks (Table 1), by the beginnings of the tasks' names in the harness. Tasks of
+# benchmarks/recall_reasoning.py, and others of one's own, name their group.
 GROUPS = {
-    "recall": ("lambada", "sciq", "arc_easy"),
-    "reasoning": ("hellaswag", "winogrande", "boolq", "piqa"),
+    "recall": ("lambada", "sciq", "arc_easy", "recall_"),
+    "reasoning": ("hellaswag", "winogrande", "boolq", "piqa", "reasoning_"),
 }
 
 
@@ -63,24 +66,32 @@ def alpha(
     """FFN outputs are multiplied by alpha in every layer (MemoryLLM, Table 1 and Figure 7).
 
     In base alpha scales the FFN, in memory FFN-M. In flex it scales either FFN-M or FFN-C, and the other one stays
-    whole. Changes are relative to alpha 1, in percent. Recall (LAMBADA, SciQ, ARC-Easy) and reasoning (HellaSwag,
-    WinoGrande, BoolQ, PIQA) are the paper's groups of tasks; the change of a group is the mean over its tasks that ran.
+    whole. Changes are relative to alpha 1, in percent, with standard errors over documents of the text and examples of
+    the tasks. Recall (LAMBADA, SciQ, ARC-Easy, recall_*) and reasoning (HellaSwag, WinoGrande, BoolQ, PIQA,
+    reasoning_*) are the paper's groups of tasks, and those whose names begin so; the change of a group is the mean over
+    its tasks that ran.
     """
     values = _alphas(alphas)
-    quality: dict[str, dict[float, dict[str, float]]] = {}
+    quality: dict[str, dict[float, dict[str, Score]]] = {}
     for label, model in models:
         for part in parts(model.config, label):
             quality[part.name] = {}
             for value in values:
                 model.contribute(Contribution(**{part.alpha: value}))
                 quality[part.name][value] = found = measure(model)
-                print(f"{part.name}, alpha {value:g}: {_text(found)}", flush=True)
+                print(f"{part.name}, alpha {value:g}: {scores.text(found)}", flush=True)
     changes = {name: _changes_by_alpha(by_alpha) for name, by_alpha in quality.items()}
     _alpha_table(page, quality, changes)
     for metric in _names(changes):
         figure = _draw_alpha(changes, metric)
         page.figure(metric.replace(" ", "-"), figure, f"Change of {metric} against alpha (Figure 7)")
-    return {"quality": quality, "changes": changes}
+    return {
+        "quality": {name: {value: scores.values(found) for value, found in of.items()} for name, of in quality.items()},
+        "changes": {
+            name: {value: scores.percent(found) for value, found in of.items()} for name, of in changes.items()
+        },
+        "errors": {name: {value: scores.errors(found) for value, found in of.items()} for name, of in changes.items()},
+    }
 
 
 def _alphas(texts: Iterable[str]) -> list[float]:
@@ -94,11 +105,11 @@ def _alphas(texts: Iterable[str]) -> list[float]:
     return sorted({1.0, *values}, reverse=True)
 
 
-def _changes_by_alpha(by_alpha: dict[float, dict[str, float]]) -> dict[float, dict[str, float]]:
-    """Changes against alpha 1, in percent, of each metric and of each group of tasks."""
+def _changes_by_alpha(by_alpha: dict[float, dict[str, Score]]) -> dict[float, dict[str, Change]]:
+    """Changes against alpha 1 of each metric and of each group of tasks."""
     changes = {}
     for value, found in by_alpha.items():
-        relative = {metric: change(found[metric], full) for metric, full in by_alpha[1.0].items()}
+        relative = scores.changes(found, by_alpha[1.0])
         changes[value] = relative | group_means(relative)
     return changes
 
@@ -110,18 +121,21 @@ def _names(by_series):
 
 
 def _alpha_table(page, quality, changes):
-    head = ["model", "alpha", *_names(quality), *(f"{name} change, %" for name in _names(changes))]
+    head = ["model", "alpha", *_names(quality), *scores.change_columns(_names(changes))]
     rows = []
     for name, by_alpha in quality.items():
         for value, found in by_alpha.items():
-            rows.append([name, value, *found.values(), *changes[name][value].values()])
+            rows.append(
+                [name, f"{value:g}", *scores.values(found).values(), *scores.change_cells(changes[name][value])]
+            )
     page.table(head, rows, "Quality as FFN outputs are scaled down (Table 1); changes against alpha 1", csv="alpha")
 
 
 def _draw_alpha(changes, metric) -> plots.Chart:
     lines = {}
     for name, by_alpha in changes.items():
-        lines[name] = plots.Line(list(by_alpha), [found[metric] for found in by_alpha.values()])
+        of_metric = [found[metric] for found in by_alpha.values()]
+        lines[name] = plots.Line(list(by_alpha), *zip(*of_metric))
     # Changes of perplexity may be negative, and reach thousands of percent.
     scale = "change" if metric == PERPLEXITY else "linear"
     return plots.Chart(lines, "alpha", f"change of {metric}, %", "falling", scale)
@@ -135,13 +149,15 @@ def group_of(task: str) -> str | None:
     return None
 
 
-def group_means(changes: dict[str, float]) -> dict[str, float]:
+def group_means(changes: dict[str, Change]) -> dict[str, Change]:
     """Mean change of each group's tasks, without those whose change is NaN, as the whole model's score is 0."""
     means = {}
     for group in GROUPS:
-        found = [value for task, value in changes.items() if group_of(task) == group and math.isfinite(value)]
+        found = [one for task, one in changes.items() if group_of(task) == group and math.isfinite(one.percent)]
         if found:
-            means[group] = sum(found) / len(found)
+            # The tasks' examples are drawn independently.
+            error = math.sqrt(sum(one.error**2 for one in found)) / len(found)
+            means[group] = Change(sum(one.percent for one in found) / len(found), error)
     return means
 
 
@@ -164,10 +180,10 @@ class Dropped(NamedTuple):
     cumulative_quality: quality after each of these drops; empty without tasks.
     """
 
-    whole: dict[str, float]
-    without_layer: list[dict[str, float]]
+    whole: dict[str, Score]
+    without_layer: list[dict[str, Score]]
     cumulative: list[Drop]
-    cumulative_quality: list[dict[str, float]]
+    cumulative_quality: list[dict[str, Score]]
 
 
 def layers(
@@ -180,8 +196,9 @@ def layers(
     """The FFN of one layer is dropped, for each layer (MemoryLLM, Figures 4 and 12); then those of several layers.
 
     In base that is the layer's FFN, in memory its FFN-M, live or looked up. In flex it is either FFN-M or FFN-C, and
-    the other one stays. Changes are relative to the whole model, in percent. The cumulative part then drops one layer
-    after another, each time the one without which perplexity rises least, until --cumulative are gone (0: all).
+    the other one stays. Changes are relative to the whole model, in percent, with standard errors over documents of the
+    text and examples of the tasks. The cumulative part then drops one layer after another, each time the one without
+    which perplexity rises least, until --cumulative are gone (0: all).
     """
     if cumulative and not measure.text.data:
         raise ArgumentError("cumulative", "expected data too, as layers are chosen by their effect on perplexity")
@@ -196,14 +213,14 @@ def layers(
     together = {name: found.cumulative_quality for name, found in series.items() if found.cumulative_quality}
     _show_single_layers(page, series)
     if dropped:
-        _show_cumulative(page, dropped, {name: series[name].whole[PERPLEXITY] for name in dropped})
+        _show_cumulative(page, dropped, {name: series[name].whole[PERPLEXITY].value for name in dropped})
     if together:
         _show_cumulative_quality(page, together)
     return {
-        "whole": {name: found.whole for name, found in series.items()},
-        "without_layer": {name: found.without_layer for name, found in series.items()},
+        "whole": {name: scores.values(found.whole) for name, found in series.items()},
+        "without_layer": {name: [scores.values(one) for one in found.without_layer] for name, found in series.items()},
         "cumulative": dropped,
-        "cumulative_quality": together,
+        "cumulative_quality": {name: [scores.values(one) for one in steps] for name, steps in together.items()},
     }
 
 
@@ -215,14 +232,15 @@ def _drop_layers(model: Engine, part: Part, measure: Measure, count: int) -> Dro
         return model
 
     whole = measure(without())
-    print(f"{part.name}: {_text(whole)}", flush=True)
+    print(f"{part.name}: {scores.text(whole)}", flush=True)
     singles = []
     for layer in range(model.config.layers):
         singles.append(measure(without(layer)))
-        print(f"{part.name} without layer {layer}: {_text(singles[-1])}", flush=True)
+        print(f"{part.name} without layer {layer}: {scores.text(singles[-1])}", flush=True)
     if PERPLEXITY not in whole:
         return Dropped(whole, singles, [], [])
-    drops = greedy(lambda gone: measure.perplexity(without(*gone)), [found[PERPLEXITY] for found in singles], count)
+    costs = [found[PERPLEXITY].value for found in singles]
+    drops = greedy(lambda gone: measure.perplexity(without(*gone)).value, costs, count)
     order = [drop.layer for drop in drops]
     print(f"{part.name}: dropped in the order {', '.join(map(str, order))}", flush=True)
     together = []
@@ -252,19 +270,28 @@ def greedy(cost_without: Callable[[list[int]], float], singles: list[float], cou
 
 def _show_single_layers(page, series: dict[str, Dropped]):
     metrics = list(next(iter(series.values())).whole)
-    changes = {}
-    rows = [[name, "none", *found.whole.values(), *[0.0] * len(metrics)] for name, found in series.items()]
+    changes, rows = {}, []
     for name, found in series.items():
-        changes[name] = [{m: change(one[m], found.whole[m]) for m in metrics} for one in found.without_layer]
+        changes[name] = [scores.changes(one, found.whole) for one in found.without_layer]
+        rows.append(
+            [
+                name,
+                "none",
+                *scores.values(found.whole).values(),
+                *scores.change_cells(scores.changes(found.whole, found.whole)),
+            ]
+        )
         for layer, (one, changed) in enumerate(zip(found.without_layer, changes[name])):
-            rows.append([name, layer, *one.values(), *changed.values()])
-    head = ["model", "layer dropped", *metrics, *(f"{metric} change, %" for metric in metrics)]
+            rows.append([name, layer, *scores.values(one).values(), *scores.change_cells(changed)])
+    head = ["model", "layer dropped", *metrics, *scores.change_columns(metrics)]
     page.table(head, rows, "Quality without one layer's FFN", csv="layers")
     for metric in metrics:
-        lines = {name: [changed[metric] for changed in by_layer] for name, by_layer in changes.items()}
+        lines = {}
+        for name, by_layer in changes.items():
+            lines[name] = plots.Line(range(len(by_layer)), *zip(*(changed[metric] for changed in by_layer)))
         page.figure(
             metric.replace(" ", "-"),
-            plots.by_layer(lines, f"change of {metric}, %", "change"),
+            plots.Chart(lines, "layer", f"change of {metric}, %", "layers", "change"),
             f"Change of {metric} without a layer's FFN (Figures 4 and 12); logarithmic from 1% on",
         )
 
@@ -272,7 +299,7 @@ def _show_single_layers(page, series: dict[str, Dropped]):
 def _show_cumulative(page, dropped: dict[str, list[Drop]], whole: dict[str, float]):
     lines = {}
     for name, drops in dropped.items():
-        points = [0.0, *(change(drop.cost, whole[name]) for drop in drops)]
+        points = [0.0, *(100 * (drop.cost / whole[name] - 1) for drop in drops)]
         lines[name] = plots.Line(range(len(points)), points)
     page.figure(
         "cumulative",
@@ -284,11 +311,11 @@ def _show_cumulative(page, dropped: dict[str, list[Drop]], whole: dict[str, floa
     page.table(head, rows, "Layers' FFNs dropped one after another", csv="cumulative")
 
 
-def _show_cumulative_quality(page, together: dict[str, list[dict[str, float]]]):
+def _show_cumulative_quality(page, together: dict[str, list[dict[str, Score]]]):
     metrics = list(next(iter(together.values()))[0])
-    rows = [[name, n, *found.values()] for name, steps in together.items() for n, found in enumerate(steps, 1)]
+    rows = [
+        [name, n, *scores.values(found).values()]
+        for name, steps in together.items()
+        for n, found in enumerate(steps, 1)
+    ]
     page.table(["model", "layers dropped", *metrics], rows, "Quality as layers' FFNs are dropped one after another")
-
-
-def _text(found):
-    return ", ".join(f"{metric} {value:.4f}" for metric, value in found.items())

@@ -10,7 +10,9 @@ from memoryllm_jax.common import plots, report
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.config import Config
+from memoryllm_jax.evaluation import scores
 from memoryllm_jax.evaluation.measure import PERPLEXITY, Measure
+from memoryllm_jax.evaluation.scores import Score
 from memoryllm_jax.experiments import sparsity
 from memoryllm_jax.experiments.models import Models
 from memoryllm_jax.experiments.sparsity import METHODS, Pattern
@@ -33,7 +35,7 @@ class Point(NamedTuple):
     method: str
     pattern: str
     active: int
-    quality: dict[str, float]
+    quality: dict[str, Score]
 
 
 def pruning(
@@ -51,6 +53,7 @@ def pruning(
     base as many active parameters as memory, flex-1, flex-2 and flex-3 of its shape have. Another pattern sets two of
     every four weights to zero (2:4), which at the usual shape leaves about flex-2's count. Methods are calibrated on
     the first --windows windows of the training split of --calibration. The other models are drawn on the same axes.
+    Errors are standard errors over documents of the text and examples of the tasks.
     """
     # All that the configs can show is refused here, before the first model is loaded and measured.
     for method in methods:
@@ -69,7 +72,13 @@ def pruning(
             windows_NT = _calibration(calibration, windows, model)
             points += _pruned(model, label, measure, windows_NT, methods)
     _show(page, points)
-    return {"points": [point._asdict() for point in points]}
+    return {"points": [_record(point) for point in points]}
+
+
+def _record(point: Point) -> dict:
+    """What the JSON file has of a point."""
+    errors = {metric: score.error for metric, score in point.quality.items()}
+    return point._asdict() | {"quality": scores.values(point.quality), "errors": errors}
 
 
 def _calibration(path: str, windows: int, model: Engine) -> np.ndarray:
@@ -113,14 +122,19 @@ def _pruned(model: Engine, label: str, measure: Measure, windows_NT: np.ndarray,
             # The decoder keeps its compiled functions and takes other weights, so that no point compiles anew.
             model.decoder = whole.with_params(layers=pruned["layers"])
             points.append(Point(label, method, str(pattern), sparsity.nonzeros(pruned) + norms, measure(model)))
-            print(f"{label}, {method} {pattern}: {points[-1].active:,} active, {points[-1].quality}", flush=True)
+            found = scores.text(points[-1].quality)
+            print(f"{label}, {method} {pattern}: {points[-1].active:,} active, {found}", flush=True)
     return points
 
 
 def _show(page: report.Report, points: list[Point]) -> None:
     metrics = list(points[0].quality)
-    head = ["model", "pruned by", "pattern", "active parameters", *metrics]
-    rows = [[p.model, p.method, p.pattern, p.active, *p.quality.values()] for p in points]
+    head = ["model", "pruned by", "pattern", "active parameters"]
+    head += [column for metric in metrics for column in (metric, "its error")]
+    rows = []
+    for p in points:
+        numbers = [number for score in p.quality.values() for number in (score.value, score.error)]
+        rows.append([p.model, p.method, p.pattern, p.active, *numbers])
     caption = "Pruned base beside whole models; active: weights of attention, FFN-C and norms that are not zero"
     page.table(head, rows, caption, csv="points")
     for metric in metrics:
@@ -146,5 +160,6 @@ def _draw(points: list[Point], metric: str) -> plots.Chart:
     return plots.Chart(lines, "active parameters, millions", metric, y_scale=scale)
 
 
-def _at(point: Point, metric: str) -> tuple[float, float]:
-    return point.active / 1e6, point.quality[metric]
+def _at(point: Point, metric: str) -> tuple[float, float, float]:
+    score = point.quality[metric]
+    return point.active / 1e6, score.value, score.error

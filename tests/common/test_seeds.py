@@ -35,7 +35,7 @@ def test_a_page_of_several_seeds_has_means_and_deviations(tmp_path, monkeypatch)
     assert list(csv.reader(open(tmp_path / "losses-losses.csv"))) == [
         ["model", "layer", "loss", "loss, sd"],
         ["base", "5 / 3 / 5", "2.0", "1.0"],
-        ["memory", "3", "1.0", "0.0"],
+        ["memory", "3", "1.0", ""],
     ]
     assert drawn["base"].y.tolist() == [2.0, 2.0] and drawn["base"].error.tolist() == [1.0, 0.0]
     assert json.loads((tmp_path / "seed-1" / "losses.json").read_text())["results"]["word"] == "b"

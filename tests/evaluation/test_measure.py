@@ -1,12 +1,10 @@
 """Options of texts and tasks: values that they refuse, and how pages describe them."""
 
-import math
-
 import pytest
 
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.evaluation import record
-from memoryllm_jax.evaluation.measure import TaskOptions, TextOptions, change
+from memoryllm_jax.evaluation.measure import TaskOptions, TextOptions
 from memoryllm_jax.evaluation.perplexity import Windows
 from memoryllm_jax.evaluation.record import WindowedText
 
@@ -49,10 +47,6 @@ def test_windows_of_options_and_their_description():
     tasks = TaskOptions(("piqa", "sciq"), num_fewshot=2, limit=0.5)
     assert tasks.facts() == {"tasks": "piqa, sciq, 50% of the documents, 2 examples in a prompt"}
     assert TaskOptions(("piqa",), limit=3).facts() == {"tasks": "piqa, 3 documents each"}
-
-
-def test_changes_are_relative_in_percent():
-    assert change(3.0, 2.0) == 50 and math.isnan(change(1.0, 0.0))
 
 
 def test_without_data_the_models_own_is_scored(lab):

@@ -8,6 +8,7 @@ from lab import TOKENS, loss_on, run_experiment
 
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.evaluation.measure import Measure, TextOptions
+from memoryllm_jax.evaluation.scores import Change
 from memoryllm_jax.experiments import contribution
 from memoryllm_jax.experiments.models import Models
 from memoryllm_jax.inference.engine import Contribution
@@ -54,6 +55,9 @@ def test_the_greedy_order_measures_each_layer_without_those_dropped_before():
 def test_tasks_are_grouped_as_in_the_paper_and_groups_are_means():
     assert contribution.group_of("lambada_local") == "recall" and contribution.group_of("piqa_local") == "reasoning"
     assert contribution.group_of("wikitext word_perplexity") is None
-    changes = {"sciq": -10.0, "arc_easy": -20.0, "piqa": 1.0, "perplexity": 5.0}
-    assert contribution.group_means(changes) == {"recall": -15.0, "reasoning": 1.0}
-    assert contribution.group_means({"lambada_local": math.nan, "sciq": -10.0}) == {"recall": -10.0}
+    assert contribution.group_of("recall_stated") == "recall" and contribution.group_of("reasoning_copy") == "reasoning"
+    found = {"sciq": Change(-10.0, 3.0), "arc_easy": Change(-20.0, 4.0), "piqa": Change(1.0, 2.0)}
+    means = contribution.group_means(found | {"perplexity": Change(5.0, 1.0)})
+    assert means == {"recall": Change(-15.0, 2.5), "reasoning": Change(1.0, 2.0)}
+    found = {"lambada_local": Change(math.nan, math.nan), "sciq": Change(-10.0, 3.0)}
+    assert contribution.group_means(found) == {"recall": Change(-10.0, 3.0)}

@@ -102,7 +102,7 @@ def test_tasks_score_the_parameters_in_place_as_evaluate_scores_the_checkpoint(l
     assert scores(training.params) is None
     with lab.model("flex-3", devices=2) as model:
         whole = harness.Tasks(["piqa_local"], data=str(tmp_path)).scores(model)
-    assert result["piqa_local"]["acc"] == whole["piqa_local"][1]
+    assert result["piqa_local"]["acc"] == whole["piqa_local"].value
     assert (
         result == {"piqa_local": result["piqa_local"] | {"n": 5}} and scores.asked == "piqa_local: all examples of each"
     )
