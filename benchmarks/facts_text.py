@@ -37,8 +37,8 @@ def write(folder: str, english: str, world: World, vocab_size: int, characters: 
     documents = list(_up_to(characters, _pieces(os.path.join(english, "train-*.json.gz"))))
     world_documents = list(_up_to(characters, iter(lambda: world.document(draw), None)))
     spec = os.path.join(folder, "tokenizer.model")
-    lines = (f" {name}" * _NAMES_OF_A_LINE for name in world.all_names() for _ in range(_NAME_LINES))
-    trained = tokenizer.train_sentencepiece((*documents, *world_documents[:500], *lines), vocab_size, threads=2)
+    lines = [f" {name}" * _NAMES_OF_A_LINE for name in world.all_names() for _ in range(_NAME_LINES)]
+    trained = tokenizer.train_sentencepiece(lambda: (*documents, *world_documents[:500], *lines), vocab_size, threads=2)
     storage.write_bytes(spec, trained.content)
     documents += world_documents
     draw.shuffle(documents)

@@ -74,12 +74,12 @@ while true; do
             if ((code == 0)); then break; fi
             echo "ended with code $code"
             sleep "$poll" # a preemption shows in the state only after a while
-            # The codes are those of docs/pods.md. 1, 70, 71, 130: an error that a restart would meet again, unless a
+            # The codes are those of docs/pods.md. 1, 70, 71, 72, 130: an error that a restart would meet again, unless a
             # preemption caused it. 75: storage or network failed. 143: SIGTERM, after a checkpoint. 255: lost
             # connection. Others: a process is lost, or a crash.
             case $code in
                 75 | 143 | 255) ;;
-                1 | 70 | 71 | 130) if [ "$(state)" = ACTIVE ]; then exit "$code"; fi ;;
+                1 | 70 | 71 | 72 | 130) if [ "$(state)" = ACTIVE ]; then exit "$code"; fi ;;
                 *) if [ "$(state)" = ACTIVE ] && ((SECONDS - start < crash_loop)); then exit "$code"; fi ;;
             esac
             ;;

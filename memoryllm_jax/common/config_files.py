@@ -17,22 +17,28 @@ def _installed() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def locate(path: str) -> str:
+def locate(path: str, argument: str = "config", folder: str = "configs") -> str:
     """Replaces FILE in `FILE.py:ARCHITECTURE` by the path where it is found.
 
     `configs/NAME.py` is looked for in the current folder, and then among the package's own config files.
+
+    Args:
+      argument: name of the argument that the path comes from.
+      folder: `configs`, or a folder inside of it, whose files the package has too.
     Raises: ArgumentError that names both places.
     """
     name, colon, architecture = path.partition(":")
     if Path(name).is_file():
         return path
-    installed = _installed() / Path(name).name
-    if Path(name).parent == Path("configs") and installed.is_file():
+    own = _installed().parent / folder
+    installed = own / Path(name).name
+    if Path(name).parent == Path(folder) and installed.is_file():
         return f"{installed}{colon}{architecture}"
-    known = ", ".join(f"configs/{file.name}" for file in sorted(_installed().glob("*.py")))
+    known = ", ".join(f"{folder}/{file.name}" for file in sorted(own.glob("*.py")))
+    form = "FILE.py:ARCHITECTURE" if argument == "config" else "FILE.py"
     raise ArgumentError(
-        "config",
-        f"expected FILE.py:ARCHITECTURE, found no file {name} in {Path.cwd()}; the package's own files, "
+        argument,
+        f"expected {form}, found no file {name} in {Path.cwd()}; the package's own files, "
         f"in {_installed().parent}, are {known}",
     )
 
@@ -69,11 +75,11 @@ def check_flags(argv: list[str]) -> list[str]:
     for argument in argv:
         match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)  # --noconfig.FIELD sets a boolean field to false
         if match and config is not None:
-            _check_field(config, match[1])
+            check_field(config, match[1])
     return argv
 
 
-def _check_field(config: ml_collections.ConfigDict, path: str) -> None:
+def check_field(config: ml_collections.ConfigDict, path: str) -> None:
     """Raises: UserError if the config has no field with the dotted name `path`."""
     node, seen = config, "config"
     for name in path.split("."):

@@ -24,6 +24,12 @@ class OutOfMemoryError(UserError):
     exit_code = ExitCode.OUT_OF_MEMORY
 
 
+class DivergedError(UserError):
+    """The loss of a training run is not finite: another start would meet the same step."""
+
+    exit_code = ExitCode.DIVERGED
+
+
 class LostError(UserError):
     """Another process of the run or a device is lost: another start may find it again."""
 

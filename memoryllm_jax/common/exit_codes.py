@@ -25,6 +25,7 @@ class ExitCode(enum.IntEnum):
     ERROR = 1, False, "an error that another start would meet again: a wrong config, damaged data, a full disk, a bug"
     COMPILATION = 70, False, "the step does not compile"
     OUT_OF_MEMORY = 71, False, "a device or the host has too little memory"
+    DIVERGED = 72, False, "the loss or the gradient is not finite, or a spike, in more steps than may be skipped"
     STORAGE = 75, True, "storage or network failed for longer than it is retried"
     INTERRUPTED = 130, False, "stopped by a second Ctrl-C, without a checkpoint"  # 128 + SIGINT
     # 128 + SIGABRT: JAX itself ends a process by SIGABRT when it loses another one.

@@ -266,7 +266,7 @@ def _train_tokenizer(plan: Plan, on_bad_record: str) -> Tokenizer:
     if not size.isdecimal():
         raise ArgumentError("tokenizer", f"expected a vocabulary size at the end of {plan.tokenizer}, found {size!r}")
     print(f"training a SentencePiece model of {size} ids", flush=True)
-    return tokenizer_lib.train_sentencepiece(_sample(plan, on_bad_record), int(size), os.cpu_count())
+    return tokenizer_lib.train_sentencepiece(lambda: _sample(plan, on_bad_record), int(size), os.cpu_count())
 
 
 def _sample(plan: Plan, on_bad_record: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -249,40 +249,55 @@ def plain_token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
     return [tokenizer.decode([*anchor, i])[before:] if i < tokenizer.vocab_size else "" for i in ids]
 
 
-def train_sentencepiece(texts: Iterator[str], vocab_size: int, threads: int) -> Tokenizer:
+# Shares of a text's characters whose pieces are ids of their own; the rarest characters become bytes. The first suits
+# thousands of ids; where a small vocabulary has no room for so many characters, the next is tried.
+_COVERAGES = (0.9999, 0.999, 0.995, 0.99)
+
+
+def train_sentencepiece(read_texts: Callable[[], Iterable[str]], vocab_size: int, threads: int) -> Tokenizer:
     """Trains a reversible SentencePiece BPE model: it keeps white space, and unknown characters become byte tokens.
 
     Args:
-      texts: the training text, as documents.
+      read_texts: reads the training text, as documents; called again if the characters have to be fewer.
       vocab_size: number of ids.
     Raises: UserError if the training fails, such as for a text with too few different pieces.
     """
+    for coverage in _COVERAGES:
+        try:
+            return _train_sentencepiece(read_texts(), vocab_size, threads, coverage)
+        except RuntimeError as error:
+            problem = error
+            if "smaller than required_chars" not in str(error):
+                break
+            print(f"{vocab_size} ids have no room for the characters of {coverage:.2%} of the text", flush=True)
+    most = re.search(r"<= (\d+)", str(problem))
+    reason = f"this text allows at most {most[1]} ids" if most else one_line(problem)
+    raise UserError(f"tokenizer sentencepiece:train:{vocab_size}: training failed: {reason}") from problem
+
+
+def _train_sentencepiece(texts: Iterable[str], vocab_size: int, threads: int, coverage: float) -> Tokenizer:
+    """As `train_sentencepiece`. Raises: RuntimeError of SentencePiece."""
     import sentencepiece
 
     model = io.BytesIO()
     # SentencePiece's trainer drops line breaks, and lines over 4,192 bytes. 1,000 characters have at most 4,000 bytes.
     lines = (line + "\n" for text in texts for line in re.findall(r"[^\n]{1,1000}", text) if line.strip())
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=0.9999,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            user_defined_symbols=["\n", "\t"],
-            num_threads=threads,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        most = re.search(r"<= (\d+)", str(error))
-        reason = f"this text allows at most {most[1]} ids" if most else one_line(error)
-        raise UserError(f"tokenizer sentencepiece:train:{vocab_size}: training failed: {reason}") from error
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines,
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=coverage,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        user_defined_symbols=["\n", "\t"],
+        num_threads=threads,
+        minloglevel=2,
+    )
     return Tokenizer("sentencepiece", model.getvalue(), f"sentencepiece:train:{vocab_size}")
 
 

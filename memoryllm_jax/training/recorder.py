@@ -10,7 +10,7 @@ import jax
 from memoryllm_jax.checkpoint.description import Description
 from memoryllm_jax.checkpoint.store import Checkpoints
 from memoryllm_jax.common import hosts
-from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.errors import DivergedError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.config import Config
 from memoryllm_jax.model.loss import quality
@@ -198,7 +198,7 @@ class Recorder:
             return
         if is_skipped:
             found += f"; expected at most config.optimizer.max_skipped = {most} such steps, found one more"
-        raise UserError(f"{found}; {self._checkpoints.last_good()}")
+        raise DivergedError(f"{found}; {self._checkpoints.last_good()}")
 
     def _record(self, done: int, rows: int, loss: float, values: dict[str, float]) -> None:
         # The speed is that since the last record: an average over the whole run would hide a change.

@@ -21,7 +21,13 @@ with open("pid.part", "w") as file:
 os.rename("pid.part", "pid")
 time.sleep(60)
 """
-PARENT = "import sys; from memoryllm_jax.common import child; sys.exit(child.run([sys.executable, 'child.py']))"
+PARENT = """
+import sys
+from memoryllm_jax.common import child
+with child.Children() as children:
+    children.start([sys.executable, "child.py"])
+    sys.exit(children.wait()[1])
+"""
 
 
 def wait_until(condition):

@@ -41,7 +41,7 @@ def test_a_file_shard_of_another_size_is_refused(copied, shard):
 
 
 def test_another_tokenizer_beside_the_file_shards_is_refused(copied):
-    other = tokenizer.train_sentencepiece(iter(["Another text that gives another model. " * 99]), 300, 1)
+    other = tokenizer.train_sentencepiece(lambda: ["Another text that gives another model. " * 99], 300, 1)
     (copied / "tokenizer.model").write_bytes(other.content)
     with pytest.raises(UserError, match="the tokenizer does not match the data"):
         Dataset(str(copied)).tokenizer()

@@ -1,0 +1,340 @@
+"""Trains the runs of a protocol, several side by side, and scores them.
+
+    WORKDIR/data/VOCABULARY     prepared data
+    WORKDIR/runs/KEY            the workdir of a run, with run.json (which run it is), log.txt (what `train` printed),
+                                what `train` writes, and heldout.npz (heldout.py)
+
+A run is done when it is scored; then its checkpoint is removed. What is done follows from the files alone, so a runner
+can be killed at any time, and the next one goes on.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
+
+from memoryllm_jax.checkpoint import description
+from memoryllm_jax.common import storage
+from memoryllm_jax.common.child import Children
+from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.exit_codes import ExitCode
+from memoryllm_jax.common.fields import did_you_mean
+from memoryllm_jax.common.progress import Progress, duration
+from memoryllm_jax.data import shards
+from memoryllm_jax.data.verification import Verification
+from memoryllm_jax.experiments import heldout, rates
+from memoryllm_jax.experiments.protocol import Protocol, Run, Setting
+
+_DIVERGED = "diverged.json"
+
+
+_SCORE = """
+import sys
+from memoryllm_jax.common import compile_cache
+from memoryllm_jax.experiments import heldout
+compile_cache.use()
+heldout.score(sys.argv[1])
+"""
+
+
+def data_path(workdir: str, vocabulary: str) -> str:
+    """The folder of the prepared data of a vocabulary."""
+    return os.path.join(workdir, "data", vocabulary)
+
+
+def prepare(protocol: Protocol, workdir: str, texts: str, vocabularies: Collection[str]) -> None:
+    """Prepares the data of the vocabularies, as far as it is not there.
+
+    Args:
+      texts: folder with train-* and validation-* files; "": the data must be there.
+    Raises: UserError.
+    """
+    for vocabulary in vocabularies:
+        path = data_path(workdir, vocabulary)
+        if storage.exists(os.path.join(path, "dataset.json")):
+            continue
+        if not texts:
+            raise ArgumentError("texts", f"expected a folder of texts, as {path} is not prepared yet, found none")
+        train, validation = os.path.join(texts, "train-*"), os.path.join(texts, "validation-*")
+        print(f"preparing {path}", flush=True)
+        shards.prepare(train, protocol.vocabularies[vocabulary], path, validation_pattern=validation)
+
+
+class Selection:
+    """The part of a protocol that is run: all of it, or what --only names.
+
+    Args:
+      only: names of experiments, variants, sizes and vocabularies. Of each kind of which one is named, only the named
+        ones are selected.
+    Raises: ArgumentError for an unknown name.
+    """
+
+    def __init__(self, protocol: Protocol, only: Collection[str] = ()):
+        kinds = {
+            "experiments": [experiment.name for experiment in protocol.experiments],
+            "variants": [variant.name for variant in protocol.variants],
+            "sizes": list(protocol.sizes),
+            "vocabularies": list(protocol.vocabularies),
+        }
+        known = [name for names in kinds.values() for name in names]
+        for name in only:
+            if name not in known:
+                raise ArgumentError("only", f"expected names of the protocol, found {name}{did_you_mean(name, known)}")
+        self._chosen = {kind: {name for name in names if name in only} or set(names) for kind, names in kinds.items()}
+        self.protocol = protocol
+        self.settings = [
+            setting
+            for setting in protocol.settings(self._chosen["experiments"])
+            if setting.variant in self._chosen["variants"]
+            and setting.size in self._chosen["sizes"]
+            and setting.vocabulary in self._chosen["vocabularies"]
+        ]
+        if not self.settings:
+            raise ArgumentError("only", f"expected names that share runs, found {', '.join(only)}")
+
+    @property
+    def vocabularies(self) -> list[str]:
+        return list(dict.fromkeys(setting.vocabulary for setting in self.settings))
+
+    def swept(self) -> list[Setting]:
+        """The settings whose sweeps the selected runs need."""
+        return list(dict.fromkeys(self.protocol.swept(setting) for setting in self.settings))
+
+    def takes(self, run: Run) -> bool:
+        """Whether a run of an experiment is selected."""
+        return run.setting in self.settings and not self._chosen["experiments"].isdisjoint(run.experiments)
+
+
+def is_trained(run: Run, workdir: str) -> bool:
+    """Whether the run's last step is done."""
+    return storage.exists(os.path.join(run.folder(workdir), "result.json"))
+
+
+def has_diverged(run: Run, workdir: str) -> bool:
+    """Whether the run ended because its loss was not finite."""
+    return storage.exists(os.path.join(run.folder(workdir), _DIVERGED))
+
+
+def loss(run: Run, workdir: str) -> float | None:
+    """The loss of the run's last validation in nats a token; infinite if it diverged, None if it is not trained yet."""
+    if has_diverged(run, workdir):
+        return math.inf
+    if not is_trained(run, workdir):
+        return None
+    path = os.path.join(run.folder(workdir), "result.json")
+    return json.loads(storage.read_bytes(path, "the result of a run"))["validation"]["loss"]
+
+
+def sweep_choice(protocol: Protocol, workdir: str, setting: Setting) -> rates.Choice:
+    """What the sweep of a setting says so far."""
+    found: dict[float, float] = {}
+    while True:
+        choice = rates.choose(protocol.sweep, found)
+        losses = {rate: loss(protocol.sweep_run(setting, rate), workdir) for rate in choice.missing}
+        new = {rate: value for rate, value in losses.items() if value is not None}
+        if not new:
+            return choice
+        found |= new
+
+
+def chosen_rates(protocol: Protocol, workdir: str, settings: Iterable[Setting] | None = None) -> dict[Setting, float]:
+    """The peak rates that are chosen already.
+
+    Args:
+      settings: swept settings; None: those of all experiments.
+    """
+    if settings is None:
+        settings = dict.fromkeys(protocol.swept(setting) for setting in protocol.settings())
+    choices = {setting: sweep_choice(protocol, workdir, setting).rate for setting in settings}
+    return {setting: rate for setting, rate in choices.items() if rate is not None}
+
+
+def finished(protocol: Protocol, workdir: str) -> list[Run]:
+    """The runs of the experiments that are scored, in the protocol's order. `run.folder(workdir)` has their files."""
+    runs = protocol.experiment_runs(chosen_rates(protocol, workdir))
+    return [run for run in runs if heldout.is_scored(run.folder(workdir))]
+
+
+class _Work(NamedTuple):
+    """What is left to do, in this order, and how much of what is known is done."""
+
+    to_do: list[Run]
+    done: list[Run]
+    failed: list[Run]
+    without_rate: list[Setting]
+
+
+@dataclasses.dataclass
+class _Job:
+    """A process that trains or scores a run."""
+
+    run: Run
+    scores: bool
+    begin: float
+
+
+class Runner:
+    """Trains and scores the selected runs.
+
+    Args:
+      jobs: number of processes at a time.
+      cost: estimates the work of a run in FLOPs, for the time left.
+    """
+
+    def __init__(self, selection: Selection, workdir: str, jobs: int, cost: Callable[[Run], float]):
+        self._cost = lambda runs: int(sum(map(cost, runs)))
+        self._selection, self._protocol = selection, selection.protocol
+        self._workdir, self._places = storage.absolute(workdir), jobs
+        self._failed: dict[str, str] = {}  # {key of a run: why}
+
+    def run(self) -> int:
+        """Returns: the exit code: 0 if all selected runs are done, 1 if some failed, that of a stop after a signal."""
+        with contextlib.closing(storage.lock_folder(self._workdir)) as lock, Children() as children:
+            work = self._work()
+            progress = Progress(
+                "compare", self._cost([*work.to_do, *work.done]), "FLOPs", self._cost(work.done), every_s=60
+            )
+            running: dict[subprocess.Popen, _Job] = {}
+            while not children.stopped:
+                busy = [job.run.key for job in running.values()]
+                for run in [run for run in work.to_do if run.key not in busy][: self._places - len(running)]:
+                    job = _Job(run, is_trained(run, self._workdir), time.monotonic())
+                    running[self._start(children, job, lock)] = job
+                if not running:
+                    break
+                process, code = children.wait()
+                job = running.pop(process)
+                text = self._end(job, code)
+                work = self._work()
+                progress.total = self._cost([*work.to_do, *work.done])
+                if text:
+                    progress.line(f"{len(work.done)} of {len(work.to_do) + len(work.done)} runs  {text}")
+                progress.update(_cost(work.done))
+            stopped = children.stopped
+            progress.close()
+        return self._close(work, stopped)
+
+    def _close(self, work: _Work, stopped: bool) -> int:
+        if stopped:
+            print(f"stopped with {len(work.to_do)} runs to do; run the same line again to go on", flush=True)
+            return ExitCode.STOPPED
+        for setting in work.without_rate:
+            print(f"{setting}: all rates diverged, so its runs are left out", file=sys.stderr)
+        for run in work.failed:
+            print(f"failed: {run}: {self._failed[run.key]}", file=sys.stderr)
+        return ExitCode.ERROR if work.failed or work.without_rate else ExitCode.DONE
+
+    def _work(self) -> _Work:
+        """Reads from the files what is done. Removes checkpoints that nothing needs any more."""
+        choices = {s: sweep_choice(self._protocol, self._workdir, s) for s in self._selection.swept()}
+        rates_ = {setting: choice.rate for setting, choice in choices.items() if choice.rate is not None}
+        runs = [run for run in self._protocol.experiment_runs(rates_) if self._selection.takes(run)]
+        needed = {run.key for run in runs}
+        to_do, done, failed = [], [], []
+        for setting, choice in choices.items():
+            for rate in (*choice.missing, *choice.losses):
+                run = self._protocol.sweep_run(setting, rate)
+                if run.key in needed:
+                    continue
+                if rate in choice.losses:
+                    done.append(run)
+                    if not choice.missing:
+                        _remove_checkpoints(run, self._workdir)
+                else:
+                    to_do.append(run)
+        for run in runs:
+            folder = run.folder(self._workdir)
+            if heldout.is_scored(folder):
+                if not set(run.experiments) & set(self._protocol.keep):
+                    _remove_checkpoints(run, self._workdir)
+                done.append(run)
+            elif has_diverged(run, self._workdir):
+                failed.append(run)
+                self._failed[run.key] = "its loss is not finite"
+            else:
+                to_do.append(run)
+        failed += [run for run in to_do if run.key in self._failed]
+        to_do = [run for run in to_do if run.key not in self._failed]
+        without = [s for s, choice in choices.items() if choice.rate is None and not choice.missing]
+        return _Work(to_do, done, failed, without)
+
+    def _start(self, children: Children, job: _Job, lock) -> subprocess.Popen:
+        run, folder = job.run, job.run.folder(self._workdir)
+        os.makedirs(folder, exist_ok=True)
+        if job.scores:
+            command = [sys.executable, "-c", _SCORE, folder]
+        else:
+            command = train_command(self._protocol, run, self._workdir)
+            storage.write_json(os.path.join(folder, "run.json"), _description(self._protocol, run, command))
+            # All runs of a vocabulary read the same data, which only the first of them needs to verify.
+            others = os.listdir(os.path.join(self._workdir, "runs"))
+            Verification(folder).remember_from(os.path.join(self._workdir, "runs", other) for other in others)
+        with open(os.path.join(folder, "log.txt"), "ab") as log:
+            # The lock stays until the last child has ended, even if this process is killed.
+            return children.start(command, stdout=log, stderr=log, pass_fds=(lock.fileno(),), env=_environment())
+
+    def _end(self, job: _Job, code: int) -> str:
+        """Notes how a process ended. Returns: a line about it, or "" if there is nothing to tell."""
+        run, folder = job.run, job.run.folder(self._workdir)
+        took = duration(time.monotonic() - job.begin)
+        if code == ExitCode.DONE:
+            return "" if job.scores else f"{run}: {loss(run, self._workdir):.4f} nats a token in {took}"
+        if code == ExitCode.STOPPED:
+            return ""  # saved; goes on where it was
+        if code == ExitCode.DIVERGED and not job.scores:
+            storage.write_json(os.path.join(folder, _DIVERGED), {"seconds": time.monotonic() - job.begin})
+            return f"{run}: diverged after {took}"
+        self._failed[run.key] = f"exit code {code}: {_last_line(folder)} ({folder}/log.txt)"
+        return f"{run}: failed: {self._failed[run.key]}"
+
+
+def train_command(protocol: Protocol, run: Run, workdir: str) -> list[str]:
+    """The command line that trains a run."""
+    given = {**run.fields, "data.path": data_path(workdir, run.vocabulary)}
+    return [
+        sys.executable,
+        "-m",
+        "memoryllm_jax.train",
+        f"--config={protocol.config}:{run.architecture}",
+        f"--workdir={run.folder(workdir)}",
+        *(f"--config.{name}={value}" for name, value in given.items()),
+    ]
+
+
+def _description(protocol: Protocol, run: Run, command: list[str]) -> dict:
+    """The contents of run.json."""
+    return {
+        **dataclasses.asdict(run.setting),
+        "tokens": run.tokens,
+        "seed": run.seed,
+        "rate": run.rate,
+        "architecture": run.architecture,
+        "tokenizer": protocol.vocabularies[run.vocabulary],
+        "fields": dict(run.fields),
+        "command": command[1:],
+    }
+
+
+def _environment() -> dict[str, str]:
+    return dict(os.environ)
+
+
+def _last_line(folder: str) -> str:
+    """The last line that a process wrote into a run's log."""
+    with open(os.path.join(folder, "log.txt"), "rb") as file:
+        file.seek(max(0, os.path.getsize(file.name) - 10_000))
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+def _remove_checkpoints(run: Run, workdir: str) -> None:
+    folder = run.folder(workdir)
+    for step in description.steps(folder):
+        shutil.rmtree(os.path.join(folder, str(step)), ignore_errors=True)
