@@ -6,6 +6,10 @@ pyproject.toml has everything else; a list of packages that are found cannot be 
 from setuptools import find_namespace_packages, setup
 
 setup(
-    packages=[*find_namespace_packages(include=["memoryllm_jax*"]), "memoryllm_jax.configs"],
+    packages=[
+        *find_namespace_packages(include=["memoryllm_jax*"]),
+        "memoryllm_jax.configs",
+        "memoryllm_jax.configs.protocols",
+    ],
     package_dir={"memoryllm_jax.configs": "configs"},
 )

@@ -1,33 +1,18 @@
 """Trains architectures with one recipe and compares their curves (MemoryLLM, Table 2, Figures 9 and 10)."""
 
 import os
-import sys
 from typing import NamedTuple
 
 from memoryllm_jax.checkpoint import description as description_lib
-from memoryllm_jax.common import child, plots, report, storage
+from memoryllm_jax.common import plots, report, storage
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.fields import flatten
 from memoryllm_jax.config import RESUMABLE_FIELDS, Config
 from memoryllm_jax.model.flops import parameters
 from memoryllm_jax.training import metrics
 
-ARCHITECTURES = ("base", "memory", "flex-1", "flex-2", "flex-3")
 # Fields of the recipe that the caption shows.
 _SHOWN = ("steps", "batch_size", "seq_len", "seed", "model.dim", "model.layers", "model.heads", "optimizer.peak_lr")
-
-
-def train(config: str, architecture: str, workdir: str, overrides: list[str]) -> int:
-    """Runs the command `train` in a process of its own.
-
-    Args:
-      config: path of the config file.
-      overrides: flags of `train`, such as --config.steps=1000.
-    Returns: its exit code.
-    """
-    command = [sys.executable, "-m", "memoryllm_jax.train", f"--config={config}:{architecture}"]
-    print(f"--- {architecture}", flush=True)
-    return child.run([*command, f"--workdir={workdir}", *overrides])
 
 
 def compare(config: str, names: list[str], folder: str) -> str:

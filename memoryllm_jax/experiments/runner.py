@@ -198,11 +198,11 @@ class Runner:
         """Returns: the exit code: 0 if all selected runs are done, 1 if some failed, that of a stop after a signal."""
         with contextlib.closing(storage.lock_folder(self._workdir)) as lock, Children() as children:
             work = self._work()
-            progress = Progress(
-                "compare", self._cost([*work.to_do, *work.done]), "FLOPs", self._cost(work.done), every_s=60
-            )
+            progress = Progress("compare", 0, "FLOPs", self._cost(work.done), every_s=60)
             running: dict[subprocess.Popen, _Job] = {}
             while not children.stopped:
+                progress.total = self._cost([*work.to_do, *work.done])  # a sweep that is extended gets longer
+                progress.update(self._cost(work.done))
                 busy = [job.run.key for job in running.values()]
                 for run in [run for run in work.to_do if run.key not in busy][: self._places - len(running)]:
                     job = _Job(run, is_trained(run, self._workdir), time.monotonic())
@@ -213,10 +213,8 @@ class Runner:
                 job = running.pop(process)
                 text = self._end(job, code)
                 work = self._work()
-                progress.total = self._cost([*work.to_do, *work.done])
                 if text:
                     progress.line(f"{len(work.done)} of {len(work.to_do) + len(work.done)} runs  {text}")
-                progress.update(_cost(work.done))
             stopped = children.stopped
             progress.close()
         return self._close(work, stopped)
