@@ -35,15 +35,6 @@ from memoryllm_jax.experiments.protocol import Protocol, Run, Setting
 _DIVERGED = "diverged.json"
 
 
-_SCORE = """
-import sys
-from memoryllm_jax.common import compile_cache
-from memoryllm_jax.experiments import heldout
-compile_cache.use()
-heldout.score(sys.argv[1])
-"""
-
-
 def data_path(workdir: str, vocabulary: str) -> str:
     """The folder of the prepared data of a vocabulary."""
     return os.path.join(workdir, "data", vocabulary)
@@ -267,7 +258,7 @@ class Runner:
         run, folder = job.run, job.run.folder(self._workdir)
         os.makedirs(folder, exist_ok=True)
         if job.scores:
-            command = [sys.executable, "-c", _SCORE, folder]
+            command = [sys.executable, "-m", "memoryllm_jax.experiments.heldout", folder]
         else:
             command = train_command(self._protocol, run, self._workdir)
             storage.write_json(os.path.join(folder, "run.json"), _description(self._protocol, run, command))
