@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from memoryllm_jax.checkpoint import description
@@ -78,29 +78,41 @@ class Selection:
         for name in only:
             if name not in known:
                 raise ArgumentError("only", f"expected names of the protocol, found {name}{did_you_mean(name, known)}")
-        self._chosen = {kind: {name for name in names if name in only} or set(names) for kind, names in kinds.items()}
+        self._chosen = {kind: [name for name in names if name in only] or names for kind, names in kinds.items()}
         self.protocol = protocol
-        self.settings = [
-            setting
-            for setting in protocol.settings(self._chosen["experiments"])
-            if setting.variant in self._chosen["variants"]
-            and setting.size in self._chosen["sizes"]
-            and setting.vocabulary in self._chosen["vocabularies"]
-        ]
-        if not self.settings:
+        settings = self.settings()
+        if not settings:
             raise ArgumentError("only", f"expected names that share runs, found {', '.join(only)}")
+        for setting in settings:  # a config that is not valid is refused before any run
+            protocol.sweep_run(setting, protocol.sweep.rates[0])
+
+    @property
+    def experiments(self) -> list[str]:
+        return self._chosen["experiments"]
 
     @property
     def vocabularies(self) -> list[str]:
-        return list(dict.fromkeys(setting.vocabulary for setting in self.settings))
+        return list(dict.fromkeys(setting.vocabulary for setting in self.settings()))
 
-    def swept(self) -> list[Setting]:
-        """The settings whose sweeps the selected runs need."""
-        return list(dict.fromkeys(self.protocol.swept(setting) for setting in self.settings))
+    def settings(self, experiment: str = "") -> list[Setting]:
+        """The selected settings of an experiment; "": of all that are selected."""
+        found = self.protocol.settings([experiment] if experiment else self.experiments)
+        return [setting for setting in found if self._takes(setting)]
+
+    def swept(self, experiment: str = "") -> list[Setting]:
+        """The settings whose sweeps these need."""
+        return list(dict.fromkeys(map(self.protocol.swept, self.settings(experiment))))
 
     def takes(self, run: Run) -> bool:
         """Whether a run of an experiment is selected."""
-        return run.setting in self.settings and not self._chosen["experiments"].isdisjoint(run.experiments)
+        return self._takes(run.setting) and not set(self.experiments).isdisjoint(run.experiments)
+
+    def _takes(self, setting: Setting) -> bool:
+        return (
+            setting.variant in self._chosen["variants"]
+            and setting.size in self._chosen["sizes"]
+            and setting.vocabulary in self._chosen["vocabularies"]
+        )
 
 
 def is_trained(run: Run, workdir: str) -> bool:
@@ -184,6 +196,8 @@ class Runner:
         self._selection, self._protocol = selection, selection.protocol
         self._workdir, self._places = storage.absolute(workdir), jobs
         self._failed: dict[str, str] = {}  # {key of a run: why}
+        # One thread of XLA's CPU backend for each process: the order of sums then does not depend on --jobs or cores.
+        self._environment = {"NPROC": "1", **os.environ}
 
     def run(self) -> int:
         """Returns: the exit code: 0 if all selected runs are done, 1 if some failed, that of a stop after a signal."""
@@ -215,44 +229,46 @@ class Runner:
             print(f"stopped with {len(work.to_do)} runs to do; run the same line again to go on", flush=True)
             return ExitCode.STOPPED
         for setting in work.without_rate:
-            print(f"{setting}: all rates diverged, so its runs are left out", file=sys.stderr)
+            print(f"{setting}: has no rate, as all diverged or a run of its sweep failed", file=sys.stderr)
         for run in work.failed:
             print(f"failed: {run}: {self._failed[run.key]}", file=sys.stderr)
         return ExitCode.ERROR if work.failed or work.without_rate else ExitCode.DONE
 
     def _work(self) -> _Work:
         """Reads from the files what is done. Removes checkpoints that nothing needs any more."""
-        choices = {s: sweep_choice(self._protocol, self._workdir, s) for s in self._selection.swept()}
-        rates_ = {setting: choice.rate for setting, choice in choices.items() if choice.rate is not None}
-        runs = [run for run in self._protocol.experiment_runs(rates_) if self._selection.takes(run)]
-        needed = {run.key for run in runs}
+        choices = {setting: sweep_choice(self._protocol, self._workdir, setting) for setting in self._selection.swept()}
         to_do, done, failed = [], [], []
-        for setting, choice in choices.items():
-            for rate in (*choice.missing, *choice.losses):
-                run = self._protocol.sweep_run(setting, rate)
-                if run.key in needed:
-                    continue
-                if rate in choice.losses:
-                    done.append(run)
-                    if not choice.missing:
-                        _remove_checkpoints(run, self._workdir)
-                else:
-                    to_do.append(run)
-        for run in runs:
-            folder = run.folder(self._workdir)
-            if heldout.is_scored(folder):
+        for run in self._runs(choices):
+            if run.key in self._failed:
+                failed.append(run)
+            elif not run.experiments:
+                is_done = loss(run, self._workdir) is not None
+                if is_done and not choices[run.setting].missing:
+                    _remove_checkpoints(run, self._workdir)
+                (done if is_done else to_do).append(run)
+            elif heldout.is_scored(run.folder(self._workdir)):
                 if not set(run.experiments) & set(self._protocol.keep):
                     _remove_checkpoints(run, self._workdir)
                 done.append(run)
             elif has_diverged(run, self._workdir):
-                failed.append(run)
                 self._failed[run.key] = "its loss is not finite"
+                failed.append(run)
             else:
                 to_do.append(run)
-        failed += [run for run in to_do if run.key in self._failed]
-        to_do = [run for run in to_do if run.key not in self._failed]
-        without = [s for s, choice in choices.items() if choice.rate is None and not choice.missing]
-        return _Work(to_do, done, failed, without)
+        return _Work(to_do, done, failed, [setting for setting, choice in choices.items() if choice.rate is None])
+
+    def _runs(self, choices: Mapping[Setting, rates.Choice]) -> Iterable[Run]:
+        """All runs that are known so far, each once: experiment by experiment, the sweeps that it needs first."""
+        chosen = {setting: choice.rate for setting, choice in choices.items() if choice.rate is not None}
+        of_experiments = [run for run in self._protocol.experiment_runs(chosen) if self._selection.takes(run)]
+        found = {}
+        for name in self._selection.experiments:
+            for setting in self._selection.swept(name):
+                for rate in (*choices[setting].losses, *choices[setting].missing):
+                    run = self._protocol.sweep_run(setting, rate)
+                    found.setdefault(run.key, run)
+            found |= {run.key: run for run in of_experiments if name in run.experiments}
+        return found.values()
 
     def _start(self, children: Children, job: _Job, lock) -> subprocess.Popen:
         run, folder = job.run, job.run.folder(self._workdir)
@@ -263,16 +279,17 @@ class Runner:
             command = train_command(self._protocol, run, self._workdir)
             storage.write_json(os.path.join(folder, "run.json"), _description(self._protocol, run, command))
             # All runs of a vocabulary read the same data, which only the first of them needs to verify.
-            others = os.listdir(os.path.join(self._workdir, "runs"))
-            Verification(folder).remember_from(os.path.join(self._workdir, "runs", other) for other in others)
+            Verification(folder).remember_from([self._workdir])
         with open(os.path.join(folder, "log.txt"), "ab") as log:
             # The lock stays until the last child has ended, even if this process is killed.
-            return children.start(command, stdout=log, stderr=log, pass_fds=(lock.fileno(),), env=_environment())
+            return children.start(command, stdout=log, stderr=log, pass_fds=(lock.fileno(),), env=self._environment)
 
     def _end(self, job: _Job, code: int) -> str:
         """Notes how a process ended. Returns: a line about it, or "" if there is nothing to tell."""
         run, folder = job.run, job.run.folder(self._workdir)
         took = duration(time.monotonic() - job.begin)
+        if not job.scores:
+            Verification(self._workdir).remember_from([folder])
         if code == ExitCode.DONE:
             return "" if job.scores else f"{run}: {loss(run, self._workdir):.4f} nats a token in {took}"
         if code == ExitCode.STOPPED:
@@ -309,10 +326,6 @@ def _description(protocol: Protocol, run: Run, command: list[str]) -> dict:
         "fields": dict(run.fields),
         "command": command[1:],
     }
-
-
-def _environment() -> dict[str, str]:
-    return dict(os.environ)
 
 
 def _last_line(folder: str) -> str:
