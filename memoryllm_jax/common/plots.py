@@ -20,11 +20,22 @@ def new_figure(width: float = 7.0, height: float = 3.6, columns: int = 1):
       columns: axes side by side.
     Raises: UserError if matplotlib is not installed.
     """
+    figure, axes_RC = new_grid(1, columns, width, height)
+    return figure, axes_RC[0, 0] if columns == 1 else axes_RC[0]
+
+
+def new_grid(rows: int, columns: int, width: float, height: float):
+    """Makes a figure with axes in rows and columns.
+
+    Args:
+      width, height: size in inches.
+    Returns: (figure, array of its axes [rows, columns]). Raises: UserError if matplotlib is not installed.
+    """
     # Not pyplot, which keeps every figure in memory and may look for a display.
     matplotlib = errors.require("matplotlib.figure", "analyze", "pictures")
     figure = matplotlib.Figure((width, height), layout="constrained")
-    axes = figure.subplots(1, columns)
-    for ax in np.atleast_1d(axes):
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.3)
         ax.set_axisbelow(True)
@@ -49,6 +60,17 @@ def style_of(number: int) -> dict:
         "markersize": 4,
         "linestyle": ("-", "--")[number // 8 % 2],  # the second eight have the same markers on dashed lines
     }
+
+
+def with_bars(ax, x, values, low, high, label: str, **style) -> None:
+    """Draws a series with a vertical bar from `low` to `high` at each point.
+
+    Args:
+      style: as of matplotlib's `plot`, such as `style_of` returns it.
+    """
+    (line,) = ax.plot(x, values, **style, label=label)
+    # Not `errorbar`, which refuses an interval that does not hold the value.
+    ax.vlines(x, low, high, color=line.get_color(), linewidth=1)
 
 
 def shade(share: float):
