@@ -3,21 +3,28 @@
     python -m memoryllm_jax.compare --protocol=configs/protocols/small.py --workdir=DIR --texts=TEXTS
     python -m memoryllm_jax.compare --protocol=configs/protocols/small.py --workdir=DIR --only=S,4096,memory,base
     python -m memoryllm_jax.compare --protocol=configs/protocols/small.py --workdir=DIR --texts=TEXTS --dry_run
+    python -m memoryllm_jax.compare --protocol=configs/protocols/small.py --workdir=DIR --report
 
 A protocol names variants, sizes, vocabularies, lengths and seeds (memoryllm_jax/experiments/protocol.py). First short
 runs sweep the peak learning rate of each variant; then the experiments train with the best. Each run is a process of
 `train` in DIR/runs/KEY. Kill it at any time and run the same line again: it goes on with what is not done. A run that
 fails is named, and the others go on.
 
+At the end, and with --report at any time, the finished runs are compared on DIR/comparison.html: losses, differences
+with their intervals, where they come from, what is equal, and a law fitted to the runs. DIR/comparison.json holds the
+numbers of the page and names no path, CSV and PNG files its tables and pictures.
+
 TEXTS is a folder with files train-* and validation-*, of the kinds that `prepare` reads.
 """
 
 from typing import Annotated
 
-from memoryllm_jax.common import cli
+from memoryllm_jax.common import cli, plots
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.common.options import Option
+from memoryllm_jax.experiments import comparison, runner
 from memoryllm_jax.experiments import protocol as protocol_lib
-from memoryllm_jax.experiments import runner
 from memoryllm_jax.experiments.plan import Plan
 
 
@@ -29,14 +36,25 @@ def main(
     jobs: Annotated[int, Option("runs that are trained at the same time", least=1)] = 1,
     gflops: Annotated[float, Option("with --dry_run: 1e9 FLOP/s of a process, for the hours", least=1)] = 20.0,
     dry_run: Annotated[bool, Option("prepare the data, print the runs and their cost, train nothing")] = False,
+    report: Annotated[bool, Option("train nothing; compare the runs that are finished")] = False,
 ) -> int:
-    selection = runner.Selection(protocol_lib.load(protocol), only)
+    if report and (only or dry_run):
+        raise UserError(f"expected --report alone, found --{'only' if only else 'dry_run'} beside it")
+    plots.check_available()  # before hours of training
+    opened = protocol_lib.load(protocol)
+    if report:
+        print(comparison.draw(opened, protocol, workdir))
+        return 0
+    selection = runner.Selection(opened, only)
     runner.prepare(selection.protocol, workdir, texts, selection.vocabularies)
     plan = Plan(selection, workdir)
     if dry_run:
         print(plan.text(jobs, gflops * 1e9))
         return 0
-    return runner.Runner(selection, workdir, jobs, plan.cost).run()
+    code = runner.Runner(selection, workdir, jobs, plan.cost).run()
+    if code == ExitCode.DONE:
+        print(comparison.draw(opened, protocol, workdir))
+    return code
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from lab import CONTEXT
 
+from memoryllm_jax import compare
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.experiments import comparison, costs, heldout, laws, runner
+from memoryllm_jax.experiments import protocol as protocol_lib
 from memoryllm_jax.experiments.protocol import Experiment, Protocol, Sweep, Variant
 from memoryllm_jax.experiments.results import Cell, Group, Results
 from memoryllm_jax.model import flops
@@ -91,7 +93,8 @@ def test_a_useless_memory_shows_as_useless_and_a_useful_one_where_it_helps(proto
 def test_the_page_shows_what_the_record_holds(protocol, workdir, monkeypatch):
     fitted = laws.of_vocabulary
     monkeypatch.setattr(laws, "of_vocabulary", lambda *given: fitted(*given, replicates=3))
-    comparison.draw(protocol, "configs/protocols/small.py", workdir)
+    monkeypatch.setattr(protocol_lib, "load", lambda path: protocol)
+    compare.main("configs/protocols/small.py", workdir, report=True)
     page = open(f"{workdir}/comparison.html").read()
     content = open(f"{workdir}/comparison.json").read()
     record = json.loads(content)
