@@ -1,12 +1,18 @@
-"""Training that starts from a trained or imported model; base may become memory or flex-B. Or the decay of a run.
+"""Training that starts from a trained or imported model; base may become memory or flex-B, or get an adapter. Or the
+decay of a run.
 
     python -m memoryllm_jax.train --config=configs/start.py:memory@WORKDIR --workdir=DIR --config.data.path=DATA
+    python -m memoryllm_jax.train --config=configs/start.py:adapter@WORKDIR --workdir=DIR --config.data.path=DATA
     python -m memoryllm_jax.train --config=configs/start.py:decay@WORKDIR --workdir=DIR
 
 The name before @ is the architecture to train: that of the model, or memory or flex-B if the model is base. WORKDIR is
 the model's workdir (`export --import` creates one from a Hugging Face directory). Sizes and parameters come from its
 newest checkpoint; the optimizer starts anew. The data must be prepared with the model's tokenizer. docs/huggingface.md
 explains how base is converted, and what to expect.
+
+With adapter, base stays whole, and each of its layers adds a row of a table, by token id, to the residual stream
+(rows-8). The rows begin as zeros, so that the model begins as base, and they alone are trained; `precompute` makes them one
+ToL file.
 
 With decay, the run in WORKDIR branches: the new run has all of its settings, and goes on from its newest checkpoint
 before a decay, or that of --config.start.step, with its moments, step and place in the data. From there the learning
@@ -30,12 +36,15 @@ def get_config(start=""):
         )
     if architecture == "decay":
         return branch.decay_of(workdir)
-    c = config.default(architecture)
+    is_adapter = architecture == "adapter"
+    c = config.default("rows-8" if is_adapter else architecture)
     asked = {name: c.model[name] for name in ("beta", "token_memory", "compute_input")}
     trained_model = config_of(workdir).model
     c.model.update(dataclasses.asdict(trained_model))
     if (asked["beta"], asked["token_memory"]) != (trained_model.beta, trained_model.token_memory):
         c.model.update(asked)  # a conversion: it keeps the sizes of the trained model, but not its architecture
+    if is_adapter:
+        c.start.memory, c.optimizer.train = "zero", "memory"
     c.model.attention = "auto"  # the trained model's backend may not exist on this accelerator
     c.start.workdir = workdir
     c.steps = 10_000

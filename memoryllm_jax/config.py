@@ -188,8 +188,9 @@ class StartConfig:
     # new: moments and step begin at zero; continue: the run goes on from the checkpoint's moments, step and place in
     # the data, so that a decay branches off the stable part of another run
     optimizer: str = field("new", choices=("new", "continue"))
-    # FFN-M of a converted model: copy (a copy of base's FFN) or new (random)
-    memory: str = field("copy", choices=("copy", "new"))
+    # Token memory of a converted model: FFN-M as a copy of base's FFN (copy), random (new), or rows of zeros beside
+    # base's whole FFNs, so that the model begins as base (zero)
+    memory: str = field("copy", choices=("copy", "new", "zero"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +215,8 @@ class DataConfig:
 class OptimizerConfig:
     """The optimizer and its schedule. The defaults are those of the paper's Table 3, as far as it goes."""
 
+    # Parameters that are trained: all, or those of the token memory alone; the others stay as they are
+    train: str = field("all", choices=("all", "memory"))
     # muon: Muon for the matrices of the layers, AdamW for the other parameters
     name: str = field("adamw", choices=("adamw", "muon"))
     # After the warm-up: cosine (down to final_lr), wsd (peak_lr, then down to final_lr) or constant (peak_lr)
@@ -490,12 +493,26 @@ def _check_run(config: Config, need) -> None:
         "start.workdir",
         "the workdir of the run that start.optimizer=continue goes on from",
     )
+    _check_trained(config, need)
     need(o.final_lr <= o.peak_lr, "optimizer.final_lr", f"at most optimizer.peak_lr = {o.peak_lr}")
     need(config.batch_size % config.accumulate == 0, "batch_size", f"a multiple of accumulate = {config.accumulate}")
     parts = dataclasses.asdict(config.mesh)
     for axis, size in parts.items():
         need(size >= 1 or size == -1, f"mesh.{axis}", "a number of parts, or -1 for all remaining devices")
     need(list(parts.values()).count(-1) <= 1, "mesh.fsdp", "-1 on one axis only (it is -1 unless set)")
+
+
+def _check_trained(config: Config, need) -> None:
+    """Refuses a run that would train nothing, and Muon without a matrix."""
+    o, m = config.optimizer, config.model
+    if o.train == "all":
+        return
+    need(m.row_dim > 0, "optimizer.train", f"all, as {m.architecture} has no token memory")
+    need(
+        o.name != "muon" or m.memory_dim > 0,
+        "optimizer.name",
+        f"adamw, as the token memory of {m.architecture}, which alone is trained, has no matrices",
+    )
 
 
 def _check_schedule(config: Config) -> None:

@@ -7,6 +7,9 @@ and FFN-M_l the other W_M. Their norms, N2_l of FFN-C and NM_l of FFN-M, both ge
 At first, FFN-M_l reads X_0 where base's FFN_l read the residual stream after attention, so it misses what the earlier
 layers have added. Training makes up for that. With `start.memory=new`, FFN-M is initialised as for training from
 scratch instead, and FFN-C is as above.
+
+An adapter, with `start.memory=zero`, keeps all parameters of base and adds a table of zeros, rows-8: the model begins as
+base. Its run trains the rows alone, with `optimizer.train=memory`.
 """
 
 import dataclasses
@@ -23,6 +26,7 @@ from memoryllm_jax.data.tokenizer import Tokenizer
 # Fields of ModelConfig in which a model may differ from the one that it starts from
 _MAY_DIFFER = ("attention", "remat", "loss_chunk", "reduce_dtype", "unique_tokens", "dtype", "init_std")
 _MAY_DIFFER_FROM_BASE = ("beta", "compute_input")  # only where base is converted
+_MAY_DIFFER_IN_ADAPTER = ("token_memory", "table_dim")
 _PARTS = ("gate", "up", "down")
 
 
@@ -40,11 +44,20 @@ def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
     start = config.start
     trained = TrainedModel(start.workdir, None if start.step < 0 else start.step, "float32", mesh)
     try:
+        adapts = start.memory == "zero"
         converts = trained.config.architecture == "base" and config.model.memory_dim > 0
-        _check(config, tokenizer, trained, converts)
+        may_differ = set(_MAY_DIFFER)
+        if adapts:
+            _check_adapter(config, trained)
+            may_differ.update(_MAY_DIFFER_IN_ADAPTER)
+        elif converts:
+            may_differ.update(_MAY_DIFFER_FROM_BASE)
+        _check(config, tokenizer, trained, may_differ)
         flat, tree = jax.tree_util.tree_flatten_with_path(params)
         leaves = {array_name(path): leaf for path, leaf in flat}
-        if converts:
+        if adapts:
+            leaves = {name: _of_base_or_zero(trained, name, leaf) for name, leaf in leaves.items()}
+        elif converts:
             _convert(trained, config, leaves)
         else:
             leaves = {name: trained.leaf(name, leaf) for name, leaf in leaves.items()}
@@ -55,12 +68,27 @@ def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
         trained.close()
 
 
-def _check(config, tokenizer, trained, converts):
+def _check_adapter(config, trained):
+    """Raises: UserError unless `config` has rows beside base's FFNs, and the trained model is base."""
+    if config.model.architecture != "rows-8":
+        raise UserError(f"config.start.memory: expected zero for rows-8 alone, found it for {config.model.architecture}")
+    if trained.config.architecture != "base":
+        raise UserError(
+            f"config.start.workdir={config.start.workdir}: expected base, beside whose FFNs config.start.memory=zero "
+            f"adds rows, found {trained.config.architecture}"
+        )
+
+
+def _of_base_or_zero(trained, name, like):
+    """Base's parameter, or zeros for one of the token memory, as `like`."""
+    if not name.startswith("memory/"):
+        return trained.leaf(name, like)
+    return jax.jit(jnp.zeros_like, out_shardings=like.sharding)(like)
+
+
+def _check(config, tokenizer, trained, may_differ):
     """Raises: UserError if the model or the tokenizer of `config` does not fit the trained model's."""
     where = f"config.start.workdir={config.start.workdir}"
-    may_differ = set(_MAY_DIFFER)
-    if converts:
-        may_differ.update(_MAY_DIFFER_FROM_BASE)
     for field in dataclasses.fields(config.model):
         expected = getattr(trained.config, field.name)
         found = getattr(config.model, field.name)

@@ -68,10 +68,10 @@ def matrices(config: Config, params, mesh: Mesh):
     """The tree of parameters with `Matrices` in place of those of Muon, and optax.MaskedNode() in place of the others.
 
     Args:
-      params: abstract parameters with their shardings, as stored.
+      params: abstract parameters that are trained, with their shardings, as stored.
     """
     whole = transformer.unpadded_params(config.model, mesh.devices.flat[0])
-    return jax.tree_util.tree_map_with_path(_matrices, whole, params)
+    return jax.tree_util.tree_map_with_path(_matrices, {name: whole[name] for name in params}, params)
 
 
 def _matrices(path, whole, stored) -> Matrices | optax.MaskedNode:

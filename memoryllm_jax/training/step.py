@@ -66,7 +66,7 @@ class Trainer:
         # of them: tens of GB at 1B parameters. Its rows are few beside the positions, so it is cheap to recompute.
         self.model = transformer.LanguageModel(config.model, recompute_memory=config.accumulate > 1)
         abstract = transformer.abstract_params(self.model, mesh, sharding.PRODUCT_MULTIPLE)
-        self.optimizer = optimizer.make(config, abstract, mesh)
+        self.optimizer = optimizer.make(config, optimizer.trained(config, abstract), mesh)
         self.shards = sharding.batch_shards(mesh)
         self.batch_sharding = NamedSharding(mesh, sharding.spec("shard"))
         self.state_shape = self._abstract_state(jax.tree.map(lambda x: x.sharding, abstract))
@@ -112,7 +112,7 @@ class Trainer:
             self.optimizer,
             lambda moment, of_parameter: moment if is_absent(moment) else of_parameter,
             shapes["opt_state"],
-            params,
+            optimizer.trained(self.config, params),
             transform_non_params=lambda _: replicated,
             is_leaf=is_absent,
         )
@@ -121,7 +121,8 @@ class Trainer:
 
     def _init(self, key):
         params = nn.unbox(transformer.init(self.model, key, self.shards, sharding.PRODUCT_MULTIPLE))
-        state = {"params": params, "opt_state": self.optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+        opt_state = self.optimizer.init(optimizer.trained(self.config, params))
+        state = {"params": params, "opt_state": opt_state, "step": jnp.zeros((), jnp.int32)}
         return state | {"spikes": spikes.init()} if self.config.optimizer.max_skipped else state
 
     def _token_rows(self, params, ids_SU, with_added: bool = False):
@@ -148,32 +149,40 @@ class Trainer:
         return Losses(total, nll, added)
 
     def _gradients(self, params, batch: Batch):
-        """(Losses, gradient of the total loss by the parameters), over all positions of all micro-batches."""
+        """(Losses, gradient of the total loss by the trained parameters), over all positions of all micro-batches."""
         with_added = self.config.log.norms_every > 0
         weight = batch.weights_SAN.sum()
         # The token memory is evaluated once per optimizer step. All micro-batches read the same rows; the gradients by
         # these rows are summed over micro-batches, and the sum is propagated through the token memory once.
-        token_rows = functools.partial(self._token_rows, ids_SU=batch.ids_SU, with_added=with_added)
-        rows, rows_vjp, of_rows = jax.vjp(token_rows, params, has_aux=True)
+        trained = optimizer.trained(self.config, params)
+        # Layers read the token memory through its rows alone.
+        of_layers = {name: part for name, part in trained.items() if name != "memory"}
 
-        def mean_losses(params, rows, micro):
-            sums = self._sums(params, rows, micro, with_added)
+        def token_rows(trained):
+            return self._token_rows(params | trained, batch.ids_SU, with_added)
+
+        def mean_losses(of_layers, rows, micro):
+            sums = self._sums(params | of_layers, rows, micro, with_added)
             return sums.total / weight, (sums.nll / weight, sums.added)
 
+        rows, rows_vjp, of_rows = jax.vjp(token_rows, trained, has_aux=True)
         value_and_grad = jax.value_and_grad(mean_losses, argnums=(0, 1), has_aux=True)
-        of_micro = functools.partial(value_and_grad, params, rows)
+        of_micro = functools.partial(value_and_grad, of_layers, rows)
         (total, (nll, added)), (grads, d_rows) = _summed(of_micro, _micro_batches(batch))
         d_rows = jax.tree.map(lambda d, row: d.astype(row.dtype), d_rows, rows)
         if with_added:
             added = norms.of_added(added, of_rows, batch.index_SAN)
-        return Losses(total, nll, added), jax.tree.map(jnp.add, grads, rows_vjp(d_rows)[0])
+        through_rows = rows_vjp(d_rows)[0]
+        sums = {name: jax.tree.map(jnp.add, of_part, through_rows[name]) for name, of_part in grads.items()}
+        return Losses(total, nll, added), through_rows | sums
 
     def _train(self, state, batch: Batch):
         """One optimizer step: (the state after it, its metrics)."""
         losses, grads = self._gradients(state["params"], batch)
-        updates, opt_state = self.optimizer.update(grads, state["opt_state"], state["params"])
+        trained = optimizer.trained(self.config, state["params"])
+        updates, opt_state = self.optimizer.update(grads, state["opt_state"], trained)
         metrics = self._metrics(state["step"], batch, losses, grads)
-        params = optax.apply_updates(state["params"], updates)
+        params = state["params"] | optax.apply_updates(trained, updates)
         after = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
         of_guard = {}
         if self.config.optimizer.max_skipped:
