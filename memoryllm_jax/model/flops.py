@@ -10,11 +10,39 @@ attention is causal, times the share S of these pairs that lie inside documents 
 FFN-C of width W_C; FFN-M of width W_M; and the output head. Gates of per-layer embeddings of width P add N L (4 h P).
 In bov-B, layers without a projection to values have 2 h^2 (2 + G) in the place of 4 h^2 (1 + G). Lookups, norms and
 element-wise work are not counted. A training step counts as three forward passes, whatever rematerialisation computes
-again.
+again. Frozen weights (`optimizer.train`) have no gradients, so that their products count as two.
 """
+
+from typing import NamedTuple
 
 from memoryllm_jax.config import Config
 from memoryllm_jax.model import memories
+
+
+class Forward(NamedTuple):
+    """FLOPs of a forward pass.
+
+    Attributes:
+      weights: products with the weights of decoder layers and head.
+      attention: scores and values.
+      memory: products with the weights of the token memory.
+    """
+
+    weights: float
+    attention: float
+    memory: float
+
+
+def forward(config: Config, tokens: int, rows: int, attention_share: float = 1.0) -> Forward:
+    """FLOPs of a forward pass. The arguments are those of `train_flops`."""
+    m = config.model
+    memory = memories.of(m)
+    weights = _projections(m) + m.layers * (3 * m.dim * m.compute_dim + memory.gate_weights) + m.dim * m.vocab_size
+    return Forward(
+        weights=tokens * 2 * weights,
+        attention=tokens * m.layers * 2 * m.dim * config.seq_len * attention_share,
+        memory=rows * len(m.row_layers) * 2 * memory.row_weights,
+    )
 
 
 def train_flops(config: Config, tokens: int, rows: int, attention_share: float = 1.0) -> float:
@@ -25,13 +53,9 @@ def train_flops(config: Config, tokens: int, rows: int, attention_share: float =
       rows: rows of the token memory that it evaluates.
       attention_share: share of the pairs of causal attention that lie inside documents.
     """
-    m = config.model
-    memory = memories.of(m)
-    per_token = 2 * _projections(m)
-    per_token += m.layers * (2 * m.dim * config.seq_len * attention_share + 6 * m.dim * m.compute_dim)
-    per_token += m.layers * 2 * memory.gate_weights + 2 * m.dim * m.vocab_size
-    forward = tokens * per_token + rows * len(m.row_layers) * 2 * memory.row_weights
-    return 3.0 * forward
+    once = forward(config, tokens, rows, attention_share)
+    of_weights = 3.0 if config.optimizer.train == "all" else 2.0
+    return of_weights * once.weights + 3.0 * (once.attention + once.memory)
 
 
 def parameters(config: Config) -> dict[str, int]:

@@ -17,6 +17,8 @@ The shardings (model/sharding.py) leave the compiler little choice, so each tran
              matrices, and sum their results over data (training/muon.py).
     head     it is gathered for each micro-batch, and its gradient is summed in float32 for each of them, over data too.
 
+Parameters that are frozen (config.optimizer.train) have no gradients to send.
+
 Scalars, such as the norm of the gradient, are left out. docs/plan.md says how closely the formulas agree with compiled
 steps, and where compilers choose otherwise.
 """
@@ -30,7 +32,7 @@ import jax.numpy as jnp
 
 from memoryllm_jax.config import Config
 from memoryllm_jax.model import memories, transformer
-from memoryllm_jax.training import muon
+from memoryllm_jax.training import muon, optimizer
 
 _FLOAT32 = _INT32 = 4  # bytes
 
@@ -70,18 +72,22 @@ def transfers(config: Config, params, mesh_shape: Mapping[str, int], distinct: i
     """
     m = config.model
     elements = _local_elements(params)
+    params = optimizer.trained(config, params)
+    trained = _local_elements(params)  # all of them have gradients
     itemsize = jnp.dtype(m.dtype).itemsize
     widths = itemsize, _FLOAT32 if m.reduce_dtype == "float32" else itemsize
     sums = data_sums(config)
-    norms = sums * elements["norms"] * _FLOAT32
-    of_heads = m.layers * 2 * m.head_dim * _FLOAT32 if m.qk_norm else 0
+    norms = sums * trained["norms"] * _FLOAT32
+    of_heads = m.layers * 2 * m.head_dim * _FLOAT32 if m.qk_norm and trained["layers"] else 0
+    table = "embedding" if m.tie_embeddings else "head"
+    layers, memory, head = ((elements[part], trained[part]) for part in ("layers", "memory", table))
     found = [
-        *_matrices("layers", elements["layers"], widths, mesh_shape, config.accumulate, sums),
-        *_matrices("token memory", elements["memory"], widths, mesh_shape, 1, 1),
+        *_matrices("layers", *layers, widths, mesh_shape, config.accumulate, sums),
+        *_matrices("token memory", *memory, widths, mesh_shape, 1, 1),
         *_activations(config, mesh_shape, itemsize),
         *_rows(config, distinct, itemsize),
-        *_lookups("embeddings", distinct, distinct * m.dim * itemsize, elements["embedding"]),
-        *_head(config, mesh_shape, elements["embedding"] if m.tie_embeddings else elements["head"], itemsize),
+        *_lookups("embeddings", distinct, distinct * m.dim * itemsize, trained["embedding"]),
+        *_head(config, mesh_shape, *head, itemsize),
         Transfer("norms' gradients", "all-reduce", ("data", "fsdp"), norms),
         # Of the norms of queries and keys, each device has the gradient of its own heads.
         Transfer("heads' norms' gradients", "all-reduce", ("tensor",), config.accumulate * of_heads),
@@ -118,18 +124,19 @@ def _local_elements(params) -> dict[str, int]:
 
 
 def _matrices(
-    what: str, stored: int, widths: tuple[int, int], mesh_shape, passes: int, sums: int
+    what: str, stored: int, trained: int, widths: tuple[int, int], mesh_shape, passes: int, sums: int
 ) -> Iterator[Transfer]:
     """Gathering matrices within an fsdp group, and summing their gradients.
 
     Args:
       what: name of the matrices.
       stored: number of elements of the matrices that one device stores.
+      trained: number of these that are trained.
       widths: bytes of an element (of a weight that is gathered, of a gradient that is summed).
       passes: number of forward and backward passes of a step.
       sums: how often a step sums the gradients over data.
     """
-    weights, gradients = (stored * width for width in widths)
+    weights, gradients = stored * widths[0], trained * widths[1]
     whole = gradients * mesh_shape["fsdp"]
     yield Transfer(f"weights of the {what}", "all-gather", ("fsdp",), passes * 2 * weights)
     yield Transfer(f"gradients of the {what}", "reduce-scatter", ("fsdp",), passes * whole)
@@ -173,30 +180,32 @@ def _rows(config: Config, distinct: int, itemsize: int) -> Iterator[Transfer]:
         yield Transfer("rows of the token memory, backward", "all-reduce", ("tensor",), rows)
 
 
-def _lookups(what: str, ids: int, rows: float, stored: int, forward_passes: int = 1) -> Iterator[Transfer]:
+def _lookups(what: str, ids: int, rows: float, trained: int, forward_passes: int = 1) -> Iterator[Transfer]:
     """Lookups by `token_memory.embed`: a device looks up its columns for all ids of its fsdp group, and sends them.
 
     Args:
       what: name of the table.
       ids: number of ids that a batch shard looks up.
       rows: bytes of their rows.
-      stored: number of elements of the table that one device stores.
+      trained: number of elements of the table that one device trains; 0: the table is frozen.
       forward_passes: how often the rows are looked up in a step.
     """
     yield Transfer(f"ids of the {what}", "all-gather", ("fsdp",), forward_passes * ids * _INT32)
     yield Transfer(f"rows of the {what}", "all-reduce", ("tensor",), forward_passes * rows)
-    yield Transfer(f"rows of the {what}", "all-to-all", ("fsdp",), (forward_passes + 1) * rows)
-    yield Transfer(f"gradients of the {what}", "all-reduce", ("data",), stored * _FLOAT32)
+    passes = forward_passes + 1 if trained else forward_passes
+    yield Transfer(f"rows of the {what}", "all-to-all", ("fsdp",), passes * rows)
+    yield Transfer(f"gradients of the {what}", "all-reduce", ("data",), trained * _FLOAT32)
 
 
-def _head(config: Config, mesh_shape, stored: int, itemsize: int) -> Iterator[Transfer]:
+def _head(config: Config, mesh_shape, stored: int, trained: int, itemsize: int) -> Iterator[Transfer]:
     """Gathering the output embedding, its gradient, and the sums over a split vocabulary (model/loss.py).
 
     Args:
       stored: number of elements of the output embedding that one device stores.
+      trained: as many, or 0 if it is frozen.
     """
     tokens = _tokens(config, mesh_shape)
-    gradient = config.accumulate * stored * _FLOAT32
+    gradient = config.accumulate * trained * _FLOAT32
     yield Transfer("output head", "all-gather", ("fsdp",), config.accumulate * stored * itemsize)
     yield Transfer("gradient of the output head", "reduce-scatter", ("fsdp",), gradient * mesh_shape["fsdp"])
     yield Transfer("gradient of the output head", "all-reduce", ("data",), gradient)

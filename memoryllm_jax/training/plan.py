@@ -112,8 +112,8 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
     flops_a_token = roofline.flops_a_token(config, compiled.rows, data_use["attention_share"])
     domain = len(devices) // slices if slices else chip.domain
     traffic = roofline.traffic(compiled.transfers, mesh, chip, domain)
-    work = muon.work(config, compiled.params, mesh)
-    times = roofline.times(mesh.size, chip, step_tokens, flops_a_token, traffic, memory["parameters"], work)
+    work = muon.work(config, optimizer.trained(config, compiled.params), mesh)
+    times = roofline.times(mesh.size, chip, step_tokens, flops_a_token, traffic, memory["gradients"], work)
     peak_tokens_per_second = mesh.size * chip.peak_flops / flops_a_token["per_token"]
     return {
         "chip": chip.title,
@@ -311,8 +311,7 @@ class LoweredStep:
         self._config, self._mesh, self._trainer = config, mesh, Trainer(config, mesh)
         shapes = self._trainer.state_shape
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
-        self.state = 2 * _stored(shapes["params"], shardings["params"])  # gradients are sharded as the parameters
-        self.state += _stored(shapes["opt_state"], shardings["opt_state"])
+        self.state = sum(_state_memory(config, shapes, shardings).values())
         shards = self._trainer.shards
         planned = distinct_ids(config, shards).planned
         self._usual, self._largest = planned[0], planned[-1]
@@ -334,25 +333,31 @@ class LoweredStep:
             executable,
             rows=self._usual * trainer.shards if config.model.row_dim else 0,
             sequences=_sequences(config, mesh),
-            memory=_memory(executable, trainer),
+            memory=_memory(config, executable, trainer),
             transfers=collectives.transfers(config, trainer.params_shape, mesh.shape, self._largest),
             params=trainer.params_shape,
         )
 
 
-def _memory(executable, trainer: Trainer) -> dict[str, int]:
+def _memory(config: Config, executable, trainer: Trainer) -> dict[str, int]:
     """Bytes on one device by part: parameters, optimizer, gradients, activations (the rest), and the total."""
-    shapes, shardings = trainer.state_shape, executable.output_shardings[0]
-    parameters = _stored(shapes["params"], shardings["params"])
-    moments = _stored(shapes["opt_state"], shardings["opt_state"])
-    gradients = parameters  # they have the same shapes and shardings
+    parts = _state_memory(config, trainer.state_shape, executable.output_shardings[0])
     total = compilation.memory_needed(executable)
+    return parts | {"activations": max(total - sum(parts.values()), 0), "total": total}
+
+
+def _state_memory(config: Config, shapes: dict, shardings: dict) -> dict[str, int]:
+    """Bytes on one device of the parameters, the optimizer's state and the gradients.
+
+    Args:
+      shapes, shardings: of the trainer's state.
+    """
+    # Gradients have the shapes and shardings of the parameters that are trained.
+    trained = (optimizer.trained(config, tree["params"]) for tree in (shapes, shardings))
     return {
-        "parameters": parameters,
-        "optimizer": moments,
-        "gradients": gradients,
-        "activations": max(total - parameters - moments - gradients, 0),
-        "total": total,
+        "parameters": _stored(shapes["params"], shardings["params"]),
+        "optimizer": _stored(shapes["opt_state"], shardings["opt_state"]),
+        "gradients": _stored(*trained),
     }
 
 

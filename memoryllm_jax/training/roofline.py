@@ -26,8 +26,8 @@ from memoryllm_jax.training.collectives import Transfer
 from memoryllm_jax.training.muon import Work
 
 EFFICIENCY = 0.5  # share of peak FLOP/s that well-tuned trainers publish near 1B parameters
-# AdamW reads and writes the parameters and two moments, and reads the gradients: 7 times the parameters' bytes. Muon
-# has one moment.
+# AdamW reads and writes the parameters and two moments, and reads the gradients: 7 times the bytes of what is trained.
+# Muon has one moment.
 _UPDATES = 7
 _UPDATES_OF_MUON = 5
 
@@ -62,12 +62,11 @@ def _recomputed(config: Config, tokens: int, rows: int, attention_share: float =
 
     With remat `full` that is the layers' forward pass; else nothing or, with micro-batches, FFN-M alone (`Trainer`).
     """
+    once = flops.forward(config, tokens, rows, attention_share)
     if config.model.remat != "full":
-        memory = flops.train_flops(config, tokens, rows) - flops.train_flops(config, tokens, 0)
-        return memory / 3 if config.accumulate > 1 else 0.0
-    # A forward pass is a third of a step. The head's is not recomputed.
-    head = 2 * tokens * config.model.dim * config.model.vocab_size
-    return flops.train_flops(config, tokens, rows, attention_share) / 3 - head
+        return once.memory if config.accumulate > 1 else 0.0
+    head = 2 * tokens * config.model.dim * config.model.vocab_size  # is not recomputed
+    return sum(once) - head
 
 
 def traffic(transfers: list[Transfer], mesh: Mesh, chip: Chip, domain: int) -> list[dict]:
@@ -117,7 +116,7 @@ def times(
     tokens: int,
     flops_per_token: dict,
     transfers: list[dict],
-    stored: int,
+    trained: int,
     muon: Work,
 ) -> dict:
     """Seconds of a step's parts and of the step.
@@ -127,7 +126,7 @@ def times(
       tokens: tokens of a step.
       flops_per_token: as `flops_a_token` returns it.
       transfers: as `traffic` returns them.
-      stored: bytes of the parameters that one device stores.
+      trained: bytes of the trained parameters that one device stores.
       muon: as `muon.work` returns it.
     Returns: "compute", "network", "optimizer" and "step"; network and step have the bounds "least" and "most".
     """
@@ -135,7 +134,7 @@ def times(
     computed = sum(flops_per_token[part] for part in parts) * tokens
     compute = computed / (devices * chip.peak_flops * EFFICIENCY)
     network = {bound: sum(part["seconds"][bound] for part in transfers) for bound in ("least", "most")}
-    updates = _UPDATES * (stored - muon.stored) + _UPDATES_OF_MUON * muon.stored
+    updates = _UPDATES * (trained - muon.stored) + _UPDATES_OF_MUON * muon.stored
     optimizer = updates / chip.bandwidth + muon.flops / (chip.peak_flops * EFFICIENCY)
     return {
         "compute": compute,
