@@ -68,15 +68,23 @@ def in_pytorch(torch, values, of: muon.Matrices) -> np.ndarray:
     return weight.detach().numpy().T.reshape(values[0].shape)
 
 
-@pytest.mark.parametrize("architecture", ["flex-3", "ple-3", "bov-3"])
-def test_groups_hold_each_parameter_once(make_config, architecture):
+@pytest.mark.parametrize(
+    "architecture, train", [("flex-3", "all"), ("flex-3", "memory"), ("ple-3", "all"), ("bov-3", "all")]
+)
+def test_groups_hold_each_parameter_once(make_config, architecture, train):
     # A plan is for devices whose kernel of attention this machine lacks.
     kernel = {"model.attention": "cudnn", "model.dtype": "bfloat16"}
-    config = make_config(architecture, **kernel, **{"model.vocab_size": 512, "optimizer.name": "muon"})
+    fields = {"model.vocab_size": 512, "optimizer.name": "muon", "optimizer.train": train}
+    config = make_config(architecture, **kernel, **fields)
     counts = flops.parameters(config)
     groups = {group.what: group for group in optimizer.groups(config, jax.devices()[0])}
     assert sum(group.parameters for group in groups.values()) == counts["total"]
-    matrices = counts["attention"] + counts["ffn_c"] + counts["gates"]
+    matrices = 0
+    if train == "all":
+        matrices = counts["attention"] + counts["ffn_c"] + counts["gates"]
+        assert "frozen" not in groups
+    else:
+        assert groups["frozen"].parameters == counts["total"] - counts["memory"]
     if architecture == "flex-3":
         matrices += 3 * config.model.layers * config.model.dim * config.model.memory_dim
     of_muon = groups["muon, matrices of the layers"]
