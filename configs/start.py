@@ -11,8 +11,8 @@ newest checkpoint; the optimizer starts anew. The data must be prepared with the
 explains how base is converted, and what to expect.
 
 With adapter, base stays whole, and each of its layers adds a row of a table, by token id, to the residual stream
-(rows-8). The rows begin as zeros, so that the model begins as base, and they alone are trained; `precompute` makes them one
-ToL file.
+(rows-8). The rows begin as zeros, so that the model begins as base, and they alone are trained; `precompute` makes them
+one ToL file.
 
 With decay, the run in WORKDIR branches: the new run has all of its settings, and goes on from its newest checkpoint
 before a decay, or that of --config.start.step, with its moments, step and place in the data. From there the learning

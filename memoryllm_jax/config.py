@@ -486,12 +486,17 @@ def _check_ffn(m: ModelConfig, need) -> None:
 
 
 def _check_run(config: Config, need) -> None:
-    o = config.optimizer
+    o, architecture = config.optimizer, config.model.architecture
     need(is_temperature(config.sample.temperature), "sample.temperature", TEMPERATURES)
     need(
         config.start.workdir != "" or config.start.optimizer == "new",
         "start.workdir",
         "the workdir of the run that start.optimizer=continue goes on from",
+    )
+    need(
+        config.start.memory != "zero" or architecture == "rows-8",
+        "start.memory",
+        f"copy or new for {architecture}, as rows-8 alone begins with zeros",
     )
     _check_trained(config, need)
     need(o.final_lr <= o.peak_lr, "optimizer.final_lr", f"at most optimizer.peak_lr = {o.peak_lr}")

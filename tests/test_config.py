@@ -131,6 +131,30 @@ def test_impossible_and_unused_values_are_refused_by_name(field, value, message)
 
 
 @pytest.mark.parametrize(
+    "architecture, fields, message",
+    [
+        (
+            "base",
+            {"optimizer.train": "memory"},
+            "config.optimizer.train: expected all, as base has no token memory, found 'memory'",
+        ),
+        (
+            "value-3",
+            {"optimizer.train": "memory", "optimizer.name": "muon"},
+            "config.optimizer.name: expected adamw, as the token memory of value-3, which alone is trained, has no",
+        ),
+        ("rows-3", {"start.memory": "zero"}, "config.start.memory: expected copy or new for rows-3, as rows-8 alone"),
+    ],
+)
+def test_what_does_not_fit_the_token_memory_is_refused_by_name(architecture, fields, message):
+    config = load("tiny", architecture)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(UserError) as error:
+        resolve(config)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
     "fields, message",
     [
         (

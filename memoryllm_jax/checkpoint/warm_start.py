@@ -8,8 +8,8 @@ At first, FFN-M_l reads X_0 where base's FFN_l read the residual stream after at
 layers have added. Training makes up for that. With `start.memory=new`, FFN-M is initialised as for training from
 scratch instead, and FFN-C is as above.
 
-An adapter, with `start.memory=zero`, keeps all parameters of base and adds a table of zeros, rows-8: the model begins as
-base. Its run trains the rows alone, with `optimizer.train=memory`.
+An adapter, with `start.memory=zero`, keeps all parameters of base and adds a table of zeros, rows-8: the model begins
+as base. Its run trains the rows alone, with `optimizer.train=memory`.
 """
 
 import dataclasses
@@ -44,11 +44,15 @@ def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
     start = config.start
     trained = TrainedModel(start.workdir, None if start.step < 0 else start.step, "float32", mesh)
     try:
-        adapts = start.memory == "zero"
-        converts = trained.config.architecture == "base" and config.model.memory_dim > 0
+        is_base = trained.config.architecture == "base"
+        adapts, converts = start.memory == "zero", is_base and config.model.memory_dim > 0
+        if adapts and not is_base:
+            raise UserError(
+                f"config.start.workdir={start.workdir}: expected base, beside whose FFNs config.start.memory=zero adds "
+                f"rows, found {trained.config.architecture}"
+            )
         may_differ = set(_MAY_DIFFER)
         if adapts:
-            _check_adapter(config, trained)
             may_differ.update(_MAY_DIFFER_IN_ADAPTER)
         elif converts:
             may_differ.update(_MAY_DIFFER_FROM_BASE)
@@ -66,17 +70,6 @@ def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
         return jax.tree.unflatten(tree, leaves.values()), kept
     finally:
         trained.close()
-
-
-def _check_adapter(config, trained):
-    """Raises: UserError unless `config` has rows beside base's FFNs, and the trained model is base."""
-    if config.model.architecture != "rows-8":
-        raise UserError(f"config.start.memory: expected zero for rows-8 alone, found it for {config.model.architecture}")
-    if trained.config.architecture != "base":
-        raise UserError(
-            f"config.start.workdir={config.start.workdir}: expected base, beside whose FFNs config.start.memory=zero "
-            f"adds rows, found {trained.config.architecture}"
-        )
 
 
 def _of_base_or_zero(trained, name, like):

@@ -17,7 +17,8 @@ The shardings (model/sharding.py) leave the compiler little choice, so each tran
              matrices, and sum their results over data (training/muon.py).
     head     it is gathered for each micro-batch, and its gradient is summed in float32 for each of them, over data too.
 
-Parameters that are frozen (config.optimizer.train) have no gradients to send.
+Parameters that are frozen (config.optimizer.train) have no gradients to send. In bov-B, layers below the first that
+looks up a row then need no backward pass; it is counted all the same.
 
 Scalars, such as the norm of the gradient, are left out. docs/plan.md says how closely the formulas agree with compiled
 steps, and where compilers choose otherwise.

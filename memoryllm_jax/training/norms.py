@@ -19,11 +19,15 @@ import jax.numpy as jnp
 from memoryllm_jax.model.transformer import LAYERS
 
 
-def of_gradients(grads) -> dict[str, jax.Array]:
+def of_gradients(grads, layers: int) -> dict[str, jax.Array]:
     """The norm of the gradient of each part: [L] for attention, ffn (FFN-C), memory (FFN-M or tables) and row_gate.
 
     A part includes the norm of its input. What no layer has, such as the embedding, has one norm. The memory of a layer
     that looks up nothing has the norm 0.
+
+    Args:
+      grads: gradients by the parameters that are trained.
+      layers: number of layers, L.
     """
     squares: dict[str, dict] = {}
     for path, gradient in jax.tree_util.tree_leaves_with_path(grads):
@@ -36,7 +40,7 @@ def of_gradients(grads) -> dict[str, jax.Array]:
     for group in squares.keys() - set(LAYERS):
         found |= squares[group]
     if "memory" in found:  # of the last layers, where not all have one
-        found["memory"] = jnp.pad(found["memory"], (len(found["attention"]) - len(found["memory"]), 0))
+        found["memory"] = jnp.pad(found["memory"], (layers - len(found["memory"]), 0))
     return jax.tree.map(jnp.sqrt, found)
 
 

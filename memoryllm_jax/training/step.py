@@ -204,7 +204,7 @@ class Trainer:
             start_BT = batch.start_SAN.reshape(-1, config.seq_len)
             metrics["attention_share"] = document_starts.attention_share(start_BT)
         if config.log.norms_every:
-            metrics["norms"] = {"gradient": norms.of_gradients(grads), "added": losses.added}
+            metrics["norms"] = {"gradient": norms.of_gradients(grads, config.model.layers), "added": losses.added}
         return metrics
 
     def _evaluate(self, params, batch: Batch):

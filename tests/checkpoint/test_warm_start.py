@@ -2,22 +2,25 @@
 
 import contextlib
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import reference
-from lab import GOLDEN, random_params, write_untrained
+from lab import GOLDEN, loss_on, random_params, write_untrained
 
 from memoryllm_jax.checkpoint import warm_start
 from memoryllm_jax.checkpoint.digest import array_name
+from memoryllm_jax.checkpoint.reader import Reader
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common import config_files
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import resolve
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.hf.import_ import import_model
-from memoryllm_jax.model import sharding
+from memoryllm_jax.model import sharding, transformer
+from memoryllm_jax.tol import compress, serving
 from memoryllm_jax.training import loop
 
 
@@ -77,6 +80,67 @@ def start(lab, data_path):
     return make
 
 
+def test_an_adapter_begins_as_base(make_config, start, data_path, tmp_path):
+    """The same bits, on a mesh that pads heads and widths."""
+    dataset = Dataset(data_path)
+    workdir = write_untrained(make_config("base"), str(tmp_path / "base"))
+    config = loop.complete(start("adapter", workdir, **{"mesh.fsdp": 1, "mesh.tensor": 3}), dataset)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:3])
+    params, _ = warm_start.starting_params(config, dataset.tokenizer(), random_params(config.model, mesh)[0], mesh)
+    with contextlib.closing(TrainedModel(workdir, None, "float32", mesh)) as trained:
+        base = {name: trained.leaf(name) for name in trained.names()}
+        of_base = trained.config
+
+    def hidden(config, params):
+        model = transformer.LanguageModel(config)
+        ids = jax.numpy.arange(32)[None]
+
+        @jax.jit
+        def compute(params):
+            rows = model.apply({"params": params}, ids, method="token_rows")
+            return model.apply({"params": params}, rows, ids, 32, method="hidden")
+
+        with jax.set_mesh(mesh):
+            return np.asarray(compute(params))
+
+    memory = params.pop("memory")
+    assert memory["table"].shape == (2, 513, 32) and not memory["table"].any()
+    found = {array_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    jax.tree.map(np.testing.assert_array_equal, found, base)
+    np.testing.assert_array_equal(hidden(config.model, params | {"memory": memory}), hidden(of_base, params))
+
+
+@pytest.mark.usefixtures("shared_trainers")
+def test_an_adapter_trains_its_rows_alone_and_becomes_one_tol(lab, start, data_path, tmp_path):
+    fields = {"steps": 2, "checkpoint.every": 1, "optimizer.peak_lr": 1e-2, "optimizer.max_skipped": 1}
+    config, workdir = start("adapter", lab.workdir("base"), **fields), str(tmp_path / "adapter")
+    assert loop.train(config, workdir, jax.devices()[:1]) == 0
+
+    def arrays():
+        with contextlib.closing(Reader(workdir)) as reader:
+            return dict(reader.arrays(2, dict.fromkeys(reader.description(2).digests)))
+
+    whole = arrays()
+    with contextlib.closing(TrainedModel(lab.workdir("base"))) as base:
+        for name in base.names():
+            np.testing.assert_array_equal(whole[f"params/{name}"], base.leaf_on_host(name))
+    assert whole["params/memory/table"].any()
+    moments = [name for name in whole if name.startswith("opt_state") and not name.endswith("count")]
+    assert len(moments) == 2 and all(name.endswith("memory/table") for name in moments)
+
+    shutil.rmtree(f"{workdir}/2")
+    assert loop.train(config, workdir, jax.devices()[:1]) == 0
+    jax.tree.map(np.testing.assert_array_equal, arrays(), whole)
+
+    tol = str(tmp_path / "adapter.safetensors")
+    compress.precompute(workdir, tol, compress.Options())
+    losses = []
+    for lookups in ("", tol):
+        with contextlib.closing(serving.open_engine(workdir, lookups)) as engine:
+            losses.append(loss_on(engine, data_path))
+    assert losses[0] == losses[1]
+
+
 def test_training_starts_at_the_loss_of_the_other_model(lab, start, tmp_path):
     def validation_loss(workdir):
         return json.load(open(f"{workdir}/result.json"))["validation"]["loss"]
@@ -95,3 +159,5 @@ def test_models_and_workdirs_that_do_not_fit_are_refused(start, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             loop.train(config, str(tmp_path / target), jax.devices()[:1])
+    with pytest.raises(UserError, match=r"expected base, beside whose FFNs .* found memory"):
+        warm_start.starting_params(start("adapter"), None, {}, None)

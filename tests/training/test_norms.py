@@ -15,7 +15,7 @@ def test_gradients_by_part_and_layer():
         "ffn": {"up": draw(size=(3, 4, 6))},
     }
     grads = {"layers": layers, "memory": {"table": draw(size=(3, 8, 2))}, "head": draw(size=(8, 4))}
-    found = norms.of_gradients(grads)
+    found = norms.of_gradients(grads, 3)
     for layer in range(3):
         of_attention = (
             layers["attention"]["q"],
