@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from memoryllm_jax.common import storage
 
@@ -73,6 +74,14 @@ def write(path: str, results: dict, more: dict) -> None:
     """Writes the record as JSON, if a path is given. A process that is killed meanwhile leaves the record before."""
     if path:
         storage.write_json(path, facts() | more | {"results": results})
+
+
+def seconds(run: Callable[[], object], count: int) -> dict[str, float]:
+    """Seconds of a call by the clock, and of all processors, divided by `count`. The call must wait for its results."""
+    clock, processors = time.perf_counter(), time.process_time()
+    run()
+    clock, processors = time.perf_counter() - clock, time.process_time() - processors
+    return {"seconds": clock / count, "processor_seconds": processors / count}
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -10,7 +10,6 @@ of the processors, on a CPU, tells more than the clock where other programs run.
 """
 
 import functools
-import time
 from typing import Annotated
 
 import common
@@ -33,15 +32,10 @@ def drawn_starts(sequences: int, length: int, mean: int, rng: np.random.Generato
     return document_starts.starts(begins, True)
 
 
-def seconds(run) -> dict[str, float]:
-    """Seconds of one call by the clock, and of all processors together."""
-    start, processor = time.perf_counter(), time.process_time()
+def calls(run) -> None:
+    """What is timed of each side in a round."""
     for _ in range(CALLS):
         jax.block_until_ready(run())
-    return {
-        "seconds": (time.perf_counter() - start) / CALLS,
-        "processor_seconds": (time.process_time() - processor) / CALLS,
-    }
 
 
 def main(
@@ -81,7 +75,7 @@ def main(
             # The first of a round may profit from what the one before left behind, so they take turns at it.
             first = number % len(sides)
             for name in [*list(sides)[first:], *list(sides)[:first]]:
-                times[name].append(seconds(sides[name]))
+                times[name].append(common.seconds(functools.partial(calls, sides[name]), CALLS))
     results = {"device": jax.devices()[0].device_kind, "backend": backend, "dtype": dtype, "shape": shape}
     for name, start in starts.items():
         found = {} if start is None else {"pairs": float(document_starts.attention_share(start))}

@@ -10,7 +10,7 @@ turns. One round is --steps steps of each, and the ratio is taken within a round
 tells more than the clock where other programs run.
 """
 
-import time
+import functools
 from typing import Annotated
 
 import common
@@ -62,16 +62,11 @@ class Side:
         self._state = trainer.init(jax.random.key(0))
         self.bytes = compilation.memory_needed(self._step)
 
-    def seconds(self, count: int) -> dict[str, float]:
-        """Seconds of one step by the clock, and of all processors together, on average over `count` of them."""
-        start, processor = time.perf_counter(), time.process_time()
+    def train(self, count: int) -> None:
+        """Makes so many steps, and waits for them."""
         for _ in range(count):
             self._state, values = self._step(self._state, self._batch)
         jax.block_until_ready(values)
-        return {
-            "seconds": (time.perf_counter() - start) / count,
-            "processor_seconds": (time.process_time() - processor) / count,
-        }
 
 
 def main(
@@ -98,12 +93,12 @@ def main(
         results["memory"][f"{path} on {devices} x {chip}"] = found
     steppers = {name: Side(config, overrides) for name, overrides in sides.items()}
     for side in steppers.values():
-        side.seconds(2)
+        side.train(2)
     times = {name: [] for name in steppers}
     for number in range(rounds):
         # The first of a round may profit from what the one before left behind, so they take turns at it.
         for name in list(steppers)[:: 1 if number % 2 else -1]:
-            times[name].append(steppers[name].seconds(steps))
+            times[name].append(common.seconds(functools.partial(steppers[name].train, steps), steps))
     results["time"] = {
         "device": jax.devices()[0].device_kind,
         "config": config,

@@ -34,7 +34,7 @@ class Option:
 
     Attributes:
       help: text for --help.
-      least: the smallest valid number; None: any finite number is valid.
+      least: the smallest valid number; None: any finite number is valid. Of a tuple, each element is checked.
       choices: the valid texts; empty: any text is valid.
       writes: whether the text is the path of a file that the command writes, so that a path that cannot be written is
         refused before the work and not after it.
@@ -50,6 +50,10 @@ class Option:
     def check(self, name: str, value) -> None:
         """Raises: ArgumentError if the value is not valid."""
         if value is None:
+            return
+        if isinstance(value, tuple):
+            for element in value:
+                self.check(name, element)
             return
         if self.choices and value not in self.choices:
             raise ArgumentError(name, f"expected one of {', '.join(self.choices)}, found {value!r}")
@@ -76,6 +80,7 @@ class _Parameter(typing.NamedTuple):
 
     name: str
     type: type  # the plain type, without Annotated and None
+    element: type  # that of a tuple's elements; str for other types
     default: object  # _MISSING where there is none
     option: Option
 
@@ -114,10 +119,20 @@ def values(target: Callable) -> dict[str, object]:
         if parameter.default is _MISSING and value in (None, "", []):
             raise ArgumentError(parameter.flag, f"is missing ({parameter.option.help})")
         if parameter.type is tuple and value is not None:
-            value = tuple(value)
+            value = _elements(parameter, value)
         parameter.option.check(parameter.flag, value)
         out[parameter.name] = value
     return out
+
+
+def _elements(parameter: _Parameter, texts: Iterable) -> tuple:
+    """The elements of a tuple from their texts. Raises: ArgumentError for one that is not of their type."""
+    try:
+        return tuple(map(parameter.element, texts))
+    except ValueError as error:
+        expected = "whole numbers" if parameter.element is int else "numbers"
+        found = ",".join(map(str, texts))
+        raise ArgumentError(parameter.flag, f"expected {expected} separated by commas, found {found}") from error
 
 
 def check(options) -> None:
@@ -184,11 +199,14 @@ def _parameters(target, nested: bool = True) -> Iterator[_Parameter]:
             continue
         option = _option(hint)
         if option is not None:
-            yield _Parameter(name, _plain(typing.get_args(hint)[0]), parameters[name].default, option)
+            kind, element = _types(typing.get_args(hint)[0])
+            yield _Parameter(name, kind, element, parameters[name].default, option)
 
 
-def _plain(hint) -> type:
-    """The class that makes a value: int for `int | None`, tuple for `tuple[str, ...]`."""
+def _types(hint) -> tuple[type, type]:
+    """(type, type of the elements) of a value: (int, str) for `int | None`, (tuple, float) for `tuple[float, ...]`."""
     if isinstance(hint, types.UnionType):
         (hint,) = set(typing.get_args(hint)) - {types.NoneType}
-    return typing.get_origin(hint) or hint
+    if typing.get_origin(hint) is tuple:
+        return tuple, typing.get_args(hint)[0]
+    return hint, str

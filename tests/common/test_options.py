@@ -25,6 +25,7 @@ class Inner:
     share: Annotated[float, Option("a share")] = 0.5
     record: Annotated[str, Option("a file", writes=True)] = ""
     names: Annotated[tuple[str, ...], Option("some names")] = ("a",)
+    widths: Annotated[tuple[int, ...] | None, Option("some widths", least=1)] = None
 
 def main(
     inner: Inner,
@@ -55,8 +56,9 @@ def run(tmp_path_factory):
 
 
 def test_a_signature_makes_a_command(run):
-    said = run("--path=p", "--names=b,c", "--step=3", "--if")
-    assert said.stdout == "Inner(rate=0.5, share=0.5, record='', names=('b', 'c')) p 3 True\n" and said.returncode == 0
+    said = run("--path=p", "--names=b,c", "--widths=2,3", "--step=3", "--if")
+    found = "Inner(rate=0.5, share=0.5, record='', names=('b', 'c'), widths=(2, 3))"
+    assert said.stdout == f"{found} p 3 True\n" and said.returncode == 0
     helped = run("--help")
     assert helped.returncode == 0
     for text in ("Says what it was given.", "--path: a path", "--rate: a rate", "default: '0.5'"):
@@ -73,6 +75,7 @@ def test_a_signature_makes_a_command(run):
         (["--path=p", "--share=-inf"], "error: --share: expected a finite number, found -inf"),
         (["--path=p", "--record=/none/x"], "error: --record: expected a file in a folder that exists, found /none/x"),
         (["--path=p", "--record=/tmp"], "error: --record: expected a name for a file, found the folder /tmp"),
+        (["--path=p", "--widths=2,x"], "error: --widths: expected whole numbers separated by commas, found 2,x"),
         (["--path=p", "more"], "error: unexpected argument 'more'; options are written --name=value"),
     ],
 )
@@ -84,6 +87,7 @@ def test_command_line_errors_are_one_sentence_with_the_flag(run, arguments, erro
 @dataclasses.dataclass(frozen=True)
 class _Drawn:
     kind: Annotated[str, Option("what to draw", choices=("line", "bar"))] = "line"
+    widths: Annotated[tuple[float, ...], Option("widths of lines", least=1)] = (4.0,)
 
     def __post_init__(self):
         options.check(self)
@@ -92,6 +96,8 @@ class _Drawn:
 def test_the_library_names_the_argument_without_dashes():
     with pytest.raises(ArgumentError, match=r"^kind: expected one of line, bar, found 'pie'"):
         _Drawn("pie")
+    with pytest.raises(ArgumentError, match=r"^widths: expected at least 1, found 0.5"):
+        _Drawn(widths=(2.0, 0.5))
     with pytest.raises(ArgumentError, match=r"^cache: expected a size above zero such as 12KiB or 1.5GB, found '0MB'"):
         options.size("0MB", "cache")
     with pytest.raises(ArgumentError, match=r"^drop: expected layers from 0 to 3, such as 0,3, found '4'"):
