@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
-_POLL_S = 0.1
+_POLL_S = 0.05
 
 
 class Children:

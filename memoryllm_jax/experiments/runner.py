@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,9 +116,10 @@ class Selection:
         )
 
 
-def is_trained(run: Run, workdir: str) -> bool:
-    """Whether the run's last step is done."""
-    return storage.exists(os.path.join(run.folder(workdir), "result.json"))
+def can_be_scored(run: Run, workdir: str) -> bool:
+    """Whether the run's last step is done and its checkpoint is there."""
+    folder = run.folder(workdir)
+    return storage.exists(os.path.join(folder, "result.json")) and bool(description.steps(folder))
 
 
 def has_diverged(run: Run, workdir: str) -> bool:
@@ -129,9 +131,9 @@ def loss(run: Run, workdir: str) -> float | None:
     """The loss of the run's last validation in nats a token; infinite if it diverged, None if it is not trained yet."""
     if has_diverged(run, workdir):
         return math.inf
-    if not is_trained(run, workdir):
-        return None
     path = os.path.join(run.folder(workdir), "result.json")
+    if not storage.exists(path):
+        return None
     return json.loads(storage.read_bytes(path, "the result of a run"))["validation"]["loss"]
 
 
@@ -210,7 +212,7 @@ class Runner:
                 progress.update(self._cost(work.done))
                 busy = [job.run.key for job in running.values()]
                 for run in [run for run in work.to_do if run.key not in busy][: self._places - len(running)]:
-                    job = _Job(run, is_trained(run, self._workdir), time.monotonic())
+                    job = _Job(run, can_be_scored(run, self._workdir), time.monotonic())
                     running[self._start(children, job, lock)] = job
                 if not running:
                     break
@@ -237,13 +239,16 @@ class Runner:
     def _work(self) -> _Work:
         """Reads from the files what is done. Removes checkpoints that nothing needs any more."""
         choices = {setting: sweep_choice(self._protocol, self._workdir, setting) for setting in self._selection.swept()}
+        chosen = {setting: choice.rate for setting, choice in choices.items() if choice.rate is not None}
+        of_experiments = self._protocol.experiment_runs(chosen)
+        needed = {run.key for run in of_experiments}  # also by experiments that are not selected
         to_do, done, failed = [], [], []
-        for run in self._runs(choices):
+        for run in self._runs(choices, of_experiments):
             if run.key in self._failed:
                 failed.append(run)
             elif not run.experiments:
                 is_done = loss(run, self._workdir) is not None
-                if is_done and not choices[run.setting].missing:
+                if is_done and not choices[run.setting].missing and run.key not in needed:
                     _remove_checkpoints(run, self._workdir)
                 (done if is_done else to_do).append(run)
             elif heldout.is_scored(run.folder(self._workdir)):
@@ -257,10 +262,13 @@ class Runner:
                 to_do.append(run)
         return _Work(to_do, done, failed, [setting for setting, choice in choices.items() if choice.rate is None])
 
-    def _runs(self, choices: Mapping[Setting, rates.Choice]) -> Iterable[Run]:
-        """All runs that are known so far, each once: experiment by experiment, the sweeps that it needs first."""
-        chosen = {setting: choice.rate for setting, choice in choices.items() if choice.rate is not None}
-        of_experiments = [run for run in self._protocol.experiment_runs(chosen) if self._selection.takes(run)]
+    def _runs(self, choices: Mapping[Setting, rates.Choice], of_experiments: list[Run]) -> Iterable[Run]:
+        """The selected runs, each once: experiment by experiment, the sweeps that it needs first.
+
+        Args:
+          of_experiments: all runs of experiments that are known so far.
+        """
+        of_experiments = [run for run in of_experiments if self._selection.takes(run)]
         found = {}
         for name in self._selection.experiments:
             for setting in self._selection.swept(name):
@@ -274,7 +282,7 @@ class Runner:
         run, folder = job.run, job.run.folder(self._workdir)
         os.makedirs(folder, exist_ok=True)
         if job.scores:
-            command = [sys.executable, "-m", "memoryllm_jax.experiments.heldout", folder]
+            command = score_command(run, self._workdir)
         else:
             command = train_command(self._protocol, run, self._workdir)
             storage.write_json(os.path.join(folder, "run.json"), _description(self._protocol, run, command))
@@ -314,6 +322,11 @@ def train_command(protocol: Protocol, run: Run, workdir: str) -> list[str]:
     ]
 
 
+def score_command(run: Run, workdir: str) -> list[str]:
+    """The command line that scores a run."""
+    return [sys.executable, "-m", "memoryllm_jax.experiments.heldout", run.folder(workdir)]
+
+
 def _description(protocol: Protocol, run: Run, command: list[str]) -> dict:
     """The contents of run.json."""
     return {
@@ -329,11 +342,13 @@ def _description(protocol: Protocol, run: Run, command: list[str]) -> dict:
 
 
 def _last_line(folder: str) -> str:
-    """The last line that a process wrote into a run's log."""
+    """What a process that failed wrote last into a run's log: its error if it named one."""
     with open(os.path.join(folder, "log.txt"), "rb") as file:
         file.seek(max(0, os.path.getsize(file.name) - 10_000))
-        lines = file.read().decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    # JAX prints a note below an exception.
+    errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
+    return (errors or lines or ["it printed nothing"])[-1]
 
 
 def _remove_checkpoints(run: Run, workdir: str) -> None:

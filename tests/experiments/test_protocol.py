@@ -1,0 +1,105 @@
+"""Protocols: the runs that follow from them, and what is refused."""
+
+import pytest
+
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.experiments import protocol as protocol_lib
+from memoryllm_jax.experiments.protocol import Experiment, Protocol, Setting, Sweep, Variant
+
+
+def protocol(**changes) -> Protocol:
+    parts = {
+        "config": "configs/tiny.py",
+        "fields": {"batch_size": 2, "seq_len": 16, "log.every": 5},
+        "sizes": {"S": {"model.dim": 64}, "L": {"model.dim": 128}},
+        "vocabularies": {"512": "sentencepiece:train:512"},
+        "variants": (Variant("memory"), Variant("wide", "memory", {"model.ffn_dim": 256}, rate_of="memory")),
+        "sweep": Sweep(640, (0.001, 0.002, 0.004), {"S": "S", "L": "S"}),
+        "experiments": (
+            Experiment("one", ("memory", "wide"), ("S",), ("512",), (640, 1280), (0, 1)),
+            Experiment("two", ("memory",), ("S", "L"), ("512",), (1280,)),
+        ),
+    }
+    return Protocol(**parts | changes)
+
+
+def test_runs_are_the_product_of_an_experiment_and_experiments_share_them():
+    p = protocol()
+    small, wide, large = (Setting(*names, "512") for names in (("memory", "S"), ("wide", "S"), ("memory", "L")))
+    assert p.settings() == [small, wide, large] and {p.swept(setting) for setting in p.settings()} == {small}
+    assert p.experiment_runs({}) == []
+    runs = p.experiment_runs({small: 0.002})
+    assert [(run.setting, run.tokens, run.seed, run.experiments) for run in runs] == [
+        (small, 640, 0, ("one",)),
+        (wide, 640, 0, ("one",)),
+        (small, 640, 1, ("one",)),
+        (wide, 640, 1, ("one",)),
+        (small, 1280, 0, ("one", "two")),
+        (wide, 1280, 0, ("one",)),
+        (small, 1280, 1, ("one",)),
+        (wide, 1280, 1, ("one",)),
+        (large, 1280, 0, ("two",)),
+    ]
+    assert runs[0].key == p.sweep_run(small, 0.002).key  # trained once
+    config = runs[-1].config
+    assert (config.steps, config.optimizer.warmup_steps, config.model.dim) == (40, 2, 128)
+    # Fields that follow from others do so as on the command line.
+    assert (config.model.ffn_dim, config.model.table_dim) == (344, 16)
+    assert config.optimizer.final_lr == pytest.approx(0.0002) and runs[1].config.model.ffn_dim == 256
+
+
+def test_a_run_is_named_by_what_it_trains():
+    def key(rate=0.002, **changes):
+        p = protocol(**changes)
+        return p.sweep_run(p.settings()[0], rate).key
+
+    # The names of runs that exist: if this one changes, all of them would be trained again.
+    assert key() == "efd4e721df1eb2ac"
+    fields = protocol().fields
+    same = [
+        {"fields": {**fields, "log.every": 9, "data.path": "elsewhere"}},  # where and how fast it is computed
+        {"fields": {**fields, "optimizer.b1": 0.9}},  # the default
+    ]
+    assert {key(**changes) for changes in same} == {key()}
+    others = [{"rate": 0.004}, {"warmup": 0.1}, {"fields": {**fields, "optimizer.b1": 0.8}}]
+    others += [
+        {"experiments": (Experiment("one", ("memory",), ("S",), ("600",), (640,)),), "vocabularies": {"600": ""}}
+    ]
+    assert len({key(), *(key(**changes) for changes in others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"fields": {"model.dimm": 8}}, r"config\.model\.dimm: no such field; did you mean dim\?"),
+        ({"fields": {"model.layers": "many"}}, "config.model.layers: expected int, found 'many'"),
+        ({"keep": ("three",)}, "protocol: keep: expected names of the protocol, found three"),
+        ({"variants": (Variant("memory"),)}, "experiment one: variants: expected names of the protocol, found wide"),
+        ({"sizes": {"S": {}, "S/2": {}}}, "sizes: expected different names of letters, digits"),
+        (
+            {"sweep": Sweep(1, (1e-3, 2e-3), {"S": "S", "L": "S"})},
+            "rates: expected at least three, each the one before",
+        ),
+        ({"sweep": Sweep(1, (1e-3, 2e-3, 3e-3), {"S": "S", "L": "S"})}, "rates: expected at least three, each the one"),
+        ({"sweep": Sweep(1, (1e-3, 2e-3, 4e-3), {"S": "L", "L": "S"})}, "S: expected a size that is swept, found L"),
+        ({"sweep": Sweep(1, (1e-3, 2e-3, 4e-3), {"S": "S"})}, "experiment two: sizes: expected sizes of the sweep"),
+    ],
+)
+def test_what_is_not_valid_is_named(changes, problem):
+    with pytest.raises(UserError, match=problem):
+        p = protocol(**changes)
+        p.sweep_run(p.settings()[0], 0.002)
+
+
+def test_a_protocol_file_is_found_among_the_packages_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    p = protocol_lib.load("configs/protocols/small.py")
+    for setting in p.settings():
+        assert p.sweep_run(setting, 0.004).config.model.dim in (64, 96, 128, 192)
+    with pytest.raises(
+        UserError, match=r"protocol: expected FILE\.py, found no file small\.py .* are configs/protocols/"
+    ):
+        protocol_lib.load("small.py")
+    (tmp_path / "p.py").write_text("def get_protocol():\n    return 1")
+    with pytest.raises(UserError, match="protocol: expected get_protocol.. to return a Protocol, found 1"):
+        protocol_lib.load("p.py")

@@ -1,0 +1,178 @@
+"""The runner of a protocol: what it trains and scores, in which order, and what it goes on with after a failure."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from lab import CONTEXT, with_devices
+
+from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.experiments import heldout, runner
+from memoryllm_jax.experiments import protocol as protocol_lib
+from memoryllm_jax.experiments.protocol import Experiment, Protocol, Setting, Sweep, Variant
+
+PROTOCOL = Protocol(
+    config="configs/tiny.py",
+    fields={"batch_size": 2, "seq_len": 16},
+    sizes={"S": {"model.dim": 64}},
+    vocabularies={"512": "sentencepiece:train:512"},
+    variants=(Variant("base"), Variant("memory"), Variant("wide", "memory", {"model.ffn_dim": 256}, "memory")),
+    sweep=Sweep(640, (0.001, 0.002, 0.004), {"S": "S"}, most=4),
+    experiments=(
+        Experiment("first", ("base",), ("S",), ("512",), (640, 1280)),
+        Experiment("second", ("memory", "wide"), ("S",), ("512",), (1280,)),
+        Experiment("third", ("base", "memory"), ("S",), ("512",), (640,)),
+    ),
+    keep=("second",),
+)
+BASE, MEMORY = Setting("base", "S", "512"), Setting("memory", "S", "512")
+# Stands for `train`: writes what is left of a run whose loss is the distance of its rate to 0.002, or ends with a code.
+TRAIN = """
+import json, math, os, sys
+folder, rate, code = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+print("error: no space", file=sys.stderr)
+if code:
+    sys.exit(code)
+os.makedirs(f"{folder}/40")
+with open(f"{folder}/result.json", "w") as file:
+    json.dump({"validation": {"loss": abs(math.log(rate / 0.002))}}, file)
+"""
+SCORE = "import sys; open(sys.argv[1] + '/heldout.npz', 'w')"
+
+
+class Stubs:
+    """Takes the place of the processes, and notes which run they are for."""
+
+    def __init__(self, monkeypatch, workdir, only=()):
+        self.started: list[tuple[str, str, int, float]] = []
+        self.codes: dict[str, int] = {}  # {variant: exit code of its trainings}
+        self.workdir, self.only = str(workdir), only
+        monkeypatch.setattr(runner, "train_command", self.train)
+        monkeypatch.setattr(runner, "score_command", self.score)
+
+    def train(self, protocol, run, workdir):
+        self.started.append(("train", run.variant, run.tokens, run.rate))
+        code = self.codes.get(run.variant, 0)
+        return [sys.executable, "-S", "-c", TRAIN, run.folder(workdir), str(run.rate), str(code)]
+
+    def score(self, run, workdir):
+        self.started.append(("score", run.variant, run.tokens, run.rate))
+        return [sys.executable, "-S", "-c", SCORE, run.folder(workdir)]
+
+    def run(self) -> int:
+        self.started.clear()
+        return runner.Runner(runner.Selection(PROTOCOL, self.only), self.workdir, 1, lambda run: run.tokens).run()
+
+
+def test_sweeps_come_first_and_what_is_done_stays_done(monkeypatch, tmp_path):
+    stubs = Stubs(monkeypatch, tmp_path, ["first", "second"])
+    assert stubs.run() == 0
+    sweep = (0.001, 0.002, 0.004)
+    assert stubs.started == [
+        *(("train", "base", 640, rate) for rate in sweep),
+        ("score", "base", 640, 0.002),  # the sweep trained it
+        ("train", "base", 1280, 0.002),
+        ("score", "base", 1280, 0.002),
+        *(("train", "memory", 640, rate) for rate in sweep),
+        ("train", "memory", 1280, 0.002),
+        ("score", "memory", 1280, 0.002),
+        ("train", "wide", 1280, 0.002),
+        ("score", "wide", 1280, 0.002),
+    ]
+    finished = runner.finished(PROTOCOL, str(tmp_path))
+    assert [(run.variant, run.tokens) for run in finished] == [
+        ("base", 640),
+        ("base", 1280),
+        ("memory", 1280),
+        ("wide", 1280),
+    ]
+    kept = {run.key for run in finished if run.variant != "base"}
+    kept.add(PROTOCOL.sweep_run(MEMORY, 0.002).key)  # which the third experiment will need
+    assert {path.parent.name for path in tmp_path.glob("runs/*/40")} == kept
+    assert stubs.run() == 0 and stubs.started == []
+    stubs.only = []
+    assert stubs.run() == 0 and stubs.started == [("score", "memory", 640, 0.002)]
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, capfd):
+    stubs = Stubs(monkeypatch, tmp_path, ["second", "first"])
+    stubs.codes = {"base": 1}
+    assert stubs.run() == 1
+    assert [run.variant for run in runner.finished(PROTOCOL, str(tmp_path))] == ["memory", "wide"]
+    assert len(stubs.started) == 3 + 3 + 2 * 2
+    error = capfd.readouterr().err
+    assert "base S 512: has no rate, as all diverged or a run of its sweep failed\n" in error
+    assert "rate 0.001, seed 0: exit code 1: error: no space (" in error and "log.txt)" in error
+    stubs.codes = {}
+    assert stubs.run() == 0 and {variant for _, variant, *_ in stubs.started} == {"base"}
+
+
+def test_a_rate_that_diverges_is_a_result(monkeypatch, tmp_path):
+    stubs = Stubs(monkeypatch, tmp_path, ["first"])
+    stubs.codes = {"base": 72}
+    assert stubs.run() == 1 and len(stubs.started) == PROTOCOL.sweep.most
+    assert runner.sweep_choice(PROTOCOL, str(tmp_path), BASE).losses.keys() == {0.0005, 0.001, 0.002, 0.004}
+    assert stubs.run() == 1 and not stubs.started  # it would diverge again
+
+
+def test_a_signal_stops_the_runs_and_the_next_start_goes_on(monkeypatch, tmp_path, capfd):
+    stubs = Stubs(monkeypatch, tmp_path, ["first"])
+    train = stubs.train
+    sleeps = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(runner, "train_command", lambda *a: (train(*a), threading.Timer(0.1, stop).start(), sleeps)[2])
+
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stubs.run() == 143 and len(stubs.started) == 1
+    assert "stopped with 3 runs to do" in capfd.readouterr().out
+    monkeypatch.setattr(runner, "train_command", train)
+    assert stubs.run() == 0 and len(stubs.started) == 6
+
+
+def test_only_selects_and_names_what_it_does_not_know():
+    def settings(*only):
+        return [str(setting) for setting in runner.Selection(PROTOCOL, only).settings()]
+
+    assert settings() == ["base S 512", "memory S 512", "wide S 512"]
+    assert settings("third", "512") == ["base S 512", "memory S 512"] and settings("wide") == ["wide S 512"]
+    with pytest.raises(UserError, match="only: expected names of the protocol, found widde; did you mean wide?"):
+        settings("widde")
+    with pytest.raises(UserError, match="only: expected names that share runs, found first, wide"):
+        settings("first", "wide")
+
+
+@pytest.mark.slow
+def test_the_command_trains_and_scores(lab, tmp_path):
+    texts = """
+from memoryllm_jax.experiments.protocol import *
+FIELDS = {"batch_size": 2, "seq_len": %d, "model.layers": 1, "model.heads": 2, "log.tensorboard": False}
+FIELDS |= {"eval.batches": 1, "sample.tokens": 0}
+def get_protocol():
+    return Protocol(config="configs/tiny.py", fields=FIELDS, sizes={"S": {"model.dim": 16}}, vocabularies={"512": ""},
+        variants=(Variant("value-0"),), sweep=Sweep(64, (0.001, 0.002, 0.004), {"S": "S"}),
+        experiments=(Experiment("one", ("value-0",), ("S",), ("512",), (64,)),))
+"""
+    (tmp_path / "protocol.py").write_text(texts % CONTEXT)
+    (tmp_path / "data").mkdir()
+    os.symlink(lab.data_path, tmp_path / "data/512")
+    command = [sys.executable, "-m", "memoryllm_jax.compare", f"--protocol={tmp_path}/protocol.py"]
+    command.append(f"--workdir={tmp_path}")
+    # Of the sweep only the best rate is left to be trained.
+    protocol = protocol_lib.load(f"{tmp_path}/protocol.py")
+    for rate in (0.001, 0.004):
+        folder = Path(protocol.sweep_run(protocol.settings()[0], rate).folder(str(tmp_path)))
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"validation": {"loss": 99.0}}))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=with_devices(1))
+    assert done.returncode == 0, done.stderr + done.stdout
+    (run,) = runner.finished(protocol, str(tmp_path))
+    folder = Path(run.folder(str(tmp_path)))
+    assert run.rate == 0.002 and heldout.is_scored(str(folder)) and not [*folder.glob("[0-9]*")]
+    described = json.loads((folder / "run.json").read_text())
+    assert described["tokens"] == 64 and described["command"][:2] == ["-m", "memoryllm_jax.train"]
