@@ -101,5 +101,5 @@ def test_a_protocol_file_is_found_among_the_packages_own(tmp_path, monkeypatch):
     ):
         protocol_lib.load("small.py")
     (tmp_path / "p.py").write_text("def get_protocol():\n    return 1")
-    with pytest.raises(UserError, match="protocol: expected get_protocol.. to return a Protocol, found 1"):
+    with pytest.raises(UserError, match=r"expected get_protocol\(\) to return a Protocol, found 1"):
         protocol_lib.load("p.py")

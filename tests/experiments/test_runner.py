@@ -141,7 +141,7 @@ def test_only_selects_and_names_what_it_does_not_know():
 
     assert settings() == ["base S 512", "memory S 512", "wide S 512"]
     assert settings("third", "512") == ["base S 512", "memory S 512"] and settings("wide") == ["wide S 512"]
-    with pytest.raises(UserError, match="only: expected names of the protocol, found widde; did you mean wide?"):
+    with pytest.raises(UserError, match="only: expected names of the protocol, found widde; did you mean wide"):
         settings("widde")
     with pytest.raises(UserError, match="only: expected names that share runs, found first, wide"):
         settings("first", "wide")
