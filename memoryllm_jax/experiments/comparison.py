@@ -15,15 +15,15 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.experiments import comparison_plots, costs, laws, runner
 from memoryllm_jax.experiments.intervals import Interval
 from memoryllm_jax.experiments.laws import Crossing, FittedLaw
-from memoryllm_jax.experiments.protocol import Experiment, Protocol
-from memoryllm_jax.experiments.results import Cell, Compared, Results
+from memoryllm_jax.experiments.protocol import Protocol
+from memoryllm_jax.experiments.results import Cell, Compared, Family, Results
 
 _PACKAGES = ("memoryllm_jax", "jax", "flax", "optax", "numpy", "scipy")
 _QUESTION = """
-Is a table that is read by token id worth its parameters, and against which control? Each experiment trains its variants
-at equal size, vocabulary and tokens, with the same seeds and data, and with the peak learning rate that was best for
-the variant in a sweep. All are scored on the same held-out targets. Each point of a curve is a run of its own, whose
-learning rate decays to its end.
+Is a table that is read by token id worth its parameters, and against which control? The variants are trained at equal
+size, vocabulary and tokens, with the same seeds and data, and each with the peak learning rate that was best for it in
+a sweep. All are scored on the same held-out targets. Each point of a curve is a run of its own, whose learning rate
+decays to its end.
 """
 _HOW_TO_READ = """
 A difference is the loss of a variant minus the loss of the variant that it is compared with: below 0 is better. Losses
@@ -71,12 +71,12 @@ def draw(protocol: Protocol, path: str, workdir: str) -> str:
         page.text(_QUESTION)
         page.heading("How to read")
         page.text(_HOW_TO_READ)
-        experiments = [experiment for experiment in protocol.experiments if results.of(experiment)]
+        families = results.families()
         page.heading("Answer")
-        for experiment in experiments:
-            _answer(page, results, experiment)
-        record = {experiment.name: _experiment(page, results, experiment) for experiment in experiments}
-        record = {"experiments": record, "fits": _laws(page, results), "rates": _rates(page, results)}
+        for family in families:
+            _answer(page, results, family)
+        record = {family.name: _family(page, results, family) for family in families}
+        record |= {"fits": _laws(page, results), "rates": _rates(page, results)}
         page.heading("Limits")
         page.text(_LIMITS)
         return page.write(_rounded(record))
@@ -107,19 +107,21 @@ def _text(fields) -> str:
     return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
-def _answer(page, results: Results, experiment: Experiment) -> None:
-    """The table of an experiment's differences at the most tokens, by vocabulary and size."""
-    cells = results.last_cells(experiment)
-    compared = [results.compare(experiment, cell) for cell in cells]
-    head = ["variant", "compared with", *(f"{c.vocabulary} ids, {c.size}, {c.tokens / 1e6:.3g} M" for c in cells)]
+def _answer(page, results: Results, family: Family) -> None:
+    """The table of a family's differences after the most tokens, by size and vocabulary."""
+    cells = results.last_cells(family)
+    compared = [results.compare(family, cell) for cell in cells]
+    head = [
+        "variant",
+        "compared with",
+        *(f"{c.vocabulary} ids, {c.size}, {c.tokens / 1e6:.3g} M tokens" for c in cells),
+    ]
     rows = []
-    for variant in experiment.variants:
-        found = [by_variant.get(variant) for by_variant in compared]
-        if any(found):
-            other = results.against(experiment, variant) or "(its bits per byte)"
-            rows.append([variant, other, *map(_answer_cell, found)])
-    caption = f"{experiment.name}: differences in bits per byte after the most tokens that were trained on"
-    page.table(head, rows, caption, csv=f"{experiment.name}-answer")
+    for variant in family.variants:
+        other = results.against(family, variant) or "(bits per byte)"
+        rows.append([variant, other, *(_answer_cell(by_variant.get(variant)) for by_variant in compared)])
+    caption = f"{family.name.capitalize()}: differences in bits per byte after the most tokens"
+    page.table(head, rows, caption, csv=f"{family.name}-answer")
 
 
 def _answer_cell(found: Compared | None) -> str:
@@ -139,38 +141,34 @@ def _difference(interval: Interval | None) -> str:
     return f"{mark}{interval}"
 
 
-def _experiment(page, results: Results, experiment: Experiment) -> dict:
-    """The section of an experiment. Returns: its numbers."""
-    page.heading(f"Experiment {experiment.name}")
-    seeds = sorted({run.seed for run in results.of(experiment)})
-    page.text(
-        f"Variants {', '.join(experiment.variants)}; sizes {', '.join(experiment.sizes)}; vocabularies "
-        f"{', '.join(experiment.vocabularies)}; seeds {', '.join(map(str, seeds))}."
-    )
-    costs_of_variants = _costs(page, results, experiment)
-    name, cells = experiment.name, _largest(results, experiment)
+def _family(page, results: Results, family: Family) -> dict:
+    """The section of a family. Returns: its numbers."""
+    page.heading(family.name.capitalize())
+    name, cells = family.name, results.widest_cells(family)
+    record = {"costs": _costs(page, results, family, cells)}
     caption = "Held-out loss against tokens: the mean over seeds, with bars from the lowest to the highest seed"
-    page.figure(f"{name}-curves", comparison_plots.curves(results, experiment), caption)
+    page.figure(f"{name}-curves", comparison_plots.curves(results, family), caption)
     caption = "Differences of the loss against tokens with their 95% intervals; below 0 is better"
-    page.figure(f"{name}-differences", comparison_plots.differences(results, experiment), caption)
-    if len(cells) > 1:
-        caption = "Differences of the loss after the most tokens, by the number of token ids"
-        page.figure(f"{name}-vocabularies", comparison_plots.by_vocabulary(results, experiment), caption)
-    by_group = []
+    page.figure(f"{name}-differences", comparison_plots.differences(results, family), caption)
+    across = results.across_vocabularies(family)
+    if across:
+        caption = "Differences of the loss by the number of token ids, with their 95% intervals"
+        page.figure(f"{name}-vocabularies", comparison_plots.by_vocabulary(results, family, across), caption)
+    record["splits"] = []
     for cell in cells:
         caption = f"Where variants differ: {cell.vocabulary} ids, size {cell.size}, {cell.tokens / 1e6:.3g} M tokens"
-        page.figure(f"{name}-split-{cell.vocabulary}", comparison_plots.split(results, experiment, cell), caption)
-        by_group += _splits(results, experiment, cell)
-    losses = [row for cell in results.cells(experiment) for row in _losses(results, experiment, cell)]
-    _loss_table(page, experiment, losses)
-    return {"losses": losses, "costs": costs_of_variants, "splits": by_group}
+        page.figure(f"{name}-splits-{cell.vocabulary}", comparison_plots.split(results, family, cell), caption)
+        record["splits"] += _splits(results, family, cell)
+    record["losses"] = [row for cell in results.cells(family) for row in _losses(results, family, cell)]
+    _loss_table(page, family, record["losses"])
+    return record
 
 
-def _losses(results: Results, experiment: Experiment, cell: Cell) -> list[dict]:
+def _losses(results: Results, family: Family, cell: Cell) -> list[dict]:
     """The loss of each variant in a cell, and the difference from the variant that it is compared with."""
     rows = []
-    runs = results.seeds(experiment, cell)
-    for variant, found in results.compare(experiment, cell).items():
+    runs = results.seeds(family, cell)
+    for variant, found in results.compare(family, cell).items():
         row = {"variant": variant, **cell._asdict(), "bits_per_byte": found.losses, "mean": found.loss}
         row["nats_a_token"] = float(np.mean([results.nats(run) for run in runs[variant].values()]))
         row |= {"rate": next(iter(runs[variant].values())).rate, "against": found.against}
@@ -178,7 +176,7 @@ def _losses(results: Results, experiment: Experiment, cell: Cell) -> list[dict]:
     return rows
 
 
-def _loss_table(page, experiment: Experiment, losses: list[dict]) -> None:
+def _loss_table(page, family: Family, losses: list[dict]) -> None:
     head = ["size", "ids", "tokens, M", "variant", "seeds", "bits per byte", "95% over documents", "nats a token"]
     head += ["lowest to highest seed", "compared with", "difference"]
     rows = []
@@ -188,39 +186,31 @@ def _loss_table(page, experiment: Experiment, losses: list[dict]) -> None:
         cells += [f"{mean.value:.4f}", f"{mean.low:.4f} to {mean.high:.4f}", f"{row['nats_a_token']:.4f}"]
         cells += [f"{min(seeds):.4f} to {max(seeds):.4f}", row["against"], _difference(row["difference"])]
         rows.append(cells)
-    page.table(head, rows, "All losses, and their differences in bits per byte", csv=f"{experiment.name}-losses")
+    page.table(head, rows, "All losses, and their differences in bits per byte", csv=f"{family.name}-losses")
 
 
-def _costs(page, results: Results, experiment: Experiment) -> list[dict]:
-    """What the variants cost: a table for the largest size. Returns: the costs at all sizes."""
-    rows, table, largest = [], [], _largest(results, experiment)
-    for cell in results.last_cells(experiment):
+def _costs(page, results: Results, family: Family, cells: list[Cell]) -> list[dict]:
+    """The table of what the variants cost in some cells. Returns: its rows."""
+    rows, table = [], []
+    for cell in cells:
         first = None
-        for variant, runs in results.seeds(experiment, cell).items():
+        for variant, runs in results.seeds(family, cell).items():
             run = next(iter(runs.values()))
             found = costs.of_run(results.config(run), run.folder(results.workdir))
             first = first or found
             rows.append({"variant": variant, "size": cell.size, "vocabulary": cell.vocabulary} | found._asdict())
-            if cell in largest:
-                table.append([cell.vocabulary, cell.size, variant, *found.shown(first)])
-    caption = f"{experiment.name}: what is equal, at the largest size of each vocabulary"
-    page.table(["ids", "size", "variant", *costs.COLUMNS], table, caption, csv=f"{experiment.name}-costs")
+            table.append([cell.vocabulary, cell.size, variant, *found.shown(first)])
+    head = ["ids", "size", "variant", *costs.COLUMNS]
+    page.table(head, table, "What is equal, and what is not", csv=f"{family.name}-costs")
     return rows
 
 
-def _largest(results: Results, experiment: Experiment) -> list[Cell]:
-    """For each vocabulary the cell of the largest size with the most tokens."""
-    cells = sorted(results.last_cells(experiment), key=lambda cell: experiment.sizes.index(cell.size))
-    largest = {cell.vocabulary: cell for cell in cells}
-    return [largest[name] for name in experiment.vocabularies if name in largest]
-
-
-def _splits(results: Results, experiment: Experiment, cell: Cell) -> list[dict]:
+def _splits(results: Results, family: Family, cell: Cell) -> list[dict]:
     """The losses and differences of each variant in a cell, by group of each split, in nats a token."""
     found, text = [], results.texts[cell.vocabulary]
     for split in text.splits:
         groups = text.groups(split)
-        compared = [results.compare(experiment, cell, group) for group in groups]
+        compared = [results.compare(family, cell, group) for group in groups]
         record = {**cell._asdict(), "split": split.name, "groups": [group.label for group in groups]}
         record["shares"] = [text.tokens_of(group) / text.tokens for group in groups]
         record["losses"] = {name: [of_group[name].loss for of_group in compared] for name in compared[0]}

@@ -8,22 +8,22 @@ import numpy as np
 from memoryllm_jax.common import plots
 from memoryllm_jax.experiments import fits
 from memoryllm_jax.experiments.intervals import Interval
-from memoryllm_jax.experiments.protocol import Experiment
-from memoryllm_jax.experiments.results import Cell, Results
+from memoryllm_jax.experiments.results import Cell, Family, Results
 
 _WIDTH, _HEIGHT = 3.3, 2.7  # inches of one panel
+_COLUMNS = 3  # of panels
 _LEGEND = 1.5  # inches beside the panels
 _DIFFERENCE = "difference, bits per byte"
 
 
-def curves(results: Results, experiment: Experiment):
+def curves(results: Results, family: Family):
     """Held-out loss against tokens, a panel for each size and vocabulary. Returns: the figure."""
-    figure, panels = _panels(results, experiment)
+    figure, panels = _panels(results, family)
     for (size, vocabulary), ax in panels.items():
-        for number, variant in enumerate(experiment.variants):
+        for number, variant in enumerate(family.variants):
             points = []
-            for cell in _cells(results, experiment, size, vocabulary):
-                runs = results.seeds(experiment, cell).get(variant, {})
+            for cell in _cells(results, family, size, vocabulary):
+                runs = results.seeds(family, cell).get(variant, {})
                 if runs:
                     points.append((cell.tokens / 1e6, [results.loss(run) for run in runs.values()]))
             if points:
@@ -34,58 +34,59 @@ def curves(results: Results, experiment: Experiment):
     return figure
 
 
-def differences(results: Results, experiment: Experiment):
+def differences(results: Results, family: Family):
     """Differences of the loss against tokens with their intervals, a panel for each size and vocabulary."""
-    figure, panels = _panels(results, experiment)
-    shown = _shown(results, experiment)
+    figure, panels = _panels(results, family)
+    shown = _shown(results, family)
     for (size, vocabulary), ax in panels.items():
-        cells = _cells(results, experiment, size, vocabulary)
-        compared = [(cell.tokens / 1e6, results.compare(experiment, cell)) for cell in cells]
+        cells = _cells(results, family, size, vocabulary)
+        compared = [(cell.tokens / 1e6, results.compare(family, cell)) for cell in cells]
         for place, variant in enumerate(shown):
             # Side by side, so that their intervals do not cover each other.
             aside = 1.03 ** (place - len(shown) / 2)
             points = [(tokens * aside, interval) for tokens, interval in _points(variant, compared)]
-            _draw_intervals(ax, points, experiment, variant)
+            _draw_intervals(ax, points, family, variant)
         ax.axhline(0, color="0.3", linewidth=0.8)
         _label(ax, size, vocabulary, _DIFFERENCE)
     _finish(figure, panels)
     return figure
 
 
-def by_vocabulary(results: Results, experiment: Experiment):
-    """Differences of the loss after the most tokens against the number of token ids, a panel for each size."""
-    cells = results.last_cells(experiment)
-    sizes = list(dict.fromkeys(cell.size for cell in cells))
-    figure, axes = plots.new_grid(1, len(sizes), max(_WIDTH * len(sizes) + _LEGEND, 6.0), 3.4)
-    panels = dict(zip(sizes, axes[0]))
-    shown = _shown(results, experiment)
-    for size, ax in panels.items():
-        of_size = [cell for cell in cells if cell.size == size]
-        compared = {results.texts[cell.vocabulary].vocab_size: results.compare(experiment, cell) for cell in of_size}
+def by_vocabulary(results: Results, family: Family, of_size: dict[str, list[Cell]]):
+    """Differences of the loss against the number of token ids, a panel for each size.
+
+    Args:
+      of_size: {size: its cells, one of each vocabulary}.
+    """
+    figure, axes = plots.new_grid(1, len(of_size), max(_WIDTH * len(of_size) + _LEGEND, 6.0), 3.4)
+    panels = dict(zip(of_size, axes[0]))
+    shown = _shown(results, family)
+    for (size, cells), ax in zip(of_size.items(), panels.values()):
+        compared = [(results.texts[cell.vocabulary].vocab_size, results.compare(family, cell)) for cell in cells]
         for place, variant in enumerate(shown):
-            points = _points(variant, sorted(compared.items()))
             aside = 1.03 ** (place - len(shown) / 2)
-            _draw_intervals(ax, [(x * aside, interval) for x, interval in points], experiment, variant)
+            points = [(ids * aside, interval) for ids, interval in _points(variant, compared)]
+            _draw_intervals(ax, points, family, variant)
         ax.axhline(0, color="0.3", linewidth=0.8)
         plots.log_scale(ax, "x")
-        ax.set_title(f"size {size}", fontsize=9)
+        ax.set_title(f"size {size}, {cells[0].tokens / 1e6:.3g} M tokens", fontsize=9)
         ax.set(xlabel="token ids", ylabel=_DIFFERENCE)
     _finish(figure, panels)
     return figure
 
 
-def split(results: Results, experiment: Experiment, cell: Cell):
+def split(results: Results, family: Family, cell: Cell):
     """Differences of the loss in a cell by group of targets, a panel for each split, in nats a token."""
-    text, shown = results.texts[cell.vocabulary], _shown(results, experiment)
+    text, shown = results.texts[cell.vocabulary], _shown(results, family)
     figure, axes = plots.new_grid(2, (len(text.splits) + 1) // 2, 9.0 + _LEGEND, 7.0)
     panels = dict(zip((by.name for by in text.splits), axes.flat))
     for by, ax in zip(text.splits, panels.values()):
         groups = text.groups(by)
-        compared = [(at, results.compare(experiment, cell, group)) for at, group in enumerate(groups)]
+        compared = [(at, results.compare(family, cell, group)) for at, group in enumerate(groups)]
         for place, variant in enumerate(shown):
             aside = 0.6 * (place / max(len(shown) - 1, 1) - 0.5)
             points = [(at + aside, interval) for at, interval in _points(variant, compared)]
-            _draw_intervals(ax, points, experiment, variant, linestyle="none")
+            _draw_intervals(ax, points, family, variant, linestyle="none")
         ax.axhline(0, color="0.3", linewidth=0.8)
         ax.set_xticks(range(len(groups)), [group.label for group in groups], rotation=25, ha="right", fontsize=8)
         ax.set_title(by.label, fontsize=9)
@@ -132,25 +133,21 @@ def crossings(found: dict[str, list[tuple[float, Interval]]]):
     return figure
 
 
-def _panels(results: Results, experiment: Experiment):
-    """A figure, and its panels {(size, vocabulary): axes} of an experiment, with more columns than rows."""
-    cells = results.cells(experiment)
-    sizes = list(dict.fromkeys(cell.size for cell in cells))
-    vocabularies = [name for name in experiment.vocabularies if any(cell.vocabulary == name for cell in cells)]
-    is_wide = len(vocabularies) >= len(sizes)
-    rows, columns = (sizes, vocabularies) if is_wide else (vocabularies, sizes)
-    width, height = _WIDTH * len(columns) + _LEGEND, _HEIGHT * len(rows) + 0.4
-    figure, axes = plots.new_grid(len(rows), len(columns), max(width, 6.0), max(height, 3.4))
-    panels = {}
-    for row, of_row in zip(rows, axes):
-        for column, ax in zip(columns, of_row):
-            panels[(row, column) if is_wide else (column, row)] = ax
-    return figure, panels
+def _panels(results: Results, family: Family):
+    """A figure, and its panels {(size, vocabulary): axes}, one for each pair that has runs."""
+    pairs = list(dict.fromkeys(cell[:2] for cell in results.cells(family)))
+    columns = min(len(pairs), _COLUMNS)
+    rows = math.ceil(len(pairs) / columns)
+    width, height = _WIDTH * columns + _LEGEND, _HEIGHT * rows + 0.4
+    figure, axes = plots.new_grid(rows, columns, max(width, 6.0), max(height, 3.4))
+    for ax in axes.flat[len(pairs) :]:
+        ax.set_axis_off()
+    return figure, dict(zip(pairs, axes.flat))
 
 
-def _shown(results, experiment):
+def _shown(results, family):
     """The variants that are compared with another one."""
-    return [variant for variant in experiment.variants if results.against(experiment, variant)]
+    return [variant for variant in family.variants if results.against(family, variant)]
 
 
 def _points(variant, compared):
@@ -158,8 +155,8 @@ def _points(variant, compared):
     return [(x, found[variant].difference) for x, found in compared if variant in found and found[variant].difference]
 
 
-def _cells(results, experiment, size, vocabulary):
-    return [cell for cell in results.cells(experiment) if cell[:2] == (size, vocabulary)]
+def _cells(results, family, size, vocabulary):
+    return [cell for cell in results.cells(family) if cell[:2] == (size, vocabulary)]
 
 
 def _draw_seeds(ax, points, number, label):
@@ -169,12 +166,12 @@ def _draw_seeds(ax, points, number, label):
     plots.with_bars(ax, x, mean, low, high, label, linewidth=1, **plots.style_of(number))
 
 
-def _draw_intervals(ax, points, experiment, variant, **style):
-    """Draws (x, interval) of a variant, in the style that it has in all pictures of the experiment."""
+def _draw_intervals(ax, points, family, variant, **style):
+    """Draws (x, interval) of a variant, in the style that it has in all pictures of the family."""
     if not points:
         return
     x, found = zip(*points)
-    style = plots.style_of(experiment.variants.index(variant)) | {"markersize": 3, "linewidth": 1} | style
+    style = plots.style_of(family.variants.index(variant)) | {"markersize": 3, "linewidth": 1} | style
     plots.with_bars(ax, x, *zip(*found), variant, **style)
 
 

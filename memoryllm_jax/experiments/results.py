@@ -17,7 +17,7 @@ from memoryllm_jax.config import Config
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.experiments import heldout, intervals, splits
 from memoryllm_jax.experiments.intervals import Interval
-from memoryllm_jax.experiments.protocol import Experiment, Protocol, Run
+from memoryllm_jax.experiments.protocol import Protocol, Run
 from memoryllm_jax.experiments.splits import Split
 
 
@@ -27,6 +27,17 @@ class Cell(NamedTuple):
     size: str
     vocabulary: str
     tokens: int
+
+
+class Family(NamedTuple):
+    """Variants that are shown together.
+
+    name: for headings and files.
+    variants: their names.
+    """
+
+    name: str
+    variants: tuple[str, ...]
 
 
 class Group(NamedTuple):
@@ -94,7 +105,7 @@ class Compared(NamedTuple):
 
     losses: of each seed, averaged over the held-out text.
     loss: their mean, with its interval over documents.
-    against: name of the other variant; "" for the experiment's first one.
+    against: name of the other variant; "" for a family's reference.
     difference: of the losses, this one's less the other's; None if they have no seed in common.
     """
 
@@ -141,27 +152,54 @@ class Results:
         model = dataclasses.replace(run.config.model, vocab_size=self.texts[run.vocabulary].vocab_size)
         return dataclasses.replace(run.config, model=model)
 
-    def of(self, experiment: Experiment) -> list[Run]:
-        """The runs of an experiment."""
-        return [run for run in self.runs if experiment.name in run.experiments]
+    def families(self) -> list[Family]:
+        """The variants that have runs, and the controls with what they control."""
+        names = [variant.name for variant in self.protocol.variants]
+        found = {run.variant for run in self.runs}
+        variants = [name for name in names if name in found and not self.controlled(name)]
+        controls = [name for name in names if name in found and self.controlled(name)]
+        with_controls = [name for name in variants if name in map(self.controlled, controls)]
+        families = [Family("variants", tuple(variants)), Family("controls", (*with_controls, *controls))]
+        return [family for family in families if family.variants]
 
-    def cells(self, experiment: Experiment) -> list[Cell]:
-        """Where an experiment has runs, in the order of sizes, vocabularies and tokens."""
-        found = {cell_of(run) for run in self.of(experiment)}
-        sizes, vocabularies = list(experiment.sizes), list(experiment.vocabularies)
+    def cells(self, family: Family) -> list[Cell]:
+        """Where a family has runs, in the order of sizes, vocabularies and tokens."""
+        found = {cell for variant, cell in self._seeds if variant in family.variants}
+        sizes, vocabularies = list(self.protocol.sizes), list(self.protocol.vocabularies)
         return sorted(found, key=lambda cell: (sizes.index(cell[0]), vocabularies.index(cell[1]), cell.tokens))
 
-    def last_cells(self, experiment: Experiment) -> list[Cell]:
-        """For each size and vocabulary of an experiment, the cell with the most tokens among those with most variants.
+    def last_cells(self, family: Family) -> list[Cell]:
+        """For each size and vocabulary the cells that show every variant after the most tokens where it is compared."""
+        chosen, shown = [], set()
+        for cell in reversed(self.cells(family)):
+            found = self.seeds(family, cell)
+            compared = {(cell[:2], name) for name in found if self.against(family, name) in found}
+            if not compared <= shown:
+                shown |= compared
+                chosen.append(cell)
+        return chosen[::-1]
 
-        So an unfinished comparison is shown where its variants can be compared.
-        """
-        last: dict[tuple[str, str], Cell] = {}
-        for cell in self.cells(experiment):
-            before = last.get(cell[:2])
-            if before is None or len(self.seeds(experiment, cell)) >= len(self.seeds(experiment, before)):
-                last[cell[:2]] = cell
-        return list(last.values())
+    def widest_cells(self, family: Family) -> list[Cell]:
+        """For each vocabulary the cell of `last_cells` with the most variants; of several, that of the largest size."""
+        widest: dict[str, Cell] = {}
+        for cell in self.last_cells(family):
+            before = widest.get(cell.vocabulary)
+            if before is None or len(self.seeds(family, cell)) >= len(self.seeds(family, before)):
+                widest[cell.vocabulary] = cell
+        return [widest[name] for name in self.protocol.vocabularies if name in widest]
+
+    def across_vocabularies(self, family: Family) -> dict[str, list[Cell]]:
+        """{size: cells of several vocabularies with equally many tokens}, where most vocabularies have runs."""
+        found = {}
+        for size in dict.fromkeys(cell.size for cell in self.cells(family)):
+            of_length: dict[int, list[Cell]] = {}
+            for cell in self.cells(family):
+                if cell.size == size and len(self.seeds(family, cell)) > 1:
+                    of_length.setdefault(cell.tokens, []).append(cell)
+            _, _, cells = max(((len(cells), tokens, cells) for tokens, cells in of_length.items()), default=(0, 0, []))
+            if len(cells) > 1:
+                found[size] = cells
+        return found
 
     def loss(self, run: Run, group: Group = ALL) -> float:
         """The held-out loss of a run: in bits per byte, or in nats a token of a group."""
@@ -172,14 +210,10 @@ class Results:
         """The held-out loss of a run in nats a token."""
         return float(self._scores[run.key][""].sum() / self.texts[run.vocabulary].tokens)
 
-    def seeds(self, experiment: Experiment, cell: Cell) -> dict[str, dict[int, Run]]:
-        """{variant: {seed: run}} of an experiment's variants that have runs in a cell."""
-        found = {variant: self._seeds.get((variant, cell), {}) for variant in experiment.variants}
-        of_experiment = {
-            variant: {seed: run for seed, run in sorted(runs.items()) if experiment.name in run.experiments}
-            for variant, runs in found.items()
-        }
-        return {variant: runs for variant, runs in of_experiment.items() if runs}
+    def seeds(self, family: Family, cell: Cell) -> dict[str, dict[int, Run]]:
+        """{variant: {seed: run}} of a family's variants that have runs in a cell."""
+        found = {variant: self._seeds.get((variant, cell), {}) for variant in family.variants}
+        return {variant: dict(sorted(runs.items())) for variant, runs in found.items() if runs}
 
     def controlled(self, name: str) -> str:
         """The variant that a variant is a control of: one of the same architecture, whose rate it takes; "" if none."""
@@ -190,19 +224,18 @@ class Results:
         same = (variant.architecture or variant.name) == (other.architecture or other.name)
         return other.name if same else ""
 
-    def against(self, experiment: Experiment, variant: str) -> str:
-        """The variant that a variant is compared with: what it is a control of, or else the experiment's first one."""
-        controlled = self.controlled(variant)
-        other = controlled if controlled in experiment.variants else experiment.variants[0]
-        return "" if other == variant else other
+    def against(self, family: Family, variant: str) -> str:
+        """The variant that a variant is compared with: what it is a control of, or else the protocol's first one."""
+        other = self.controlled(variant) or self.protocol.variants[0].name
+        return other if other != variant and other in family.variants else ""
 
-    def compare(self, experiment: Experiment, cell: Cell, group: Group = ALL) -> dict[str, Compared]:
-        """Compares the variants of an experiment in a cell.
+    def compare(self, family: Family, cell: Cell, group: Group = ALL) -> dict[str, Compared]:
+        """Compares the variants of a family in a cell.
 
         Args:
           group: the held-out targets that losses are averaged over.
         """
-        found = self.seeds(experiment, cell)
+        found = self.seeds(family, cell)
         seeds = sorted({seed for runs in found.values() for seed in runs})
         text = self.texts[cell.vocabulary]
         units_D = text.units(group)
@@ -213,7 +246,7 @@ class Results:
         spread = intervals.spread_of_seeds(table_VS)
         out = {}
         for variant, runs in found.items():
-            other = self.against(experiment, variant)
+            other = self.against(family, variant)
             common = [seed for seed in runs if seed in found.get(other, {})]
             difference = None
             if common:

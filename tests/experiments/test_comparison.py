@@ -73,11 +73,12 @@ def results(protocol, workdir):
 
 
 def test_a_useless_memory_shows_as_useless_and_a_useful_one_where_it_helps(protocol, results):
-    (experiment,), cell = protocol.experiments, Cell("S", "512", 100_096)
-    assert cell in results.cells(experiment)
-    found = results.compare(experiment, cell)
-    assert [compared.against for compared in found.values()] == ["", "base", "flex-3", "base"]
-    assert not found["flex-1"].difference.finds and not found["control"].difference.finds
+    (variants, controls), cell = results.families(), Cell("S", "512", 100_096)
+    assert variants.variants == ("base", "flex-3", "flex-1") and controls.variants == ("flex-3", "control")
+    assert cell in results.cells(variants)
+    found, control = results.compare(variants, cell), results.compare(controls, cell)["control"]
+    assert [compared.against for compared in found.values()] == ["", "base", "base"] and control.against == "flex-3"
+    assert not found["flex-1"].difference.finds and not control.difference.finds
     text = results.texts["512"]
     late = Group("position", 5, "17-32")
     gain = 0.3 + 1.0 * text.tokens_of(late) / text.tokens  # nats a token
@@ -85,9 +86,9 @@ def test_a_useless_memory_shows_as_useless_and_a_useful_one_where_it_helps(proto
     assert found["flex-3"].difference.value == pytest.approx(expected, abs=1e-3) and found["flex-3"].difference.finds
     for label, expected in (("17-32", -1.3), ("9-16", -0.3)):
         (group,) = (group for group in text.groups(text.splits[2]) if group.label == label)
-        of_group = results.compare(experiment, cell, group)
+        of_group = results.compare(variants, cell, group)
         assert of_group["flex-3"].difference.value == pytest.approx(expected, abs=0.01)
-        assert of_group["flex-3"].difference.finds and not of_group["control"].difference.finds
+        assert of_group["flex-3"].difference.finds and not of_group["flex-1"].difference.finds
 
 
 def test_the_page_shows_what_the_record_holds(protocol, workdir, monkeypatch):
@@ -100,9 +101,9 @@ def test_the_page_shows_what_the_record_holds(protocol, workdir, monkeypatch):
     record = json.loads(content)
     assert workdir not in page and workdir not in content
     assert record["facts"]["finished runs"].startswith("48 of 48")
-    losses = record["results"]["experiments"]["main"]["losses"]
-    assert len(losses) == len(SIZES) * 3 * len(GAINS)
-    with open(f"{workdir}/comparison-main-losses.csv") as file:
+    losses = record["results"]["variants"]["losses"]
+    assert len(losses) == len(SIZES) * 3 * 3
+    with open(f"{workdir}/comparison-variants-losses.csv") as file:
         shown = list(csv.DictReader(file))
     for row, cells in zip(losses, shown, strict=True):
         assert float(cells["bits per byte"]) == pytest.approx(row["mean"][0], abs=1e-4)
@@ -113,7 +114,7 @@ def test_the_page_shows_what_the_record_holds(protocol, workdir, monkeypatch):
             assert ("▼" in cells["difference"]) == (row["difference"][2] < 0)
     assert record["results"]["fits"]["512"]["runs"] == 36  # without the control
     assert {row["rate"] for row in record["results"]["rates"]} == {2e-3}
-    assert page.count("<img") == 5
+    assert page.count("<img") == 8
 
 
 def test_costs_say_what_is_equal(protocol, results):
