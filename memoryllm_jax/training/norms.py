@@ -39,8 +39,9 @@ def of_gradients(grads, layers: int) -> dict[str, jax.Array]:
     found = of_all_layers(squares)
     for group in squares.keys() - set(LAYERS):
         found |= squares[group]
-    if "memory" in found:  # of the last layers, where not all have one
-        found["memory"] = jnp.pad(found["memory"], (layers - len(found["memory"]), 0))
+    without_memory = layers - len(found["memory"]) if "memory" in found else 0
+    if without_memory:  # layers below those with a memory
+        found["memory"] = jnp.pad(found["memory"], (without_memory, 0))
     return jax.tree.map(jnp.sqrt, found)
 
 
