@@ -20,6 +20,7 @@ ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn", "splash")
 TOKEN_MEMORIES = {
     "ffn": "flex",
     "rows": "rows",
+    "bigram": "bigram",
     "value": "value",
     "bov": "bov",
     "per_layer": "ple",
@@ -65,9 +66,10 @@ class ModelConfig:
     vocab_size: int = field(0, least=0, most=_MOST_IDS)  # number of token ids; 0: that of the prepared data
     beta: float = field(0.0, least=0, most=8)  # FFN-C holds beta of the FFN's 8 h^2 parameters: 0 is memory, 8 is base
     # What each layer looks up by token id. ffn: the output of FFN-M. The others are baselines. rows: an embedding that
-    # is added to the residual stream; value: one that is added to the values of attention; bov (Bank of Values): one
-    # that the last third of the layers has in place of these values; per_layer: one that the residual stream gates, as
-    # in Gemma 3n; none: nothing, so that FFN-C is alone
+    # is added to the residual stream; bigram: such an embedding of the token and the one before; value: an embedding
+    # that is added to the values of attention; bov (Bank of Values): one that the last third of the layers has in place
+    # of these values; per_layer: one that the residual stream gates, as in Gemma 3n; none: nothing, so that FFN-C is
+    # alone
     token_memory: str = field("ffn", choices=tuple(TOKEN_MEMORIES))
     table_dim: int = field(32, most=_MOST_WIDTH)  # width P of per_layer's embeddings; by default an eighth of dim
     # FFN-C reads X_l (block_input) or X_l + Attn (after_attention)
@@ -157,7 +159,7 @@ class ModelConfig:
             return self.key_heads * self.head_dim
         if self.token_memory == "per_layer":
             return self.table_dim
-        return self.dim if self.memory_dim or self.token_memory == "rows" else 0
+        return self.dim if self.memory_dim or self.token_memory in ("rows", "bigram") else 0
 
     @property
     def row_layers(self) -> range:
@@ -487,6 +489,9 @@ def _check_ffn(m: ModelConfig, need) -> None:
 
 def _check_run(config: Config, need) -> None:
     o, architecture = config.optimizer, config.model.architecture
+    if config.model.token_memory == "bigram":
+        for name in ("sample.tokens", "eval.tasks"):
+            need(not flatten(config)[name], name, "its default, as bigram-B can only be trained and score text")
     need(is_temperature(config.sample.temperature), "sample.temperature", TEMPERATURES)
     need(
         config.start.workdir != "" or config.start.optimizer == "new",

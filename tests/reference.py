@@ -72,6 +72,13 @@ def of_layer(tree, layer, first):
     return jax.tree.map(lambda a: a[layer if layer < first else layer - first], tree)
 
 
+def bigram_rows(tokens, V):
+    """The rows that the tokens [B, T] read in bigram-b, by a hash of each token and the one before."""
+    tokens = jnp.asarray(tokens, jnp.uint32)
+    hashed = 36313 * tokens[:, 1:] ^ 27191 * tokens[:, :-1]
+    return jnp.pad((hashed % (V - 1)).astype(jnp.int32), [(0, 0), (1, 0)], constant_values=V - 1)
+
+
 def logits(params, tokens, m, added=None):
     """Logits [B, T, V] after each of the tokens [B, T].
 
@@ -83,7 +90,8 @@ def logits(params, tokens, m, added=None):
     for layer in range(m.layers):
         p = of_layer(params["layers" if layer < first or not first else "upper_layers"], layer, first)
         memory = of_layer(params.get("memory", {}), layer, first) if layer >= first else {}
-        rows = memory["table"][tokens] if "table" in memory else None
+        read = bigram_rows(tokens, m.vocab_size) if m.token_memory == "bigram" else tokens
+        rows = memory["table"][read] if "table" in memory else None
         if m.token_memory == "bov" and rows is not None:
             rows = memory["scale"] * rows
         of_values = rows if m.token_memory in ("value", "bov") else None
@@ -95,7 +103,7 @@ def logits(params, tokens, m, added=None):
             gate = p["row_gate"]
             openness = jax.nn.gelu(norm(x + sum(parts.values()), p["row_gate_norm"]["scale"], m) @ gate["gate"])
             parts["row_gate"] = (openness * norm(rows, memory["norm"]["scale"], m)) @ gate["out"]
-        if m.token_memory == "rows":
+        if m.token_memory in ("rows", "bigram"):
             parts["memory"] = rows
         if "ffn" in memory:
             parts["memory"] = swiglu(norm(x0, memory["norm"]["scale"], m), memory["ffn"])

@@ -53,7 +53,7 @@ def test_parameter_counts_are_those_of_the_paper(size):
         assert (counted["total"] - 2 * V * h) / 1e6 == pytest.approx(total_millions, abs=1)
 
 
-BASELINES = ("rows-3", "rows-8", "value-3", "value-0", "bov-3", "ple-3", "no-memory-3", "no-memory-8")
+BASELINES = ("rows-3", "rows-8", "value-3", "value-0", "bov-3", "bigram-3", "ple-3", "no-memory-3", "no-memory-8")
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *BASELINES])

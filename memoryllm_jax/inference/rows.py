@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.inference import ahead
 from memoryllm_jax.model import memories
@@ -64,6 +65,13 @@ class RowSource(Protocol):
 
     def close(self) -> None:
         """Frees files and memory."""
+
+
+def refuse_bigrams(config: ModelConfig) -> None:
+    """Refuses a model whose rows do not follow from a token alone. Raises: UserError."""
+    if memories.of(config).by_bigram:
+        expected = "expected an architecture whose rows follow from a token alone"
+        raise UserError(f"{expected}, found {config.architecture}, which can be trained and score text only")
 
 
 def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
@@ -169,10 +177,18 @@ class LiveRows:
             del params["embedding"]
         return sum(x.nbytes for x in jax.tree.leaves(params))
 
-    def fetch(self, ids_U) -> TokenRows:
-        """Computes embeddings now, and a layer's rows whenever they are indexed. So one layer's exist at a time."""
+    def fetch(self, ids_U, row_ids_U=None) -> TokenRows:
+        """Computes embeddings now, and a layer's rows whenever they are indexed. So one layer's exist at a time.
+
+        Args:
+          row_ids_U: the rows that the ids read, in a model that looks them up by `bigrams.rows`.
+        Raises: UserError for a model that does so, without them.
+        """
+        if row_ids_U is None:
+            refuse_bigrams(self._config)
         with jax.set_mesh(self.mesh):
             ids_U, x0_1UD = _ids_and_x0(self._config, self.arrays["embedding"], ids_U)
+        row_ids_U = ids_U if row_ids_U is None else row_ids_U
         if not self._config.row_dim:
             return TokenRows(x0_1UD, None)
 
@@ -180,7 +196,7 @@ class LiveRows:
             if layer not in self._config.row_layers:
                 return None
             with jax.set_mesh(self.mesh):
-                return _layer(self._config, self.arrays["memory"][layer], x0_1UD, ids_U)
+                return _layer(self._config, self.arrays["memory"][layer], x0_1UD, row_ids_U)
 
         return TokenRows(x0_1UD, _Layers(compute, self._config.layers))
 

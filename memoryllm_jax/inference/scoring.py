@@ -13,6 +13,7 @@ from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.progress import Progress
 from memoryllm_jax.inference.decoder import Decoder, bucket, next_power_of_two
 from memoryllm_jax.inference.rows import RowSource
+from memoryllm_jax.model import bigrams, memories
 
 POSITIONS = 8192  # positions of each batch shard that are scored at a time
 
@@ -93,6 +94,18 @@ def _score_batch(decoder, rows, sequences, batch, length):
         inputs_BT[i] = np.pad(sequence[:-1], (0, length - T), mode="edge")
         targets_BT[i, :T] = sequence[1:]
     inputs_BT[len(sequences) :] = inputs_BT[0]  # padding repeats ids, so that no more rows are fetched
+    fetched, index_BT = _fetch(decoder.config, rows, inputs_BT)
+    return decoder.log_probs(fetched, index_BT, targets_BT)
+
+
+def _fetch(config, rows, inputs_BT):
+    """(the rows of the distinct ids, or bigrams, of the inputs; the place of each position's among them)."""
+
+    def padded(ids_U):
+        return np.pad(ids_U, (0, bucket(len(ids_U), inputs_BT.size) - len(ids_U)), mode="edge")
+
+    if memories.of(config).by_bigram:
+        ids, row_ids, index_BT = bigrams.distinct(inputs_BT, bigrams.rows(inputs_BT, config.vocab_size))
+        return rows.fetch(padded(ids), padded(row_ids)), index_BT
     ids, index = np.unique(inputs_BT, return_inverse=True)
-    ids = np.pad(ids, (0, bucket(len(ids), inputs_BT.size) - len(ids)), mode="edge")
-    return decoder.log_probs(rows.fetch(ids), index.reshape(batch, length).astype(np.int32), targets_BT)
+    return rows.fetch(padded(ids)), index.reshape(inputs_BT.shape).astype(np.int32)

@@ -24,6 +24,7 @@ from memoryllm_jax.inference import ahead, pieces, sequences
 from memoryllm_jax.inference.decoder import bucket, next_power_of_two
 from memoryllm_jax.inference.engine import Contribution, Engine
 from memoryllm_jax.inference.pieces import MOST_ALTERNATIVES, Drawn, Likelihoods, Place
+from memoryllm_jax.inference.rows import refuse_bigrams
 from memoryllm_jax.inference.sampling import Draws, Sampling
 from memoryllm_jax.inference.steps import Standing
 from memoryllm_jax.model import attention
@@ -176,12 +177,13 @@ class Slots:
     Attributes:
       slots, capacity: as given.
       piece: most tokens of a piece.
-    Raises: ArgumentError.
+    Raises: ArgumentError; UserError for a model that cannot generate text.
     """
 
     def __init__(self, engine: Engine, slots: int, capacity: int, edits: RowEdits | None = None):
         self._decoder, self._rows, self._edits = engine.decoder, engine.rows, edits
         self._config, self._vocab_size = engine.config, engine.tokenizer.vocab_size
+        refuse_bigrams(self._config)
         shards, mesh = self._decoder.shards, self._decoder.mesh
         if slots < 1 or slots % shards:
             raise ArgumentError("slots", f"expected a multiple of the mesh's {shards} batch shards, found {slots}")

@@ -2,6 +2,7 @@
 
     ffn        FFN-M(NM(X_0)), added to the residual stream
     rows       a row of a table, added to the residual stream
+    bigram     such a row, looked up by the token and the one before (bigrams.py)
     value      a row of a table, added to the values of attention
     bov        a row of a table, scaled, in place of the values of attention in the last third of the layers
     per_layer  a row of a table, normalised, which a gate that reads the residual stream lets through to the stream
@@ -33,12 +34,13 @@ class TokenMemory:
       reads_x0: whether rows are computed from embeddings; else they are looked up by id.
       normalises: whether rows pass a norm or a trained scale after they are looked up.
       replaces_values: whether layers with rows have no W_V.
+      by_bigram: whether rows are looked up by the token and the one before.
       row_weights: weights of a layer that a row is multiplied from.
       gate_weights: weights by which a layer lets a row through.
       parameters: those of a layer that its rows come from.
     """
 
-    adds_rows = reads_x0 = normalises = replaces_values = False
+    adds_rows = reads_x0 = normalises = replaces_values = by_bigram = False
     row_weights = gate_weights = parameters = 0
 
     def __init__(self, config: ModelConfig):
@@ -122,6 +124,13 @@ class RowTable(Table):
         return y_BTD + row_BTP
 
 
+class BigramTable(RowTable):
+    """An embedding of the token and the one before, hashed to as many rows as there are ids. Rows begin as zeros."""
+
+    by_bigram = True
+    init_std = 0.0
+
+
 class ValueTable(Table):
     """An embedding of the token that is added to the values of attention."""
 
@@ -200,6 +209,7 @@ class Gate(nn.Module):
 _KINDS = {
     "ffn": FeedForward,
     "rows": RowTable,
+    "bigram": BigramTable,
     "value": ValueTable,
     "bov": BankOfValues,
     "per_layer": GatedTable,

@@ -301,17 +301,19 @@ class LanguageModel(nn.Module):
         """Uses all parameters, so that Linen's `init` creates them. Training and inference call the methods below."""
         return self.hidden(self.token_rows(ids_SU), index_SN, length), self.output_embedding()
 
-    def token_rows(self, ids_SU) -> TokenRows:
+    def token_rows(self, ids_SU, row_ids_SU=None) -> TokenRows:
         """Embeddings and token memory of the distinct ids of each batch shard.
 
         Args:
           ids_SU: int32. Padding may hold any id: a row that no position takes has no gradient.
+          row_ids_SU: int32, the rows of the token memory, where these are not those of the ids.
         """
         x0_SUD = embed(self.embedding_VD, ids_SU, self.config.dtype)[..., : self.config.dim]
         x0_SUD = constrain(x0_SUD, "shard", None, None)
         ffn_LSUD = None
         if self.config.row_dim:
-            _, ffn_LSUD = self.memory(memories.of(self.config).source(ids_SU, x0_SUD))
+            row_ids_SU = ids_SU if row_ids_SU is None else row_ids_SU
+            _, ffn_LSUD = self.memory(memories.of(self.config).source(row_ids_SU, x0_SUD))
         return TokenRows(x0_SUD, ffn_LSUD)
 
     def hidden(self, rows: TokenRows, index_SN, length: int, start_SN=None):

@@ -78,8 +78,9 @@ def precompute(
     to_replace(output)  # what is in the way shows before the weights are read, which takes longest
     mesh = sharding.make_mesh(config.MeshConfig(1, -1, 1))  # every device holds a part of the weights
     with contextlib.closing(TrainedModel(workdir, step, dtype, mesh)) as trained:
-        if not memories.of(trained.config).adds_rows:
-            expected = "expected a memory, flex or rows model, whose rows are added to the residual stream"
+        memory = memories.of(trained.config)
+        if not memory.adds_rows or memory.by_bigram:
+            expected = "expected a memory, flex or rows model, whose rows of tokens are added to the residual stream"
             raise UserError(f"{workdir}: {expected}, found {trained.config.architecture}")
         if trained.config.dim % mesh.size:  # the weights are cut along the width
             expected = f"expected a number of devices that divides the width {trained.config.dim}"

@@ -23,6 +23,7 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data import document_starts
 from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.model import bigrams, memories
 from memoryllm_jax.model.sharding import batch_shards
 from memoryllm_jax.training import sizes
 from memoryllm_jax.training.order import Order
@@ -44,6 +45,7 @@ class Batch(NamedTuple):
     weights_SAN: weight of each target in the loss, 0 where there is no target; float32.
     start_SAN: the position in its sequence at which each position's document begins, int32; None without
       config.data.document_mask.
+    row_ids_SU: the rows that the ids read of the token memory, int32; None if these are those of the ids.
     """
 
     ids_SU: jax.Array
@@ -51,6 +53,7 @@ class Batch(NamedTuple):
     targets_SAN: jax.Array
     weights_SAN: jax.Array
     start_SAN: jax.Array | None = None
+    row_ids_SU: jax.Array | None = None
 
 
 class Windows(NamedTuple):
@@ -72,6 +75,7 @@ class ShardBatch(NamedTuple):
     targets_AN: np.ndarray
     weights_AN: np.ndarray
     start_AN: np.ndarray | None
+    row_ids_U: np.ndarray | None = None
 
 
 class HostBatch(dict[int, ShardBatch]):
@@ -124,23 +128,35 @@ class Batches(abc.ABC):
     def shard_batch(self, read: Windows) -> ShardBatch:
         """Splits the sequences of one batch shard into inputs and targets, and finds the distinct ids."""
         windows, weights = read
-        inputs = np.ascontiguousarray(windows[:, :-1]).reshape(-1)
-        if self.config.model.unique_tokens:
-            ids, index = _distinct(inputs)
-        else:
-            # Each position stands for a distinct id, so that the step is the same code with and without unique_tokens.
-            ids, index = inputs, np.arange(len(inputs))
-        by_micro_batch = (self.config.accumulate, -1)
         start = None
         if self._first_id is not None:
-            start = document_starts.starts(windows[:, :-1], self._first_id).reshape(by_micro_batch)
+            start = document_starts.starts(windows[:, :-1], self._first_id)
+        ids, row_ids, index = self._entries(windows[:, :-1], start)
+        by_micro_batch = (self.config.accumulate, -1)
         return ShardBatch(
             ids.astype(np.int32),
             index.reshape(by_micro_batch).astype(np.int32),
             windows[:, 1:].reshape(by_micro_batch).astype(np.int32),
             weights.reshape(by_micro_batch).astype(np.float32),
-            start,
+            None if start is None else start.reshape(by_micro_batch),
+            row_ids,
         )
+
+    def _entries(self, inputs_BT: np.ndarray, start_BT: np.ndarray | None):
+        """(distinct ids, the rows that they read or None, the place of each position's id among them)."""
+        m = self.config.model
+        inputs = np.ascontiguousarray(inputs_BT).reshape(-1)
+        row_ids = None
+        if memories.of(m).by_bigram:
+            is_first_BT = None if start_BT is None else start_BT == np.arange(start_BT.shape[1])
+            row_ids = bigrams.rows(inputs_BT, m.vocab_size, is_first_BT).reshape(-1)
+        if not m.unique_tokens:
+            # Each position stands for a distinct id, so that the step is the same code with and without unique_tokens.
+            return inputs, row_ids, np.arange(len(inputs))
+        if row_ids is not None:
+            return bigrams.distinct(inputs, row_ids)
+        ids, index = _distinct(inputs)
+        return ids, None, index
 
     def sizes(self) -> Sizes:
         """Numbers of ids that distinct ids are padded to, planned for all batch shards and steps (`sizes.plan`).
@@ -151,7 +167,7 @@ class Batches(abc.ABC):
         if not self.config.model.unique_tokens:
             return Sizes((positions,), positions)
         counts = self._sampled_counts()
-        most = min(positions, self.config.model.vocab_size)
+        most = most_entries(self.config, positions)
         return sizes.plan(np.mean(counts), np.std(counts), self.shards, len(self), most, self.one_size, max(counts))
 
     @property
@@ -171,7 +187,7 @@ class Batches(abc.ABC):
 
     def _sampled_counts(self) -> list[int]:
         """The number of distinct ids in each of some batch shards, spread over all steps."""
-        return [len(_distinct(ids[:, :-1].reshape(-1))[0]) for ids in self._sampled_windows()]
+        return [len(self._entries(ids[:, :-1], None)[0]) for ids in self._sampled_windows()]
 
     def _sampled_windows(self) -> Iterator[np.ndarray]:
         """Yields the token ids [sequences, T+1] of some batch shards, spread over all steps."""
@@ -289,6 +305,11 @@ class ValidationBatches(Batches):
         return Windows(ids, weights)
 
 
+def most_entries(config: Config, positions: int) -> int:
+    """The most distinct ids, or bigrams, that a batch shard of so many positions may have."""
+    return positions if memories.of(config.model).by_bigram else min(positions, config.model.vocab_size)
+
+
 def local_shards(sharding: NamedSharding, shards: int) -> list[int]:
     """Numbers of the batch shards that this host's devices hold."""
     slices = sharding.addressable_devices_indices_map((shards,)).values()
@@ -305,6 +326,7 @@ def abstract_batch(config: Config, shards: int, sharding: NamedSharding, size: i
         targets_SAN=array(positions, jnp.int32),
         weights_SAN=array(positions, jnp.float32),
         start_SAN=array(positions, jnp.int32) if config.data.document_mask else None,
+        row_ids_SU=array((shards, size), jnp.int32) if memories.of(config.model).by_bigram else None,
     )
 
 
@@ -317,9 +339,13 @@ def place(batch: HostBatch, size: int, sharding: NamedSharding) -> Batch:
       sharding: of the leading axis, which has one entry for each batch shard.
     """
     shards = batch_shards(sharding.mesh)
+
     # Padded with id 0, whose rows are evaluated for nothing: no position's index points at them.
+    def pad(ids_U):
+        return None if ids_U is None else np.pad(ids_U, (0, size - len(ids_U)))
+
     padded = {
-        number: shard._replace(ids_U=np.pad(shard.ids_U, (0, size - len(shard.ids_U))))
+        number: shard._replace(ids_U=pad(shard.ids_U), row_ids_U=pad(shard.row_ids_U))
         for number, shard in batch.items()
     }
 
@@ -343,4 +369,5 @@ def place(batch: HostBatch, size: int, sharding: NamedSharding) -> Batch:
         targets_SAN=placed("targets_AN"),
         weights_SAN=placed("weights_AN"),
         start_SAN=placed("start_AN"),
+        row_ids_SU=placed("row_ids_U"),
     )

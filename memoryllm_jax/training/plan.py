@@ -27,7 +27,7 @@ from memoryllm_jax.common.errors import UserError, one_line
 from memoryllm_jax.config import Config
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.documents import EMBEDDED
-from memoryllm_jax.model import attention, flops, sharding
+from memoryllm_jax.model import attention, flops, memories, sharding
 from memoryllm_jax.training import (
     chips,
     collectives,
@@ -220,7 +220,7 @@ def distinct_ids(config: Config, shards: int) -> sizes.Sizes:
     if config.data.path != EMBEDDED:
         return TrainBatches(config, Dataset(config.data.path), shards, local=[]).sizes()
     tokens = config.batch_size * config.seq_len // shards
-    if not config.model.unique_tokens:
+    if not config.model.unique_tokens or memories.of(config.model).by_bigram:  # no estimate of distinct bigrams
         return sizes.Sizes((tokens,), tokens)
     mean = tokens * np.interp(math.log(tokens), [math.log(n) for n in _DISTINCT], list(_DISTINCT.values()))
     # Sequences are drawn independently.

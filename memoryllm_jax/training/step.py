@@ -125,9 +125,9 @@ class Trainer:
         state = {"params": params, "opt_state": opt_state, "step": jnp.zeros((), jnp.int32)}
         return state | {"spikes": spikes.init()} if self.config.optimizer.max_skipped else state
 
-    def _token_rows(self, params, ids_SU, with_added: bool = False):
+    def _token_rows(self, params, batch: Batch, with_added: bool = False):
         """(`transformer.TokenRows` of the ids: embeddings and token memory; what `_apply` notes)."""
-        return self._apply(params, "token_rows", with_added, ids_SU)
+        return self._apply(params, "token_rows", with_added, batch.ids_SU, batch.row_ids_SU)
 
     def _apply(self, params, method: str, with_added: bool, *arguments):
         """(result of a method of the model, {part: what it adds, as in `modules.ADDED`} if that is asked for)."""
@@ -159,7 +159,7 @@ class Trainer:
         of_layers = {name: part for name, part in trained.items() if name != "memory"}
 
         def token_rows(trained):
-            return self._token_rows(params | trained, batch.ids_SU, with_added)
+            return self._token_rows(params | trained, batch, with_added)
 
         def mean_losses(of_layers, rows, micro):
             sums = self._sums(params | of_layers, rows, micro, with_added)
@@ -208,7 +208,7 @@ class Trainer:
         return metrics
 
     def _evaluate(self, params, batch: Batch):
-        rows, _ = self._token_rows(params, batch.ids_SU)
+        rows, _ = self._token_rows(params, batch)
         nll = jax.lax.map(lambda micro: self._sums(params, rows, micro).nll, _micro_batches(batch))
         return nll.sum(), batch.weights_SAN.sum()
 

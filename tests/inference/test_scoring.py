@@ -12,7 +12,7 @@ from memoryllm_jax.inference import scoring
 CONTEXT = 32
 
 
-@pytest.mark.parametrize("architecture, devices", [("base", 2), ("flex-3", 1), ("bov-3", 1), ("ple-3", 1)])
+@pytest.mark.parametrize("architecture, devices", [("base", 2), ("flex-3", 1), ("bov-3", 1), ("bigram-3", 1)])
 def test_scores_are_those_of_the_equations(make_config, architecture, devices):
     options = {"model.qk_norm": True, "model.logit_softcap": 9.0} if architecture == "flex-3" else {}
     m = make_config(architecture, **{"model.vocab_size": 64, **options}).model

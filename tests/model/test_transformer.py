@@ -9,7 +9,7 @@ import pytest
 import reference
 from lab import random_params
 
-from memoryllm_jax.model import sharding
+from memoryllm_jax.model import bigrams, sharding
 from memoryllm_jax.training.batches import Batch
 from memoryllm_jax.training.step import Trainer
 
@@ -17,23 +17,29 @@ VOCAB = 64
 WINDOWS = np.random.default_rng(0).integers(0, VOCAB, (8, 33))
 
 
-def batch_of(windows, accumulate=1, unique=True, weights=None, padding=0, start=None):
+def batch_of(windows, accumulate=1, unique=True, weights=None, padding=0, start=None, by_bigram=False):
     """The windows as a batch of one shard, with its distinct token ids or, unless `unique`, one id for each position.
 
     Args:
       weights: one for each predicted position; by default 1.
       padding: number of ids that pad the distinct ids.
       start: where the document of each predicted position begins, or None.
+      by_bigram: whether its ids are distinct bigrams, with the rows that these read.
     """
     ids, index = windows[:, :-1].reshape(-1), np.arange(windows[:, :-1].size)
-    if unique:
+    row_ids_SU = None
+    if by_bigram:
+        ids, row_ids, index = bigrams.distinct(ids, bigrams.rows(windows[:, :-1], VOCAB).reshape(-1))
+        row_ids_SU = np.pad(row_ids, (0, padding))[None]
+    elif unique:
         ids, index = np.unique(ids, return_inverse=True)
     weights = np.ones(index.size) if weights is None else weights
     by_micro_batch = [x.reshape(1, accumulate, -1) for x in (index, windows[:, 1:], weights)]
     index_SAN, targets_SAN, weights_SAN = by_micro_batch
     ids_SU = np.pad(ids, (0, padding))[None]
     start_SAN = None if start is None else np.int32(start.reshape(1, accumulate, -1))
-    return Batch(np.int32(ids_SU), np.int32(index_SAN), np.int32(targets_SAN), np.float32(weights_SAN), start_SAN)
+    positions = np.int32(index_SAN), np.int32(targets_SAN), np.float32(weights_SAN)
+    return Batch(np.int32(ids_SU), *positions, start_SAN, row_ids_SU)
 
 
 def gradients(config, batch):
@@ -89,6 +95,7 @@ def make(make_config):
         ("flex-3", {"accumulate": 2, "log.norms_every": 1}),
         ("value-0", {"model.kv_heads": 2, "accumulate": 2, "data.document_mask": True}),
         ("ple-3", {"log.norms_every": 1}),
+        ("bigram-3", {"accumulate": 2, "log.norms_every": 1}),
         ("bov-3", {"model.kv_heads": 2, "model.layers": 3, "log.norms_every": 1}),
         ("rows-8", {"log.norms_every": 1, "model.dim": 30, "model.heads": 3, "mesh.tensor": 2}),
         ("no-memory-3", {"model.attention": "plain", "data.document_mask": True}),
@@ -106,7 +113,7 @@ def test_loss_and_gradients_are_those_of_the_equations(make, architecture, overr
         def expected_loss(p):
             return (reference.loss(p, documents, config) + reference.loss(p, WINDOWS[4:], config)) / 2
 
-    batch = batch_of(WINDOWS, config.accumulate, padding=3, start=start)
+    batch = batch_of(WINDOWS, config.accumulate, padding=3, start=start, by_bigram=architecture == "bigram-3")
     (total, _, norms), grads, params = gradients(config, batch)
     expected_total, expected = jax.jit(jax.value_and_grad(expected_loss))(params)
     assert total == pytest.approx(float(expected_total), rel=2e-6)

@@ -5,7 +5,9 @@ import pytest
 from lab import read_all
 
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.data import document_starts
 from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.model import bigrams
 from memoryllm_jax.training.batches import TrainBatches, ValidationBatches
 
 
@@ -64,6 +66,28 @@ def test_a_mixture_takes_each_window_of_its_sources_in_their_shares(make_config,
         assert {window.tobytes() for window in epoch} == of_small
     assert not np.array_equal(first, second)
     assert batches.order.epochs(small) == [6 * small / batches.order.windows_of[0], 2]
+
+
+def bigram_row(pair, size=512):
+    """The row of (token before, token); the last one where there is no token before."""
+    before, token = pair
+    return size - 1 if before is None else (36313 * token % 2**32 ^ 27191 * before % 2**32) % (size - 1)
+
+
+def test_bigrams_begin_anew_in_each_document(make_config, monkeypatch):
+    config = make_config("bigram-3", **{"model.vocab_size": 512, "data.document_mask": True})
+    dataset = Dataset(config.data.path)
+    frequent = int(np.bincount(read_all(dataset)).argmax())
+    monkeypatch.setattr(document_starts, "first_id", lambda *_: frequent)
+    shard = TrainBatches(config, dataset, 1, [0])[0][0]
+    found, rows = (x_U[shard.index_AN].reshape(8, 32) for x_U in (shard.ids_U, shard.row_ids_U))
+    for ids_T, rows_T in zip(found.tolist(), rows.tolist()):
+        before = [None, *ids_T[:-1]]
+        assert rows_T == [511 if id == frequent else bigram_row(pair) for id, pair in zip(ids_T, zip(before, ids_T))]
+    pairs = set(zip(shard.ids_U.tolist(), shard.row_ids_U.tolist()))
+    assert len(shard.ids_U) == len(pairs) > len(set(shard.ids_U.tolist()))
+    large = 160_000, 200_000  # whose products with the hash's numbers wrap
+    assert bigrams.rows(np.array([large]), 1000).tolist() == [[999, bigram_row(large, 1000)]]
 
 
 def test_reading_starts_at_any_step(make_config):
