@@ -13,7 +13,7 @@ import numpy as np
 from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.inference import ahead
 from memoryllm_jax.inference.decoder import Decoder, bucket, next_power_of_two
-from memoryllm_jax.inference.rows import RowSource
+from memoryllm_jax.inference.rows import RowSource, refuse_bigrams
 from memoryllm_jax.inference.sampling import Sampling, draw
 from memoryllm_jax.inference.steps import Rules, Standing
 
@@ -50,7 +50,8 @@ def generate(
         bring that many tokens at a time.
     Yields: after each step, the new (sequence, token id) pairs of the sequences that have not ended. Inside
       `ahead.only_shapes` it yields nothing: the functions of the prefill and of the decode steps are compiled.
-    Raises: ArgumentError for a prompt that is empty or does not fit the context, and for the seed.
+    Raises: ArgumentError for a prompt that is empty or does not fit the context, and for the seed; UserError for a model whose
+      rows do not follow from a token alone.
     """
     # Not a generator itself, so that errors are raised by the call and not by the first step.
     for number, prompt in enumerate(prompts, 1):
@@ -63,6 +64,7 @@ def generate(
             )
     if not 0 <= seed < 2**32:
         raise ArgumentError("seed", f"expected a number from 0 to {2**32 - 1}, found {seed}")
+    refuse_bigrams(decoder.config)
     how = _How(max_tokens, sampling, seed, context, vocab_size, stop_ids, steps_per_call)
     return _Generation(decoder, rows, prompts, how).run()
 
