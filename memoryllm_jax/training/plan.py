@@ -195,7 +195,9 @@ def _completed(config: Config, chip: chips.Chip) -> tuple[Config, list[str]]:
         m = config.model
         if not m.vocab_size:
             assumed.append(f"{VOCABULARY:,} token ids (Llama 3), as neither data nor config.model.vocab_size is given")
-        if m.unique_tokens and m.row_dim:
+        if memories.of(m).by_bigram:
+            assumed.append("that no bigram occurs twice in a batch shard, which needs the most memory")
+        elif m.unique_tokens and m.row_dim:
             assumed.append("distinct ids as in English text with the Llama 3 tokenizer")
         backend = attention.resolve_backend(m.attention, m.dtype, m.head_dim, chip.accelerator)
         if config.data.document_mask:
