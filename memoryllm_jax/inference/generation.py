@@ -50,8 +50,8 @@ def generate(
         bring that many tokens at a time.
     Yields: after each step, the new (sequence, token id) pairs of the sequences that have not ended. Inside
       `ahead.only_shapes` it yields nothing: the functions of the prefill and of the decode steps are compiled.
-    Raises: ArgumentError for a prompt that is empty or does not fit the context, and for the seed; UserError for a model
-      whose rows do not follow from a token alone.
+    Raises: ArgumentError for a prompt that is empty or does not fit the context, and for the seed; UserError for a
+      model whose rows do not follow from a token alone.
     """
     # Not a generator itself, so that errors are raised by the call and not by the first step.
     for number, prompt in enumerate(prompts, 1):
