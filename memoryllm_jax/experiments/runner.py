@@ -168,12 +168,23 @@ def finished(protocol: Protocol, workdir: str) -> list[Run]:
 
 
 class _Work(NamedTuple):
-    """What is left to do, in this order, and how much of what is known is done."""
+    """The selected runs by their state.
+
+    Attributes:
+      to_do: what can be trained or scored now, in this order.
+      waiting: runs whose rate is not chosen yet, with the middle rate of the sweep in its place.
+      without_rate: settings for which no rate can be chosen.
+    """
 
     to_do: list[Run]
+    waiting: list[Run]
     done: list[Run]
     failed: list[Run]
     without_rate: list[Setting]
+
+    @property
+    def left(self) -> list[Run]:
+        return [*self.to_do, *self.waiting]
 
 
 @dataclasses.dataclass
@@ -208,8 +219,9 @@ class Runner:
             progress = Progress("compare", 0, "FLOPs", self._cost(work.done), every_s=60)
             running: dict[subprocess.Popen, _Job] = {}
             while not children.stopped:
-                progress.total = self._cost([*work.to_do, *work.done])  # a sweep that is extended gets longer
-                progress.update(self._cost(work.done))
+                done = self._cost(work.done)
+                progress.total = done + self._cost(work.left)  # a sweep that is extended adds to it
+                progress.update(done)
                 busy = [job.run.key for job in running.values()]
                 for run in [run for run in work.to_do if run.key not in busy][: self._places - len(running)]:
                     job = _Job(run, can_be_scored(run, self._workdir), time.monotonic())
@@ -221,14 +233,14 @@ class Runner:
                 text = self._end(job, code)
                 work = self._work()
                 if text:
-                    progress.line(f"{len(work.done)} of {len(work.to_do) + len(work.done)} runs  {text}")
+                    progress.line(f"{len(work.done)} of {len(work.done) + len(work.left)} runs  {text}")
             stopped = children.stopped
             progress.close()
         return self._close(work, stopped)
 
     def _close(self, work: _Work, stopped: bool) -> int:
         if stopped:
-            print(f"stopped with {len(work.to_do)} runs to do; run the same line again to go on", flush=True)
+            print(f"stopped with {len(work.left)} runs left; run the same line again to go on", flush=True)
             return ExitCode.STOPPED
         for setting in work.without_rate:
             print(f"{setting}: has no rate, as all diverged or a run of its sweep failed", file=sys.stderr)
@@ -260,7 +272,16 @@ class Runner:
                 failed.append(run)
             else:
                 to_do.append(run)
-        return _Work(to_do, done, failed, [setting for setting, choice in choices.items() if choice.rate is None])
+        without_rate = [setting for setting, choice in choices.items() if choice.rate is None]
+        known = {run.key for run in (*to_do, *done, *failed)}
+        waiting = [run for run in self._waiting(choices) if run.key not in known]
+        return _Work(to_do, waiting, done, failed, without_rate)
+
+    def _waiting(self, choices: Mapping[Setting, rates.Choice]) -> Iterable[Run]:
+        """The selected runs of experiments whose rate is not chosen yet, as `_Work.waiting`."""
+        row = self._protocol.sweep.rates
+        expected = {setting: row[len(row) // 2] for setting, choice in choices.items() if choice.missing}
+        return filter(self._selection.takes, self._protocol.experiment_runs(expected))
 
     def _runs(self, choices: Mapping[Setting, rates.Choice], of_experiments: list[Run]) -> Iterable[Run]:
         """The selected runs, each once: experiment by experiment, the sweeps that it needs first.

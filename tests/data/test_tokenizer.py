@@ -71,3 +71,15 @@ def test_spellings_in_the_vocabulary_of_a_unigram_model_stay_text(tmp_path):
     assert tokenizer.Tokenizer.from_json(ours.to_json()).encode("a</s>") == ours.encode("a</s>")
     before = {key: value for key, value in ours.to_json().items() if key != "special_tokens_in_text"}
     assert tokenizer.Tokenizer.from_json(before).encode("a</s>") == [2, 3, 1]  # as checkpoints of version 0.1.0
+
+
+def test_a_small_vocabulary_gives_up_the_rarest_characters(capsys):
+    words = ["the quick brown fox jumps over the lazy dog " * 20] * 20
+    rare = ["".join(map(chr, range(0x4E00, 0x4E00 + 100)))]  # more than there are ids
+    trained = tokenizer.train_sentencepiece(lambda: [*words, *rare], 310, 1)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"310 ids have no room for the characters of {share}% of the text" for share in ("99.99", "99.90")]
+    assert trained.vocab_size == 310
+    for text in (words[0], rare[0]):
+        assert trained.decode(trained.encode(text)) == text
+    assert len(trained.encode(rare[0])) > 200  # most characters are three bytes

@@ -1,5 +1,6 @@
 """The runner of a protocol: what it trains and scores, in which order, and what it goes on with after a failure."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,13 +9,17 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lab import CONTEXT, with_devices
 
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.experiments import heldout, runner
 from memoryllm_jax.experiments import protocol as protocol_lib
+from memoryllm_jax.experiments.plan import Plan
 from memoryllm_jax.experiments.protocol import Experiment, Protocol, Setting, Sweep, Variant
+from memoryllm_jax.model.flops import train_flops
 
 PROTOCOL = Protocol(
     config="configs/tiny.py",
@@ -130,9 +135,29 @@ def test_a_signal_stops_the_runs_and_the_next_start_goes_on(monkeypatch, tmp_pat
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert stubs.run() == 143 and len(stubs.started) == 1
-    assert "stopped with 3 runs to do" in capfd.readouterr().out
+    assert "stopped with 4 runs left" in capfd.readouterr().out
     monkeypatch.setattr(runner, "train_command", train)
     assert stubs.run() == 0 and len(stubs.started) == 6
+
+
+def test_the_plan_counts_runs_and_their_flops(lab, tmp_path):
+    (tmp_path / "data").mkdir()
+    os.symlink(lab.data_path, tmp_path / "data/512")
+    selection = runner.Selection(PROTOCOL, ["second", "memory"])
+    plan = Plan(selection, str(tmp_path))
+    run = PROTOCOL.sweep_run(MEMORY, 0.002)
+    ids = Dataset(lab.data_path).train.read(0, 16 * 32).reshape(16, 32)
+    rows = np.mean([len(set(batch)) for batch in ids.tolist()])
+    model = dataclasses.replace(run.config.model, vocab_size=512)
+    flops = 20 * train_flops(dataclasses.replace(run.config, model=model), 32, rows)
+    assert plan.cost(run) == pytest.approx(flops)
+    lines = plan.text(jobs=2, speed=1e6).splitlines()
+    assert [line.split()[:5] for line in lines[1:3]] == [
+        ["sweep", "S", "512", "3", "0.0"],
+        ["second", "S", "512", "1", "0.0"],
+    ]
+    hours = 5 * flops / 1e6 / 2 / 3600  # three of 640 tokens and one of 1,280
+    assert lines[3].startswith(f"{hours:.1f} hours for 2 processes of 0.001 GFLOP/s each")
 
 
 def test_only_selects_and_names_what_it_does_not_know():
