@@ -15,7 +15,7 @@ SIZES = {  # heads of 16
     "XL": {"model.dim": 192, "model.layers": 6, "model.heads": 12},
 }
 MAIN = ("base", "memory", "flex-3", "no-memory-3", "ple-3", "rows-3")
-PEERS = ("flex-1", "no-memory-0", "value-3", "bov-3")
+PEERS = ("flex-1", "no-memory-0", "value-3", "bov-3", "bigram-3")
 SIZED = ("base", "memory", "flex-1", "flex-3", "no-memory-0", "no-memory-3")
 SMALL = ("512", "4096")
 SEEDS = (0, 1, 2)
