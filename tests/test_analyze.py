@@ -69,6 +69,12 @@ def test_analyses_of_ffn_m_refuse_base(lab, tmp_path, command):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_analysis_takes_one_model(lab):
+    options = analysis_run.ModelOptions((lab.workdir("memory"), lab.workdir("base")))
+    with pytest.raises(UserError, match="workdir: expected one model, or runs that differ in the seed alone, found"):
+        options.check()
+
+
 def test_ratios_of_outliers_that_are_no_numbers_are_refused(lab, tmp_path):
     message = "ratio: expected numbers above zero such as 5,10,20, found '5,nan'"
     with pytest.raises(UserError, match=re.escape(message)):

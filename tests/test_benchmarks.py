@@ -195,3 +195,37 @@ def test_tasks_have_the_answers_that_the_text_states_and_that_the_rules_give(mon
     assert {path.stem: path.read_text() for path in again.glob("tasks/*.jsonl")} == {
         path.stem: path.read_text() for path in tmp_path.glob("tasks/*.jsonl")
     }
+
+
+def test_the_papers_pages_are_made_once_and_their_record_names_no_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    paper = importlib.import_module("paper")
+    lines = []
+
+    def run(work, log, *arguments):
+        lines.append(arguments)
+        folder = Path(work) / arguments[-1].removeprefix("--output=")
+        (folder / "seed-0").mkdir(parents=True)
+        found = {"facts": {"checkpoint": f"{work}/memory-0, step 4"}, "results": {"layers": [0.1234567], "long": []}}
+        (folder / "clusters.json").write_text(json.dumps(found))
+        (folder / "clusters-purity.png").write_bytes(b"of all")
+        (folder / "seed-0" / "clusters-layer0.png").write_bytes(b"of the first")
+
+    monkeypatch.setattr(paper, "run", run)
+    pages = {page.name: page for page in paper._analyses(("base", "memory", "flex-3"))}
+    assert "mutate-memory" not in pages and "clusters-base" not in pages and "agreement-flex-3-compute" in pages
+    assert set(paper._PICTURES) <= set(pages)
+    page = pages["clusters-memory"]._replace(kept=("layers",))
+    for seed in range(2):
+        (tmp_path / f"memory-{seed}").mkdir()
+        (tmp_path / f"memory-{seed}" / "result.json").write_text("{}")
+    for _ in range(2):
+        paper.analyze(str(tmp_path), [page], seeds=2)
+    (line,) = lines
+    assert line[2:] == ("clusters", "--workdir=memory-0", "--workdir=memory-1", "--output=pages/clusters-memory")
+    paper.show(str(tmp_path), [page, pages["outliers-memory"]], str(tmp_path / "record.json"), str(tmp_path / "docs"))
+    record = json.loads((tmp_path / "record.json").read_text())["results"]
+    facts = {"checkpoint": "memory-0, step 4"}
+    assert record == {"clusters-memory": {"facts": facts, "results": {"layers": [0.123457]}}}
+    assert (tmp_path / "docs/look-inside/clusters-memory.png").read_bytes() == b"of the first"
+    assert "outliers-memory: has no page yet" in capsys.readouterr().out

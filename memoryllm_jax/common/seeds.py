@@ -81,7 +81,9 @@ def fill(whole: Report, pages: Sequence[Report]) -> None:
         elif isinstance(first, Table) and (rows := _rows(same)) is not None:
             elements.append(first._replace(rows=rows))
         elif isinstance(first, Figure) and (chart := _chart([one.figure for one in same])) is not None:
-            elements.append(first._replace(figure=chart))
+            captions = {one.caption for one in same}
+            note = "" if len(captions) == 1 else " (counts of the first seed)"
+            elements.append(first._replace(figure=chart, caption=first.caption + note))
     for element, after in zip(elements, [*elements[1:], None]):
         if isinstance(element, Table):
             whole.table(*element)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Annotated
 
 import numpy as np
@@ -12,7 +13,7 @@ from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import dataset, documents
 from memoryllm_jax.data.dataset import Split
 from memoryllm_jax.evaluation import perplexity
-from memoryllm_jax.evaluation.perplexity import Text, Windows
+from memoryllm_jax.evaluation.perplexity import ScoredWindow, Text, Windows
 from memoryllm_jax.evaluation.scores import Score
 from memoryllm_jax.inference.engine import Engine
 
@@ -146,18 +147,9 @@ class Measure:
         first_id = perplexity.first_id(model)
         windows = Windows(model.context, model.context, self.text.max_tokens, first_id=first_id)
         text = self._opened_text(model.trained, windows)
-        starts = model.tokenizer.bos_id if model.tokenizer.bos_id is not None else model.tokenizer.eos_id
-        nats_N, document_N, document = [], [], 0
-        for window in perplexity.scored_windows(model, text, windows):
-            # A target is of the document of the token before it. Without ids that show where documents begin, each
-            # window counts as one.
-            begins_T = window.ids[:-1] == starts if starts is not None else np.arange(len(window.ids) - 1) == 0
-            nats_N.append(-window.log_probs_T)
-            document_N.append(document + np.cumsum(begins_T))
-            document = document_N[-1][-1]
-        document_N = np.concatenate(document_N)
-        document_N -= document_N[0]
-        return Score.of_losses(np.bincount(document_N, np.concatenate(nats_N)), np.bincount(document_N))
+        tokenizer = model.tokenizer
+        first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        return Score.of_losses(*_by_document(perplexity.scored_windows(model, text, windows), first))
 
     # Opened when first needed and then kept: an experiment measures many variants on the same text and tasks.
     # `cached_property` can do so in a frozen dataclass, as it writes to __dict__ and not through __setattr__.
@@ -175,3 +167,22 @@ class Measure:
         if key not in self._opened:
             self._opened[key] = self.text.open(trained.tokenizer, windows, trained.workdir)
         return self._opened[key]
+
+
+def _by_document(windows: Iterable[ScoredWindow], first: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of nats, and numbers of targets, of each document of a stream.
+
+    Args:
+      first: the token id that each document begins with; None: nothing shows it, and each window counts as a document.
+    """
+    nats_N, document_N, document = [], [], 0
+    for window in windows:
+        inputs_T = window.ids[-len(window.log_probs_T) - 1 : -1]
+        # A target is of the document of the token before it: the last one of a document is the id that ends it.
+        begins_T = np.arange(len(inputs_T)) == 0 if first is None else inputs_T == first
+        nats_N.append(-window.log_probs_T)
+        document_N.append(document + np.cumsum(begins_T))
+        document = document_N[-1][-1]
+    document_N = np.concatenate(document_N)
+    document_N -= document_N[0]
+    return np.bincount(document_N, np.concatenate(nats_N)), np.bincount(document_N)

@@ -1,11 +1,12 @@
 """Options of texts and tasks: values that they refuse, and how pages describe them."""
 
+import numpy as np
 import pytest
 
 from memoryllm_jax.common.errors import ArgumentError, UserError
-from memoryllm_jax.evaluation import record
+from memoryllm_jax.evaluation import measure, record
 from memoryllm_jax.evaluation.measure import TaskOptions, TextOptions
-from memoryllm_jax.evaluation.perplexity import Windows
+from memoryllm_jax.evaluation.perplexity import ScoredWindow, Windows
 from memoryllm_jax.evaluation.record import WindowedText
 
 
@@ -47,6 +48,17 @@ def test_windows_of_options_and_their_description():
     tasks = TaskOptions(("piqa", "sciq"), num_fewshot=2, limit=0.5)
     assert tasks.facts() == {"tasks": "piqa, sciq, 50% of the documents, 2 examples in a prompt"}
     assert TaskOptions(("piqa",), limit=3).facts() == {"tasks": "piqa, 3 documents each"}
+
+
+def test_losses_are_summed_over_documents_that_windows_cut():
+    def window(ids, nats):  # the last targets are scored
+        return ScoredWindow(0, np.array(ids), -np.array(nats, float), np.arange(len(nats)))
+
+    # Three documents, which begin with 1; the second goes on in the second window.
+    windows = [window([1, 5, 1, 6, 7], [1, 2, 4, 8]), window([6, 7, 2, 1, 8], [16, 32, 64])]
+    for first, sums, sizes in ((1, [3, 60, 64], [2, 4, 1]), (None, [15, 112], [4, 3])):
+        nats_D, tokens_D = measure._by_document(windows, first)
+        assert nats_D.tolist() == sums and tokens_D.tolist() == sizes
 
 
 def test_without_data_the_models_own_is_scored(lab):

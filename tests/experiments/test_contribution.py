@@ -29,6 +29,7 @@ def test_alpha_scales_each_kind_of_ffn(lab, tmp_path, measure):
     assert found["quality"]["flex-3, FFN-C"]["0.5"]["perplexity"] == pytest.approx(half, rel=1e-5)
     full = found["quality"]["flex-3, FFN-C"]["1.0"]["perplexity"]
     assert found["changes"]["flex-3, FFN-C"]["0.5"]["perplexity"] == pytest.approx(100 * (half / full - 1), abs=2e-3)
+    assert found["errors"]["flex-3, FFN-C"]["0.5"]["perplexity"] is None  # the text is the start of one document
     with pytest.raises(ArgumentError, match="alphas: expected numbers of zero or more, found -1"):
         contribution.alpha(models, None, measure=measure, alphas=("-1",))
 
