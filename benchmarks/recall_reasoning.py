@@ -6,18 +6,19 @@
     python -m memoryllm_jax.train ... --config.data.path=ENGLISH:0.8,DIR/data:0.2
     python -m memoryllm_jax.evaluate --workdir=WORKDIR --tasks='recall_*,reasoning_*' --task_path=DIR/tasks
 
-LAMBADA and PIQA are at chance in models of a million parameters. In these tasks the right answer is one of four, so
-that chance is 25%, and the wrong ones are drawn as the right one is: guessing frequent words does not help.
+LAMBADA and PIQA are at chance in models of a million parameters. In these tasks the right answer is one of four, or in
+the last one of two, so that chance is 25% or 50%. The wrong ones are drawn as the right one is: guessing frequent
+words, or words that the context has repeated already, does not help.
 
 Recall asks for facts of the made-up world of facts_world.py, which the training text states many times. The question
 repeats nothing of the answer.
     recall_stated     in a form in which the text states the fact
     recall_rephrased  in the form in which the text states other facts of the relation, and never this one
 Reasoning asks for what follows by a rule from a context that is new in each question; its words are those of the world.
-    reasoning_copy    a list is repeated, up to some word: the next word of the list
-    reasoning_lookup  who owns what, in several sentences: what one of the owners has
+    reasoning_copy    a list is repeated, up to some word: the next word of the list, or one of the later ones
+    reasoning_lookup  who owns what, in several sentences: what one of the owners has, or others
     reasoning_pattern triples with one pattern, ABA or ABB (Marcus et al. 1999, doi 10.1126/science.283.5398.77), the
-                      last one without its third word: a word of it or of the triples before
+                      last one without its third word: which of its two words comes again
 The text has as many characters of the world as of exercises. Text and tasks are the same for the same seed.
 """
 
@@ -45,40 +46,42 @@ class Question(NamedTuple):
     Attributes:
       context: the text, up to the space before the answer.
       answer: the right word.
-      wrong: CHOICES - 1 other words.
+      wrong: other words.
+      rest: what follows the answer in the training text.
     """
 
     context: str
     answer: str
     wrong: tuple[str, ...]
+    rest: str = "."
 
 
-def copy(draw: random.Random, world: World) -> Question:
+def copy(draw: random.Random) -> Question:
     """A list of words, and the start of its repetition."""
-    words = draw.sample(_WORDS, draw.randint(5, 8))
-    at = draw.randrange(1, len(words))
-    wrong = draw.sample(words[:at] + words[at + 1 :], CHOICES - 1)
-    return Question(f"The list: {' '.join(words)}. Again: {' '.join(words[:at])}", words[at], tuple(wrong))
+    words = draw.sample(_WORDS, draw.randint(CHOICES + 2, CHOICES + 4))
+    at = draw.randrange(1, len(words) - CHOICES + 1)
+    wrong = draw.sample(words[at + 1 :], CHOICES - 1)
+    context = f"The list: {' '.join(words)}. Again: {' '.join(words[:at])}"
+    return Question(context, words[at], tuple(wrong), f" {' '.join(words[at + 1 :])}.")
 
 
-def lookup(draw: random.Random, world: World) -> Question:
+def lookup(draw: random.Random) -> Question:
     """Who owns what, and the start of a sentence that repeats it for one of the owners."""
-    owners = draw.sample(world.names["person"], draw.randint(CHOICES, CHOICES + 1))
-    goods = draw.sample(GOODS, len(owners))
-    told = " ".join(f"{owner} owns the {good}." for owner, good in zip(owners, goods))
-    at = draw.randrange(len(owners))
-    wrong = draw.sample(goods[:at] + goods[at + 1 :], CHOICES - 1)
-    return Question(f"{told} So {owners[at]} owns the", goods[at], tuple(wrong))
+    owners, goods = draw.sample(TRADES, CHOICES), draw.sample(GOODS, CHOICES)
+    told = [f"The {owner} owns the {good}." for owner, good in zip(owners, goods)]
+    at, *later = draw.sample(range(CHOICES), CHOICES)
+    wrong = goods[:at] + goods[at + 1 :]
+    rest = "".join(f" So the {owners[k]} owns the {goods[k]}." for k in later)
+    return Question(f"{' '.join(told)} So the {owners[at]} owns the", goods[at], tuple(wrong), f".{rest}")
 
 
-def pattern(draw: random.Random, world: World) -> Question:
+def pattern(draw: random.Random) -> Question:
     """Triples with one pattern, ABA or ABB, and two words of one more."""
     words = draw.sample(_WORDS, 2 * draw.randint(4, 6))
     third = draw.choice((0, 1))  # which of a triple's first two words comes third
     pairs = list(zip(words[::2], words[1::2]))
     told = ", ".join(" ".join((*pair, pair[third])) for pair in pairs[:-1])
-    wrong = [pairs[-1][1 - third], *draw.sample(words[:-2], CHOICES - 2)]
-    return Question(f"The pattern: {told}, {' '.join(pairs[-1])}", pairs[-1][third], tuple(wrong))
+    return Question(f"The pattern: {told}, {' '.join(pairs[-1])}", pairs[-1][third], (pairs[-1][1 - third],))
 
 
 RULES = {"reasoning_copy": copy, "reasoning_lookup": lookup, "reasoning_pattern": pattern}
@@ -95,17 +98,13 @@ def recall(draw: random.Random, world: World, fact: Fact, form: str) -> Question
     return Question(f"{draw.choice(FILLERS)} {form.format(s=fact.subject)}", fact.object, tuple(wrong))
 
 
-def exercises(draw: random.Random, world: World) -> str:
+def exercises(draw: random.Random) -> str:
     """One document of training text: several exercises with their answers."""
     sentences = [draw.choice(FILLERS)]
     for _ in range(draw.randint(4, 8)):
-        question = draw.choice(list(RULES.values()))(draw, world)
-        sentences.append(_solved(question))
+        question = draw.choice(list(RULES.values()))(draw)
+        sentences.append(f"{question.context} {question.answer}{question.rest}")
     return " ".join(sentences)
-
-
-def _solved(question: Question) -> str:
-    return f"{question.context} {question.answer}."
 
 
 def tasks(world: World, count: int, seed: int) -> dict[str, list[Question]]:
@@ -117,7 +116,7 @@ def tasks(world: World, count: int, seed: int) -> dict[str, list[Question]]:
         "recall_rephrased": [recall(draw, world, fact, world.withheld[fact]) for fact in facts],
     }
     for name, rule in RULES.items():
-        found[name] = [_in_context(rule(draw, world), draw) for _ in range(count)]
+        found[name] = [_in_context(rule(draw), draw) for _ in range(count)]
     return found
 
 
@@ -133,7 +132,7 @@ def write_tasks(folder: str, found: dict[str, list[Question]], seed: int) -> Non
     for name, questions in found.items():
         lines = []
         for question in questions:
-            choices = draw.sample((question.answer, *question.wrong), CHOICES)
+            choices = draw.sample((question.answer, *question.wrong), 1 + len(question.wrong))
             answer = choices.index(question.answer)
             lines.append(json.dumps({"context": question.context, "choices": choices, "answer": answer}))
         path = os.path.abspath(os.path.join(folder, f"{name}.jsonl"))
@@ -148,7 +147,7 @@ def write_tasks(folder: str, found: dict[str, list[Question]], seed: int) -> Non
             "doc_to_choice": "{{choices}}",
             "doc_to_target": "answer",
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-            "metadata": {"version": 1.0, "chance": 1 / CHOICES, "seed": seed},
+            "metadata": {"version": 1.0, "chance": 1 / len(choices), "seed": seed},
         }
         storage.write_json(os.path.join(folder, f"{name}.yaml"), task)  # JSON is YAML
 
@@ -156,7 +155,7 @@ def write_tasks(folder: str, found: dict[str, list[Question]], seed: int) -> Non
 def write_text(folder: str, world: World, characters: int, seed: int) -> None:
     """Writes train-*.json.gz and validation-0.json.gz, half of which are documents of the world, half exercises."""
     draw = random.Random(f"text {seed}")
-    kinds: tuple[Callable[[], str], ...] = (lambda: world.document(draw), lambda: exercises(draw, world))
+    kinds: tuple[Callable[[], str], ...] = (lambda: world.document(draw), lambda: exercises(draw))
     documents = []
     for write in kinds:
         size = 0
@@ -175,7 +174,7 @@ def main(
     output: Annotated[str, Option("folder for text/ and tasks/", writes=True)],
     characters: Annotated[int, Option("of the training text", least=1)] = 20_000_000,
     questions: Annotated[int, Option("of each task", least=1)] = 500,
-    subjects: Annotated[int, Option("countries, and people, whose three facts each the text states", least=10)] = 100,
+    subjects: Annotated[int, Option("countries, and people, whose three facts each the text states", least=10)] = 40,
     seed: Annotated[int, Option("of the world, the text and the tasks")] = 0,
 ) -> None:
     world = World(subjects, subjects // 4, seed, withhold=True)
