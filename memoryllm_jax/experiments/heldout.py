@@ -92,16 +92,27 @@ def score(workdir: str, data: str = "") -> float:
       data: prepared data, as of `Dataset`; "": that of the run.
     Returns: the mean loss in nats a token. Raises: UserError.
     """
+    text, nats_N = nats(workdir, data)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, nats=nats_N, digest=np.array(text.digest))
+    storage.write_bytes(os.path.join(workdir, FILE), buffer.getvalue())
+    return float(nats_N.mean(dtype=np.float64))
+
+
+def nats(workdir: str, data: str = "") -> tuple[HeldOutText, np.ndarray]:
+    """(the held-out text, nats of each of its targets, float32 [N]), by the newest checkpoint of a run.
+
+    Args:
+      data: as of `score`.
+    Raises: UserError.
+    """
     with contextlib.closing(serving.open_engine(workdir)) as engine:
         opened = run_data.open_data(engine.trained, data or run_data.find_own(engine.trained))
         text = open_text(opened, engine.context)
         windows = perplexity.Windows(engine.context, engine.context, first_id=perplexity.first_id(engine))
         pieces = [text.ids[span.start : span.stop] for span in windows.spans(len(text.ids))]
         nats_N = np.concatenate([-found.log_probs_T for found in perplexity.score_windows(engine, pieces, windows)])
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, nats=nats_N.astype(np.float32), digest=np.array(text.digest))
-    storage.write_bytes(os.path.join(workdir, FILE), buffer.getvalue())
-    return float(nats_N.mean(dtype=np.float64))
+    return text, nats_N.astype(np.float32)
 
 
 def is_scored(workdir: str) -> bool:
