@@ -8,6 +8,7 @@ There are more architectures to compare with. Each is base with a smaller FFN, s
 as flex-b, and in each layer a table E_l of token embeddings in place of FFN-M, or nothing:
 
     rows-b       X_{l+1} = Y + E_l[token], where Y is base's X_{l+1}
+    bigram-b     such a row of a hash of the token and the one before, in place of E_l[token]
     value-b      Attn's values are N1(X_l) W_V + E_l[token]
     bov-b        in the last third of the layers, Attn's values are gamma_l E_l[token]
     ple-b        X_{l+1} = Y + (GELU(NG(Y) W_gate) * NM(E_l[token])) W_out
