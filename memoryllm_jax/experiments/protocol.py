@@ -281,18 +281,17 @@ def _check(protocol: Protocol) -> None:
     """Raises: UserError that names the part of the protocol that is not valid."""
     names = [variant.name for variant in protocol.variants]
     of_experiments = [experiment.name for experiment in protocol.experiments]
-    for what, given in (
-        ("variants", names),
-        ("sizes", list(protocol.sizes)),
-        ("vocabularies", list(protocol.vocabularies)),
-        ("experiments", of_experiments),
-    ):
-        for name in given:
-            if not _NAME.fullmatch(name) or given.count(name) > 1:
-                raise UserError(f"protocol: {what}: expected different names of letters, digits and -_., found {given}")
+    all_names = [*names, *protocol.sizes, *protocol.vocabularies, *of_experiments]
+    for name in all_names:  # --only takes names of all kinds
+        if not _NAME.fullmatch(name) or all_names.count(name) > 1:
+            raise UserError(
+                "protocol: expected different names of letters, digits and -_. for variants, sizes, vocabularies and "
+                f"experiments, found {name}{' twice' if all_names.count(name) > 1 else ''}"
+            )
+    swept = [variant.name for variant in protocol.variants if not variant.rate_of]
     for variant in protocol.variants:
         if variant.rate_of:
-            _need(f"variant {variant.name}: rate_of", [variant.rate_of], names)
+            _need(f"variant {variant.name}: rate_of", [variant.rate_of], swept, "a variant with a rate of its own")
     _need("held_out_sizes", protocol.held_out_sizes, protocol.sizes)
     _need("keep", protocol.keep, of_experiments)
     for experiment in protocol.experiments:

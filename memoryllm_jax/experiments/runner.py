@@ -18,13 +18,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from memoryllm_jax.checkpoint import description
 from memoryllm_jax.common import storage
 from memoryllm_jax.common.child import Children
-from memoryllm_jax.common.errors import ArgumentError
+from memoryllm_jax.common.errors import ArgumentError, UserError, one_line
 from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.common.fields import did_you_mean
 from memoryllm_jax.common.progress import Progress, duration
@@ -48,6 +48,8 @@ def prepare(protocol: Protocol, workdir: str, texts: str, vocabularies: Collecti
       texts: folder with train-* and validation-* files; "": the data must be there.
     Raises: UserError.
     """
+    if storage.is_url(workdir):
+        raise ArgumentError("workdir", f"expected a folder on a disk, found {workdir}")
     for vocabulary in vocabularies:
         path = data_path(workdir, vocabulary)
         if storage.exists(os.path.join(path, "dataset.json")):
@@ -223,20 +225,33 @@ class Runner:
                 progress.total = done + self._cost(work.left)  # a sweep that is extended adds to it
                 progress.update(done)
                 busy = [job.run.key for job in running.values()]
-                for run in [run for run in work.to_do if run.key not in busy][: self._places - len(running)]:
-                    job = _Job(run, can_be_scored(run, self._workdir), time.monotonic())
-                    running[self._start(children, job, lock)] = job
-                if not running:
+                ready = [run for run in work.to_do if run.key not in busy and run.key not in self._failed]
+                if not ready and not running:
                     break
+                if ready and len(running) < self._places:
+                    job = _Job(ready[0], can_be_scored(ready[0], self._workdir), time.monotonic())
+                    with self._named_failure(job.run):
+                        running[self._start(children, job, lock)] = job
+                    continue
                 process, code = children.wait()
                 job = running.pop(process)
-                text = self._end(job, code)
+                text = ""
+                with self._named_failure(job.run):
+                    text = self._end(job, code)
                 work = self._work()
                 if text:
                     progress.line(f"{len(work.done)} of {len(work.done) + len(work.left)} runs  {text}")
             stopped = children.stopped
             progress.close()
-        return self._close(work, stopped)
+        return self._close(self._work(), stopped)
+
+    @contextlib.contextmanager
+    def _named_failure(self, run: Run) -> Iterator[None]:
+        """Turns an error of this process, such as a full disk, into a failure of the run."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            self._failed[run.key] = one_line(error)
 
     def _close(self, work: _Work, stopped: bool) -> int:
         if stopped:

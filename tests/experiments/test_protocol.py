@@ -76,7 +76,12 @@ def test_a_run_is_named_by_what_it_trains():
         ({"fields": {"model.layers": "many"}}, "config.model.layers: expected int, found 'many'"),
         ({"keep": ("three",)}, "protocol: keep: expected names of the protocol, found three"),
         ({"variants": (Variant("memory"),)}, "experiment one: variants: expected names of the protocol, found wide"),
-        ({"sizes": {"S": {}, "S/2": {}}}, "sizes: expected different names of letters, digits"),
+        ({"sizes": {"S": {}, "S/2": {}}}, "expected different names of letters, digits .*, found S/2"),
+        ({"sizes": {"S": {}, "512": {}}}, "expected different names of letters, digits .*, found 512 twice"),
+        (
+            {"variants": (Variant("a", "base", {}, "b"), Variant("b", "base", {}, "a"))},
+            "a variant with a rate of its own",
+        ),
         (
             {"sweep": Sweep(1, (1e-3, 2e-3), {"S": "S", "L": "S"})},
             "rates: expected at least three, each the one before",

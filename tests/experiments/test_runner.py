@@ -114,6 +114,11 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, c
     assert "base S 512: has no rate, as all diverged or a run of its sweep failed\n" in error
     assert "rate 0.001, seed 0: exit code 1: error: no space (" in error and "log.txt)" in error
     stubs.codes = {}
+    blocked = Path(PROTOCOL.sweep_run(BASE, 0.004).folder(str(tmp_path)))
+    blocked.rename(tmp_path / "elsewhere")
+    blocked.touch()  # an error of the runner itself, as a full disk would be
+    assert stubs.run() == 1 and "rate 0.004, seed 0: [Errno 17] File exists" in capfd.readouterr().err
+    blocked.unlink()
     assert stubs.run() == 0 and {variant for _, variant, *_ in stubs.started} == {"base"}
 
 
