@@ -110,6 +110,11 @@ def _text(fields) -> str:
 def _answer(page, results: Results, family: Family) -> None:
     """The table of a family's differences after the most tokens, by size and vocabulary."""
     cells = results.last_cells(family)
+    if not cells:
+        page.text(
+            f"{family.name.capitalize()}: no two that can be compared have runs of one size, vocabulary and length."
+        )
+        return
     compared = [results.compare(family, cell) for cell in cells]
     head = [
         "variant",
@@ -145,16 +150,17 @@ def _family(page, results: Results, family: Family) -> dict:
     """The section of a family. Returns: its numbers."""
     page.heading(family.name.capitalize())
     name, cells = family.name, results.widest_cells(family)
-    record = {"costs": _costs(page, results, family, cells)}
+    record: dict[str, list] = {"costs": [], "splits": []}
     caption = "Held-out loss against tokens: the mean over seeds, with bars from the lowest to the highest seed"
     page.figure(f"{name}-curves", comparison_plots.curves(results, family), caption)
-    caption = "Differences of the loss against tokens with their 95% intervals; below 0 is better"
-    page.figure(f"{name}-differences", comparison_plots.differences(results, family), caption)
+    if cells:
+        caption = "Differences of the loss against tokens with their 95% intervals; below 0 is better"
+        page.figure(f"{name}-differences", comparison_plots.differences(results, family), caption)
+        record["costs"] = _costs(page, results, family, cells)
     across = results.across_vocabularies(family)
     if across:
         caption = "Differences of the loss by the number of token ids, with their 95% intervals"
         page.figure(f"{name}-vocabularies", comparison_plots.by_vocabulary(results, family, across), caption)
-    record["splits"] = []
     for cell in cells:
         caption = f"Where variants differ: {cell.vocabulary} ids, size {cell.size}, {cell.tokens / 1e6:.3g} M tokens"
         page.figure(f"{name}-splits-{cell.vocabulary}", comparison_plots.split(results, family, cell), caption)

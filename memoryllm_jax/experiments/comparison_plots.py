@@ -99,6 +99,8 @@ def law(points: Sequence[fits.Point], left_out: Sequence[fits.Point], fit: fits.
     """Losses of runs against those that the law gives: points on the diagonal are where it holds."""
     figure, ax = plots.new_figure(5.5, 3.8)
     for chosen, style, label in ((points, "o", "fitted"), (left_out, "^", "left out")):
+        if not chosen:
+            continue
         x = [fit.law.loss(*point[:3], point.kind) for point in chosen]
         ax.plot(x, [point.loss for point in chosen], style, markersize=4, fillstyle="none", label=label)
     ends = ax.get_xlim()

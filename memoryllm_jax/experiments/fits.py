@@ -25,6 +25,8 @@ from memoryllm_jax.experiments import intervals
 from memoryllm_jax.experiments.intervals import Interval
 
 _DELTA = 1e-3  # of the Huber loss
+_FAR = 1e15  # tokens that no run has: a crossing after them is none
+_MOST_STEPS = 300  # of a minimisation, for resampled settings that leave a number undetermined
 _SHARED = ("E", "A", "alpha", "B", "beta")  # the law's numbers that all kinds of memory share
 REPLICATES = 200
 
@@ -97,8 +99,8 @@ class Law:
             return 0.0 if behind >= 0 else math.inf
         if behind <= 0:
             return math.inf
-        with np.errstate(over="ignore"):
-            return float(np.exp(np.log(ahead / behind) / max(self._beta, 1e-9)))
+        log_tokens = math.log(ahead / behind) / max(self._beta, 1e-9)
+        return math.exp(log_tokens) if log_tokens < math.log(_FAR) else math.inf
 
     def _limit(self, active, memory, kind):
         """What more tokens do not take away, above E."""
@@ -147,13 +149,14 @@ def fit(points: Sequence[Point], replicates: int = REPLICATES, seed: int = 0) ->
     Args:
       replicates: fits to resampled settings, for the intervals.
       seed: of the resampling.
-    Raises: UserError if there are fewer settings than numbers to fit.
+    Raises: UserError if there are fewer than two settings for each number to fit.
     """
     kinds = sorted({point.kind for point in points} - {""})
     data = _Data.of(points, kinds)
-    needed = len(_SHARED) + 2 * len(kinds)
+    needed = 2 * (len(_SHARED) + 2 * len(kinds))
     if len(data.settings) < needed:
-        raise UserError(f"fit: expected at least {needed} settings, as many as its numbers, found {len(data.settings)}")
+        found = len(data.settings)
+        raise UserError(f"fit: expected at least {needed} settings, twice as many as its numbers, found {found}")
     best = min((_minimum(data, start) for start in _starts(data)), key=lambda found: found.cost)
     rng, laws = np.random.default_rng(seed), []
     for _ in range(replicates):
@@ -164,7 +167,14 @@ def fit(points: Sequence[Point], replicates: int = REPLICATES, seed: int = 0) ->
 
 
 class _Data(NamedTuple):
-    """Runs as arrays; `kind_NK` marks the kind of memory of each, and `settings` holds the runs of each setting."""
+    """Runs as arrays.
+
+    kind_NK: marks the kind of memory of each.
+    settings: the runs of each setting.
+    scale: as of `Law`, in whose units parameters and tokens are.
+    least_worth: the lowest k. A memory may be worth less than nothing, but no model has less than no parameters. With 0
+      as the bound, the interval of a useless memory would end there.
+    """
 
     active_N: np.ndarray
     memory_N: np.ndarray
@@ -173,6 +183,7 @@ class _Data(NamedTuple):
     kind_NK: np.ndarray
     settings: list[np.ndarray]
     scale: tuple[float, float]
+    least_worth: float
 
     @classmethod
     def of(cls, points, kinds):
@@ -182,7 +193,10 @@ class _Data(NamedTuple):
         _, setting_N = np.unique([point.setting for point in points], return_inverse=True)
         settings = [np.flatnonzero(setting_N == number) for number in range(setting_N.max() + 1)]
         scale = float(np.exp(np.log(active).mean())), float(np.exp(np.log(tokens).mean()))
-        return cls(active / scale[0], memory / scale[0], tokens / scale[1], np.log(loss), kind_NK, settings, scale)
+        least = -0.9 * float(np.min(active[memory > 0] / memory[memory > 0], initial=1.0))
+        return cls(
+            active / scale[0], memory / scale[0], tokens / scale[1], np.log(loss), kind_NK, settings, scale, least
+        )
 
     def resampled(self, rng):
         """As many settings, drawn with replacement."""
@@ -214,12 +228,14 @@ def _minimum(data: _Data, start):
     from scipy import optimize  # which takes a second to import; jax requires SciPy
 
     kinds = data.kind_NK.shape[1]
-    with_memory_N = data.memory_N > 0
-    # A memory may be worth less than nothing, but no model has less than no parameters. With 0 as the bound, the
-    # interval of a useless memory would end there.
-    least = -0.9 * np.min(data.active_N[with_memory_N] / data.memory_N[with_memory_N], initial=1.0)
-    low = [-20, -20, 0.0, -20, 0.0, *[least] * kinds, *[-0.9] * kinds]
+    low = [-20, -20, 0.0, -20, 0.0, *[data.least_worth] * kinds, *[-0.9] * kinds]
     high = [5, 5, 3.0, 5, 3.0, *[100.0] * kinds, *[1000.0] * kinds]
     return optimize.least_squares(
-        data.residuals, np.clip(start, low, high), bounds=(low, high), loss="huber", f_scale=_DELTA, x_scale="jac"
+        data.residuals,
+        np.clip(start, low, high),
+        bounds=(low, high),
+        loss="huber",
+        f_scale=_DELTA,
+        x_scale="jac",
+        max_nfev=_MOST_STEPS,
     )

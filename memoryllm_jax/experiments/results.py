@@ -172,12 +172,16 @@ class Results:
         """For each size and vocabulary the cells that show every variant after the most tokens where it is compared."""
         chosen, shown = [], set()
         for cell in reversed(self.cells(family)):
-            found = self.seeds(family, cell)
-            compared = {(cell[:2], name) for name in found if self.against(family, name) in found}
+            compared = {(cell[:2], name) for name in self._compared(family, cell)}
             if not compared <= shown:
                 shown |= compared
                 chosen.append(cell)
         return chosen[::-1]
+
+    def _compared(self, family: Family, cell: Cell) -> list[str]:
+        """The variants that have runs in a cell, and so has the one that they are compared with."""
+        found = self.seeds(family, cell)
+        return [variant for variant in found if self.against(family, variant) in found]
 
     def widest_cells(self, family: Family) -> list[Cell]:
         """For each vocabulary the cell of `last_cells` with the most variants; of several, that of the largest size."""
@@ -194,7 +198,7 @@ class Results:
         for size in dict.fromkeys(cell.size for cell in self.cells(family)):
             of_length: dict[int, list[Cell]] = {}
             for cell in self.cells(family):
-                if cell.size == size and len(self.seeds(family, cell)) > 1:
+                if cell.size == size and self._compared(family, cell):
                     of_length.setdefault(cell.tokens, []).append(cell)
             _, _, cells = max(((len(cells), tokens, cells) for tokens, cells in of_length.items()), default=(0, 0, []))
             if len(cells) > 1:

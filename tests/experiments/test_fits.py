@@ -61,5 +61,5 @@ def test_losses_are_equal_at_the_crossing():
 
 
 def test_too_few_settings_are_refused():
-    with pytest.raises(UserError, match="fit: expected at least 7 settings, as many as its numbers, found 6"):
+    with pytest.raises(UserError, match="fit: expected at least 14 settings, twice as many as its numbers, found 6"):
         fits.fit([Point(1e6, 1e6, tokens, 3.0, "ffn", str(tokens)) for tokens in range(1, 7)])
