@@ -125,7 +125,14 @@ def test_a_signal_before_the_first_step_saves_nothing_and_says_so(make_config, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "architecture, mesh", [("memory", (1, 8, 1)), ("flex-3", (2, 2, 2)), ("ple-3", (2, 2, 2)), ("bov-3", (2, 2, 2))]
+    "architecture, mesh",
+    [
+        ("memory", (1, 8, 1)),
+        ("flex-3", (2, 2, 2)),
+        ("ple-3", (2, 2, 2)),
+        ("bov-3", (2, 2, 2)),
+        ("bigram-3", (2, 2, 2)),
+    ],
 )
 def test_eight_devices_train_as_one(make_config, tmp_path, monkeypatch, architecture, mesh):
     """ple-3 attends inside documents, of about 20 tokens: the most frequent id takes the part of bos."""
