@@ -66,11 +66,14 @@ class Option:
 
 
 def _check_file_to_write(name: str, path: str) -> None:
-    """Raises: ArgumentError if the path is a folder, or its folder does not exist."""
+    """Raises: ArgumentError if the path is a folder or a device, or its folder does not exist."""
     if storage.is_url(path):  # object stores make folders as files are written
         return
     if os.path.isdir(path):
         raise ArgumentError(name, f"expected a name for a file, found the folder {path}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        # The complete file is renamed to this path, which would replace such as /dev/null for all of the machine.
+        raise ArgumentError(name, f"expected a file, found the device {path}")
     if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         raise ArgumentError(name, f"expected a file in a folder that exists, found {path}")
 

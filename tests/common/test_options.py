@@ -75,6 +75,7 @@ def test_a_signature_makes_a_command(run):
         (["--path=p", "--share=-inf"], "error: --share: expected a finite number, found -inf"),
         (["--path=p", "--record=/none/x"], "error: --record: expected a file in a folder that exists, found /none/x"),
         (["--path=p", "--record=/tmp"], "error: --record: expected a name for a file, found the folder /tmp"),
+        (["--path=p", "--record=/dev/zero"], "error: --record: expected a file, found the device /dev/zero"),
         (["--path=p", "--widths=2,x"], "error: --widths: expected whole numbers separated by commas, found 2,x"),
         (["--path=p", "more"], "error: unexpected argument 'more'; options are written --name=value"),
     ],
