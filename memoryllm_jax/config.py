@@ -190,9 +190,12 @@ class StartConfig:
     # new: moments and step begin at zero; continue: the run goes on from the checkpoint's moments, step and place in
     # the data, so that a decay branches off the stable part of another run
     optimizer: str = field("new", choices=("new", "continue"))
-    # Token memory of a converted model: FFN-M as a copy of base's FFN (copy), random (new), or rows of zeros beside
-    # base's whole FFNs, so that the model begins as base (zero)
-    memory: str = field("copy", choices=("copy", "new", "zero"))
+    # Token memory of a converted model: FFN-M as a copy of base's FFN (copy), random (new), or fitted to what base's
+    # layers add for each token on average (distill); or rows of zeros beside base's whole FFNs, so that the model
+    # begins as base (zero)
+    memory: str = field("copy", choices=("copy", "new", "distill", "zero"), only_with="start.workdir")
+    # Tokens of text that FFN-M is fitted on: those of the run's first steps, at most all of them
+    distill_tokens: float = field(1e6, above=0, only_with="start.memory=distill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -501,7 +504,7 @@ def _check_run(config: Config, need) -> None:
     need(
         config.start.memory != "zero" or architecture == "rows-8",
         "start.memory",
-        f"copy or new for {architecture}, as rows-8 alone begins with zeros",
+        f"copy, new or distill for {architecture}, as rows-8 alone begins with zeros",
     )
     _check_trained(config, need)
     need(o.final_lr <= o.peak_lr, "optimizer.final_lr", f"at most optimizer.peak_lr = {o.peak_lr}")

@@ -4,15 +4,16 @@ A converted model keeps base's embedding, attention, norms and head. Base's FFN_
 matrices), each with a value (a row of its down matrix). FFN-C_l gets the W_C keys with the largest |gate| |up| |down|,
 and FFN-M_l the other W_M. Their norms, N2_l of FFN-C and NM_l of FFN-M, both get the scale of base's N2_l.
 
-At first, FFN-M_l reads X_0 where base's FFN_l read the residual stream after attention, so it misses what the earlier
-layers have added. Training makes up for that. With `start.memory=new`, FFN-M is initialised as for training from
-scratch instead, and FFN-C is as above.
+FFN-M_l reads X_0 where base's FFN_l read the residual stream after attention, so the copy misses what the earlier
+layers have added. With `start.memory=distill`, training/distillation.py fits FFN-M to base's FFN before training. With
+`start.memory=new`, FFN-M is initialised as for training from scratch instead. FFN-C is as above in both.
 
 An adapter, with `start.memory=zero`, keeps all parameters of base and adds a table of zeros, rows-8: the model begins
 as base. Its run trains the rows alone, with `optimizer.train=memory`.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,21 @@ _MAY_DIFFER_IN_ADAPTER = ("token_memory", "table_dim")
 _PARTS = ("gate", "up", "down")
 
 
-def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
+class Start(NamedTuple):
+    """What a run starts from.
+
+    Attributes:
+      params: the parameters.
+      source: the parts of the description's `source` that also hold for a model trained from it.
+      base_layers: "ffn" and "ffn_norm" of base, stacked over the layers, with start.memory=distill; else None.
+    """
+
+    params: dict
+    source: dict
+    base_layers: dict | None
+
+
+def starting_params(config: Config, tokenizer: Tokenizer, params, mesh) -> Start:
     """Reads the parameters of the model that `config.start` names; those of base are converted to memory or flex-B.
 
     Args:
@@ -38,7 +53,6 @@ def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
       tokenizer: Tokenizer of the data to train on.
       params: freshly initialised parameters on the mesh, float32. The result has their shapes and shardings.
       mesh: devices of the run.
-    Returns: (the parameters, the parts of the description's `source` that also hold for a model trained from it).
     Raises: UserError that names a field or a tokenizer which does not fit.
     """
     start = config.start
@@ -51,6 +65,11 @@ def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
                 f"config.start.workdir={start.workdir}: expected base, beside whose FFNs config.start.memory=zero adds "
                 f"rows, found {trained.config.architecture}"
             )
+        if start.memory in ("new", "distill") and not converts:
+            raise UserError(
+                f"config.start.memory: expected copy, as only base becomes memory or flex-B, found {start.memory}, and "
+                f"{trained.config.architecture} in {start.workdir} to become {config.model.architecture}"
+            )
         may_differ = set(_MAY_DIFFER)
         if adapts:
             may_differ.update(_MAY_DIFFER_IN_ADAPTER)
@@ -59,15 +78,16 @@ def starting_params(config: Config, tokenizer: Tokenizer, params, mesh):
         _check(config, tokenizer, trained, may_differ)
         flat, tree = jax.tree_util.tree_flatten_with_path(params)
         leaves = {array_name(path): leaf for path, leaf in flat}
+        base_layers = None
         if adapts:
             leaves = {name: _of_base_or_zero(trained, name, leaf) for name, leaf in leaves.items()}
         elif converts:
-            _convert(trained, config, leaves)
+            base_layers = _convert(trained, config, leaves)
         else:
             leaves = {name: trained.leaf(name, leaf) for name, leaf in leaves.items()}
         source = trained.description.source
         kept = {key: source[key] for key in ("special", "files") if key in source}
-        return jax.tree.unflatten(tree, leaves.values()), kept
+        return Start(jax.tree.unflatten(tree, leaves.values()), kept, base_layers)
     finally:
         trained.close()
 
@@ -92,7 +112,10 @@ def _check(config, tokenizer, trained, may_differ):
 
 
 def _convert(trained, config, leaves):
-    """Replaces the parameters of a memory or flex model with base's. With start.memory=new, FFN-M's are kept."""
+    """Replaces the parameters of a memory or flex model with base's. With start.memory=new, FFN-M's are kept.
+
+    Returns: `Start.base_layers`.
+    """
     m = config.model
     for name in leaves:
         if not name.startswith(("layers/ffn", "memory/")):
@@ -106,6 +129,7 @@ def _convert(trained, config, leaves):
         if config.start.memory != "new":
             rest_LF = keys_LW[:, m.compute_dim : m.compute_dim + m.memory_dim]
             _fill_ffn(leaves, "memory/ffn", "memory/norm/scale", ffn, rest_LF, scale)
+    return {"ffn": ffn, "ffn_norm": {"scale": scale}} if config.start.memory == "distill" else None
 
 
 def _fill_ffn(leaves, target, norm, ffn, keys_LF, scale):

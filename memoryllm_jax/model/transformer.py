@@ -216,6 +216,7 @@ def apply_layer(
     rope,
     past: attention.Past | None = None,
     factors: Factors | None = None,
+    start_BT=None,
 ) -> LayerOutput:
     """Applies one decoder layer to the residual stream. Call it inside jit and a mesh.
 
@@ -229,8 +230,9 @@ def apply_layer(
       rope: `rope_table` of the positions.
       past: where x lies in a cache, to attend over that too; None to attend over x alone.
       factors: of what the FFNs add; None instead of ones.
+      start_BT: as of `attention.causal_attention`; without `past` only.
     """
-    return DecoderLayer(config).apply({"params": params}, x_BTD, ffn_SUD, index_SN, rope, past, factors)
+    return DecoderLayer(config).apply({"params": params}, x_BTD, ffn_SUD, index_SN, rope, past, factors, start_BT)
 
 
 class ScannedDecoderLayer(DecoderLayer):

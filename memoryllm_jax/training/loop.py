@@ -25,7 +25,7 @@ from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.documents import EMBEDDED
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.model import attention, sharding
-from memoryllm_jax.training import during, spikes, summary, tracking
+from memoryllm_jax.training import distillation, during, spikes, summary, tracking
 from memoryllm_jax.training.batches import TrainBatches, ValidationBatches, local_shards
 from memoryllm_jax.training.compilation import NEED_LESS
 from memoryllm_jax.training.during import Observer, OpenTasks, Tasks
@@ -134,6 +134,9 @@ def open_run(
     beginning = _beginning(trainer, checkpoints, description, tokenizer)
     if config.data.verify:  # last, as it can take long, and what is refused should be refused before
         _verify(dataset, stop)
+    state = beginning.state
+    if beginning.base_layers is not None:
+        state["params"] = distillation.distil(trainer, batches, state["params"], beginning.base_layers, stop.now)
     return Run(
         workdir=workdir,
         config=config,
@@ -144,16 +147,17 @@ def open_run(
         checkpoints=checkpoints,
         description=msgspec.structs.replace(description, source=beginning.source),
         start=beginning.step,
-        state=beginning.state,
+        state=state,
     )
 
 
 class _Beginning(NamedTuple):
-    """Where a run begins: steps done, the state after them, and the description's `source`."""
+    """Where a run begins: steps done, the state after them, the description's `source`, and `Start.base_layers`."""
 
     step: int
     state: dict
     source: dict
+    base_layers: dict | None = None
 
 
 def _beginning(
@@ -181,10 +185,10 @@ def _beginning(
         return _Beginning(origin.step, state, saved.source)
     with hosts.compiling("the initial state", f"; {NEED_LESS}"):
         state = trainer.init(jax.random.key(config.seed))
-    source = description.source
-    if config.start.workdir:
-        state["params"], source = starting_params(config, tokenizer, state["params"], trainer.mesh)
-    return _Beginning(0, state, source)
+    if not config.start.workdir:
+        return _Beginning(0, state, description.source)
+    state["params"], source, base_layers = starting_params(config, tokenizer, state["params"], trainer.mesh)
+    return _Beginning(0, state, source, base_layers)
 
 
 def _verify(dataset: Dataset, stop: StopSignal) -> None:

@@ -36,7 +36,7 @@ def test_converted_ffns_add_up_to_that_of_base(make_config, data_path, tmp_path,
     config = loop.complete(config, dataset)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:tensor])
     m = config.model
-    params, _ = warm_start.starting_params(config, dataset.tokenizer(), random_params(m, mesh)[0], mesh)
+    params = warm_start.starting_params(config, dataset.tokenizer(), random_params(m, mesh)[0], mesh).params
     found = {array_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
     x = np.random.default_rng(0).normal(size=(7, m.dim)).astype(np.float32)
 
@@ -61,7 +61,7 @@ def test_a_new_memory_keeps_its_initial_values(make_config, data_path, tmp_path)
     config = loop.complete(make_config("flex-3", **{"start.workdir": workdir, "start.memory": "new"}), dataset)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     fresh = random_params(config.model, mesh)[0]
-    params, _ = warm_start.starting_params(config, dataset.tokenizer(), fresh, mesh)
+    params = warm_start.starting_params(config, dataset.tokenizer(), fresh, mesh).params
     jax.tree.map(np.testing.assert_array_equal, params["memory"], fresh["memory"])
     assert not np.array_equal(params["layers"]["ffn"]["up"], fresh["layers"]["ffn"]["up"])
 
@@ -86,7 +86,8 @@ def test_an_adapter_begins_as_base(make_config, start, data_path, tmp_path):
     workdir = write_untrained(make_config("base"), str(tmp_path / "base"))
     config = loop.complete(start("adapter", workdir, **{"mesh.fsdp": 1, "mesh.tensor": 3}), dataset)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:3])
-    params, _ = warm_start.starting_params(config, dataset.tokenizer(), random_params(config.model, mesh)[0], mesh)
+    fresh = random_params(config.model, mesh)[0]
+    params = warm_start.starting_params(config, dataset.tokenizer(), fresh, mesh).params
     with contextlib.closing(TrainedModel(workdir, None, "float32", mesh)) as trained:
         base = {name: trained.leaf(name) for name in trained.names()}
         of_base = trained.config
@@ -155,6 +156,7 @@ def test_models_and_workdirs_that_do_not_fit_are_refused(start, tmp_path):
         (start("flex-1"), "a", "config.model.beta: expected 0.0 as in .*, found 1.0"),
         (start(**{"model.dim": 64}), "b", "config.model.dim: expected 32 as in .*, found 64"),
         (start(source=f"{tmp_path}/imported", **{"model.vocab_size": 512}), "c", "model.vocab_size: expected 64 as in"),
+        (start(**{"start.memory": "distill"}), "d", "start.memory: expected copy, .*, found distill"),
         (start(), "imported", "expected a folder of a training run, found an imported model"),
     ):
         with pytest.raises(UserError, match=message):
