@@ -44,8 +44,8 @@ _LAW = """
 L = E + A (N_a + k N_m)^-alpha + B (D (1 + r s))^-beta, with N_a active parameters, N_m parameters of the token memory,
 s = N_m / (N_a + N_m) and D tokens. k is the worth of a memory parameter, in active parameters, after many tokens. r
 says how much faster a model learns: with D tokens it gets as far as it would with D (1 + r s) without the memory. If
-the interval of k or r contains 0, no such effect was found. Controls are left out, and so are memories that were
-trained at one size or one length only. Intervals are percentiles over fits to resampled settings.
+the interval of k or r contains 0, no such effect was found. Controls are left out, and so are memories with runs of one
+or two lengths. Intervals are percentiles over fits to resampled settings.
 """
 _LIMITS = """
 The held-out documents come from the sources of the training text. A window holds the same number of tokens in every

@@ -53,7 +53,7 @@ _UNITS = (1e6, 1e6, 1e6, 1e6, 1e6, 1e3, 1e6)
 def _shown(value: float, other: float, unit: float) -> str:
     if math.isnan(value):
         return ""
-    mark = " =" if abs(value - other) <= _EQUAL * abs(other) else ""
+    mark = "\u00a0=" if abs(value - other) <= _EQUAL * abs(other) else ""
     return f"{value / unit:.4g}{mark}"
 
 

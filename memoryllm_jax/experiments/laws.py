@@ -11,6 +11,8 @@ from memoryllm_jax.experiments.protocol import Run, Setting
 from memoryllm_jax.experiments.results import Results
 from memoryllm_jax.model import flops
 
+_FEWEST_LENGTHS = 3  # of the runs of a kind of memory that is fitted
+
 
 class Prediction(NamedTuple):
     """A setting that the law was not fitted to, the mean of whose seeds was measured, in bits per byte."""
@@ -66,7 +68,7 @@ def of_vocabulary(results: Results, vocabulary: str, replicates: int = fits.REPL
 def _points(results: Results, vocabulary: str) -> tuple[list[Point], list[Point]]:
     """The runs that the law is fitted to, and those of the sizes that the protocol leaves out."""
     fitted, left_out = [], []
-    lengths: dict[str, set[tuple[str, int]]] = {}  # {kind of memory: its (size, tokens)}
+    lengths: dict[str, set[int]] = {}  # {kind of memory: lengths of its runs, in tokens}
     for run in results.runs:
         if run.vocabulary != vocabulary or results.controlled(run.variant):
             continue
@@ -77,9 +79,9 @@ def _points(results: Results, vocabulary: str) -> tuple[list[Point], list[Point]
             left_out.append(point)
         else:
             fitted.append(point)
-            lengths.setdefault(kind, set()).add((run.size, run.tokens))
-    # What a memory is worth at the end cannot be told from how fast it learns by one length, nor by one size.
-    known = {""} | {kind for kind, found in lengths.items() if all(len(set(each)) > 1 for each in zip(*found))}
+            lengths.setdefault(kind, set()).add(run.tokens)
+    # With fewer lengths, the worth of a memory cannot be told from the gain in speed.
+    known = {""} | {kind for kind, found in lengths.items() if len(found) >= _FEWEST_LENGTHS}
     return [point for point in fitted if point.kind in known], [point for point in left_out if point.kind in known]
 
 
