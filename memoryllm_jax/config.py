@@ -27,6 +27,9 @@ TOKEN_MEMORIES = {
     "none": "no-memory",
 }
 
+# Whose row a token's layers read: its own, or as controls, which say what the rows' meaning is worth
+ROWS = ("own", "permuted", "shared", "frozen")
+
 # {(base width, beta): FFN-M width} from the paper's Table 5, where its rounding follows no rule that could be computed.
 # Table 5 swaps beta 1 and 3 of the 1B model; the definition of beta and Table 6 give the order here.
 _PAPER_MEMORY_WIDTHS = {
@@ -71,6 +74,10 @@ class ModelConfig:
     # of these values; per_layer: one that the residual stream gates, as in Gemma 3n; none: nothing, so that FFN-C is
     # alone
     token_memory: str = field("ffn", choices=tuple(TOKEN_MEMORIES))
+    # Controls of the token memory. own: a token reads its own row; permuted: that of another token, by a fixed
+    # permutation of the ids; shared: all tokens read the row of id 0; frozen: rows are drawn at random by id, and no
+    # parameters make them (model/memories.py)
+    rows: str = field("own", choices=ROWS)
     table_dim: int = field(32, most=_MOST_WIDTH)  # width P of per_layer's embeddings; by default an eighth of dim
     # FFN-C reads X_l (block_input) or X_l + Attn (after_attention)
     compute_input: str = field("block_input", choices=("block_input", "after_attention"))
@@ -115,8 +122,8 @@ class ModelConfig:
 
     @property
     def memory_dim(self) -> int:
-        """FFN-M width."""
-        return self._flex_memory_dim if self.token_memory == "ffn" else 0
+        """FFN-M width; 0 without FFN-M."""
+        return self._flex_memory_dim if self.token_memory == "ffn" and self.rows != "frozen" else 0
 
     @property
     def compute_dim(self) -> int:
@@ -159,7 +166,10 @@ class ModelConfig:
             return self.key_heads * self.head_dim
         if self.token_memory == "per_layer":
             return self.table_dim
-        return self.dim if self.memory_dim or self.token_memory in ("rows", "bigram") else 0
+        adds_rows = self.token_memory in ("rows", "bigram") or (
+            self.token_memory == "ffn" and self._flex_memory_dim > 0
+        )
+        return self.dim if adds_rows else 0
 
     @property
     def row_layers(self) -> range:
@@ -172,12 +182,11 @@ class ModelConfig:
 
     @property
     def architecture(self) -> str:
-        """The name that `parse_architecture` reads."""
-        if self.token_memory == "ffn" and self.beta == 0:
-            return "memory"
-        if self.token_memory == "ffn" and self.beta == 8:
-            return "base"
-        return f"{TOKEN_MEMORIES.get(self.token_memory)}-{self.beta:g}"
+        """The name that `parse_architecture` reads, after which controls are named: "flex-3 with permuted rows"."""
+        name = f"{TOKEN_MEMORIES.get(self.token_memory)}-{self.beta:g}"
+        if self.token_memory == "ffn" and self.beta in (0, 8):
+            name = "memory" if self.beta == 0 else "base"
+        return name if self.rows == "own" else f"{name} with {self.rows} rows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -477,6 +486,7 @@ def _check_attention(m: ModelConfig, need) -> None:
 
 
 def _check_ffn(m: ModelConfig, need) -> None:
+    need(m.rows == "own" or m.row_dim > 0, "model.rows", "own, as the layers look up no rows")
     if m.token_memory == "per_layer":
         need(m.table_dim >= 1, "model.table_dim", "at least 1")
         need(m.compute_dim > 0, "model.beta", f"an FFN-C wider than the gates of table_dim = {m.table_dim}")
@@ -487,7 +497,7 @@ def _check_ffn(m: ModelConfig, need) -> None:
     if 0 < m.beta < 8:
         need(m.ffn_dim >= 2, "model.ffn_dim", "at least 2")
         if m.token_memory == "ffn":
-            need(0 < m.memory_dim < m.ffn_dim, "model.ffn_dim", f"room for both FFN-C and FFN-M at beta {m.beta:g}")
+            need(0 < m.compute_dim < m.ffn_dim, "model.ffn_dim", f"room for both FFN-C and FFN-M at beta {m.beta:g}")
 
 
 def _check_run(config: Config, need) -> None:
@@ -521,6 +531,7 @@ def _check_trained(config: Config, need) -> None:
     if o.train == "all":
         return
     need(m.row_dim > 0, "optimizer.train", f"all, as {m.architecture} has no token memory")
+    need(m.rows != "frozen", "optimizer.train", "all, as no parameters make frozen rows")
     need(
         o.name != "muon" or m.memory_dim > 0,
         "optimizer.name",

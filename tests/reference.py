@@ -79,21 +79,44 @@ def bigram_rows(tokens, V):
     return jnp.pad((hashed % (V - 1)).astype(jnp.int32), [(0, 0), (1, 0)], constant_values=V - 1)
 
 
+def memory_rows(params, layer, tokens, m):
+    """A layer's rows of the token memory [..., P] for tokens of any shape; None without a row."""
+    first = m.layers * 2 // 3 if m.token_memory == "bov" else 0  # the first layer with a token memory
+    if layer < first or m.token_memory == "none" or (m.token_memory == "ffn" and m.beta == 8):
+        return None
+    if m.token_memory == "bigram":
+        tokens = bigram_rows(tokens, m.vocab_size)
+    if m.rows == "frozen":
+        std = {"per_layer": 1, "bov": m.init_std * m.dim**0.5}.get(m.token_memory, m.init_std)
+        widths = {"per_layer": m.table_dim, "value": m.key_heads * m.head_dim, "bov": m.key_heads * m.head_dim}
+        width = widths.get(m.token_memory, m.dim)
+        key = jax.random.fold_in(jax.random.key(20260602, impl="threefry2x32"), layer)
+        drawn = jax.vmap(lambda t: jax.random.normal(jax.random.fold_in(key, t), (width,)))(tokens.reshape(-1))
+        return std * drawn.reshape(*tokens.shape, width)
+    if m.rows == "permuted":
+        tokens = np.random.RandomState(20260602).permutation(m.vocab_size)[tokens]
+    if m.rows == "shared":
+        tokens = np.zeros_like(tokens)
+    memory = of_layer(params["memory"], layer, first)
+    if m.token_memory == "ffn":
+        return swiglu(norm(params["embedding"][tokens], memory["norm"]["scale"], m), memory["ffn"])
+    rows = memory["table"][tokens]
+    if m.token_memory == "per_layer":
+        return norm(rows, memory["norm"]["scale"], m)
+    return memory["scale"] * rows if m.token_memory == "bov" else rows
+
+
 def logits(params, tokens, m, added=None):
     """Logits [B, T, V] after each of the tokens [B, T].
 
     Args:
       added: a list that gets what the parts of each layer add to the residual stream: {part: [B, T, D]}.
     """
-    x0 = x = params["embedding"][tokens]
+    x = params["embedding"][tokens]
     first = m.layers * 2 // 3 if m.token_memory == "bov" else 0  # the first layer with a token memory
     for layer in range(m.layers):
         p = of_layer(params["layers" if layer < first or not first else "upper_layers"], layer, first)
-        memory = of_layer(params.get("memory", {}), layer, first) if layer >= first else {}
-        read = bigram_rows(tokens, m.vocab_size) if m.token_memory == "bigram" else tokens
-        rows = memory["table"][read] if "table" in memory else None
-        if m.token_memory == "bov" and rows is not None:
-            rows = memory["scale"] * rows
+        rows = memory_rows(params, layer, tokens, m)
         of_values = rows if m.token_memory in ("value", "bov") else None
         parts = {"attention": attention(norm(x, p["attention_norm"]["scale"], m), p["attention"], m, of_values)}
         compute_input = x + parts["attention"] if m.compute_input == "after_attention" else x
@@ -102,11 +125,9 @@ def logits(params, tokens, m, added=None):
         if m.token_memory == "per_layer":
             gate = p["row_gate"]
             openness = jax.nn.gelu(norm(x + sum(parts.values()), p["row_gate_norm"]["scale"], m) @ gate["gate"])
-            parts["row_gate"] = (openness * norm(rows, memory["norm"]["scale"], m)) @ gate["out"]
-        if m.token_memory in ("rows", "bigram"):
+            parts["row_gate"] = (openness * rows) @ gate["out"]
+        if m.token_memory in ("ffn", "rows", "bigram") and rows is not None:
             parts["memory"] = rows
-        if "ffn" in memory:
-            parts["memory"] = swiglu(norm(x0, memory["norm"]["scale"], m), memory["ffn"])
         x = x + sum(parts.values())
         if added is not None:
             added.append(parts)

@@ -22,7 +22,7 @@ from memoryllm_jax.common.report import Report
 from memoryllm_jax.data.dataset import Split
 from memoryllm_jax.inference.decoder import bucket
 from memoryllm_jax.inference.rows import live_layer
-from memoryllm_jax.model import transformer
+from memoryllm_jax.model import memories, transformer
 from memoryllm_jax.model.modules import Norm
 
 Limit = Annotated[int, Option("tokens of text to read, in windows at even distances; 0: all", least=0)]
@@ -184,6 +184,8 @@ def states(model: KeyValueModel, tokens_BT: np.ndarray, source: TokenVectors | N
     config, params = model.config, model.params
     x0_UD = (source or model).x0(ids).astype(config.dtype)
     x_BTD = _take(x0_UD, index_1N[0]).reshape(*tokens_BT.shape, -1)
+    if source is None and config.memory_dim:
+        x0_UD = memories.of(config).source(ids, x0_UD, model.x0)
     for layer in range(config.layers):
         memory = rows_UD = None
         if source is None and config.memory_dim:
@@ -203,7 +205,7 @@ def _layer(config, layer, memory, x_BTD, x0_UD, rows_UD, index_1N):
     Args:
       layer, memory: parameters of the decoder layer and of its FFN-M; the latter is None where it is not run.
       x_BTD: the residual stream before the layer.
-      x0_UD: embeddings of the U distinct tokens.
+      x0_UD: the embeddings that FFN-M reads for the U distinct tokens, where it is run.
       rows_UD: their rows, where FFN-M is not run; None in a model without them.
       index_1N: for each position, which of the distinct tokens it has.
     Returns: (State of the layer, the residual stream after it [B, T, D]).
@@ -215,7 +217,7 @@ def _layer(config, layer, memory, x_BTD, x0_UD, rows_UD, index_1N):
     queries = {}
     rows_1UD = None if rows_UD is None else rows_UD[None].astype(config.dtype)  # as one batch shard
     if memory is not None:
-        rows_1UD = live_layer(config, memory, x0_UD[None], None)
+        rows_1UD = live_layer(config, memory, x0_UD[None])
         queries["memory"] = Norm(config).apply({"params": memory["norm"]}, x0_UD[index_1N[0]])
     rope = transformer.rope_table(config, jnp.arange(x_BTD.shape[1]))
     out = transformer.apply_layer(config, layer, x_BTD, rows_1UD, index_1N, rope)

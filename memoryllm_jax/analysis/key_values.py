@@ -26,7 +26,7 @@ from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.tokenizer import token_texts
 from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.inference.rows import LiveRows
-from memoryllm_jax.model import modules
+from memoryllm_jax.model import memories, modules
 
 # The option --ffn of the analyses that look at one kind of FFN.
 FFN = Annotated[
@@ -233,7 +233,8 @@ class KeyValueModel:
     def queries(self, layer: int, ids_N) -> jax.Array:
         """The queries NM_l(E[t]) of tokens to FFN-M, [N, D]."""
         with jax.set_mesh(self.mesh):
-            return _queries(self.config, self.params["embedding"], self.params["memory"][layer]["norm"], ids_N)
+            norm = self.params["memory"][layer]["norm"]
+            return _queries(self.config, self.params["embedding"], norm, memories.row_ids(self.config, ids_N))
 
     def token_coefficients(self, layer: int, ids_N, keys=None) -> jax.Array:
         """FFN-M's coefficients c of tokens, [N, F], or [N, K] for the numbers `keys` of some keys."""

@@ -44,6 +44,8 @@ def to_json(c: ModelConfig, context: int, dtype: str, special: dict) -> dict:
       special: ids of the special tokens, by their names in config.json (SPECIAL).
     Raises: UserError that names a field of the model which config.json cannot express.
     """
+    if c.rows != "own":
+        raise UserError(f"config.model.rows: expected own to export, found {c.rows}")
     if c.row_dim and not c.memory_dim:
         raise UserError(f"config.model.token_memory: expected ffn or none to export, found {c.token_memory}")
     if c.memory_dim == 0:

@@ -86,8 +86,9 @@ def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
     x0_1UD = live_x0(config, params["embedding"], ids_U)
     if not config.row_dim:
         return TokenRows(x0_1UD, None)
-    layers = [live_layer(config, layer, x0_1UD, ids_U) if layer else None for layer in params["memory"]]
-    return TokenRows(x0_1UD, layers)
+    source = live_source(config, params["embedding"], ids_U, x0_1UD)
+    layers = memories.by_layer(config, params)
+    return TokenRows(x0_1UD, [None if of is None else live_layer(config, of, source) for of in layers])
 
 
 def live_x0(config: ModelConfig, embedding_VD, ids_U):
@@ -96,15 +97,19 @@ def live_x0(config: ModelConfig, embedding_VD, ids_U):
     return _take(config, embedding_VD, ids_U)[..., : config.dim]
 
 
-def live_layer(config: ModelConfig, layer_params: dict, x0_1UD, ids_U):
+def live_source(config: ModelConfig, embedding_VD, ids_U, x0_1UD):
+    """What the rows of token ids are computed from: embeddings [1, U, D] or ids [U]. Call it inside jit and a mesh."""
+    return memories.of(config).source(ids_U, x0_1UD, functools.partial(live_x0, config, embedding_VD))
+
+
+def live_layer(config: ModelConfig, of_layer, source):
     """One layer's rows of token ids, [1, U, D]. Call it inside jit and a mesh.
 
     Args:
-      layer_params: the layer's entry in "memory".
-      x0_1UD: the embeddings of the ids, which FFN-M reads; tables read the ids.
+      of_layer: the layer's entry of `memories.by_layer`.
+      source: the result of `live_source`.
     """
-    take = functools.partial(_take, config)
-    return memories.layer_rows(config, layer_params, ids_U, x0_1UD, take)
+    return memories.layer_rows(config, of_layer, source, functools.partial(_take, config))
 
 
 def _take(config, table, ids_U):
@@ -119,9 +124,10 @@ def _split(ids_U):
 
 # Parameters are arguments: arrays that a function closes over would be compiled into it as constants.
 @functools.partial(ahead.jit, static_argnames="config")
-def _ids_and_x0(config, embedding_VD, ids_U):
+def _source_and_x0(config, embedding_VD, ids_U, row_ids_U):
     ids_U = _split(ids_U)
-    return ids_U, live_x0(config, embedding_VD, ids_U)
+    x0_1UD = live_x0(config, embedding_VD, ids_U)
+    return live_source(config, embedding_VD, ids_U if row_ids_U is None else row_ids_U, x0_1UD), x0_1UD
 
 
 # Compiled once for all layers
@@ -162,8 +168,7 @@ class LiveRows:
     def fill(self, params: dict) -> None:
         """Takes other parameters of the same shapes; the compiled functions stay."""
         # Other parameters are not kept, so that the caller can free them.
-        names = ("embedding", "memory") if self._config.row_dim else ("embedding",)
-        self.arrays = {name: params[name] for name in names}
+        self.arrays = {name: params[name] for name in ("embedding", "memory") if name in params}
 
     def gather(self, arrays, ids_U) -> TokenRows:
         """Computes the rows of token ids. For use in jit."""
@@ -187,16 +192,17 @@ class LiveRows:
         if row_ids_U is None:
             refuse_bigrams(self._config)
         with jax.set_mesh(self.mesh):
-            ids_U, x0_1UD = _ids_and_x0(self._config, self.arrays["embedding"], ids_U)
-        row_ids_U = ids_U if row_ids_U is None else row_ids_U
+            source, x0_1UD = _source_and_x0(self._config, self.arrays["embedding"], ids_U, row_ids_U)
         if not self._config.row_dim:
             return TokenRows(x0_1UD, None)
 
+        layers = memories.by_layer(self._config, self.arrays)
+
         def compute(layer):
-            if layer not in self._config.row_layers:
+            if layers[layer] is None:
                 return None
             with jax.set_mesh(self.mesh):
-                return _layer(self._config, self.arrays["memory"][layer], x0_1UD, row_ids_U)
+                return _layer(self._config, layers[layer], source)
 
         return TokenRows(x0_1UD, _Layers(compute, self._config.layers))
 

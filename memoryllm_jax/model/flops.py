@@ -78,7 +78,7 @@ def parameters(config: Config) -> dict[str, int]:
         "ffn_c": m.layers * 3 * m.dim * m.compute_dim,
         "norms": m.layers * (norms_a_layer * m.dim + of_heads) + m.dim,  # and the final one
         "gates": m.layers * memory.gate_weights,
-        "memory": len(m.row_layers) * memory.parameters,
+        "memory": 0 if m.rows == "frozen" else len(m.row_layers) * memory.parameters,
         "embedding_and_head": tables * m.vocab_size * m.dim,
     }
     active = sum(parts[name] for name in ("attention", "ffn_c", "norms", "gates"))

@@ -8,17 +8,29 @@
     per_layer  a row of a table, normalised, which a gate that reads the residual stream lets through to the stream
     none       nothing
 
-`TokenMemory` is their interface. The equations of the architectures are in transformer.py, and token_memory.py says how
-positions take rows.
+`TokenMemory` is their interface. Each has three controls, `model.rows`, which say what the rows' meaning is worth:
+
+    permuted   a token reads the row of another one, by a fixed permutation of the ids
+    shared     all tokens read the row of id 0, so that each layer adds one learned vector
+    frozen     rows are drawn at random by id and layer, and no parameters make them
+
+Only `row_ids` tells permuted and shared rows from a token's own, so that training, live rows, ToL files and analyses
+agree. Permuted rows are a control of FFN-M alone while a model trains: a table with permuted rows learns as well as one
+without, as its rows are not made of anything. A trained table is permuted when it is evaluated.
+
+The equations of the architectures are in transformer.py, and token_memory.py says how positions take rows.
 
 Shapes: B sequences, T positions, D model width, H heads as attention's weights store them, K head size, V token ids,
 S batch shards, U distinct token ids of a shard, P width of a row.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.model.modules import Norm, SwiGLU, matmul, note, output_std, parameter, weight
@@ -32,6 +44,7 @@ class TokenMemory:
     Attributes:
       adds_rows: whether a layer adds the row itself to the residual stream. Such rows can be looked up in a ToL file.
       reads_x0: whether rows are computed from embeddings; else they are looked up by id.
+      frozen_std: standard deviation of frozen rows.
       normalises: whether rows pass a norm or a trained scale after they are looked up.
       replaces_values: whether layers with rows have no W_V.
       by_bigram: whether rows are looked up by the token and the one before.
@@ -46,9 +59,21 @@ class TokenMemory:
     def __init__(self, config: ModelConfig):
         self.config = config
 
-    def source(self, ids, x0):
-        """What rows are computed from: the embeddings of the ids, or the ids."""
-        return x0 if self.reads_x0 else ids
+    @property
+    def frozen_std(self) -> float:
+        return self.config.init_std  # as the embeddings at the start
+
+    def source(self, ids, x0, embed: Callable):
+        """What the rows of token ids are computed from: embeddings, or the ids themselves.
+
+        Args:
+          x0: the embeddings of the ids.
+          embed: function of ids that gives their embeddings. It is called where the rows are those of other tokens.
+        """
+        read = row_ids(self.config, ids)
+        if not self.reads_x0 or self.config.rows == "frozen":
+            return read
+        return x0 if read is ids else embed(read)
 
     def rows(self, module: nn.Module, source, take: Callable):
         """One layer's rows [..., P] of token ids.
@@ -109,6 +134,10 @@ class Table(TokenMemory):
         """Standard deviation of the rows at the start of training."""
         return self.config.init_std
 
+    @property
+    def frozen_std(self):
+        return self.init_std
+
     def rows(self, module, source, take):
         c = self.config
         table_VP = parameter(module, "table", (c.vocab_size, c.row_dim), ("vocab", "embed"), self.init_std)
@@ -129,6 +158,10 @@ class BigramTable(RowTable):
 
     by_bigram = True
     init_std = 0.0
+
+    @property
+    def frozen_std(self):
+        return self.config.init_std
 
 
 class ValueTable(Table):
@@ -172,6 +205,7 @@ class GatedTable(Table):
     """A per-layer embedding, gated by the residual stream: (GELU(NG(y) W_gate) * row) W_out (Gemma 3n)."""
 
     normalises = True
+    frozen_std = 1.0  # as rows have behind their norm
 
     @property
     def gate_weights(self):
@@ -223,22 +257,68 @@ def of(config: ModelConfig) -> TokenMemory:
     return kind(config)
 
 
+# Checkpoints and ToL files depend on the permutation and on frozen rows: neither this seed nor what draws from it may
+# change: the streams of RandomState and of Threefry are fixed.
+_SEED = 20260602
+
+
+def row_ids(config: ModelConfig, ids):
+    """The ids whose rows tokens read: int32 in the shape of `ids`; `ids` itself where tokens read their own rows."""
+    if config.rows == "permuted":
+        return jnp.asarray(_permutation(config.vocab_size))[ids]
+    return jnp.zeros_like(ids) if config.rows == "shared" else ids
+
+
+@functools.cache
+def _permutation(size: int) -> np.ndarray:
+    return np.random.RandomState(_SEED).permutation(size).astype(np.int32)
+
+
+def _frozen_rows(config: ModelConfig, layer, ids):
+    """Rows [..., P] of a layer, drawn from a normal distribution."""
+    key = jax.random.fold_in(jax.random.key(_SEED, impl="threefry2x32"), layer)
+
+    def row(token):
+        return jax.random.normal(jax.random.fold_in(key, token), config.row_dim)
+
+    rows_NP = jax.vmap(row)(ids.reshape(-1)) * of(config).frozen_std
+    return rows_NP.reshape(*ids.shape, -1).astype(config.dtype)
+
+
 class MemoryLayer(nn.Module):
-    """One layer of a model's token memory. The arguments and the result are those of `TokenMemory.rows`."""
+    """One layer of a model's token memory. The arguments and the result are those of `TokenMemory.rows`.
+
+    Frozen rows need the number of the layer too, and make no parameters.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, source, take: Callable):
+    def __call__(self, source, take: Callable, number=None):
+        if self.config.rows == "frozen":
+            return _frozen_rows(self.config, number, source)
         return of(self.config).rows(self, source, take)
 
 
-def layer_rows(config: ModelConfig, params, ids, x0, take: Callable):
+def by_layer(config: ModelConfig, params: Mapping) -> list:
+    """What `layer_rows` takes for each layer: its parameters or, for frozen rows, its number; None for no rows.
+
+    Args:
+      params: parameters as `TrainedModel.load` gives them.
+    """
+    of_rows = range(config.layers) if config.rows == "frozen" else params["memory"]
+    return [of_rows[layer] if layer in config.row_layers else None for layer in range(config.layers)]
+
+
+def layer_rows(config: ModelConfig, of_layer, source, take: Callable):
     """One layer's rows [..., P] of token ids, after training. Call it inside jit and a mesh.
 
     Args:
-      params: the layer's parameters of the token memory, as `TrainedModel.load` gives them.
-      x0: the embeddings of the ids, [..., D].
+      of_layer: the layer's entry of `by_layer`.
+      source: the result of `TokenMemory.source`.
       take: as of `TokenMemory.rows`.
     """
-    return MemoryLayer(config).apply({"params": params}, of(config).source(ids, x0), take)
+    layer = MemoryLayer(config)
+    if config.rows == "frozen":
+        return layer.apply({}, source[None], take, of_layer)  # one batch shard, which `take` adds to rows of tables
+    return layer.apply({"params": of_layer}, source, take)

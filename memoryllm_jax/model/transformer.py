@@ -245,8 +245,11 @@ class ScannedDecoderLayer(DecoderLayer):
 class ScannedMemoryLayer(memories.MemoryLayer):
     """A token memory's layer for `nn.scan`. The carry is what all layers read; the rows are stacked."""
 
-    def __call__(self, source_SU):
-        row_SUP = super().__call__(source_SU, lambda table_VP, ids_SU: embed(table_VP, ids_SU, self.config.dtype))
+    def __call__(self, source_SU, number=None):
+        def take(table_VP, ids_SU):
+            return embed(table_VP, ids_SU, self.config.dtype)
+
+        row_SUP = super().__call__(source_SU, take, number)
         row_SUP = constrain(row_SUP, "shard", None, None)
         if memories.of(self.config).adds_rows:
             # Here and not after the loop: the rows of all layers would be in memory for longer.
@@ -297,7 +300,8 @@ class LanguageModel(nn.Module):
         if c.row_dim:
             remat = "full" if self.recompute_memory else c.remat
             of_memory = dataclasses.replace(c, remat=remat)
-            self.memory = _over_layers(ScannedMemoryLayer, of_memory, (), len(c.row_layers))(c)
+            in_axes = (0,) if c.rows == "frozen" else ()
+            self.memory = _over_layers(ScannedMemoryLayer, of_memory, in_axes, len(c.row_layers))(c)
         self.final_norm = Norm(c)
 
     def __call__(self, ids_SU, index_SN, length):
@@ -311,13 +315,17 @@ class LanguageModel(nn.Module):
           ids_SU: int32. Padding may hold any id: a row that no position takes has no gradient.
           row_ids_SU: int32, the rows of the token memory, where these are not those of the ids.
         """
-        x0_SUD = embed(self.embedding_VD, ids_SU, self.config.dtype)[..., : self.config.dim]
-        x0_SUD = constrain(x0_SUD, "shard", None, None)
-        ffn_LSUD = None
-        if self.config.row_dim:
+        c, x0_SUD, ffn_LSUD = self.config, self._x0(ids_SU), None
+        if c.row_dim:
             row_ids_SU = ids_SU if row_ids_SU is None else row_ids_SU
-            _, ffn_LSUD = self.memory(memories.of(self.config).source(row_ids_SU, x0_SUD))
+            source_SU = memories.of(c).source(row_ids_SU, x0_SUD, self._x0)
+            numbers = [jnp.arange(c.row_layers.start, c.layers)] if c.rows == "frozen" else []
+            _, ffn_LSUD = self.memory(source_SU, *numbers)
         return TokenRows(x0_SUD, ffn_LSUD)
+
+    def _x0(self, ids_SU):
+        x0_SUD = embed(self.embedding_VD, ids_SU, self.config.dtype)[..., : self.config.dim]
+        return constrain(x0_SUD, "shard", None, None)
 
     def hidden(self, rows: TokenRows, index_SN, length: int, start_SN=None):
         """Runs all decoder layers.

@@ -19,6 +19,7 @@ from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.inference.rows import live_x0
+from memoryllm_jax.model import memories
 from memoryllm_jax.model.modules import Norm, swiglu_coefficients
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.sources import (
@@ -270,6 +271,6 @@ def read_key(config: ModelConfig, params: Mapping, mesh, layer: int, key: int) -
 
 @functools.partial(jax.jit, static_argnames="config")
 def _coefficients(config, embedding_VD, norm, gate_D, up_D, ids_U):
-    x0_UD = live_x0(config, embedding_VD, ids_U)[0]
+    x0_UD = live_x0(config, embedding_VD, memories.row_ids(config, ids_U))[0]
     q_UD = Norm(config).apply({"params": norm}, x0_UD).astype(jnp.float32)
     return swiglu_coefficients(q_UD, gate_D.astype(jnp.float32), up_D.astype(jnp.float32))

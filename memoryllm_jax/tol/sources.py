@@ -19,7 +19,7 @@ from memoryllm_jax.config import MeshConfig, ModelConfig
 from memoryllm_jax.data.tokenizer import Tokenizer
 from memoryllm_jax.inference import vocabulary
 from memoryllm_jax.inference.rows import live_layer, live_x0
-from memoryllm_jax.model import sharding
+from memoryllm_jax.model import memories, sharding
 from memoryllm_jax.tol import codec
 from memoryllm_jax.tol.format import TolFile
 from memoryllm_jax.tol.layout import decode_rows
@@ -147,8 +147,10 @@ def live_vectors(config: ModelConfig, params: Mapping, ids_U) -> dict:
     """The rows of token ids [U] as {part name: [U, D]}, each layer's by one call of the same compiled function."""
     x0_UD = _x0(config, params["embedding"], ids_U)
     parts = {} if config.tie_embeddings else {"x0": x0_UD}
-    for layer, layer_params in enumerate(params["memory"]):
-        parts[f"ffn.{layer}"] = _layer(config, layer_params, x0_UD, ids_U)
+    memory = memories.of(config)
+    source_U = memory.source(ids_U, x0_UD, functools.partial(_x0, config, params["embedding"]))
+    for layer, of_layer in enumerate(memories.by_layer(config, params)):
+        parts[f"ffn.{layer}"] = _layer(config, of_layer, source_U)
     return parts
 
 
@@ -159,11 +161,12 @@ def _x0(config, embedding_VD, ids_U):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _layer(config, layer_params, x0_UD, ids_U):
-    def row(x0_D, token):
-        return live_layer(config, layer_params, x0_D[None, None], token[None])[0, 0]
+def _layer(config, of_layer, source_U):
+    def row(source):
+        one = source[None, None] if source.ndim else source[None]  # an embedding, or an id
+        return live_layer(config, of_layer, one).reshape(-1)
 
-    return jax.vmap(row)(x0_UD, ids_U)
+    return jax.vmap(row)(source_U)
 
 
 class FileSource:

@@ -93,6 +93,9 @@ def transfers(config: Config, params, mesh_shape: Mapping[str, int], distinct: i
         # Of the norms of queries and keys, each device has the gradient of its own heads.
         Transfer("heads' norms' gradients", "all-reduce", ("tensor",), config.accumulate * of_heads),
     ]
+    if memories.of(m).reads_x0 and m.rows in ("permuted", "shared"):
+        rows = distinct * m.dim * itemsize
+        found += _lookups("embeddings of other tokens", distinct, rows, trained["embedding"])
     if config.optimizer.name == "muon":
         found += _momenta(params, mesh_shape, itemsize)
     if elements["tables"]:

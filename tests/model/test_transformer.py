@@ -86,19 +86,22 @@ def make(make_config):
             {"model.dim": 48, "model.heads": 8, "model.kv_heads": 4, "mesh.tensor": 4, "model.vocab_size": VOCAB + 1}
             | {"model.qk_norm": True, "model.logit_softcap": 0.3, "log.norms_every": 1},
         ),
-        ("memory", {"model.tie_embeddings": True, "model.attention": "plain", "model.remat": "none"}),
+        (
+            "memory",
+            {"model.tie_embeddings": True, "model.attention": "plain", "model.remat": "none", "model.rows": "permuted"},
+        ),
         (
             "flex-1",
             {"model.compute_input": "after_attention", "model.norm": "layernorm", "model.remat": "full"}
             | {"model.dim": 30, "model.heads": 3, "model.qk_norm": True, "mesh.tensor": 2, "data.document_mask": True},
         ),
         ("flex-3", {"accumulate": 2, "log.norms_every": 1}),
-        ("value-0", {"model.kv_heads": 2, "accumulate": 2, "data.document_mask": True}),
+        ("value-0", {"model.kv_heads": 2, "accumulate": 2, "data.document_mask": True, "model.rows": "shared"}),
         ("ple-3", {"log.norms_every": 1}),
         ("bigram-3", {"accumulate": 2, "log.norms_every": 1}),
         ("bov-3", {"model.kv_heads": 2, "model.layers": 3, "log.norms_every": 1}),
         ("rows-8", {"log.norms_every": 1, "model.dim": 30, "model.heads": 3, "mesh.tensor": 2}),
-        ("no-memory-3", {"model.attention": "plain", "data.document_mask": True}),
+        ("flex-3", {"model.rows": "frozen", "model.attention": "plain", "data.document_mask": True}),
     ],
 )
 def test_loss_and_gradients_are_those_of_the_equations(make, architecture, overrides):

@@ -56,8 +56,15 @@ def check(config: Config, devices, platform: str) -> None:
 @pytest.mark.parametrize(
     "architecture, overrides",
     [
-        ("flex-3", {"mesh.data": 2, "mesh.fsdp": 4, "accumulate": 2, "optimizer.train": "memory"}),
-        ("flex-3", {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "model.qk_norm": True, "optimizer.name": "muon"}),
+        (
+            "flex-3",
+            {"mesh.data": 2, "mesh.fsdp": 4, "accumulate": 2, "optimizer.train": "memory"},
+        ),
+        (
+            "flex-3",
+            {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "model.qk_norm": True, "optimizer.name": "muon"}
+            | {"model.rows": "permuted"},
+        ),
         ("bov-3", {"mesh.data": 2, "mesh.fsdp": 4, "model.layers": 6}),
     ],
 )
