@@ -17,6 +17,13 @@ SIZES = {  # heads of 16
 MAIN = ("base", "memory", "flex-3", "no-memory-3", "ple-3", "rows-3")
 PEERS = ("flex-1", "no-memory-0", "value-3", "bov-3", "bigram-3")
 SIZED = ("base", "memory", "flex-1", "flex-3", "no-memory-0", "no-memory-3")
+CONTROLLED = ("memory", "flex-3", "ple-3")
+CONTROLS = tuple(
+    Variant(f"{variant}-{rows}", variant, {"model.rows": rows}, rate_of=variant)
+    for variant in CONTROLLED
+    for rows in ("permuted", "shared", "frozen")
+)
+WITH_CONTROLS = (*CONTROLLED, *(variant.name for variant in CONTROLS))
 SMALL = ("512", "4096")
 SEEDS = (0, 1, 2)
 M = 1e6
@@ -39,17 +46,19 @@ def get_protocol() -> Protocol:
         },
         sizes=SIZES,
         vocabularies={str(ids): f"sentencepiece:train:{ids}" for ids in (512, 4096, 32000)},
-        variants=tuple(Variant(name) for name in (*MAIN, *PEERS)),
+        variants=(*(Variant(name) for name in (*MAIN, *PEERS)), *CONTROLS),
         sweep=Sweep(tokens=1 * M, rates=(2e-3, 4e-3, 8e-3), sizes={"S": "S", "M": "L", "L": "L", "XL": "L"}),
         experiments=(
             # 4 M tokens are 20 for each parameter of attention and FFNs in S.
             Experiment("vocabulary", MAIN, ("S",), SMALL, (0.5 * M, 1 * M, 2 * M, 4 * M), SEEDS),
             Experiment("words", MAIN, ("S",), ("32000",), (0.5 * M, 1 * M, 2 * M, 4 * M)),
+            Experiment("controls", WITH_CONTROLS, ("S",), SMALL, (1 * M, 4 * M), SEEDS),
             Experiment("words-seeds", MAIN, ("S",), ("32000",), (1 * M,), SEEDS),
             Experiment("sizes", SIZED, ("M", "L"), ("4096",), (1 * M, 2 * M, 4 * M, 8 * M)),
             Experiment("peers", PEERS, ("S",), SMALL, (0.5 * M, 1 * M, 2 * M, 4 * M), SEEDS),
             Experiment("left-out", ("base", "memory", "flex-3"), ("XL",), ("4096",), (1 * M, 2 * M, 4 * M)),
             Experiment("words-peers", PEERS, ("S",), ("32000",), (1 * M,)),
+            Experiment("words-controls", WITH_CONTROLS, ("S",), ("32000",), (1 * M,)),
         ),
         held_out_sizes=("XL",),
     )
