@@ -59,7 +59,8 @@ def starting_params(config: Config, tokenizer: Tokenizer, params, mesh) -> Start
     trained = TrainedModel(start.workdir, None if start.step < 0 else start.step, "float32", mesh)
     try:
         is_base = trained.config.architecture == "base"
-        adapts, converts = start.memory == "zero", is_base and config.model.memory_dim > 0
+        has_ffn_m = config.model.token_memory == "ffn" and config.model.row_dim > 0
+        adapts, converts = start.memory == "zero", is_base and has_ffn_m
         if adapts and not is_base:
             raise UserError(
                 f"config.start.workdir={start.workdir}: expected base, beside whose FFNs config.start.memory=zero adds "

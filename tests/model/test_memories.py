@@ -13,6 +13,7 @@ from tol_files import file_rows
 from memoryllm_jax.checkpoint.trained import TrainedModel, for_serving
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import MeshConfig
+from memoryllm_jax.hf import config_json
 from memoryllm_jax.inference.rows import LiveRows
 from memoryllm_jax.model import flops, memories, sharding, transformer
 from memoryllm_jax.tol import compress
@@ -65,6 +66,20 @@ def test_a_tol_file_holds_the_rows_that_the_model_reads(make_config, tmp_path, a
     every_id = np.arange(m.vocab_size)
     for layer, row_VD in enumerate(expected_rows(params, m, every_id)):
         np.testing.assert_allclose(found[f"ffn.{layer}"], row_VD, atol=1e-5 * np.abs(row_VD).max())
+
+
+def test_controls_are_refused_where_they_mean_nothing(make_config):
+    for architecture in ("base", "no-memory-3"):
+        with pytest.raises(
+            UserError, match=r"config\.model\.rows: expected own, as the layers look up no rows, found "
+        ):
+            make_config(architecture, **{"model.rows": "shared"})
+    with pytest.raises(UserError, match=r"config\.optimizer\.train: expected all, as no parameters make frozen rows"):
+        make_config("rows-3", **{"model.rows": "frozen", "optimizer.train": "memory"})
+    m = make_config("memory", **{"model.rows": "frozen", "model.vocab_size": 8}).model
+    assert (m.memory_dim, m.row_dim, m.architecture) == (0, 32, "memory with frozen rows")
+    with pytest.raises(UserError, match=r"config\.model\.rows: expected own to export, found frozen"):
+        config_json.to_json(m, 32, "float32", {})
 
 
 def test_the_permutation_never_changes(make_config):
