@@ -143,7 +143,7 @@ def test_impossible_and_unused_values_are_refused_by_name(field, value, message)
             {"optimizer.train": "memory", "optimizer.name": "muon"},
             "config.optimizer.name: expected adamw, as the token memory of value-3, which alone is trained, has no",
         ),
-        ("rows-3", {"start.memory": "zero"}, "config.start.memory: expected copy or new for rows-3, as rows-8 alone"),
+        ("rows-3", {"start.memory": "zero"}, "config.start.memory: expected copy, new or distill for rows-3, as rows"),
     ],
 )
 def test_what_does_not_fit_the_token_memory_is_refused_by_name(architecture, fields, message):
