@@ -141,7 +141,7 @@ class Report:
         Args:
           head: names of the columns.
           rows: lists of cells: numbers, strings, lists of strings, which are shown as tokens, or a `Spread`, which in
-            the CSV file becomes two columns.
+            the CSV file becomes two columns. Measured numbers are floats: several seeds have a mean of these alone.
           caption: text above the table.
           csv: if given, the table is also written as NAME-`csv`.csv.
         """
@@ -156,7 +156,7 @@ class Report:
         """Adds a figure to the page, which is also written as NAME-`name`.png.
 
         Args:
-          figure: a `Chart`, or a figure of matplotlib.
+          figure: a `Chart`, of which several seeds have a mean, or a figure of matplotlib.
         """
         buffer = io.BytesIO()
         drawn = figure.draw() if isinstance(figure, Chart) else figure
