@@ -163,8 +163,12 @@ class Results:
         return [family for family in families if family.variants]
 
     def cells(self, family: Family) -> list[Cell]:
-        """Where a family has runs, in the order of sizes, vocabularies and tokens."""
+        """Where variants of a family can be compared, or else where any has runs.
+
+        They are in the order of sizes, vocabularies and tokens.
+        """
         found = {cell for variant, cell in self._seeds if variant in family.variants}
+        found = {cell for cell in found if self._compared(family, cell)} or found
         sizes, vocabularies = list(self.protocol.sizes), list(self.protocol.vocabularies)
         return sorted(found, key=lambda cell: (sizes.index(cell[0]), vocabularies.index(cell[1]), cell.tokens))
 
