@@ -203,7 +203,7 @@ class StartConfig:
     # layers add for each token on average (distill); or rows of zeros beside base's whole FFNs, so that the model
     # begins as base (zero)
     memory: str = field("copy", choices=("copy", "new", "distill", "zero"), only_with="start.workdir")
-    # Tokens of text that FFN-M is fitted on: those of the run's first steps, at most all of them
+    # Tokens of text that FFN-M is fitted on: the first ones of the run, which then trains on them too
     distill_tokens: float = field(1e6, above=0, only_with="start.memory=distill")
 
 

@@ -15,7 +15,6 @@ N positions of a shard, K steps of the fit.
 
 import dataclasses
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -56,9 +55,10 @@ class _Streams(NamedTuple):
     converted_BTD: jax.Array
 
 
-def _steps_of_text(config: Config) -> int:
-    """Steps whose batches hold config.start.distill_tokens; at most those of the run."""
-    return min(math.ceil(config.start.distill_tokens / (config.batch_size * config.seq_len)), config.steps)
+def of_text(config: Config) -> Config:
+    """The config of a run whose steps are as many as hold config.start.distill_tokens: its batches are the text."""
+    steps = math.ceil(config.start.distill_tokens / (config.batch_size * config.seq_len))
+    return dataclasses.replace(config, steps=steps)
 
 
 def _base_model(m: ModelConfig) -> ModelConfig:
@@ -68,7 +68,7 @@ def _base_model(m: ModelConfig) -> ModelConfig:
 
 def plan_line(config: Config, mesh: Mesh) -> str:
     """What the distillation needs, as a line of the plan."""
-    m, steps, shards = config.model, _steps_of_text(config), batch_shards(mesh)
+    m, steps, shards = config.model, of_text(config).steps, batch_shards(mesh)
     tokens = steps * config.batch_size * config.seq_len
     # The forward passes of both models, counted with the heads that they leave out, and the fit
     base = dataclasses.replace(config, model=_base_model(m))
@@ -86,9 +86,10 @@ def plan_line(config: Config, mesh: Mesh) -> str:
 
 
 def distil(trainer: Trainer, batches: TrainBatches, params, base_layers, stopped: Callable[[], bool]):
-    """Fits FFN-M of a converted model, on the text of the run's first steps.
+    """Fits FFN-M of a converted model.
 
     Args:
+      batches: the text, all batches of the config `of_text`. They are the first ones of the run.
       params: the converted model's, with FFN-M a copy of base's FFN. Its "memory" is donated.
       base_layers: "ffn" and "ffn_norm" of base, stacked over the layers.
       stopped: asked before each micro-batch; if it returns True, the layers that follow keep their copy.
@@ -128,8 +129,7 @@ def distil(trainer: Trainer, batches: TrainBatches, params, base_layers, stopped
 
 def _text(trainer: Trainer, batches: TrainBatches) -> Iterator[_Where]:
     """The micro-batches of the text, without their targets."""
-    feeder = Feeder(batches, trainer, batches.sizes(), 0)
-    for feed in itertools.islice(feeder, _steps_of_text(trainer.config)):
+    for feed in Feeder(batches, trainer, batches.sizes(), 0):
         for micro in range(trainer.config.accumulate):
             yield _micro_batch(feed.batch, micro)
 

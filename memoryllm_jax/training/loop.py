@@ -136,7 +136,8 @@ def open_run(
         _verify(dataset, stop)
     state = beginning.state
     if beginning.base_layers is not None:
-        state["params"] = distillation.distil(trainer, batches, state["params"], beginning.base_layers, stop.now)
+        text = TrainBatches(distillation.of_text(config), dataset, trainer.shards, local)
+        state["params"] = distillation.distil(trainer, text, state["params"], beginning.base_layers, stop.now)
     return Run(
         workdir=workdir,
         config=config,
