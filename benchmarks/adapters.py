@@ -4,11 +4,15 @@
 
 Base is trained on English. Then its adapter (configs/start.py:adapter) and base itself, whole, are trained on as many
 tokens of Python's own texts, and on English again. Held-out losses of all of them on both texts are compared with those
-of base, document by document and seed by seed. `--english` is prepared data; Python's texts are prepared with its
-tokenizer. Each run is the command `train` in a folder of its own: kill it at any time and run the same line again.
+of base, document by document and seed by seed. Seed 1 tries all peak rates; the others have the rate with the lowest
+held-out loss on the text that is trained on.
+
+`--english` is prepared data; Python's texts are prepared with its tokenizer. Each run is the command `train` in a
+folder of its own: kill it at any time and run the same line again. Intervals are [value, low, high].
 """
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +41,7 @@ _SHARED = {
     "log.tensorboard": False,
 }
 _BASE = {"model.dim": 128, "model.layers": 6, "model.heads": 4, "optimizer.warmup_steps": 40}
+_FIRST_SEED = 1  # base has seen the order of seed 0
 WAYS = {"adapter": "adapter", "whole": "base"}  # {what is trained: architecture for configs/start.py}
 
 
@@ -48,6 +53,12 @@ def train(folder: str, config: str, fields: dict) -> str:
         if subprocess.run([*command, *flags]).returncode:
             raise UserError(f"{folder}: training failed")
     return folder
+
+
+def validation_loss(folder: str) -> float:
+    """The held-out loss on its own text that a run ended with, in nats a token."""
+    with open(os.path.join(folder, "result.json")) as file:
+        return json.load(file)["validation"]["loss"]
 
 
 def nats(folder: str, name: str, data: str) -> np.ndarray:
@@ -100,8 +111,8 @@ def main(
     base_tokens: Annotated[int, Option("tokens that base is trained on", least=1)] = 2_500_000,
     tokens: Annotated[int, Option("tokens that each other run is trained on", least=1)] = 1_000_000,
     seeds: Annotated[int, Option("runs of each kind", least=1)] = 3,
-    rate: Annotated[float, Option("peak rate of adapters")] = 1e-2,
-    whole_rate: Annotated[float, Option("peak rate of full fine-tuning")] = 1e-3,
+    rates: Annotated[tuple[float, ...], Option("peak rates of adapters")] = (3e-2, 1e-1, 3e-1),
+    whole_rates: Annotated[tuple[float, ...], Option("peak rates of full fine-tuning")] = (1e-3, 3e-3, 1e-2),
 ) -> None:
     python = os.path.join(workdir, "python")
     shards.prepare("embedded", f"sentencepiece:{english}/tokenizer.model", python, validation_fraction=0.05)
@@ -116,17 +127,20 @@ def main(
             for name, text in texts.items()
         }
 
-    losses, costs = {("base", ""): by_document([base])}, {}
-    for (way, architecture), domain in itertools.product(WAYS.items(), data):
-        peak = rate if way == "adapter" else whole_rate
-        folders = []
-        for seed in range(1, seeds + 1):  # base has seen the order of seed 0
-            fields = {"seed": seed, "tokens": tokens, "data.path": data[domain], "optimizer.peak_lr": peak}
-            fields |= {"optimizer.final_lr": peak / 10, "optimizer.warmup_steps": 20}
-            folder = os.path.join(workdir, f"{way}_{domain}_{peak:g}_{seed}")
-            folders.append(train(folder, f"start.py:{architecture}@{base}", fields))
-        losses[way, domain], costs[way] = by_document(folders), cost(folders[0])
-    common.write(output, compared(losses, texts, seeds), {"cost": costs})
+    def run(way: str, domain: str, peak: float, seed: int) -> str:
+        fields = {"seed": seed, "tokens": tokens, "data.path": data[domain], "optimizer.peak_lr": peak}
+        fields |= {"optimizer.final_lr": peak / 10, "optimizer.warmup_steps": 20}
+        folder = os.path.join(workdir, f"{way}_{domain}_{peak:g}_{seed}")
+        return train(folder, f"start.py:{WAYS[way]}@{base}", fields)
+
+    losses, costs, swept = {("base", ""): by_document([base])}, {}, {}
+    for way, domain in itertools.product(WAYS, data):
+        peaks = rates if way == "adapter" else whole_rates
+        of_peaks = {peak: validation_loss(run(way, domain, peak, _FIRST_SEED)) for peak in peaks}
+        best = min(of_peaks, key=of_peaks.get)
+        folders = [run(way, domain, best, seed) for seed in range(_FIRST_SEED, _FIRST_SEED + seeds)]
+        losses[way, domain], costs[way], swept[f"{way} on {domain}"] = by_document(folders), cost(folders[0]), of_peaks
+    common.write(output, compared(losses, texts, seeds), {"cost": costs, "loss_by_peak_rate": swept})
 
 
 if __name__ == "__main__":
