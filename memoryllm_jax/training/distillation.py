@@ -202,7 +202,7 @@ def _add_rows(config: Config, of_layer, embedding_VD, where: _Where, streams: _S
 def _rows(config: Config, of_layer, embedding_VD, ids_SU):
     """FFN-M's rows [S, U, D] of token ids. Args: of_layer: its parameters in one layer."""
     x0_SUD = _embedded(config, embedding_VD, ids_SU)
-    return memories.layer_rows(config.model, of_layer, ids_SU, x0_SUD, take=None)
+    return memories.layer_rows(config.model, of_layer, x0_SUD, take=None)
 
 
 def _fit(trainer: Trainer, layer: int, memory, embedding_VD, sums_VD, counts_V):
