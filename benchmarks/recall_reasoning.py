@@ -6,9 +6,8 @@
     python -m memoryllm_jax.train ... --config.data.path=ENGLISH:0.8,DIR/data:0.2
     python -m memoryllm_jax.evaluate --workdir=WORKDIR --tasks='recall_*,reasoning_*' --task_path=DIR/tasks
 
-LAMBADA and PIQA are at chance in models of a million parameters. In these tasks the right answer is one of four, or in
-the last one of two, so that chance is 25% or 50%. The wrong ones are drawn as the right one is: guessing frequent
-words, or words that the context has repeated already, does not help.
+LAMBADA and PIQA are at chance in models of a million parameters. In these tasks the right answer is one of four, so
+that chance is 25%. The wrong ones are drawn as the right one is: guessing frequent words does not help.
 
 Recall asks for facts of the made-up world of facts_world.py, which the training text states many times. The question
 repeats nothing of the answer.
@@ -16,9 +15,9 @@ repeats nothing of the answer.
     recall_rephrased  in the form in which the text states other facts of the relation, and never this one
 Reasoning asks for what follows by a rule from a context that is new in each question; its words are those of the world.
     reasoning_copy    a list is repeated, up to some word: the next word of the list, or one of the later ones
-    reasoning_lookup  who owns what, in several sentences: what one of the owners has, or others
-    reasoning_pattern triples with one pattern, ABA or ABB (Marcus et al. 1999, doi 10.1126/science.283.5398.77), the
-                      last one without its third word: which of its two words comes again
+    reasoning_lookup  pairs of an owner and a good, some of which are repeated in another order: the good of the next
+                      owner, or one of others
+    reasoning_cycle   words that come again and again in one order: the next word, or others of the cycle
 The text has as many characters of the world as of exercises. Text and tasks are the same for the same seed.
 """
 
@@ -66,25 +65,26 @@ def copy(draw: random.Random) -> Question:
 
 
 def lookup(draw: random.Random) -> Question:
-    """Who owns what, and the start of a sentence that repeats it for one of the owners."""
-    owners, goods = draw.sample(TRADES, CHOICES), draw.sample(GOODS, CHOICES)
-    told = [f"The {owner} owns the {good}." for owner, good in zip(owners, goods)]
-    at, *later = draw.sample(range(CHOICES), CHOICES)
-    wrong = goods[:at] + goods[at + 1 :]
-    rest = "".join(f" So the {owners[k]} owns the {goods[k]}." for k in later)
-    return Question(f"{' '.join(told)} So the {owners[at]} owns the", goods[at], tuple(wrong), f".{rest}")
+    """Who owns what, and its repetition in another order up to one of the owners."""
+    owners, goods = draw.sample(TRADES, CHOICES + 1), draw.sample(GOODS, CHOICES + 1)
+    pairs = [f"{owner} {good}" for owner, good in zip(owners, goods)]
+    first, at, *later = draw.sample(range(CHOICES + 1), CHOICES + 1)
+    wrong = [goods[k] for k in later]
+    rest = "".join(f", {pairs[k]}" for k in later)
+    return Question(
+        f"The owners: {', '.join(pairs)}. So {pairs[first]}, {owners[at]}", goods[at], tuple(wrong), f"{rest}."
+    )
 
 
-def pattern(draw: random.Random) -> Question:
-    """Triples with one pattern, ABA or ABB, and two words of one more."""
-    words = draw.sample(_WORDS, 2 * draw.randint(4, 6))
-    third = draw.choice((0, 1))  # which of a triple's first two words comes third
-    pairs = list(zip(words[::2], words[1::2]))
-    told = ", ".join(" ".join((*pair, pair[third])) for pair in pairs[:-1])
-    return Question(f"The pattern: {told}, {' '.join(pairs[-1])}", pairs[-1][third], (pairs[-1][1 - third],))
+def cycle(draw: random.Random) -> Question:
+    """Words that are repeated in one order, twice and up to some word."""
+    words = draw.sample(_WORDS, draw.randint(CHOICES, CHOICES + 2))
+    at = draw.randrange(1, len(words))
+    wrong = draw.sample(words[:at] + words[at + 1 :], CHOICES - 1)
+    return Question(f"The cycle: {' '.join(words * 2 + words[:at])}", words[at], tuple(wrong))
 
 
-RULES = {"reasoning_copy": copy, "reasoning_lookup": lookup, "reasoning_pattern": pattern}
+RULES = {"reasoning_copy": copy, "reasoning_lookup": lookup, "reasoning_cycle": cycle}
 
 
 def recall(draw: random.Random, world: World, fact: Fact, form: str) -> Question:

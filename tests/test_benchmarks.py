@@ -175,8 +175,7 @@ def test_tasks_have_the_answers_that_the_text_states_and_that_the_rules_give(mon
         for q in questions:
             answer = q["choices"][q["answer"]]
             filler, _, context = q["context"].partition(". ")
-            choices = 2 if name == "reasoning_pattern" else 4
-            assert len(set(q["choices"])) == choices and f"{filler}." in generator.FILLERS
+            assert len(set(q["choices"])) == 4 and f"{filler}." in generator.FILLERS
             if name == "recall_stated":
                 assert f"{context} {answer}." in text
             elif name == "recall_rephrased":  # the text has the fact, and never in these words
@@ -186,12 +185,12 @@ def test_tasks_have_the_answers_that_the_text_states_and_that_the_rules_give(mon
                 assert again == listed[: len(again)] and answer == listed[len(again)]
                 assert not set(q["choices"]) & set(again)
             elif name == "reasoning_lookup":
-                told, asked = context.split(" So ")
-                assert f"{asked.capitalize()} {answer}." in told and told.count(" owns ") == 4
+                pairs, asked = (part.split(", ") for part in context.removeprefix("The owners: ").split(". So "))
+                assert f"{asked[-1]} {answer}" in pairs and len(pairs) == 5
+                assert asked[0] in pairs and asked[0].split()[1] not in q["choices"]
             else:
-                *whole, last = (triple.split() for triple in context.removeprefix("The pattern: ").split(", "))
-                (third,) = {triple.index(triple[2]) for triple in whole}  # all have one pattern
-                assert answer == last[third] and last[1 - third] in q["choices"]
+                words = context.removeprefix("The cycle: ").split()
+                assert words.index(answer) > 0 and words[words.index(answer) - 1] == words[-1]
     again = tmp_path / "again"
     generator.main(str(again), **options)
     assert {path.stem: path.read_text() for path in again.glob("tasks/*.jsonl")} == {
