@@ -24,8 +24,8 @@ from memoryllm_jax.config import Config, default, resolve
 from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.documents import EMBEDDED
-from memoryllm_jax.experiments import curves
-from memoryllm_jax.training import loop
+from memoryllm_jax.model import flops as flops_lib
+from memoryllm_jax.training import loop, metrics
 
 _LEAST_SLICE_S = 1  # a shorter slice would be over before the run has started
 
@@ -92,18 +92,43 @@ def train_for(config: Config, workdir: str, seconds: float) -> bool:
         timer.cancel()
 
 
-def results_of(settings: Settings, workdir: str) -> dict:
-    """The curves so far, and the held-out losses at the last tokens that all sides have reached."""
-    runs = {side: curves.run_of(f"{workdir}/{side}") for side in settings.sides}
-    found = {side: run for side, run in runs.items() if run}
-    if found:
-        curves.common_recipe(found)
-    by_tokens = [{point["tokens"]: point["loss"] for point in run["curve"]} for run in found.values()]
-    common_tokens = set.intersection(*map(set, by_tokens)) if len(found) == len(runs) else set()
-    results = {side: {"parameters": run["parameters"], "curve": run["curve"]} for side, run in found.items()}
-    if common_tokens:
-        last = max(common_tokens)
-        results["at_equal_tokens"] = {"tokens": last} | {side: c[last] for side, c in zip(found, by_tokens)}
+def curve_of(config: Config, workdir: str) -> list[dict]:
+    """The evaluations of a run so far: {"step", "tokens", "seconds", "flops", "loss"}.
+
+    Seconds and FLOPs are those of training until then, without compiling, evaluating and saving.
+    """
+    if not os.path.exists(f"{workdir}/metrics.jsonl"):
+        return []
+    # A record of training holds no duration: it follows from the tokens since the record before, and their speed.
+    curve, tokens, seconds, flops = [], 0, 0.0, 0.0
+    for record in metrics.records(f"{workdir}/metrics.jsonl"):
+        if isinstance(record, metrics.TrainRecord):
+            lap = (record.tokens - tokens) / record.tokens_per_second
+            tokens, seconds = record.tokens, seconds + lap
+            flops += lap * record.model_flops_per_second
+        else:  # the last record of training may be some steps ago, so its tokens are not those of this step
+            seen = record.step * config.batch_size * config.seq_len
+            point = {"step": record.step, "tokens": seen, "seconds": seconds, "flops": flops}
+            curve.append(point | {"loss": record.loss})
+    return curve
+
+
+def results_of(configs: dict[str, Config], workdir: str) -> dict:
+    """The curves so far, and the held-out losses at the last tokens that all sides have reached.
+
+    Args:
+      configs: {side: config of its run}.
+    """
+    results = {}
+    for side, config in configs.items():
+        curve = curve_of(config, f"{workdir}/{side}")
+        if curve:
+            results[side] = {"parameters": flops_lib.parameters(config), "curve": curve}
+    by_tokens = {side: {point["tokens"]: point["loss"] for point in run["curve"]} for side, run in results.items()}
+    shared = set.intersection(*map(set, by_tokens.values())) if len(by_tokens) == len(configs) else set()
+    if shared:
+        last = max(shared)
+        results["at_equal_tokens"] = {"tokens": last} | {side: losses[last] for side, losses in by_tokens.items()}
     return results
 
 
@@ -123,15 +148,15 @@ def main(
     end = time.monotonic() + budget
     data, available = prepared(settings, workdir)
     complete = {}
-    for number, side in enumerate(settings.sides):
-        config = config_of(side, settings, data, available)
+    configs = {side: config_of(side, settings, data, available) for side in settings.sides}
+    for number, (side, config) in enumerate(configs.items()):
         share = (end - time.monotonic()) / (len(settings.sides) - number)
         complete[side] = train_for(config, f"{workdir}/{side}", share)
         tokens = config.steps * config.batch_size * config.seq_len
         more = {"data": "Python's own texts" if settings.data == EMBEDDED else "prepared data"}
         more |= {"tokens": tokens, "passes": tokens / available, "complete": complete, "device": device_kind()}
         more["settings"] = dataclasses.asdict(settings) | {"data": ""}
-        common.write(output, results_of(settings, workdir), more)
+        common.write(output, results_of(configs, workdir), more)
         print(f"{side}: {'complete' if complete[side] else 'goes on with the same line'}", flush=True)
 
 

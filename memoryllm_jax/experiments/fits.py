@@ -152,11 +152,10 @@ def fit(points: Sequence[Point], replicates: int = REPLICATES, seed: int = 0) ->
     Raises: UserError if there are fewer than two settings for each number to fit.
     """
     kinds = sorted({point.kind for point in points} - {""})
-    data = _Data.of(points, kinds)
-    needed = 2 * (len(_SHARED) + 2 * len(kinds))
-    if len(data.settings) < needed:
-        found = len(data.settings)
+    needed, found = 2 * (len(_SHARED) + 2 * len(kinds)), len({point.setting for point in points})
+    if found < needed:
         raise UserError(f"fit: expected at least {needed} settings, twice as many as its numbers, found {found}")
+    data = _Data.of(points, kinds)
     best = min((_minimum(data, start) for start in _starts(data)), key=lambda found: found.cost)
     rng, laws = np.random.default_rng(seed), []
     for _ in range(replicates):
