@@ -5,7 +5,7 @@
 
 Stages, each of which leaves alone what is finished:
     text      text and tasks of recall_reasoning.py, prepared with the tokenizer of --english, which `prepare` wrote
-    train     --variants with --seeds: 6 layers of width 128, trained on 4 parts of English and 1 of this text
+    train     --variants with --seeds: 6 layers of width 128, trained on 7 parts of English and 3 of this text
     analyze   the commands of `analyze` in PAGES, with all seeds of a model together; WORK/pages/NAME has their pages
     show      the record of their results at --output, and their pictures in --figures
 Models that another command trained, such as one run of a protocol for each seed, are named by links WORK/VARIANT-SEED.
@@ -27,7 +27,7 @@ from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 
 STAGES = ("text", "train", "analyze", "show")
-_MIXTURE = "english:0.8,tasks/data:0.2"
+_MIXTURE = "english:0.7,tasks/data:0.3"
 _FIELDS = {
     "data.epochs": 10,
     "model.dim": 128,

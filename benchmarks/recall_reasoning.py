@@ -3,7 +3,7 @@
     python benchmarks/recall_reasoning.py --output=DIR
     python -m memoryllm_jax.prepare --input='DIR/text/train-*.json.gz' --output=DIR/data \\
         --validation_input='DIR/text/validation-*.json.gz' --tokenizer=sentencepiece:ENGLISH/tokenizer.model
-    python -m memoryllm_jax.train ... --config.data.path=ENGLISH:0.8,DIR/data:0.2
+    python -m memoryllm_jax.train ... --config.data.path=ENGLISH:0.7,DIR/data:0.3
     python -m memoryllm_jax.evaluate --workdir=WORKDIR --tasks='recall_*,reasoning_*' --task_path=DIR/tasks
 
 LAMBADA and PIQA are at chance in models of a million parameters. In these tasks the right answer is one of four, so
@@ -18,7 +18,8 @@ Reasoning asks for what follows by a rule from a context that is new in each que
     reasoning_lookup  pairs of an owner and a good, some of which are repeated in another order: the good of the next
                       owner, or one of others
     reasoning_cycle   words that come again and again in one order: the next word, or others of the cycle
-The text has as many characters of the world as of exercises. Text and tasks are the same for the same seed.
+A third of the text is of the world, and two thirds are exercises. These go on after the answer: the more is repeated,
+the sooner small models learn to repeat. Text and tasks are the same for the same seed.
 """
 
 import json
@@ -61,7 +62,8 @@ def copy(draw: random.Random) -> Question:
     at = draw.randrange(1, len(words) - CHOICES + 1)
     wrong = draw.sample(words[at + 1 :], CHOICES - 1)
     context = f"The list: {' '.join(words)}. Again: {' '.join(words[:at])}"
-    return Question(context, words[at], tuple(wrong), f" {' '.join(words[at + 1 :])}.")
+    again = f" Again: {' '.join(words)}."
+    return Question(context, words[at], tuple(wrong), f" {' '.join(words[at + 1 :])}.{again * 2}")
 
 
 def lookup(draw: random.Random) -> Question:
@@ -71,6 +73,8 @@ def lookup(draw: random.Random) -> Question:
     first, at, *later = draw.sample(range(CHOICES + 1), CHOICES + 1)
     wrong = [goods[k] for k in later]
     rest = "".join(f", {pairs[k]}" for k in later)
+    for _ in range(2):
+        rest += f". So {', '.join(draw.sample(pairs, len(pairs)))}"
     return Question(
         f"The owners: {', '.join(pairs)}. So {pairs[first]}, {owners[at]}", goods[at], tuple(wrong), f"{rest}."
     )
@@ -81,7 +85,8 @@ def cycle(draw: random.Random) -> Question:
     words = draw.sample(_WORDS, draw.randint(CHOICES, CHOICES + 2))
     at = draw.randrange(1, len(words))
     wrong = draw.sample(words[:at] + words[at + 1 :], CHOICES - 1)
-    return Question(f"The cycle: {' '.join(words * 2 + words[:at])}", words[at], tuple(wrong))
+    rest = f" {' '.join(words[at + 1 :] + words * 2)}."
+    return Question(f"The cycle: {' '.join(words * 2 + words[:at])}", words[at], tuple(wrong), rest)
 
 
 RULES = {"reasoning_copy": copy, "reasoning_lookup": lookup, "reasoning_cycle": cycle}
@@ -101,7 +106,7 @@ def recall(draw: random.Random, world: World, fact: Fact, form: str) -> Question
 def exercises(draw: random.Random) -> str:
     """One document of training text: several exercises with their answers."""
     sentences = [draw.choice(FILLERS)]
-    for _ in range(draw.randint(4, 8)):
+    for _ in range(draw.randint(3, 5)):
         question = draw.choice(list(RULES.values()))(draw)
         sentences.append(f"{question.context} {question.answer}{question.rest}")
     return " ".join(sentences)
@@ -153,9 +158,10 @@ def write_tasks(folder: str, found: dict[str, list[Question]], seed: int) -> Non
 
 
 def write_text(folder: str, world: World, characters: int, seed: int) -> None:
-    """Writes train-*.json.gz and validation-0.json.gz, half of which are documents of the world, half exercises."""
+    """Writes train-*.json.gz and validation-0.json.gz: a third are documents of the world, the others exercises."""
     draw = random.Random(f"text {seed}")
-    kinds: tuple[Callable[[], str], ...] = (lambda: world.document(draw), lambda: exercises(draw))
+    # Rules take longer to learn than facts, and each question has a context of its own.
+    kinds: tuple[Callable[[], str], ...] = (lambda: world.document(draw), *[lambda: exercises(draw)] * 2)
     documents = []
     for write in kinds:
         size = 0

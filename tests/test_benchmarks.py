@@ -165,7 +165,7 @@ def test_the_text_of_made_up_facts_states_those_of_known_subjects_and_none_of_ot
 def test_tasks_have_the_answers_that_the_text_states_and_that_the_rules_give(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
     generator = importlib.import_module("recall_reasoning")
-    options = {"characters": 150_000, "questions": 20, "subjects": 10}
+    options = {"characters": 400_000, "questions": 20, "subjects": 10}
     generator.main(str(tmp_path), **options)
     lines = b"".join(gzip.decompress(path.read_bytes()) for path in sorted(tmp_path.glob("text/train-*.gz")))
     text = " ".join(json.loads(line)["text"] for line in lines.splitlines())
