@@ -2,8 +2,8 @@
 
     python -m memoryllm_jax.compare --protocol=configs/protocols/small.py --workdir=DIR --texts=TEXTS --jobs=2
 
-TEXTS holds 30 M tokens at 4,096 ids; no run reads a text twice. The experiments are in the order of their worth, so
-that a report of the first of them is possible while the others train.
+TEXTS holds 30 M tokens at 4,096 ids; no run passes over it twice. The experiments are in the order of their worth, so
+that the first can be reported while the others train.
 """
 
 from memoryllm_jax.experiments.protocol import Experiment, Protocol, Sweep, Variant

@@ -124,7 +124,7 @@ def crossings(found: dict[str, list[tuple[float, Interval]]]):
         inside = [(size / 1e6, tokens) for size, tokens in points if 0 < tokens.value < math.inf]
         if inside:
             sizes, intervals = zip(*inside)
-            # What ends at 0 or infinity would leave a logarithmic axis: it ends at a thirtieth, or at thirty times.
+            # The axis is logarithmic, so bars that end at 0 or infinity are cut at a factor of 30.
             bars = [[min(max(x, tokens.value / 30), tokens.value * 30) / 1e6 for x in tokens] for tokens in intervals]
             plots.with_bars(ax, sizes, *zip(*bars), variant, **plots.style_of(number))
     if ax.has_data():

@@ -4,9 +4,9 @@
 
 with N_a active parameters, N_m parameters of the token memory and D tokens: the law of Hoffmann et al. (2022,
 "Training Compute-Optimal Large Language Models", arXiv 2203.15556, equation 2) with two numbers for a token memory.
-k is what a parameter of the memory is worth, in active parameters, once the model has learnt; r is how much faster a
-model learns that is memory alone: it does with D tokens what it would do with D (1 + r) without. Each kind of token
-memory has its own k and r.
+k is what a parameter of the memory is worth, in active parameters, once the model has learnt; r is a gain
+in data efficiency: a model of which a share s is memory learns from D tokens what one without memory learns from
+D (1 + r s). Each kind of token memory has its own k and r.
 
 As there (appendix D.3), the Huber loss with delta 1e-3 of the difference of log losses is minimised, from several
 starting points. Intervals are percentiles over fits to resampled settings, each with the runs of all its seeds: what
@@ -171,8 +171,8 @@ class _Data(NamedTuple):
     kind_NK: marks the kind of memory of each.
     settings: the runs of each setting.
     scale: as of `Law`, in whose units parameters and tokens are.
-    least_worth: the lowest k. A memory may be worth less than nothing, but no model has less than no parameters. With 0
-      as the bound, the interval of a useless memory would end there.
+    least_worth: the lowest k. It is below 0, as the interval of a useless memory would end at a bound of 0, and high
+      enough that N_a + k N_m stays positive.
     """
 
     active_N: np.ndarray

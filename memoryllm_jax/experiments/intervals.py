@@ -9,9 +9,9 @@ Bootstrap", chapters 10 and 13. Deviations of the replicates are widened by sqrt
 those of Student's t, because the percentile interval of D documents is too narrow otherwise (Hesterberg 2015, "What
 teachers should know about the bootstrap", arXiv 1411.5279, section 5.3).
 
-Three seeds are too few to be resampled. Their spread is what a two-way analysis of variance leaves of the losses once
-each variant and each seed has an effect of its own. It is pooled over all variants of a table, which are taken to vary
-equally, and enters as Student's t with its degrees of freedom.
+Three seeds are too few to be resampled. Their spread is the residual of a two-way analysis of variance of the losses,
+with an effect for each variant and one for each seed. It is pooled over all variants of a table, which are taken to
+vary equally, and enters as Student's t with its degrees of freedom.
 """
 
 import functools

@@ -60,7 +60,6 @@ class Text:
 
     Attributes:
       vocab_size: number of token ids.
-      bytes_per_token: of the training text.
       splits: of the targets.
       documents: resamples the documents.
     Raises: UserError.
@@ -68,7 +67,6 @@ class Text:
 
     def __init__(self, data: Dataset, context: int):
         self.vocab_size = data.vocab_size
-        self.bytes_per_token = data.train.bytes / data.train.tokens
         self._text = heldout.open_text(data, context)
         self.splits: list[Split] = splits.of_text(self._text, data)
         self.documents = intervals.Documents(len(self._text.bytes_D))
@@ -173,7 +171,7 @@ class Results:
         return sorted(found, key=lambda cell: (sizes.index(cell[0]), vocabularies.index(cell[1]), cell.tokens))
 
     def last_cells(self, family: Family) -> list[Cell]:
-        """For each size and vocabulary the cells that show every variant after the most tokens where it is compared."""
+        """For each size and vocabulary, the fewest cells that have each variant at its longest compared run."""
         chosen, shown = [], set()
         for cell in reversed(self.cells(family)):
             compared = {(cell[:2], name) for name in self._compared(family, cell)}

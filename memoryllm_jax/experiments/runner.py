@@ -293,7 +293,7 @@ class Runner:
         return _Work(to_do, waiting, done, failed, without_rate)
 
     def _waiting(self, choices: Mapping[Setting, rates.Choice]) -> Iterable[Run]:
-        """The selected runs of experiments whose rate is not chosen yet, as `_Work.waiting`."""
+        """The selected runs whose rate is not chosen yet, with the middle rate of the sweep in its place."""
         row = self._protocol.sweep.rates
         expected = {setting: row[len(row) // 2] for setting, choice in choices.items() if choice.missing}
         return filter(self._selection.takes, self._protocol.experiment_runs(expected))

@@ -14,9 +14,9 @@
     shared     all tokens read the row of id 0, so that each layer adds one learned vector
     frozen     rows are drawn at random by id and layer, and no parameters make them
 
-Only `row_ids` tells permuted and shared rows from a token's own, so that training, live rows, ToL files and analyses
-agree. Permuted rows are a control of FFN-M alone while a model trains: a table with permuted rows learns as well as one
-without, as its rows are not made of anything. A trained table is permuted when it is evaluated.
+Only `row_ids` knows of permuted and shared rows, so that training, live rows, ToL files and analyses agree. Permuted
+rows are a control of FFN-M alone: a table that trains with permuted rows learns as well as one without, as its rows are
+not made of anything. It would have to be permuted after it is trained, for which there is no option.
 
 The equations of the architectures are in transformer.py, and token_memory.py says how positions take rows.
 
@@ -82,7 +82,7 @@ class TokenMemory:
           source: the result of `source`.
           take: function of (table [V, P] as stored, with padding; ids) that returns rows in the config's dtype.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # the kind `none` has no rows
 
     def values(self, project: Callable, row_BTP, heads: int):
         """The values that attention reads, [B, T, H, K], in a layer with rows.
@@ -99,7 +99,7 @@ class TokenMemory:
         Args:
           shards: number of batch shards, for `note`.
         """
-        return y_BTD
+        return y_BTD + row_BTP if self.adds_rows else y_BTD
 
 
 class FeedForward(TokenMemory):
@@ -117,9 +117,6 @@ class FeedForward(TokenMemory):
 
     def rows(self, module, source, take):
         return SwiGLU(self.config, self.config.memory_dim, name="ffn")(Norm(self.config, name="norm")(source))
-
-    def stream(self, module, y_BTD, row_BTP, shards):
-        return y_BTD + row_BTP
 
 
 class Table(TokenMemory):
@@ -148,9 +145,6 @@ class RowTable(Table):
     """An embedding of the token that is added to the residual stream, as FFN-M's output is: rows without an FFN."""
 
     adds_rows = True
-
-    def stream(self, module, y_BTD, row_BTP, shards):
-        return y_BTD + row_BTP
 
 
 class BigramTable(RowTable):

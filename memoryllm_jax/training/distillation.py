@@ -1,9 +1,9 @@
 """Fits FFN-M of a converted model to what base's layers add for each token (`config.start.memory=distill`).
 
 A layer of the converted model computes Y = X + Attn(N1(X)) + FFN-C(N2(X)) from its own stream X, and adds the row of
-the token. Of all rows, the one that brings it nearest to base's stream, in mean square over a text, is the mean of
-base's X_{l+1} - Y over the positions of the token. FFN-M_l is fitted to these means, from its copy of base's FFN. Then
-the next layer reads the stream with the fitted rows, so that its rows make up for what the layers before it miss.
+the token. The row that brings the layer's output nearest to base's stream, in mean square over a text, is the mean
+of base's X_{l+1} - Y over the positions of the token. FFN-M_l is fitted to these means, from its copy of base's FFN.
+Then the next layer reads the stream with the fitted rows, so that its rows make up for what the layers before it miss.
 
 The sums over positions are the transpose of the lookup that training reads embeddings with (`embed`, `take_rows`), so
 they are sharded as the embedding, and one layer's [V, D] exists at a time. The streams of the whole text stay on the

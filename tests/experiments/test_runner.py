@@ -36,7 +36,8 @@ PROTOCOL = Protocol(
     keep=("second",),
 )
 BASE, MEMORY = Setting("base", "S", "512"), Setting("memory", "S", "512")
-# Stands for `train`: writes what is left of a run whose loss is the distance of its rate to 0.002, or ends with a code.
+# Runs in the place of `train`: it writes the files of a finished run, or fails with an exit code. The loss is the
+# distance of the rate to 0.002.
 TRAIN = """
 import json, math, os, sys
 folder, rate, code = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
