@@ -1,6 +1,7 @@
 """What the benchmarks' records share: the command, the versions, the machine, ratios and memory."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 
 from memoryllm_jax.common import storage
+from memoryllm_jax.common.errors import UserError
 
 PACKAGES = (
     "jax",
@@ -74,6 +76,40 @@ def write(path: str, results: dict, more: dict) -> None:
     """Writes the record as JSON, if a path is given. A process that is killed meanwhile leaves the record before."""
     if path:
         storage.write_json(path, facts() | more | {"results": results})
+
+
+def train(folder: str, config: str, fields: dict) -> dict:
+    """Trains in a folder, or goes on with the run there. A finished run is only read.
+
+    The output of `train` goes to FOLDER.log.
+
+    Args:
+      config: a file of configs/ with its argument, such as "tiny.py:base".
+      fields: fields of the config, such as {"model.dim": 64}.
+    Returns: the run's result.json.
+    Raises: UserError if training fails, or the folder holds a run of another config or other fields.
+    """
+    asked = {"config": config} | {name: str(value) for name, value in fields.items()}
+    asked_path, result_path = (os.path.join(folder, name) for name in ("asked.json", "result.json"))
+    os.makedirs(folder, exist_ok=True)
+    if not os.path.exists(asked_path):
+        storage.write_json(asked_path, asked)
+    found = _read(asked_path)
+    for name in sorted(asked.keys() | found.keys()):
+        if asked.get(name) != found.get(name):
+            raise UserError(f"{asked_path}: {name}: expected {asked.get(name)} of this run, found {found.get(name)}")
+    if not os.path.exists(result_path):
+        command = [sys.executable, "-m", "memoryllm_jax.train", f"--config={ROOT}/configs/{config}"]
+        command += [f"--workdir={folder}", *(f"--config.{name}={value}" for name, value in fields.items())]
+        with open(f"{folder}.log", "a") as log:
+            code = subprocess.run(command, env=os.environ | {"PYTHONPATH": ROOT}, stdout=log, stderr=log).returncode
+        if code:
+            raise UserError(f"{folder}.log: expected exit code 0 of the training, found {code}")
+    return _read(result_path)
+
+
+def _read(path: str) -> dict:
+    return json.loads(storage.read_bytes(path, "JSON"))
 
 
 def seconds(run: Callable[[], object], count: int) -> dict[str, float]:

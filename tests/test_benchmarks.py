@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from lab import with_devices
 
+from memoryllm_jax.common.errors import UserError
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -101,6 +103,20 @@ def is_running(number: str) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_finished_run_is_read_unless_it_was_asked_for_other_fields(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    common = importlib.import_module("common")
+    (tmp_path / "result.json").write_text('{"steps": 3}')
+    for _ in range(2):
+        assert common.train(str(tmp_path), "tiny.py:base", {"steps": 3}) == {"steps": 3}
+    for config, fields, name in (("tiny.py:memory", {"steps": 3}, "config"), ("tiny.py:base", {"steps": 4}, "steps")):
+        with pytest.raises(UserError, match=rf"asked\.json: {name}: expected .* of this run, found"):
+            common.train(str(tmp_path), config, fields)
+    monkeypatch.setattr(common.sys, "executable", "false")
+    with pytest.raises(UserError, match=r"new\.log: expected exit code 0 of the training, found 1"):
+        common.train(str(tmp_path / "new"), "tiny.py:base", {})
 
 
 def test_missing_requirements_come_with_what_they_need(monkeypatch):
