@@ -12,7 +12,7 @@ explains how base is converted, and what to expect.
 
 With adapter, base stays whole, and each of its layers adds a row of a table, by token id, to the residual stream
 (rows-8). The rows begin as zeros, so that the model begins as base, and they alone are trained; `precompute` makes them
-one ToL file.
+one ToL file. If WORKDIR is an adapter, its rows are trained further; rows-8@WORKDIR trains all of its parameters.
 
 With decay, the run in WORKDIR branches: the new run has all of its settings, and goes on from its newest checkpoint
 before a decay, or that of --config.start.step, with its moments, step and place in the data. From there the learning
@@ -44,9 +44,12 @@ def get_config(start=""):
     if (asked["beta"], asked["token_memory"]) != (trained_model.beta, trained_model.token_memory):
         c.model.update(asked)  # a conversion: it keeps the sizes of the trained model, but not its architecture
     if is_adapter:
-        c.start.memory, c.optimizer.train = "zero", "memory"
+        c.start.memory = "copy" if trained_model.token_memory == "rows" else "zero"
+        c.optimizer.train = "memory"
     c.model.attention = "auto"  # the trained model's backend may not exist on this accelerator
     c.start.workdir = workdir
     c.steps = 10_000
     c.optimizer.warmup_steps = 500
+    if is_adapter:  # rows learn at far higher rates than matrices (benchmarks/results/adapters_cpu.json)
+        c.optimizer.peak_lr, c.optimizer.final_lr = 3e-2, 3e-3
     return c

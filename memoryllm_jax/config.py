@@ -418,6 +418,7 @@ def resolve(config: ml_collections.ConfigDict | dict, given: Collection[str] = (
     fields.check_used(resolved, "config")
     resolved = _with_steps(resolved, given)
     _check_schedule(resolved)
+    _check_distillation(resolved)
     return resolved
 
 
@@ -512,7 +513,7 @@ def _check_run(config: Config, need) -> None:
         "the workdir of the run that start.optimizer=continue goes on from",
     )
     need(
-        config.start.memory != "zero" or architecture == "rows-8",
+        config.start.memory != "zero" or architecture in ("rows-8", "rows-8 with shared rows"),
         "start.memory",
         f"copy, new or distill for {architecture}, as rows-8 alone begins with zeros",
     )
@@ -551,4 +552,14 @@ def _check_schedule(config: Config) -> None:
         raise UserError(
             f"config.optimizer.decay_share: expected a decay that begins after the {o.warmup_steps:,} steps of "
             f"warm-up, found {o.decay_share:g} of {steps:,} steps, so that it begins after {config.decay_begins:,}"
+        )
+
+
+def _check_distillation(config: Config) -> None:
+    """Refuses a text longer than the run's, whose first tokens it is. Raises: UserError."""
+    start, most = config.start, config.steps * config.batch_size * config.seq_len
+    if start.memory == "distill" and start.distill_tokens > most:
+        raise UserError(
+            f"config.start.distill_tokens: expected at most the {most:,} tokens of the run, found "
+            f"{start.distill_tokens:,.0f}"
         )

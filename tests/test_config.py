@@ -165,6 +165,10 @@ def test_what_does_not_fit_the_token_memory_is_refused_by_name(architecture, fie
             {"optimizer.schedule": "wsd", "optimizer.decay_share": 0.92},
             "config.optimizer.decay_share: expected a decay that begins after the 40 steps of warm-up, found 0.92",
         ),
+        (
+            {"start.workdir": "base", "start.memory": "distill", "start.distill_tokens": 1e6},
+            "config.start.distill_tokens: expected at most the 983,040 tokens of the run, found 1,000,000",
+        ),
         ({"tokens": 1e6, "tokens_per_parameter": 2.0}, "config.tokens_per_parameter: expected one length of the run"),
     ],
 )

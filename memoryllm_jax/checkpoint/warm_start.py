@@ -27,7 +27,7 @@ from memoryllm_jax.data.tokenizer import Tokenizer
 # Fields of ModelConfig in which a model may differ from the one that it starts from
 _MAY_DIFFER = ("attention", "remat", "loss_chunk", "reduce_dtype", "unique_tokens", "dtype", "init_std")
 _MAY_DIFFER_FROM_BASE = ("beta", "compute_input")  # only where base is converted
-_MAY_DIFFER_IN_ADAPTER = ("token_memory", "table_dim")
+_MAY_DIFFER_IN_ADAPTER = ("token_memory", "table_dim", "rows")
 _PARTS = ("gate", "up", "down")
 
 

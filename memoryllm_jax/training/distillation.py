@@ -66,21 +66,30 @@ def _base_model(m: ModelConfig) -> ModelConfig:
     return dataclasses.replace(m, beta=8.0, compute_input="after_attention")
 
 
-def plan_line(config: Config, mesh: Mesh) -> str:
-    """What the distillation needs, as a line of the plan."""
+def work(config: Config, rows: int) -> float:
+    """FLOPs of the distillation: the forward passes of both models, counted with their heads, and the fit.
+
+    Args:
+      rows: rows of FFN-M that a step evaluates.
+    """
+    m, steps = config.model, of_text(config).steps
+    tokens = steps * config.batch_size * config.seq_len
+    base = dataclasses.replace(config, model=_base_model(m))
+    passes = sum(flops.forward(base, tokens, 0)) + sum(flops.forward(config, tokens, steps * rows))
+    return passes + m.layers * _FIT_STEPS * _fit_ids(m.vocab_size) * 6 * memories.of(m).row_weights
+
+
+def plan_line(config: Config, mesh: Mesh, rows: int) -> str:
+    """What the distillation needs, as a line of the plan. Args: rows: as of `work`."""
     m, steps, shards = config.model, of_text(config).steps, batch_shards(mesh)
     tokens = steps * config.batch_size * config.seq_len
-    # The forward passes of both models, counted with the heads that they leave out, and the fit
-    base = dataclasses.replace(config, model=_base_model(m))
-    work = (flops.train_flops(base, tokens, 0) + flops.train_flops(config, tokens, 0)) / 3
-    work += m.layers * _FIT_STEPS * _fit_ids(m.vocab_size) * 6 * memories.of(m).row_weights
-    step_work = flops.train_flops(config, tokens // steps, 0)
+    step_work = flops.train_flops(config, tokens // steps, rows)
     streams = 2 * tokens * m.dim * jnp.dtype(m.dtype).itemsize / shards
     split = mesh.shape["fsdp"] * mesh.shape["tensor"]
     base_ffn, rows = 3 * m.layers * m.dim * m.ffn_dim, 2 * m.vocab_size * m.dim
     return (
         f"distils FFN-M from base before the first step, on {tokens:,} tokens: the work of about "
-        f"{math.ceil(work / step_work):,} steps, and {(streams + 4 * (base_ffn + rows) / split) / 1e9:.2f} GB a device "
+        f"{math.ceil(work(config, rows) / step_work):,} steps, and {(streams + 4 * (base_ffn + rows) / split) / 1e9:.2f} GB a device "
         "beside the state"
     )
 

@@ -128,7 +128,7 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
         "sequences_a_device": _sequences(config, mesh),
         "assumed": assumed,
         "parameters": flops.parameters(config),
-        "besides": _besides(config, mesh),
+        "besides": _besides(config, mesh, compiled.rows),
         "optimizer": [group._asdict() for group in optimizer.groups(config, mesh.devices.flat[0])],
         "learning_rate": schedules.text(config),
         "newton_schulz_flops": work.flops,
@@ -153,12 +153,12 @@ def plan(config: Config, name: str, devices: list[jax.Device], slices: int = 0) 
     }
 
 
-def _besides(config: Config, mesh: Mesh) -> list[str]:
+def _besides(config: Config, mesh: Mesh, rows: int) -> list[str]:
     """What the run does besides training, validating and saving, a line for each option that asks for it."""
     lines = []
     o, sample, tasks, log = config.optimizer, config.sample, config.eval, config.log
     if config.start.memory == "distill":
-        lines.append(distillation.plan_line(config, mesh))
+        lines.append(distillation.plan_line(config, mesh, rows))
     if o.max_skipped:
         spikes = f" or more than {o.spike_deviations:g} deviations above the mean" if o.spike_deviations else ""
         lines.append(f"skips at most {o.max_skipped:,} steps whose loss or gradient norm is not finite{spikes}")

@@ -80,10 +80,11 @@ def start(lab, data_path):
 
 
 def test_an_adapter_begins_as_base(make_config, start, data_path, tmp_path):
-    """The same bits, on a mesh that pads heads and widths."""
+    """The same bits, on a mesh that pads heads and widths; here with one row for all tokens."""
     dataset = Dataset(data_path)
     workdir = write_untrained(make_config("base"), str(tmp_path / "base"))
-    config = loop.complete(start("adapter", workdir, **{"mesh.fsdp": 1, "mesh.tensor": 3}), dataset)
+    fields = {"mesh.fsdp": 1, "mesh.tensor": 3, "model.rows": "shared"}
+    config = loop.complete(start("adapter", workdir, **fields), dataset)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:3])
     fresh = random_params(config.model, mesh)[0]
     params = warm_start.starting_params(config, dataset.tokenizer(), fresh, mesh).params
@@ -132,6 +133,13 @@ def test_an_adapter_trains_its_rows_alone_and_becomes_one_tol(lab, start, data_p
     assert loop.train(config, workdir, jax.devices()[:1]) == 0
     jax.tree.map(np.testing.assert_array_equal, arrays(), whole)
 
+    again = loop.complete(start("adapter", workdir), Dataset(data_path))
+    assert again.optimizer.train == "memory"
+    mesh = sharding.make_mesh(again.mesh, jax.devices()[:1])
+    fresh = random_params(again.model, mesh)[0]
+    kept = warm_start.starting_params(again, Dataset(data_path).tokenizer(), fresh, mesh).params
+    np.testing.assert_array_equal(kept["memory"]["table"], whole["params/memory/table"])
+
     tol = str(tmp_path / "adapter.safetensors")
     compress.precompute(workdir, tol, compress.Options())
     losses = []
@@ -159,7 +167,7 @@ def test_models_and_workdirs_that_do_not_fit_are_refused(start, tmp_path):
         (start("flex-1"), "a", "config.model.beta: expected 0.0 as in .*, found 1.0"),
         (start(**{"model.dim": 64}), "b", "config.model.dim: expected 32 as in .*, found 64"),
         (start(source=f"{tmp_path}/imported", **{"model.vocab_size": 512}), "c", "model.vocab_size: expected 64 as in"),
-        (start(**{"start.memory": "distill"}), "d", "start.memory: expected copy, .*, found distill"),
+        (start(**{"start.memory": "distill", "start.distill_tokens": 9.0}), "d", "start.memory: expected copy, .*, found distill"),
         (start(), "imported", "expected a folder of a training run, found an imported model"),
     ):
         with pytest.raises(UserError, match=message):

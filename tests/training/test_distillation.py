@@ -5,6 +5,7 @@ import types
 
 import jax
 import numpy as np
+import pytest
 import reference
 from lab import stacked, write_untrained
 
@@ -55,3 +56,15 @@ def test_rows_bring_each_layer_to_the_stream_of_base(make_config, tmp_path, monk
     for found, expected in zip(jax.tree.leaves(run.state["params"]), jax.tree.leaves(run.trainer.params_shape)):
         assert found.sharding == expected.sharding  # the compiled step takes no other
     assert f"{TOKENS} tokens with {np.count_nonzero(counts)} ids" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trained", ["all", "memory"])
+def test_the_work_is_a_forward_pass_of_both_models_and_the_fit(make_config, trained):
+    start = {"start.workdir": "base", "start.memory": "distill", "start.distill_tokens": TOKENS - 1.0}
+    config = make_config("memory", **start, **{"optimizer.train": trained})
+    tokens, rows, m = 2 * 8 * 32, 2 * 60, config.model
+    attention = 2 * (4 * m.dim**2 + m.dim * 32 + m.vocab_size * m.dim / m.layers)  # of a token in a layer
+    ffn = 2 * 3 * m.dim * m.ffn_dim
+    passes = m.layers * (tokens * (2 * attention + ffn) + rows * ffn)
+    fit = m.layers * distillation._FIT_STEPS * distillation._fit_ids(m.vocab_size) * 3 * ffn
+    assert distillation.work(config, 60) == pytest.approx(passes + fit)

@@ -63,7 +63,7 @@ def test_plan_says_what_the_run_does_besides_training_and_refuses_tasks_that_it_
     monkeypatch.setattr(plan.chips, "devices", lambda *_: (jax.devices()[:1], "a compiler"))
     chosen = {"optimizer.max_skipped": 3, "log.norms_every": 10, "sample.tokens": 20, "eval.tasks": "some"}
     config = make_config("memory", **chosen, **{"eval.tasks_every": 2})
-    assert plan._besides(config, sharding.make_mesh(config.mesh, jax.devices()[:1])) == [
+    assert plan._besides(config, sharding.make_mesh(config.mesh, jax.devices()[:1]), 60) == [
         "skips at most 3 steps whose loss or gradient norm is not finite",
         "norms by layer every 10 steps; all steps compute them",
         "a sample of 20 tokens after the last step",
