@@ -83,14 +83,13 @@ def plan_line(config: Config, mesh: Mesh, rows: int) -> str:
     """What the distillation needs, as a line of the plan. Args: rows: as of `work`."""
     m, steps, shards = config.model, of_text(config).steps, batch_shards(mesh)
     tokens = steps * config.batch_size * config.seq_len
-    step_work = flops.train_flops(config, tokens // steps, rows)
+    in_steps = math.ceil(work(config, rows) / flops.train_flops(config, tokens // steps, rows))
     streams = 2 * tokens * m.dim * jnp.dtype(m.dtype).itemsize / shards
-    split = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    base_ffn, rows = 3 * m.layers * m.dim * m.ffn_dim, 2 * m.vocab_size * m.dim
+    base_ffn, tables = 3 * m.layers * m.dim * m.ffn_dim, 2 * m.vocab_size * m.dim
+    split = 4 * (base_ffn + tables) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
     return (
-        f"distils FFN-M from base before the first step, on {tokens:,} tokens: the work of about "
-        f"{math.ceil(work(config, rows) / step_work):,} steps, and {(streams + 4 * (base_ffn + rows) / split) / 1e9:.2f} GB a device "
-        "beside the state"
+        f"distils FFN-M from base before the first step, on {tokens:,} tokens: the work of about {in_steps:,} steps, "
+        f"and {(streams + split) / 1e9:.2f} GB a device beside the state"
     )
 
 

@@ -167,7 +167,11 @@ def test_models_and_workdirs_that_do_not_fit_are_refused(start, tmp_path):
         (start("flex-1"), "a", "config.model.beta: expected 0.0 as in .*, found 1.0"),
         (start(**{"model.dim": 64}), "b", "config.model.dim: expected 32 as in .*, found 64"),
         (start(source=f"{tmp_path}/imported", **{"model.vocab_size": 512}), "c", "model.vocab_size: expected 64 as in"),
-        (start(**{"start.memory": "distill", "start.distill_tokens": 9.0}), "d", "start.memory: expected copy, .*, found distill"),
+        (
+            start(**{"start.memory": "distill", "start.distill_tokens": 9.0}),
+            "d",
+            "start.memory: expected copy, .*, found distill",
+        ),
         (start(), "imported", "expected a folder of a training run, found an imported model"),
     ):
         with pytest.raises(UserError, match=message):
