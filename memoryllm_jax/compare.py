@@ -47,12 +47,13 @@ def main(
         return 0
     selection = runner.Selection(opened, only)
     runner.prepare(selection.protocol, workdir, texts, selection.vocabularies)
+    runner.check_same_data(workdir, selection.vocabularies)
     plan = Plan(selection, workdir)
     if dry_run:
         print(plan.text(jobs, gflops * 1e9))
         return 0
     code = runner.Runner(selection, workdir, jobs, plan.cost).run()
-    if code == ExitCode.DONE:
+    if code != ExitCode.STOPPED and runner.finished(opened, workdir):
         print(comparison.draw(opened, protocol, workdir))
     return code
 

@@ -1,12 +1,12 @@
 """Small: which token memories are worth their parameters, at four sizes and three vocabularies, on two CPU cores.
 
-    python -m memoryllm_jax.compare --protocol=configs/protocols/small.py --workdir=DIR --texts=TEXTS --jobs=2
+    nice python -m memoryllm_jax.compare --protocol=configs/protocols/small.py --workdir=DIR --texts=TEXTS --jobs=2
 
-TEXTS holds 30 M tokens at 4,096 ids; no run passes over it twice. The experiments are in the order of their worth, so
-that the first can be reported while the others train.
+benchmarks/pages.py makes TEXTS: 33 M tokens at 512 ids, 17 M at 4,096 and 14 M at 32,000, so that no run reads a
+sequence twice. The first experiments can be reported while the others train.
 """
 
-from memoryllm_jax.experiments.protocol import Experiment, Protocol, Sweep, Variant
+from memoryllm_jax.experiments.protocol import Contrast, Experiment, Protocol, Sweep, Variant
 
 SIZES = {  # heads of 16
     "S": {"model.dim": 64, "model.layers": 4, "model.heads": 4},
@@ -14,17 +14,35 @@ SIZES = {  # heads of 16
     "L": {"model.dim": 128, "model.layers": 6, "model.heads": 8},
     "XL": {"model.dim": 192, "model.layers": 6, "model.heads": 12},
 }
-MAIN = ("base", "memory", "flex-3", "no-memory-3", "ple-3", "rows-3")
-PEERS = ("flex-1", "no-memory-0", "value-3", "bov-3", "bigram-3")
-SIZED = ("base", "memory", "flex-1", "flex-3", "no-memory-0", "no-memory-3")
-CONTROLLED = ("memory", "flex-3", "ple-3")
-CONTROLS = tuple(
-    Variant(f"{variant}-{rows}", variant, {"model.rows": rows}, rate_of=variant)
-    for variant in CONTROLLED
-    for rows in ("permuted", "shared", "frozen")
+# FFN-C of flex-B stands beside attention. So it does in what flex-B is compared with, so that memories alone differ.
+BESIDE = {"model.compute_input": "block_input"}
+MAIN = ("base", "memory", "flex-3", "no-memory-0", "no-memory-3", "rows-3", "flex-3-shared")
+PEERS = ("ple-3", "value-3", "bov-3", "bigram-3")
+SHARES = ("flex-1", "flex-2", "flex-6")
+WIRING = ("flex-3-behind", "no-memory-3-behind")
+CONTROLS = ("flex-3-permuted", "flex-3-frozen", "memory-shared", "memory-permuted", "memory-frozen")
+VARIANTS = (
+    *map(Variant, ("base", "memory", "flex-3", "no-memory-0")),
+    *(Variant(name, fields=BESIDE) for name in ("no-memory-3", "rows-3", *PEERS)),
+    *map(Variant, SHARES),
+    Variant("flex-3-behind", "flex-3", {"model.compute_input": "after_attention"}),
+    Variant("no-memory-3-behind", "no-memory-3"),
+    *(
+        Variant(f"{variant}-{rows}", variant, {"model.rows": rows}, control_of=variant)
+        for variant in ("memory", "flex-3")
+        for rows in ("permuted", "shared", "frozen")
+    ),
 )
-WITH_CONTROLS = (*CONTROLLED, *(variant.name for variant in CONTROLS))
-SMALL = ("512", "4096")
+CONTRASTS = (
+    Contrast("MemoryLLM or base, at equal total parameters?", "memory", "base"),
+    Contrast("Flex-MemoryLLM or base, at equal total parameters?", "flex-3", "base"),
+    Contrast("Is FFN-M worth anything to a model with FFN-C?", "flex-3", "no-memory-3"),
+    Contrast("Is FFN-M worth anything to a model without FFN-C?", "memory", "no-memory-0"),
+    Contrast("Is FFN-M better than a plain table?", "flex-3", "rows-3"),
+    Contrast("Is a plain table worth anything?", "rows-3", "no-memory-3"),
+    Contrast("A planted useless memory: one row for all tokens", "flex-3-shared", "no-memory-3"),
+    Contrast("Do the rows say anything of their tokens?", "flex-3", ""),
+)
 SEEDS = (0, 1, 2)
 M = 1e6
 
@@ -33,12 +51,13 @@ def get_protocol() -> Protocol:
     return Protocol(
         config="configs/tiny.py",
         fields={
-            "batch_size": 8,  # 2,048 tokens a step, so that the shortest runs have 245 steps
+            "batch_size": 8,  # 2,048 tokens a step, so that runs of the sweep have 245 steps
             "seq_len": 256,
+            "model.loss_chunk": 128,  # logits that fit a cache
             "data.epochs": 1,
             "eval.every": 1_000_000,  # at the end only, and on little: the runs are compared by their scores
             "eval.batches": 32,
-            "checkpoint.every": 1000,
+            "checkpoint.every": 100_000,
             "checkpoint.keep": 1,
             "log.every": 100,
             "log.tensorboard": False,
@@ -46,19 +65,31 @@ def get_protocol() -> Protocol:
         },
         sizes=SIZES,
         vocabularies={str(ids): f"sentencepiece:train:{ids}" for ids in (512, 4096, 32000)},
-        variants=(*(Variant(name) for name in (*MAIN, *PEERS)), *CONTROLS),
-        sweep=Sweep(tokens=1 * M, rates=(2e-3, 4e-3, 8e-3), sizes={"S": "S", "M": "L", "L": "L", "XL": "L"}),
+        variants=VARIANTS,
+        sweep=Sweep(tokens=0.5 * M, rates=(2e-3, 4e-3, 8e-3), sizes={"S": "S", "M": "L", "L": "L", "XL": "L"}),
         experiments=(
-            # 4 M tokens are 20 for each parameter of attention and FFNs in S.
-            Experiment("vocabulary", MAIN, ("S",), SMALL, (0.5 * M, 1 * M, 2 * M, 4 * M), SEEDS),
-            Experiment("words", MAIN, ("S",), ("32000",), (0.5 * M, 1 * M, 2 * M, 4 * M)),
-            Experiment("controls", WITH_CONTROLS, ("S",), SMALL, (1 * M, 4 * M), SEEDS),
-            Experiment("words-seeds", MAIN, ("S",), ("32000",), (1 * M,), SEEDS),
-            Experiment("sizes", SIZED, ("M", "L"), ("4096",), (1 * M, 2 * M, 4 * M, 8 * M)),
-            Experiment("peers", PEERS, ("S",), SMALL, (0.5 * M, 1 * M, 2 * M, 4 * M), SEEDS),
-            Experiment("left-out", ("base", "memory", "flex-3"), ("XL",), ("4096",), (1 * M, 2 * M, 4 * M)),
-            Experiment("words-peers", PEERS, ("S",), ("32000",), (1 * M,)),
-            Experiment("words-controls", WITH_CONTROLS, ("S",), ("32000",), (1 * M,)),
+            # 4 and 8 M tokens are 20 and 40 for each parameter of attention and FFNs in S.
+            Experiment("letters", MAIN, ("S",), ("512",), (1 * M, 4 * M)),
+            Experiment("syllables", MAIN, ("S",), ("4096",), (1 * M, 2 * M, 4 * M)),
+            Experiment("seeds", MAIN, ("S",), ("512", "4096"), (1 * M,), SEEDS),
+            Experiment("words", MAIN[:6], ("S",), ("32000",), (1 * M, 2 * M)),
+            Experiment("long", MAIN, ("S",), ("512", "4096"), (0.5 * M, 2 * M, 8 * M)),
+            Experiment("wiring", WIRING, ("S",), ("512", "4096"), (1 * M, 4 * M)),
+            Experiment("words-seeds", MAIN[:6], ("S",), ("32000",), (1 * M,), SEEDS),
+            Experiment("controls", CONTROLS, ("S",), ("512", "4096"), (1 * M, 4 * M)),
+            Experiment("peers", PEERS, ("S",), ("512", "4096"), (1 * M, 2 * M, 4 * M)),
+            Experiment("long-seeds", MAIN, ("S",), ("512", "4096"), (4 * M,), SEEDS),
+            Experiment("shares", SHARES, ("S",), ("4096",), (1 * M, 4 * M)),
+            Experiment("sizes", MAIN, ("M", "L"), ("4096",), (1 * M, 2 * M, 4 * M, 8 * M)),
+            # The setting of the first figures in the project's issue on this bench
+            Experiment("first-figures", MAIN[:5], ("L",), ("512",), (0.5 * M, 2 * M, 5 * M)),
+            Experiment("left-out", ("base", "memory", "flex-3"), ("XL",), ("4096",), (2 * M, 8 * M)),
+            Experiment("longest", MAIN[:5], ("S",), ("512", "4096"), (16 * M,)),
+            Experiment("words-long", MAIN[:6], ("S",), ("32000",), (4 * M,)),
+            Experiment("words-peers", (*PEERS, "flex-3-shared", *CONTROLS), ("S",), ("32000",), (1 * M,)),
+            Experiment("best", ("base", "memory", "flex-3"), ("L",), ("4096",), (8 * M,), SEEDS),
         ),
+        contrasts=CONTRASTS,
         held_out_sizes=("XL",),
+        keep=("best",),
     )

@@ -5,6 +5,7 @@ taken target by target. The sums over a document are the units that `intervals` 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import os
@@ -16,12 +17,16 @@ import numpy as np
 from memoryllm_jax.checkpoint import run_data
 from memoryllm_jax.common import compile_cache, storage
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.data import document_starts
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.evaluation import perplexity
+from memoryllm_jax.inference.engine import Contribution, Engine
+from memoryllm_jax.inference.rows import LiveRows
 from memoryllm_jax.tol import serving
 
 FILE = "heldout.npz"  # in a run's folder
+PERMUTED_FILE = "heldout_permuted.npz"
 
 
 class HeldOutText(NamedTuple):
@@ -85,34 +90,57 @@ def _bytes(ids: np.ndarray, document_N: np.ndarray, data: Dataset) -> np.ndarray
     return np.array(sizes_D) * (data.validation.bytes / max(sum(sizes_D), 1))
 
 
-def score(workdir: str, data: str = "") -> float:
+def score(workdir: str) -> float:
     """Scores the newest checkpoint of a run on all held-out targets and writes WORKDIR/heldout.npz.
 
-    Args:
-      data: prepared data, as of `Dataset`; "": that of the run.
+    A model whose rows are its own is scored again with each token reading the row of another one, as with
+    `model.rows=permuted`, into WORKDIR/heldout_permuted.npz: what that costs is what the rows say of their tokens.
+
     Returns: the mean loss in nats a token. Raises: UserError.
     """
-    text, nats_N = nats(workdir, data)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, nats=nats_N, digest=np.array(text.digest))
-    storage.write_bytes(os.path.join(workdir, FILE), buffer.getvalue())
+    with contextlib.closing(serving.open_engine(workdir)) as engine:
+        text = _text(engine)
+        if can_permute(engine.config):
+            config = dataclasses.replace(engine.config, rows="permuted")
+            permuted = engine.changed(LiveRows(config, engine.rows.arrays, engine.trained.mesh), Contribution())
+            _write(workdir, PERMUTED_FILE, text, _nats(permuted, text))
+        nats_N = _nats(engine, text)
+    _write(workdir, FILE, text, nats_N)  # the last, as its presence says that all is scored
     return float(nats_N.mean(dtype=np.float64))
+
+
+def can_permute(config: ModelConfig) -> bool:
+    """Whether a trained model is scored with permuted rows too."""
+    return config.row_dim > 0 and config.rows == "own"
 
 
 def nats(workdir: str, data: str = "") -> tuple[HeldOutText, np.ndarray]:
     """(the held-out text, nats of each of its targets, float32 [N]), by the newest checkpoint of a run.
 
     Args:
-      data: as of `score`.
+      data: prepared data, as of `Dataset`; "": that of the run.
     Raises: UserError.
     """
     with contextlib.closing(serving.open_engine(workdir)) as engine:
-        opened = run_data.open_data(engine.trained, data or run_data.find_own(engine.trained))
-        text = open_text(opened, engine.context)
-        windows = perplexity.Windows(engine.context, engine.context, first_id=perplexity.first_id(engine))
-        pieces = [text.ids[span.start : span.stop] for span in windows.spans(len(text.ids))]
-        nats_N = np.concatenate([-found.log_probs_T for found in perplexity.score_windows(engine, pieces, windows)])
-    return text, nats_N.astype(np.float32)
+        text = _text(engine, data)
+        return text, _nats(engine, text)
+
+
+def _text(engine: Engine, data: str = "") -> HeldOutText:
+    return open_text(run_data.open_data(engine.trained, data or run_data.find_own(engine.trained)), engine.context)
+
+
+def _nats(engine: Engine, text: HeldOutText) -> np.ndarray:
+    windows = perplexity.Windows(engine.context, engine.context, first_id=perplexity.first_id(engine))
+    pieces = [text.ids[span.start : span.stop] for span in windows.spans(len(text.ids))]
+    nats_N = np.concatenate([-found.log_probs_T for found in perplexity.score_windows(engine, pieces, windows)])
+    return nats_N.astype(np.float32)
+
+
+def _write(workdir: str, name: str, text: HeldOutText, nats_N: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, nats=nats_N, digest=np.array(text.digest))
+    storage.write_bytes(os.path.join(workdir, name), buffer.getvalue())
 
 
 def is_scored(workdir: str) -> bool:
@@ -120,14 +148,15 @@ def is_scored(workdir: str) -> bool:
     return storage.exists(os.path.join(workdir, FILE))
 
 
-def read(workdir: str, text: HeldOutText) -> np.ndarray:
+def read(workdir: str, text: HeldOutText, permuted: bool = False) -> np.ndarray:
     """Nats of every held-out target of a run, float32 [N].
 
     Args:
       text: the text that the run was scored on.
+      permuted: those with permuted rows, of a run that `can_permute`.
     Raises: UserError if the file is missing or damaged, or the run was scored on another text.
     """
-    path = os.path.join(workdir, FILE)
+    path = os.path.join(workdir, PERMUTED_FILE if permuted else FILE)
     content = storage.read_bytes(path, "a run whose last step was scored")
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:

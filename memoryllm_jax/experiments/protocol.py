@@ -32,13 +32,27 @@ class Variant:
     """What is compared: an architecture with config fields.
 
     Attributes:
-      rate_of: the variant whose peak rate this one takes, such as the one that it is a control of; "": its own sweep.
+      rate_of: the variant whose peak rate this one takes; "": its own sweep.
+      control_of: the variant that this one is a control of; "": none.
     """
 
     name: str
     architecture: str = ""  # "": as `name`
     fields: Fields = dataclasses.field(default_factory=dict)
     rate_of: str = ""
+    control_of: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """A question that is stated before the runs: the loss of variant `a` less that of variant `b`.
+
+    Where `b` is "", `a` is compared with itself, each token with the row of another one (`heldout.PERMUTED_FILE`).
+    """
+
+    question: str
+    a: str
+    b: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +148,7 @@ class Protocol:
       fields: what all runs change in it.
       sizes: {size: its fields}.
       vocabularies: {vocabulary: a tokenizer as `prepare` takes it, such as sentencepiece:train:4096}.
+      contrasts: what the comparison is to answer.
       warmup: warm-up as a share of the steps.
       final: the last learning rate as a share of the peak.
       held_out_sizes: sizes that fits leave out, to be checked on.
@@ -147,6 +162,7 @@ class Protocol:
     variants: tuple[Variant, ...]
     sweep: Sweep
     experiments: tuple[Experiment, ...]
+    contrasts: tuple[Contrast, ...] = ()
     warmup: float = 0.05
     final: float = 0.1
     held_out_sizes: tuple[str, ...] = ()
@@ -292,6 +308,10 @@ def _check(protocol: Protocol) -> None:
     for variant in protocol.variants:
         if variant.rate_of:
             _need(f"variant {variant.name}: rate_of", [variant.rate_of], swept, "a variant with a rate of its own")
+        if variant.control_of:
+            _need(f"variant {variant.name}: control_of", [variant.control_of], names, "another variant")
+    for contrast in protocol.contrasts:
+        _need(f"contrast {contrast.question!r}", filter(None, (contrast.a, contrast.b)), names, "variants")
     _need("held_out_sizes", protocol.held_out_sizes, protocol.sizes)
     _need("keep", protocol.keep, of_experiments)
     for experiment in protocol.experiments:

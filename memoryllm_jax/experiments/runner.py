@@ -10,9 +10,12 @@ can be killed at any time, and the next one goes on.
 
 import contextlib
 import dataclasses
+import functools
+import glob
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -22,18 +25,21 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from memoryllm_jax.checkpoint import description
-from memoryllm_jax.common import storage
+from memoryllm_jax.common import provenance, storage
 from memoryllm_jax.common.child import Children
 from memoryllm_jax.common.errors import ArgumentError, UserError, one_line
 from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.common.fields import did_you_mean
 from memoryllm_jax.common.progress import Progress, duration
 from memoryllm_jax.data import shards
+from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.verification import Verification
 from memoryllm_jax.experiments import heldout, rates
 from memoryllm_jax.experiments.protocol import Protocol, Run, Setting
 
 _DIVERGED = "diverged.json"
+_DESCRIPTION = "run.json"
+_ALIKE = 3  # runs that fail one after the other for the same reason, after which no other is started
 
 
 def data_path(workdir: str, vocabulary: str) -> str:
@@ -59,6 +65,22 @@ def prepare(protocol: Protocol, workdir: str, texts: str, vocabularies: Collecti
         train, validation = os.path.join(texts, "train-*"), os.path.join(texts, "validation-*")
         print(f"preparing {path}", flush=True)
         shards.prepare(train, protocol.vocabularies[vocabulary], path, validation_pattern=validation)
+
+
+def check_same_data(workdir: str, vocabularies: Collection[str]) -> None:
+    """Checks that the runs in the workdir were trained on its data.
+
+    Raises: UserError that names a run of other data.
+    """
+    digests = {vocabulary: Dataset(data_path(workdir, vocabulary)).digest for vocabulary in vocabularies}
+    for path in sorted(glob.glob(os.path.join(glob.escape(workdir), "runs", "*", _DESCRIPTION))):
+        of_run = json.loads(storage.read_bytes(path, "the description of a run"))
+        expected = digests.get(of_run["vocabulary"], of_run["data"])
+        if of_run["data"] != expected:
+            raise UserError(
+                f"{path}: data: expected {expected[:12]} as in {data_path(workdir, of_run['vocabulary'])}, found "
+                f"{of_run['data'][:12]}: the run was trained on other data; use another --workdir"
+            )
 
 
 class Selection:
@@ -211,8 +233,10 @@ class Runner:
         self._selection, self._protocol = selection, selection.protocol
         self._workdir, self._places = storage.absolute(workdir), jobs
         self._failed: dict[str, str] = {}  # {key of a run: why}
+        self._reasons: list[str] = []  # of the failures since a run last ended well
         # One thread of XLA's CPU backend for each process: the order of sums then does not depend on --jobs or cores.
         self._environment = {"NPROC": "1", **os.environ}
+        self._digest = functools.cache(lambda vocabulary: Dataset(data_path(self._workdir, vocabulary)).digest)
 
     def run(self) -> int:
         """Returns: the exit code: 0 if all selected runs are done, 1 if some failed, that of a stop after a signal."""
@@ -226,6 +250,8 @@ class Runner:
                 progress.update(done)
                 busy = [job.run.key for job in running.values()]
                 ready = [run for run in work.to_do if run.key not in busy and run.key not in self._failed]
+                if self._is_hopeless():
+                    ready = []
                 if not ready and not running:
                     break
                 if ready and len(running) < self._places:
@@ -251,7 +277,16 @@ class Runner:
         try:
             yield
         except (UserError, OSError) as error:
-            self._failed[run.key] = one_line(error)
+            self._fail(run, one_line(error))
+
+    def _fail(self, run: Run, reason: str, where: str = "") -> None:
+        self._failed[run.key] = f"{reason}{where}"
+        self._reasons.append(reason)
+
+    def _is_hopeless(self) -> bool:
+        """Whether the next runs would fail as the last ones did, such as on a full disk."""
+        last = self._reasons[-_ALIKE:]
+        return len(last) == _ALIKE and len(set(last)) == 1
 
     def _close(self, work: _Work, stopped: bool) -> int:
         if stopped:
@@ -261,6 +296,8 @@ class Runner:
             print(f"{setting}: has no rate, as all diverged or a run of its sweep failed", file=sys.stderr)
         for run in work.failed:
             print(f"failed: {run}: {self._failed[run.key]}", file=sys.stderr)
+        if self._is_hopeless():
+            print(f"no more runs were started, as {_ALIKE} failed alike; {len(work.left)} are left", file=sys.stderr)
         return ExitCode.ERROR if work.failed or work.without_rate else ExitCode.DONE
 
     def _work(self) -> _Work:
@@ -321,7 +358,8 @@ class Runner:
             command = score_command(run, self._workdir)
         else:
             command = train_command(self._protocol, run, self._workdir)
-            storage.write_json(os.path.join(folder, "run.json"), _description(self._protocol, run, command))
+            about = _description(self._protocol, run, command) | {"data": self._digest(run.vocabulary)}
+            storage.write_json(os.path.join(folder, _DESCRIPTION), about)
             # All runs of a vocabulary read the same data, which only the first of them needs to verify.
             Verification(folder).remember_from([self._workdir])
         with open(os.path.join(folder, "log.txt"), "ab") as log:
@@ -335,13 +373,14 @@ class Runner:
         if not job.scores:
             Verification(self._workdir).remember_from([folder])
         if code == ExitCode.DONE:
+            self._reasons.clear()
             return "" if job.scores else f"{run}: {loss(run, self._workdir):.4f} nats a token in {took}"
         if code == ExitCode.STOPPED:
             return ""  # saved; goes on where it was
         if code == ExitCode.DIVERGED and not job.scores:
             storage.write_json(os.path.join(folder, _DIVERGED), {"seconds": time.monotonic() - job.begin})
             return f"{run}: diverged after {took}"
-        self._failed[run.key] = f"exit code {code}: {_last_line(folder)} ({folder}/log.txt)"
+        self._fail(run, f"exit code {code}: {_last_line(folder)}", f" ({folder}/log.txt)")
         return f"{run}: failed: {self._failed[run.key]}"
 
 
@@ -374,6 +413,9 @@ def _description(protocol: Protocol, run: Run, command: list[str]) -> dict:
         "tokenizer": protocol.vocabularies[run.vocabulary],
         "fields": dict(run.fields),
         "command": command[1:],
+        "commit": provenance.commit(),
+        "versions": provenance.versions() | {"Python": platform.python_version()},
+        "cores": os.cpu_count(),
     }
 
 

@@ -10,6 +10,9 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.evaluation import perplexity
 from memoryllm_jax.experiments import heldout
+from memoryllm_jax.inference.engine import Contribution
+from memoryllm_jax.model import memories
+from memoryllm_jax.model.token_memory import TokenRows
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,28 @@ def test_targets_are_scored_as_perplexity_scores_them(lab, data, run):
     for part in expected["by_context"]:
         chosen_N = (part["from"] <= text.position_N + 1) & (text.position_N + 1 <= part["to"])
         assert nats_N[chosen_N].mean() == pytest.approx(part["loss"], rel=1e-5)
+
+
+class _OthersRows:
+    """The rows of other tokens, beside the embeddings of their own."""
+
+    def __init__(self, live, permutation_V):
+        self._live, self._permutation_V = live, permutation_V
+
+    def fetch(self, ids_U):
+        x0_1UD, _ = self._live.fetch(ids_U)
+        return TokenRows(x0_1UD, self._live.fetch(self._permutation_V[ids_U])[1])
+
+
+def test_permuted_rows_are_those_of_other_tokens(lab, data, run):
+    heldout.score(run)
+    text = heldout.open_text(data, CONTEXT)
+    permuted_N = heldout.read(run, text, permuted=True)
+    with lab.model("memory") as model:
+        rows = _OthersRows(model.rows, memories._permutation(model.config.vocab_size))
+        expected_N = heldout._nats(model.changed(rows, Contribution()), text)
+    np.testing.assert_allclose(permuted_N, expected_N, rtol=1e-5, atol=1e-5)
+    assert permuted_N.mean() > heldout.read(run, text).mean()
 
 
 def test_another_text_or_a_damaged_file_is_refused(data, run):
