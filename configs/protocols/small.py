@@ -51,7 +51,7 @@ def get_protocol() -> Protocol:
     return Protocol(
         config="configs/tiny.py",
         fields={
-            "batch_size": 8,  # 2,048 tokens a step, so that runs of the sweep have 245 steps
+            "batch_size": 8,  # 2,048 tokens a step, so that the shortest runs have 489 steps
             "seq_len": 256,
             "model.loss_chunk": 128,  # logits that fit a cache
             "data.epochs": 1,
@@ -66,14 +66,18 @@ def get_protocol() -> Protocol:
         sizes=SIZES,
         vocabularies={str(ids): f"sentencepiece:train:{ids}" for ids in (512, 4096, 32000)},
         variants=VARIANTS,
-        sweep=Sweep(tokens=0.5 * M, rates=(2e-3, 4e-3, 8e-3), sizes={"S": "S", "M": "L", "L": "L", "XL": "L"}),
+        sweep=Sweep(
+            tokens={"512": 2 * M, "4096": 1 * M, "32000": 1 * M},  # about equally much text: 3, 3 and 4 MB
+            rates=(2e-3, 4e-3, 8e-3),
+            sizes={"S": "S", "M": "L", "L": "L", "XL": "L"},
+        ),
         experiments=(
             # 4 and 8 M tokens are 20 and 40 for each parameter of attention and FFNs in S.
-            Experiment("letters", MAIN, ("S",), ("512",), (1 * M, 4 * M)),
+            Experiment("letters", MAIN, ("S",), ("512",), (1 * M, 2 * M, 4 * M)),
             Experiment("syllables", MAIN, ("S",), ("4096",), (1 * M, 2 * M, 4 * M)),
             Experiment("seeds", MAIN, ("S",), ("512", "4096"), (1 * M,), SEEDS),
             Experiment("words", MAIN[:6], ("S",), ("32000",), (1 * M, 2 * M)),
-            Experiment("long", MAIN, ("S",), ("512", "4096"), (0.5 * M, 2 * M, 8 * M)),
+            Experiment("long", MAIN, ("S",), ("512", "4096"), (8 * M,)),
             Experiment("wiring", WIRING, ("S",), ("512", "4096"), (1 * M, 4 * M)),
             Experiment("words-seeds", MAIN[:6], ("S",), ("32000",), (1 * M,), SEEDS),
             Experiment("controls", CONTROLS, ("S",), ("512", "4096"), (1 * M, 4 * M)),
@@ -82,7 +86,7 @@ def get_protocol() -> Protocol:
             Experiment("shares", SHARES, ("S",), ("4096",), (1 * M, 4 * M)),
             Experiment("sizes", MAIN, ("M", "L"), ("4096",), (1 * M, 2 * M, 4 * M, 8 * M)),
             # The setting of the first figures in the project's issue on this bench
-            Experiment("first-figures", MAIN[:5], ("L",), ("512",), (0.5 * M, 2 * M, 5 * M)),
+            Experiment("first-figures", MAIN[:5], ("L",), ("512",), (2 * M, 5 * M)),
             Experiment("left-out", ("base", "memory", "flex-3"), ("XL",), ("4096",), (2 * M, 8 * M)),
             Experiment("longest", MAIN[:5], ("S",), ("512", "4096"), (16 * M,)),
             Experiment("words-long", MAIN[:6], ("S",), ("32000",), (4 * M,)),

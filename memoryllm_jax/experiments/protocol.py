@@ -60,14 +60,14 @@ class Sweep:
     """How peak learning rates are found: short runs of seed 0, each with its own cosine to its end.
 
     Attributes:
-      tokens: length of each run.
+      tokens: {vocabulary: length of each run}.
       rates: the rates that are tried first, a geometric row in rising order, at least three. If the best lies at an
         edge, the row is extended there until it does not.
       sizes: {size: the size whose rates it takes}. Sizes that stand for themselves are swept.
       most: number of rates after which a row is not extended any more.
     """
 
-    tokens: float
+    tokens: Mapping[str, float]
     rates: tuple[float, ...]
     sizes: Mapping[str, str]
     most: int = 7
@@ -195,7 +195,7 @@ class Protocol:
 
     def sweep_run(self, setting: Setting, rate: float) -> Run:
         """The run that tries a rate. Raises: UserError if its config is not valid."""
-        return self.run(setting, self.sweep.tokens, 0, rate)
+        return self.run(setting, self.sweep.tokens[setting.vocabulary], 0, rate)
 
     def experiment_runs(self, rates: Mapping[Setting, float]) -> list[Run]:
         """The runs of all experiments, each once.
@@ -320,10 +320,11 @@ def _check(protocol: Protocol) -> None:
         _need(f"{where}: sizes", experiment.sizes, protocol.sizes)
         _need(f"{where}: sizes", experiment.sizes, protocol.sweep.sizes, "sizes of the sweep")
         _need(f"{where}: vocabularies", experiment.vocabularies, protocol.vocabularies)
-    _check_sweep(protocol.sweep, protocol.sizes)
+    _check_sweep(protocol.sweep, protocol.sizes, protocol.vocabularies)
 
 
-def _check_sweep(sweep: Sweep, sizes: Mapping[str, Fields]) -> None:
+def _check_sweep(sweep: Sweep, sizes: Mapping[str, Fields], vocabularies: Collection[str]) -> None:
+    _need("sweep: tokens", vocabularies, sweep.tokens, "a length for each vocabulary")
     _need("sweep: sizes", sweep.sizes, sizes)
     for size, swept in sweep.sizes.items():
         if sweep.sizes.get(swept) != swept:

@@ -39,7 +39,7 @@ from memoryllm_jax.experiments.protocol import Protocol, Run, Setting
 
 _DIVERGED = "diverged.json"
 _DESCRIPTION = "run.json"
-_ALIKE = 3  # runs that fail one after the other for the same reason, after which no other is started
+_ALIKE = 3  # runs of several variants that fail in a row for the same reason, after which no other is started
 
 
 def data_path(workdir: str, vocabulary: str) -> str:
@@ -233,7 +233,7 @@ class Runner:
         self._selection, self._protocol = selection, selection.protocol
         self._workdir, self._places = storage.absolute(workdir), jobs
         self._failed: dict[str, str] = {}  # {key of a run: why}
-        self._reasons: list[str] = []  # of the failures since a run last ended well
+        self._failures: list[tuple[str, str]] = []  # (variant, why) since a run last ended well
         # One thread of XLA's CPU backend for each process: the order of sums then does not depend on --jobs or cores.
         self._environment = {"NPROC": "1", **os.environ}
         self._digest = functools.cache(lambda vocabulary: Dataset(data_path(self._workdir, vocabulary)).digest)
@@ -281,12 +281,12 @@ class Runner:
 
     def _fail(self, run: Run, reason: str, where: str = "") -> None:
         self._failed[run.key] = f"{reason}{where}"
-        self._reasons.append(reason)
+        self._failures.append((run.variant, reason))
 
     def _is_hopeless(self) -> bool:
         """Whether the next runs would fail as the last ones did, such as on a full disk."""
-        last = self._reasons[-_ALIKE:]
-        return len(last) == _ALIKE and len(set(last)) == 1
+        alike = [variant for variant, reason in self._failures if reason == self._failures[-1][1]]
+        return len(alike) >= _ALIKE and len(set(alike)) > 1
 
     def _close(self, work: _Work, stopped: bool) -> int:
         if stopped:
@@ -297,7 +297,7 @@ class Runner:
         for run in work.failed:
             print(f"failed: {run}: {self._failed[run.key]}", file=sys.stderr)
         if self._is_hopeless():
-            print(f"no more runs were started, as {_ALIKE} failed alike; {len(work.left)} are left", file=sys.stderr)
+            print(f"no more runs were started, as several failed alike; {len(work.left)} are left", file=sys.stderr)
         return ExitCode.ERROR if work.failed or work.without_rate else ExitCode.DONE
 
     def _work(self) -> _Work:
@@ -373,7 +373,7 @@ class Runner:
         if not job.scores:
             Verification(self._workdir).remember_from([folder])
         if code == ExitCode.DONE:
-            self._reasons.clear()
+            self._failures.clear()
             return "" if job.scores else f"{run}: {loss(run, self._workdir):.4f} nats a token in {took}"
         if code == ExitCode.STOPPED:
             return ""  # saved; goes on where it was

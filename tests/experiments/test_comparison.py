@@ -37,7 +37,7 @@ def protocol():
             Variant("control", "flex-3", {"model.init_std": 0.03}, rate_of="flex-3"),
             Variant("flex-1"),
         ),
-        sweep=Sweep(tokens=1e4, rates=(1e-3, 2e-3, 4e-3), sizes={"S": "S", "M": "S"}),
+        sweep=Sweep(tokens={"512": 1e4}, rates=(1e-3, 2e-3, 4e-3), sizes={"S": "S", "M": "S"}),
         experiments=(Experiment("main", tuple(GAINS), ("S", "M"), ("512",), (1e4, 4e4, 1e5), (0, 1)),),
     )
 

@@ -6,6 +6,8 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.experiments import protocol as protocol_lib
 from memoryllm_jax.experiments.protocol import Experiment, Protocol, Setting, Sweep, Variant
 
+TOKENS = {"512": 640}
+
 
 def protocol(**changes) -> Protocol:
     parts = {
@@ -14,7 +16,7 @@ def protocol(**changes) -> Protocol:
         "sizes": {"S": {"model.dim": 64}, "L": {"model.dim": 128}},
         "vocabularies": {"512": "sentencepiece:train:512"},
         "variants": (Variant("memory"), Variant("wide", "memory", {"model.ffn_dim": 256}, rate_of="memory")),
-        "sweep": Sweep(640, (0.001, 0.002, 0.004), {"S": "S", "L": "S"}),
+        "sweep": Sweep(TOKENS, (0.001, 0.002, 0.004), {"S": "S", "L": "S"}),
         "experiments": (
             Experiment("one", ("memory", "wide"), ("S",), ("512",), (640, 1280), (0, 1)),
             Experiment("two", ("memory",), ("S", "L"), ("512",), (1280,)),
@@ -55,7 +57,7 @@ def test_a_run_is_named_by_what_it_trains():
 
     # The name of a run that exists: if it changes, all runs of this protocol would be trained again.
     small = protocol_lib.load("configs/protocols/small.py")
-    assert small.sweep_run(Setting("base", "S", "512"), 0.002).key == "62b08396c915753f"
+    assert small.sweep_run(Setting("base", "S", "512"), 0.002).key == "b323bb221b803d27"
     fields = protocol().fields
     same = [
         {"fields": {**fields, "log.every": 9, "data.path": "elsewhere"}},  # where and how fast it is computed
@@ -83,12 +85,21 @@ def test_a_run_is_named_by_what_it_trains():
             "a variant with a rate of its own",
         ),
         (
-            {"sweep": Sweep(1, (1e-3, 2e-3), {"S": "S", "L": "S"})},
+            {"sweep": Sweep(TOKENS, (1e-3, 2e-3), {"S": "S", "L": "S"})},
             "rates: expected at least three, each the one before",
         ),
-        ({"sweep": Sweep(1, (1e-3, 2e-3, 3e-3), {"S": "S", "L": "S"})}, "rates: expected at least three, each the one"),
-        ({"sweep": Sweep(1, (1e-3, 2e-3, 4e-3), {"S": "L", "L": "S"})}, "S: expected a size that is swept, found L"),
-        ({"sweep": Sweep(1, (1e-3, 2e-3, 4e-3), {"S": "S"})}, "experiment two: sizes: expected sizes of the sweep"),
+        (
+            {"sweep": Sweep(TOKENS, (1e-3, 2e-3, 3e-3), {"S": "S", "L": "S"})},
+            "rates: expected at least three, each the one",
+        ),
+        (
+            {"sweep": Sweep(TOKENS, (1e-3, 2e-3, 4e-3), {"S": "L", "L": "S"})},
+            "S: expected a size that is swept, found L",
+        ),
+        (
+            {"sweep": Sweep(TOKENS, (1e-3, 2e-3, 4e-3), {"S": "S"})},
+            "experiment two: sizes: expected sizes of the sweep",
+        ),
     ],
 )
 def test_what_is_not_valid_is_named(changes, problem):

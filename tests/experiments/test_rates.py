@@ -7,7 +7,7 @@ import pytest
 from memoryllm_jax.experiments import rates
 from memoryllm_jax.experiments.protocol import Sweep
 
-SWEEP = Sweep(1, (0.002, 0.004, 0.008), {}, most=6)
+SWEEP = Sweep({}, (0.002, 0.004, 0.008), {}, most=6)
 
 
 @pytest.mark.parametrize(

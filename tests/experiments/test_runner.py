@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ PROTOCOL = Protocol(
     sizes={"S": {"model.dim": 64}},
     vocabularies={"512": "sentencepiece:train:512"},
     variants=(Variant("base"), Variant("memory"), Variant("wide", "memory", {"model.ffn_dim": 256}, "memory")),
-    sweep=Sweep(640, (0.001, 0.002, 0.004), {"S": "S"}, most=4),
+    sweep=Sweep({"512": 640}, (0.001, 0.002, 0.004), {"S": "S"}, most=4),
     experiments=(
         Experiment("first", ("base",), ("S",), ("512",), (640, 1280)),
         Experiment("second", ("memory", "wide"), ("S",), ("512",), (1280,)),
@@ -60,6 +62,7 @@ class Stubs:
         self.workdir, self.only = str(workdir), only
         monkeypatch.setattr(runner, "train_command", self.train)
         monkeypatch.setattr(runner, "score_command", self.score)
+        monkeypatch.setattr(runner, "Dataset", lambda path: SimpleNamespace(digest=path))
 
     def train(self, protocol, run, workdir):
         self.started.append(("train", run.variant, run.tokens, run.rate))
@@ -114,6 +117,11 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, c
     error = capfd.readouterr().err
     assert "base S 512: has no rate, as all diverged or a run of its sweep failed\n" in error
     assert "rate 0.001, seed 0: exit code 1: error: no space (" in error and "log.txt)" in error
+    stubs.codes = {"base": 1, "memory": 1}
+    for folder in tmp_path.glob("runs/*"):
+        shutil.rmtree(folder)
+    assert stubs.run() == 1 and len(stubs.started) == 4  # as on a full disk
+    assert "no more runs were started, as several failed alike; " in capfd.readouterr().err
     stubs.codes = {}
     blocked = Path(PROTOCOL.sweep_run(BASE, 0.004).folder(str(tmp_path)))
     blocked.rename(tmp_path / "elsewhere")
@@ -186,7 +194,7 @@ FIELDS = {"batch_size": 2, "seq_len": %d, "model.layers": 1, "model.heads": 2, "
 FIELDS |= {"eval.batches": 1, "sample.tokens": 0}
 def get_protocol():
     return Protocol(config="configs/tiny.py", fields=FIELDS, sizes={"S": {"model.dim": 16}}, vocabularies={"512": ""},
-        variants=(Variant("value-0"),), sweep=Sweep(64, (0.001, 0.002, 0.004), {"S": "S"}),
+        variants=(Variant("value-0"),), sweep=Sweep({"512": 64}, (0.001, 0.002, 0.004), {"S": "S"}),
         experiments=(Experiment("one", ("value-0",), ("S",), ("512",), (64,)),))
 """
     (tmp_path / "protocol.py").write_text(texts % CONTEXT)
@@ -206,4 +214,10 @@ def get_protocol():
     folder = Path(run.folder(str(tmp_path)))
     assert run.rate == 0.002 and heldout.is_scored(str(folder)) and not [*folder.glob("[0-9]*")]
     described = json.loads((folder / "run.json").read_text())
+    assert described["data"] == Dataset(lab.data_path).digest and described["versions"]["jax"]
+    (folder / "run.json").write_text(json.dumps(described | {"data": "0" * 64}))
+    with pytest.raises(
+        UserError, match=r"run\.json: data: expected .*, found 0{12}: the run was trained on other data"
+    ):
+        runner.check_same_data(str(tmp_path), ["512"])
     assert described["tokens"] == 64 and described["command"][:2] == ["-m", "memoryllm_jax.train"]
