@@ -276,14 +276,14 @@ def _crossings(page, vocabulary: str, crossings: list[Crossing]) -> None:
 def _rates(page, results: Results) -> list[dict]:
     """The section of the sweeps. Returns: the losses of each rate that was tried."""
     protocol, rows = results.protocol, []
-    lengths = dict.fromkeys(protocol.sweep.tokens[vocabulary] for vocabulary in results.texts)
+    lengths = " or ".join({f"{protocol.sweep.tokens[vocabulary] / 1e6:.3g} M": None for vocabulary in results.texts})
     for setting in dict.fromkeys(protocol.swept(run.setting) for run in results.runs):
         choice = runner.sweep_choice(protocol, results.workdir, setting)
         found = {"setting": str(setting), "rate": choice.rate, "is_inside": choice.is_inside}
         rows.append(found | {"nats_a_token": {f"{rate:g}": loss for rate, loss in choice.losses.items()}})
     page.heading("Peak learning rates")
     page.text(
-        f"Each rate was tried with seed 0 for {', '.join(f'{tokens / 1e6:.3g} M' for tokens in lengths)} tokens, at sizes "
+        f"Each rate was tried with seed 0 for {lengths} tokens, at sizes "
         f"{', '.join(dict.fromkeys(protocol.sweep.sizes.values()))}. Other sizes take the rate of one of these, and "
         "controls that of the variant that they control. A rate is inside if higher and lower ones were worse."
     )

@@ -6,7 +6,8 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.experiments import protocol as protocol_lib
 from memoryllm_jax.experiments.protocol import Experiment, Protocol, Setting, Sweep, Variant
 
-TOKENS = {"512": 640}
+TOKENS = {"512": 640, "600": 640}
+RATES = (1e-3, 2e-3, 4e-3)
 
 
 def protocol(**changes) -> Protocol:
@@ -90,14 +91,14 @@ def test_a_run_is_named_by_what_it_trains():
         ),
         (
             {"sweep": Sweep(TOKENS, (1e-3, 2e-3, 3e-3), {"S": "S", "L": "S"})},
-            "rates: expected at least three, each the one",
+            "rates: expected at least three, each the",
         ),
         (
-            {"sweep": Sweep(TOKENS, (1e-3, 2e-3, 4e-3), {"S": "L", "L": "S"})},
+            {"sweep": Sweep(TOKENS, RATES, {"S": "L", "L": "S"})},
             "S: expected a size that is swept, found L",
         ),
         (
-            {"sweep": Sweep(TOKENS, (1e-3, 2e-3, 4e-3), {"S": "S"})},
+            {"sweep": Sweep(TOKENS, RATES, {"S": "S"})},
             "experiment two: sizes: expected sizes of the sweep",
         ),
     ],
