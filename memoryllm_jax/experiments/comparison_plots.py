@@ -1,97 +1,143 @@
-"""The pictures of a comparison: losses and differences against tokens, splits, and what a fitted law says."""
+"""The pictures of a comparison: the answers, losses against tokens, splits, and what a fitted law says."""
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from memoryllm_jax.common import plots
+from memoryllm_jax.experiments import answers as answers_lib
 from memoryllm_jax.experiments import fits
-from memoryllm_jax.experiments.intervals import Interval
-from memoryllm_jax.experiments.results import Cell, Family, Results
+from memoryllm_jax.experiments.answers import Answer, Answers, Crossing
+from memoryllm_jax.experiments.protocol import Contrast
+from memoryllm_jax.experiments.results import Cell, Results
 
-_WIDTH, _HEIGHT = 3.3, 2.7  # inches of one panel
+_WIDTH, _HEIGHT = 3.2, 2.7  # inches of one panel
 _COLUMNS = 3  # of panels
 _LEGEND = 1.5  # inches beside the panels
 _DIFFERENCE = "difference, bits per byte"
+_ASIDE = 1.03  # factor between series at one place of a logarithmic axis, so that their bars do not cover each other
 
 
-def curves(results: Results, family: Family):
-    """Held-out loss against tokens, a panel for each size and vocabulary. Returns: the figure."""
-    figure, panels = _panels(results, family)
-    for (size, vocabulary), ax in panels.items():
-        for number, variant in enumerate(family.variants):
-            points = []
-            for cell in _cells(results, family, size, vocabulary):
-                runs = results.seeds(family, cell).get(variant, {})
-                if runs:
-                    points.append((cell.tokens / 1e6, [results.loss(run) for run in runs.values()]))
-            if points:
-                _draw_seeds(ax, points, number, variant)
-        _label(ax, size, vocabulary, "bits per byte")
+def name_of(contrast: Contrast) -> str:
+    """What a contrast subtracts, such as "memory less base"."""
+    return f"{contrast.a} less {contrast.b or 'itself with permuted rows'}"
+
+
+def answers_by_text(results: Results, answers: Answers):
+    """Differences against the text that was read, a panel for each contrast. Returns: the figure."""
+    figure, panels = _panels(answers.contrasts())
+    series = list(dict.fromkeys(answer.cell[:2] for answer in answers.answers))
+    for contrast, ax in panels.items():
+        for number, (size, vocabulary) in enumerate(series):
+            row = [answer for cell, answer in answers.of(contrast).items() if cell[:2] == (size, vocabulary)]
+            x = [results.megabytes(answer.cell) * _ASIDE**number for answer in row]
+            _draw_answers(ax, x, row, number, f"{size}, {vocabulary} ids")
+        _label_answers(ax, contrast, "MB of text that was read")
+    _finish(figure, panels.values())
+    return figure
+
+
+def answers_by_vocabulary(results: Results, answers: Answers):
+    """Differences against the number of token ids, a panel for each contrast. Returns: the figure; None if empty."""
+    chosen = {c: answers_lib.at_equal_text(results, answers.of(c)) for c in answers.contrasts()}
+    chosen = {contrast: of_size for contrast, of_size in chosen.items() if of_size}
+    if not chosen:
+        return None
+    figure, panels = _panels(list(chosen))
+    sizes = list(dict.fromkeys(size for of_size in chosen.values() for size in of_size))
+    for contrast, ax in panels.items():
+        texts = []
+        for size, row in chosen[contrast].items():
+            number = sizes.index(size)
+            x = [results.texts[answer.cell.vocabulary].vocab_size * _ASIDE**number for answer in row]
+            _draw_answers(ax, x, row, number, f"size {size}")
+            texts += [results.megabytes(answer.cell) for answer in row]
+        _label_answers(ax, contrast, f"token ids, after {min(texts):.3g} to {max(texts):.3g} MB of text")
+        _label_ids(ax, results)
+    _finish(figure, panels.values())
+    return figure
+
+
+def crossings(results: Results, found: Sequence[Crossing]):
+    """The text after which base is ahead against the number of token ids, a panel for each variant.
+
+    An arrow begins at the longest run (up) or at the shortest (down), beyond which the crossing lies.
+    """
+    variants = list(dict.fromkeys(crossing.variant for crossing in found))
+    sizes = list(dict.fromkeys(crossing.size for crossing in found))
+    figure, axes = plots.new_grid(1, len(variants), max(_WIDTH * len(variants) + _LEGEND, 6.0), 3.2)
+    for variant, ax in zip(variants, axes[0]):
+        for crossing in found:
+            if crossing.variant == variant:
+                _draw_crossing(ax, results, crossing, sizes.index(crossing.size))
+        plots.log_scale(ax, "x")
+        _label_ids(ax, results)
+        low, high = ax.get_ylim()
+        ax.set_ylim(low / 1.5, high * 1.5)  # with room for the arrows
         plots.log_scale(ax)
-    _finish(figure, panels)
+        ax.set_title(f"base overtakes {variant}", fontsize=9)
+        ax.set(xlabel="token ids", ylabel="MB of text")
+    _finish(figure, axes[0])
     return figure
 
 
-def differences(results: Results, family: Family):
-    """Differences of the loss against tokens with their intervals, a panel for each size and vocabulary."""
-    figure, panels = _panels(results, family)
-    shown = _shown(results, family)
+def curves(results: Results, variants: Sequence[str]):
+    """Held-out loss against tokens, a panel for each size and vocabulary. Returns: the figure."""
+    pairs = list(dict.fromkeys(cell[:2] for variant in variants for cell in results.cells(variant)))
+    figure, panels = _panels(pairs)
     for (size, vocabulary), ax in panels.items():
-        cells = _cells(results, family, size, vocabulary)
-        compared = [(cell.tokens / 1e6, results.compare(family, cell)) for cell in cells]
-        for place, variant in enumerate(shown):
-            # Side by side, so that their intervals do not cover each other.
-            aside = 1.03 ** (place - len(shown) / 2)
-            points = [(tokens * aside, interval) for tokens, interval in _points(variant, compared)]
-            _draw_intervals(ax, points, family, variant)
-        ax.axhline(0, color="0.3", linewidth=0.8)
-        _label(ax, size, vocabulary, _DIFFERENCE)
-    _finish(figure, panels)
+        for number, variant in enumerate(variants):
+            cells = [cell for cell in results.cells(variant) if cell[:2] == (size, vocabulary)]
+            if cells:
+                losses = [[results.loss(run) for run in results.seeds(variant, cell).values()] for cell in cells]
+                mean, low, high = ([f(of_seeds) for of_seeds in losses] for f in (np.mean, min, max))
+                x = [cell.tokens / 1e6 for cell in cells]
+                plots.with_bars(ax, x, mean, low, high, variant, **plots.style_of(number) | {"linewidth": 1})
+        plots.log_scale(ax, "x")
+        plots.log_scale(ax)
+        per_token = results.texts[vocabulary].bytes_per_token
+        ax.set_title(f"size {size}, {vocabulary} ids, {per_token:.3g} bytes a token", fontsize=9)
+        ax.set(xlabel="tokens, millions", ylabel="bits per byte")
+    _finish(figure, panels.values())
     return figure
 
 
-def by_vocabulary(results: Results, family: Family, of_size: dict[str, list[Cell]]):
-    """Differences of the loss against the number of token ids, a panel for each size.
+def shares(results: Results, found: dict[Cell, dict[str, list[tuple[float, float]]]]):
+    """Loss against beta, a panel for each cell.
 
     Args:
-      of_size: {size: its cells, one of each vocabulary}.
+      found: {cell: {series: its (beta, bits per byte)}}.
     """
-    figure, axes = plots.new_grid(1, len(of_size), max(_WIDTH * len(of_size) + _LEGEND, 6.0), 3.4)
-    panels = dict(zip(of_size, axes[0]))
-    shown = _shown(results, family)
-    for (size, cells), ax in zip(of_size.items(), panels.values()):
-        compared = [(results.texts[cell.vocabulary].vocab_size, results.compare(family, cell)) for cell in cells]
-        for place, variant in enumerate(shown):
-            aside = 1.03 ** (place - len(shown) / 2)
-            points = [(ids * aside, interval) for ids, interval in _points(variant, compared)]
-            _draw_intervals(ax, points, family, variant)
-        ax.axhline(0, color="0.3", linewidth=0.8)
-        plots.log_scale(ax, "x")
-        ax.set_title(f"size {size}, {cells[0].tokens / 1e6:.3g} M tokens", fontsize=9)
-        ax.set(xlabel="token ids", ylabel=_DIFFERENCE)
-    _finish(figure, panels)
+    figure, panels = _panels(list(found))
+    names = list(dict.fromkeys(name for series in found.values() for name in series))
+    for cell, ax in panels.items():
+        for name, points in found[cell].items():
+            ax.plot(*zip(*points), label=name, **plots.style_of(names.index(name)))
+        ax.set_title(f"size {cell.size}, {cell.vocabulary} ids, {cell.tokens / 1e6:.3g} M tokens", fontsize=9)
+        ax.set(xlabel="beta: 0 is memory, 8 is base", ylabel="bits per byte")
+    _finish(figure, panels.values())
     return figure
 
 
-def split(results: Results, family: Family, cell: Cell):
+def split(results: Results, contrasts: Sequence[Contrast], cell: Cell):
     """Differences of the loss in a cell by group of targets, a panel for each split, in nats a token."""
-    text, shown = results.texts[cell.vocabulary], _shown(results, family)
+    text = results.texts[cell.vocabulary]
     figure, axes = plots.new_grid(2, (len(text.splits) + 1) // 2, 9.0 + _LEGEND, 7.0)
-    panels = dict(zip((by.name for by in text.splits), axes.flat))
-    for by, ax in zip(text.splits, panels.values()):
+    for by, ax in zip(text.splits, axes.flat):
         groups = text.groups(by)
-        compared = [(at, results.compare(family, cell, group)) for at, group in enumerate(groups)]
-        for place, variant in enumerate(shown):
-            aside = 0.6 * (place / max(len(shown) - 1, 1) - 0.5)
-            points = [(at + aside, interval) for at, interval in _points(variant, compared)]
-            _draw_intervals(ax, points, family, variant, linestyle="none")
+        for place, contrast in enumerate(contrasts):
+            aside = 0.6 * (place / max(len(contrasts) - 1, 1) - 0.5)
+            differences = [results.difference(contrast.a, contrast.b, cell, group) for group in groups]
+            shown = [difference.estimate.interval for difference in differences]
+            style = plots.style_of(place) | {"markersize": 3, "linestyle": "none"}
+            plots.with_bars(ax, np.arange(len(groups)) + aside, *zip(*shown), name_of(contrast), **style)
         ax.axhline(0, color="0.3", linewidth=0.8)
         ax.set_xticks(range(len(groups)), [group.label for group in groups], rotation=25, ha="right", fontsize=8)
         ax.set_title(by.label, fontsize=9)
         ax.set_ylabel("difference, nats a token")
-    _finish(figure, panels)
+    _finish(figure, axes.flat)
     return figure
 
 
@@ -112,82 +158,60 @@ def law(points: Sequence[fits.Point], left_out: Sequence[fits.Point], fit: fits.
     return figure
 
 
-def crossings(found: dict[str, list[tuple[float, Interval]]]):
-    """Tokens after which base is ahead, against the parameters of base's attention and FFNs.
-
-    Args:
-      found: {variant: (parameters, interval of the tokens) of each size}. Crossings at 0 and infinity are
-        not drawn.
-    """
-    figure, ax = plots.new_figure()
-    for number, (variant, points) in enumerate(found.items()):
-        inside = [(size / 1e6, tokens) for size, tokens in points if 0 < tokens.value < math.inf]
-        if inside:
-            sizes, intervals = zip(*inside)
-            # The axis is logarithmic, so bars that end at 0 or infinity are cut at a factor of 30.
-            bars = [[min(max(x, tokens.value / 30), tokens.value * 30) / 1e6 for x in tokens] for tokens in intervals]
-            plots.with_bars(ax, sizes, *zip(*bars), variant, **plots.style_of(number))
-    if ax.has_data():
-        plots.log_scale(ax, "x")
-        plots.log_scale(ax)
-        plots.legend(ax)
-    ax.set(xlabel="parameters of base without embedding and head, millions", ylabel="tokens, millions")
-    return figure
-
-
-def _panels(results: Results, family: Family):
-    """A figure, and its panels {(size, vocabulary): axes}, one for each pair that has runs."""
-    pairs = list(dict.fromkeys(cell[:2] for cell in results.cells(family)))
-    columns = min(len(pairs), _COLUMNS)
-    rows = math.ceil(len(pairs) / columns)
+def _panels(names: Sequence):
+    """A figure, and its panels {name: axes}."""
+    columns = min(len(names), _COLUMNS)
+    rows = math.ceil(len(names) / columns)
     width, height = _WIDTH * columns + _LEGEND, _HEIGHT * rows + 0.4
     figure, axes = plots.new_grid(rows, columns, max(width, 6.0), max(height, 3.4))
-    for ax in axes.flat[len(pairs) :]:
+    for ax in axes.flat[len(names) :]:
         ax.set_axis_off()
-    return figure, dict(zip(pairs, axes.flat))
+    return figure, dict(zip(names, axes.flat))
 
 
-def _shown(results, family):
-    """The variants that are compared with another one."""
-    return [variant for variant in family.variants if results.against(family, variant)]
-
-
-def _points(variant, compared):
-    """(x, interval of the difference) of a variant, from (x, result of `Results.compare`), where it has one."""
-    return [(x, found[variant].difference) for x, found in compared if variant in found and found[variant].difference]
-
-
-def _cells(results, family, size, vocabulary):
-    return [cell for cell in results.cells(family) if cell[:2] == (size, vocabulary)]
-
-
-def _draw_seeds(ax, points, number, label):
-    """A line through the means over seeds, from the lowest to the highest seed at each point."""
-    x, losses = zip(*points)
-    mean, low, high = ([f(of_seeds) for of_seeds in losses] for f in (np.mean, min, max))
-    plots.with_bars(ax, x, mean, low, high, label, linewidth=1, **plots.style_of(number))
-
-
-def _draw_intervals(ax, points, family, variant, **style):
-    """Draws (x, interval) of a variant, in the style that it has in all pictures of the family."""
-    if not points:
+def _draw_answers(ax, x: Sequence[float], row: Sequence[Answer], number: int, label: str) -> None:
+    """Draws the intervals of a series. Filled markers are findings."""
+    if not row:
         return
-    x, found = zip(*points)
-    style = plots.style_of(family.variants.index(variant)) | {"markersize": 3, "linewidth": 1} | style
-    plots.with_bars(ax, x, *zip(*found), variant, **style)
+    style = plots.style_of(number) | {"linewidth": 1}
+    plots.with_bars(ax, x, *zip(*(answer.difference for answer in row)), label, **style, markerfacecolor="white")
+    found = [(at, answer.difference.value) for at, answer in zip(x, row) if answer.finds]
+    if found:
+        ax.plot(*zip(*found), **style | {"linestyle": "none"})
 
 
-def _label(ax, size, vocabulary, ylabel):
+def _label_answers(ax, contrast: Contrast, xlabel: str) -> None:
+    ax.axhline(0, color="0.3", linewidth=0.8)
     plots.log_scale(ax, "x")
-    ax.set_title(f"size {size}, {vocabulary} ids", fontsize=9)
-    ax.set_xlabel("tokens, millions")
-    ax.set_ylabel(ylabel)
+    ax.set_title("\n".join((*textwrap.wrap(contrast.question, 40), name_of(contrast))), fontsize=9)
+    ax.set_xlabel(xlabel, fontsize=8)
+    ax.set_ylabel(_DIFFERENCE, fontsize=8)
 
 
-def _finish(figure, panels):
+def _draw_crossing(ax, results: Results, crossing: Crossing, number: int) -> None:
+    """Draws a crossing in MB of text, cut at the longest and the shortest run."""
+    text, style = results.texts[crossing.vocabulary], plots.style_of(number) | {"linestyle": "none"}
+    scale = text.bytes_per_token / 1e6
+    ids, ends = text.vocab_size * _ASIDE ** (2 * number), (crossing.first * scale, crossing.last * scale)
+    value, low, high = (min(max(tokens * scale, ends[0]), ends[1]) for tokens in crossing.tokens)
+    plots.with_bars(ax, [ids], [value], [low], [high], f"size {crossing.size}", **style)
+    arrow = {"arrowstyle": "->", "color": style["color"]}
+    if crossing.tokens.low == 0:
+        ax.annotate("", (ids, ends[0] / 1.4), (ids, ends[0]), arrowprops=arrow)
+    if crossing.tokens.high == math.inf:
+        ax.annotate("", (ids, ends[1] * 1.4), (ids, ends[1]), arrowprops=arrow)
+
+
+def _label_ids(ax, results: Results) -> None:
+    """Puts ticks at the vocabularies."""
+    ids = [text.vocab_size for text in results.texts.values()]
+    ax.set_xticks(ids, [f"{number:,}" for number in ids])
+
+
+def _finish(figure, axes: Iterable) -> None:
     """Adds one legend for all panels, outside of them, with every series that one of them has."""
     handles = {}
-    for ax in panels.values():
+    for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels()):
             handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)

@@ -50,11 +50,22 @@ COLUMNS = (
 _UNITS = (1e6, 1e6, 1e6, 1e6, 1e6, 1e3, 1e6)
 
 
+_NAMES = ("parameters", "active parameters", "memory", "training FLOPs", "serving FLOPs", "row bytes", "weight bytes")
+
+
+def _is_equal(value: float, other: float) -> bool:
+    return abs(value - other) <= _EQUAL * abs(other)
+
+
 def _shown(value: float, other: float, unit: float) -> str:
     if math.isnan(value):
         return ""
-    mark = "\u00a0=" if abs(value - other) <= _EQUAL * abs(other) else ""
-    return f"{value / unit:.4g}{mark}"
+    return f"{value / unit:.4g}" + ("\u00a0=" if _is_equal(value, other) else "")
+
+
+def equal(a: Costs, b: Costs) -> list[str]:
+    """Names of the costs that are equal."""
+    return [name for name, value, other in zip(_NAMES, a, b) if _is_equal(value, other)]
 
 
 def of_run(config: Config, workdir: str) -> Costs:

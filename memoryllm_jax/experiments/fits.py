@@ -4,13 +4,13 @@
 
 with N_a active parameters, N_m parameters of the token memory and D tokens: the law of Hoffmann et al. (2022,
 "Training Compute-Optimal Large Language Models", arXiv 2203.15556, equation 2) with two numbers for a token memory.
-k is what a parameter of the memory is worth, in active parameters, once the model has learnt; r is a gain
-in data efficiency: a model of which a share s is memory learns from D tokens what one without memory learns from
-D (1 + r s). Each kind of token memory has its own k and r.
+k is what a parameter of the memory is worth, in active parameters, once the model has learnt. r is a gain in data
+efficiency: a model of which a share s is memory learns from D tokens what one without memory learns from D (1 + r s).
+Each kind of token memory has its own k and r.
 
 As there (appendix D.3), the Huber loss with delta 1e-3 of the difference of log losses is minimised, from several
-starting points. Intervals are percentiles over fits to resampled settings, each with the runs of all its seeds: what
-the law gets wrong is the same for all seeds of a setting.
+starting points. Intervals are percentiles over fits to resampled curves, each with the runs of all its lengths: what
+the law gets wrong is alike along a curve.
 """
 
 import itertools
@@ -26,19 +26,23 @@ from memoryllm_jax.experiments.intervals import Interval
 
 _DELTA = 1e-3  # of the Huber loss
 _FAR = 1e15  # tokens that no run has: a crossing after them is none
-_MOST_STEPS = 300  # of a minimisation, for resampled settings that leave a number undetermined
+_MOST_STEPS = 300  # of a minimisation, for resampled curves that leave a number undetermined
 _SHARED = ("E", "A", "alpha", "B", "beta")  # the law's numbers that all kinds of memory share
+_SIZES = 3  # of models without a memory: with fewer, E and A N_a^-alpha cannot be told apart
+_SIZES_OF_A_KIND = 2  # of models with a memory: with fewer, k and r cannot be told apart
+_STARTS = 3  # starting points of the fit to resampled curves
 REPLICATES = 200
 
 
 class Point(NamedTuple):
-    """A finished run.
+    """The runs of one setting.
 
     active, memory: parameters that every token passes, and those of the token memory.
-    tokens: that it was trained on.
-    loss: held-out loss, in any unit.
+    tokens: that they were trained on.
+    loss: mean of their held-out losses over seeds, in any unit.
     kind: of token memory; "" without one.
-    setting: what the runs of several seeds have in common.
+    size: of the model, by name.
+    curve: what its settings of other lengths share with it: the name of variant and size.
     """
 
     active: float
@@ -46,7 +50,8 @@ class Point(NamedTuple):
     tokens: float
     loss: float
     kind: str
-    setting: str
+    size: str
+    curve: str
 
 
 class Law:
@@ -103,7 +108,7 @@ class Law:
         return math.exp(log_tokens) if log_tokens < math.log(_FAR) else math.inf
 
     def _limit(self, active, memory, kind):
-        """What more tokens do not take away, above E."""
+        """The part of the loss above E that more tokens do not reduce."""
         return math.exp(self._a) * ((active + self._worth[kind] * memory) / self.scale[0]) ** -self._alpha
 
     def _unlearnt(self, active, memory, tokens, kind):
@@ -115,13 +120,24 @@ class Fit(NamedTuple):
     """A fitted law.
 
     law: with the best numbers.
-    replicates: laws fitted to resampled settings.
-    error: root mean square of the difference of log losses at the points that it was fitted to.
+    replicates: laws fitted to resampled curves.
+    dropped: number of resampled fits that did not converge, which are not among the replicates.
+    residuals_N: log loss by the law less that measured, of each point.
     """
 
     law: Law
     replicates: list[Law]
-    error: float
+    dropped: int
+    residuals_N: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """Standard deviation of the law's error, as a share of the loss."""
+        return float(math.sqrt(np.square(self.residuals_N).sum() / self._freedom))
+
+    @property
+    def _freedom(self) -> int:
+        return max(len(self.residuals_N) - len(self.law.numbers), 1)
 
     def numbers(self) -> dict[str, Interval]:
         """The interval of each number, by the names of `Law.named`."""
@@ -132,47 +148,78 @@ class Fit(NamedTuple):
         }
 
     def predicted(self, point: Point) -> Interval:
-        """The loss that the law gives for a run, such as one that was left out."""
-        return self._each(lambda law: law.loss(*point[:3], point.kind))
+        """The loss of a setting, such as one that was left out. The interval includes the law's own error."""
+        rng = np.random.default_rng(0)
+        errors_R = rng.choice(self.residuals_N, len(self.replicates))
+        errors_R = errors_R * math.sqrt(len(self.residuals_N) / self._freedom)
+        losses = [law.loss(*point[:3], point.kind) for law in self.replicates]
+        return intervals.of_replicates(self.law.loss(*point[:3], point.kind), losses * np.exp(-errors_R))
 
     def crossing(self, base: tuple[float, float], other: tuple[float, float], kind: str) -> Interval:
         """`Law.crossing` with its interval, which may end at 0 or infinity."""
-        return self._each(lambda law: law.crossing(base, other, kind))
+        found = [law.crossing(base, other, kind) for law in self.replicates]
+        return intervals.of_replicates(self.law.crossing(base, other, kind), found)
 
-    def _each(self, value):
-        return intervals.of_replicates(value(self.law), [value(law) for law in self.replicates])
+
+def few_sizes(points: Sequence[Point]) -> dict[str, int]:
+    """{kind: number of its sizes} of the kinds that have too few sizes for their numbers to be told apart."""
+    sizes: dict[str, set[str]] = {"": set()}
+    for point in points:
+        sizes.setdefault(point.kind, set()).add(point.size)
+    return {kind: len(found) for kind, found in sizes.items() if len(found) < (_SIZES_OF_A_KIND if kind else _SIZES)}
 
 
 def fit(points: Sequence[Point], replicates: int = REPLICATES, seed: int = 0) -> Fit:
-    """Fits the law to runs.
+    """Fits the law to the settings of runs.
 
     Args:
-      replicates: fits to resampled settings, for the intervals.
+      replicates: fits to resampled curves, for the intervals.
       seed: of the resampling.
-    Raises: UserError if there are fewer than two settings for each number to fit.
+    Raises: UserError if the settings do not determine the numbers of the law.
     """
+    for kind, sizes in few_sizes(points).items():
+        needed = f"{_SIZES_OF_A_KIND} sizes with {kind}" if kind else f"{_SIZES} sizes without a memory"
+        raise UserError(f"fit: expected at least {needed}, as the law has no unique fit otherwise, found {sizes}")
     kinds = sorted({point.kind for point in points} - {""})
-    needed, found = 2 * (len(_SHARED) + 2 * len(kinds)), len({point.setting for point in points})
-    if found < needed:
-        raise UserError(f"fit: expected at least {needed} settings, twice as many as its numbers, found {found}")
+    needed = 2 * (len(_SHARED) + 2 * len(kinds))
+    if len(points) < needed:
+        raise UserError(f"fit: expected at least {needed} settings, twice as many as its numbers, found {len(points)}")
     data = _Data.of(points, kinds)
-    best = min((_minimum(data, start) for start in _starts(data)), key=lambda found: found.cost)
-    rng, laws = np.random.default_rng(seed), []
+    best = _best(data, list(_starts(data)))
+    if best is None:
+        raise UserError(f"fit: expected a minimum within {_MOST_STEPS} steps, found none")
+    starts = [best, *list(_starts(data))[: _STARTS - 1]]
+    rng = np.random.default_rng(seed)
+    found = [_best(data.of_points(drawn), starts) for drawn in _resampled(points, rng, replicates)]
+    laws = [Law(kinds, numbers, data.scale) for numbers in found if numbers is not None]
+    if not laws:
+        raise UserError("fit: expected resampled curves with a minimum, found none")
+    return Fit(Law(kinds, best, data.scale), laws, len(found) - len(laws), data.residuals(best))
+
+
+def _resampled(points: Sequence[Point], rng, replicates: int) -> Iterator[list[int]]:
+    """Numbers of the points of as many curves, drawn with replacement. Draws that determine no law are drawn again."""
+    curves: dict[str, list[int]] = {}
+    for number, point in enumerate(points):
+        curves.setdefault(point.curve, []).append(number)
+    of_curves, kinds = list(curves.values()), {point.kind for point in points}
     for _ in range(replicates):
-        drawn = data.resampled(rng)
-        laws.append(Law(kinds, _minimum(drawn, best.x).x, data.scale))
-    residuals_N = data.residuals(best.x)
-    return Fit(Law(kinds, best.x, data.scale), laws, float(np.sqrt(np.mean(residuals_N**2))))
+        while True:
+            chosen = rng.integers(len(of_curves), size=len(of_curves))
+            drawn = [number for curve in chosen for number in of_curves[curve]]
+            sample = [points[number] for number in drawn]
+            if kinds == {point.kind for point in sample} and not few_sizes(sample):
+                break
+        yield drawn
 
 
 class _Data(NamedTuple):
-    """Runs as arrays.
+    """Points as arrays.
 
     kind_NK: marks the kind of memory of each.
-    settings: the runs of each setting.
     scale: as of `Law`, in whose units parameters and tokens are.
-    least_worth: the lowest k. It is below 0, as the interval of a useless memory would end at a bound of 0, and high
-      enough that N_a + k N_m stays positive.
+    least_K: the lowest k of each kind. It is below 0, as the interval of a useless memory would end at a bound of 0,
+      and high enough that N_a + k N_m stays positive.
     """
 
     active_N: np.ndarray
@@ -180,61 +227,68 @@ class _Data(NamedTuple):
     tokens_N: np.ndarray
     log_loss_N: np.ndarray
     kind_NK: np.ndarray
-    settings: list[np.ndarray]
     scale: tuple[float, float]
-    least_worth: float
+    least_K: np.ndarray
 
     @classmethod
     def of(cls, points, kinds):
         active, memory, tokens, loss = (np.array([point[field] for point in points], float) for field in range(4))
         kind_NK = np.array([[point.kind == kind for kind in kinds] for point in points], float)
         kind_NK = kind_NK.reshape(len(points), len(kinds))
-        _, setting_N = np.unique([point.setting for point in points], return_inverse=True)
-        settings = [np.flatnonzero(setting_N == number) for number in range(setting_N.max() + 1)]
         scale = float(np.exp(np.log(active).mean())), float(np.exp(np.log(tokens).mean()))
-        least = -0.9 * float(np.min(active[memory > 0] / memory[memory > 0], initial=1.0))
+        least_K = [-0.9 * min(p.active / p.memory for p in points if p.kind == kind) for kind in kinds]
         return cls(
-            active / scale[0], memory / scale[0], tokens / scale[1], np.log(loss), kind_NK, settings, scale, least
+            active / scale[0], memory / scale[0], tokens / scale[1], np.log(loss), kind_NK, scale, np.array(least_K)
         )
 
-    def resampled(self, rng):
-        """As many settings, drawn with replacement."""
-        chosen = rng.integers(len(self.settings), size=len(self.settings))
-        drawn = np.concatenate([self.settings[number] for number in chosen])
-        return self._replace(**{name: getattr(self, name)[drawn] for name in self._fields[:5]})
+    def of_points(self, numbers: list[int]):
+        """The data of the points with these numbers."""
+        return self._replace(**{name: getattr(self, name)[numbers] for name in self._fields[:5]})
 
     def residuals(self, x) -> np.ndarray:
-        """Log loss by the law less that of the run, for each run."""
+        """Log loss by the law less that measured, for each point."""
+        return np.log(sum(self._terms(x)[:3])) - self.log_loss_N
+
+    def slopes(self, x) -> np.ndarray:
+        """Derivatives of the residuals by the numbers."""
+        _, _, alpha, _, beta, *_ = x
+        e_N, a_N, b_N, parameters_N, tokens_N, share_N = self._terms(x)
+        slope_a_N, slope_b_N = -alpha * a_N / parameters_N, -beta * b_N / tokens_N
+        worth_NK = (slope_a_N * self.memory_N)[:, None] * self.kind_NK
+        gain_NK = (slope_b_N * self.tokens_N * share_N)[:, None] * self.kind_NK
+        shared = [e_N, a_N, -a_N * np.log(parameters_N), b_N, -b_N * np.log(tokens_N)]
+        return np.column_stack([*shared, worth_NK, gain_NK]) / (e_N + a_N + b_N)[:, None]
+
+    def _terms(self, x):
+        """The three terms of the law, the parameters and tokens in its brackets, and the share s."""
         e, a, alpha, b, beta = x[: len(_SHARED)]
-        worth_K, gain_K = np.split(np.asarray(x[len(_SHARED) :]), 2)
+        kinds = self.kind_NK.shape[1]
+        worth_N, gain_N = self.kind_NK @ x[len(_SHARED) :][:kinds], self.kind_NK @ x[len(_SHARED) :][kinds:]
         share_N = self.memory_N / (self.active_N + self.memory_N)
-        parameters_N = self.active_N + self.kind_NK @ worth_K * self.memory_N
-        tokens_N = self.tokens_N * (1 + self.kind_NK @ gain_K * share_N)
-        loss_N = np.exp(e) + np.exp(a) * parameters_N**-alpha + np.exp(b) * tokens_N**-beta
-        return np.log(loss_N) - self.log_loss_N
+        parameters_N, tokens_N = self.active_N + worth_N * self.memory_N, self.tokens_N * (1 + gain_N * share_N)
+        a_N, b_N = np.exp(a) * parameters_N**-alpha, np.exp(b) * tokens_N**-beta
+        return np.full(len(a_N), np.exp(e)), a_N, b_N, parameters_N, tokens_N, share_N
 
 
 def _starts(data: _Data) -> Iterator[list[float]]:
-    """Starting points: shares of the lowest loss that E has, exponents, and gains of the memory."""
+    """Starting points: gains of the memory, exponents, and shares of the lowest loss that E has."""
     lowest, kinds = float(np.exp(data.log_loss_N.min())), data.kind_NK.shape[1]
-    for share, exponent, gain in itertools.product((0.3, 0.8), (0.15, 0.5), (0.0, 1.0)):
+    for gain, exponent, share in itertools.product((0.0, 1.0), (0.15, 0.5), (0.3, 0.8)):
         rest = math.log(lowest * (1 - share) / 2)
         yield [math.log(lowest * share), rest, exponent, rest, exponent, *[0.1] * kinds, *[gain] * kinds]
 
 
-def _minimum(data: _Data, start):
-    """SciPy's result of the minimisation from one starting point."""
+def _best(data: _Data, starts) -> np.ndarray | None:
+    """The numbers of the lowest minimum that is reached from the starting points; None if none is reached."""
     from scipy import optimize  # which takes a second to import; jax requires SciPy
 
     kinds = data.kind_NK.shape[1]
-    low = [-20, -20, 0.0, -20, 0.0, *[data.least_worth] * kinds, *[-0.9] * kinds]
+    low = [-20, -20, 0.0, -20, 0.0, *data.least_K, *[-0.9] * kinds]
     high = [5, 5, 3.0, 5, 3.0, *[100.0] * kinds, *[1000.0] * kinds]
-    return optimize.least_squares(
-        data.residuals,
-        np.clip(start, low, high),
-        bounds=(low, high),
-        loss="huber",
-        f_scale=_DELTA,
-        x_scale="jac",
-        max_nfev=_MOST_STEPS,
-    )
+    found = []
+    for start in starts:
+        start = np.clip(start, low, high)
+        options = {"bounds": (low, high), "loss": "huber", "f_scale": _DELTA, "x_scale": "jac"}
+        found.append(optimize.least_squares(data.residuals, start, data.slopes, max_nfev=_MOST_STEPS, **options))
+    converged = [result for result in found if result.success]
+    return min(converged, key=lambda result: result.cost).x if converged else None

@@ -1,14 +1,16 @@
 """The law of `fits` for the finished runs of a protocol, and where it has base overtake models with a token memory."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
-from memoryllm_jax.experiments import fits
+from memoryllm_jax.experiments import answers, fits
+from memoryllm_jax.experiments.answers import Crossing
 from memoryllm_jax.experiments.fits import Fit, Point
 from memoryllm_jax.experiments.intervals import Interval
 from memoryllm_jax.experiments.protocol import Run, Setting
-from memoryllm_jax.experiments.results import Results
+from memoryllm_jax.experiments.results import Results, cell_of
 from memoryllm_jax.model import flops
 
 _FEWEST_LENGTHS = 3  # of the runs of a kind of memory that is fitted
@@ -22,28 +24,17 @@ class Prediction(NamedTuple):
     predicted: Interval
 
 
-class Crossing(NamedTuple):
-    """Tokens after which base is ahead of a variant, by the law, and stays ahead.
-
-    base_parameters: those of base's attention, FFNs and norms.
-    tokens: infinite where base never is ahead, 0 where it always is.
-    """
-
-    variant: str
-    size: str
-    base_parameters: int
-    tokens: Interval
-
-
 class FittedLaw(NamedTuple):
     """The law of one vocabulary.
 
-    points, left_out: the runs that it was fitted to, and those of the sizes that the protocol leaves out.
+    points, left_out: the settings that it was fitted to, and those of the sizes that the protocol leaves out.
+    without: kinds of memory that have too few sizes or lengths to be fitted.
     """
 
     fit: Fit
     points: list[Point]
     left_out: list[Point]
+    without: list[str]
     predictions: list[Prediction]
     crossings: list[Crossing]
 
@@ -51,38 +42,41 @@ class FittedLaw(NamedTuple):
 def of_vocabulary(results: Results, vocabulary: str, replicates: int = fits.REPLICATES) -> FittedLaw:
     """Fits the law to the runs of a vocabulary, without controls.
 
-    Raises: UserError if there are too few runs.
+    Raises: UserError if they do not determine the law.
     """
     points, left_out = _points(results, vocabulary)
+    without = sorted((set(fits.few_sizes(points)) | _few_lengths(points)) - {""})
+    points, left_out = ([p for p in found if p.kind not in without] for found in (points, left_out))
     fit = fits.fit(points, replicates)
-    of_setting: dict[str, list[Point]] = {}
-    for point in left_out:
-        of_setting.setdefault(point.setting, []).append(point)
     predictions = [
-        Prediction(setting, float(np.mean([point.loss for point in seeds])), fit.predicted(seeds[0]))
-        for setting, seeds in of_setting.items()
+        Prediction(f"{point.curve}, {point.tokens / 1e6:.3g} M tokens", point.loss, fit.predicted(point))
+        for point in left_out
     ]
-    return FittedLaw(fit, points, left_out, predictions, _crossings(results, vocabulary, fit))
+    sizes = list(dict.fromkeys(point.size for point in (*points, *left_out)))
+    return FittedLaw(fit, points, left_out, without, predictions, _crossings(results, vocabulary, sizes, fit))
 
 
 def _points(results: Results, vocabulary: str) -> tuple[list[Point], list[Point]]:
-    """The runs that the law is fitted to, and those of the sizes that the protocol leaves out."""
-    fitted, left_out = [], []
-    lengths: dict[str, set[int]] = {}  # {kind of memory: lengths of its runs, in tokens}
+    """The settings that the law is fitted to, and those of the sizes that the protocol leaves out."""
+    protocol, seeds = results.protocol, {}
     for run in results.runs:
-        if run.vocabulary != vocabulary or results.controlled(run.variant):
-            continue
-        active, memory, kind = _model(results, run)
-        setting = f"{run.variant} {run.size}, {run.tokens / 1e6:.3g} M tokens"
-        point = Point(active, memory, run.tokens, results.loss(run), kind, setting)
-        if run.size in results.protocol.held_out_sizes:
-            left_out.append(point)
-        else:
-            fitted.append(point)
-            lengths.setdefault(kind, set()).add(run.tokens)
-    # With fewer lengths, the worth of a memory cannot be told from the gain in speed.
-    known = {""} | {kind for kind, found in lengths.items() if len(found) >= _FEWEST_LENGTHS}
-    return [point for point in fitted if point.kind in known], [point for point in left_out if point.kind in known]
+        if run.vocabulary == vocabulary and not protocol.variant(run.variant).control_of:
+            seeds.setdefault((run.variant, cell_of(run)), []).append(run)
+    fitted, left_out = [], []
+    for (variant, cell), runs in seeds.items():
+        active, memory, kind = _model(results, runs[0])
+        loss = float(np.mean([results.loss(run) for run in runs]))
+        point = Point(active, memory, cell.tokens, loss, kind, cell.size, f"{variant} {cell.size}")
+        (left_out if cell.size in protocol.held_out_sizes else fitted).append(point)
+    return fitted, left_out
+
+
+def _few_lengths(points: list[Point]) -> set[str]:
+    """Kinds of memory with so few lengths that their worth cannot be told from their gain in data efficiency."""
+    lengths: dict[str, set[float]] = {}
+    for point in points:
+        lengths.setdefault(point.kind, set()).add(point.tokens)
+    return {kind for kind, found in lengths.items() if len(found) < _FEWEST_LENGTHS}
 
 
 def _model(results: Results, run: Run) -> tuple[int, int, str]:
@@ -92,18 +86,14 @@ def _model(results: Results, run: Run) -> tuple[int, int, str]:
     return counts["active"], counts["memory"], config.model.token_memory if config.model.row_dim else ""
 
 
-def _crossings(results: Results, vocabulary: str, fit: Fit) -> list[Crossing]:
+def _crossings(results: Results, vocabulary: str, sizes: list[str], fit: Fit) -> list[Crossing]:
     protocol, found = results.protocol, []
-    names = [variant.name for variant in protocol.variants if not results.controlled(variant.name)]
-    for size in protocol.sizes:
-        # Any length and rate will do: the models are asked for.
-        runs = {name: protocol.run(Setting(name, size, vocabulary), 1, 0, 1e-3) for name in names}
-        bases = [_model(results, run) for run in runs.values() if run.config.model.architecture == "base"]
-        if not bases:
-            return []
-        *base, _ = bases[0]
-        for name, run in runs.items():
-            *other, kind = _model(results, run)
+    for base_name, variant in answers.with_base(protocol):
+        for size in sizes:
+            # Any length and rate will do: the models are asked for.
+            runs = [protocol.run(Setting(name, size, vocabulary), 1, 0, 1e-3) for name in (base_name, variant)]
+            (*base, _), (*other, kind) = (_model(results, run) for run in runs)
             if kind in fit.law.kinds:
-                found.append(Crossing(name, size, base[0], fit.crossing(tuple(base), tuple(other), kind)))
+                tokens = fit.crossing(tuple(base), tuple(other), kind)
+                found.append(Crossing(variant, size, vocabulary, base[0], tokens, 0.0, math.inf, True))
     return found

@@ -5,9 +5,11 @@ that vocabularies can be compared; those of a split are in nats a token.
 """
 
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.experiments import heldout, intervals, splits
-from memoryllm_jax.experiments.intervals import Interval
+from memoryllm_jax.experiments.intervals import Estimate, Interval, SeedSpread
 from memoryllm_jax.experiments.protocol import Protocol, Run
 from memoryllm_jax.experiments.splits import Split
 
@@ -27,17 +29,6 @@ class Cell(NamedTuple):
     size: str
     vocabulary: str
     tokens: int
-
-
-class Family(NamedTuple):
-    """Variants that are shown together.
-
-    name: for headings and files.
-    variants: their names.
-    """
-
-    name: str
-    variants: tuple[str, ...]
 
 
 class Group(NamedTuple):
@@ -60,6 +51,7 @@ class Text:
 
     Attributes:
       vocab_size: number of token ids.
+      bytes_per_token: of the training text.
       splits: of the targets.
       documents: resamples the documents.
     Raises: UserError.
@@ -67,16 +59,18 @@ class Text:
 
     def __init__(self, data: Dataset, context: int):
         self.vocab_size = data.vocab_size
+        self.bytes_per_token = data.train.bytes / data.train.tokens
         self._text = heldout.open_text(data, context)
         self.splits: list[Split] = splits.of_text(self._text, data)
         self.documents = intervals.Documents(len(self._text.bytes_D))
         self.tokens = len(self._text.targets)
         self.bytes = float(self._text.bytes_D.sum())
+        self.effective = intervals.effective(self._text.bytes_D)
         self._tokens = self._sums(np.ones(self.tokens))
 
-    def scores(self, folder: str) -> dict[str, np.ndarray]:
+    def scores(self, folder: str, permuted: bool = False) -> dict[str, np.ndarray]:
         """Nats by document [1, D], and by group and document of each split [groups, D]. Raises: UserError."""
-        return self._sums(heldout.read(folder, self._text))
+        return self._sums(heldout.read(folder, self._text, permuted))
 
     def units(self, group: Group) -> np.ndarray:
         """What the nats of a group are divided by, in each document: bits of its bytes, or its number of tokens."""
@@ -98,19 +92,17 @@ class Text:
         return by_split | {"": self._text.by_document(values_N)[None]}
 
 
-class Compared(NamedTuple):
-    """A variant in a cell, beside the variant that it is compared with.
+class Difference(NamedTuple):
+    """The loss of a variant less that of another one in a cell.
 
-    losses: of each seed, averaged over the held-out text.
-    loss: their mean, with its interval over documents.
-    against: name of the other variant; "" for a family's reference.
-    difference: of the losses, this one's less the other's; None if they have no seed in common.
+    estimate: with replicates that are drawn together with those of all other differences.
+    seeds: number of seeds that both have.
+    spread: of the losses over seeds; without freedom, the estimate does not cover the choice of seeds.
     """
 
-    losses: dict[int, float]
-    loss: Interval
-    against: str
-    difference: Interval | None
+    estimate: Estimate
+    seeds: int
+    spread: SeedSpread
 
 
 class Results:
@@ -121,6 +113,7 @@ class Results:
       workdir: folder of the protocol, with `data/VOCABULARY` and the runs' folders.
     Attributes:
       texts: {vocabulary: its held-out text}, of the vocabularies that have runs.
+      variants: names of those that have runs, in the protocol's order.
     Raises: UserError if there are no runs, or their scores are missing or of another text.
     """
 
@@ -128,9 +121,12 @@ class Results:
         if not runs:
             raise UserError(f"{workdir}: expected finished runs of the protocol, found none")
         self.protocol, self.runs, self.workdir = protocol, list(runs), workdir
+        found = {run.variant for run in runs}
+        self.variants = [variant.name for variant in protocol.variants if variant.name in found]
         self.texts: dict[str, Text] = {}
-        self._scores: dict[str, dict[str, np.ndarray]] = {}
-        self._seeds: dict[tuple[str, Cell], dict[int, Run]] = {}
+        # By variant, cell and seed. Where `b` of a contrast is "", the scores are those with permuted rows.
+        self._runs: dict[tuple[str, Cell], dict[int, Run]] = {}
+        self._scores: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
         contexts: dict[str, int] = {}
         for run in runs:
             context = contexts.setdefault(run.vocabulary, run.config.seq_len)
@@ -142,129 +138,98 @@ class Results:
             if run.vocabulary not in self.texts:
                 data = Dataset(os.path.join(workdir, "data", run.vocabulary))
                 self.texts[run.vocabulary] = Text(data, context)
-            self._scores[run.key] = self.texts[run.vocabulary].scores(run.folder(workdir))
-            self._seeds.setdefault((run.variant, cell_of(run)), {})[run.seed] = run
+            for permuted in (False, True)[: 1 + heldout.can_permute(run.config.model)]:
+                scores = self.texts[run.vocabulary].scores(run.folder(workdir), permuted)
+                self._scores[run.key, permuted] = scores
+            self._runs.setdefault((run.variant, cell_of(run)), {})[run.seed] = run
+        self.difference = functools.cache(self._difference)
+        self._spread = functools.cache(self._spread_of_cell)
 
     def config(self, run: Run) -> Config:
         """The config of a run with the number of ids of its data."""
         model = dataclasses.replace(run.config.model, vocab_size=self.texts[run.vocabulary].vocab_size)
         return dataclasses.replace(run.config, model=model)
 
-    def families(self) -> list[Family]:
-        """The variants that have runs, and the controls with what they control."""
-        names = [variant.name for variant in self.protocol.variants]
-        found = {run.variant for run in self.runs}
-        variants = [name for name in names if name in found and not self.controlled(name)]
-        controls = [name for name in names if name in found and self.controlled(name)]
-        with_controls = [name for name in variants if name in map(self.controlled, controls)]
-        families = [Family("variants", tuple(variants)), Family("controls", (*with_controls, *controls))]
-        return [family for family in families if family.variants]
+    def seeds(self, variant: str, cell: Cell) -> dict[int, Run]:
+        """{seed: run} of a variant in a cell."""
+        return dict(sorted(self._runs.get((variant, cell), {}).items()))
 
-    def cells(self, family: Family) -> list[Cell]:
-        """Where variants of a family can be compared, or else where any has runs.
+    def cells(self, *variants: str) -> list[Cell]:
+        """Where all of these variants have runs of a common seed, in the order of sizes, vocabularies and tokens.
 
-        They are in the order of sizes, vocabularies and tokens.
+        Args:
+          variants: names; without any: all cells. "" stands for the variant before it with permuted rows.
         """
-        found = {cell for variant, cell in self._seeds if variant in family.variants}
-        found = {cell for cell in found if self._compared(family, cell)} or found
+        found = {cell for variant, cell in self._runs if not variants or variant == variants[0]}
         sizes, vocabularies = list(self.protocol.sizes), list(self.protocol.vocabularies)
+        found = {cell for cell in found if len(variants) < 2 or self._common(*variants, cell)}
         return sorted(found, key=lambda cell: (sizes.index(cell[0]), vocabularies.index(cell[1]), cell.tokens))
 
-    def last_cells(self, family: Family) -> list[Cell]:
-        """For each size and vocabulary, the fewest cells that have each variant at its longest compared run."""
-        chosen, shown = [], set()
-        for cell in reversed(self.cells(family)):
-            compared = {(cell[:2], name) for name in self._compared(family, cell)}
-            if not compared <= shown:
-                shown |= compared
-                chosen.append(cell)
-        return chosen[::-1]
-
-    def _compared(self, family: Family, cell: Cell) -> list[str]:
-        """The variants that have runs in a cell, and so has the one that they are compared with."""
-        found = self.seeds(family, cell)
-        return [variant for variant in found if self.against(family, variant) in found]
-
-    def widest_cells(self, family: Family) -> list[Cell]:
-        """For each vocabulary the cell of `last_cells` with the most variants; of several, that of the largest size."""
-        widest: dict[str, Cell] = {}
-        for cell in self.last_cells(family):
-            before = widest.get(cell.vocabulary)
-            if before is None or len(self.seeds(family, cell)) >= len(self.seeds(family, before)):
-                widest[cell.vocabulary] = cell
-        return [widest[name] for name in self.protocol.vocabularies if name in widest]
-
-    def across_vocabularies(self, family: Family) -> dict[str, list[Cell]]:
-        """{size: cells of several vocabularies with equally many tokens}, where most vocabularies have runs."""
-        found = {}
-        for size in dict.fromkeys(cell.size for cell in self.cells(family)):
-            of_length: dict[int, list[Cell]] = {}
-            for cell in self.cells(family):
-                if cell.size == size and self._compared(family, cell):
-                    of_length.setdefault(cell.tokens, []).append(cell)
-            _, _, cells = max(((len(cells), tokens, cells) for tokens, cells in of_length.items()), default=(0, 0, []))
-            if len(cells) > 1:
-                found[size] = cells
-        return found
+    def megabytes(self, cell: Cell) -> float:
+        """The text that a run of the cell reads, in 1e6 bytes."""
+        return cell.tokens * self.texts[cell.vocabulary].bytes_per_token / 1e6
 
     def loss(self, run: Run, group: Group = ALL) -> float:
         """The held-out loss of a run: in bits per byte, or in nats a token of a group."""
-        units_D = self.texts[run.vocabulary].units(group)
-        return float(self._scores[run.key][group.split][group.group].sum() / units_D.sum())
+        return self._loss(run, group, False)
 
     def nats(self, run: Run) -> float:
         """The held-out loss of a run in nats a token."""
-        return float(self._scores[run.key][""].sum() / self.texts[run.vocabulary].tokens)
+        return float(self._scores[run.key, False][""].sum() / self.texts[run.vocabulary].tokens)
 
-    def seeds(self, family: Family, cell: Cell) -> dict[str, dict[int, Run]]:
-        """{variant: {seed: run}} of a family's variants that have runs in a cell."""
-        found = {variant: self._seeds.get((variant, cell), {}) for variant in family.variants}
-        return {variant: dict(sorted(runs.items())) for variant, runs in found.items() if runs}
+    def _loss(self, run, group, permuted) -> float:
+        units_D = self.texts[run.vocabulary].units(group)
+        return float(self._scores[run.key, permuted][group.split][group.group].sum() / units_D.sum())
 
-    def controlled(self, name: str) -> str:
-        """The variant that a variant is a control of: one of the same architecture, whose rate it takes; "" if none."""
-        variant = self.protocol.variant(name)
-        if not variant.rate_of:
-            return ""
-        other = self.protocol.variant(variant.rate_of)
-        same = (variant.architecture or variant.name) == (other.architecture or other.name)
-        return other.name if same else ""
+    def mean(self, variant: str, cell: Cell) -> Interval:
+        """The loss of a variant in a cell in bits per byte, averaged over seeds, with its interval over documents."""
+        runs, text = self.seeds(variant, cell).values(), self.texts[cell.vocabulary]
+        return text.documents.mean(self._sums(runs, ALL, False), text.units(ALL))
 
-    def against(self, family: Family, variant: str) -> str:
-        """The variant that a variant is compared with: what it is a control of, or else the protocol's first one."""
-        other = self.controlled(variant) or self.protocol.variants[0].name
-        return other if other != variant and other in family.variants else ""
-
-    def compare(self, family: Family, cell: Cell, group: Group = ALL) -> dict[str, Compared]:
-        """Compares the variants of a family in a cell.
+    def _difference(self, a: str, b: str, cell: Cell, group: Group = ALL) -> Difference | None:
+        """The loss of variant `a` less that of variant `b` in a cell; None if they have no seed in common.
 
         Args:
+          b: "": `a` itself with permuted rows.
           group: the held-out targets that losses are averaged over.
         """
-        found = self.seeds(family, cell)
-        seeds = sorted({seed for runs in found.values() for seed in runs})
+        seeds = self._common(a, b, cell)
+        if not seeds:
+            return None
         text = self.texts[cell.vocabulary]
-        units_D = text.units(group)
-        losses = {
-            variant: {seed: self.loss(run, group) for seed, run in runs.items()} for variant, runs in found.items()
-        }
-        table_VS = np.array([[losses[variant].get(seed, math.nan) for seed in seeds] for variant in found])
-        spread = intervals.spread_of_seeds(table_VS)
-        out = {}
-        for variant, runs in found.items():
-            other = self.against(family, variant)
-            common = [seed for seed in runs if seed in found.get(other, {})]
-            difference = None
-            if common:
-                a_SD, b_SD = (self._sums(found[name], common, group) for name in (variant, other))
-                difference = text.documents.difference(a_SD, b_SD, units_D, spread)
-            loss = text.documents.mean(self._sums(runs, list(runs), group), units_D)
-            out[variant] = Compared(losses[variant], loss, other, difference)
-        return out
+        sums_SD = self._sums([self._runs[a, cell][seed] for seed in seeds], group, False)
+        sums_SD -= self._sums([self._runs[b or a, cell][seed] for seed in seeds], group, not b)
+        own = self._spread(cell, group, not b)
+        every = [self._spread(other, group, not b) for other in self.cells() if other.vocabulary == cell.vocabulary]
+        spread = intervals.shared_spread(own, every)
+        # The difference of two runs varies with twice the variance of one. That of one checkpoint from itself with
+        # permuted rows has a spread of its own.
+        of_seed = spread.times(math.sqrt(2) if b else 1.0)
+        draw = zlib.crc32(f"{a} {b} {cell}".encode())
+        return Difference(text.documents.estimate(sums_SD, text.units(group), of_seed, draw), len(seeds), spread)
 
-    def _sums(self, runs, seeds, group) -> np.ndarray:
-        """Nats of a group by seed and document."""
-        return np.array([self._scores[runs[seed].key][group.split][group.group] for seed in seeds])
+    def _common(self, a: str, b: str, cell: Cell) -> list[int]:
+        """The seeds that two variants have in a cell."""
+        runs, others = self._runs.get((a, cell), {}), self._runs.get((b or a, cell), {})
+        return sorted(seed for seed, run in runs.items() if seed in others and (b or (run.key, True) in self._scores))
+
+    def _spread_of_cell(self, cell: Cell, group: Group, permuted: bool) -> SeedSpread:
+        """The spread of the losses of a cell, or of what its runs lose with permuted rows."""
+        found = [list(runs.values()) for (_, other), runs in self._runs.items() if other == cell]
+        seeds = sorted({run.seed for runs in found for run in runs})
+        table_VS = np.full((len(found), len(seeds)), math.nan)
+        for row, runs in enumerate(found):
+            for run in runs:
+                loss = self.loss(run, group)
+                if permuted:
+                    known = (run.key, True) in self._scores
+                    loss = self._loss(run, group, True) - loss if known else math.nan
+                table_VS[row, seeds.index(run.seed)] = loss
+        return intervals.spread_of_seeds(table_VS)
+
+    def _sums(self, runs: Iterable[Run], group: Group, permuted: bool) -> np.ndarray:
+        """Nats of a group by run and document."""
+        return np.array([self._scores[run.key, permuted][group.split][group.group] for run in runs])
 
 
 def cell_of(run: Run) -> Cell:

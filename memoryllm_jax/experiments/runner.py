@@ -38,7 +38,7 @@ from memoryllm_jax.experiments import heldout, rates
 from memoryllm_jax.experiments.protocol import Protocol, Run, Setting
 
 _DIVERGED = "diverged.json"
-_DESCRIPTION = "run.json"
+DESCRIPTION = "run.json"
 _ALIKE = 3  # runs of several variants that fail in a row for the same reason, after which no other is started
 
 
@@ -73,7 +73,7 @@ def check_same_data(workdir: str, vocabularies: Collection[str]) -> None:
     Raises: UserError that names a run of other data.
     """
     digests = {vocabulary: Dataset(data_path(workdir, vocabulary)).digest for vocabulary in vocabularies}
-    for path in sorted(glob.glob(os.path.join(glob.escape(workdir), "runs", "*", _DESCRIPTION))):
+    for path in sorted(glob.glob(os.path.join(glob.escape(workdir), "runs", "*", DESCRIPTION))):
         of_run = json.loads(storage.read_bytes(path, "the description of a run"))
         expected = digests.get(of_run["vocabulary"], of_run["data"])
         if of_run["data"] != expected:
@@ -359,7 +359,7 @@ class Runner:
         else:
             command = train_command(self._protocol, run, self._workdir)
             about = _description(self._protocol, run, command) | {"data": self._digest(run.vocabulary)}
-            storage.write_json(os.path.join(folder, _DESCRIPTION), about)
+            storage.write_json(os.path.join(folder, DESCRIPTION), about)
             # All runs of a vocabulary read the same data, which only the first of them needs to verify.
             Verification(folder).remember_from([self._workdir])
         with open(os.path.join(folder, "log.txt"), "ab") as log:

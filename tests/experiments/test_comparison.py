@@ -1,7 +1,8 @@
-"""The page of a comparison, on scores that were made up: a memory that helps, and controls that show what does not."""
+"""The page of a comparison, on scores that were made up: a memory that helps, and a control that does not."""
 
 import csv
 import json
+import math
 import os
 import re
 
@@ -11,16 +12,24 @@ from lab import CONTEXT
 
 from memoryllm_jax import compare
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
-from memoryllm_jax.experiments import comparison, costs, heldout, laws, runner
+from memoryllm_jax.experiments import answers, comparison, costs, heldout, laws, runner
 from memoryllm_jax.experiments import protocol as protocol_lib
-from memoryllm_jax.experiments.protocol import Experiment, Protocol, Sweep, Variant
+from memoryllm_jax.experiments.fits import Law
+from memoryllm_jax.experiments.protocol import Contrast, Experiment, Protocol, Sweep, Variant
 from memoryllm_jax.experiments.results import Cell, Group, Results
 from memoryllm_jax.model import flops
 
-# What each variant gains in nats a token, and what more on targets in the second half of a window
-GAINS = {"base": (0, 0), "flex-3": (0.3, 1.0), "control": (0.3, 1.0), "flex-1": (0, 0)}
-SIZES = {"S": {"model.dim": 32}, "M": {"model.dim": 64}}
+LAW = Law(("ffn",), np.array([math.log(1), math.log(5), 0.2, math.log(150), 0.4, 0, 0]), (1, 1))
+GAINS = {"base": 0, "flex-3": 1.0, "control": 0, "flex-1": 0}  # in nats a token in the second half of a window
+PERMUTED = 0.5  # nats a token that permuted rows cost
+SIZES = {name: {"model.dim": dim} for name, dim in (("S", 32), ("M", 64), ("L", 96))}
+CONTRASTS = (
+    Contrast("Does it help?", "flex-3", "base"),
+    Contrast("A planted useless memory", "control", "base"),
+    Contrast("Do its rows help?", "flex-3", ""),
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +42,15 @@ def protocol():
         variants=(
             Variant("base"),
             Variant("flex-3"),
-            # A useless control is as good as what it controls: what differs between the two is worth nothing.
-            Variant("control", "flex-3", {"model.init_std": 0.03}, rate_of="flex-3"),
+            Variant("control", "flex-3", {"model.rows": "shared"}, rate_of="flex-3", control_of="flex-3"),
             Variant("flex-1"),
         ),
-        sweep=Sweep(tokens={"512": 1e4}, rates=(1e-3, 2e-3, 4e-3), sizes={"S": "S", "M": "S"}),
-        experiments=(Experiment("main", tuple(GAINS), ("S", "M"), ("512",), (1e4, 4e4, 1e5), (0, 1)),),
+        sweep=Sweep(tokens={"512": 1e4}, rates=(1e-3, 2e-3, 4e-3), sizes={"S": "S", "M": "S", "L": "S"}),
+        experiments=(
+            Experiment("main", tuple(GAINS), ("S", "M", "L"), ("512",), (1e4, 4e4, 1e5)),
+            Experiment("seeds", tuple(GAINS), ("S",), ("512",), (4e4,), (0, 1)),
+        ),
+        contrasts=CONTRASTS,
     )
 
 
@@ -46,24 +58,33 @@ def protocol():
 def workdir(protocol, lab, tmp_path_factory):
     """The folder of a finished comparison, without models: sweeps whose best rate is 2e-3, and scores of all runs."""
     workdir = tmp_path_factory.mktemp("comparison")
-    os.makedirs(workdir / "data")
-    os.symlink(lab.data_path, workdir / "data" / "512")
+    data = str(workdir / "data" / "512")
+    # Many documents of equal size, as few or unequal ones get no interval
+    text = "".join(json.loads(line)["text"] for line in open(lab.corpus))
+    pieces = [{"text": text[begin : begin + 1000]} for begin in range(0, 100_000, 1000)]
+    (workdir / "text.jsonl").write_text("\n".join(map(json.dumps, pieces)))
+    tokenizer = f"sentencepiece:{lab.data_path}/tokenizer.model"
+    shards.prepare(str(workdir / "text.jsonl"), tokenizer, data, validation_fraction=0.5)
     for setting in map(protocol.swept, protocol.settings()):
         for rate in protocol.sweep.rates:
             folder = protocol.sweep_run(setting, rate).folder(workdir)
             os.makedirs(folder, exist_ok=True)
             with open(f"{folder}/result.json", "w") as file:
                 json.dump({"validation": {"loss": 4 + abs(np.log(rate / 2e-3))}}, file)
-    data = Dataset(lab.data_path)
-    text = heldout.open_text(data, CONTEXT)
+    text = heldout.open_text(Dataset(data), CONTEXT)
     is_late_N = text.position_N >= CONTEXT // 2
     for run in protocol.experiment_runs(runner.chosen_rates(protocol, workdir)):
         rng = np.random.default_rng([list(GAINS).index(run.variant), run.seed, run.tokens])
-        everywhere, more = GAINS[run.variant]
-        nats_N = 30 * run.tokens**-0.2 - everywhere - more * is_late_N + rng.normal(0, 0.01, len(text.targets))
+        counts = flops.parameters(run.config)
+        kind = "ffn" if counts["memory"] else ""
+        loss = LAW.loss(counts["active"], counts["memory"], run.tokens, kind) - LAW.loss(counts["active"], 0, 1e9, "")
+        nats_N = loss - GAINS[run.variant] * is_late_N + rng.normal(0, 0.01, len(text.targets))
         folder = run.folder(workdir)
         os.makedirs(folder, exist_ok=True)
-        np.savez(f"{folder}/heldout.npz", nats=nats_N.astype("f"), digest=np.array(text.digest))
+        with open(f"{folder}/run.json", "w") as file:
+            json.dump({"commit": "c" * (1 + run.seed), "versions": {"jax": "1"}}, file)
+        for name, more in (("heldout", 0), ("heldout_permuted", PERMUTED)):
+            np.savez(f"{folder}/{name}.npz", nats=(nats_N + more).astype("f"), digest=np.array(text.digest))
     return str(workdir)
 
 
@@ -72,23 +93,41 @@ def results(protocol, workdir):
     return Results(protocol, runner.finished(protocol, workdir), workdir)
 
 
-def test_a_useless_memory_shows_as_useless_and_a_useful_one_where_it_helps(protocol, results):
-    (variants, controls), cell = results.families(), Cell("S", "512", 100_096)
-    assert variants.variants == ("base", "flex-3", "flex-1") and controls.variants == ("flex-3", "control")
-    assert cell in results.cells(variants)
-    found, control = results.compare(variants, cell), results.compare(controls, cell)["control"]
-    assert [compared.against for compared in found.values()] == ["", "base", "base"] and control.against == "flex-3"
-    assert not found["flex-1"].difference.finds and not control.difference.finds
-    text = results.texts["512"]
+def test_answers_are_the_differences_that_were_planted(protocol, results):
+    found = answers.of_results(results)
+    assert found.contrasts() == list(CONTRASTS) and found.factor > 1
+    text, cell = results.texts["512"], Cell("S", "512", 100_096)
     late = Group("position", 5, "17-32")
-    gain = 0.3 + 1.0 * text.tokens_of(late) / text.tokens  # nats a token
-    expected = -gain * text.tokens / (text.bytes * np.log(2))
-    assert found["flex-3"].difference.value == pytest.approx(expected, abs=1e-3) and found["flex-3"].difference.finds
-    for label, expected in (("17-32", -1.3), ("9-16", -0.3)):
+    bits = text.tokens / (text.bytes * np.log(2))
+    helps, useless, rows = (found.last(contrast)["S", "512"] for contrast in CONTRASTS)
+    assert helps.cell == useless.cell == cell and helps.seeds == 1 and helps.covers_seeds
+    assert helps.difference.value == pytest.approx(-text.tokens_of(late) / text.tokens * bits, abs=1e-3)
+    assert rows.difference.value == pytest.approx(-PERMUTED * bits, abs=1e-3)
+    assert helps.finds and rows.finds and not useless.finds
+    for label, expected in (("17-32", -1), ("9-16", 0)):
         (group,) = (group for group in text.groups(text.splits[2]) if group.label == label)
-        of_group = results.compare(variants, cell, group)
-        assert of_group["flex-3"].difference.value == pytest.approx(expected, abs=0.01)
-        assert of_group["flex-3"].difference.finds and not of_group["flex-1"].difference.finds
+        assert results.difference("flex-3", "base", cell, group).estimate.value == pytest.approx(expected, abs=0.01)
+
+
+def test_a_difference_without_a_spread_over_seeds_is_no_finding(protocol, workdir):
+    first = [run for run in runner.finished(protocol, workdir) if run.seed == 0]
+    found = answers.of_results(Results(protocol, first, workdir)).answers[0]
+    assert found.difference.finds and not found.covers_seeds and not found.finds
+
+
+def test_vocabularies_are_compared_after_equal_text(results):
+    class Text:
+        bytes_per_token = 4.0
+
+    def answer(*cell):
+        return answers.Answer(CONTRASTS[0], Cell(*cell), None, 1, True)
+
+    results = object.__new__(Results)
+    results.texts = {"512": type("Short", (), {"bytes_per_token": 1.5}), "32000": Text}
+    row = [answer("S", "512", tokens) for tokens in (1e6, 2e6, 4e6, 8e6)]
+    row += [answer("S", "32000", tokens) for tokens in (1e6, 2e6)]
+    (of_size,) = answers.at_equal_text(results, {found.cell: found for found in row}).values()
+    assert [(found.cell.vocabulary, found.cell.tokens) for found in of_size] == [("512", 4e6), ("32000", 2e6)]
 
 
 def test_the_page_shows_what_the_record_holds(protocol, workdir, monkeypatch):
@@ -100,21 +139,30 @@ def test_the_page_shows_what_the_record_holds(protocol, workdir, monkeypatch):
     content = open(f"{workdir}/comparison.json").read()
     record = json.loads(content)
     assert workdir not in page and workdir not in content
-    assert record["facts"]["finished runs"].startswith("48 of 48")
-    losses = record["results"]["variants"]["losses"]
-    assert len(losses) == len(SIZES) * 3 * 3
-    with open(f"{workdir}/comparison-variants-losses.csv") as file:
-        shown = list(csv.DictReader(file))
-    for row, cells in zip(losses, shown, strict=True):
-        assert float(cells["bits per byte"]) == pytest.approx(row["mean"][0], abs=1e-4)
-        assert cells["variant"] == row["variant"] and f"<td>{cells['bits per byte']}</td>" in page
-        if row["difference"]:
-            numbers = [float(x) for x in re.findall(r"[-+][\d.]+", cells["difference"])]
-            assert numbers == pytest.approx(row["difference"], abs=1e-4)
-            assert ("▼" in cells["difference"]) == (row["difference"][2] < 0)
-    assert record["results"]["fits"]["512"]["runs"] == 36  # without the control
-    assert {row["rate"] for row in record["results"]["rates"]} == {2e-3}
-    assert page.count("<img") == 8
+    facts, found = record["facts"], record["results"]
+    assert facts["finished runs"].startswith("40 of 40")
+    assert facts["code of the runs"] == "commit c, jax 1; commit cc, jax 1" and "same code" in facts["warning"]
+    marked = found["answers"]["differences"]
+    assert len(marked) == len(CONTRASTS) * len(SIZES) * 3 and facts["intervals"].startswith(f"{len(marked)} answers")
+    assert {(row["question"], row["finds"]) for row in marked} == {
+        (contrast.question, contrast.a == "flex-3") for contrast in CONTRASTS
+    }
+    with open(f"{workdir}/comparison-answers.csv") as file:
+        shown = {row["question"]: row["512 ids, size S"] for row in csv.DictReader(file)}
+    last = {row["question"]: row for row in marked if row["size"] == "S"}  # the longest comes last
+    for question, cell in shown.items():
+        value, _, high = last[question]["difference"]
+        numbers = [float(x) for x in re.findall(r"[\d.]+", cell)[:2]]
+        assert numbers == pytest.approx([abs(value), high - value], abs=6e-4)
+        assert cell.startswith("▼" if last[question]["finds"] else ("+", "-")) and cell in page
+    explored = page[page.index("Exploration") :]
+    assert "▼" in page and "▼" not in explored and "▲" not in explored
+    losses = found["losses"]
+    assert len(losses) == len(GAINS) * len(SIZES) * 3
+    assert [row["against"] for row in losses[:4]] == ["", "base", "flex-3", "base"]
+    assert found["fits"]["512"]["settings"] == 27  # without the control, seeds averaged
+    assert {row["rate"] for row in found["rates"]} == {2e-3}
+    assert {row["tokens"][0] for row in found["crossings"]} == {"inf"}  # base never catches up
 
 
 def test_costs_say_what_is_equal(protocol, results):
@@ -125,7 +173,7 @@ def test_costs_say_what_is_equal(protocol, results):
     assert flex.row_bytes == 2 * 2 * 64 and flex.weight_bytes == 2 * (counts["active"] + 512 * 64)
     shown = dict(zip(costs.COLUMNS, flex.shown(base)))
     assert shown["parameters, M"].endswith("\u00a0=") and not shown["active, M"].endswith("=")
-    assert shown["training MFLOP a token"] == ""
+    assert costs.equal(base, flex) == ["parameters"]
 
 
 def test_a_comparison_without_runs_is_refused(protocol, tmp_path):

@@ -19,35 +19,46 @@ def planted(worth: float, gain: float) -> Law:
 
 
 def runs(law: Law) -> list[Point]:
-    """Runs of three sizes, with and without a memory, at four lengths, whose losses vary by 0.3% with the seed."""
+    """Settings of three sizes, with and without a memory, at four lengths, of three seeds that vary by 0.3%."""
     rng, points = np.random.default_rng(0), []
     for size in (2e5, 6e5, 1.2e6):
         for share in (0, 0.42, 0.67):
             for tokens in (5e5, 1e6, 2e6, 8e6):
                 kind = "ffn" if share else ""
                 active, memory = size * (1 - share), size * share
-                loss = law.loss(active, memory, tokens, kind)
-                for noise in rng.normal(0, 0.003, 3):
-                    points.append(Point(active, memory, tokens, loss * (1 + noise), kind, f"{size} {share} {tokens}"))
+                loss = law.loss(active, memory, tokens, kind) * (1 + rng.normal(0, 0.003 / math.sqrt(3)))
+                points.append(Point(active, memory, tokens, loss, kind, f"{size}", f"{size} {share}"))
     return points
 
 
 @pytest.mark.parametrize("worth, gain", [(0.3, 0.5), (0.0, 0.0)], ids=["useful", "useless"])
 def test_planted_numbers_are_inside_their_intervals(worth, gain):
     law = planted(worth, gain)
-    found = fits.fit(runs(law), replicates=40)
+    found = fits.fit(runs(law), replicates=20)
     numbers = found.numbers()
     for name, value in (BASE | {"k ffn": worth, "r ffn": gain}).items():
         assert law.named()[name] == pytest.approx(value)
         assert numbers[name].low <= value <= numbers[name].high, name
     assert (numbers["k ffn"].finds, numbers["r ffn"].finds) == (worth > 0, gain > 0)
-    assert found.error == pytest.approx(0.003, rel=0.2)
+    assert found.error == pytest.approx(0.003 / math.sqrt(3), rel=0.4)
+    assert len(found.replicates) + found.dropped == 20
     larger = law.loss(*LARGER, 3e7, "ffn")
-    predicted = found.predicted(Point(*LARGER, 3e7, math.nan, "ffn", ""))
-    assert predicted.low <= larger <= predicted.high and predicted.high - predicted.low < 0.03 * larger
+    predicted = found.predicted(Point(*LARGER, 3e7, math.nan, "ffn", "", ""))
+    assert predicted.value == pytest.approx(larger, rel=0.01) and predicted.high - predicted.low < 0.03 * larger
+    assert predicted.high - predicted.low > 2 * found.error * larger  # the error of the law is included
     crossing = found.crossing((1e6, 0), (4e5, 6e5), "ffn")
     if worth:
-        assert crossing.low <= law.crossing((1e6, 0), (4e5, 6e5), "ffn") <= crossing.high
+        assert crossing.value == pytest.approx(law.crossing((1e6, 0), (4e5, 6e5), "ffn"), rel=0.2)
+        assert crossing.low < crossing.value < crossing.high
+
+
+def test_slopes_are_those_of_the_residuals():
+    data = fits._Data.of(runs(planted(0.3, 0.5)), ["ffn"])
+    x, step = np.array([0.1, -0.5, 0.4, -0.3, 0.3, 0.2, 0.7]), 1e-6
+    for number, slopes_N in enumerate(data.slopes(x).T):
+        aside = step * np.eye(len(x))[number]
+        by_steps = (data.residuals(x + aside) - data.residuals(x - aside)) / (2 * step)
+        np.testing.assert_allclose(slopes_N, by_steps, atol=1e-8)
 
 
 def test_losses_are_equal_at_the_crossing():
@@ -60,6 +71,14 @@ def test_losses_are_equal_at_the_crossing():
     assert planted(1.5, -0.5).crossing(base, other, "ffn") == math.inf  # base is ahead at first alone
 
 
-def test_too_few_settings_are_refused():
-    with pytest.raises(UserError, match="fit: expected at least 14 settings, twice as many as its numbers, found 6"):
-        fits.fit([Point(1e6, 1e6, tokens, 3.0, "ffn", str(tokens)) for tokens in range(1, 7)])
+def test_settings_that_do_not_determine_the_law_are_refused():
+    points = runs(planted(0.3, 0.5))
+    cases = {
+        "3 sizes without a memory, .* found 2": [p for p in points if p.kind or p.size != "200000.0"],
+        "2 sizes with ffn, .* found 1": [p for p in points if not p.kind or p.size == "200000.0"],
+        "14 settings, twice as many as its numbers, found 9": [p for p in points if p.tokens == 1e6],
+        "3 sizes without a memory, .* found 0": [],
+    }
+    for problem, few in cases.items():
+        with pytest.raises(UserError, match=f"fit: expected at least {problem}"):
+            fits.fit(few)
