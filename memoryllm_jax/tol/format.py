@@ -262,16 +262,19 @@ class TolFile:
         Raises: UserError that names what differs.
         """
         mine = self.metadata
-        pairs = [
+        names = [
             ("vocabulary", mine["vocab_size"], str(config.vocab_size)),
             ("width", str(self.layout.dim), str(config.dim)),
             ("layers", str(self.layout.layers), str(config.layers)),
             ("architecture", mine["architecture"], config.architecture),
+        ]
+        digests = [
             ("tokenizer", mine["tokenizer_digest"], tokenizer_digest),
             ("parameters", mine["decoder_digest"], decoder_digest or mine["decoder_digest"]),
         ]
-        # Digests are cut to their first 12 digits, which are enough to tell them apart.
-        different = [f"{what} {a[:12]} in the file, {b[:12]} in the model" for what, a, b in pairs if a != b]
+        different = [f"{what} {a} in the file, {b} in the model" for what, a, b in names if a != b]
+        # The first 12 digits are enough to tell digests apart.
+        different += [f"{what} {a[:12]} in the file, {b[:12]} in the model" for what, a, b in digests if a != b]
         if different:
             raise UserError(
                 f"{self.path}: made for another model (its step {mine['step']}): {'; '.join(different)}; "
