@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from lab import CONTEXT, with_devices
 
+from memoryllm_jax.common.child import Children
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.experiments import heldout, runner
@@ -38,44 +40,71 @@ PROTOCOL = Protocol(
     keep=("second",),
 )
 BASE, MEMORY = Setting("base", "S", "512"), Setting("memory", "S", "512")
-# Runs in the place of `train`: it writes the files of a finished run, or fails with an exit code. The loss is the
-# distance of the rate to 0.002.
-TRAIN = """
-import json, math, os, sys
-folder, rate, code = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-print("error: no space", file=sys.stderr)
-if code:
-    sys.exit(code)
-os.makedirs(f"{folder}/40")
-with open(f"{folder}/result.json", "w") as file:
-    json.dump({"validation": {"loss": abs(math.log(rate / 0.002))}}, file)
-"""
-SCORE = "import sys; open(sys.argv[1] + '/heldout.npz', 'w')"
+
+
+def train(folder, rate, code) -> int:
+    """Writes the files of a finished run unless the code is an error. The loss is the distance of the rate to 0.002."""
+    if code == "0":
+        os.makedirs(f"{folder}/40")
+        loss = abs(math.log(float(rate) / 0.002))
+        Path(folder, "result.json").write_text(json.dumps({"validation": {"loss": loss}}))
+    return int(code)
+
+
+def score(folder) -> int:
+    Path(folder, "heldout.npz").touch()
+    return 0
+
+
+class Processes:
+    """Takes the place of `Children`: a command does its work when it is waited for, the last one first."""
+
+    stopped = False
+
+    def __init__(self):
+        self.running = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        assert not self.running
+
+    def start(self, command, stdout, **_):
+        assert command[1] not in [folder for _, folder, *_ in self.running]
+        stdout.write(b"error: no space\n")
+        self.running.append(tuple(command))
+        return self.running[-1]
+
+    def wait(self):
+        name, *arguments = process = self.running.pop()
+        return process, {"train": train, "score": score}[name](*arguments)
 
 
 class Stubs:
     """Takes the place of the processes, and notes which run they are for."""
 
-    def __init__(self, monkeypatch, workdir, only=()):
+    def __init__(self, monkeypatch, workdir, only=(), jobs=1):
         self.started: list[tuple[str, str, int, float]] = []
         self.codes: dict[str, int] = {}  # {variant: exit code of its trainings}
-        self.workdir, self.only = str(workdir), only
+        self.workdir, self.only, self.jobs = str(workdir), only, jobs
+        monkeypatch.setattr(runner, "Children", Processes)
         monkeypatch.setattr(runner, "train_command", self.train)
         monkeypatch.setattr(runner, "score_command", self.score)
         monkeypatch.setattr(runner, "Dataset", lambda path: SimpleNamespace(digest=path))
 
     def train(self, protocol, run, workdir):
         self.started.append(("train", run.variant, run.tokens, run.rate))
-        code = self.codes.get(run.variant, 0)
-        return [sys.executable, "-S", "-c", TRAIN, run.folder(workdir), str(run.rate), str(code)]
+        return ["train", run.folder(workdir), str(run.rate), str(self.codes.get(run.variant, 0))]
 
     def score(self, run, workdir):
         self.started.append(("score", run.variant, run.tokens, run.rate))
-        return [sys.executable, "-S", "-c", SCORE, run.folder(workdir)]
+        return ["score", run.folder(workdir)]
 
     def run(self) -> int:
         self.started.clear()
-        return runner.Runner(runner.Selection(PROTOCOL, self.only), self.workdir, 1, lambda run: run.tokens).run()
+        selection = runner.Selection(PROTOCOL, self.only)
+        return runner.Runner(selection, self.workdir, self.jobs, lambda run: run.tokens).run()
 
 
 def test_sweeps_come_first_and_what_is_done_stays_done(monkeypatch, tmp_path):
@@ -106,6 +135,16 @@ def test_sweeps_come_first_and_what_is_done_stays_done(monkeypatch, tmp_path):
     assert stubs.run() == 0 and stubs.started == []
     stubs.only = []
     assert stubs.run() == 0 and stubs.started == [("score", "memory", 640, 0.002)]
+
+
+def test_two_at_a_time_make_what_one_by_one_makes(monkeypatch, tmp_path):
+    started = []
+    for jobs in (1, 2):
+        stubs = Stubs(monkeypatch, tmp_path / str(jobs), jobs=jobs)
+        assert stubs.run() == 0
+        started.append(stubs.started)
+    one, two = started
+    assert one != two and sorted(one) == sorted(two)  # and no run is two processes at once, as `Processes` checks
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, capfd):
@@ -140,17 +179,19 @@ def test_a_rate_that_diverges_is_a_result(monkeypatch, tmp_path):
 
 
 def test_a_signal_stops_the_runs_and_the_next_start_goes_on(monkeypatch, tmp_path, capfd):
+    """With real processes."""
     stubs = Stubs(monkeypatch, tmp_path, ["first"])
-    train = stubs.train
-    sleeps = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr(runner, "train_command", lambda *a: (train(*a), threading.Timer(0.1, stop).start(), sleeps)[2])
 
-    def stop():
-        os.kill(os.getpid(), signal.SIGTERM)
+    def sleep(*run):
+        stubs.train(*run)
+        threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        return [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
 
-    assert stubs.run() == 143 and len(stubs.started) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "Children", Children)
+        patch.setattr(runner, "train_command", sleep)
+        assert stubs.run() == 143 and len(stubs.started) == 1
     assert "stopped with 4 runs left" in capfd.readouterr().out
-    monkeypatch.setattr(runner, "train_command", train)
     assert stubs.run() == 0 and len(stubs.started) == 6
 
 
