@@ -48,6 +48,12 @@ gc.freeze()  # what the imports have made stays anyway
 _MOST_SECONDS_TO_END = 120
 
 
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One worker more than cores: tests of launchers and of commands wait for other processes."""
+    return (yield) + 1
+
+
 def pytest_collection_modifyitems(config, items):
     if "long" not in config.option.markexpr:
         items[:] = [item for item in items if "long" not in item.keywords]

@@ -9,6 +9,8 @@ import os
 import pathlib
 import re
 import socket
+import subprocess
+import sys
 import types
 
 import jax
@@ -48,6 +50,39 @@ GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hf", "golden_
 def with_devices(count: int) -> dict[str, str]:
     """The environment for a command with `count` emulated devices and the compiler options of this process."""
     return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={count}")}
+
+
+_IN_FORKS = """
+import importlib, json, os, runpy, sys, tempfile
+module, lines = sys.argv[1], json.loads(sys.argv[2])
+importlib.import_module(module)
+del sys.modules[module]  # or runpy warns
+ends = []
+for line in lines:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if not child:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.argv = [module, *line]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            sys.exit()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0), err.seek(0)
+        ends.append((code, out.read(), err.read()))
+print(json.dumps(ends))
+"""
+
+
+def run_lines(module: str, *lines: tuple[str, ...]) -> list[tuple[int, str, str]]:
+    """Runs `python -m module` with the arguments of each line, in forks of one process: imports are most of the time.
+
+    Returns: exit code, stdout and stderr for each line.
+    """
+    command = [sys.executable, "-c", _IN_FORKS, module, json.dumps(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return [tuple(end) for end in json.loads(done.stdout)]
 
 
 def stop_time(monkeypatch, *modules) -> list[float]:

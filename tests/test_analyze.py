@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 from by_hand import LENGTH, SMALL, key_value_model
+from lab import run_lines
 
 from memoryllm_jax import analyze
 from memoryllm_jax.analysis import run as analysis_run
@@ -87,12 +88,14 @@ def test_analyses_without_text_load_no_attention(lab):
         assert model.rows(0, np.arange(3)).shape == (3, 32)
 
 
-def test_help_gives_the_definition_and_the_options():
-    line = [sys.executable, "-m", "memoryllm_jax.analyze", "alpha", "--help"]
-    shown = subprocess.run(line, capture_output=True, text=True)
-    assert shown.returncode == 0 and "MemoryLLM, Table 1" in shown.stdout
+def test_help_gives_the_definition_and_the_options_and_those_of_other_analyses_are_refused():
+    lines = ("alpha", "--help"), ("clustering", "--workdir=w", "--output=o", "--data=d")
+    (helped, shown, _), (refused, _, err) = run_lines("memoryllm_jax.analyze", *lines)
+    assert helped == 0 and "MemoryLLM, Table 1" in shown
     for option in ("--alphas", "--workdir", "--max_tokens"):
-        assert option in shown.stdout
+        assert option in shown
+    assert refused == 1
+    assert re.fullmatch("error: clustering: takes no --data, which is an option of coefficients, .*\n", err)
 
 
 def test_the_command_ends_with_a_line_that_names_the_page(lab, tmp_path):
@@ -100,13 +103,6 @@ def test_the_command_ends_with_a_line_that_names_the_page(lab, tmp_path):
     line += [f"--workdir={lab.workdir('memory')}", f"--output={tmp_path}"]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith(f"{tmp_path}/triggers.html: ")
-
-
-def test_an_option_of_other_analyses_is_refused_by_name():
-    line = [sys.executable, "-m", "memoryllm_jax.analyze", "clustering", "--workdir=w", "--output=o", "--data=d"]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert re.fullmatch("error: clustering: takes no --data, which is an option of coefficients, .*\n", done.stderr)
 
 
 def test_an_unknown_command_is_refused(monkeypatch, capsys):

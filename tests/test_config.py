@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from lab import run_lines
 
 from memoryllm_jax.common import config_files
 from memoryllm_jax.common.errors import UserError
@@ -239,19 +240,19 @@ def test_unknown_fields_and_wrong_types_are_refused_by_name():
         default("flex-8")
 
 
-@pytest.mark.parametrize(
-    "argument, message",
-    [
-        ("--config.steps=many", "flag --config.steps=many"),
-        ("--config=configs/tyni.py", "error: --config: expected FILE.py:ARCHITECTURE, found no file configs/tyni.py"),
-        ("--config.model.heads=3", "error: config.model.heads: expected a divisor of model.dim = 256, found 3"),
-    ],
-)
-def test_command_line_mistakes_are_one_sentence(argument, message, tmp_path):
-    command = [sys.executable, "-m", "memoryllm_jax.train", "--config=configs/tiny.py:base", argument]
-    result = subprocess.run([*command, f"--workdir={tmp_path}/w"], capture_output=True, text=True, timeout=100)
-    assert result.returncode == 1
-    assert message in result.stderr and "Traceback" not in result.stderr, result.stderr
+def test_command_line_mistakes_are_one_sentence(tmp_path):
+    messages = {
+        "--config.steps=many": "flag --config.steps=many",
+        "--config=configs/tyni.py": "error: --config: expected FILE.py:ARCHITECTURE, found no file configs/tyni.py",
+        "--config.model.heads=3": "error: config.model.heads: expected a divisor of model.dim = 256, found 3",
+        "--chip=h100": "error: --chip: expected only with --dry_run, found without it",
+        "--workdir=": "error: --workdir: expected a folder for checkpoints and metrics, found none",
+    }
+    lines = [("--config=configs/tiny.py:base", f"--workdir={tmp_path}/w", argument) for argument in messages]
+    for message, (code, _, err) in zip(messages.values(), run_lines("memoryllm_jax.train", *lines), strict=True):
+        assert code == 1 and message in err and "Traceback" not in err, err
+        if message.startswith("error: "):
+            assert err.startswith(message) and err.count("\n") == 1
     assert not (tmp_path / "w").exists()
 
 

@@ -6,22 +6,19 @@ import subprocess
 import sys
 
 import pytest
-from lab import CONTEXT, with_devices
+from lab import CONTEXT, run_lines, with_devices
 
 from memoryllm_jax.evaluation import perplexity
 from memoryllm_jax.evaluation.perplexity import Windows
 from memoryllm_jax.inference.engine import Contribution
 
 
-def evaluate(*arguments, devices=1):
-    line = [sys.executable, "-m", "memoryllm_jax.evaluate", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=240, env=with_devices(devices))
-
-
 def test_the_command_writes_record_and_page_of_a_text(lab, tmp_path):
     workdir, out, page = f"--workdir={lab.workdir('memory')}", tmp_path / "out.json", tmp_path / "page"
     where = (f"--data={lab.data_path}", f"--tol={lab.tol('memory')}", "--rows=host", "--alpha=0.9", "--drop_layers=1")
-    done = evaluate(workdir, *where, "--stride=16", "--max_tokens=400", f"--output={out}", f"--page={page}", devices=2)
+    line = [sys.executable, "-m", "memoryllm_jax.evaluate", workdir, *where]
+    line += ["--stride=16", "--max_tokens=400", f"--output={out}", f"--page={page}"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=240, env=with_devices(2))
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     windows = Windows(CONTEXT, 16, 400)
@@ -43,10 +40,10 @@ def test_the_command_writes_record_and_page_of_a_text(lab, tmp_path):
 
 
 def test_the_command_refuses_in_one_line():
-    for arguments, words in (
-        (("--data=a", "--tasks=b"), "error: expected --data=TEXT or --tasks=NAMES, found both\n"),
-        (("--stride=3", "--tasks=b"), "error: --stride: expected data too, without which it has no effect\n"),
-        (("--limit=3",), "error: --limit: expected tasks too, without which it has no effect\n"),
-    ):
-        refused = evaluate("--workdir=nowhere", *arguments)
-        assert (refused.returncode, refused.stderr) == (1, words)
+    words = {
+        ("--data=a", "--tasks=b"): "error: expected --data=TEXT or --tasks=NAMES, found both\n",
+        ("--stride=3", "--tasks=b"): "error: --stride: expected data too, without which it has no effect\n",
+        ("--limit=3",): "error: --limit: expected tasks too, without which it has no effect\n",
+    }
+    ends = run_lines("memoryllm_jax.evaluate", *(("--workdir=nowhere", *arguments) for arguments in words))
+    assert [(code, err) for code, _, err in ends] == [(1, text) for text in words.values()]

@@ -1,9 +1,12 @@
+import contextlib
+
 import jax
 import numpy as np
 import pytest
-from lab import GREEDY
+from lab import GREEDY, write_untrained
 
 from memoryllm_jax.analysis import views
+from memoryllm_jax.tol import serving
 
 
 def check_says(says, z_V):
@@ -69,8 +72,9 @@ def test_a_position_is_seen_as_in_numpy(in_numpy, architecture):
 
 
 @pytest.mark.parametrize("architecture", ["bov-3", "ple-3"])
-def test_tables_have_norms_and_say_nothing(lab, architecture):
-    with lab.model(architecture) as engine:
+def test_tables_have_norms_and_say_nothing(make_config, tmp_path, architecture):
+    workdir = write_untrained(make_config(architecture), str(tmp_path / "w"))
+    with contextlib.closing(serving.open_engine(workdir)) as engine:
         model = views.KeyValueModel(engine.trained, engine.params)
         seen = views.token(model, model, 300, 4, lambda done: None)
         row_D = np.asarray(engine.rows.fetch(np.array([300])).ffn_LSUD[1])

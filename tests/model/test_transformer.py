@@ -88,18 +88,17 @@ def make(make_config):
         ),
         (
             "memory",
-            {"model.tie_embeddings": True, "model.attention": "plain", "model.remat": "none", "model.rows": "permuted"},
+            {"model.tie_embeddings": True, "model.remat": "none", "model.rows": "permuted", "log.norms_every": 1},
         ),
         (
             "flex-1",
             {"model.compute_input": "after_attention", "model.norm": "layernorm", "model.remat": "full"}
             | {"model.dim": 30, "model.heads": 3, "model.qk_norm": True, "mesh.tensor": 2, "data.document_mask": True},
         ),
-        ("flex-3", {"accumulate": 2, "log.norms_every": 1}),
         ("value-0", {"model.kv_heads": 2, "accumulate": 2, "data.document_mask": True, "model.rows": "shared"}),
         ("ple-3", {"log.norms_every": 1}),
         ("bigram-3", {"accumulate": 2, "log.norms_every": 1}),
-        ("bov-3", {"model.kv_heads": 2, "model.layers": 3, "log.norms_every": 1}),
+        ("bov-3", {"model.kv_heads": 2, "model.layers": 3, "log.norms_every": 1, "mesh.tensor": 2}),
         ("rows-8", {"log.norms_every": 1, "model.dim": 30, "model.heads": 3, "mesh.tensor": 2}),
         ("flex-3", {"model.rows": "frozen", "model.attention": "plain", "data.document_mask": True}),
     ],

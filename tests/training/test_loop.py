@@ -128,9 +128,7 @@ def test_a_signal_before_the_first_step_saves_nothing_and_says_so(make_config, t
     "architecture, mesh",
     [
         ("memory", (1, 8, 1)),
-        ("flex-3", (2, 2, 2)),
         ("ple-3", (2, 2, 2)),
-        ("bov-3", (2, 2, 2)),
         ("bigram-3", (2, 2, 2)),
     ],
 )
