@@ -53,12 +53,6 @@ def wait_until(condition, *commands):
         time.sleep(0.1)
 
 
-def count_records(workdir):
-    """The number of steps that are recorded."""
-    path = workdir / "metrics.jsonl"
-    return path.read_text().count('"kind": "train"') if path.exists() else 0
-
-
 def newest_checkpoint(workdir):
     """The step of the newest complete checkpoint."""
     return max(int(path.name) for path in workdir.iterdir() if path.name.isdigit())
@@ -85,19 +79,6 @@ def test_sigterm_saves_and_one_workdir_takes_one_run(data_path, tmp_path):
     assert records(tmp_path / "w")[-1]["step"] == step
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--chip=h100"], "error: --chip: expected only with --dry_run, found without it"),
-        ([], "error: --workdir: expected a folder for checkpoints and metrics, found none"),
-    ],
-)
-def test_mistakes_in_options_are_one_sentence(arguments, message):
-    command = [sys.executable, "-m", "memoryllm_jax.train", "--config=configs/tiny.py:memory", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
-
-
 def test_a_start_from_another_model_leaves_the_devices_to_the_run(make_config, tmp_path):
     """Flags are parsed before the processes join and before the share of a GPU's memory is set."""
     workdir = write_untrained(make_config("memory"), str(tmp_path / "w"))
@@ -118,12 +99,15 @@ sys.exit(xla_bridge.backends_are_initialized())
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_and_stopped_train_as_one(data_path, tmp_path, monkeypatch, shared_trainers):
-    """One of two is killed; one process goes on; two go on, and Ctrl-C at one stops both; two go on to the end."""
-    fields = {"steps": 120, "data.path": data_path, "checkpoint.every": 20, "sample.tokens": 3, "sample.every": 50}
+def test_two_processes_of_which_one_is_killed_train_as_one(data_path, tmp_path, monkeypatch, shared_trainers):
+    """One of two is killed; one process goes on and is stopped; two go on to the end.
+
+    A signal to one of several processes stops all of them in tests/common/test_hosts.py and tests/launch/slurm.sh.
+    """
+    fields = {"steps": 60, "data.path": data_path, "checkpoint.every": 10, "sample.tokens": 3, "sample.every": 50}
     workdir = tmp_path / "w"
     processes = start_several(tmp_path, 2, fields, "killed")
-    wait_until((workdir / "20").exists, *processes)
+    wait_until((workdir / "10").exists, *processes)
     processes[1].process.kill()
     assert processes[0].end() == ExitCode.LOST
     text = processes[0].log.read_text()
@@ -137,20 +121,14 @@ def test_two_processes_that_are_killed_and_stopped_train_as_one(data_path, tmp_p
         assert train_here(workdir, fields, devices=2) == ExitCode.STOPPED
     assert [record["step"] for record in records(workdir)] == list(range(1, saved + 6))
 
-    processes = start_several(tmp_path, 2, fields, "stopped")
-    wait_until(lambda: count_records(workdir) >= saved + 10, *processes)
-    processes[1].process.send_signal(signal.SIGINT)
-    assert [p.end() for p in processes] == [ExitCode.STOPPED] * 2
-    assert saved + 10 <= newest_checkpoint(workdir) == records(workdir)[-1]["step"] < 120
-
     processes = start_several(tmp_path, 2, fields, "finished")
     assert [p.end(seconds=200) for p in processes] == [0, 0]
     assert "sample at temperature" in processes[0].log.read_text()
-    assert json.loads((workdir / "result.json").read_text())["steps"] == 120
-    assert [record["step"] for record in records(workdir, "sample")] == [50, 100, 120]
+    assert json.loads((workdir / "result.json").read_text())["steps"] == 60
+    assert [record["step"] for record in records(workdir, "sample")] == [50, 60]
     without = {"sample.tokens": 0, "sample.every": 0, "checkpoint.every": 1000}
     train_here(tmp_path / "here", fields | without, devices=2)
     here, several = ([r["loss"] for r in records(folder)] for folder in (tmp_path / "here", workdir))
-    assert len(several) == 120
+    assert len(several) == 60
     np.testing.assert_allclose(several[:20], here[:20], rtol=1e-5)
     np.testing.assert_allclose(several, here, rtol=1e-2)  # rounding grows from step to step

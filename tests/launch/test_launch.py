@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lab import with_devices
 
 from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.config import MeshConfig
@@ -55,7 +56,7 @@ def test_slurm_requeues_by_the_table(tmp_path, crash_loop, crashes):
 def test_slurm_restarts_runs_unless_the_error_is_the_users(data_path, tmp_path):
     if not (shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin") and os.geteuid() == 0):
         pytest.skip("needs Debian's packages slurm-wlm and munge, and root")
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env = with_devices(1) | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         [ROOT / "tests/launch/slurm.sh", data_path, tmp_path], env=env, capture_output=True, text=True, timeout=900
     )
