@@ -75,7 +75,7 @@ def get_protocol() -> Protocol:
             # 4 and 8 M tokens are 20 and 40 for each parameter of attention and FFNs in S.
             Experiment("letters", MAIN, ("S",), ("512",), (1 * M, 2 * M, 4 * M)),
             Experiment("syllables", MAIN, ("S",), ("4096",), (1 * M, 2 * M, 4 * M)),
-            Experiment("seeds", MAIN, ("S",), ("512", "4096"), (1 * M,), SEEDS),
+            Experiment("seeds", MAIN, ("S",), ("512", "4096"), (2 * M,), SEEDS),
             Experiment("words", MAIN[:6], ("S",), ("32000",), (1 * M, 2 * M)),
             Experiment("long", MAIN, ("S",), ("512", "4096"), (8 * M,)),
             Experiment("wiring", WIRING, ("S",), ("512", "4096"), (1 * M, 4 * M)),
