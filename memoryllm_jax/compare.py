@@ -10,8 +10,9 @@ runs sweep the peak learning rate of each variant; then the experiments train wi
 `train` in DIR/runs/KEY. Kill it at any time and run the same line again: it goes on with what is not done. A run that
 fails is named, and the others go on.
 
-At the end, and with --report at any time, the finished runs are compared on DIR/comparison.html: losses, differences
-with their intervals, where they come from, what is equal, and a law fitted to the runs. DIR/comparison.json holds the
+At the end, and with --report at any time, DIR/comparison.html shows what the finished runs say: the answers to the
+protocol's contrasts, with 95% intervals that hold all together, where base overtakes each memory, and as exploration
+all losses, where differences come from, what is equal, and a law fitted to the runs. DIR/comparison.json holds the
 numbers of the page and names no path, CSV and PNG files its tables and pictures.
 
 TEXTS is a folder with files train-* and validation-*, of the kinds that `prepare` reads.

@@ -104,20 +104,18 @@ def curves(results: Results, variants: Sequence[str]):
     return figure
 
 
-def shares(results: Results, found: dict[Cell, dict[str, list[tuple[float, float]]]]):
-    """Loss against beta, a panel for each cell.
+def shares(found: dict[Cell, list[tuple[float, float]]]):
+    """Loss against beta, a line for each cell.
 
     Args:
-      found: {cell: {series: its (beta, bits per byte)}}.
+      found: {cell: its (beta, bits per byte)}.
     """
-    figure, panels = _panels(list(found))
-    names = list(dict.fromkeys(name for series in found.values() for name in series))
-    for cell, ax in panels.items():
-        for name, points in found[cell].items():
-            ax.plot(*zip(*points), label=name, **plots.style_of(names.index(name)))
-        ax.set_title(f"size {cell.size}, {cell.vocabulary} ids, {cell.tokens / 1e6:.3g} M tokens", fontsize=9)
-        ax.set(xlabel="beta: 0 is memory, 8 is base", ylabel="bits per byte")
-    _finish(figure, panels.values())
+    figure, ax = plots.new_figure()
+    for number, (cell, points) in enumerate(found.items()):
+        label = f"{cell.vocabulary} ids, size {cell.size}, {cell.tokens / 1e6:.3g} M tokens"
+        ax.plot(*zip(*points), label=label, **plots.style_of(number))
+    ax.set(xlabel="beta: 0 is memory, 8 is base", ylabel="bits per byte")
+    plots.legend(ax)
     return figure
 
 

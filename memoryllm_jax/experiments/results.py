@@ -208,6 +208,11 @@ class Results:
         draw = zlib.crc32(f"{a} {b} {cell}".encode())
         return Difference(text.documents.estimate(sums_SD, text.units(group), of_seed, draw), len(seeds), spread)
 
+    def spreads(self, vocabulary: str) -> dict[Cell, SeedSpread]:
+        """The spread of the losses over seeds in bits per byte, of each cell of a vocabulary that has several seeds."""
+        found = {cell: self._spread(cell, ALL, False) for cell in self.cells() if cell.vocabulary == vocabulary}
+        return {cell: spread for cell, spread in found.items() if spread.freedom}
+
     def _common(self, a: str, b: str, cell: Cell) -> list[int]:
         """The seeds that two variants have in a cell."""
         runs, others = self._runs.get((a, cell), {}), self._runs.get((b or a, cell), {})

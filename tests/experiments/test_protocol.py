@@ -1,10 +1,14 @@
 """Protocols: the runs that follow from them, and what is refused."""
 
+import dataclasses
+import itertools
+
 import pytest
 
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.experiments import protocol as protocol_lib
 from memoryllm_jax.experiments.protocol import Experiment, Protocol, Setting, Sweep, Variant
+from memoryllm_jax.model import flops
 
 TOKENS = {"512": 640, "600": 640}
 RATES = (1e-3, 2e-3, 4e-3)
@@ -111,9 +115,7 @@ def test_what_is_not_valid_is_named(changes, problem):
 
 def test_a_protocol_file_is_found_among_the_packages_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    p = protocol_lib.load("configs/protocols/small.py")
-    for setting in p.settings():
-        assert p.sweep_run(setting, 0.004).config.model.dim in (64, 96, 128, 192)
+    assert protocol_lib.load("configs/protocols/small.py").sizes
     with pytest.raises(
         UserError, match=r"protocol: expected FILE\.py, found no file small\.py .* are configs/protocols/"
     ):
@@ -121,3 +123,30 @@ def test_a_protocol_file_is_found_among_the_packages_own(tmp_path, monkeypatch):
     (tmp_path / "p.py").write_text("def get_protocol():\n    return 1")
     with pytest.raises(UserError, match=r"expected get_protocol\(\) to return a Protocol, found 1"):
         protocol_lib.load("p.py")
+
+
+def test_the_small_protocol_can_answer_its_questions():
+    p = protocol_lib.load("configs/protocols/small.py")
+    cells: dict[str, dict[tuple, set[int]]] = {variant.name: {} for variant in p.variants}
+    for experiment in p.experiments:
+        for name in experiment.variants:
+            for cell in itertools.product(experiment.sizes, experiment.vocabularies, experiment.tokens):
+                cells[name].setdefault(cell, set()).update(experiment.seeds)
+    for contrast in p.contrasts:  # in each vocabulary
+        both = cells[contrast.a].keys() & cells[contrast.b or contrast.a].keys()
+        assert {vocabulary for size, vocabulary, _ in both if size == "S"} == set(p.vocabularies), contrast
+    for variant in p.variants:  # wherever there is a control, there is what it controls
+        assert cells[variant.name].keys() <= cells[variant.control_of or variant.name].keys(), variant
+    several = {cell[1] for of_cells in cells.values() for cell, seeds in of_cells.items() if len(seeds) >= 3}
+    assert several == set(p.vocabularies)  # so that a spread over seeds is known in each
+    counts = {}
+    for name in ("base", "memory", "flex-3", "no-memory-0", "no-memory-3", "rows-3", "flex-3-shared"):
+        config = p.sweep_run(Setting(name, "S", "4096"), 0.004).config
+        counts[name] = flops.parameters(
+            dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=4096))
+        )
+    for contrast in p.contrasts:
+        if contrast.b:  # what the question calls equal
+            kind = "total" if "total" in contrast.question else "active"
+            assert counts[contrast.a][kind] == pytest.approx(counts[contrast.b][kind], rel=1e-3), contrast
+    assert max(tokens for size, _, tokens in cells["base"] if size == "S") >= 20 * counts["base"]["active"]
