@@ -94,11 +94,11 @@ def spread_of_seeds(losses_VS: np.ndarray) -> SeedSpread:
 
 
 def shared_spread(own: SeedSpread, spreads: Sequence[SeedSpread]) -> SeedSpread:
-    """The spread to use in a cell, from those of all cells of its vocabulary.
+    """The spread to use in a cell, from those of several cells that it may share one with.
 
     Args:
       own: of the cell.
-      spreads: of all cells, with those of one seed.
+      spreads: of these cells, with those of one seed.
     Returns: the pooled spread, unless Bartlett's test finds the spreads unequal. Then it is the cell's own, or the
       largest for a cell of one seed.
     """
