@@ -32,7 +32,7 @@ from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
 
 STAGES = ("text", "analyze", "show")
-_HELD_OUT = 40  # the training text has so many times as much English as the held-out text
+_HELD_OUT = 20  # the training text has so many times as much English as the held-out text
 _PIECE = 20_000  # most characters of an English document, so that no text is half a book
 
 
@@ -118,8 +118,8 @@ class Page(NamedTuple):
 
 
 _ALL = ("base", "memory", "flex-3")
-_TEXT = ("--data=english", "--max_tokens=131072")
-_TASKS = ("--tasks=recall_*,reasoning_*", "--task_path=tasks/tasks")
+_TEXT = ("--data=data/1024", "--max_tokens=131072")
+_TASKS = ("--tasks=recall_*,reasoning_*", "--task_path=exercises/tasks")
 PAGES = [
     Page(
         "alpha",
@@ -241,7 +241,7 @@ def _for_record(tree, work: str):
 def main(
     work: Annotated[str, Option("folder for text, models and pages")],
     english: Annotated[str, Option("for the stage text: folder with files train-* and validation-* of English")] = "",
-    characters: Annotated[int, Option("of the training text", least=1)] = 40_000_000,
+    characters: Annotated[int, Option("of the training text", least=1)] = 20_000_000,
     stages: Annotated[tuple[str, ...], Option(f"some of {', '.join(STAGES)}")] = STAGES,
     only: Annotated[tuple[str, ...], Option("names of pages; by default all")] = (),
     output: Annotated[str, Option("file for the record", writes=True)] = "benchmarks/results/paper_cpu.json",

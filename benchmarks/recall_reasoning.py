@@ -37,7 +37,7 @@ from memoryllm_jax.common.options import Option
 CHOICES = 4
 _WORDS = (*GOODS, *INSTRUMENTS, *TRADES)
 _SHARDS = 4
-_VALIDATION = 20  # documents of held-out text to each million characters of training text
+_VALIDATION = 40  # documents of held-out text to each million characters of training text
 
 
 class Question(NamedTuple):

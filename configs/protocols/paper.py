@@ -31,7 +31,7 @@ def get_protocol() -> Protocol:
         sizes={"S": {"model.dim": 64, "model.layers": 4, "model.heads": 4}},
         vocabularies={"1024": "sentencepiece:train:1024"},
         variants=tuple(Variant(name) for name in VARIANTS),
-        sweep=Sweep(tokens=0.5 * M, rates=(4e-3, 8e-3, 16e-3), sizes={"S": "S"}),
+        sweep=Sweep(tokens={"1024": 0.5 * M}, rates=(4e-3, 8e-3, 16e-3), sizes={"S": "S"}),
         experiments=(Experiment("learnt", VARIANTS, ("S",), ("1024",), (2 * M,), (0, 1, 2)),),
         keep=("learnt",),
     )
