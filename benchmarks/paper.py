@@ -13,6 +13,7 @@ Stages, each of which leaves alone what is finished:
 Each can be killed, and goes on with the same line.
 """
 
+import collections
 import glob
 import gzip
 import json
@@ -30,7 +31,10 @@ from facts_text import write_lines
 from memoryllm_jax.common import cli, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
+from memoryllm_jax.experiments import protocol as protocol_lib
+from memoryllm_jax.experiments import runner
 
+PROTOCOL = "configs/protocols/paper.py"
 STAGES = ("text", "analyze", "show")
 _HELD_OUT = 20  # the training text has so many times as much English as the held-out text
 _PIECE = 20_000  # most characters of an English document, so that no text is half a book
@@ -135,20 +139,20 @@ PAGES = [
     ),
     Page(
         "pruning",
-        ("pruning", *_TEXT, "--calibration=english"),
+        ("pruning", *_TEXT, "--calibration=data/1024"),
         _ALL,
         pictures={"perplexity": "comparison/pruning.png"},
     ),
     # Budgets are planned on held-out text, so that the loss is measured on other text.
     Page(
         "compression",
-        ("compression", *_TEXT, "--split=train", "--calibration=english"),
+        ("compression", *_TEXT, "--split=train", "--calibration=data/1024"),
         ("memory",),
         pictures={"perplexity": "comparison/compression.png", "singular": "comparison/singular.png"},
     ),
     Page(
         "decode_cost",
-        ("decode_cost", "--data=english", "--cache=4MiB"),
+        ("decode_cost", "--data=data/1024", "--cache=4MiB"),
         _ALL,
         pictures={"sides": "comparison/cost.png"},
         is_timing=True,
@@ -176,17 +180,34 @@ def _analyses(variants: tuple[str, ...]) -> Iterator[Page]:
         of_one += [(command, "") for command in _OF_FFN_M if "memory" in ffns]
         for command, ffn in [*of_one, *((command, ffn) for command in _OF_FFNS for ffn in ffns)]:
             name = "-".join(filter(None, (command, variant, ffn)))
-            options = ["--data=english"] if command in _OF_TEXT else []
+            options = ["--data=data/1024"] if command in _OF_TEXT else []
             options += [f"--ffn={ffn}"] if ffn else []
             yield Page(name, (command, *options), (variant,), _KEPT.get(command, ()), _PICTURES.get(name, {}))
 
 
-def analyze(work: str, pages: Sequence[Page], seeds: int) -> None:
+def link_models(work: str) -> list[int]:
+    """Names the finished models of the protocol DIR/VARIANT-SEED. Returns: the seeds of which all models are finished.
+
+    Raises: UserError if there are none.
+    """
+    protocol = protocol_lib.load(PROTOCOL)
+    runs = runner.finished(protocol, work)
+    for run in runs:
+        link = os.path.join(work, f"{run.variant}-{run.seed}")
+        if not os.path.lexists(link):
+            os.symlink(os.path.relpath(run.folder(work), work), link)
+    found = collections.Counter(run.seed for run in runs)
+    complete = [seed for seed, count in found.items() if count == len(_ALL)]
+    if not complete:
+        raise ArgumentError("work", f"expected models that compare trained by {PROTOCOL}, found none in {work}")
+    return sorted(complete)
+
+
+def analyze(work: str, pages: Sequence[Page], seeds: Sequence[int]) -> None:
     """Runs the commands whose page is missing, or older than a model. Raises: UserError after all have run."""
     errors = []
     for page in pages:
-        numbers = range(1 if page.is_timing else seeds)
-        models = [f"{variant}-{seed}" for variant in page.variants for seed in numbers]
+        models = [f"{variant}-{seed}" for variant in page.variants for seed in seeds[: 1 if page.is_timing else None]]
         made = os.path.join(work, "pages", page.name, f"{page.command[0]}.json")
         newest = max(os.path.getmtime(f"{work}/{model}/result.json") for model in models)
         if os.path.exists(made) and os.path.getmtime(made) > newest:
@@ -258,7 +279,7 @@ def main(
     if "text" in stages:
         make_text(work, english, characters)
     if "analyze" in stages:
-        analyze(work, pages, seeds)
+        analyze(work, pages, link_models(work))
     if "show" in stages:
         show(work, pages, output, figures)
 

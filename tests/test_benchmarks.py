@@ -181,13 +181,13 @@ def test_the_text_of_made_up_facts_states_those_of_known_subjects_and_none_of_ot
 def test_tasks_have_the_answers_that_the_text_states_and_that_the_rules_give(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
     generator = importlib.import_module("recall_reasoning")
-    options = {"characters": 400_000, "questions": 20, "subjects": 10}
+    options = {"characters": 400_000, "questions": 20, "subjects": 10}  # and 60 facts
     generator.main(str(tmp_path), **options)
     lines = b"".join(gzip.decompress(path.read_bytes()) for path in sorted(tmp_path.glob("text/train-*.gz")))
     text = " ".join(json.loads(line)["text"] for line in lines.splitlines())
     found = {path.stem: list(map(json.loads, path.open())) for path in tmp_path.glob("tasks/*.jsonl")}
     for name, questions in found.items():
-        assert len(questions) == 20 and len({q["answer"] for q in questions}) > 1
+        assert len(questions) == (30 if name.startswith("recall") else 20) and len({q["answer"] for q in questions}) > 1
         for q in questions:
             answer = q["choices"][q["answer"]]
             filler, _, context = q["context"].partition(". ")
@@ -237,7 +237,7 @@ def test_the_papers_pages_are_made_once_and_their_record_names_no_folder(monkeyp
         (tmp_path / f"memory-{seed}").mkdir()
         (tmp_path / f"memory-{seed}" / "result.json").write_text("{}")
     for _ in range(2):
-        paper.analyze(str(tmp_path), [page], seeds=2)
+        paper.analyze(str(tmp_path), [page], seeds=[0, 1])
     (line,) = lines
     assert line[2:] == ("clusters", "--workdir=memory-0", "--workdir=memory-1", "--output=pages/clusters-memory")
     paper.show(str(tmp_path), [page, pages["outliers-memory"]], str(tmp_path / "record.json"), str(tmp_path / "docs"))
