@@ -12,8 +12,8 @@ The parts run in order of worth, within --budget seconds:
     peer    decoding of base in transformers
 
 Each part needs the whole GPU, so they do not run at the same time. A part that fails, hangs or finds no time leaves the
-others running, and what it has recorded stays; so does what earlier runs left in --out. gpu.json has the last lines that
-each part printed, gpu.log all of them. If PyTorch or transformers is missing, their sides are left out, and gpu.json
+others alone, and what it has recorded stays; so does what earlier runs left in --out. gpu.json has the last lines of
+each part, gpu.log all of them. If PyTorch or transformers is missing, their sides are left out, and gpu.json
 says so. It also lists the package's own requirements that are missing or have other versions: the parts run as far as
 they can. requirements.py says how to bring packages to a machine without a network.
 
