@@ -15,8 +15,8 @@
     frozen     rows are drawn at random by id and layer, and no parameters make them
 
 Only `row_ids` knows about permuted and shared rows, so that training, live rows, ToL files and analyses agree. In
-training, permuted rows are a control of FFN-M alone: a table that trains with them learns as well as one without, as its
-rows are not made of anything. `compare` scores trained models of all kinds with permuted rows too.
+training, permuted rows are a control of FFN-M alone: a table that trains with them learns as well as one without, as
+its rows are not made of anything. `compare` scores trained models of all kinds with permuted rows too.
 
 The equations of the architectures are in transformer.py, and token_memory.py says how positions take rows.
 
