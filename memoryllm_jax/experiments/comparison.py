@@ -40,9 +40,9 @@ those of lengths at which no spread over seeds is known. A parameter is one of b
 _LIMITS = """
 The held-out documents come from the sources of the training text. A window holds the same number of tokens in every
 vocabulary, so it holds less text where tokens are short. Equal tokens are not equal text, and equal text is not equal
-compute: with more ids a run of the same text has fewer tokens. Each sweep of rates has one length and one seed. The
-sizes span less than a factor of a hundred: only the runs that the law was not fitted to show whether it holds beyond
-them.
+compute: with more ids a run of the same text has fewer tokens. Each sweep of rates has one length and one seed. All
+variants are taken to vary equally with the seed. The sizes span less than a factor of a hundred: only the runs that the
+law was not fitted to show whether it holds beyond them.
 """
 
 
@@ -183,10 +183,9 @@ def _spreads(page, results: Results, found: Answers) -> list[dict]:
     if rows:
         head = ["size", "ids", "tokens", "deviation", "degrees of freedom", "used"]
         caption = (
-            "Standard deviation of a run's loss over seeds in bits per byte. Used: pooled over lengths up to this "
-        )
-        caption += (
-            "one, also for runs of one seed; if Bartlett's test finds them unequal, the cell's own or the largest"
+            "Standard deviation of a run's loss over seeds in bits per byte. Used: pooled over lengths up to this one, "
+            "or the cell's own if Bartlett's test finds them unequal. Runs of one seed then take that of the longest "
+            "runs that are not longer."
         )
         page.table(head, [list(row.values()) for row in rows], caption, csv="spreads")
     return rows

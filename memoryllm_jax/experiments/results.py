@@ -215,11 +215,13 @@ class Results:
         Args:
           permuted: of what the losses rise by with permuted rows.
         """
-        others = [
-            other for other in self.cells() if other.vocabulary == cell.vocabulary and other.tokens <= cell.tokens
+        found = [
+            (other.tokens, self._spread(other, group, permuted))
+            for other in self.cells()
+            if other.vocabulary == cell.vocabulary and other.tokens <= cell.tokens
         ]
-        every = [self._spread(other, group, permuted) for other in others]
-        return intervals.shared_spread(self._spread(cell, group, permuted), every)
+        known = sorted((tokens, spread) for tokens, spread in found if spread.freedom)
+        return intervals.shared_spread(self._spread(cell, group, permuted), [spread for _, spread in known])
 
     def own_spreads(self) -> dict[Cell, SeedSpread]:
         """The spread of the losses over seeds in bits per byte, of each cell that has several seeds."""
