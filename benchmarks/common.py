@@ -90,7 +90,7 @@ def train(folder: str, config: str, fields: dict) -> dict:
     Raises: UserError if training fails, or the folder holds a run of another config or other fields.
     """
     asked = {"config": config} | {name: str(value) for name, value in fields.items()}
-    asked_path, result_path = (os.path.join(folder, name) for name in ("asked.json", "result.json"))
+    asked_path = os.path.join(folder, "asked.json")
     os.makedirs(folder, exist_ok=True)
     if not os.path.exists(asked_path):
         storage.write_json(asked_path, asked)
@@ -98,14 +98,25 @@ def train(folder: str, config: str, fields: dict) -> dict:
     for name in sorted(asked.keys() | found.keys()):
         if asked.get(name) != found.get(name):
             raise UserError(f"{asked_path}: {name}: expected {asked.get(name)} of this run, found {found.get(name)}")
-    if not os.path.exists(result_path):
+    if not os.path.exists(os.path.join(folder, "result.json")):
         command = [sys.executable, "-m", "memoryllm_jax.train", f"--config={ROOT}/configs/{config}"]
         command += [f"--workdir={folder}", *(f"--config.{name}={value}" for name, value in fields.items())]
         with open(f"{folder}.log", "a") as log:
             code = subprocess.run(command, env=os.environ | {"PYTHONPATH": ROOT}, stdout=log, stderr=log).returncode
         if code:
             raise UserError(f"{folder}.log: expected exit code 0 of the training, found {code}")
-    return _read(result_path)
+    return result(folder)
+
+
+def result(folder: str) -> dict:
+    """The result.json of a finished run."""
+    return _read(os.path.join(folder, "result.json"))
+
+
+def best_rate(losses: dict[float, float]) -> dict:
+    """The peak rate with the lowest of these losses, and whether it is the lowest or the highest that was tried."""
+    best = min(losses, key=losses.get)
+    return {"best": best, "is_at_edge": best in (min(losses), max(losses)), "losses": losses}
 
 
 def _read(path: str) -> dict:

@@ -1,141 +1,277 @@
-"""Loss against tokens of memory and flex-3, started from a trained base and from scratch.
+"""How many tokens memory and flex-3 save if they start from a trained base, against training from scratch.
 
-    python benchmarks/conversion.py --data=DIR --workdir=DIR --output=benchmarks/results/conversion
+    python benchmarks/conversion.py --protocol=configs/protocols/small.py --comparison=DIR --workdir=DIR \
+        --output=benchmarks/results/conversion_cpu
 
-All runs have the shape, batch and recipe of configs/tiny.py, but for --fields, and the same held-out text. Base trains
-for --base_steps, runs from scratch for --steps, and converted ones for --share of them; each run has a whole cosine
-schedule of its own. Every way runs with each of --seeds, which decides the random parameters and the order of the text;
-runs of one seed read the same text. The record has the curves, and by architecture and way the loss at the start and at
-the end as [least, median, most] over the seeds. Kill it at any time and run the same line again. Writes NAME.json and
-NAME.png; needs matplotlib (the extra `bench`).
+The models from scratch are the finished runs of a comparison (`compare --workdir=DIR`) of one size and vocabulary:
+several lengths, each with a whole cosine schedule and the best rate of its sweep. Here base is trained longer,
+converted with each value of config.start.memory in WAYS, and trained further with several peak rates and lengths. The
+rate with the lowest held-out loss of seed 0 after the fewest tokens is used for all lengths and seeds. A seed decides
+the order of the text. There is one base and one distillation.
+
+A converted model begins as its run "start", which distils base with a learning rate of almost zero, so that its
+held-out loss is that before training.
+
+The record has held-out losses, the loss of unigram frequencies on the same text, differences from scratch with --times
+as many tokens, and the share of the tokens that scratch needs for the converted model's loss: losses from scratch are
+interpolated against the logarithm of tokens. Intervals hold with 95% over documents and seeds. The text of a
+distillation is the first of the run, which then trains on it; its work is given beside.
+
+Writes NAME.json and NAME.png; needs matplotlib (the extra `bench`). Kill it at any time and run the same line again.
 """
 
-import itertools
-import json
+import dataclasses
+import functools
+import math
 import os
-import statistics
-import subprocess
-import sys
 from typing import Annotated, NamedTuple
 
 import common
+import numpy as np
 
-from memoryllm_jax.common import cli
+from memoryllm_jax.checkpoint.description import config_of
+from memoryllm_jax.common import cli, plots
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.options import Option
+from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.experiments import heldout, intervals, runner
+from memoryllm_jax.experiments import protocol as protocol_lib
+from memoryllm_jax.experiments.protocol import Run, Setting
+from memoryllm_jax.model import flops
+from memoryllm_jax.training import distillation
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-# {way to start: value of config.start.memory; None: random parameters}
-WAYS = {"from scratch": None, "FFN-M copied": "copy", "FFN-M new": "new", "FFN-M distilled": "distill"}
-Curve = list[tuple[int, float]]  # (tokens, held-out loss)
+_SHARED = {
+    "batch_size": 8,
+    "seq_len": 256,
+    "sample.tokens": 0,
+    "checkpoint.every": 1000,
+    "checkpoint.keep": 1,
+    "eval.every": 1_000_000,  # at the end only
+    "eval.batches": 64,
+    "log.every": 100,
+    "log.tensorboard": False,
+}
+SCRATCH, WAYS = "scratch", ("copy", "distill")
+_STEP = _SHARED["batch_size"] * _SHARED["seq_len"]  # tokens
+_WARMUP, _LEAST_WARMUP = 0.02, 5  # share of a run's steps, and steps at least
+_NEAR = 0.05  # relative difference of lengths that count as equal, as runs have whole numbers of steps
 
 
 class Runs(NamedTuple):
-    """Training runs, each in its own folder of `workdir`, evaluated every `every` steps."""
+    """Base and what it is converted to, each in a folder of `workdir`.
+
+    Attributes:
+      fields: of all runs.
+      distill_tokens: tokens of a distillation's text.
+    """
 
     workdir: str
-    data: str
-    every: int
+    fields: dict
+    distill_tokens: int
 
-    def folder(self, name: str) -> str:
-        return os.path.join(self.workdir, name.replace(",", "").replace(" ", "_"))
+    def train(self, name: str, config: str, tokens: int, peak: float, more: dict) -> str:
+        """Trains with a whole cosine schedule, or reads the finished run. Returns: its folder."""
+        steps = math.ceil(tokens / _STEP)
+        rates = {"peak_lr": peak, "final_lr": peak / 10, "warmup_steps": max(_LEAST_WARMUP, round(_WARMUP * steps))}
+        fields = self.fields | {"steps": steps} | {f"optimizer.{key}": value for key, value in rates.items()}
+        folder = os.path.join(self.workdir, name)
+        common.train(folder, config, fields | more)
+        return folder
 
-    def train(self, name: str, config: str, steps: int, fields: dict) -> Curve:
-        """Trains, or resumes a run that was stopped.
+    def base(self, tokens: int, peak: float) -> str:
+        return self.train("base", "tiny.py:base", tokens, peak, {})
 
-        Args:
-          config: name of the config file in configs/, with the architecture.
-          fields: further fields of the config.
-        Returns: the curve of the run. Raises: UserError if training fails.
+    def start(self, architecture: str, way: str) -> str:
+        """A converted model before training."""
+        more = {"start.memory": way}
+        if way == "distill":
+            more["start.distill_tokens"] = self.distill_tokens
+        config = f"start.py:{architecture}@{self.workdir}/base"
+        return self.train(f"{architecture}-{way}", config, self.distill_tokens, 1e-12, more)
+
+    def converted(self, architecture: str, way: str, tokens: int, peak: float, seed: int) -> str:
+        """A converted model after training."""
+        config = f"start.py:{architecture}@{self.start(architecture, way)}"
+        return self.train(f"{architecture}-{way}-{tokens}-{peak:g}-{seed}", config, tokens, peak, {"seed": seed})
+
+
+def nats(folder: str, text: heldout.HeldOutText) -> np.ndarray:
+    """Nats of each held-out document by a run, float64 [D]. The run's folder keeps them."""
+    if not heldout.is_scored(folder):
+        heldout.score(folder)
+    return text.by_document(heldout.read(folder, text))
+
+
+def of_scratch(runs: list[Run], comparison: str, text: heldout.HeldOutText) -> dict[tuple[str, int], np.ndarray]:
+    """`Sides.sums` of a comparison's runs. Raises: UserError if there are none."""
+    if not runs:
+        raise UserError(f"{comparison}: expected finished runs of all variants to convert base to, found none of one")
+    by_length: dict[int, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.tokens, run.seed)):
+        by_length.setdefault(run.tokens, []).append(run)
+    return {
+        (SCRATCH, tokens): np.stack([nats(run.folder(comparison), text) for run in of_length])
+        for tokens, of_length in by_length.items()
+    }
+
+
+def unigram_nats(data: Dataset, text: heldout.HeldOutText) -> float:
+    """The loss on held-out text of the frequencies of ids in the training text, each counted once more, in nats."""
+    counts_V = 1 + np.bincount(data.train.read(0, data.train.tokens), minlength=data.vocab_size)
+    return float(-np.log(counts_V / counts_V.sum())[text.targets].mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """Held-out losses of all models of a variant.
+
+    Attributes:
+      units_D: targets of each document.
+      sums: {(way, tokens): nats [S, D] by seed, from 0, and document}; converted models start after 0 tokens.
+    """
+
+    documents: intervals.Documents
+    units_D: np.ndarray
+    sums: dict[tuple[str, int], np.ndarray]
+
+    def lengths(self, way: str) -> list[int]:
+        return sorted(tokens for of_way, tokens in self.sums if of_way == way)
+
+    def losses(self, way: str, tokens: int) -> np.ndarray:
+        """By seed."""
+        return self.sums[way, tokens].sum(1) / self.units_D.sum()
+
+    @functools.cached_property
+    def spread(self) -> intervals.SeedSpread:
+        """Of all trained models' losses, which are taken to vary equally with the seed."""
+        found = [self.losses(way, tokens) for way, tokens in self.sums if tokens]
+        seeds = max(map(len, found))
+        return intervals.spread_of_seeds(np.array([[*row, *[math.nan] * (seeds - len(row))] for row in found]))
+
+    def estimate(self, way: str, tokens: int) -> intervals.Estimate:
+        """The mean loss, whose seeds are drawn apart from those of other models."""
+        draw = list(self.sums).index((way, tokens))
+        return self.documents.estimate(self.sums[way, tokens], self.units_D, self.spread, draw)
+
+    def less(self, one: tuple[str, int], other: tuple[str, int]) -> intervals.Interval:
+        """The loss of one model less that of another, over the seeds that both have."""
+        seeds = min(len(self.sums[one]), len(self.sums[other]))
+        return self.documents.difference(self.sums[one][:seeds], self.sums[other][:seeds], self.units_D, self.spread)
+
+    def share(self, way: str, tokens: int) -> intervals.Interval:
+        """Tokens of a converted model over those that scratch needs to reach its loss.
+
+        It is 0 where scratch does not reach the loss, and infinite where it has reached it after its shortest run.
         """
-        fields = {
-            "steps": steps,
-            "eval.every": self.every,
-            "eval.batches": 32,
-            "checkpoint.every": steps,
-            "data.path": self.data,
-            "data.epochs": 9,
-            "sample.tokens": 0,
-            **fields,
+        lengths = self.lengths(SCRATCH)
+        scratch_L = [self.estimate(SCRATCH, length) for length in lengths]
+        converted = self.estimate(way, tokens)
+
+        def of(loss: float, losses_L: np.ndarray) -> float:
+            order = np.argsort(losses_L)
+            needed = np.interp(loss, losses_L[order], np.log(lengths)[order], left=np.inf, right=-np.inf)
+            return float(tokens / np.exp(needed)) if needed > -np.inf else math.inf
+
+        value = of(converted.value, np.array([e.value for e in scratch_L]))
+        losses_RL = np.stack([e.replicates_R for e in scratch_L], 1)
+        replicates = [of(loss, losses_L) for loss, losses_L in zip(converted.replicates_R, losses_RL)]
+        return intervals.of_replicates(value, replicates)
+
+    def results(self, times: int) -> dict:
+        """Losses, and what conversion saves, as the record has them."""
+        out: dict = {"deviation_over_seeds": self.spread.deviation}
+        for way, tokens in self.sums:
+            of_side = {"loss": self.estimate(way, tokens).interval, "by_seed": self.losses(way, tokens).tolist()}
+            if way != SCRATCH and tokens:
+                of_side["share_of_scratch_tokens"] = self.share(way, tokens)
+                for length in self.lengths(SCRATCH):
+                    if abs(length / (times * tokens) - 1) < _NEAR:
+                        of_side[f"less scratch {length}"] = self.less((way, tokens), (SCRATCH, length))
+            if way == "distill":
+                of_side["less copy"] = self.less((way, tokens), ("copy", tokens))
+            out[f"{way} {tokens}"] = of_side
+        return out
+
+
+def chart(sides: dict[str, Sides], base: float) -> plots.Chart:
+    """Losses against tokens, with the farthest seed from their mean as bars, and base's."""
+    lines = {}
+    for name, of in sides.items():
+        for way in (SCRATCH, *WAYS):
+            losses = [of.losses(way, tokens) for tokens in of.lengths(way)]
+            means, error = [x.mean() for x in losses], [np.abs(x - x.mean()).max() for x in losses]
+            lines[f"{name}, {way}"] = plots.Line([t / 1e6 for t in of.lengths(way)], means, error)
+    longest = max(max(line.x) for line in lines.values())
+    lines["base"] = plots.Line([0, longest], [base, base], style={"color": "gray", "marker": "", "linestyle": "--"})
+    return plots.Chart(lines, "millions of tokens of the run", "held-out loss, nats a token")
+
+
+def cost(start: str) -> dict:
+    """What a conversion costs before its first step: seconds, and the work in tokens of training."""
+    config, seconds = config_of(start), common.result(start)["goodput"]["seconds"]
+    found = {"seconds_before_first_step": seconds["start"]}
+    if config.start.memory == "distill":
+        rows = min(config.model.vocab_size, _STEP)  # at most
+        work = distillation.work(config, rows)
+        found |= {
+            "text_tokens": config.start.distill_tokens,
+            "flops": work,
+            "work_in_tokens": round(_STEP * work / flops.train_flops(config, _STEP, rows)),
         }
-        command = [sys.executable, "-m", "memoryllm_jax.train", f"--config={HERE}/../configs/{config}"]
-        command += [f"--workdir={self.folder(name)}", *(f"--config.{field}={value}" for field, value in fields.items())]
-        if subprocess.run(command).returncode:
-            raise UserError(f"{name}: training failed")
-        with open(os.path.join(self.folder(name), "metrics.jsonl")) as file:
-            records = [json.loads(line) for line in file]
-        tokens_a_step = next(r["tokens"] / r["step"] for r in records if r["kind"] == "train")
-        return [(int(r["step"] * tokens_a_step), r["loss"]) for r in records if r["kind"] == "validation"]
-
-    def started(self, name: str, config: str, steps: int, fields: dict) -> Curve:
-        """As `train`, with the loss before the first step: that after a step with a rate of nearly zero."""
-        still = {"optimizer.warmup_steps": 0, "optimizer.peak_lr": 1e-12, "optimizer.final_lr": 0.0, "log.every": 1}
-        (_, loss), *_ = self.train(f"{name}, start", config, 1, fields | still)
-        return [(0, loss), *self.train(name, config, steps, fields)]
-
-
-def spread(values: list[float]) -> list[float]:
-    """[least, median, most]."""
-    return [min(values), statistics.median(values), max(values)]
-
-
-def draw(curves: dict[str, list[Curve]], architectures, base: Curve, path: str) -> None:
-    """Draws one panel for each architecture: medians over the seeds with their range, and base's last loss."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    count = len(architectures)
-    figure, axes = pyplot.subplots(1, count, figsize=(1 + 4.5 * count, 3.6), sharey=True, squeeze=False)
-    figure.set_layout_engine("constrained")
-    for axis, architecture in zip(axes[0], architectures):
-        for way in WAYS:
-            of_seeds = curves[f"{architecture}, {way}"]
-            tokens = [t / 1e6 for t, _ in of_seeds[0]]
-            least, median, most = zip(*(spread([loss for _, loss in points]) for points in zip(*of_seeds)))
-            (line,) = axis.plot(tokens, median, marker=".", label=way)
-            axis.fill_between(tokens, least, most, color=line.get_color(), alpha=0.2)
-        axis.axhline(base[-1][1], color="gray", linestyle="--", label=f"base after {base[-1][0] / 1e6:.1f} M tokens")
-        axis.set(title=architecture, xlabel="tokens of this run, millions")
-        axis.legend(fontsize=8)
-    axes[0][0].set_ylabel("held-out loss, nats a token")
-    figure.savefig(path, dpi=110)
+    return found
 
 
 def main(
-    data: Annotated[str, Option("prepared data")],
-    workdir: Annotated[str, Option("folder for the runs")],
+    protocol: Annotated[str, Option("the protocol's file")],
+    comparison: Annotated[str, Option("workdir of `compare`, with the runs from scratch")],
+    workdir: Annotated[str, Option("folder for the other runs")],
     output: Annotated[str, Option("path of the results, without an ending", writes=True)],
-    architectures: Annotated[tuple[str, ...], Option("what to convert base to")] = ("memory", "flex-3"),
-    base_steps: Annotated[int, Option("steps of base", least=1)] = 960,
-    steps: Annotated[int, Option("steps of each other run", least=1)] = 480,
-    every: Annotated[int, Option("steps between evaluations", least=1)] = 60,
-    share: Annotated[float, Option("share of --steps that converted models train for", least=0.01)] = 0.25,
-    seeds: Annotated[int, Option("seeds of each way", least=1)] = 3,
-    distill_tokens: Annotated[float, Option("tokens of text to distil from", least=1)] = 65536,
-    fields: Annotated[tuple[str, ...], Option("fields of all runs, such as model.dim=128")] = (),
+    size: Annotated[str, Option("size of the protocol")] = "S",
+    vocabulary: Annotated[str, Option("vocabulary of the protocol")] = "512",
+    architectures: Annotated[tuple[str, ...], Option("what to convert base to, variants of the protocol")] = (
+        "memory",
+        "flex-3",
+    ),
+    base_tokens: Annotated[int, Option("tokens of base", least=1)] = 10_000_000,
+    base_rate: Annotated[float, Option("peak rate of base", least=1e-9)] = 4e-3,
+    lengths: Annotated[tuple[int, ...], Option("tokens of converted runs")] = (250_000, 1_000_000),
+    times: Annotated[int, Option("a converted model is compared with this many times its tokens", least=1)] = 4,
+    rates: Annotated[tuple[float, ...], Option("peak rates of converted models")] = (2e-3, 4e-3, 8e-3),
+    seeds: Annotated[int, Option("seeds of each converted model", least=1)] = 3,
+    distill_tokens: Annotated[int, Option("tokens of text to distil from", least=1)] = 65536,
 ) -> None:
-    runs = Runs(workdir, data, every)
-    shape = dict(field.split("=", 1) for field in fields)
-    base = runs.train("base", "tiny.py:base", base_steps, shape)
-    curves: dict[str, list[Curve]] = {}
-    for seed, architecture, (way, memory) in itertools.product(range(seeds), architectures, WAYS.items()):
-        chosen, length = shape | {"seed": seed}, steps
-        if memory is not None:
-            chosen |= {"start.workdir": runs.folder("base"), "start.memory": memory}
-            length = max(1, round(share * steps))
-        if memory == "distill":
-            chosen["start.distill_tokens"] = distill_tokens
-        side = f"{architecture}, {way}"
-        curve = runs.started(f"{side}, seed {seed}", f"tiny.py:{architecture}", length, chosen)
-        curves.setdefault(side, []).append(curve)
-    draw(curves, architectures, base, f"{output}.png")
-    summary = {
-        side: {at: spread([curve[place][1] for curve in of_seeds]) for at, place in (("start", 0), ("end", -1))}
-        for side, of_seeds in curves.items()
+    plots.check_available()
+    bench, data = protocol_lib.load(protocol), runner.data_path(comparison, vocabulary)
+    dataset = Dataset(data)
+    text = heldout.open_text(dataset, _SHARED["seq_len"])
+    units_D = text.by_document(np.ones(len(text.targets)))
+    documents = intervals.Documents(len(units_D))
+    runs = Runs(workdir, _SHARED | {"data.path": data} | dict(bench.sizes[size]), distill_tokens)
+    base = runs.base(base_tokens, base_rate)
+    of_base = documents.mean(nats(base, text)[None], units_D)
+    facts: dict = {
+        "base": {"tokens": base_tokens, "loss": of_base, "parameters": flops.parameters(config_of(base))},
+        "documents": len(units_D),
+        "unigram": unigram_nats(dataset, text),
+        "cost": {},
+        "loss_by_peak_rate": {},
     }
-    common.write(f"{output}.json", curves, {"base": base, "summary": summary})
+    scratch, sides = runner.finished(bench, comparison), {}
+    for name in architectures:
+        sums = of_scratch([r for r in scratch if r.setting == Setting(name, size, vocabulary)], comparison, text)
+        for way in WAYS:
+            folders = {rate: runs.converted(name, way, min(lengths), rate, 0) for rate in rates}
+            losses = {rate: common.result(folder)["validation"]["loss"] for rate, folder in folders.items()}
+            found = facts["loss_by_peak_rate"][f"{name} {way}"] = common.best_rate(losses)
+            start = runs.start(name, way)
+            facts["cost"][f"{name} {way}"] = cost(start)
+            sums[way, 0] = nats(start, text)[None]
+            for tokens in lengths:
+                folders = [runs.converted(name, way, tokens, found["best"], seed) for seed in range(seeds)]
+                sums[way, math.ceil(tokens / _STEP) * _STEP] = np.stack([nats(folder, text) for folder in folders])
+        sides[name] = Sides(documents, units_D, sums)
+        common.write(f"{output}.json", {name: of.results(times) for name, of in sides.items()}, facts)
+        chart(sides, of_base.value).draw().savefig(f"{output}.png", dpi=110)
 
 
 if __name__ == "__main__":

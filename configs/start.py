@@ -41,7 +41,9 @@ def get_config(start=""):
     asked = {name: c.model[name] for name in ("beta", "token_memory", "compute_input")}
     trained_model = config_of(workdir).model
     c.model.update(dataclasses.asdict(trained_model))
-    if (asked["beta"], asked["token_memory"]) != (trained_model.beta, trained_model.token_memory):
+    if trained_model.architecture == "base":
+        del asked["compute_input"]  # FFN-C of a conversion reads what base's FFN reads
+    if (c.model.beta, c.model.token_memory) != (asked["beta"], asked["token_memory"]):
         c.model.update(asked)  # a conversion: it keeps the sizes of the trained model, but not its architecture
     if is_adapter:
         c.start.memory = "copy" if trained_model.token_memory == "rows" else "zero"

@@ -36,8 +36,8 @@ from memoryllm_jax.training.batches import Batch, TrainBatches
 from memoryllm_jax.training.feeder import Feeder
 from memoryllm_jax.training.step import Trainer
 
-_FIT_STEPS = 300
-_LEAST_FIT_IDS, _MOST_FIT_IDS = 1024, 8192
+_FIT_STEPS = 100
+_LEAST_FIT_IDS, _MOST_FIT_IDS = 512, 8192
 
 
 class _Where(NamedTuple):

@@ -150,6 +150,10 @@ def test_an_adapter_trains_its_rows_alone_and_becomes_one_tol(lab, start, data_p
     assert losses[0] == losses[1]
 
 
+def test_ffn_c_of_a_conversion_reads_what_the_ffn_of_base_reads(lab, start):
+    assert start("flex-3", lab.workdir("base")).model.compute_input == "after_attention"
+
+
 def test_models_and_workdirs_that_do_not_fit_are_refused(start, tmp_path):
     import_model(f"{GOLDEN}/base", str(tmp_path / "imported"))
     for config, target, message in (
