@@ -1,7 +1,7 @@
 """All measurements of one GPU in ten minutes: each part is a process of its own, and writes its record as it goes.
 
     python benchmarks/gpu.py --out=benchmarks/results/gpu
-    python benchmarks/gpu.py --out=DIR --budget=200 --parts=curves --data=DIR
+    python benchmarks/gpu.py --out=DIR --budget=200 --parts=serve
     python benchmarks/gpu.py --out=DIR --rehearse
 
 The parts run in order of worth, within --budget seconds:
@@ -10,13 +10,14 @@ The parts run in order of worth, within --budget seconds:
     train   steps of base, memory and flex-3 of size 1b, and of base in transformers under torch.compile (speed.py)
     serve   the build of a ToL file, and decoding from it, live and of base (serving.py)
     peer    decoding of base in transformers
-    curves  base, memory and flex-3 of 30M, trained with the time that is left; --parts=curves goes on (curves.py)
 
-Each needs the whole GPU, so they do not run at the same time. A part that fails, hangs or finds no time does not end
-the others, and what it has recorded stays; so does what earlier runs left in --out. gpu.json has the last lines that
-each part printed, gpu.log all of them. If PyTorch or transformers is missing, their sides are left out, and gpu.json
+Each part needs the whole GPU, so they do not run at the same time. A part that fails, hangs or finds no time leaves the
+others alone, and what it has recorded stays; so does what earlier runs left in --out. gpu.json has the last lines of
+each part, gpu.log all of them. If PyTorch or transformers is missing, their sides are left out, and gpu.json
 says so. It also lists the package's own requirements that are missing or have other versions: the parts run as far as
 they can. requirements.py says how to bring packages to a machine without a network.
+
+The comparison of trained models takes longer: python -m memoryllm_jax.compare --protocol=configs/protocols/gpu.py.
 
 --rehearse measures nothing: it runs all parts at a small size on a CPU.
 """
@@ -95,11 +96,6 @@ PARTS = {
         small=(*_SMALL_SERVING, "--platform=cpu"),
         needs_torch=True,
     ),
-    "curves": Part(
-        ("benchmarks/curves.py",),
-        limit=100_000,
-        small=(*_SMALL_MODEL, "--tokens=1024", "--seq_len=64", "--batch_size=8", "--sides=base,memory"),
-    ),
 }
 
 
@@ -110,7 +106,6 @@ class Settings:
     out: Annotated[str, Option("folder for the records")]
     budget: Annotated[float, Option("seconds for all parts together", least=1)] = 570
     parts: Annotated[tuple[str, ...], Option(f"of {', '.join(PARTS)}")] = tuple(PARTS)
-    data: Annotated[str, Option("prepared data for curves; by default Python's own texts, which are short")] = ""
     work: Annotated[str, Option("folder for checkpoints and compiled functions; at 1b, 40 GB")] = (
         f"{tempfile.gettempdir()}/memoryllm_jax_gpu"
     )
@@ -142,12 +137,8 @@ def without_gpu(settings: Settings) -> str:
     return workers.last_line(done.stderr) if done.returncode else ""
 
 
-def command_of(name: str, settings: Settings, seconds: float) -> list[str]:
-    """The command of a part.
-
-    Args:
-      seconds: that it may take.
-    """
+def command_of(name: str, settings: Settings) -> list[str]:
+    """The command of a part."""
     part, output = PARTS[name], f"{settings.out}/{name}.json"
     command = [sys.executable, *part.command]
     if name == "train":
@@ -155,9 +146,6 @@ def command_of(name: str, settings: Settings, seconds: float) -> list[str]:
         # Compilation needs a C compiler: where there is none, the eager side is what ours are compared with.
         peers = ("llama",) if settings.rehearse else ("llama-compile", "llama")
         command.append(f"--sides={','.join(ours if without_torch() else (*ours, *peers))}")
-    if name == "curves":
-        command += [f"--workdir={settings.work}/curves", f"--budget={seconds - _GRACE_S}"]
-        command += [f"--data={settings.data}"] if settings.data else []
     if name != "tests":  # their record is written by tests/gpu/conftest.py
         command.append(f"--output={output}")
     return command + list(part.small if settings.rehearse else ())
@@ -231,7 +219,7 @@ def run_part(name: str, settings: Settings, seconds: float, log) -> dict:
     seconds = min(seconds, PARTS[name].limit)
     print(f"{name}: at most {seconds:.0f} s", flush=True)
     os.makedirs(scratch_of(settings), exist_ok=True)
-    result = run(command_of(name, settings, seconds), seconds, log, environment_of(name, settings))
+    result = run(command_of(name, settings), seconds, log, environment_of(name, settings))
     shutil.rmtree(scratch_of(settings), ignore_errors=True)
     print(f"{name}: ended {result['end']} after {result['seconds']:.0f} s, exit code {result['code']}", flush=True)
     if result["code"] != 0:

@@ -29,7 +29,7 @@ class Row:
 
 def rows(folder: str) -> list[Row]:
     """The rows of the records in a folder; what was not measured is said in its row."""
-    return [*_tests(folder), *_training(folder), *_serving(folder), *_curves(folder)]
+    return [*_tests(folder), *_training(folder), *_serving(folder)]
 
 
 def table(rows: list[Row]) -> str:
@@ -107,14 +107,6 @@ def _serving(folder: str) -> Iterator[Row]:
         ratio = ms[1] / ms[0] if all(ms) else None
         yield _row(f"decoding speed of base at batch {batch} over Llama in transformers, compiled", ratio, ".2f")
     yield _row("build of the ToL file, s", ours.get("tol_build", {}).get("seconds"), ".0f")
-
-
-def _curves(folder: str) -> Iterator[Row]:
-    results = _read(folder, "curves").get("results", {})
-    found = results.get("at_equal_tokens", {})
-    for side in ("base", "memory", "flex-3"):
-        at = f"after {found['tokens'] / 1e6:.0f} M tokens" if found else "at equal tokens"
-        yield _row(f"held-out loss of {side} of 30M {at}, nats", found.get(side), ".3f")
 
 
 if __name__ == "__main__":

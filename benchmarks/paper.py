@@ -1,19 +1,24 @@
-"""The models, records and figures of docs/comparison.md that repeat the MemoryLLM paper on models that have learnt.
+"""The analyses of the MemoryLLM paper on models that have learnt something: records and figures of docs/comparison.md.
 
-    python benchmarks/paper.py --english=DATA --work=DIR          # hours; killed, it goes on with the same line
-    python benchmarks/paper.py --work=DIR --stages=show           # redraws the record and the figures
+    python benchmarks/paper.py --work=DIR --english=TEXTS --stages=text
+    python -m memoryllm_jax.compare --protocol=configs/protocols/paper.py --workdir=DIR --texts=DIR/texts --jobs=2
+    python benchmarks/paper.py --work=DIR --stages=analyze,show
 
 Stages, each of which leaves alone what is finished:
-    text      text and tasks of recall_reasoning.py, prepared with the tokenizer of --english, which `prepare` wrote
-    train     --variants with --seeds: 6 layers of width 128, trained on 7 parts of English and 3 of this text
-    analyze   the commands of `analyze` in PAGES, with all seeds of a model together; WORK/pages/NAME has their pages
+    text      DIR/texts: a fifth English, from the files train-* and validation-* in TEXTS, the rest the text of
+              recall_reasoning.py, whose questions are in DIR/exercises/tasks
+    analyze   the commands of `analyze` in PAGES on the models of the protocol, with all seeds of a model together;
+              DIR/pages/NAME has their pages
     show      the record of their results at --output, and their pictures in --figures
-Models that another command trained, such as one run of a protocol for each seed, are named by links WORK/VARIANT-SEED.
+Each can be killed, and goes on with the same line.
 """
 
-import concurrent.futures
+import collections
+import glob
+import gzip
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -21,25 +26,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 import common
+from facts_text import write_lines
 
 from memoryllm_jax.common import cli, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
+from memoryllm_jax.experiments import protocol as protocol_lib
+from memoryllm_jax.experiments import runner
 
-STAGES = ("text", "train", "analyze", "show")
-_MIXTURE = "english:0.7,tasks/data:0.3"
-_FIELDS = {
-    "data.epochs": 10,
-    "model.dim": 128,
-    "model.layers": 6,
-    "model.heads": 4,
-    "batch_size": 16,  # of 256 tokens
-    "eval.every": 500,
-    "eval.batches": 20,
-    "checkpoint.every": 500,
-    "log.every": 100,
-    "sample.tokens": 0,
-}
+PROTOCOL = "configs/protocols/paper.py"
+STAGES = ("text", "analyze", "show")
+_HELD_OUT = 20  # the training text has so many times as much English as the held-out text
+_PIECE = 20_000  # most characters of an English document, so that no text is half a book
 
 
 def run(work: str, log: str, *arguments: str) -> None:
@@ -55,52 +53,52 @@ def run(work: str, log: str, *arguments: str) -> None:
         raise UserError(f"{path}: expected exit code 0, found {done.returncode} of python {' '.join(arguments)}")
 
 
-def make_text(work: str, english: str) -> None:
-    """Links the English data, and writes and prepares the text of recall and reasoning."""
-    if not os.path.exists(f"{work}/english"):
-        os.symlink(os.path.abspath(english), f"{work}/english")
-    if os.path.exists(f"{work}/tasks/data/dataset.json"):
+def make_text(work: str, english: str, characters: int) -> None:
+    """Writes DIR/texts and DIR/tasks.
+
+    Args:
+      english: folder with train-*.json.gz and validation-*.json.gz, each with one {"text": ...} a line.
+      characters: of the training text; a fifth of them are English.
+    Raises: UserError.
+    """
+    texts = os.path.join(work, "texts")
+    if os.path.exists(texts):
         return
-    run(work, "text.log", f"{common.ROOT}/benchmarks/recall_reasoning.py", "--output=tasks")
-    run(
-        work,
-        "text.log",
-        *("-m", "memoryllm_jax.prepare", "--input=tasks/text/train-*.json.gz", "--output=tasks/data"),
-        "--validation_input=tasks/text/validation-*.json.gz",
-        f"--tokenizer=sentencepiece:{_tokenizer(english)}",
-    )
+    of_english = characters // 5
+    options = ("--output=exercises", f"--characters={characters - of_english}")
+    run(work, "text.log", f"{common.ROOT}/benchmarks/recall_reasoning.py", *options)
+    part = f"{texts}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(os.path.join(work, "exercises", "text"), part)
+    write_lines(os.path.join(part, "train-english.json.gz"), _pieces(english, "train", of_english))
+    # Analyses read the first tokens of the held-out text, so that its kinds must be mixed.
+    held_out = _pieces(english, "validation", of_english // _HELD_OUT)
+    path = os.path.join(part, "validation-0.json.gz")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        held_out += [json.loads(line)["text"] for line in file]
+    random.Random(0).shuffle(held_out)
+    write_lines(path, held_out)
+    os.replace(part, texts)
 
 
-def _tokenizer(english: str) -> str:
-    """The path of the tokenizer in prepared data. Raises: ArgumentError."""
-    described = json.loads(storage.read_bytes(os.path.join(english, "dataset.json"), "prepared data"))["tokenizer"]
-    if described["kind"] != "sentencepiece":
-        raise ArgumentError("english", f"expected a SentencePiece tokenizer, found {described['kind']}")
-    return f"english/{described['file']}"
-
-
-def train(work: str, variants: tuple[str, ...], seeds: int, steps: int, rates: dict[str, float], jobs: int) -> None:
-    """Trains what has no result yet, some at a time; runs that were interrupted go on. Raises: UserError."""
-    names = [(variant, seed) for seed in range(seeds) for variant in variants]
-    missing = [name for name in names if not os.path.exists(f"{work}/{name[0]}-{name[1]}/result.json")]
-
-    def one(name: tuple[str, int]) -> None:
-        variant, seed = name
-        workdir = f"{variant}-{seed}"
-        rate = rates.get(variant, 3e-3)
-        fields = _FIELDS | {"steps": steps, "seed": seed, "data.path": _MIXTURE}
-        fields |= {"optimizer.peak_lr": rate, "optimizer.final_lr": f"{rate / 10:g}"}
-        fields |= {"optimizer.warmup_steps": steps // 20}
-        options = [f"--config.{field}={value}" for field, value in fields.items()]
-        config = f"--config={common.ROOT}/configs/tiny.py:{variant}"
-        run(work, f"{workdir}.log", "-m", "memoryllm_jax.train", config, f"--workdir={workdir}", *options)
-        print(f"{workdir}: done", flush=True)
-
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        runs = [pool.submit(one, name) for name in missing]
-        errors = [found for found in (r.exception() for r in runs) if found]  # the other runs go on
-    if errors:
-        raise errors[0]
+def _pieces(folder: str, split: str, characters: int) -> list[str]:
+    """Pieces of the documents of a split, of `characters` in all if it has as many. Raises: ArgumentError."""
+    paths = sorted(glob.glob(os.path.join(folder, f"{split}-*.json.gz")))
+    if not paths:
+        raise ArgumentError("english", f"expected a folder with {split}-*.json.gz, found none in {folder!r}")
+    pieces: list[str] = []
+    for path in paths:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                text = json.loads(line)["text"]
+                pieces += [text[at : at + _PIECE] for at in range(0, len(text), _PIECE)]
+    random.Random(0).shuffle(pieces)
+    size = 0
+    for number, piece in enumerate(pieces):
+        size += len(piece)
+        if size >= characters:
+            return pieces[: number + 1]
+    return pieces
 
 
 class Page(NamedTuple):
@@ -124,8 +122,8 @@ class Page(NamedTuple):
 
 
 _ALL = ("base", "memory", "flex-3")
-_TEXT = ("--data=english", "--max_tokens=131072")
-_TASKS = ("--tasks=recall_*,reasoning_*", "--task_path=tasks/tasks")
+_TEXT = ("--data=data/1024", "--max_tokens=131072")
+_TASKS = ("--tasks=recall_*,reasoning_*", "--task_path=exercises/tasks")
 PAGES = [
     Page(
         "alpha",
@@ -141,20 +139,20 @@ PAGES = [
     ),
     Page(
         "pruning",
-        ("pruning", *_TEXT, "--calibration=english"),
+        ("pruning", *_TEXT, "--calibration=data/1024"),
         _ALL,
         pictures={"perplexity": "comparison/pruning.png"},
     ),
     # Budgets are planned on held-out text, so that the loss is measured on other text.
     Page(
         "compression",
-        ("compression", *_TEXT, "--split=train", "--calibration=english"),
+        ("compression", *_TEXT, "--split=train", "--calibration=data/1024"),
         ("memory",),
         pictures={"perplexity": "comparison/compression.png", "singular": "comparison/singular.png"},
     ),
     Page(
         "decode_cost",
-        ("decode_cost", "--data=english", "--cache=4MiB"),
+        ("decode_cost", "--data=data/1024", "--cache=4MiB"),
         _ALL,
         pictures={"sides": "comparison/cost.png"},
         is_timing=True,
@@ -182,17 +180,34 @@ def _analyses(variants: tuple[str, ...]) -> Iterator[Page]:
         of_one += [(command, "") for command in _OF_FFN_M if "memory" in ffns]
         for command, ffn in [*of_one, *((command, ffn) for command in _OF_FFNS for ffn in ffns)]:
             name = "-".join(filter(None, (command, variant, ffn)))
-            options = ["--data=english"] if command in _OF_TEXT else []
+            options = ["--data=data/1024"] if command in _OF_TEXT else []
             options += [f"--ffn={ffn}"] if ffn else []
             yield Page(name, (command, *options), (variant,), _KEPT.get(command, ()), _PICTURES.get(name, {}))
 
 
-def analyze(work: str, pages: Sequence[Page], seeds: int) -> None:
+def link_models(work: str) -> list[int]:
+    """Names the finished models of the protocol DIR/VARIANT-SEED. Returns: the seeds of which all models are finished.
+
+    Raises: UserError if there are none.
+    """
+    protocol = protocol_lib.load(PROTOCOL)
+    runs = runner.finished(protocol, work)
+    for run in runs:
+        link = os.path.join(work, f"{run.variant}-{run.seed}")
+        if not os.path.lexists(link):
+            os.symlink(os.path.relpath(run.folder(work), work), link)
+    found = collections.Counter(run.seed for run in runs)
+    complete = [seed for seed, count in found.items() if count == len(_ALL)]
+    if not complete:
+        raise ArgumentError("work", f"expected models that compare trained by {PROTOCOL}, found none in {work}")
+    return sorted(complete)
+
+
+def analyze(work: str, pages: Sequence[Page], seeds: Sequence[int]) -> None:
     """Runs the commands whose page is missing, or older than a model. Raises: UserError after all have run."""
     errors = []
     for page in pages:
-        numbers = range(1 if page.is_timing else seeds)
-        models = [f"{variant}-{seed}" for variant in page.variants for seed in numbers]
+        models = [f"{variant}-{seed}" for variant in page.variants for seed in seeds[: 1 if page.is_timing else None]]
         made = os.path.join(work, "pages", page.name, f"{page.command[0]}.json")
         newest = max(os.path.getmtime(f"{work}/{model}/result.json") for model in models)
         if os.path.exists(made) and os.path.getmtime(made) > newest:
@@ -244,23 +259,11 @@ def _for_record(tree, work: str):
     return float(f"{tree:.6g}") if isinstance(tree, float) else tree
 
 
-def _rates(texts: tuple[str, ...]) -> dict[str, float]:
-    """The option's rates by variant. Raises: ArgumentError."""
-    try:
-        return {name: float(rate) for name, rate in (text.split("=") for text in texts)}
-    except ValueError as error:
-        raise ArgumentError("rates", f"expected VARIANT=RATE such as base=2e-3, found {','.join(texts)}") from error
-
-
 def main(
     work: Annotated[str, Option("folder for text, models and pages")],
-    english: Annotated[str, Option("folder of English that `prepare` wrote with a SentencePiece tokenizer")] = "",
+    english: Annotated[str, Option("for the stage text: folder with files train-* and validation-* of English")] = "",
+    characters: Annotated[int, Option("of the training text", least=1)] = 20_000_000,
     stages: Annotated[tuple[str, ...], Option(f"some of {', '.join(STAGES)}")] = STAGES,
-    variants: Annotated[tuple[str, ...], Option("architectures to train")] = _ALL,
-    seeds: Annotated[int, Option("runs of each, with seeds from 0 on", least=1)] = 3,
-    steps: Annotated[int, Option("of 4,096 tokens", least=1)] = 6000,
-    rates: Annotated[tuple[str, ...], Option("VARIANT=RATE, peak learning rates other than 3e-3")] = (),
-    jobs: Annotated[int, Option("runs at a time", least=1)] = 2,
     only: Annotated[tuple[str, ...], Option("names of pages; by default all")] = (),
     output: Annotated[str, Option("file for the record", writes=True)] = "benchmarks/results/paper_cpu.json",
     figures: Annotated[str, Option("folder for the pictures")] = "docs",
@@ -274,13 +277,9 @@ def main(
     pages = [page for page in pages if page.name in only or not only]
     os.makedirs(work, exist_ok=True)
     if "text" in stages:
-        if not english:
-            raise ArgumentError("english", "expected a folder of prepared data for the stage text, found none")
-        make_text(work, english)
-    if "train" in stages:
-        train(work, variants, seeds, steps, _rates(rates), jobs)
+        make_text(work, english, characters)
     if "analyze" in stages:
-        analyze(work, pages, seeds)
+        analyze(work, pages, link_models(work))
     if "show" in stages:
         show(work, pages, output, figures)
 

@@ -18,8 +18,8 @@ Reasoning asks for what follows by a rule from a context that is new in each que
     reasoning_lookup  pairs of an owner and a good, some of which are repeated in another order: the good of the next
                       owner, or one of others
     reasoning_cycle   words that come again and again in one order: the next word, or others of the cycle
-A third of the text is of the world, and two thirds are exercises. These go on after the answer: the more is repeated,
-the sooner small models learn to repeat. Text and tasks are the same for the same seed.
+Half of the text is of the world, and half are exercises. These go on after the answer: the more is repeated, the sooner
+small models learn to repeat. Text and tasks are the same for the same seed.
 """
 
 import json
@@ -37,7 +37,7 @@ from memoryllm_jax.common.options import Option
 CHOICES = 4
 _WORDS = (*GOODS, *INSTRUMENTS, *TRADES)
 _SHARDS = 4
-_VALIDATION = 50  # documents of held-out text to each million characters of training text
+_VALIDATION = 40  # documents of held-out text to each million characters of training text
 
 
 class Question(NamedTuple):
@@ -113,12 +113,17 @@ def exercises(draw: random.Random) -> str:
 
 
 def tasks(world: World, count: int, seed: int) -> dict[str, list[Question]]:
-    """`count` questions of each task."""
+    """The questions of each task. Each fact is asked for once, in one of both tasks, so that answers are independent.
+
+    Args:
+      count: questions of each rule.
+    """
     draw = random.Random(f"tasks {seed}")
-    facts = [draw.choice(list(world.facts.values())) for _ in range(count)]
+    facts = draw.sample(list(world.facts.values()), len(world.facts))
+    half = len(facts) // 2
     found = {
-        "recall_stated": [recall(draw, world, fact, draw.choice(world.stated_forms(fact))) for fact in facts],
-        "recall_rephrased": [recall(draw, world, fact, world.withheld[fact]) for fact in facts],
+        "recall_stated": [recall(draw, world, fact, draw.choice(world.stated_forms(fact))) for fact in facts[:half]],
+        "recall_rephrased": [recall(draw, world, fact, world.withheld[fact]) for fact in facts[half:]],
     }
     for name, rule in RULES.items():
         found[name] = [_in_context(rule(draw), draw) for _ in range(count)]
@@ -158,10 +163,9 @@ def write_tasks(folder: str, found: dict[str, list[Question]], seed: int) -> Non
 
 
 def write_text(folder: str, world: World, characters: int, seed: int) -> None:
-    """Writes train-*.json.gz and validation-0.json.gz: a third are documents of the world, the others exercises."""
+    """Writes train-*.json.gz and validation-0.json.gz: half are documents of the world, the others exercises."""
     draw = random.Random(f"text {seed}")
-    # Rules take longer to learn than facts, and each question has a context of its own.
-    kinds: tuple[Callable[[], str], ...] = (lambda: world.document(draw), *[lambda: exercises(draw)] * 2)
+    kinds: tuple[Callable[[], str], ...] = (lambda: world.document(draw), lambda: exercises(draw))
     documents = []
     for write in kinds:
         size = 0
@@ -179,15 +183,16 @@ def write_text(folder: str, world: World, characters: int, seed: int) -> None:
 def main(
     output: Annotated[str, Option("folder for text/ and tasks/", writes=True)],
     characters: Annotated[int, Option("of the training text", least=1)] = 20_000_000,
-    questions: Annotated[int, Option("of each task", least=1)] = 500,
-    subjects: Annotated[int, Option("countries, and people, whose three facts each the text states", least=10)] = 40,
+    questions: Annotated[int, Option("of each rule", least=1)] = 240,
+    subjects: Annotated[int, Option("countries, and people, whose three facts each the text states", least=10)] = 24,
     seed: Annotated[int, Option("of the world, the text and the tasks")] = 0,
 ) -> None:
     world = World(subjects, subjects // 4, seed, withhold=True)
     write_text(os.path.join(output, "text"), world, characters, seed)
     found = tasks(world, questions, seed)
     write_tasks(os.path.join(output, "tasks"), found, seed)
-    print(f"{output}: {characters:,} characters of text, {questions} questions of each of {', '.join(found)}")
+    counts = ", ".join(f"{name} ({len(found[name])} questions)" for name in found)
+    print(f"{output}: {characters:,} characters of text, {counts}")
 
 
 if __name__ == "__main__":

@@ -19,14 +19,12 @@ import sys
 from typing import Annotated, NamedTuple
 
 import common
+from scipy import stats
 
 from memoryllm_jax.common import cli
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.options import Option
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
-# Quantiles of Student's t at 97.5%, by the number of seeds less one
-_T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 # What all runs share: 0.8 M parameters without embedding and head, and 0.6 M tokens of sequences of 128
 _SHARED = {
     "model.dim": 128,
@@ -103,14 +101,8 @@ class Runs:
         """Trains, or resumes a run that was stopped. Returns: its result.json. Raises: UserError if training fails."""
         fields = _SHARED | {"seed": seed} | changed
         key = hashlib.sha256(json.dumps([architecture, fields], sort_keys=True).encode()).hexdigest()[:12]
-        folder = os.path.join(self._workdir, key)
-        path = os.path.join(folder, "result.json")
-        if not os.path.exists(path):
-            flags = [f"--config.{name}={self._placed(value)}" for name, value in fields.items() if value is not None]
-            config = f"--config={_HERE}/../configs/tiny.py:{architecture}"
-            _run("train", config, f"--workdir={folder}", *flags)
-        with open(path) as file:
-            return json.load(file)
+        given = {name: self._placed(value) for name, value in fields.items() if value is not None}
+        return common.train(os.path.join(self._workdir, key), f"tiny.py:{architecture}", given)
 
     def _placed(self, value):
         """The value of a config field, with paths in place of their names."""
@@ -164,7 +156,7 @@ def _write_paragraphs(english: str, output: str) -> None:
 def difference(without: list[float], using: list[float]) -> dict[str, float]:
     """Mean of the differences seed by seed, and half the width of its 95% interval (Student's t)."""
     pairs = [b - a for a, b in zip(without, using, strict=True)]
-    half = _T[len(pairs) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    half = stats.t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
     return {"mean": statistics.mean(pairs), "half_width": half}
 
 

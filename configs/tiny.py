@@ -21,5 +21,6 @@ def get_config(architecture: str = "memory"):
     c.data.epochs = 2
     c.optimizer.peak_lr, c.optimizer.final_lr, c.optimizer.warmup_steps = 3e-3, 3e-4, 40
     c.checkpoint.every, c.eval.every, c.log.every = 120, 120, 20
-    c.sample.tokens, c.sample.prompt = 120, "def "
+    if c.model.token_memory != "bigram":  # which cannot continue a text
+        c.sample.tokens, c.sample.prompt = 120, "def "
     return c

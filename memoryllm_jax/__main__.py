@@ -27,7 +27,7 @@ def command_summaries(package: Path) -> dict[str, str]:
     files = {path.stem: path for path in package.glob("*.py")}
     # A folder with a __main__.py, such as tol, is a command too.
     files |= {path.parent.name: path for path in package.glob("*/__main__.py")}
-    for not_a_command in ("__init__", "__main__", "config"):
+    for not_a_command in ("__init__", "__main__"):
         del files[not_a_command]
     return {name: _first_line(files[name]) for name in sorted(files)}
 

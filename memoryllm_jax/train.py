@@ -3,7 +3,7 @@
     python -m memoryllm_jax.train --config=configs/1b.py:flex-3 --workdir=DIR [--config.model.dim=64 ...]
 
 The name after the colon is the architecture: base, memory, or flex-B (flex-1, flex-2, flex-3). Any field of
-memoryllm_jax/config.py can be overridden as --config.FIELD=VALUE. Kill the run at any time and run the same line
+memoryllm_jax/config/tree.py can be overridden as --config.FIELD=VALUE. Kill the run at any time and run the same line
 again: it goes on from its newest checkpoint. On SIGTERM or Ctrl-C it saves a checkpoint and exits with code 143.
 
     python -m memoryllm_jax.train --config=configs/1b.py:flex-3 --dry_run --devices=256 --chip=v5p

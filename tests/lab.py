@@ -288,7 +288,7 @@ def written(model, prompts, tokens=12, settings=GREEDY, **more) -> list[list[int
 
 def all_layers(rows):
     """`TokenRows` with the rows of every layer in a list, as a jitted function takes them."""
-    return rows if rows.ffn_LSUD is None else rows._replace(ffn_LSUD=list(rows.ffn_LSUD))
+    return rows if rows.rows_LSUP is None else rows._replace(rows_LSUP=list(rows.rows_LSUP))
 
 
 def jitted_step(decoder):

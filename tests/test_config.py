@@ -262,7 +262,7 @@ def test_the_package_lists_its_commands():
     done = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True)
     assert done.returncode == 0 and "jax imported: False" in done.stdout
     listed = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
-    files = {p.stem for p in (ROOT / "memoryllm_jax").glob("*.py")} - {"__init__", "__main__", "config"}
+    files = {p.stem for p in (ROOT / "memoryllm_jax").glob("*.py")} - {"__init__", "__main__"}
     assert set(listed) == files | {"tol"}
     assert listed["train"] == "  train       Trains base, MemoryLLM or Flex-MemoryLLM from one config."
 

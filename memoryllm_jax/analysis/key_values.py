@@ -228,7 +228,7 @@ class KeyValueModel:
 
     def rows(self, layer: int, ids_N) -> jax.Array:
         """The rows of tokens in one layer, [N, D]: FFN-M_l(NM_l(E[t])), or those of a table [N, P]."""
-        return self._live.fetch(ids_N).ffn_LSUD[layer][0]
+        return self._live.fetch(ids_N).rows_LSUP[layer][0]
 
     def queries(self, layer: int, ids_N) -> jax.Array:
         """The queries NM_l(E[t]) of tokens to FFN-M, [N, D]."""

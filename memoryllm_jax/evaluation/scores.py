@@ -7,14 +7,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+FEWEST = 10  # units that a standard error takes: it is itself known to a quarter only, from so few
+
 
 class Change(NamedTuple):
-    """A change from one score to another in percent, and its standard error over documents or examples.
+    """A change from one score to another, in percent of the other or in points, and its standard error.
 
-    NaN stands for what is not known: a change from 0, or an error without at least two units.
+    The error is over documents or examples. NaN stands for what is not known: a change from 0, or an error of fewer
+    than `FEWEST` units.
     """
 
-    percent: float
+    amount: float
     error: float
 
 
@@ -67,11 +70,21 @@ class Score:
             error = _ratio_error(self.sums_N, full.sums_N)
         return Change(percent, 100 * error)
 
+    def points(self, full: "Score") -> Change:
+        """The difference from the score `full` to this one, in hundredths. Both must have the same units, of one size.
+
+        Of an accuracy near chance, a change in percent is small whatever the model loses: a difference is not.
+        """
+        difference = 100 * (self.value - full.value)
+        if self.sums_N is None or full.sums_N is None:
+            return Change(difference, math.nan)
+        return Change(difference, 100 * _ratio_error(self.sums_N - full.sums_N, self.sizes_N))
+
 
 def _ratio_error(sums_N: np.ndarray, sizes_N: np.ndarray) -> float:
-    """Standard error of sum(sums) / sum(sizes), both over N units; NaN for a single unit."""
+    """Standard error of sum(sums) / sum(sizes), both over N units; NaN for fewer than `FEWEST`."""
     units, total = len(sums_N), sizes_N.sum()
-    if units < 2:
+    if units < FEWEST:
         return math.nan
     residuals_N = sums_N - sums_N.sum() / total * sizes_N
     return float(math.sqrt(units / (units - 1) * np.square(residuals_N).sum()) / total)
@@ -83,13 +96,18 @@ def values(found: dict[str, Score]) -> dict[str, float]:
 
 
 def changes(found: dict[str, Score], full: dict[str, Score]) -> dict[str, Change]:
-    """The change of each metric from the scores `full`."""
+    """The change of each metric from the scores `full`, in percent."""
     return {metric: score.change(full[metric]) for metric, score in found.items()}
 
 
-def percent(changes: dict[str, Change]) -> dict[str, float]:
-    """The change of each metric in percent."""
-    return {metric: change.percent for metric, change in changes.items()}
+def points(found: dict[str, Score], full: dict[str, Score]) -> dict[str, Change]:
+    """The change of each accuracy from the scores `full`, in points."""
+    return {metric: score.points(full[metric]) for metric, score in found.items() if not score.is_log}
+
+
+def amounts(changes: dict[str, Change]) -> dict[str, float]:
+    """The change of each metric."""
+    return {metric: change.amount for metric, change in changes.items()}
 
 
 def errors(changes: dict[str, Change]) -> dict[str, float]:
@@ -97,9 +115,19 @@ def errors(changes: dict[str, Change]) -> dict[str, float]:
     return {metric: change.error for metric, change in changes.items()}
 
 
-def change_columns(metrics: Iterable[str]) -> list[str]:
+def facts(found: dict[str, Score]) -> dict[str, str]:
+    """A fact for the caption of a page: the documents and examples that its standard errors are over."""
+    counts = []
+    for metric, score in found.items():
+        if score.sums_N is not None:
+            units = "documents of the text" if score.is_log else f"examples of {metric}"
+            counts.append(f"{len(score.sums_N)} {units}")
+    return {"standard errors are over": f"{', '.join(counts)}; fewer than {FEWEST} have none"} if counts else {}
+
+
+def change_columns(metrics: Iterable[str], unit: str = "%") -> list[str]:
     """Names of the columns that `change_cells` fills."""
-    return [column for metric in metrics for column in (f"{metric} change, %", "its error")]
+    return [column for metric in metrics for column in (f"{metric} change, {unit}", "its error")]
 
 
 def change_cells(changes: dict[str, Change]) -> list[float]:

@@ -12,10 +12,10 @@ import platform
 
 from memoryllm_jax.common import provenance, report, storage
 from memoryllm_jax.experiments import answers as answers_lib
-from memoryllm_jax.experiments import comparison_plots, exploration, intervals, runner
+from memoryllm_jax.experiments import comparison_plots, exploration, runner
 from memoryllm_jax.experiments.answers import Answer, Answers
 from memoryllm_jax.experiments.comparison_plots import name_of
-from memoryllm_jax.experiments.intervals import FEWEST, NO_SPREAD, Interval
+from memoryllm_jax.experiments.intervals import FEWEST, Interval
 from memoryllm_jax.experiments.protocol import Protocol
 from memoryllm_jax.experiments.results import Results
 
@@ -34,15 +34,15 @@ difference was found, or no spread over seeds is known. "Equal" names the costs 
 _CROSSING = """
 Base has as many parameters as each MemoryLLM, and all of them pass every token. After how much text is it ahead? The
 measured differences are interpolated against the logarithm of tokens, without a law. "Not before" and "before" name the
-longest and the shortest run, beyond which nothing was measured. Each interval is a 95% interval alone. A parameter is
-one of base's attention, FFNs and norms.
+longest and the shortest run, beyond which nothing was measured. Each interval is a 95% interval alone; * marks
+those of lengths at which no spread over seeds is known. A parameter is one of base's attention, FFNs and norms.
 """
 _LIMITS = """
 The held-out documents come from the sources of the training text. A window holds the same number of tokens in every
 vocabulary, so it holds less text where tokens are short. Equal tokens are not equal text, and equal text is not equal
-compute: with more ids a run of the same text has fewer tokens. Each sweep of rates has one length and one seed. The
-sizes span less than a factor of a hundred: only the runs that the law was not fitted to show whether it holds beyond
-them.
+compute: with more ids a run of the same text has fewer tokens. Each sweep of rates has one length and one seed. All
+variants are taken to vary equally with the seed. The sizes span less than a factor of a hundred: only the runs that the
+law was not fitted to show whether it holds beyond them.
 """
 
 
@@ -147,7 +147,7 @@ def _answers(page, results: Results, found: Answers) -> dict:
     if figure:
         caption = "The answers by the number of token ids, after as equal an amount of text as there are runs of"
         page.figure("answers-vocabulary", figure, caption)
-    spreads = _spreads(page, results)
+    spreads = _spreads(page, results, found)
     rows = [_answer_record(results, answer) for answer in found.answers]
     with page.csv("all-answers", list(rows[0])) as write:
         write(row.values() for row in rows)
@@ -164,27 +164,30 @@ def _answer(found: Answer | None) -> str:
     return f"{mark}{value:+.3f} ± {high - value:.3f} ({seeds})"
 
 
-def _spreads(page, results: Results) -> list[dict]:
-    """The table of how much losses vary with the seed. Returns: its rows."""
-    rows, table = [], []
-    for vocabulary in results.texts:
-        of_cells = results.spreads(vocabulary)
-        if not of_cells:
-            page.text(
-                f"{vocabulary} ids: no variant has several seeds yet. Intervals cover the choice of documents alone, "
-                "and no difference is marked."
-            )
-        one = intervals.shared_spread(NO_SPREAD, list(of_cells.values()))
-        for cell, own in of_cells.items():
-            used = intervals.shared_spread(own, list(of_cells.values()))
-            rows.append({**cell._asdict(), **own._asdict(), "used": used.deviation, "for_one_seed": one.deviation})
-            table.append([vocabulary, cell.size, cell.tokens / 1e6, *own, used.deviation, one.deviation])
-    if rows:
-        head = ["ids", "size", "M tokens", "deviation", "degrees of freedom", "used", "used for one seed"]
-        caption = (
-            "Standard deviation of a run's loss over seeds in bits per byte: pooled, unless Bartlett's test finds "
+def _spreads(page, results: Results, found: Answers) -> list[dict]:
+    """The table of how much losses vary with the seed, and where that is not known. Returns: the rows of the table."""
+    unknown: dict[str, set[int]] = {}
+    for answer in found.answers:
+        if not answer.covers_seeds:
+            unknown.setdefault(answer.cell.vocabulary, set()).add(answer.cell.tokens)
+    for vocabulary, lengths in unknown.items():
+        shown = " and ".join(f"{tokens / 1e6:.3g}" for tokens in sorted(lengths))
+        page.text(
+            f"{vocabulary} ids, {shown} M tokens: no runs as long or shorter have several seeds. Intervals cover the "
+            "choice of documents alone, and no difference is marked."
         )
-        page.table(head, table, caption + "the cells unequal. Runs of one seed then take the largest.", csv="spreads")
+    rows = [
+        {**cell._asdict(), **own._asdict(), "used": results.spread(cell).deviation}
+        for cell, own in results.own_spreads().items()
+    ]
+    if rows:
+        head = ["size", "ids", "tokens", "deviation", "degrees of freedom", "used"]
+        caption = (
+            "Standard deviation of a run's loss over seeds in bits per byte. Used: pooled over lengths up to this one, "
+            "or the cell's own if Bartlett's test finds them unequal. Runs of one seed then take that of the longest "
+            "runs that are not longer."
+        )
+        page.table(head, [list(row.values()) for row in rows], caption, csv="spreads")
     return rows
 
 

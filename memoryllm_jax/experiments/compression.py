@@ -112,6 +112,7 @@ def compression(
         layouts = uniform_layouts(source, bits, ranks)
         trial = _Trial(source, model, calibration)
         settings = _measure_settings(trial, layouts, measure)
+    page.facts |= scores.facts(settings[0].quality)
     _show_settings(page, settings, trial.plain_bytes, models.labels[0])
     page.figure("singular", _draw_singular(trial.singular), "Singular values of each layer's rows (Figure 13)")
     with page.csv("singular", ["layer", "number", "singular value over the largest"]) as write:
@@ -126,7 +127,7 @@ def _records(settings: list[Setting]) -> list[dict]:
         changes = scores.changes(setting.quality, full)
         quality = {"quality": scores.values(setting.quality)}
         records.append(
-            setting._asdict() | quality | {"changes": scores.percent(changes), "errors": scores.errors(changes)}
+            setting._asdict() | quality | {"changes": scores.amounts(changes), "errors": scores.errors(changes)}
         )
     return records
 

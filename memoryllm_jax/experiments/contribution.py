@@ -13,6 +13,7 @@ from memoryllm_jax.evaluation.measure import PERPLEXITY, Measure
 from memoryllm_jax.evaluation.scores import Change, Score
 from memoryllm_jax.experiments.models import Models
 from memoryllm_jax.inference.engine import Contribution, Engine
+from memoryllm_jax.model import memories
 
 ALPHAS = ("1.0", "0.9", "0.8", "0.7", "0.6", "0.5")
 # The paper's groups of tasks (Table 1), by the beginnings of the tasks' names in the harness. Tasks of
@@ -39,14 +40,19 @@ class Part(NamedTuple):
 def parts(config: ModelConfig, label: str) -> list[Part]:
     """The kinds of FFN that a model has: base its FFN, memory FFN-M, and flex both FFN-M and FFN-C.
 
-    A table of value or per-layer embeddings takes the place of FFN-M.
+    Rows of other token memories take the place of FFN-M.
 
     Args:
       label: the model's name, which the parts' names begin with.
+    Raises: ArgumentError if rows are a part of attention, so that a factor of them would scale something else.
     """
+    memory = memories.of(config)
+    if config.row_dim and not (memory.adds_rows or memory.gate_weights):
+        expected = "expected models that add FFN outputs or rows to the residual stream"
+        raise ArgumentError("workdir", f"{expected}, found {label}, whose rows are values of attention")
     if not (config.row_dim and config.compute_dim):
         return [Part(label, "alpha", "drop_layers")]
-    memory = "FFN-M" if config.memory_dim else "table"
+    memory = "FFN-M" if config.token_memory == "ffn" else "rows"
     return [
         Part(f"{label}, {memory}", "alpha", "drop_layers"),
         Part(f"{label}, FFN-C", "alpha_compute", "drop_compute"),
@@ -66,8 +72,9 @@ def alpha(
     """FFN outputs are multiplied by alpha in every layer (MemoryLLM, Table 1 and Figure 7).
 
     In base alpha scales the FFN, in memory FFN-M. In flex it scales either FFN-M or FFN-C, and the other one stays
-    whole. Changes are relative to alpha 1, in percent, with standard errors over documents of the text and examples of
-    the tasks. Recall (LAMBADA, SciQ, ARC-Easy, recall_*) and reasoning (HellaSwag, WinoGrande, BoolQ, PIQA,
+    whole. Changes are relative to alpha 1, in percent as in the paper, and of accuracies in points too: where chance is
+    half of the accuracy, no model can lose more than 50%. Standard errors are over documents of the text and examples
+    of the tasks. Recall (LAMBADA, SciQ, ARC-Easy, recall_*) and reasoning (HellaSwag, WinoGrande, BoolQ, PIQA,
     reasoning_*) are the paper's groups of tasks, and those whose names begin so; the change of a group is the mean over
     its tasks that ran.
     """
@@ -80,18 +87,28 @@ def alpha(
                 model.contribute(Contribution(**{part.alpha: value}))
                 quality[part.name][value] = found = measure(model)
                 print(f"{part.name}, alpha {value:g}: {scores.text(found)}", flush=True)
-    changes = {name: _changes_by_alpha(by_alpha) for name, by_alpha in quality.items()}
-    _alpha_table(page, quality, changes)
+    page.facts |= scores.facts(found)
+    changes = {name: _by_alpha(by_alpha, scores.changes) for name, by_alpha in quality.items()}
+    points = {name: _by_alpha(by_alpha, scores.points) for name, by_alpha in quality.items()}
+    _alpha_table(page, quality, changes, points)
     for metric in _names(changes):
         figure = _draw_alpha(changes, metric)
         page.figure(metric.replace(" ", "-"), figure, f"Change of {metric} against alpha (Figure 7)")
+    for metric in _names(points):
+        figure = _draw_alpha(points, metric, "points")
+        page.figure(f"{metric.replace(' ', '-')}-points", figure, f"Change of {metric} against alpha, in points")
     return {
-        "quality": {name: {value: scores.values(found) for value, found in of.items()} for name, of in quality.items()},
-        "changes": {
-            name: {value: scores.percent(found) for value, found in of.items()} for name, of in changes.items()
-        },
-        "errors": {name: {value: scores.errors(found) for value, found in of.items()} for name, of in changes.items()},
+        "quality": _each(quality, scores.values),
+        "changes": _each(changes, scores.amounts),
+        "errors": _each(changes, scores.errors),
+        "points": _each(points, scores.amounts),
+        "points_errors": _each(points, scores.errors),
     }
+
+
+def _each(by_series: dict[str, dict], read: Callable) -> dict[str, dict]:
+    """What `read` gives for each series and each value of alpha."""
+    return {name: {value: read(found) for value, found in series.items()} for name, series in by_series.items()}
 
 
 def _alphas(texts: Iterable[str]) -> list[float]:
@@ -105,12 +122,12 @@ def _alphas(texts: Iterable[str]) -> list[float]:
     return sorted({1.0, *values}, reverse=True)
 
 
-def _changes_by_alpha(by_alpha: dict[float, dict[str, Score]]) -> dict[float, dict[str, Change]]:
-    """Changes against alpha 1 of each metric and of each group of tasks."""
+def _by_alpha(by_alpha: dict[float, dict[str, Score]], changes_of: Callable) -> dict[float, dict[str, Change]]:
+    """Changes against alpha 1, by `changes_of`, of each metric and of each group of tasks."""
     changes = {}
     for value, found in by_alpha.items():
-        relative = scores.changes(found, by_alpha[1.0])
-        changes[value] = relative | group_means(relative)
+        of_tasks = changes_of(found, by_alpha[1.0])
+        changes[value] = of_tasks | group_means(of_tasks)
     return changes
 
 
@@ -120,25 +137,25 @@ def _names(by_series):
     return list(by_alpha[1.0])
 
 
-def _alpha_table(page, quality, changes):
-    head = ["model", "alpha", *_names(quality), *scores.change_columns(_names(changes))]
+def _alpha_table(page, quality, changes, points):
+    columns = [*scores.change_columns(_names(changes)), *scores.change_columns(_names(points), "points")]
+    head = ["model", "alpha", *_names(quality), *columns]
     rows = []
     for name, by_alpha in quality.items():
         for value, found in by_alpha.items():
-            rows.append(
-                [name, f"{value:g}", *scores.values(found).values(), *scores.change_cells(changes[name][value])]
-            )
+            cells = [*scores.change_cells(changes[name][value]), *scores.change_cells(points[name][value])]
+            rows.append([name, f"{value:g}", *scores.values(found).values(), *cells])
     page.table(head, rows, "Quality as FFN outputs are scaled down (Table 1); changes against alpha 1", csv="alpha")
 
 
-def _draw_alpha(changes, metric) -> plots.Chart:
+def _draw_alpha(changes, metric, unit="%") -> plots.Chart:
     lines = {}
     for name, by_alpha in changes.items():
         of_metric = [found[metric] for found in by_alpha.values()]
         lines[name] = plots.Line(list(by_alpha), *zip(*of_metric))
     # Changes of perplexity may be negative, and reach thousands of percent.
     scale = "change" if metric == PERPLEXITY else "linear"
-    return plots.Chart(lines, "alpha", f"change of {metric}, %", "falling", scale)
+    return plots.Chart(lines, "alpha", f"change of {metric}, {unit}", "falling", scale)
 
 
 def group_of(task: str) -> str | None:
@@ -153,11 +170,11 @@ def group_means(changes: dict[str, Change]) -> dict[str, Change]:
     """Mean change of each group's tasks, without those whose change is NaN, as the whole model's score is 0."""
     means = {}
     for group in GROUPS:
-        found = [one for task, one in changes.items() if group_of(task) == group and math.isfinite(one.percent)]
+        found = [one for task, one in changes.items() if group_of(task) == group and math.isfinite(one.amount)]
         if found:
             # The tasks' examples are drawn independently.
             error = math.sqrt(sum(one.error**2 for one in found)) / len(found)
-            means[group] = Change(sum(one.percent for one in found) / len(found), error)
+            means[group] = Change(sum(one.amount for one in found) / len(found), error)
     return means
 
 
@@ -211,7 +228,11 @@ def layers(
             series[part.name] = _drop_layers(model, part, measure, cumulative or model.config.layers)
     dropped = {name: found.cumulative for name, found in series.items() if found.cumulative}
     together = {name: found.cumulative_quality for name, found in series.items() if found.cumulative_quality}
-    _show_single_layers(page, series)
+    page.facts |= scores.facts(next(iter(series.values())).whole)
+    changes = {
+        name: [scores.changes(one, found.whole) for one in found.without_layer] for name, found in series.items()
+    }
+    _show_single_layers(page, series, changes)
     if dropped:
         _show_cumulative(page, dropped, {name: series[name].whole[PERPLEXITY].value for name in dropped})
     if together:
@@ -219,6 +240,8 @@ def layers(
     return {
         "whole": {name: scores.values(found.whole) for name, found in series.items()},
         "without_layer": {name: [scores.values(one) for one in found.without_layer] for name, found in series.items()},
+        "changes": {name: [scores.amounts(one) for one in by_layer] for name, by_layer in changes.items()},
+        "errors": {name: [scores.errors(one) for one in by_layer] for name, by_layer in changes.items()},
         "cumulative": dropped,
         "cumulative_quality": {name: [scores.values(one) for one in steps] for name, steps in together.items()},
     }
@@ -268,11 +291,10 @@ def greedy(cost_without: Callable[[list[int]], float], singles: list[float], cou
     return drops
 
 
-def _show_single_layers(page, series: dict[str, Dropped]):
+def _show_single_layers(page, series: dict[str, Dropped], changes: dict[str, list[dict[str, Change]]]):
     metrics = list(next(iter(series.values())).whole)
-    changes, rows = {}, []
+    rows = []
     for name, found in series.items():
-        changes[name] = [scores.changes(one, found.whole) for one in found.without_layer]
         rows.append(
             [
                 name,

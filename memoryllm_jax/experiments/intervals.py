@@ -93,16 +93,15 @@ def spread_of_seeds(losses_VS: np.ndarray) -> SeedSpread:
     return SeedSpread(math.sqrt(np.square(losses_N - effects_NE @ found_E).sum() / freedom), freedom)
 
 
-def shared_spread(own: SeedSpread, spreads: Sequence[SeedSpread]) -> SeedSpread:
-    """The spread to use in a cell, from those of all cells of its vocabulary.
+def shared_spread(own: SeedSpread, known: Sequence[SeedSpread]) -> SeedSpread:
+    """The spread to use in a cell, from those of the cells that it may share one with.
 
     Args:
       own: of the cell.
-      spreads: of all cells, with those of one seed.
-    Returns: the pooled spread, unless Bartlett's test finds the spreads unequal. Then it is the cell's own, or the
-      largest for a cell of one seed.
+      known: of the cells that have several seeds, the most similar cell last.
+    Returns: the pooled spread, unless Bartlett's test finds the spreads unequal. Then it is the cell's own, or the last
+      one for a cell of one seed.
     """
-    known = [spread for spread in spreads if spread.freedom]
     if not known:
         return NO_SPREAD
     variance_C = np.maximum(np.square([spread.deviation for spread in known]), np.finfo(float).tiny)
@@ -110,7 +109,7 @@ def shared_spread(own: SeedSpread, spreads: Sequence[SeedSpread]) -> SeedSpread:
     freedom = int(freedom_C.sum())
     variance = float(freedom_C @ variance_C / freedom)
     if len(known) > 1 and _are_unequal(variance_C, freedom_C, variance):
-        return own if own.freedom else max(known)
+        return own if own.freedom else known[-1]
     return SeedSpread(math.sqrt(variance), freedom)
 
 

@@ -71,6 +71,7 @@ def pruning(
         if label in bases:
             windows_NT = _calibration(calibration, windows, model)
             points += _pruned(model, label, measure, windows_NT, methods)
+    page.facts |= scores.facts(points[0].quality)
     _show(page, points)
     return {"points": [_record(point) for point in points]}
 

@@ -124,9 +124,8 @@ class Results:
         found = {run.variant for run in runs}
         self.variants = [variant.name for variant in protocol.variants if variant.name in found]
         self.texts: dict[str, Text] = {}
-        # By variant, cell and seed. Where `b` of a contrast is "", the scores are those with permuted rows.
-        self._runs: dict[tuple[str, Cell], dict[int, Run]] = {}
-        self._scores: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
+        self._runs: dict[tuple[str, Cell], dict[int, Run]] = {}  # by seed
+        self._scores: dict[tuple[str, bool], dict[str, np.ndarray]] = {}  # by key, and whether with permuted rows
         contexts: dict[str, int] = {}
         for run in runs:
             context = contexts.setdefault(run.vocabulary, run.config.seq_len)
@@ -138,9 +137,10 @@ class Results:
             if run.vocabulary not in self.texts:
                 data = Dataset(os.path.join(workdir, "data", run.vocabulary))
                 self.texts[run.vocabulary] = Text(data, context)
-            for permuted in (False, True)[: 1 + heldout.can_permute(run.config.model)]:
-                scores = self.texts[run.vocabulary].scores(run.folder(workdir), permuted)
-                self._scores[run.key, permuted] = scores
+            text, folder = self.texts[run.vocabulary], run.folder(workdir)
+            self._scores[run.key, False] = text.scores(folder)
+            if heldout.can_permute(run.config.model):
+                self._scores[run.key, True] = text.scores(folder, permuted=True)
             self._runs.setdefault((run.variant, cell_of(run)), {})[run.seed] = run
         self.difference = functools.cache(self._difference)
         self._spread = functools.cache(self._spread_of_cell)
@@ -199,18 +199,33 @@ class Results:
         text = self.texts[cell.vocabulary]
         sums_SD = self._sums([self._runs[a, cell][seed] for seed in seeds], group, False)
         sums_SD -= self._sums([self._runs[b or a, cell][seed] for seed in seeds], group, not b)
-        own = self._spread(cell, group, not b)
-        every = [self._spread(other, group, not b) for other in self.cells() if other.vocabulary == cell.vocabulary]
-        spread = intervals.shared_spread(own, every)
+        spread = self.spread(cell, group, not b)
         # The difference of two runs varies with twice the variance of one. That of one checkpoint from itself with
         # permuted rows has a spread of its own.
         of_seed = spread.times(math.sqrt(2) if b else 1.0)
         draw = zlib.crc32(f"{a} {b} {cell}".encode())
         return Difference(text.documents.estimate(sums_SD, text.units(group), of_seed, draw), len(seeds), spread)
 
-    def spreads(self, vocabulary: str) -> dict[Cell, SeedSpread]:
-        """The spread of the losses over seeds in bits per byte, of each cell of a vocabulary that has several seeds."""
-        found = {cell: self._spread(cell, ALL, False) for cell in self.cells() if cell.vocabulary == vocabulary}
+    def spread(self, cell: Cell, group: Group = ALL, permuted: bool = False) -> SeedSpread:
+        """The spread of the losses over seeds that differences in a cell are given.
+
+        It is shared by all cells of the vocabulary that are as long or shorter (`intervals.shared_spread`): runs vary
+        less with the seed the longer they are, so that the spread of longer ones would be too small.
+
+        Args:
+          permuted: of what the losses rise by with permuted rows.
+        """
+        found = [
+            (other.tokens, self._spread(other, group, permuted))
+            for other in self.cells()
+            if other.vocabulary == cell.vocabulary and other.tokens <= cell.tokens
+        ]
+        known = sorted((tokens, spread) for tokens, spread in found if spread.freedom)
+        return intervals.shared_spread(self._spread(cell, group, permuted), [spread for _, spread in known])
+
+    def own_spreads(self) -> dict[Cell, SeedSpread]:
+        """The spread of the losses over seeds in bits per byte, of each cell that has several seeds."""
+        found = {cell: self._spread(cell, ALL, False) for cell in self.cells()}
         return {cell: spread for cell, spread in found.items() if spread.freedom}
 
     def _common(self, a: str, b: str, cell: Cell) -> list[int]:

@@ -88,7 +88,7 @@ def live_rows(config: ModelConfig, params: dict, ids_U) -> TokenRows:
         return TokenRows(x0_1UD, None)
     source = live_source(config, params["embedding"], ids_U, x0_1UD)
     layers = memories.by_layer(config, params)
-    return TokenRows(x0_1UD, [None if of is None else live_layer(config, of, source) for of in layers])
+    return TokenRows(x0_1UD, [None if entry is None else live_layer(config, entry, source) for entry in layers])
 
 
 def live_x0(config: ModelConfig, embedding_VD, ids_U):
@@ -102,14 +102,14 @@ def live_source(config: ModelConfig, embedding_VD, ids_U, x0_1UD):
     return memories.of(config).source(ids_U, x0_1UD, functools.partial(live_x0, config, embedding_VD))
 
 
-def live_layer(config: ModelConfig, of_layer, source):
+def live_layer(config: ModelConfig, entry, source):
     """One layer's rows of token ids, [1, U, D]. Call it inside jit and a mesh.
 
     Args:
-      of_layer: the layer's entry of `memories.by_layer`.
+      entry: the layer's entry of `memories.by_layer`.
       source: the result of `live_source`.
     """
-    return memories.layer_rows(config, of_layer, source, functools.partial(_take, config))
+    return memories.layer_rows(config, entry, source, functools.partial(_take, config))
 
 
 def _take(config, table, ids_U):
@@ -186,7 +186,7 @@ class LiveRows:
         """Computes embeddings now, and a layer's rows whenever they are indexed. So one layer's exist at a time.
 
         Args:
-          row_ids_U: the rows that the ids read, in a model that looks them up by `bigrams.rows`.
+          row_ids_U: the rows that the ids read, in a model that looks them up by `bigrams.row_ids`.
         Raises: UserError for a model that does so, without them.
         """
         if row_ids_U is None:

@@ -105,7 +105,7 @@ def _fetch(config, rows, inputs_BT):
         return np.pad(ids_U, (0, bucket(len(ids_U), inputs_BT.size) - len(ids_U)), mode="edge")
 
     if memories.of(config).by_bigram:
-        ids, row_ids, index_BT = bigrams.distinct(inputs_BT, bigrams.rows(inputs_BT, config.vocab_size))
+        ids, row_ids, index_BT = bigrams.distinct(inputs_BT, bigrams.row_ids(inputs_BT, config.vocab_size))
         return rows.fetch(padded(ids), padded(row_ids)), index_BT
     ids, index = np.unique(inputs_BT, return_inverse=True)
     return rows.fetch(padded(ids)), index.reshape(inputs_BT.shape).astype(np.int32)

@@ -70,7 +70,7 @@ def logits(config: ModelConfig, head_VD, x_BD):
 
 def rows_of_layer(rows: TokenRows, params: dict, layer: int):
     """(rows of a layer or None, the `transformer.Factors` of a `Decoder`'s parameters or None)."""
-    ffn_SUD = None if rows.ffn_LSUD is None else rows.ffn_LSUD[layer]
+    ffn_SUD = None if rows.rows_LSUP is None else rows.rows_LSUP[layer]
     factors = params.get("factors")
     return ffn_SUD, None if factors is None else transformer.Factors(*(of_L[layer] for of_L in factors))
 

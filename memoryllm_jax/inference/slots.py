@@ -311,8 +311,8 @@ class Slots:
         ids = np.pad(ids, (0, len(ids_T) - len(ids)), mode="edge").astype(np.int32)
         rows = self._rows.fetch(ids)
         if self._edits is not None:
-            if rows.ffn_LSUD is not None:
-                rows = rows._replace(ffn_LSUD=list(rows.ffn_LSUD))
+            if rows.rows_LSUP is not None:
+                rows = rows._replace(rows_LSUP=list(rows.rows_LSUP))
             rows = self._edit_piece(self._edits.arrays, place.slot, ids, rows)
         factors = Factors(*(of_LB[:, slot].copy() for of_LB in self._settings.factors))
         params = self._decoder.params | {"factors": factors}

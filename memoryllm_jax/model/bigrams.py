@@ -10,7 +10,7 @@ Shapes: B sequences, T positions, U distinct pairs of a token and a row.
 import numpy as np
 
 
-def rows(ids_BT: np.ndarray, size: int, is_first_BT: np.ndarray | None = None) -> np.ndarray:
+def row_ids(ids_BT: np.ndarray, size: int, is_first_BT: np.ndarray | None = None) -> np.ndarray:
     """The row that each position reads, int32 [B, T].
 
     Args:

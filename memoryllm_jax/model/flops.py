@@ -10,7 +10,8 @@ attention is causal, times the share S of these pairs that lie inside documents 
 FFN-C of width W_C; FFN-M of width W_M; and the output head. Gates of per-layer embeddings of width P add N L (4 h P).
 In bov-B, layers without a projection to values have 2 h^2 (2 + G) in the place of 4 h^2 (1 + G). Lookups, norms and
 element-wise work are not counted. A training step counts as three forward passes, whatever rematerialisation computes
-again. Frozen weights (`optimizer.train`) have no gradients, so that their products count as two.
+again. Frozen weights (`optimizer.train`) have no gradients, so that their products count as two; so they do below the
+first layer with rows too, where nothing is trained and no backward pass is needed.
 """
 
 from typing import NamedTuple

@@ -14,9 +14,9 @@
     shared     all tokens read the row of id 0, so that each layer adds one learned vector
     frozen     rows are drawn at random by id and layer, and no parameters make them
 
-Only `row_ids` knows of permuted and shared rows, so that training, live rows, ToL files and analyses agree. Permuted
-rows are a control of FFN-M alone: a table that trains with permuted rows learns as well as one without, as its rows are
-not made of anything. It would have to be permuted after it is trained, for which there is no option.
+Only `row_ids` knows about permuted and shared rows, so that training, live rows, ToL files and analyses agree. In
+training, permuted rows are a control of FFN-M alone: a table that trains with them learns as well as one without, as
+its rows are not made of anything. `compare` scores trained models of all kinds with permuted rows too.
 
 The equations of the architectures are in transformer.py, and token_memory.py says how positions take rows.
 
@@ -251,8 +251,15 @@ def of(config: ModelConfig) -> TokenMemory:
     return kind(config)
 
 
+def can_edit(config: ModelConfig) -> bool:
+    """Whether tokens have rows in the checkpoint that layers add to the residual stream, which edits can replace."""
+    memory = of(config)
+    return memory.adds_rows and not memory.by_bigram and config.rows != "frozen"
+
+
 # Checkpoints and ToL files depend on the permutation and on frozen rows: neither this seed nor what draws from it may
-# change: the streams of RandomState and of Threefry are fixed.
+# change. The bits of RandomState and Threefry are fixed. What jax.random.normal makes of them may differ in the last
+# places by device, and by version of JAX: tests/model/test_memories.py holds some of the numbers.
 _SEED = 20260602
 
 
@@ -300,19 +307,19 @@ def by_layer(config: ModelConfig, params: Mapping) -> list:
     Args:
       params: parameters as `TrainedModel.load` gives them.
     """
-    of_rows = range(config.layers) if config.rows == "frozen" else params["memory"]
-    return [of_rows[layer] if layer in config.row_layers else None for layer in range(config.layers)]
+    entries = range(config.layers) if config.rows == "frozen" else params["memory"]
+    return [entries[layer] if layer in config.row_layers else None for layer in range(config.layers)]
 
 
-def layer_rows(config: ModelConfig, of_layer, source, take: Callable):
+def layer_rows(config: ModelConfig, entry, source, take: Callable):
     """One layer's rows [..., P] of token ids, after training. Call it inside jit and a mesh.
 
     Args:
-      of_layer: the layer's entry of `by_layer`.
+      entry: the layer's entry of `by_layer`.
       source: the result of `TokenMemory.source`.
       take: as of `TokenMemory.rows`.
     """
     layer = MemoryLayer(config)
     if config.rows == "frozen":
-        return layer.apply({}, source[None], take, of_layer)  # one batch shard, which `take` adds to rows of tables
-    return layer.apply({"params": of_layer}, source, take)
+        return layer.apply({}, source[None], take, entry)  # one batch shard, which `take` adds to rows of tables
+    return layer.apply({"params": entry}, source, take)

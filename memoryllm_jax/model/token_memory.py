@@ -22,12 +22,12 @@ class TokenRows(NamedTuple):
 
     Attributes:
       x0_SUD: embeddings, the X_0 of the paper's equations.
-      ffn_LSUD: FFN-M_l(NM_l(X_0)) of each layer or, in architectures with tables, the tables' rows; None if layers read
-        nothing by token id. After training it may be a sequence by layer.
+      rows_LSUP: FFN-M_l(NM_l(X_0)) of each layer or, in architectures with tables, the tables' rows of width P; None if
+        layers read nothing by token id. After training it may be a sequence by layer.
     """
 
     x0_SUD: jax.Array
-    ffn_LSUD: jax.Array | None
+    rows_LSUP: jax.Array | None
 
 
 def embed(table_VD, ids_SU, dtype):

@@ -315,13 +315,13 @@ class LanguageModel(nn.Module):
           ids_SU: int32. Padding may hold any id: a row that no position takes has no gradient.
           row_ids_SU: int32, the rows of the token memory, where these are not those of the ids.
         """
-        c, x0_SUD, ffn_LSUD = self.config, self._x0(ids_SU), None
+        c, x0_SUD, rows_LSUP = self.config, self._x0(ids_SU), None
         if c.row_dim:
             row_ids_SU = ids_SU if row_ids_SU is None else row_ids_SU
             source_SU = memories.of(c).source(row_ids_SU, x0_SUD, self._x0)
             numbers = [jnp.arange(c.row_layers.start, c.layers)] if c.rows == "frozen" else []
-            _, ffn_LSUD = self.memory(source_SU, *numbers)
-        return TokenRows(x0_SUD, ffn_LSUD)
+            _, rows_LSUP = self.memory(source_SU, *numbers)
+        return TokenRows(x0_SUD, rows_LSUP)
 
     def _x0(self, ids_SU):
         x0_SUD = embed(self.embedding_VD, ids_SU, self.config.dtype)[..., : self.config.dim]
@@ -347,9 +347,9 @@ class LanguageModel(nn.Module):
         where = index_SN, rope_table(self.config, positions), start_BT
         if self.config.row_layers.start:
             x_BTD, _ = self.layers(x_BTD, None, *where)
-            x_BTD, _ = self.upper_layers(x_BTD, rows.ffn_LSUD, *where)
+            x_BTD, _ = self.upper_layers(x_BTD, rows.rows_LSUP, *where)
         else:
-            x_BTD, _ = self.layers(x_BTD, rows.ffn_LSUD, *where)
+            x_BTD, _ = self.layers(x_BTD, rows.rows_LSUP, *where)
         return self.final_norm(x_BTD)
 
     def output_embedding(self):

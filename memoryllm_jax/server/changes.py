@@ -10,16 +10,17 @@ from memoryllm_jax.common.errors import ArgumentError
 from memoryllm_jax.common.records import Count
 from memoryllm_jax.config import ModelConfig
 from memoryllm_jax.inference.engine import Contribution, Engine
+from memoryllm_jax.model import memories
 from memoryllm_jax.server.bodies import Body
 from memoryllm_jax.server.errors import ApiError
 from memoryllm_jax.server.overlay_folder import OverlayFolder, bytes_of
 from memoryllm_jax.server.recent import Recent
 from memoryllm_jax.tol.edit import Editor
 from memoryllm_jax.tol.edit_spec import EditSpec
+from memoryllm_jax.tol.memory import NEEDS_ROWS
 from memoryllm_jax.tol.overlay import Overlay
 from memoryllm_jax.tol.serving import memory_of
 
-_NEEDS_MEMORY = "expected a model with FFN-M, whose rows are edited"
 _MOST_EDITS = 256  # of a request
 _MOST_FACTOR = 100.0  # larger ones could make the model's activations infinite
 _MADE_BYTES = 256 << 20  # of overlays made from requests that are kept
@@ -82,18 +83,18 @@ class Editing:
       weights: its parameters; those of FFN-M are read from it where a key is suppressed.
       folder: the folder of the overlays that requests may name; "": they may name none.
     Attributes:
-      memory: the model's token memory; None for a model without FFN-M.
+      memory: the model's token memory; None for a model without rows that edits can replace.
       folder: the overlays by name, or None.
-    Raises: ArgumentError for overlays of a model without FFN-M.
+    Raises: ArgumentError for overlays of a model without such rows.
     """
 
     def __init__(self, engine: Engine, weights: Mapping, folder: str = ""):
         self.memory = None
-        if engine.config.memory_dim:
+        if memories.can_edit(engine.config):
             self.memory = memory_of(engine, weights)
             self.memory.name = "the served model"  # in error messages: requests do not learn paths of the server
         elif folder:
-            raise ArgumentError("overlays", f"{_NEEDS_MEMORY}, found {engine.config.architecture}")
+            raise ArgumentError("overlays", f"{NEEDS_ROWS}, found {engine.config.architecture}")
         self.folder = OverlayFolder(folder, self.memory) if folder else None
         self._made: Recent[tuple, Overlay] = Recent(_MADE_BYTES)
 
@@ -105,7 +106,7 @@ class Editing:
         """The edits of a request, None if there are none. Do not change them. Raises: ApiError."""
         if self.memory is None and (body.edits or body.overlay is not None):
             name = "edits" if body.edits else "overlay"
-            raise ApiError(400, f"{name}: {_NEEDS_MEMORY}, found one without", name)
+            raise ApiError(400, f"{name}: {NEEDS_ROWS}, found one without", name)
         base = None if body.overlay is None else self._named(body.overlay)
         if not body.edits:
             return base

@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from memoryllm_jax.analysis.views import MOST, Key, Says
 from memoryllm_jax.common.records import Count
+from memoryllm_jax.model import memories
 from memoryllm_jax.server import bodies, errors
 from memoryllm_jax.server.bodies import Body
 from memoryllm_jax.server.changes import Edits
@@ -112,7 +113,7 @@ class _Look:
                 "context": self._served.context,
                 "ffns": [ffn for ffn, width in keys.items() if width],
                 "keys": {ffn: width for ffn, width in keys.items() if width},
-                "can_edit": c.memory_dim > 0,
+                "can_edit": memories.can_edit(c),
                 "can_look": True,
                 "views": self._views(),
                 "keeps_rows": self._looker.keeps_rows,
@@ -167,7 +168,7 @@ class _Look:
         body = await bodies.read(request, NearestBody)
         self._check_token(body.token)
         if body.layer is not None:
-            _check("layer", body.layer, self._config.layers)
+            _check("layer", body.layer, self._config.layers, self._config.row_layers.start)
 
         def look(job: Job) -> dict:
             found = self._looker.nearest(body.token, body.layer, body.top, job.begin)
@@ -241,10 +242,10 @@ def _facts(served: ServedModel) -> dict[str, str]:
     return {"model": trained.facts()["model"], "step": f"{trained.step:,}", "rows": rows}
 
 
-def _check(name: str, value: int, end: int) -> None:
-    """Raises: ApiError unless 0 <= value < end."""
-    if value >= end:
-        raise ApiError(400, f"{name}: expected from 0 to {end - 1}, found {value}", name.partition("[")[0])
+def _check(name: str, value: int, end: int, start: int = 0) -> None:
+    """Raises: ApiError unless start <= value < end."""
+    if not start <= value < end:
+        raise ApiError(400, f"{name}: expected from {start} to {end - 1}, found {value}", name.partition("[")[0])
 
 
 def _number(request: Request, name: str, default: int, most: int) -> int:

@@ -67,9 +67,7 @@ class _Fetched:
         return self._of(ids_N)[0]
 
     def rows(self, layer: int, ids_N: np.ndarray) -> jax.Array:
-        x0_ND, of_layers = self._of(ids_N)
-        rows_ND = of_layers[layer]
-        return jnp.zeros_like(x0_ND) if rows_ND is None else rows_ND
+        return self._of(ids_N)[1][layer]
 
 
 class Looker:
@@ -92,7 +90,7 @@ class Looker:
         self._rows = rows
         self._source = _Fetched(functools.partial(_fetch, rows))
         self._kept: dict[tuple[int, int], jax.Array] = {}
-        size = 4 * self.config.vocab_size * self.config.layers * self.config.row_dim
+        size = 4 * self.config.vocab_size * len(self.config.row_layers) * self.config.row_dim
         self.keeps_rows = size <= KEPT_BYTES
         self._is_checked = False  # whether FFN-M is that of the file's rows
 
@@ -221,7 +219,7 @@ class Looker:
         return self._find_nearest(token, layer, top, self._in_order, begin)
 
     def _find_nearest(self, token, layer, top, ids_N, begin):
-        layers = range(self.config.layers) if layer is None else [layer]
+        layers = self.config.row_layers if layer is None else [layer]
         queries = np.array([token], np.int32)
         top = min(top, self.config.vocab_size - 1)
         try:
@@ -287,12 +285,11 @@ def _fetch(rows: RowSource, ids_N):
 class _WithoutShards(Sequence):
     """Rows [1, N, D] by layer as [N, D]. A layer's rows may be computed when they are asked for."""
 
-    def __init__(self, of_layers: Sequence[jax.Array | None] | None):
+    def __init__(self, of_layers: Sequence[jax.Array] | None):
         self._of_layers = of_layers
 
     def __len__(self):
         return len(self._of_layers)
 
     def __getitem__(self, layer):
-        rows_1ND = self._of_layers[layer]
-        return None if rows_1ND is None else rows_1ND[0]
+        return self._of_layers[layer][0]

@@ -52,7 +52,7 @@ class EditedRows:
         """Rows of token ids with the edits. For use in jit."""
         of_source, layers = arrays
         rows = self.source.gather(of_source, ids_U)
-        return rows._replace(ffn_LSUD=[_of_layer(*found, ids_U) for found in zip(layers, rows.ffn_LSUD, strict=True)])
+        return rows._replace(rows_LSUP=[_of_layer(*found, ids_U) for found in zip(layers, rows.rows_LSUP, strict=True)])
 
     def holds(self, arrays, ids_U):
         """Whether the source finds each row. For use in jit."""
@@ -67,7 +67,7 @@ class EditedRows:
     def fetch(self, ids_U: np.ndarray) -> TokenRows:
         """Rows of token ids, edited a layer at a time when they are used: the source may compute them only then."""
         rows = self.source.fetch(ids_U)
-        return rows._replace(ffn_LSUD=_EditedLayers(rows.ffn_LSUD, self._layers, ids_U, self._mesh))
+        return rows._replace(rows_LSUP=_EditedLayers(rows.rows_LSUP, self._layers, ids_U, self._mesh))
 
     def stats(self) -> dict:
         return self.source.stats()

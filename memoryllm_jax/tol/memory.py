@@ -32,6 +32,7 @@ from memoryllm_jax.tol.sources import (
     row_weights_for,
 )
 
+NEEDS_ROWS = "expected a model that adds a row for each token to the residual stream"
 _KEY_ROWS = 8192  # tokens that a key's coefficients are computed for at a time
 _RECENT_KEYS = 16  # that are kept, with a coefficient for every token
 _READ_ROWS = 16  # rows that `rows` reads at a time: edits name a few tokens
@@ -179,14 +180,12 @@ class LiveMemory(Memory):
       trained: the model, which the caller closes.
       params: parameters with "embedding" and "memory", as `TrainedModel.load` gives them; None: those of `fill`, or
         else they are read at the first use.
-    Raises: UserError if the model has no FFN-M.
+    Raises: UserError if the model has no rows that edits can replace.
     """
 
     def __init__(self, trained: TrainedModel, params: Mapping | None = None):
         c = self.config = trained.config
-        if not c.memory_dim:
-            expected = "expected a model with FFN-M, whose rows are edited"
-            raise UserError(f"{trained.workdir}: {expected}, found {c.architecture}")
+        check_editable(c, trained.workdir)
         self._trained = trained
         self.name = f"{trained.workdir}, step {trained.step}"
         self.vocab_size, self.layers, self.dim, self.tokenizer = c.vocab_size, c.layers, c.dim, trained.tokenizer
@@ -244,8 +243,16 @@ def _rows(vectors, ids, layers: int) -> np.ndarray:
     return np.concatenate(pieces)
 
 
+def check_editable(config: ModelConfig, where: str) -> None:
+    """Refuses a model without rows that edits can replace. Raises: UserError that begins with `where`."""
+    if not memories.can_edit(config):
+        raise UserError(f"{where}: {NEEDS_ROWS}, found {config.architecture}")
+
+
 def check_key(config: ModelConfig, layer: int, key: int) -> None:
     """Refuses a layer or a key that FFN-M does not have. Raises: ArgumentError."""
+    if not config.memory_dim:
+        raise ArgumentError("suppress", f"expected a model with FFN-M, which has keys, found {config.architecture}")
     if layer >= config.layers or key >= config.memory_dim:
         expected = f"expected a layer below {config.layers} and a key below {config.memory_dim}"
         raise ArgumentError("suppress", f"{expected}, found {layer}:{key}")

@@ -109,7 +109,7 @@ def memory_of(engine: Engine, weights: Mapping | None = None) -> FileMemory | Li
       engine: the model.
       weights: parameters with "embedding" and "memory" as the engine's `TrainedModel.load` gives them, or that will
         read them; None: what a key needs and the engine lacks is read for the memory alone.
-    Raises: UserError if the model has no FFN-M.
+    Raises: UserError if the model has no rows that edits can replace.
     """
     rows = engine.rows.source if isinstance(engine.rows, EditedRows) else engine.rows
     if isinstance(rows, FileRows):

@@ -218,14 +218,14 @@ def _edit(arrays: SlotArrays, ids_UT, row_UT, key_UK, ids_U, rows: TokenRows) ->
     for key_U in jnp.maximum(key_UK, 0).T:
         keys.append((arrays.layer_S[key_U], arrays.coefficients_SV[key_U, ids_U], arrays.values_SD[key_U]))
     ffn = []
-    for layer, y_1UD in enumerate(rows.ffn_LSUD):
+    for layer, y_1UD in enumerate(rows.rows_LSUP):
         # A new row may be of a layer that all other rows lack.
         y_UD = jnp.zeros(rows.x0_SUD.shape[1:], jnp.float32) if y_1UD is None else y_1UD[0]
         for k, (layer_U, coefficients_U, value_UD) in enumerate(keys):
             is_suppressed_U = (layer_U == layer) & (key_UK[:, k] >= 0)
             y_UD = jnp.where(is_suppressed_U[:, None], without_key(y_UD, coefficients_U, value_UD), y_UD)
         ffn.append(jnp.where(is_new_UL[:, layer, None], rows_ULD[:, layer], y_UD)[None])
-    return rows._replace(ffn_LSUD=ffn)
+    return rows._replace(rows_LSUP=ffn)
 
 
 def _empty(like: SlotArrays) -> SlotArrays:

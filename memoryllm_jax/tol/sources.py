@@ -149,8 +149,8 @@ def live_vectors(config: ModelConfig, params: Mapping, ids_U) -> dict:
     parts = {} if config.tie_embeddings else {"x0": x0_UD}
     memory = memories.of(config)
     source_U = memory.source(ids_U, x0_UD, functools.partial(_x0, config, params["embedding"]))
-    for layer, of_layer in enumerate(memories.by_layer(config, params)):
-        parts[f"ffn.{layer}"] = _layer(config, of_layer, source_U)
+    for layer, entry in enumerate(memories.by_layer(config, params)):
+        parts[f"ffn.{layer}"] = _layer(config, entry, source_U)
     return parts
 
 
@@ -161,10 +161,10 @@ def _x0(config, embedding_VD, ids_U):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _layer(config, of_layer, source_U):
+def _layer(config, entry, source_U):
     def row(source):
         one = source[None, None] if source.ndim else source[None]  # an embedding, or an id
-        return live_layer(config, of_layer, one).reshape(-1)
+        return live_layer(config, entry, one).reshape(-1)
 
     return jax.vmap(row)(source_U)
 

@@ -34,6 +34,7 @@ from memoryllm_jax.inference.decoder import bucket
 from memoryllm_jax.inference.engine import Engine
 from memoryllm_jax.model.token_memory import TokenRows
 from memoryllm_jax.tol.lessons import EncodedLesson, Lesson, Text, encode, lesson_texts, own_texts
+from memoryllm_jax.tol.memory import check_editable
 
 _STEP = 0.02  # length of a step over the norm of a token's rows
 _MOST_STEPS = 120
@@ -109,7 +110,7 @@ def learn(
     """Finds new rows of tokens with which each lesson's target follows its prompt.
 
     Args:
-      engine: a model with FFN-M; its rows may be live, those of a ToL file, or edited.
+      engine: a model that adds rows to the residual stream; they may be live, those of a ToL file, or edited.
       lessons: at least one.
       tokens: the tokens whose rows change, each as text or #ID. By default the `rarest_token` of each prompt.
       layers: layers whose rows may change; None for all.
@@ -117,9 +118,7 @@ def learn(
     Raises: UserError, also if a target does not become that likely.
     """
     method = method or Method()
-    if not engine.config.memory_dim:
-        expected = "expected a model with FFN-M, whose rows are edited"
-        raise UserError(f"{engine.trained.workdir}: {expected}, found {engine.config.architecture}")
+    check_editable(engine.config, engine.trained.workdir)
     encoded = [encode(engine, lesson) for lesson in lessons]
     ids = _tokens(engine, lessons, encoded, tokens)
     texts = lesson_texts(engine, encoded, method.prefixes)
@@ -220,7 +219,7 @@ class _Problem:
         self._place_n = np.searchsorted(every_id, ids)
         # Float32 sums small changes. A layer that a file dropped is zero, and may become something.
         missing = jnp.zeros(rows.x0_SUD.shape, jnp.float32)
-        ffn = [None if y_1UD is None else y_1UD.astype(jnp.float32) for y_1UD in rows.ffn_LSUD]
+        ffn = [None if y_1UD is None else y_1UD.astype(jnp.float32) for y_1UD in rows.rows_LSUP]
         for layer in layers:
             ffn[layer] = missing if ffn[layer] is None else ffn[layer]
         self._rows = TokenRows(rows.x0_SUD, ffn)
@@ -253,12 +252,12 @@ class _Problem:
         return _Found(np.array(p)[is_plain_P], mean_K, np.array(are_likeliest)[is_plain_P], gradient_nkD)
 
     def _changed(self, change_nkD) -> TokenRows:
-        ffn = list(self._rows.ffn_LSUD)
+        ffn = list(self._rows.rows_LSUP)
         with jax.set_mesh(self._decoder.mesh):
             for number, layer in enumerate(self._layers):
                 row_nD = self.rows_nkD[:, number] + change_nkD[:, number]
                 ffn[layer] = _replaced(ffn[layer], self._place_n, row_nD)
-        return self._rows._replace(ffn_LSUD=ffn)
+        return self._rows._replace(rows_LSUP=ffn)
 
 
 def _descend(problem: _Problem, method: Method) -> tuple[np.ndarray, _Found, int]:

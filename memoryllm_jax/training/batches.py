@@ -149,7 +149,7 @@ class Batches(abc.ABC):
         row_ids = None
         if memories.of(m).by_bigram:
             is_first_BT = None if start_BT is None else start_BT == np.arange(start_BT.shape[1])
-            row_ids = bigrams.rows(inputs_BT, m.vocab_size, is_first_BT).reshape(-1)
+            row_ids = bigrams.row_ids(inputs_BT, m.vocab_size, is_first_BT).reshape(-1)
         if not m.unique_tokens:
             # Each position stands for a distinct id, so that the step is the same code with and without unique_tokens.
             return inputs, row_ids, np.arange(len(inputs))

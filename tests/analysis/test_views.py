@@ -77,7 +77,7 @@ def test_tables_have_norms_and_say_nothing(make_config, tmp_path, architecture):
     with contextlib.closing(serving.open_engine(workdir)) as engine:
         model = views.KeyValueModel(engine.trained, engine.params)
         seen = views.token(model, model, 300, 4, lambda done: None)
-        row_D = np.asarray(engine.rows.fetch(np.array([300])).ffn_LSUD[1])
+        row_D = np.asarray(engine.rows.fetch(np.array([300])).rows_LSUP[1])
         assert (seen[0].norm == 0) == (architecture == "bov-3")  # whose first layer looks up nothing
         assert seen[1] == views.TokenLayer(pytest.approx(np.linalg.norm(row_D), rel=1e-5), None, [])
         position = views.position(model, model, [1, 2, 300], 2, 3, lambda done: None)

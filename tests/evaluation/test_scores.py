@@ -27,7 +27,7 @@ def test_errors_of_perplexities_are_those_of_the_bootstrap_over_documents():
     assert full.value == pytest.approx(perplexity(nats_D, slice(None)))
     assert full.error == pytest.approx(deviation(lambda i: perplexity(nats_D, i), 60), rel=0.1)
     change = half.change(full)
-    assert change.percent == pytest.approx(100 * (half.value / full.value - 1))
+    assert change.amount == pytest.approx(100 * (half.value / full.value - 1))
     expected = deviation(lambda i: 100 * perplexity(more_D, i) / perplexity(nats_D, i), 60)
     assert change.error == pytest.approx(expected, rel=0.1) and change.error < 0.2 * full.error / full.value * 100
 
@@ -40,9 +40,13 @@ def test_errors_of_accuracies_are_those_of_the_bootstrap_over_examples():
     assert full.error == pytest.approx(np.std(right_N, ddof=1) / math.sqrt(200))  # as the harness has it
     expected = deviation(lambda i: 100 * some_N[i].sum() / right_N[i].sum(), 200)
     assert half.change(full).error == pytest.approx(expected, rel=0.1)
+    points = half.points(full)
+    assert points.amount == pytest.approx(100 * (some_N.mean() - right_N.mean()))
+    expected = deviation(lambda i: 100 * (some_N[i].mean() - right_N[i].mean()), 200)
+    assert points.error == pytest.approx(expected, rel=0.1)
 
 
 def test_what_is_not_known_is_nan():
     assert Score(3.0).change(Score(2.0)) == Change(50, pytest.approx(math.nan, nan_ok=True))
-    assert math.isnan(Score(1.0).change(Score(0.0)).percent)
-    assert math.isnan(Score.of_losses(np.array([3.0]), np.array([2])).error)  # of one document
+    assert math.isnan(Score(1.0).change(Score(0.0)).amount)
+    assert math.isnan(Score.of_examples([0, 1] * 4 + [1]).error) and Score.of_examples([0, 1] * 5).error > 0

@@ -109,10 +109,11 @@ def test_answers_are_the_differences_that_were_planted(protocol, results):
         assert results.difference("flex-3", "base", cell, group).estimate.value == pytest.approx(expected, abs=0.01)
 
 
-def test_a_difference_without_a_spread_over_seeds_is_no_finding(protocol, workdir):
-    first = [run for run in runner.finished(protocol, workdir) if run.seed == 0]
-    found = answers.of_results(Results(protocol, first, workdir)).answers[0]
-    assert found.difference.finds and not found.covers_seeds and not found.finds
+def test_a_difference_without_a_spread_over_seeds_is_no_finding(results):
+    # Runs of 10,000 tokens are shorter than those of several seeds, which vary less.
+    short, *others = answers.of_results(results).of(CONTRASTS[0]).values()
+    assert short.difference.finds and not short.covers_seeds and not short.finds
+    assert {(found.covers_seeds, found.cell.tokens > 20_000) for found in others} == {(True, True), (False, False)}
 
 
 def test_vocabularies_are_compared_after_equal_text(results):
@@ -144,9 +145,8 @@ def test_the_page_shows_what_the_record_holds(protocol, workdir, monkeypatch):
     assert facts["code of the runs"] == "commit c, jax 1; commit cc, jax 1" and "same code" in facts["warning"]
     marked = found["answers"]["differences"]
     assert len(marked) == len(CONTRASTS) * len(SIZES) * 3 and facts["intervals"].startswith(f"{len(marked)} answers")
-    assert {(row["question"], row["finds"]) for row in marked} == {
-        (contrast.question, contrast.a == "flex-3") for contrast in CONTRASTS
-    }
+    found_in = {(row["question"], row["finds"]) for row in marked if row["covers_seeds"]}
+    assert found_in == {(contrast.question, contrast.a == "flex-3") for contrast in CONTRASTS}
     with open(f"{workdir}/comparison-answers.csv") as file:
         shown = {row["question"]: row["512 ids, size S"] for row in csv.DictReader(file)}
     last = {row["question"]: row for row in marked if row["size"] == "S"}  # the longest comes last

@@ -40,6 +40,10 @@ def test_layers_are_dropped_alone_and_least_harmful_first(lab, tmp_path, measure
     one, both = found["cumulative"]["memory"]
     singles = [quality["perplexity"] for quality in found["without_layer"]["memory"]]
     assert one == [int(np.argmin(singles)), min(singles)] and page.count("<img") == 2
+    whole = found["whole"]["memory"]["perplexity"]
+    changes = [of_layer["perplexity"] for of_layer in found["changes"]["memory"]]
+    assert changes == pytest.approx([100 * (single / whole - 1) for single in singles], abs=2e-3)
+    assert found["errors"]["memory"][0]["perplexity"] is None and "1 documents of the text" in page
     with lab.model("memory") as model:
         model.contribute(Contribution(drop_layers=(0, 1)))
         assert both[1] == pytest.approx(math.exp(loss_on(model, lab.data_path)), rel=1e-5)
@@ -62,3 +66,9 @@ def test_tasks_are_grouped_as_in_the_paper_and_groups_are_means():
     assert means == {"recall": Change(-15.0, 2.5), "reasoning": Change(1.0, 2.0)}
     found = {"lambada_local": Change(math.nan, math.nan), "sciq": Change(-10.0, 3.0)}
     assert contribution.group_means(found) == {"recall": Change(-10.0, 3.0)}
+
+
+def test_rows_that_are_values_of_attention_have_no_factor(make_config):
+    assert contribution.parts(make_config("ple-3").model, "ple-3")[0].name == "ple-3, rows"
+    with pytest.raises(ArgumentError, match=r"workdir: expected models .*, found bov-3, whose rows are values of"):
+        contribution.parts(make_config("bov-3").model, "bov-3")

@@ -45,11 +45,23 @@ def test_planted_numbers_are_inside_their_intervals(worth, gain):
     larger = law.loss(*LARGER, 3e7, "ffn")
     predicted = found.predicted(Point(*LARGER, 3e7, math.nan, "ffn", "", ""))
     assert predicted.value == pytest.approx(larger, rel=0.01) and predicted.high - predicted.low < 0.03 * larger
-    assert predicted.high - predicted.low > 2 * found.error * larger  # the error of the law is included
     crossing = found.crossing((1e6, 0), (4e5, 6e5), "ffn")
     if worth:
         assert crossing.value == pytest.approx(law.crossing((1e6, 0), (4e5, 6e5), "ffn"), rel=0.2)
         assert crossing.low < crossing.value < crossing.high
+
+
+def test_predictions_include_the_error_of_the_law():
+    law = planted(0.3, 0.5)
+    found = fits.Fit(law, [law] * 100, 0, np.array([0.01, -0.01] * 20))  # which 33 degrees of freedom are left of
+    value, low, high = found.predicted(Point(*LARGER, 3e7, math.nan, "ffn", "", ""))
+    error = 0.01 * math.sqrt(40 / 33)
+    assert (low, high) == pytest.approx((value * math.exp(-error), value * math.exp(error)))
+
+
+def test_each_kind_of_memory_may_be_as_harmful_as_its_tables_are_small():
+    points = [Point(1e5, 1e5, 1e6, 3, "ffn", "S", "a"), Point(1e5, 1e6, 1e6, 3, "rows", "S", "b")]
+    assert fits._Data.of(points, ["ffn", "rows"]).least_K == pytest.approx([-0.9, -0.09])
 
 
 def test_slopes_are_those_of_the_residuals():

@@ -74,14 +74,14 @@ def test_the_spread_of_seeds_is_what_variants_and_seeds_do_not_explain():
 
 
 def test_a_cell_of_one_seed_takes_the_spread_of_others():
-    alike = [SeedSpread(0.010, 12), SeedSpread(0.012, 6), NO_SPREAD]
+    alike = [SeedSpread(0.010, 12), SeedSpread(0.012, 6)]
     pooled = intervals.shared_spread(NO_SPREAD, alike)
     assert pooled == (pytest.approx(np.sqrt((12 * 0.01**2 + 6 * 0.012**2) / 18)), 18)
     assert intervals.shared_spread(alike[0], alike) == pooled
-    unequal = [SeedSpread(0.01, 12), SeedSpread(0.05, 12), NO_SPREAD]
-    assert intervals.shared_spread(NO_SPREAD, unequal) == unequal[1]  # the largest
+    unequal = [SeedSpread(0.05, 12), SeedSpread(0.01, 12)]
+    assert intervals.shared_spread(NO_SPREAD, unequal) == unequal[1]  # of the most similar cell
     assert intervals.shared_spread(unequal[0], unequal) == unequal[0]
-    assert intervals.shared_spread(NO_SPREAD, [NO_SPREAD]) is NO_SPREAD
+    assert intervals.shared_spread(NO_SPREAD, []) is NO_SPREAD
 
 
 def test_few_documents_of_equal_size_get_the_interval_of_students_t():

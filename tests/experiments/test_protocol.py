@@ -115,7 +115,9 @@ def test_what_is_not_valid_is_named(changes, problem):
 
 def test_a_protocol_file_is_found_among_the_packages_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert protocol_lib.load("configs/protocols/small.py").sizes
+    small = protocol_lib.load("configs/protocols/small.py")
+    larger = protocol_lib.load("configs/protocols/gpu.py")
+    assert larger.contrasts == small.contrasts and all(larger.sweep_run(one, 1e-3) for one in larger.settings())
     with pytest.raises(
         UserError, match=r"protocol: expected FILE\.py, found no file small\.py .* are configs/protocols/"
     ):

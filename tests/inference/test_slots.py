@@ -216,11 +216,11 @@ class FakeEdits:
 
     def apply(self, arrays, ids_B, rows):
         added_1B1 = jnp.where(ids_B % 2 == 0, arrays, 0)[None, :, None]
-        return rows._replace(ffn_LSUD=[y + added_1B1 for y in rows.ffn_LSUD])
+        return rows._replace(rows_LSUP=[y + added_1B1 for y in rows.rows_LSUP])
 
     def apply_to_slot(self, arrays, slot, ids_U, rows):
         added_1U1 = jnp.where(ids_U % 2 == 0, arrays[slot], 0)[None, :, None]
-        return rows._replace(ffn_LSUD=[y + added_1U1 for y in rows.ffn_LSUD])
+        return rows._replace(rows_LSUP=[y + added_1U1 for y in rows.rows_LSUP])
 
 
 class EditedRows:

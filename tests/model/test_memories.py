@@ -35,8 +35,8 @@ def test_controls_are_the_same_in_training_and_after_it(make_config, architectur
     expected = expected_rows(params, m, IDS)
     with jax.set_mesh(mesh):
         rows_of = functools.partial(transformer.LanguageModel(m).apply, method="token_rows")
-        in_training = rows_of({"params": placed}, IDS).ffn_LSUD
-    live = LiveRows(m, for_serving(placed, m), mesh).fetch(IDS.reshape(-1)).ffn_LSUD
+        in_training = rows_of({"params": placed}, IDS).rows_LSUP
+    live = LiveRows(m, for_serving(placed, m), mesh).fetch(IDS.reshape(-1)).rows_LSUP
     for layer, row_SUP in enumerate(expected):
         if row_SUP is None:
             assert live[layer] is None

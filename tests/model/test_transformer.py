@@ -29,7 +29,7 @@ def batch_of(windows, accumulate=1, unique=True, weights=None, padding=0, start=
     ids, index = windows[:, :-1].reshape(-1), np.arange(windows[:, :-1].size)
     row_ids_SU = None
     if by_bigram:
-        ids, row_ids, index = bigrams.distinct(ids, bigrams.rows(windows[:, :-1], VOCAB).reshape(-1))
+        ids, row_ids, index = bigrams.distinct(ids, bigrams.row_ids(windows[:, :-1], VOCAB).reshape(-1))
         row_ids_SU = np.pad(row_ids, (0, padding))[None]
     elif unique:
         ids, index = np.unique(ids, return_inverse=True)

@@ -3,13 +3,14 @@ import contextlib
 import numpy as np
 import pytest
 from by_hand import key_value_model, unit
-from lab import GREEDY, opened
+from lab import GREEDY, opened, write_untrained
 
 from memoryllm_jax.analysis import vocabulary
 from memoryllm_jax.analysis.key_values import Parameters
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.server.looker import Looker
 from memoryllm_jax.server.worker_rows import WorkerRows
+from memoryllm_jax.tol import serving
 from memoryllm_jax.tol.sources import read_rows
 
 SEEN = 300  # the token that is looked at
@@ -29,7 +30,7 @@ def looked(request, lab):
             with opened(tol) as file:
                 rows_VLD = read_rows(file, every_id)
         else:
-            rows_VLD = np.stack([np.asarray(x_1UD[0]) for x_1UD in engine.rows.fetch(every_id).ffn_LSUD], 1)
+            rows_VLD = np.stack([np.asarray(x_1UD[0]) for x_1UD in engine.rows.fetch(every_id).rows_LSUP], 1)
         yield engine, looker, name, rows_VLD
 
 
@@ -98,3 +99,10 @@ def test_search_finds_the_likeliest_first(looked):
     assert looker.search("</s>", 5) == ([end], 1) and looker.shown(end) == {"id": end, "text": "</s>"}
     assert looker.search("", 3) == ([0, 1, 2], 512)
     assert looker.search("no token has this text", 3) == ([], 0)
+
+
+def test_layers_that_look_up_nothing_have_no_neighbours(make_config, tmp_path):
+    workdir = write_untrained(make_config("bov-3"), str(tmp_path / "run"))
+    with contextlib.closing(serving.open_engine(workdir)) as engine:
+        looker = Looker(engine, engine.rows, Parameters(engine.trained, engine.params))
+        assert looker.nearest(SEEN, None, 3, Began()) == looker.nearest(SEEN, 1, 3, Began())

@@ -183,7 +183,7 @@ class SwappedRows:
         self.of[[a, b]] = b, a
 
     def fetch(self, ids):
-        return self.live.fetch(ids)._replace(ffn_LSUD=self.live.fetch(self.of[ids]).ffn_LSUD)
+        return self.live.fetch(ids)._replace(rows_LSUP=self.live.fetch(self.of[ids]).rows_LSUP)
 
 
 def test_zero_replace_and_blend_apply_in_order(lab):

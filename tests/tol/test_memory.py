@@ -4,12 +4,16 @@ import contextlib
 
 import numpy as np
 import pytest
-from lab import opened
+from lab import opened, write_untrained
 
 from memoryllm_jax.checkpoint.trained import TrainedModel
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.tol import serving
+from memoryllm_jax.tol.edit import Editor
+from memoryllm_jax.tol.edit_spec import Zero
+from memoryllm_jax.tol.edited_rows import EditedRows
 from memoryllm_jax.tol.memory import FileMemory, LiveMemory
+from memoryllm_jax.tol.overlay import Overlay
 
 
 @pytest.mark.parametrize("name, dtype", [("flex-3", ""), ("flex-3", "bfloat16"), ("tied", "")])
@@ -31,8 +35,23 @@ def test_live_rows_are_the_memory_of_the_file(lab, name, dtype):
             assert serving.memory_of(engine).rows_digest == stored.rows_digest
 
 
+def test_rows_of_a_table_are_edited_without_keys(make_config, tmp_path):
+    """Such as those of an adapter."""
+    workdir = write_untrained(make_config("rows-3"), str(tmp_path / "run"))
+    with contextlib.closing(serving.open_engine(workdir)) as engine:
+        memory = serving.memory_of(engine)
+        row_LD = np.stack([np.asarray(y_1UD)[0, 0] for y_1UD in engine.rows.fetch(np.array([7])).rows_LSUP])
+        np.testing.assert_array_equal(memory.rows(np.array([7]))[0], row_LD)
+        overlay = Overlay(memory)
+        Editor(overlay).add(Zero(token=7))
+        edited = EditedRows(engine.rows, overlay, engine.trained.mesh).fetch(np.array([7, 8])).rows_LSUP
+        assert all(not np.any(y_1UD[0, 0]) and np.any(y_1UD[0, 1]) for y_1UD in edited)
+        with pytest.raises(UserError, match=r"suppress: expected a model with FFN-M, which has keys, found rows-3"):
+            memory.key(0, 0)
+
+
 def test_a_model_without_a_memory_has_no_edits(lab, tmp_path):
-    found = "expected a model with FFN-M, whose rows are edited, found base"
+    found = "expected a model that adds a row for each token to the residual stream, found base"
     with contextlib.closing(TrainedModel(lab.workdir("base"))) as trained, pytest.raises(UserError, match=found):
         LiveMemory(trained)
     with pytest.raises(UserError, match="missing: "):

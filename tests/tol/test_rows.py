@@ -39,7 +39,7 @@ def test_every_place_gives_the_rows_of_the_file(mixed_file, place):
             ids = np.array(ids, np.int32)
             found = rows.fetch(ids)
             np.testing.assert_allclose(found.x0_SUD[0], expected["x0"][ids], rtol=1e-6)
-            for layer, y_SUD in enumerate(found.ffn_LSUD):
+            for layer, y_SUD in enumerate(found.rows_LSUP):
                 if y_SUD is None:
                     assert not np.asarray(expected[f"ffn.{layer}"]).any()
                 else:
@@ -74,7 +74,7 @@ def test_many_short_rows_are_loaded(tokenizer, tmp_path, place):
         else:
             rows = DeviceRows(tol, source.mesh, embedding)
         ids = np.array([3, 19_999], np.int32)
-        assert relative(rows.fetch(ids).ffn_LSUD[0][0], table[ids]) < 0.01
+        assert relative(rows.fetch(ids).rows_LSUP[0][0], table[ids]) < 0.01
 
 
 def test_what_does_not_fit_is_refused(mixed_file, monkeypatch):

@@ -45,7 +45,7 @@ def overlays_of(memory, layers):
 def equal_rows(found, expected):
     """Whether rows are equal to the bit; a layer that rows lack equals zero."""
     np.testing.assert_array_equal(found.x0_SUD, expected.x0_SUD)
-    for mine, theirs in zip(found.ffn_LSUD, expected.ffn_LSUD, strict=True):
+    for mine, theirs in zip(found.rows_LSUP, expected.rows_LSUP, strict=True):
         if theirs is None:
             assert not np.asarray(mine).any()
         else:
@@ -93,10 +93,10 @@ def test_64_slots_have_the_rows_of_their_overlays(lab, name, place, choices, fir
             if place and overlays[slot]:  # rows of a file are the same to the bit wherever they are edited
                 on_host = overlays[slot].rows(ids_B)
                 for layer in held:
-                    np.testing.assert_array_equal(expected.ffn_LSUD[layer][0], on_host[:, layer])
+                    np.testing.assert_array_equal(expected.rows_LSUP[layer][0], on_host[:, layer])
         ids_U = np.array([*range(0, SLOTS, 3), *range(300, 307)], np.int32)
         rows = source.fetch(ids_U)
-        rows = rows._replace(ffn_LSUD=list(rows.ffn_LSUD))
+        rows = rows._replace(rows_LSUP=list(rows.rows_LSUP))
         for slot in compared[::3]:
             with jax.set_mesh(mesh):
                 found = piece(edits.arrays, np.int32(slot), ids_U, rows)
@@ -178,4 +178,4 @@ def test_equal_edits_share_the_pools_and_what_has_no_room_is_refused(lab):
         for slot in range(3):
             edits.free(slot)
         edits.place(0, overlay(Blend(token=1, by=2, share=0.5)))
-    np.testing.assert_allclose(np.stack(found.ffn_LSUD, 2)[0], expected, atol=1e-6)
+    np.testing.assert_allclose(np.stack(found.rows_LSUP, 2)[0], expected, atol=1e-6)

@@ -87,7 +87,7 @@ def test_bigrams_begin_anew_in_each_document(make_config, monkeypatch):
     pairs = set(zip(shard.ids_U.tolist(), shard.row_ids_U.tolist()))
     assert len(shard.ids_U) == len(pairs) > len(set(shard.ids_U.tolist()))
     large = 160_000, 200_000  # whose products with the hash's numbers wrap
-    assert bigrams.rows(np.array([large]), 1000).tolist() == [[999, bigram_row(large, 1000)]]
+    assert bigrams.row_ids(np.array([large]), 1000).tolist() == [[999, bigram_row(large, 1000)]]
 
 
 def test_reading_starts_at_any_step(make_config):

@@ -1,19 +1,9 @@
-"""The typed config tree: what each field means, its unit, its range, and the combinations that are refused.
-
-Config files build an `ml_collections.ConfigDict` with `default(architecture)`, so that every field can be
-overridden on the command line; `resolve` turns it into the frozen `Config` that the rest of the code reads.
-"""
+"""The typed config tree: what each field means, its unit and its range."""
 
 import dataclasses
 import math
-import re
-from collections.abc import Collection
 
-import ml_collections
-
-from memoryllm_jax.common import fields
-from memoryllm_jax.common.errors import ArgumentError, UserError, shown
-from memoryllm_jax.common.fields import field, flatten, rules
+from memoryllm_jax.common.fields import field, rules
 
 ATTENTION_BACKENDS = ("auto", "plain", "blocked", "cudnn", "splash")
 # {what each layer looks up by token id: the name of the architectures that do, as in flex-B or value-B}
@@ -45,14 +35,6 @@ _PAPER_MEMORY_WIDTHS = {
 _MOST_LAYERS = 10_000
 _MOST_WIDTH = 10_000_000
 _MOST_IDS = 2**31 - 1  # ids and positions are int32
-
-TEMPERATURES = "0 (greedy), or from 0.001 to 1000"  # the valid values, for help texts and error messages
-
-
-def is_temperature(value: float) -> bool:
-    """Whether the value is a valid temperature of sampling, as `TEMPERATURES` says."""
-    # Outside this range float32 logits overflow, or all differ by less than their rounding.
-    return value == 0 or 1e-3 <= value <= 1e3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,14 +144,17 @@ class ModelConfig:
     @property
     def row_dim(self) -> int:
         """Width of the vector that a layer looks up for a token; 0: it looks up nothing."""
-        if self.token_memory in ("value", "bov"):
-            return self.key_heads * self.head_dim
-        if self.token_memory == "per_layer":
-            return self.table_dim
-        adds_rows = self.token_memory in ("rows", "bigram") or (
-            self.token_memory == "ffn" and self._flex_memory_dim > 0
-        )
-        return self.dim if adds_rows else 0
+        of_values = self.key_heads * self.head_dim
+        widths = {
+            "ffn": self.dim if self._flex_memory_dim else 0,
+            "rows": self.dim,
+            "bigram": self.dim,
+            "value": of_values,
+            "bov": of_values,
+            "per_layer": self.table_dim,
+            "none": 0,
+        }
+        return widths[self.token_memory]
 
     @property
     def row_layers(self) -> range:
@@ -357,209 +342,3 @@ class Config:
 
 RULES = dict(rules(Config))
 RESUMABLE_FIELDS = frozenset(name for name, rule in RULES.items() if rule.resumable)
-
-
-def parse_architecture(name: str, argument: str = "config") -> tuple[str, float]:
-    """The fields (token_memory, beta) of an architecture, by its name.
-
-    Args:
-      name: base, memory or flex-B, or one of the baselines, such as rows-B. Baselines have as many active parameters as
-        flex-B, and replace FFN-M as `ModelConfig.token_memory` says.
-      argument: name of the argument that the name comes from.
-    Raises: ArgumentError that names the argument.
-    """
-    if name == "base":
-        return "ffn", 8.0
-    if name == "memory":
-        return "ffn", 0.0
-    for token_memory, label in TOKEN_MEMORIES.items():
-        match = re.fullmatch(rf"{label}-(\d+(?:\.\d+)?)", name)
-        if match:
-            beta = float(match[1])
-            # flex-0 and flex-8 have names of their own: memory and base.
-            if 0 < beta < 8 or (beta <= 8 and token_memory != "ffn"):
-                return token_memory, beta
-    *baselines, last = [f"{label}-B" for token_memory, label in TOKEN_MEMORIES.items() if token_memory != "ffn"]
-    raise ArgumentError(
-        argument,
-        "expected the architecture base, memory or flex-B with B between 0 and 8, or one of the baselines "
-        f"{', '.join(baselines)} and {last}, found {name!r}",
-    )
-
-
-def default(architecture: str) -> ml_collections.ConfigDict:
-    """The config of an architecture with every other field at its default. Config files start from it.
-
-    Raises: ArgumentError for an unknown architecture.
-    """
-    config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
-    m = config.model
-    m.token_memory, m.beta = parse_architecture(architecture)
-    has_memory = m.token_memory == "ffn" and m.beta < 8
-    m.compute_input = "block_input" if has_memory else "after_attention"
-    # Lazy references, so that --config.model.dim=64 changes these two as well. ffn_dim is 8/3 of dim, rounded up to a
-    # multiple of 8, which gives an FFN 8 dim^2 parameters.
-    m.ffn_dim = (m.get_ref("dim") * 8 + 23) // 24 * 8
-    m.table_dim = (m.get_ref("dim") + 7) // 8
-    return config
-
-
-def resolve(config: ml_collections.ConfigDict | dict, given: Collection[str] = ()) -> Config:
-    """Turns the tree of a config file into the frozen, validated `Config` of a run, whose `steps` are its length.
-
-    Args:
-      config: the tree, with the fields that the command line overrides.
-      given: dotted names of these fields. Of steps, tokens and tokens_per_parameter, the one among them counts.
-    Raises: UserError that names the field.
-    """
-    tree = _values(config) if isinstance(config, ml_collections.ConfigDict) else config
-    resolved = fields.build(Config, tree, "config")
-    validate(resolved)
-    fields.check_used(resolved, "config")
-    resolved = _with_steps(resolved, given)
-    _check_schedule(resolved)
-    _check_distillation(resolved)
-    return resolved
-
-
-def _values(config: ml_collections.ConfigDict) -> dict:
-    """The tree with the values of fields that follow from others. Raises: UserError if one cannot be computed."""
-    try:
-        return config.to_dict()
-    except (ArithmeticError, ValueError) as error:  # such as a batch of 0 sequences, or a share that is not a number
-        problem = "expected values from which other fields can be computed"
-        raise UserError(f"config: {problem}, found one with which they cannot: {error}") from error
-
-
-def _with_steps(config: Config, given: Collection[str]) -> Config:
-    """The config with the steps that `tokens` or `tokens_per_parameter` ask for. Raises: UserError."""
-    asked = [name for name in ("steps", "tokens", "tokens_per_parameter") if name in given]
-    if not asked:
-        asked = [name for name in ("tokens", "tokens_per_parameter") if getattr(config, name)]
-    if len(asked) > 1:
-        raise UserError(f"config.{asked[1]}: expected one length of the run, found config.{asked[0]} beside it")
-    if asked:
-        # The command line goes before the config file.
-        dropped = {"tokens", "tokens_per_parameter"} - set(asked)
-        config = dataclasses.replace(config, **dict.fromkeys(dropped, 0.0))
-    tokens = config.tokens or config.tokens_per_parameter * config.model.matrix_parameters
-    if not tokens:
-        return config
-    return dataclasses.replace(config, steps=math.ceil(tokens / (config.batch_size * config.seq_len)))
-
-
-def from_saved(tree: dict) -> Config:
-    """The `Config` saved in a checkpoint. Fields that did not exist when it was saved get their defaults.
-
-    Schedules that `resolve` refuses are accepted, as earlier versions trained with them, and so are unused fields.
-    Raises: UserError that names a field that is unknown, or has a value of the wrong type or out of its range.
-    """
-    saved = fields.build(Config, tree, "config")
-    validate(saved)
-    return saved
-
-
-def validate(config: Config) -> None:
-    """Refuses impossible values and combinations. Raises: UserError that names the field."""
-    values = flatten(config)
-
-    def need(condition: bool, name: str, expected: str) -> None:
-        if not condition:
-            raise UserError(f"config.{name}: expected {expected}, found {shown(values[name])}")
-
-    for name, rule in RULES.items():
-        need(rule.takes(values[name]), name, rule.expected())
-    _check_attention(config.model, need)
-    _check_ffn(config.model, need)
-    _check_run(config, need)
-
-
-def _check_attention(m: ModelConfig, need) -> None:
-    need(m.dim % m.heads == 0, "model.heads", f"a divisor of model.dim = {m.dim}")
-    need(m.heads % m.key_heads == 0, "model.kv_heads", f"a divisor of model.heads = {m.heads}, or 0")
-    # RoPE rotates a head's components in pairs.
-    need(m.head_dim % 2 == 0, "model.heads", f"an even head size (model.dim / heads = {m.dim} / {m.heads})")
-    need(
-        m.rope_low_freq_factor < m.rope_high_freq_factor,
-        "model.rope_low_freq_factor",
-        f"less than rope_high_freq_factor = {m.rope_high_freq_factor}",
-    )
-
-
-def _check_ffn(m: ModelConfig, need) -> None:
-    need(m.rows == "own" or m.row_dim > 0, "model.rows", "own, as the layers look up no rows")
-    if m.token_memory == "per_layer":
-        need(m.table_dim >= 1, "model.table_dim", "at least 1")
-        need(m.compute_dim > 0, "model.beta", f"an FFN-C wider than the gates of table_dim = {m.table_dim}")
-    if m.token_memory == "bov":
-        need(m.layers >= 2, "model.layers", "at least 2 for bov, of which the last third has no values of its own")
-    if m.beta == 8:
-        need(m.compute_input == "after_attention", "model.compute_input", "after_attention, as beta 8 is base")
-    if 0 < m.beta < 8:
-        need(m.ffn_dim >= 2, "model.ffn_dim", "at least 2")
-        if m.token_memory == "ffn":
-            need(0 < m.compute_dim < m.ffn_dim, "model.ffn_dim", f"room for both FFN-C and FFN-M at beta {m.beta:g}")
-
-
-def _check_run(config: Config, need) -> None:
-    o, architecture = config.optimizer, config.model.architecture
-    if config.model.token_memory == "bigram":
-        for name in ("sample.tokens", "eval.tasks"):
-            need(not flatten(config)[name], name, "its default, as bigram-B can only be trained and score text")
-    need(is_temperature(config.sample.temperature), "sample.temperature", TEMPERATURES)
-    need(
-        config.start.workdir != "" or config.start.optimizer == "new",
-        "start.workdir",
-        "the workdir of the run that start.optimizer=continue goes on from",
-    )
-    need(
-        config.start.memory != "zero" or architecture in ("rows-8", "rows-8 with shared rows"),
-        "start.memory",
-        f"copy, new or distill for {architecture}, as rows-8 alone begins with zeros",
-    )
-    _check_trained(config, need)
-    need(o.final_lr <= o.peak_lr, "optimizer.final_lr", f"at most optimizer.peak_lr = {o.peak_lr}")
-    need(config.batch_size % config.accumulate == 0, "batch_size", f"a multiple of accumulate = {config.accumulate}")
-    parts = dataclasses.asdict(config.mesh)
-    for axis, size in parts.items():
-        need(size >= 1 or size == -1, f"mesh.{axis}", "a number of parts, or -1 for all remaining devices")
-    need(list(parts.values()).count(-1) <= 1, "mesh.fsdp", "-1 on one axis only (it is -1 unless set)")
-
-
-def _check_trained(config: Config, need) -> None:
-    """Refuses a run that would train nothing, and Muon without a matrix."""
-    o, m = config.optimizer, config.model
-    if o.train == "all":
-        return
-    need(m.row_dim > 0, "optimizer.train", f"all, as {m.architecture} has no token memory")
-    need(m.rows != "frozen", "optimizer.train", "all, as no parameters make frozen rows")
-    need(
-        o.name != "muon" or m.memory_dim > 0,
-        "optimizer.name",
-        f"adamw, as the token memory of {m.architecture}, which alone is trained, has no matrices",
-    )
-
-
-def _check_schedule(config: Config) -> None:
-    """Refuses a warm-up that the run's steps cannot hold, together with a decay. Raises: UserError."""
-    o, steps = config.optimizer, config.steps
-    if o.warmup_steps > steps:
-        raise UserError(
-            f"config.optimizer.warmup_steps: expected at most the {steps:,} steps of the run, found "
-            f"{o.warmup_steps:,}; set it to {steps // 20}, a twentieth of them, or train longer"
-        )
-    if o.schedule == "wsd" and o.warmup_steps > config.decay_begins:
-        raise UserError(
-            f"config.optimizer.decay_share: expected a decay that begins after the {o.warmup_steps:,} steps of "
-            f"warm-up, found {o.decay_share:g} of {steps:,} steps, so that it begins after {config.decay_begins:,}"
-        )
-
-
-def _check_distillation(config: Config) -> None:
-    """Refuses a text longer than the run's, whose first tokens it is. Raises: UserError."""
-    start, most = config.start, config.steps * config.batch_size * config.seq_len
-    if start.memory == "distill" and start.distill_tokens > most:
-        raise UserError(
-            f"config.start.distill_tokens: expected at most the {most:,} tokens of the run, found "
-            f"{start.distill_tokens:,.0f}"
-        )

@@ -1,0 +1,37 @@
+"""Paper: base, memory and flex-3 on text that teaches facts and rules, for the analyses of the MemoryLLM paper.
+
+    python benchmarks/paper.py --work=DIR --english=TEXTS --stages=text
+    python -m memoryllm_jax.compare --protocol=configs/protocols/paper.py --workdir=DIR --texts=DIR/texts --jobs=2
+
+Size S of small.py. Its models answer the tasks of benchmarks/recall_reasoning.py well above chance after these tokens.
+"""
+
+from memoryllm_jax.experiments.protocol import Experiment, Protocol, Sweep, Variant
+
+VARIANTS = ("base", "memory", "flex-3")
+M = 1e6
+
+
+def get_protocol() -> Protocol:
+    return Protocol(
+        config="configs/tiny.py",
+        fields={
+            "batch_size": 8,
+            "seq_len": 256,
+            "model.loss_chunk": 128,  # logits that fit a cache
+            "data.epochs": 1,
+            "eval.every": 1_000_000,  # at the end only
+            "eval.batches": 32,
+            "checkpoint.every": 100_000,
+            "checkpoint.keep": 1,
+            "log.every": 100,
+            "log.tensorboard": False,
+            "sample.tokens": 0,
+        },
+        sizes={"S": {"model.dim": 64, "model.layers": 4, "model.heads": 4}},
+        vocabularies={"1024": "sentencepiece:train:1024"},
+        variants=tuple(Variant(name) for name in VARIANTS),
+        sweep=Sweep(tokens={"1024": 0.5 * M}, rates=(4e-3, 8e-3, 16e-3), sizes={"S": "S"}),
+        experiments=(Experiment("learnt", VARIANTS, ("S",), ("1024",), (2 * M,), (0, 1, 2)),),
+        keep=("learnt",),
+    )
