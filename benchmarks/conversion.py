@@ -14,14 +14,13 @@ held-out loss is that before training.
 
 The record has held-out losses, the loss of unigram frequencies on the same text, differences from scratch with --times
 as many tokens, and the share of the tokens that scratch needs for the converted model's loss: losses from scratch are
-interpolated against the logarithm of tokens. Intervals hold with 95% over documents and seeds. The text of a
-distillation is the first of the run, which then trains on it; its work is given beside.
+interpolated against the logarithm of tokens. Where the longest run from scratch does not reach that loss, the share is
+that of its tokens, and so at most this. Intervals hold with 95% over documents and seeds. The text of a distillation is
+the first of the run, which then trains on it; its work is given beside.
 
 Writes NAME.json and NAME.png; needs matplotlib (the extra `bench`). Kill it at any time and run the same line again.
 """
 
-import dataclasses
-import functools
 import math
 import os
 from typing import Annotated, NamedTuple
@@ -36,7 +35,7 @@ from memoryllm_jax.common.options import Option
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.experiments import heldout, intervals, runner
 from memoryllm_jax.experiments import protocol as protocol_lib
-from memoryllm_jax.experiments.protocol import Run, Setting
+from memoryllm_jax.experiments.protocol import Run
 from memoryllm_jax.model import flops
 from memoryllm_jax.training import distillation
 
@@ -55,6 +54,7 @@ SCRATCH, WAYS = "scratch", ("copy", "distill")
 _STEP = _SHARED["batch_size"] * _SHARED["seq_len"]  # tokens
 _WARMUP, _LEAST_WARMUP = 0.02, 5  # share of a run's steps, and steps at least
 _NEAR = 0.05  # relative difference of lengths that count as equal, as runs have whole numbers of steps
+Sums = dict[tuple[str, int], np.ndarray]  # as of `Losses`
 
 
 class Runs(NamedTuple):
@@ -102,17 +102,16 @@ def nats(folder: str, text: heldout.HeldOutText) -> np.ndarray:
     return text.by_document(heldout.read(folder, text))
 
 
-def of_scratch(runs: list[Run], comparison: str, text: heldout.HeldOutText) -> dict[tuple[str, int], np.ndarray]:
-    """`Sides.sums` of a comparison's runs. Raises: UserError if there are none."""
-    if not runs:
-        raise UserError(f"{comparison}: expected finished runs of all variants to convert base to, found none of one")
-    by_length: dict[int, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.tokens, run.seed)):
-        by_length.setdefault(run.tokens, []).append(run)
-    return {
-        (SCRATCH, tokens): np.stack([nats(run.folder(comparison), text) for run in of_length])
-        for tokens, of_length in by_length.items()
-    }
+def of_scratch(runs: list[Run], comparison: str, text: heldout.HeldOutText) -> dict[str, Sums]:
+    """Nats of a comparison's runs by variant, as of `Losses`."""
+    models: dict[tuple[str, int], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.variant, run.tokens, run.seed)):
+        models.setdefault((run.variant, run.tokens), []).append(run)
+    found: dict[str, Sums] = {}
+    for (variant, tokens), of_seeds in models.items():
+        sums_SD = np.stack([nats(run.folder(comparison), text) for run in of_seeds])
+        found.setdefault(variant, {})[SCRATCH, tokens] = sums_SD
+    return found
 
 
 def unigram_nats(data: Dataset, text: heldout.HeldOutText) -> float:
@@ -121,84 +120,90 @@ def unigram_nats(data: Dataset, text: heldout.HeldOutText) -> float:
     return float(-np.log(counts_V / counts_V.sum())[text.targets].mean())
 
 
-@dataclasses.dataclass(frozen=True)
-class Sides:
-    """Held-out losses of all models of a variant.
+class Losses:
+    """Held-out losses of all models of an architecture.
 
-    Attributes:
+    Args:
       units_D: targets of each document.
-      sums: {(way, tokens): nats [S, D] by seed, from 0, and document}; converted models start after 0 tokens.
+      sums: {(way, tokens): nats [S, D] by seed and document}; converted models start after 0 tokens.
+      spread: of losses from scratch over seeds.
     """
 
-    documents: intervals.Documents
-    units_D: np.ndarray
-    sums: dict[tuple[str, int], np.ndarray]
+    def __init__(self, documents: intervals.Documents, units_D: np.ndarray, sums: Sums, spread: intervals.SeedSpread):
+        self._documents, self._units_D, self._sums = documents, units_D, sums
+        # Losses from scratch vary more with the seed than those of models with one start in common.
+        converted = [self.by_seed(*key) for key in sums if key[0] != SCRATCH]
+        self._spreads = {SCRATCH: spread, "converted": pooled(converted)}
+
+    def by_seed(self, way: str, tokens: int) -> np.ndarray:
+        return self._sums[way, tokens].sum(1) / self._units_D.sum()
 
     def lengths(self, way: str) -> list[int]:
-        return sorted(tokens for of_way, tokens in self.sums if of_way == way)
-
-    def losses(self, way: str, tokens: int) -> np.ndarray:
-        """By seed."""
-        return self.sums[way, tokens].sum(1) / self.units_D.sum()
-
-    @functools.cached_property
-    def spread(self) -> intervals.SeedSpread:
-        """Of all trained models' losses, which are taken to vary equally with the seed."""
-        found = [self.losses(way, tokens) for way, tokens in self.sums if tokens]
-        seeds = max(map(len, found))
-        return intervals.spread_of_seeds(np.array([[*row, *[math.nan] * (seeds - len(row))] for row in found]))
+        return sorted(tokens for of_way, tokens in self._sums if of_way == way)
 
     def estimate(self, way: str, tokens: int) -> intervals.Estimate:
-        """The mean loss, whose seeds are drawn apart from those of other models."""
-        draw = list(self.sums).index((way, tokens))
-        return self.documents.estimate(self.sums[way, tokens], self.units_D, self.spread, draw)
+        """The mean loss. Its seeds are drawn apart from those of other models, its documents with theirs."""
+        draw = list(self._sums).index((way, tokens))
+        spread = self._spreads[SCRATCH if way == SCRATCH else "converted"]
+        return self._documents.estimate(self._sums[way, tokens], self._units_D, spread, draw)
 
     def less(self, one: tuple[str, int], other: tuple[str, int]) -> intervals.Interval:
-        """The loss of one model less that of another, over the seeds that both have."""
-        seeds = min(len(self.sums[one]), len(self.sums[other]))
-        return self.documents.difference(self.sums[one][:seeds], self.sums[other][:seeds], self.units_D, self.spread)
+        """The loss of one model less that of another."""
+        a, b = self.estimate(*one), self.estimate(*other)
+        return intervals.of_replicates(a.value - b.value, a.replicates_R - b.replicates_R)
 
     def share(self, way: str, tokens: int) -> intervals.Interval:
         """Tokens of a converted model over those that scratch needs to reach its loss.
 
-        It is 0 where scratch does not reach the loss, and infinite where it has reached it after its shortest run.
+        It is at most this where the longest run from scratch does not reach the loss, and infinite where the shortest
+        one does.
         """
         lengths = self.lengths(SCRATCH)
-        scratch_L = [self.estimate(SCRATCH, length) for length in lengths]
-        converted = self.estimate(way, tokens)
+        scratch_L, converted = [self.estimate(SCRATCH, length) for length in lengths], self.estimate(way, tokens)
 
         def of(loss: float, losses_L: np.ndarray) -> float:
             order = np.argsort(losses_L)
-            needed = np.interp(loss, losses_L[order], np.log(lengths)[order], left=np.inf, right=-np.inf)
-            return float(tokens / np.exp(needed)) if needed > -np.inf else math.inf
+            needed = np.interp(loss, losses_L[order], np.log(lengths)[order], right=-np.inf)
+            return math.inf if needed == -np.inf else float(tokens / np.exp(needed))
 
-        value = of(converted.value, np.array([e.value for e in scratch_L]))
-        losses_RL = np.stack([e.replicates_R for e in scratch_L], 1)
+        losses_RL = np.stack([estimate.replicates_R for estimate in scratch_L], 1)
         replicates = [of(loss, losses_L) for loss, losses_L in zip(converted.replicates_R, losses_RL)]
-        return intervals.of_replicates(value, replicates)
+        return intervals.of_replicates(of(converted.value, np.array([e.value for e in scratch_L])), replicates)
 
     def results(self, times: int) -> dict:
         """Losses, and what conversion saves, as the record has them."""
-        out: dict = {"deviation_over_seeds": self.spread.deviation}
-        for way, tokens in self.sums:
-            of_side = {"loss": self.estimate(way, tokens).interval, "by_seed": self.losses(way, tokens).tolist()}
+        out: dict = {"deviation_over_seeds": self._spreads}
+        for way, tokens in self._sums:
+            of_model: dict = {
+                "loss": self.estimate(way, tokens).interval,
+                "by_seed": self.by_seed(way, tokens).tolist(),
+            }
             if way != SCRATCH and tokens:
-                of_side["share_of_scratch_tokens"] = self.share(way, tokens)
+                of_model["share_of_scratch_tokens"] = self.share(way, tokens)
                 for length in self.lengths(SCRATCH):
                     if abs(length / (times * tokens) - 1) < _NEAR:
-                        of_side[f"less scratch {length}"] = self.less((way, tokens), (SCRATCH, length))
+                        of_model[f"less scratch {length}"] = self.less((way, tokens), (SCRATCH, length))
             if way == "distill":
-                of_side["less copy"] = self.less((way, tokens), ("copy", tokens))
-            out[f"{way} {tokens}"] = of_side
+                of_model["less copy"] = self.less((way, tokens), ("copy", tokens))
+            out[f"{way} {tokens}"] = of_model
         return out
 
 
-def chart(sides: dict[str, Sides], base: float) -> plots.Chart:
+def pooled(losses: list[np.ndarray]) -> intervals.SeedSpread:
+    """The standard deviation of losses over seeds, pooled over models. Args: losses: by seed, of each model."""
+    freedom = sum(len(by_seed) - 1 for by_seed in losses)
+    if not freedom:
+        return intervals.NO_SPREAD
+    squares = sum(np.square(by_seed - by_seed.mean()).sum() for by_seed in losses)
+    return intervals.SeedSpread(math.sqrt(squares / freedom), freedom)
+
+
+def chart(sides: dict[str, Losses], base: float) -> plots.Chart:
     """Losses against tokens, with the farthest seed from their mean as bars, and base's."""
     lines = {}
     for name, of in sides.items():
         for way in (SCRATCH, *WAYS):
-            losses = [of.losses(way, tokens) for tokens in of.lengths(way)]
+            losses = [of.by_seed(way, tokens) for tokens in of.lengths(way)]
             means, error = [x.mean() for x in losses], [np.abs(x - x.mean()).max() for x in losses]
             lines[f"{name}, {way}"] = plots.Line([t / 1e6 for t in of.lengths(way)], means, error)
     longest = max(max(line.x) for line in lines.values())
@@ -256,9 +261,14 @@ def main(
         "cost": {},
         "loss_by_peak_rate": {},
     }
-    scratch, sides = runner.finished(bench, comparison), {}
+    finished = [run for run in runner.finished(bench, comparison) if (run.size, run.vocabulary) == (size, vocabulary)]
+    scratch, sides = of_scratch(finished, comparison, text), {}
+    # Of all variants, as each has few seeds
+    spread = pooled([sums_SD.sum(1) / units_D.sum() for sums in scratch.values() for sums_SD in sums.values()])
     for name in architectures:
-        sums = of_scratch([r for r in scratch if r.setting == Setting(name, size, vocabulary)], comparison, text)
+        if name not in scratch:
+            raise UserError(f"{comparison}: expected finished runs of {name} in {size}, {vocabulary}, found none")
+        sums = scratch[name]
         for way in WAYS:
             folders = {rate: runs.converted(name, way, min(lengths), rate, 0) for rate in rates}
             losses = {rate: common.result(folder)["validation"]["loss"] for rate, folder in folders.items()}
@@ -269,7 +279,7 @@ def main(
             for tokens in lengths:
                 folders = [runs.converted(name, way, tokens, found["best"], seed) for seed in range(seeds)]
                 sums[way, math.ceil(tokens / _STEP) * _STEP] = np.stack([nats(folder, text) for folder in folders])
-        sides[name] = Sides(documents, units_D, sums)
+        sides[name] = Losses(documents, units_D, sums, spread)
         common.write(f"{output}.json", {name: of.results(times) for name, of in sides.items()}, facts)
         chart(sides, of_base.value).draw().savefig(f"{output}.png", dpi=110)
 
