@@ -29,7 +29,8 @@ _ANSWER = """
 Each number is the loss of a less that of b in bits per byte of held-out text, ± half of its interval: below 0, a is
 better. The intervals cover the choice of held-out documents (paired bootstrap) and of seeds (Student's t), and all of
 them together hold with 95%. ▼ marks an interval below 0 (a is better), ▲ one above 0 (b is better). No mark: no
-difference was found, or no spread over seeds is known. "Equal" names the costs that a and b share within 1%.
+difference was found, or no spread over seeds is known. In brackets: tokens, and seeds that both have. "Equal" names the
+costs that a and b share within 1%.
 """
 _CROSSING = """
 Base has as many parameters as each MemoryLLM, and all of them pass every token. After how much text is it ahead? The
@@ -140,7 +141,7 @@ def _answers(page, results: Results, found: Answers) -> dict:
         for contrast, same, row in zip(contrasts, equal, last)
     ]
     head = ["question", "a less b", "equal", *(f"{vocabulary} ids, size {size}" for size, vocabulary in places)]
-    page.table(head, rows, "The answers after the most tokens at which both were trained", csv="answers")
+    page.table(head, rows, "The answers after the most tokens that both were trained on", csv="answers")
     caption = "The answers by the text that was read. Filled: a difference was found; below 0, a is better"
     page.figure("answers-text", comparison_plots.answers_by_text(results, found), caption)
     figure = comparison_plots.answers_by_vocabulary(results, found)
@@ -160,8 +161,8 @@ def _answer(found: Answer | None) -> str:
         return ""
     value, _, high = found.difference
     mark = ("▼ " if value < 0 else "▲ ") if found.finds else ""
-    seeds = f"{found.cell.tokens / 1e6:.3g} M tokens, {found.seeds} seed{'s' if found.seeds > 1 else ''}"
-    return f"{mark}{value:+.3f} ± {high - value:.3f} ({seeds})"
+    runs = f"{found.cell.tokens / 1e6:.3g} M, {found.seeds} seed{'s' if found.seeds > 1 else ''}"
+    return f"{mark}{value:+.3f} ±{high - value:.3f} ({runs})"
 
 
 def _spreads(page, results: Results, found: Answers) -> list[dict]:
@@ -173,8 +174,8 @@ def _spreads(page, results: Results, found: Answers) -> list[dict]:
     for vocabulary, lengths in unknown.items():
         shown = " and ".join(f"{tokens / 1e6:.3g}" for tokens in sorted(lengths))
         page.text(
-            f"{vocabulary} ids, {shown} M tokens: no runs as long or shorter have several seeds. Intervals cover the "
-            "choice of documents alone, and no difference is marked."
+            f"{vocabulary} ids, {shown} M tokens: too few runs as long or shorter have several seeds. Intervals cover "
+            "the choice of documents alone, and no difference is marked."
         )
     rows = [
         {**cell._asdict(), **own._asdict(), "used": results.spread(cell).deviation}

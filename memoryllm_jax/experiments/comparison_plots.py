@@ -74,8 +74,9 @@ def crossings(results: Results, found: Sequence[Crossing]):
                 _draw_crossing(ax, results, crossing, sizes.index(crossing.size))
         plots.log_scale(ax, "x")
         _label_ids(ax, results)
+        ax.set_yscale("log")
         low, high = ax.get_ylim()
-        ax.set_ylim(low / 1.5, high * 1.5)  # with room for the arrows
+        ax.set_ylim(low / 1.4, high * 1.4)  # with room for the arrows
         plots.log_scale(ax)
         ax.set_title(f"base overtakes {variant}", fontsize=9)
         ax.set(xlabel="token ids", ylabel="MB of text")

@@ -50,7 +50,7 @@ COLUMNS = (
 _UNITS = (1e6, 1e6, 1e6, 1e6, 1e6, 1e3, 1e6)
 
 
-_NAMES = ("parameters", "active parameters", "memory", "training FLOPs", "serving FLOPs", "row bytes", "weight bytes")
+_NAMES = ("parameters", "active", "memory", "training FLOPs", "serving FLOPs", "row bytes", "weight bytes")
 
 
 def _is_equal(value: float, other: float) -> bool:

@@ -25,6 +25,7 @@ import numpy as np
 LEVEL = 0.95  # probability with which an interval holds the true value
 REPLICATES = 2000  # of the bootstrap
 FEWEST = 10  # effective number of documents below which no interval is given
+_LEAST_FREEDOM = 3  # of a spread over seeds that is used: Student's t is 13 and 4 times as wide with 1 and 2
 
 
 class Interval(NamedTuple):
@@ -100,16 +101,16 @@ def shared_spread(own: SeedSpread, known: Sequence[SeedSpread]) -> SeedSpread:
       own: of the cell.
       known: of the cells that have several seeds, the most similar cell last.
     Returns: the pooled spread, unless Bartlett's test finds the spreads unequal. Then it is the cell's own, or the last
-      one for a cell of one seed.
+      one for a cell of one seed. `NO_SPREAD` if too few runs have several seeds.
     """
-    if not known:
+    if sum(spread.freedom for spread in known) < _LEAST_FREEDOM:
         return NO_SPREAD
     variance_C = np.maximum(np.square([spread.deviation for spread in known]), np.finfo(float).tiny)
     freedom_C = np.array([spread.freedom for spread in known])
     freedom = int(freedom_C.sum())
     variance = float(freedom_C @ variance_C / freedom)
     if len(known) > 1 and _are_unequal(variance_C, freedom_C, variance):
-        return own if own.freedom else known[-1]
+        return own if own.freedom >= _LEAST_FREEDOM else known[-1]
     return SeedSpread(math.sqrt(variance), freedom)
 
 

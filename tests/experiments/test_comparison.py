@@ -48,7 +48,7 @@ def protocol():
         sweep=Sweep(tokens={"512": 1e4}, rates=(1e-3, 2e-3, 4e-3), sizes={"S": "S", "M": "S", "L": "S"}),
         experiments=(
             Experiment("main", tuple(GAINS), ("S", "M", "L"), ("512",), (1e4, 4e4, 1e5)),
-            Experiment("seeds", tuple(GAINS), ("S",), ("512",), (4e4,), (0, 1)),
+            Experiment("seeds", tuple(GAINS), ("S",), ("512",), (4e4,), (0, 1, 2, 3)),
         ),
         contrasts=CONTRASTS,
     )
@@ -82,7 +82,7 @@ def workdir(protocol, lab, tmp_path_factory):
         folder = run.folder(workdir)
         os.makedirs(folder, exist_ok=True)
         with open(f"{folder}/run.json", "w") as file:
-            json.dump({"commit": "c" * (1 + run.seed), "versions": {"jax": "1"}}, file)
+            json.dump({"commit": "cc" if run.seed else "c", "versions": {"jax": "1"}}, file)
         for name, more in (("heldout", 0), ("heldout_permuted", PERMUTED)):
             np.savez(f"{folder}/{name}.npz", nats=(nats_N + more).astype("f"), digest=np.array(text.digest))
     return str(workdir)
@@ -141,7 +141,7 @@ def test_the_page_shows_what_the_record_holds(protocol, workdir, monkeypatch):
     record = json.loads(content)
     assert workdir not in page and workdir not in content
     facts, found = record["facts"], record["results"]
-    assert facts["finished runs"].startswith("40 of 40")
+    assert facts["finished runs"].startswith("48 of 48")
     assert facts["code of the runs"] == "commit c, jax 1; commit cc, jax 1" and "same code" in facts["warning"]
     marked = found["answers"]["differences"]
     assert len(marked) == len(CONTRASTS) * len(SIZES) * 3 and facts["intervals"].startswith(f"{len(marked)} answers")

@@ -82,6 +82,7 @@ def test_a_cell_of_one_seed_takes_the_spread_of_others():
     assert intervals.shared_spread(NO_SPREAD, unequal) == unequal[1]  # of the most similar cell
     assert intervals.shared_spread(unequal[0], unequal) == unequal[0]
     assert intervals.shared_spread(NO_SPREAD, []) is NO_SPREAD
+    assert intervals.shared_spread(SeedSpread(0.01, 2), [SeedSpread(0.01, 2)]) is NO_SPREAD
 
 
 def test_few_documents_of_equal_size_get_the_interval_of_students_t():
