@@ -13,7 +13,7 @@ const OPERATIONS = {
   replace: { label: "Replace", says: "The token gets the rows of another one." },
   blend: { label: "Blend", says: "The token's rows move a share of the way to those of another one." },
   swap: { label: "Swap", says: "Two tokens exchange their rows." },
-  zero: { label: "Zero", says: "The token's rows become zero: FFN-M adds nothing at it." },
+  zero: { label: "Zero", says: "The token's rows become zero: they add nothing at it." },
   suppress: { label: "Suppress a key", says: "One key of a layer no longer adds its value, at any token." },
 };
 
@@ -25,7 +25,7 @@ const OPERATIONS = {
  */
 export function editView(view, look, open) {
   if (!state.model.can_edit) {
-    view.append(h("p", { class: "quiet" }, "This model has no token memory (FFN-M), so there are no rows to edit."));
+    view.append(h("p", { class: "quiet" }, "This model adds no row for a token, so there are none to edit."));
     return { token: open, key: open };
   }
   const form = editForm();
@@ -72,21 +72,23 @@ function editForm() {
   const key = h("input", {
     type: "number",
     min: "0",
-    max: String(state.model.keys.memory - 1),
+    max: String((state.model.keys.memory ?? 1) - 1),
     value: "0",
     required: true,
   });
   const says = h("p", { class: "note quiet" });
   let operation = "replace";
 
-  const choices = Object.entries(OPERATIONS).map(([name, { label }]) => {
+  // Rows of a table are not made by keys.
+  const names = Object.keys(OPERATIONS).filter((name) => name !== "suppress" || state.model.keys.memory);
+  const choices = names.map((name) => {
     const input = h("input", {
       type: "radio",
       name: "operation",
       id: `operation-${name}`,
       change: () => setOperation(name),
     });
-    return h("span", { class: "choice" }, input, h("label", { for: input.id }, label));
+    return h("span", { class: "choice" }, input, h("label", { for: input.id }, OPERATIONS[name].label));
   });
   const shareField = field("Share of the other token", h("div", { class: "row" }, share, shareText));
   const everyLayer = h("button", { type: "button", class: "plain", click: () => layers.set(all()) }, "all");
