@@ -65,17 +65,18 @@ def make_text(work: str, english: str, characters: int) -> None:
     if os.path.exists(texts):
         return
     of_english = characters // 5
+    pieces = _pieces(english, "train", of_english)
+    held_out = _pieces(english, "validation", of_english // _HELD_OUT)
     options = ("--output=exercises", f"--characters={characters - of_english}")
     run(work, "text.log", f"{common.ROOT}/benchmarks/recall_reasoning.py", *options)
     part = f"{texts}.part"
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(os.path.join(work, "exercises", "text"), part)
-    write_lines(os.path.join(part, "train-english.json.gz"), _pieces(english, "train", of_english))
-    # Analyses read the first tokens of the held-out text, so that its kinds must be mixed.
-    held_out = _pieces(english, "validation", of_english // _HELD_OUT)
+    write_lines(os.path.join(part, "train-english.json.gz"), pieces)
     path = os.path.join(part, "validation-0.json.gz")
     with gzip.open(path, "rt", encoding="utf-8") as file:
         held_out += [json.loads(line)["text"] for line in file]
+    # Analyses read the first tokens of the held-out text, so that its kinds must be mixed.
     random.Random(0).shuffle(held_out)
     write_lines(path, held_out)
     os.replace(part, texts)

@@ -213,6 +213,30 @@ def test_tasks_have_the_answers_that_the_text_states_and_that_the_rules_give(mon
     }
 
 
+def test_the_papers_text_is_english_and_exercises_also_where_it_is_held_out(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    paper, generator = importlib.import_module("paper"), importlib.import_module("recall_reasoning")
+
+    def run(work, log, script, output, characters):
+        generator.main(f"{work}/exercises", int(characters.removeprefix("--characters=")), questions=4, subjects=10)
+
+    monkeypatch.setattr(paper, "run", run)
+    with pytest.raises(UserError, match=r"english: expected a folder with train-\*\.json\.gz, found none in "):
+        paper.make_text(str(tmp_path / "work"), str(tmp_path), 500_000)
+    for split in ("train", "validation"):
+        paper.write_lines(str(tmp_path / f"{split}-0.json.gz"), [letter * 30_000 for letter in "ABCDEF"])
+    paper.make_text(str(tmp_path / "work"), str(tmp_path), 500_000)
+
+    def documents(name):
+        lines = gzip.decompress((tmp_path / "work/texts" / name).read_bytes()).splitlines()
+        return [json.loads(line)["text"] for line in lines]
+
+    sizes = [len(text) for text in documents("train-english.json.gz")]
+    assert max(sizes) == 20_000 and 100_000 <= sum(sizes) < 120_000
+    is_english = [text[0] == text[1] for text in documents("validation-0.json.gz")]
+    assert 0 < sum(is_english) < len(is_english) == 17 and sorted(is_english) != is_english
+
+
 def test_the_papers_pages_are_made_once_and_their_record_names_no_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     paper = importlib.import_module("paper")
