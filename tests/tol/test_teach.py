@@ -108,5 +108,5 @@ def test_what_cannot_be_taught_is_refused_and_nothing_is_written(lab, tmp_path, 
 
 
 def test_a_model_without_memory_is_refused(lab):
-    with lab.model("base") as model, pytest.raises(UserError, match=r"expected a model that adds a row for each token .*, found base"):
+    with lab.model("base") as model, pytest.raises(UserError, match=r"adds a row for each token .*, found base"):
         teach.learn(model, [lessons.Lesson(PROMPT, TARGET)])
