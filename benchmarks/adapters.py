@@ -81,6 +81,14 @@ def compared(losses: dict[str, dict[str, np.ndarray]], texts: dict[str, heldout.
     return out
 
 
+def facts(base: str) -> dict:
+    """What base is: its tokens of training, shape and parameters."""
+    config = config_of(base)
+    shape = {name: getattr(config.model, name) for name in ("vocab_size", "dim", "layers")}
+    tokens = config.steps * config.batch_size * config.seq_len
+    return {"tokens": tokens, "peak_lr": config.optimizer.peak_lr} | shape | flops.parameters(config)
+
+
 def cost(folder: str) -> dict:
     """Parameters that a run trains, FLOPs a token of its steps, and seconds of its steps."""
     config = config_of(folder)
@@ -130,7 +138,7 @@ def main(
         )
         folders = [run(way, found["best"], seed) for seed in range(_FIRST_SEED, _FIRST_SEED + seeds)]
         losses[way], costs[way], swept[way] = by_document(folders), cost(folders[0]), found
-    common.write(output, compared(losses, texts), {"cost": costs, "loss_by_peak_rate": swept})
+    common.write(output, compared(losses, texts), {"base": facts(base), "cost": costs, "loss_by_peak_rate": swept})
 
 
 if __name__ == "__main__":

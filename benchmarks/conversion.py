@@ -10,7 +10,8 @@ rate with the lowest held-out loss of seed 0 after the fewest tokens is used for
 the order of the text. There is one base and one distillation.
 
 A converted model begins as its run "start", which distils base with a learning rate of almost zero, so that its
-held-out loss is that before training.
+held-out loss is that before training. Where it has an FFN-C, that reads what base's FFN read; the paper's, beside
+attention, is measured before training alone.
 
 The record has held-out losses, the loss of unigram frequencies on the same text, differences from scratch with --times
 as many tokens, and the share of the tokens that scratch needs for the converted model's loss: losses from scratch are
@@ -81,13 +82,18 @@ class Runs(NamedTuple):
     def base(self, tokens: int, peak: float) -> str:
         return self.train("base", "tiny.py:base", tokens, peak, {})
 
-    def start(self, architecture: str, way: str) -> str:
-        """A converted model before training."""
-        more = {"start.memory": way}
+    def start(self, architecture: str, way: str, is_beside: bool = False) -> str:
+        """A converted model before training.
+
+        Args:
+          is_beside: whether FFN-C stands beside attention, as in the paper.
+        """
+        more = {"start.memory": way} | ({"model.compute_input": "block_input"} if is_beside else {})
         if way == "distill":
             more["start.distill_tokens"] = self.distill_tokens
         config = f"start.py:{architecture}@{self.workdir}/base"
-        return self.train(f"{architecture}-{way}", config, self.distill_tokens, 1e-12, more)
+        name = f"{architecture}-{way}" + ("-beside" if is_beside else "")
+        return self.train(name, config, self.distill_tokens, 1e-12, more)
 
     def converted(self, architecture: str, way: str, tokens: int, peak: float, seed: int) -> str:
         """A converted model after training."""
@@ -241,7 +247,7 @@ def main(
     base_rate: Annotated[float, Option("peak rate of base", least=1e-9)] = 4e-3,
     lengths: Annotated[tuple[int, ...], Option("tokens of converted runs")] = (250_000, 1_000_000),
     times: Annotated[int, Option("a converted model is compared with this many times its tokens", least=1)] = 4,
-    rates: Annotated[tuple[float, ...], Option("peak rates of converted models")] = (2e-3, 4e-3, 8e-3),
+    rates: Annotated[tuple[float, ...], Option("peak rates of converted models")] = (1e-3, 2e-3, 4e-3, 8e-3),
     seeds: Annotated[int, Option("seeds of each converted model", least=1)] = 3,
     distill_tokens: Annotated[int, Option("tokens of text to distil from", least=1)] = 65536,
 ) -> None:
@@ -276,6 +282,8 @@ def main(
             start = runs.start(name, way)
             facts["cost"][f"{name} {way}"] = cost(start)
             sums[way, 0] = nats(start, text)[None]
+            if config_of(start).model.compute_dim:
+                sums[f"{way}, FFN-C beside attention", 0] = nats(runs.start(name, way, is_beside=True), text)[None]
             for tokens in lengths:
                 folders = [runs.converted(name, way, tokens, found["best"], seed) for seed in range(seeds)]
                 sums[way, math.ceil(tokens / _STEP) * _STEP] = np.stack([nats(folder, text) for folder in folders])
