@@ -104,14 +104,14 @@ def main(
     english: Annotated[str, Option("prepared English text that base was trained on")],
     workdir: Annotated[str, Option("folder for the other runs")],
     output: Annotated[str, Option("path of the results", writes=True)],
-    tokens: Annotated[int, Option("tokens that each run is trained on", least=1)] = 500_000,
+    tokens: Annotated[int, Option("tokens that each run is trained on", least=1)] = 250_000,
     seeds: Annotated[int, Option("runs of each kind", least=1)] = 3,
     rates: Annotated[tuple[float, ...], Option("peak rates of adapters")] = (1e-2, 3e-2, 1e-1),
-    whole_rates: Annotated[tuple[float, ...], Option("peak rates of full fine-tuning")] = (1e-3, 2e-3, 4e-3),
+    whole_rates: Annotated[tuple[float, ...], Option("peak rates of full fine-tuning")] = (2e-3, 4e-3, 8e-3),
 ) -> None:
     python = os.path.join(workdir, "python")
     if not os.path.exists(os.path.join(python, "dataset.json")):
-        shards.prepare("embedded", f"sentencepiece:{english}/tokenizer.model", python, validation_fraction=0.05)
+        shards.prepare("embedded", f"sentencepiece:{english}/tokenizer.model", python, validation_fraction=0.25)
     data = {"python": python, "english": english}
     texts = {name: heldout.open_text(Dataset(path), _SHARED["seq_len"]) for name, path in data.items()}
 
