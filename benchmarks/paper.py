@@ -123,14 +123,14 @@ class Page(NamedTuple):
 
 
 _ALL = ("base", "memory", "flex-3")
-_TEXT = ("--data=data/1024", "--max_tokens=131072")
-_TASKS = ("--tasks=recall_*,reasoning_*", "--task_path=exercises/tasks")
+_TEXT = ("--data=data/1024", "--max_tokens=65536")
+_TASKS = ("--tasks=recall_*,reasoning_*", "--task_path=exercises/tasks", "--limit=120")
 PAGES = [
     Page(
         "alpha",
-        ("alpha", *_TEXT, *_TASKS),
+        ("alpha", "--alphas=0.9,0.7,0.5", *_TEXT, *_TASKS),
         _ALL,
-        pictures={name: f"comparison/alpha-{name}.png" for name in ("perplexity", "recall", "reasoning")},
+        pictures={name: f"comparison/alpha-{name}.png" for name in ("perplexity", "recall-points", "reasoning-points")},
     ),
     Page(
         "layers",
