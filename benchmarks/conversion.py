@@ -245,7 +245,7 @@ def main(
     ),
     base_tokens: Annotated[int, Option("tokens of base", least=1)] = 10_000_000,
     base_rate: Annotated[float, Option("peak rate of base", least=1e-9)] = 4e-3,
-    lengths: Annotated[tuple[int, ...], Option("tokens of converted runs")] = (250_000, 1_000_000),
+    lengths: Annotated[tuple[int, ...], Option("tokens of converted runs")] = (250_000, 500_000, 1_000_000),
     times: Annotated[int, Option("a converted model is compared with this many times its tokens", least=1)] = 4,
     rates: Annotated[tuple[float, ...], Option("peak rates of converted models")] = (1e-3, 2e-3, 4e-3, 8e-3),
     seeds: Annotated[int, Option("seeds of each converted model", least=1)] = 3,
