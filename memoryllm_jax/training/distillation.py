@@ -1,7 +1,7 @@
 """Fits FFN-M of a converted model to what base's layers add for each token (`config.start.memory=distill`).
 
-A layer of the converted model computes Y = X + Attn(N1(X)) + FFN-C(N2(X)) from its own stream X, and adds the row of
-the token. The row that brings the layer's output nearest to base's stream, in mean square over a text, is the mean
+A layer of the converted model computes Y, its output without the token memory, from its own stream X, and adds the row
+of the token. The row that brings the layer's output nearest to base's stream, in mean square over a text, is the mean
 of base's X_{l+1} - Y over the positions of the token. FFN-M_l is fitted to these means, from its copy of base's FFN.
 Then the next layer reads the stream with the fitted rows, so that its rows make up for what the layers before it miss.
 
@@ -37,6 +37,7 @@ from memoryllm_jax.training.feeder import Feeder
 from memoryllm_jax.training.step import Trainer
 
 _FIT_STEPS = 100
+_AHEAD = 8  # micro-batches that the host dispatches before it waits for the devices
 _LEAST_FIT_IDS, _MOST_FIT_IDS = 512, 8192
 
 
@@ -55,7 +56,7 @@ class _Streams(NamedTuple):
     converted_BTD: jax.Array
 
 
-def of_text(config: Config) -> Config:
+def text_config(config: Config) -> Config:
     """The config of a run whose steps are as many as hold config.start.distill_tokens: its batches are the text."""
     steps = math.ceil(config.start.distill_tokens / (config.batch_size * config.seq_len))
     return dataclasses.replace(config, steps=steps)
@@ -72,7 +73,7 @@ def work(config: Config, rows: int) -> float:
     Args:
       rows: rows of FFN-M that a step evaluates.
     """
-    m, steps = config.model, of_text(config).steps
+    m, steps = config.model, text_config(config).steps
     tokens = steps * config.batch_size * config.seq_len
     base = dataclasses.replace(config, model=_base_model(m))
     passes = sum(flops.forward(base, tokens, 0)) + sum(flops.forward(config, tokens, steps * rows))
@@ -81,7 +82,7 @@ def work(config: Config, rows: int) -> float:
 
 def plan_line(config: Config, mesh: Mesh, rows: int) -> str:
     """What the distillation needs, as a line of the plan. Args: rows: as of `work`."""
-    m, steps, shards = config.model, of_text(config).steps, batch_shards(mesh)
+    m, steps, shards = config.model, text_config(config).steps, batch_shards(mesh)
     tokens = steps * config.batch_size * config.seq_len
     in_steps = math.ceil(work(config, rows) / flops.train_flops(config, tokens // steps, rows))
     streams = 2 * tokens * m.dim * jnp.dtype(m.dtype).itemsize / shards
@@ -97,7 +98,7 @@ def distil(trainer: Trainer, batches: TrainBatches, params, base_layers, stopped
     """Fits FFN-M of a converted model.
 
     Args:
-      batches: the text, all batches of the config `of_text`. They are the first ones of the run.
+      batches: the text, all batches of the config `text_config`. They are the first ones of the run.
       params: the converted model's, with FFN-M a copy of base's FFN. Its "memory" is donated.
       base_layers: "ffn" and "ffn_norm" of base, stacked over the layers.
       stopped: asked before each micro-batch; if it returns True, the layers that follow keep their copy.
@@ -120,7 +121,8 @@ def distil(trainer: Trainer, batches: TrainBatches, params, base_layers, stopped
                     return {**params, "memory": memory}
                 arguments = where, streams[number], sums_VD
                 streams[number], sums_VD = _through_layer(config, layer, base_layers, layers, *arguments)
-                sums_VD.block_until_ready()  # else the progress would be that of the dispatch
+                if number % _AHEAD == 0:
+                    sums_VD.block_until_ready()  # else the progress would be that of the dispatch
                 show.update(show.done + 1)
             of_layer, missed_here = _fit(trainer, layer, memory, embedding, sums_VD, counts_V)
             memory = with_layer(memory, of_layer, layer)
@@ -190,12 +192,12 @@ def _through_layer(config: Config, layer, base_layers, layers, where: _Where, st
         return transformer.apply_layer(model, _of_layer(stacked, layer), *inputs, start_BT=start_BT).x_BTD
 
     after = _Streams(apply(_base_model(m), base_layers, streams.base_BTD), apply(m, layers, streams.converted_BTD))
-    asked_BTD = after.base_BTD.astype(jnp.float32) - after.converted_BTD.astype(jnp.float32)
+    missing_BTD = after.base_BTD.astype(jnp.float32) - after.converted_BTD.astype(jnp.float32)
 
     def lookup(table_VD):
         return take_rows(_embedded(config, table_VD, where.ids_SU, jnp.float32), where.index_SN)
 
-    (of_ids_VD,) = jax.vjp(lookup, sums_VD)[1](asked_BTD.reshape(*where.index_SN.shape, -1))
+    (of_ids_VD,) = jax.vjp(lookup, sums_VD)[1](missing_BTD.reshape(*where.index_SN.shape, -1))
     return after, constrain(sums_VD + of_ids_VD, "vocab", "embed")
 
 

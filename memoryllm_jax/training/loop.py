@@ -136,7 +136,7 @@ def open_run(
         _verify(dataset, stop)
     state = beginning.state
     if beginning.base_layers is not None:
-        text = TrainBatches(distillation.of_text(config), dataset, trainer.shards, local)
+        text = TrainBatches(distillation.text_config(config), dataset, trainer.shards, local)
         state["params"] = distillation.distil(trainer, text, state["params"], beginning.base_layers, stop.now)
     return Run(
         workdir=workdir,
