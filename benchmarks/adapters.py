@@ -94,6 +94,8 @@ def cost(folder: str) -> dict:
     config = config_of(folder)
     counts = flops.parameters(config)
     trained = counts["memory"] if config.optimizer.train == "memory" else counts["total"]
+    if config.model.rows == "shared":
+        trained //= config.model.vocab_size  # one row of each layer's table
     step_flops = flops.train_flops(config, _STEP, min(config.model.vocab_size, _STEP))  # of as many rows at most
     seconds = common.result(folder)["goodput"]["seconds"]["step"]
     return {"trained": trained, "total": counts["total"], "flops_a_token": step_flops / _STEP, "seconds": seconds}
