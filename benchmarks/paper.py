@@ -1,4 +1,4 @@
-"""The analyses of the MemoryLLM paper on models that have learnt something: records and figures of docs/comparison.md.
+"""The MemoryLLM paper's analyses on models that have learnt something: record and figures of docs/experiments.md.
 
     python benchmarks/paper.py --work=DIR --english=TEXTS --stages=text
     python -m memoryllm_jax.compare --protocol=configs/protocols/paper.py --workdir=DIR --texts=DIR/texts --jobs=2
@@ -130,32 +130,34 @@ PAGES = [
         "alpha",
         ("alpha", "--alphas=0.9,0.7,0.5", *_TEXT, *_TASKS),
         _ALL,
-        pictures={name: f"comparison/alpha-{name}.png" for name in ("perplexity", "recall-points", "reasoning-points")},
+        pictures={
+            name: f"experiments/alpha-{name}.png" for name in ("perplexity", "recall-points", "reasoning-points")
+        },
     ),
     Page(
         "layers",
         ("layers", *_TEXT),
         _ALL,
-        pictures={"perplexity": "comparison/layers.png", "cumulative": "comparison/cumulative.png"},
+        pictures={"perplexity": "experiments/layers.png", "cumulative": "experiments/cumulative.png"},
     ),
     Page(
         "pruning",
         ("pruning", *_TEXT, "--calibration=data/1024"),
         _ALL,
-        pictures={"perplexity": "comparison/pruning.png"},
+        pictures={"perplexity": "experiments/pruning.png"},
     ),
     # Budgets are planned on held-out text, so that the loss is measured on other text.
     Page(
         "compression",
         ("compression", *_TEXT, "--split=train", "--calibration=data/1024"),
         ("memory",),
-        pictures={"perplexity": "comparison/compression.png", "singular": "comparison/singular.png"},
+        pictures={"perplexity": "experiments/compression.png", "singular": "experiments/singular.png"},
     ),
     Page(
         "decode_cost",
         ("decode_cost", "--data=data/1024", "--cache=4MiB"),
         _ALL,
-        pictures={"sides": "comparison/cost.png"},
+        pictures={"sides": "experiments/cost.png"},
         is_timing=True,
     ),
 ]
@@ -226,8 +228,8 @@ def analyze(work: str, pages: Sequence[Page], seeds: Sequence[int]) -> None:
 
 
 def show(work: str, pages: Sequence[Page], output: str, figures: str) -> None:
-    """Writes the record of all pages that exist, and copies their pictures."""
-    results = {}
+    """Writes the record of the models and of all pages that exist, and copies the pages' pictures."""
+    results: dict[str, dict] = {"models": _models(work)}
     for page in pages:
         folder = os.path.join(work, "pages", page.name)
         path = os.path.join(folder, f"{page.command[0]}.json")
@@ -247,6 +249,19 @@ def show(work: str, pages: Sequence[Page], output: str, figures: str) -> None:
             places = [os.path.join(folder, file), os.path.join(folder, "seed-0", file)]
             shutil.copyfile(next(filter(os.path.exists, places)), target)
     common.write(output, results, {})
+
+
+def _models(work: str) -> dict[str, dict]:
+    """How each model of the protocol was trained: {name: tokens, seed, peak rate and held-out loss}."""
+    found = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(work), "*-[0-9]*", "run.json"))):
+        run, result = (
+            json.loads(storage.read_bytes(os.path.join(os.path.dirname(path), name), "a run"))
+            for name in ("run.json", "result.json")
+        )
+        shown = {name: run[name] for name in ("tokens", "seed", "rate")}
+        found[os.path.basename(os.path.dirname(path))] = shown | {"loss": result["validation"]["loss"]}
+    return found
 
 
 def _for_record(tree, work: str):

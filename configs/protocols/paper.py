@@ -3,7 +3,8 @@
     python benchmarks/paper.py --work=DIR --english=TEXTS --stages=text
     python -m memoryllm_jax.compare --protocol=configs/protocols/paper.py --workdir=DIR --texts=DIR/texts --jobs=2
 
-Size S of small.py. Its models answer the tasks of benchmarks/recall_reasoning.py well above chance after these tokens.
+Size S of small.py. After these tokens its models answer the tasks of benchmarks/recall_reasoning.py above chance, but
+for lookup in base (docs/experiments.md).
 """
 
 from memoryllm_jax.experiments.protocol import Experiment, Protocol, Sweep, Variant
