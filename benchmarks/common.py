@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from memoryllm_jax.common import storage
+from memoryllm_jax.common import provenance, storage
 from memoryllm_jax.common.errors import UserError
 
 PACKAGES = (
@@ -37,7 +37,9 @@ PACKAGES = (
 )
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Paths of this machine do not belong in a committed record.
-_PATH_FLAGS = re.compile(r"^(--(?:\w*data|english|hf|\w*workdir|tol|base|before|other|out|output|scratch|work))=.*")
+_PATH_FLAGS = re.compile(
+    r"^(--(?:\w*data|english|hf|\w*workdir|tol|base|before|other|out|output|scratch|work|texts|comparison))=.*"
+)
 
 
 def facts() -> dict:
@@ -48,7 +50,7 @@ def facts() -> dict:
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "python": platform.python_version(),
         "versions": {p: installed[p] for p in PACKAGES if p in installed},
-        "commit": os.environ.get("GIT_COMMIT") or _printed_by("git", "-C", ROOT, "rev-parse", "--short", "HEAD"),
+        "commit": provenance.commit(),
     } | gpu_facts()
 
 

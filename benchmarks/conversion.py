@@ -1,6 +1,6 @@
 """How many tokens memory and flex-3 save if they start from a trained base, against training from scratch.
 
-    python benchmarks/conversion.py --protocol=configs/protocols/small.py --comparison=DIR --workdir=DIR \
+    python benchmarks/conversion.py --protocol=configs/protocols/small.py --comparison=DIR --workdir=DIR \\
         --output=benchmarks/results/conversion_cpu
 
 The models from scratch are the finished runs of a comparison (`compare --workdir=DIR`) of one size and vocabulary:

@@ -54,7 +54,7 @@ def run(work: str, log: str, *arguments: str) -> None:
 
 
 def make_text(work: str, english: str, characters: int) -> None:
-    """Writes DIR/texts and DIR/tasks.
+    """Writes DIR/texts and DIR/exercises/tasks.
 
     Args:
       english: folder with train-*.json.gz and validation-*.json.gz, each with one {"text": ...} a line.

@@ -42,8 +42,8 @@ _LIMITS = """
 The held-out documents come from the sources of the training text. A window holds the same number of tokens in every
 vocabulary, so it holds less text where tokens are short. Equal tokens are not equal text, and equal text is not equal
 compute: with more ids a run of the same text has fewer tokens. Each sweep of rates has one length and one seed. All
-variants are taken to vary equally with the seed. The sizes span less than a factor of a hundred: only the runs that the
-law was not fitted to show whether it holds beyond them.
+variants are taken to vary equally with the seed. If a law was fitted, only the runs that it was not fitted to show
+whether it holds beyond their sizes.
 """
 
 
@@ -70,9 +70,11 @@ def draw(protocol: Protocol, path: str, workdir: str) -> str:
         page.heading("Protocol")
         about = _protocol(protocol)
         page.table(["part", "value"], about.items())
+        with_seeds = sum(answer.covers_seeds for answer in found.answers)
         page.facts["intervals"] = (
-            f"{len(found.answers):,} answers, all of which hold together with 95%, each {found.factor:.2f} times as "
-            f"wide as alone; {len(record['crossings']):,} crossings; {_count(explored):,} in the exploration"
+            f"{len(found.answers):,} answers, of which {with_seeds:,} cover seeds and the others documents alone; for "
+            f"what they cover, all hold together with 95%, each {found.factor:.2f} times as wide as alone; "
+            f"{len(record['crossings']):,} crossings; {_count(explored):,} in the exploration"
         )
         return page.write(_rounded(record | explored | {"protocol": about}))
 

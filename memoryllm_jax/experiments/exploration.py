@@ -220,7 +220,7 @@ def crossing_table(page, results: Results, found: list[Crossing], caption: str, 
         per_token = results.texts[crossing.vocabulary].bytes_per_token
         units = (1e-6, per_token * 1e-6, 1 / crossing.parameters)
         note = "" if crossing.covers_seeds else " *"
-        cells = [_crossing(crossing, unit) + note for unit in units]
+        cells = [shown and shown + note for shown in (_crossing(crossing, unit) for unit in units)]
         rows.append([crossing.variant, crossing.size, crossing.vocabulary, *cells])
     page.table(head, rows, caption, csv=csv)
 
