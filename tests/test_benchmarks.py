@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import json
+import math
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ import pytest
 from lab import with_devices
 
 from memoryllm_jax.common.errors import UserError
+from memoryllm_jax.experiments import intervals
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -270,3 +272,37 @@ def test_the_papers_pages_are_made_once_and_their_record_names_no_folder(monkeyp
     assert record == {"clusters-memory": {"facts": facts, "results": {"layers": [0.123457]}}}
     assert (tmp_path / "docs/look-inside/clusters-memory.png").read_bytes() == b"of the first"
     assert "outliers-memory: has no page yet" in capsys.readouterr().out
+
+
+def test_pages_are_told_by_their_names_and_held_out_whole(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    pages = importlib.import_module("pages")
+    documents = [(f"doc/html/p{i}.html", "page " * i) for i in range(64)]
+    documents += [(f"doc/Documentation/p{i}.rst.gz", "page " * (2000 + i)) for i in range(64)]
+    documents.append(("doc/html/translations/p.html", "seite"))
+    lines = "".join(json.dumps({"text": text, "url": url}) + "\n" for url, text in documents)
+    (tmp_path / "texts.json.gz").write_bytes(gzip.compress(lines.encode()))
+    pages.main(str(tmp_path), str(tmp_path / "out"))
+    train, held_out = (
+        [json.loads(line) for line in gzip.open(tmp_path / f"out/{split}-00000.json.gz", "rt")]
+        for split in ("train", "validation")
+    )
+    names = [page["url"] for page in (*train, *held_out)]
+    assert sorted(names) == sorted(f"doc/p{i}" for i in range(64)) and 0 < len(held_out) < 16
+    assert {len(page["text"]) for page in held_out} == {4096} and all(len(page["text"]) >= 10_000 for page in train)
+
+
+def test_the_share_of_tokens_is_interpolated_between_runs_from_scratch(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    conversion = importlib.import_module("conversion")
+    units_D = np.full(40, 10.0)
+
+    def nats_of(loss):
+        return np.full((1, 40), 10 * loss)
+
+    sums = {(conversion.SCRATCH, 100): nats_of(3.0), (conversion.SCRATCH, 400): nats_of(2.0)}
+    sums |= {("copy", 50): nats_of(2.5), ("copy", 100): nats_of(1.0), ("copy", 25): nats_of(4.0)}
+    losses = conversion.Losses(intervals.Documents(40), units_D, sums, intervals.NO_SPREAD)
+    assert losses.share("copy", 50).value == pytest.approx(50 / 200)  # halfway in the logarithm of tokens
+    assert losses.share("copy", 100).value == pytest.approx(100 / 400)  # at most: scratch does not get there
+    assert losses.share("copy", 25).value == math.inf  # scratch was better after its shortest run
