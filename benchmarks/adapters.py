@@ -47,14 +47,6 @@ WAYS = {
 _FIRST_SEED = 1  # base has seen the order of seed 0
 
 
-def nats(path: str, folder: str, data: str) -> np.ndarray:
-    """Nats of each held-out target of a text by a run. They are kept in the file `path`."""
-    if not os.path.exists(path):
-        _, found = heldout.nats(folder, data)
-        np.save(path, found)
-    return np.load(path)
-
-
 def compared(losses: dict[str, dict[str, np.ndarray]], texts: dict[str, heldout.HeldOutText]) -> dict:
     """The losses on each text, and their differences from base's and from each other's.
 
@@ -119,8 +111,8 @@ def main(
 
     def by_document(folders: list[str]) -> dict[str, np.ndarray]:
         def of(folder: str, name: str) -> np.ndarray:
-            path = os.path.join(workdir, f"{os.path.basename(folder)}_{name}.npy")
-            return texts[name].by_document(nats(path, folder, data[name]))
+            path = os.path.join(workdir, f"{os.path.basename(folder)}_{name}.npz")
+            return texts[name].by_document(heldout.kept(path, folder, texts[name]))
 
         return {name: np.stack([of(folder, name) for folder in folders]) for name in texts}
 

@@ -103,9 +103,7 @@ class Runs(NamedTuple):
 
 def nats(folder: str, text: heldout.HeldOutText) -> np.ndarray:
     """Nats of each held-out document by a run, float64 [D]. The run's folder keeps them."""
-    if not heldout.is_scored(folder):
-        heldout.score(folder)
-    return text.by_document(heldout.read(folder, text))
+    return text.by_document(heldout.kept(os.path.join(folder, heldout.FILE), folder, text))
 
 
 def of_scratch(runs: list[Run], comparison: str, text: heldout.HeldOutText) -> dict[str, Sums]:

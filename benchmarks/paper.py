@@ -254,13 +254,10 @@ def show(work: str, pages: Sequence[Page], output: str, figures: str) -> None:
 def _models(work: str) -> dict[str, dict]:
     """How each model of the protocol was trained: {name: tokens, seed, peak rate and held-out loss}."""
     found = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(work), "*-[0-9]*", "run.json"))):
-        run, result = (
-            json.loads(storage.read_bytes(os.path.join(os.path.dirname(path), name), "a run"))
-            for name in ("run.json", "result.json")
-        )
+    for path in sorted(glob.glob(os.path.join(glob.escape(work), "*-[0-9]*", runner.DESCRIPTION))):
+        run, folder = json.loads(storage.read_bytes(path, "the description of a run")), os.path.dirname(path)
         shown = {name: run[name] for name in ("tokens", "seed", "rate")}
-        found[os.path.basename(os.path.dirname(path))] = shown | {"loss": result["validation"]["loss"]}
+        found[os.path.basename(folder)] = shown | {"loss": common.result(folder)["validation"]["loss"]}
     return found
 
 

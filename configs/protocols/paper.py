@@ -7,6 +7,9 @@ Size S of small.py. After these tokens its models answer the tasks of benchmarks
 for lookup in base (docs/experiments.md).
 """
 
+import pathlib
+
+from memoryllm_jax.experiments import protocol
 from memoryllm_jax.experiments.protocol import Experiment, Protocol, Sweep, Variant
 
 VARIANTS = ("base", "memory", "flex-3")
@@ -14,22 +17,11 @@ M = 1e6
 
 
 def get_protocol() -> Protocol:
+    small = protocol.load(str(pathlib.Path(__file__).with_name("small.py")))
     return Protocol(
-        config="configs/tiny.py",
-        fields={
-            "batch_size": 8,
-            "seq_len": 256,
-            "model.loss_chunk": 128,  # logits that fit a cache
-            "data.epochs": 1,
-            "eval.every": 1_000_000,  # at the end only
-            "eval.batches": 32,
-            "checkpoint.every": 100_000,
-            "checkpoint.keep": 1,
-            "log.every": 100,
-            "log.tensorboard": False,
-            "sample.tokens": 0,
-        },
-        sizes={"S": {"model.dim": 64, "model.layers": 4, "model.heads": 4}},
+        config=small.config,
+        fields=small.fields,
+        sizes={"S": small.sizes["S"]},
         vocabularies={"1024": "sentencepiece:train:1024"},
         variants=tuple(Variant(name) for name in VARIANTS),
         sweep=Sweep(tokens={"1024": 0.5 * M}, rates=(4e-3, 8e-3, 16e-3), sizes={"S": "S"}),

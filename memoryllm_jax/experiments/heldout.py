@@ -103,9 +103,9 @@ def score(workdir: str) -> float:
         if can_permute(engine.config):
             config = dataclasses.replace(engine.config, rows="permuted")
             permuted = engine.changed(LiveRows(config, engine.rows.arrays, engine.trained.mesh), Contribution())
-            _write(workdir, PERMUTED_FILE, text, _nats(permuted, text))
+            _write(os.path.join(workdir, PERMUTED_FILE), text, _nats(permuted, text))
         nats_N = _nats(engine, text)
-    _write(workdir, FILE, text, nats_N)  # the last, as its presence says that all is scored
+    _write(os.path.join(workdir, FILE), text, nats_N)  # the last, as its presence says that all is scored
     return float(nats_N.mean(dtype=np.float64))
 
 
@@ -114,20 +114,22 @@ def can_permute(config: ModelConfig) -> bool:
     return config.row_dim > 0 and config.rows == "own"
 
 
-def nats(workdir: str, data: str = "") -> tuple[HeldOutText, np.ndarray]:
-    """(the held-out text, nats of each of its targets, float32 [N]), by the newest checkpoint of a run.
+def kept(path: str, workdir: str, text: HeldOutText) -> np.ndarray:
+    """Nats of every target of a held-out text, float32 [N], by the newest checkpoint of a run.
 
     Args:
-      data: prepared data, as of `Dataset`; "": that of the run.
+      path: file that keeps them: they are computed only if it is not there.
+      text: of any data of the run's tokenizer, in windows of the run's context.
     Raises: UserError.
     """
-    with contextlib.closing(serving.open_engine(workdir)) as engine:
-        text = _text(engine, data)
-        return text, _nats(engine, text)
+    if not storage.exists(path):
+        with contextlib.closing(serving.open_engine(workdir)) as engine:
+            _write(path, text, _nats(engine, text))
+    return _read(path, text)
 
 
-def _text(engine: Engine, data: str = "") -> HeldOutText:
-    return open_text(run_data.open_data(engine.trained, data or run_data.find_own(engine.trained)), engine.context)
+def _text(engine: Engine) -> HeldOutText:
+    return open_text(run_data.open_data(engine.trained, run_data.find_own(engine.trained)), engine.context)
 
 
 def _nats(engine: Engine, text: HeldOutText) -> np.ndarray:
@@ -137,10 +139,10 @@ def _nats(engine: Engine, text: HeldOutText) -> np.ndarray:
     return nats_N.astype(np.float32)
 
 
-def _write(workdir: str, name: str, text: HeldOutText, nats_N: np.ndarray) -> None:
+def _write(path: str, text: HeldOutText, nats_N: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, nats=nats_N, digest=np.array(text.digest))
-    storage.write_bytes(os.path.join(workdir, name), buffer.getvalue())
+    storage.write_bytes(path, buffer.getvalue())
 
 
 def is_scored(workdir: str) -> bool:
@@ -156,7 +158,10 @@ def read(workdir: str, text: HeldOutText, permuted: bool = False) -> np.ndarray:
       permuted: those with permuted rows, of a run that `can_permute`.
     Raises: UserError if the file is missing or damaged, or the run was scored on another text.
     """
-    path = os.path.join(workdir, PERMUTED_FILE if permuted else FILE)
+    return _read(os.path.join(workdir, PERMUTED_FILE if permuted else FILE), text)
+
+
+def _read(path: str, text: HeldOutText) -> np.ndarray:
     content = storage.read_bytes(path, "a run whose last step was scored")
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:

@@ -7,7 +7,6 @@ that vocabularies can be compared; those of a split are in nats a token.
 import dataclasses
 import functools
 import math
-import os
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import numpy as np
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data.dataset import Dataset
-from memoryllm_jax.experiments import heldout, intervals, splits
+from memoryllm_jax.experiments import heldout, intervals, runner, splits
 from memoryllm_jax.experiments.intervals import Estimate, Interval, SeedSpread
 from memoryllm_jax.experiments.protocol import Protocol, Run
 from memoryllm_jax.experiments.splits import Split
@@ -135,7 +134,7 @@ class Results:
                     f"windows, found {run.config.seq_len} in {run}"
                 )
             if run.vocabulary not in self.texts:
-                data = Dataset(os.path.join(workdir, "data", run.vocabulary))
+                data = Dataset(runner.data_path(workdir, run.vocabulary))
                 self.texts[run.vocabulary] = Text(data, context)
             text, folder = self.texts[run.vocabulary], run.folder(workdir)
             self._scores[run.key, False] = text.scores(folder)

@@ -61,6 +61,9 @@ def test_permuted_rows_are_those_of_other_tokens(lab, data, run):
         expected_N = heldout._nats(model.changed(rows, Contribution()), text)
     np.testing.assert_allclose(permuted_N, expected_N, rtol=1e-5, atol=1e-5)
     assert permuted_N.mean() > heldout.read(run, text).mean()
+    kept = f"{run}/kept.npz"
+    assert (heldout.kept(kept, run, text) == heldout.read(run, text)).all()
+    assert (heldout.kept(kept, "no workdir", text) == heldout.read(run, text)).all()  # read, and not computed again
 
 
 def test_another_text_or_a_damaged_file_is_refused(data, run):
