@@ -24,7 +24,7 @@ from memoryllm_jax.common import cli
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
-from memoryllm_jax.experiments import heldout, intervals
+from memoryllm_jax.experiments import heldout, intervals, scoring
 from memoryllm_jax.model import flops
 
 _SHARED = {
@@ -112,7 +112,7 @@ def main(
     def by_document(folders: list[str]) -> dict[str, np.ndarray]:
         def of(folder: str, name: str) -> np.ndarray:
             path = os.path.join(workdir, f"{os.path.basename(folder)}_{name}.npz")
-            return texts[name].by_document(heldout.kept(path, folder, texts[name]))
+            return scoring.kept(path, folder, texts[name])
 
         return {name: np.stack([of(folder, name) for folder in folders]) for name in texts}
 

@@ -34,7 +34,7 @@ from memoryllm_jax.common import cli, plots
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.data.dataset import Dataset
-from memoryllm_jax.experiments import heldout, intervals, runner
+from memoryllm_jax.experiments import heldout, intervals, runner, scoring
 from memoryllm_jax.experiments import protocol as protocol_lib
 from memoryllm_jax.experiments.protocol import Run
 from memoryllm_jax.model import flops
@@ -103,7 +103,7 @@ class Runs(NamedTuple):
 
 def nats(folder: str, text: heldout.HeldOutText) -> np.ndarray:
     """Nats of each held-out document by a run, float64 [D]. The run's folder keeps them."""
-    return text.by_document(heldout.kept(os.path.join(folder, heldout.FILE), folder, text))
+    return scoring.kept(os.path.join(folder, scoring.FILE), folder, text)
 
 
 def of_scratch(runs: list[Run], comparison: str, text: heldout.HeldOutText) -> dict[str, Sums]:

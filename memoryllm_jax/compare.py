@@ -13,7 +13,8 @@ fails is named, and the others go on.
 At the end, and with --report at any time, DIR/comparison.html shows what the finished runs say: the answers to the
 protocol's contrasts, with 95% intervals that hold all together, where base overtakes each memory, and as exploration
 all losses, where differences come from, what is equal, and a law fitted to the runs. DIR/comparison.json holds the
-numbers of the page and names no path, CSV and PNG files its tables and pictures.
+numbers of the page and names no path, CSV and PNG files its tables and pictures. DIR/runs.tar.xz has the scores of
+each run: unpacked in another DIR (tar -xf runs.tar.xz -C DIR), these runs are done there, without models.
 
 TEXTS is a folder with files train-* and validation-*, of the kinds that `prepare` reads.
 """
@@ -24,9 +25,10 @@ from memoryllm_jax.common import cli, plots
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.common.options import Option
-from memoryllm_jax.experiments import comparison, runner
+from memoryllm_jax.experiments import comparison, packing, runner
 from memoryllm_jax.experiments import protocol as protocol_lib
 from memoryllm_jax.experiments.plan import Plan
+from memoryllm_jax.experiments.protocol import Protocol
 
 
 def main(
@@ -44,7 +46,7 @@ def main(
     plots.check_available()  # before hours of training
     opened = protocol_lib.load(protocol)
     if report:
-        print(comparison.draw(opened, protocol, workdir))
+        _report(opened, protocol, workdir)
         return 0
     selection = runner.Selection(opened, only)
     runner.prepare(selection.protocol, workdir, texts, selection.vocabularies)
@@ -55,8 +57,13 @@ def main(
         return 0
     code = runner.Runner(selection, workdir, jobs, plan.cost).run()
     if code != ExitCode.STOPPED and runner.finished(opened, workdir):
-        print(comparison.draw(opened, protocol, workdir))
+        _report(opened, protocol, workdir)
     return code
+
+
+def _report(opened: Protocol, path: str, workdir: str) -> None:
+    print(comparison.draw(opened, path, workdir))
+    packing.pack(workdir)
 
 
 if __name__ == "__main__":

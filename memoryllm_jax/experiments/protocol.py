@@ -47,7 +47,7 @@ class Variant:
 class Contrast:
     """A question that is stated before the runs: the loss of variant `a` less that of variant `b`.
 
-    Where `b` is "", `a` is compared with itself, each token with the row of another one (`heldout.PERMUTED_FILE`).
+    Where `b` is "", `a` is compared with itself, each token with the row of another one (`scoring.PERMUTED_FILE`).
     """
 
     question: str

@@ -16,9 +16,10 @@ import numpy as np
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.config import Config
 from memoryllm_jax.data.dataset import Dataset
-from memoryllm_jax.experiments import heldout, intervals, runner, splits
+from memoryllm_jax.experiments import heldout, intervals, runner, scoring, splits
 from memoryllm_jax.experiments.intervals import Estimate, Interval, SeedSpread
 from memoryllm_jax.experiments.protocol import Protocol, Run
+from memoryllm_jax.experiments.scoring import Scores
 from memoryllm_jax.experiments.splits import Split
 
 
@@ -33,7 +34,7 @@ class Cell(NamedTuple):
 class Group(NamedTuple):
     """Held-out targets whose mean loss is taken: all of them, or a group of a split.
 
-    split, group: name of the split and number of the group; ("", 0): all targets, in bits per byte.
+    split, group: name of the split and number of the group; (scoring.ALL, 0): all targets, in bits per byte.
     label: of the group.
     """
 
@@ -42,7 +43,7 @@ class Group(NamedTuple):
     label: str
 
 
-ALL = Group("", 0, "all targets")
+ALL = Group(scoring.ALL, 0, "all targets")
 
 
 class Text:
@@ -65,11 +66,22 @@ class Text:
         self.tokens = len(self._text.targets)
         self.bytes = float(self._text.bytes_D.sum())
         self.effective = intervals.effective(self._text.bytes_D)
-        self._tokens = self._sums(np.ones(self.tokens))
+        self._tokens = scoring.sums(np.ones(self.tokens), self._text, self.splits)
 
-    def scores(self, folder: str, permuted: bool = False) -> dict[str, np.ndarray]:
-        """Nats by document [1, D], and by group and document of each split [groups, D]. Raises: UserError."""
-        return self._sums(heldout.read(folder, self._text, permuted))
+    def scores(self, folder: str, permuted: bool = False) -> Scores:
+        """The scores of a run.
+
+        Args:
+          permuted: those with permuted rows, which have no groups.
+        Raises: UserError if they are missing, damaged, or of another text or other groups.
+        """
+        found = scoring.read(folder, self._text, permuted)
+        shapes, expected = ({name: a.shape for name, a in sums.items()} for sums in (found, self._tokens))
+        if permuted:
+            expected = {scoring.ALL: expected[scoring.ALL]}
+        if shapes != expected:
+            raise UserError(f"{folder}: expected scores of the groups {expected}, found {shapes}; score the run again")
+        return found
 
     def units(self, group: Group) -> np.ndarray:
         """What the nats of a group are divided by, in each document: bits of its bytes, or its number of tokens."""
@@ -85,10 +97,6 @@ class Text:
         """The groups of a split that have targets."""
         every = [Group(split.name, number, label) for number, label in enumerate(split.groups)]
         return [group for group in every if self.tokens_of(group)]
-
-    def _sums(self, values_N):
-        by_split = {split.name: split.by_document(values_N, self._text) for split in self.splits}
-        return by_split | {"": self._text.by_document(values_N)[None]}
 
 
 class Difference(NamedTuple):
@@ -124,7 +132,7 @@ class Results:
         self.variants = [variant.name for variant in protocol.variants if variant.name in found]
         self.texts: dict[str, Text] = {}
         self._runs: dict[tuple[str, Cell], dict[int, Run]] = {}  # by seed
-        self._scores: dict[tuple[str, bool], dict[str, np.ndarray]] = {}  # by key, and whether with permuted rows
+        self._scores: dict[tuple[str, bool], Scores] = {}  # by key, and whether with permuted rows
         contexts: dict[str, int] = {}
         for run in runs:
             context = contexts.setdefault(run.vocabulary, run.config.seq_len)
@@ -138,7 +146,7 @@ class Results:
                 self.texts[run.vocabulary] = Text(data, context)
             text, folder = self.texts[run.vocabulary], run.folder(workdir)
             self._scores[run.key, False] = text.scores(folder)
-            if heldout.can_permute(run.config.model):
+            if scoring.can_permute(run.config.model):
                 self._scores[run.key, True] = text.scores(folder, permuted=True)
             self._runs.setdefault((run.variant, cell_of(run)), {})[run.seed] = run
         self.difference = functools.cache(self._difference)
@@ -174,7 +182,7 @@ class Results:
 
     def nats(self, run: Run) -> float:
         """The held-out loss of a run in nats a token."""
-        return float(self._scores[run.key, False][""].sum() / self.texts[run.vocabulary].tokens)
+        return float(self._scores[run.key, False][scoring.ALL].sum() / self.texts[run.vocabulary].tokens)
 
     def _loss(self, run, group, permuted) -> float:
         units_D = self.texts[run.vocabulary].units(group)

@@ -2,7 +2,7 @@
 
     WORKDIR/data/VOCABULARY     prepared data
     WORKDIR/runs/KEY            the workdir of a run, with run.json (which run it is), log.txt (what `train` printed),
-                                what `train` writes, and heldout.npz (heldout.py)
+                                what `train` writes, and heldout.npz (scoring.py)
 
 A run is done when it is scored; then its checkpoint is removed. What is done follows from the files alone, so a runner
 can be killed at any time, and the next one goes on.
@@ -34,11 +34,10 @@ from memoryllm_jax.common.progress import Progress, duration
 from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.data.verification import Verification
-from memoryllm_jax.experiments import heldout, rates
+from memoryllm_jax.experiments import rates, scoring
 from memoryllm_jax.experiments.protocol import Protocol, Run, Setting
 
-_DIVERGED = "diverged.json"
-DESCRIPTION = "run.json"
+DESCRIPTION, RESULT, DIVERGED = "run.json", "result.json", "diverged.json"
 _ALIKE = 3  # runs of several variants that fail in a row for the same reason, after which no other is started
 
 
@@ -143,19 +142,19 @@ class Selection:
 def can_be_scored(run: Run, workdir: str) -> bool:
     """Whether the run's last step is done and its checkpoint is there."""
     folder = run.folder(workdir)
-    return storage.exists(os.path.join(folder, "result.json")) and bool(description.steps(folder))
+    return storage.exists(os.path.join(folder, RESULT)) and bool(description.steps(folder))
 
 
 def has_diverged(run: Run, workdir: str) -> bool:
     """Whether the run ended because its loss was not finite."""
-    return storage.exists(os.path.join(run.folder(workdir), _DIVERGED))
+    return storage.exists(os.path.join(run.folder(workdir), DIVERGED))
 
 
 def loss(run: Run, workdir: str) -> float | None:
     """The loss of the run's last validation in nats a token; infinite if it diverged, None if it is not trained yet."""
     if has_diverged(run, workdir):
         return math.inf
-    path = os.path.join(run.folder(workdir), "result.json")
+    path = os.path.join(run.folder(workdir), RESULT)
     if not storage.exists(path):
         return None
     return json.loads(storage.read_bytes(path, "the result of a run"))["validation"]["loss"]
@@ -188,7 +187,7 @@ def chosen_rates(protocol: Protocol, workdir: str, settings: Iterable[Setting] |
 def finished(protocol: Protocol, workdir: str) -> list[Run]:
     """The runs of the experiments that are scored, in the protocol's order. `run.folder(workdir)` has their files."""
     runs = protocol.experiment_runs(chosen_rates(protocol, workdir))
-    return [run for run in runs if heldout.is_scored(run.folder(workdir))]
+    return [run for run in runs if scoring.is_scored(run.folder(workdir))]
 
 
 class _Work(NamedTuple):
@@ -317,7 +316,7 @@ class Runner:
                 if is_done and not choices[run.setting].missing and run.key not in needed:
                     _remove_checkpoints(run, self._workdir)
                 (done if is_done else to_do).append(run)
-            elif heldout.is_scored(run.folder(self._workdir)):
+            elif scoring.is_scored(run.folder(self._workdir)):
                 if not set(run.experiments) & set(self._protocol.keep):
                     _remove_checkpoints(run, self._workdir)
                 done.append(run)
@@ -360,7 +359,7 @@ class Runner:
             command = score_command(run, self._workdir)
         else:
             command = train_command(self._protocol, run, self._workdir)
-            about = _description(self._protocol, run, command) | {"data": self._digest(run.vocabulary)}
+            about = _description(self._protocol, run, command, self._workdir) | {"data": self._digest(run.vocabulary)}
             storage.write_json(os.path.join(folder, DESCRIPTION), about)
             # All runs of a vocabulary read the same data, which only the first of them needs to verify.
             Verification(folder).remember_from([self._workdir])
@@ -380,7 +379,7 @@ class Runner:
         if code == ExitCode.STOPPED:
             return ""  # saved; goes on where it was
         if code == ExitCode.DIVERGED and not job.scores:
-            storage.write_json(os.path.join(folder, _DIVERGED), {"seconds": time.monotonic() - job.begin})
+            storage.write_json(os.path.join(folder, DIVERGED), {"seconds": time.monotonic() - job.begin})
             return f"{run}: diverged after {took}"
         self._fail(run, f"exit code {code}: {_last_line(folder)}", f" ({folder}/log.txt)")
         return f"{run}: failed: {self._failed[run.key]}"
@@ -401,10 +400,10 @@ def train_command(protocol: Protocol, run: Run, workdir: str) -> list[str]:
 
 def score_command(run: Run, workdir: str) -> list[str]:
     """The command line that scores a run."""
-    return [sys.executable, "-m", "memoryllm_jax.experiments.heldout", run.folder(workdir)]
+    return [sys.executable, "-m", "memoryllm_jax.experiments.scoring", run.folder(workdir)]
 
 
-def _description(protocol: Protocol, run: Run, command: list[str]) -> dict:
+def _description(protocol: Protocol, run: Run, command: list[str], workdir: str) -> dict:
     """The contents of run.json."""
     return {
         **dataclasses.asdict(run.setting),
@@ -414,7 +413,8 @@ def _description(protocol: Protocol, run: Run, command: list[str]) -> dict:
         "architecture": run.architecture,
         "tokenizer": protocol.vocabularies[run.vocabulary],
         "fields": dict(run.fields),
-        "command": command[1:],
+        # A description is part of a record, which names no path of this machine.
+        "command": [part.replace(workdir, "DIR") for part in command[1:]],
         "commit": provenance.commit(),
         "versions": provenance.versions() | {"Python": platform.python_version()},
         "cores": os.cpu_count(),

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import tarfile
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from memoryllm_jax import compare
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
-from memoryllm_jax.experiments import answers, comparison, costs, heldout, laws, runner
+from memoryllm_jax.experiments import answers, comparison, costs, heldout, laws, packing, runner, scoring, splits
 from memoryllm_jax.experiments import protocol as protocol_lib
 from memoryllm_jax.experiments.fits import Law
 from memoryllm_jax.experiments.protocol import Contrast, Experiment, Protocol, Sweep, Variant
@@ -72,6 +73,7 @@ def workdir(protocol, lab, tmp_path_factory):
             with open(f"{folder}/result.json", "w") as file:
                 json.dump({"validation": {"loss": 4 + abs(np.log(rate / 2e-3))}}, file)
     text = heldout.open_text(Dataset(data), CONTEXT)
+    groups = splits.of_text(text, Dataset(data))
     is_late_N = text.position_N >= CONTEXT // 2
     for run in protocol.experiment_runs(runner.chosen_rates(protocol, workdir)):
         rng = np.random.default_rng([list(GAINS).index(run.variant), run.seed, run.tokens])
@@ -83,8 +85,8 @@ def workdir(protocol, lab, tmp_path_factory):
         os.makedirs(folder, exist_ok=True)
         with open(f"{folder}/run.json", "w") as file:
             json.dump({"commit": "cc" if run.seed else "c", "versions": {"jax": "1"}}, file)
-        for name, more in (("heldout", 0), ("heldout_permuted", PERMUTED)):
-            np.savez(f"{folder}/{name}.npz", nats=(nats_N + more).astype("f"), digest=np.array(text.digest))
+        scoring._write(f"{folder}/heldout.npz", text, scoring.sums(nats_N, text, groups))
+        scoring._write(f"{folder}/heldout_permuted.npz", text, scoring.sums(nats_N + PERMUTED, text, ()))
     return str(workdir)
 
 
@@ -131,11 +133,35 @@ def test_vocabularies_are_compared_after_equal_text(results):
     assert [(found.cell.vocabulary, found.cell.tokens) for found in of_size] == [("512", 4e6), ("32000", 2e6)]
 
 
-def test_the_page_shows_what_the_record_holds(protocol, workdir, monkeypatch):
+@pytest.fixture
+def draw(protocol, monkeypatch):
+    """Writes the page of a workdir."""
     fitted = laws.of_vocabulary
     monkeypatch.setattr(laws, "of_vocabulary", lambda *given: fitted(*given, replicates=3))
     monkeypatch.setattr(protocol_lib, "load", lambda path: protocol)
-    compare.main("configs/protocols/small.py", workdir, report=True)
+    return lambda workdir: compare.main("configs/protocols/small.py", workdir, report=True)
+
+
+def test_packed_runs_give_the_same_numbers_elsewhere(workdir, draw, tmp_path):
+    draw(workdir)
+    os.symlink(f"{workdir}/data", tmp_path / "data")
+    with tarfile.open(f"{workdir}/{packing.FILE}") as archive:
+        archive.extractall(tmp_path, filter="data")
+    draw(str(tmp_path))
+    for name in ("comparison.json", packing.FILE):
+        with open(f"{workdir}/{name}", "rb") as one, open(tmp_path / name, "rb") as other:
+            assert one.read() == other.read()
+
+
+def test_scores_of_other_groups_are_refused(results, workdir, tmp_path):
+    with np.load(f"{results.runs[0].folder(workdir)}/heldout.npz") as scores:
+        np.savez(tmp_path / "heldout.npz", **{name: scores[name] for name in scores.files if name != "bigram"})
+    with pytest.raises(UserError, match=r"expected scores of the groups .*'bigram'.*, found .*; score the run again"):
+        results.texts["512"].scores(str(tmp_path))
+
+
+def test_the_page_shows_what_the_record_holds(workdir, draw):
+    draw(workdir)
     page = open(f"{workdir}/comparison.html").read()
     content = open(f"{workdir}/comparison.json").read()
     record = json.loads(content)

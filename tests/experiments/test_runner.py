@@ -19,8 +19,8 @@ from lab import CONTEXT, with_devices
 from memoryllm_jax.common.child import Children
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data.dataset import Dataset
-from memoryllm_jax.experiments import heldout, runner
 from memoryllm_jax.experiments import protocol as protocol_lib
+from memoryllm_jax.experiments import runner, scoring
 from memoryllm_jax.experiments.plan import Plan
 from memoryllm_jax.experiments.protocol import Experiment, Protocol, Setting, Sweep, Variant
 from memoryllm_jax.model.flops import train_flops
@@ -256,10 +256,11 @@ def get_protocol():
     assert done.returncode == 0, done.stderr + done.stdout
     (run,) = runner.finished(protocol, str(tmp_path))
     folder = Path(run.folder(str(tmp_path)))
-    assert run.rate == 0.002 and heldout.is_scored(str(folder)) and not [*folder.glob("[0-9]*")]
+    assert run.rate == 0.002 and scoring.is_scored(str(folder)) and not [*folder.glob("[0-9]*")]
     described = json.loads((folder / "run.json").read_text())
     assert described["data"] == Dataset(lab.data_path).digest and described["versions"]["jax"]
     (folder / "run.json").write_text(json.dumps(described | {"data": "0" * 64}))
     with pytest.raises(UserError, match=r"run\.json: data: expected .*, found 0{12}: the run was trained on"):
         runner.check_same_data(str(tmp_path), ["512"])
     assert described["tokens"] == 64 and described["command"][:2] == ["-m", "memoryllm_jax.train"]
+    assert f"--workdir=DIR/runs/{run.key}" in described["command"]
