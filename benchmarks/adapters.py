@@ -18,6 +18,7 @@ from typing import Annotated
 
 import common
 import numpy as np
+from common import SHORT_RUN, STEP_TOKENS
 
 from memoryllm_jax.checkpoint.description import config_of
 from memoryllm_jax.common import cli
@@ -27,17 +28,6 @@ from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.experiments import heldout, intervals, scoring
 from memoryllm_jax.model import flops
 
-_SHARED = {
-    "seq_len": 256,
-    "batch_size": 8,
-    "sample.tokens": 0,
-    "checkpoint.every": 1000,
-    "eval.every": 1_000_000,  # at the end only
-    "eval.batches": 64,
-    "log.every": 100,
-    "log.tensorboard": False,
-}
-_STEP = _SHARED["seq_len"] * _SHARED["batch_size"]  # tokens
 # {what is trained: (its name for configs/start.py, further fields)}
 WAYS = {
     "adapter": ("adapter", {}),
@@ -88,9 +78,10 @@ def cost(folder: str) -> dict:
     trained = counts["memory"] if config.optimizer.train == "memory" else counts["total"]
     if config.model.rows == "shared":
         trained //= config.model.vocab_size  # one row of each layer's table
-    step_flops = flops.train_flops(config, _STEP, min(config.model.vocab_size, _STEP))  # of as many rows at most
+    rows = min(config.model.vocab_size, STEP_TOKENS)  # at most
+    step_flops = flops.train_flops(config, STEP_TOKENS, rows)
     seconds = common.result(folder)["goodput"]["seconds"]["step"]
-    return {"trained": trained, "total": counts["total"], "flops_a_token": step_flops / _STEP, "seconds": seconds}
+    return {"trained": trained, "total": counts["total"], "flops_a_token": step_flops / STEP_TOKENS, "seconds": seconds}
 
 
 def main(
@@ -107,7 +98,7 @@ def main(
     if not os.path.exists(os.path.join(python, "dataset.json")):
         shards.prepare("embedded", f"sentencepiece:{english}/tokenizer.model", python, validation_fraction=0.25)
     data = {"python": python, "english": english}
-    texts = {name: heldout.open_text(Dataset(path), _SHARED["seq_len"]) for name, path in data.items()}
+    texts = {name: heldout.open_text(Dataset(path), SHORT_RUN["seq_len"]) for name, path in data.items()}
 
     def by_document(folders: list[str]) -> dict[str, np.ndarray]:
         def of(folder: str, name: str) -> np.ndarray:
@@ -118,8 +109,9 @@ def main(
 
     def run(way: str, peak: float, seed: int) -> str:
         name, more = WAYS[way]
-        fields = _SHARED | {"seed": seed, "tokens": tokens, "data.path": python, "optimizer.peak_lr": peak}
-        fields |= {"optimizer.final_lr": peak / 10, "optimizer.warmup_steps": max(1, tokens // (20 * _STEP))} | more
+        fields = SHORT_RUN | {"seed": seed, "tokens": tokens, "data.path": python, "optimizer.peak_lr": peak}
+        warmup = max(1, tokens // (20 * STEP_TOKENS))
+        fields |= {"optimizer.final_lr": peak / 10, "optimizer.warmup_steps": warmup} | more
         folder = os.path.join(workdir, f"{way}_{peak:g}_{seed}".replace(", ", "_").replace(" ", "_"))
         common.train(folder, f"start.py:{name}@{base}", fields)
         return folder

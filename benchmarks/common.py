@@ -36,6 +36,17 @@ PACKAGES = (
     "uvicorn",
 )
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHORT_RUN = {  # config fields of runs of some million tokens whose held-out losses are compared
+    "batch_size": 8,
+    "seq_len": 256,
+    "sample.tokens": 0,
+    "checkpoint.every": 1000,
+    "eval.every": 1_000_000,  # at the end only
+    "eval.batches": 64,
+    "log.every": 100,
+    "log.tensorboard": False,
+}
+STEP_TOKENS = SHORT_RUN["batch_size"] * SHORT_RUN["seq_len"]
 # Paths of this machine do not belong in a committed record.
 _PATH_FLAGS = re.compile(
     r"^(--(?:\w*data|english|hf|\w*workdir|tol|base|before|other|out|output|scratch|work|texts|comparison))=.*"

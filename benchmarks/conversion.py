@@ -28,6 +28,7 @@ from typing import Annotated, NamedTuple
 
 import common
 import numpy as np
+from common import SHORT_RUN, STEP_TOKENS
 
 from memoryllm_jax.checkpoint.description import config_of
 from memoryllm_jax.common import cli, plots
@@ -40,19 +41,7 @@ from memoryllm_jax.experiments.protocol import Run
 from memoryllm_jax.model import flops
 from memoryllm_jax.training import distillation
 
-_SHARED = {
-    "batch_size": 8,
-    "seq_len": 256,
-    "sample.tokens": 0,
-    "checkpoint.every": 1000,
-    "checkpoint.keep": 1,
-    "eval.every": 1_000_000,  # at the end only
-    "eval.batches": 64,
-    "log.every": 100,
-    "log.tensorboard": False,
-}
 SCRATCH, WAYS = "scratch", ("copy", "distill")
-_STEP = _SHARED["batch_size"] * _SHARED["seq_len"]  # tokens
 _WARMUP, _LEAST_WARMUP = 0.02, 5  # share of a run's steps, and steps at least
 _NEAR = 0.05  # relative difference of lengths that count as equal, as runs have whole numbers of steps
 Sums = dict[tuple[str, int], np.ndarray]  # as of `Losses`
@@ -72,7 +61,7 @@ class Runs(NamedTuple):
 
     def train(self, name: str, config: str, tokens: int, peak: float, more: dict) -> str:
         """Trains with a whole cosine schedule, or reads the finished run. Returns: its folder."""
-        steps = math.ceil(tokens / _STEP)
+        steps = math.ceil(tokens / STEP_TOKENS)
         rates = {"peak_lr": peak, "final_lr": peak / 10, "warmup_steps": max(_LEAST_WARMUP, round(_WARMUP * steps))}
         fields = self.fields | {"steps": steps} | {f"optimizer.{key}": value for key, value in rates.items()}
         folder = os.path.join(self.workdir, name)
@@ -220,12 +209,12 @@ def cost(start: str) -> dict:
     config, seconds = config_of(start), common.result(start)["goodput"]["seconds"]
     found = {"seconds_before_first_step": seconds["start"]}
     if config.start.memory == "distill":
-        rows = min(config.model.vocab_size, _STEP)  # at most
+        rows = min(config.model.vocab_size, STEP_TOKENS)  # at most
         work = distillation.work(config, rows)
         found |= {
             "text_tokens": config.start.distill_tokens,
             "flops": work,
-            "work_in_tokens": round(_STEP * work / flops.train_flops(config, _STEP, rows)),
+            "work_in_tokens": round(STEP_TOKENS * work / flops.train_flops(config, STEP_TOKENS, rows)),
         }
     return found
 
@@ -252,10 +241,11 @@ def main(
     plots.check_available()
     bench, data = protocol_lib.load(protocol), runner.data_path(comparison, vocabulary)
     dataset = Dataset(data)
-    text = heldout.open_text(dataset, _SHARED["seq_len"])
+    text = heldout.open_text(dataset, SHORT_RUN["seq_len"])
     units_D = text.by_document(np.ones(len(text.targets)))
     documents = intervals.Documents(len(units_D))
-    runs = Runs(workdir, _SHARED | {"data.path": data} | dict(bench.sizes[size]), distill_tokens)
+    fields = SHORT_RUN | {"checkpoint.keep": 1, "data.path": data} | dict(bench.sizes[size])
+    runs = Runs(workdir, fields, distill_tokens)
     base = runs.base(base_tokens, base_rate)
     of_base = documents.mean(nats(base, text)[None], units_D)
     facts: dict = {
@@ -284,7 +274,8 @@ def main(
                 sums[f"{way}, FFN-C beside attention", 0] = nats(runs.start(name, way, is_beside=True), text)[None]
             for tokens in lengths:
                 folders = [runs.converted(name, way, tokens, found["best"], seed) for seed in range(seeds)]
-                sums[way, math.ceil(tokens / _STEP) * _STEP] = np.stack([nats(folder, text) for folder in folders])
+                whole_steps = math.ceil(tokens / STEP_TOKENS) * STEP_TOKENS
+                sums[way, whole_steps] = np.stack([nats(folder, text) for folder in folders])
         sides[name] = Losses(documents, units_D, sums, spread)
         common.write(f"{output}.json", {name: of.results(times) for name, of in sides.items()}, facts)
         chart(sides, of_base.value).draw().savefig(f"{output}.png", dpi=110)
