@@ -18,12 +18,12 @@ SIZES = {  # heads of 64, and 5M, 14M and 31M parameters of attention and FFNs
     "M": {"model.dim": 384, "model.layers": 8, "model.heads": 6},
     "L": {"model.dim": 512, "model.layers": 10, "model.heads": 8},
 }
-MAIN = ("base", "memory", "flex-3", "no-memory-0", "no-memory-3", "rows-3", "flex-3-shared")
 M = 1e6
 
 
 def get_protocol() -> Protocol:
     small = protocol.load(str(pathlib.Path(__file__).with_name("small.py")))
+    main = {experiment.name: experiment.variants for experiment in small.experiments}["syllables"]
     changed = {
         "batch_size": 64,  # 65,536 tokens a step
         "seq_len": 1024,
@@ -42,10 +42,10 @@ def get_protocol() -> Protocol:
         ),
         vocabularies={ids: small.vocabularies[ids] for ids in ("4096", "32000")},
         experiments=(
-            Experiment("answer", MAIN, ("L",), ("4096", "32000"), (300 * M,)),
-            Experiment("lengths", MAIN, ("L",), ("4096", "32000"), (75 * M, 150 * M)),
-            Experiment("seeds", MAIN, ("L",), ("4096", "32000"), (75 * M,), (0, 1, 2)),
-            Experiment("sizes", MAIN, ("S", "M"), ("4096",), (75 * M, 150 * M, 300 * M)),
+            Experiment("answer", main, ("L",), ("4096", "32000"), (300 * M,)),
+            Experiment("lengths", main, ("L",), ("4096", "32000"), (75 * M, 150 * M)),
+            Experiment("seeds", main, ("L",), ("4096", "32000"), (75 * M,), (0, 1, 2)),
+            Experiment("sizes", main, ("S", "M"), ("4096",), (75 * M, 150 * M, 300 * M)),
         ),
         held_out_sizes=(),
         keep=("answer",),
