@@ -17,7 +17,7 @@ _WIDTH, _HEIGHT = 3.2, 2.7  # inches of one panel
 _COLUMNS = 3  # of panels
 _LEGEND = 1.5  # inches beside the panels
 _DIFFERENCE = "difference, bits per byte"
-_ASIDE = 1.03  # factor between series at one place of a logarithmic axis, so that their bars do not cover each other
+_ASIDE = 1.05  # factor between sizes at one place of a logarithmic axis, so that their bars do not cover each other
 
 
 def name_of(contrast: Contrast) -> str:
@@ -29,10 +29,11 @@ def answers_by_text(results: Results, answers: Answers):
     """Differences against the text that was read, a panel for each contrast. Returns: the figure."""
     figure, panels = _panels(answers.contrasts())
     series = list(dict.fromkeys(answer.cell[:2] for answer in answers.answers))
+    aside = _aside(size for size, _ in series)
     for contrast, ax in panels.items():
         for number, (size, vocabulary) in enumerate(series):
             row = [answer for cell, answer in answers.of(contrast).items() if cell[:2] == (size, vocabulary)]
-            x = [results.megabytes(answer.cell) * _ASIDE**number for answer in row]
+            x = [results.megabytes(answer.cell) * aside[size] for answer in row]
             _draw_answers(ax, x, row, number, f"{size}, {vocabulary} ids")
         _label_answers(ax, contrast, "MB of text that was read")
     _finish(figure, panels.values())
@@ -46,13 +47,12 @@ def answers_by_vocabulary(results: Results, answers: Answers):
     if not chosen:
         return None
     figure, panels = _panels(list(chosen))
-    sizes = list(dict.fromkeys(size for of_size in chosen.values() for size in of_size))
+    aside = _aside(size for of_size in chosen.values() for size in of_size)
     for contrast, ax in panels.items():
         texts = []
         for size, row in chosen[contrast].items():
-            number = sizes.index(size)
-            x = [results.texts[answer.cell.vocabulary].vocab_size * _ASIDE**number for answer in row]
-            _draw_answers(ax, x, row, number, f"size {size}")
+            x = [results.texts[answer.cell.vocabulary].vocab_size * aside[size] for answer in row]
+            _draw_answers(ax, x, row, list(aside).index(size), f"size {size}")
             texts += [results.megabytes(answer.cell) for answer in row]
         _label_answers(ax, contrast, f"token ids, after {min(texts):.3g} to {max(texts):.3g} MB of text")
         _label_ids(ax, results)
@@ -66,12 +66,13 @@ def crossings(results: Results, found: Sequence[Crossing]):
     An arrow begins at the longest run (up) or at the shortest (down), beyond which the crossing lies.
     """
     variants = list(dict.fromkeys(crossing.variant for crossing in found))
-    sizes = list(dict.fromkeys(crossing.size for crossing in found))
+    aside = _aside(crossing.size for crossing in found)
     figure, axes = plots.new_grid(1, len(variants), max(_WIDTH * len(variants) + _LEGEND, 6.0), 3.2)
     for variant, ax in zip(variants, axes[0]):
         for crossing in found:
             if crossing.variant == variant:
-                _draw_crossing(ax, results, crossing, sizes.index(crossing.size))
+                style = plots.style_of(list(aside).index(crossing.size)) | {"linestyle": "none"}
+                _draw_crossing(ax, results, crossing, aside[crossing.size], style)
         plots.log_scale(ax, "x")
         _label_ids(ax, results)
         ax.set_yscale("log")
@@ -187,11 +188,17 @@ def _label_answers(ax, contrast: Contrast, xlabel: str) -> None:
     ax.set_ylabel(_DIFFERENCE, fontsize=8)
 
 
-def _draw_crossing(ax, results: Results, crossing: Crossing, number: int) -> None:
+def _aside(sizes: Iterable[str]) -> dict[str, float]:
+    """{size: factor of its places on a logarithmic axis}, so that sizes stand side by side around each place."""
+    names = list(dict.fromkeys(sizes))
+    return {name: _ASIDE ** (number - (len(names) - 1) / 2) for number, name in enumerate(names)}
+
+
+def _draw_crossing(ax, results: Results, crossing: Crossing, aside: float, style: dict) -> None:
     """Draws a crossing in MB of text, cut at the longest and the shortest run."""
-    text, style = results.texts[crossing.vocabulary], plots.style_of(number) | {"linestyle": "none"}
+    text = results.texts[crossing.vocabulary]
     scale = text.bytes_per_token / 1e6
-    ids, ends = text.vocab_size * _ASIDE ** (2 * number), (crossing.first * scale, crossing.last * scale)
+    ids, ends = text.vocab_size * aside, (crossing.first * scale, crossing.last * scale)
     value, low, high = (min(max(tokens * scale, ends[0]), ends[1]) for tokens in crossing.tokens)
     plots.with_bars(ax, [ids], [value], [low], [high], f"size {crossing.size}", **style)
     arrow = {"arrowstyle": "->", "color": style["color"]}
@@ -202,9 +209,10 @@ def _draw_crossing(ax, results: Results, crossing: Crossing, number: int) -> Non
 
 
 def _label_ids(ax, results: Results) -> None:
-    """Puts ticks at the vocabularies."""
+    """Puts ticks at the vocabularies, and no others."""
     ids = [text.vocab_size for text in results.texts.values()]
     ax.set_xticks(ids, [f"{number:,}" for number in ids])
+    ax.set_xticks([], minor=True)
 
 
 def _finish(figure, axes: Iterable) -> None:
