@@ -260,7 +260,9 @@ def test_the_papers_pages_are_made_once_and_their_record_names_no_folder(monkeyp
     page = pages["clusters-memory"]._replace(kept=("layers",))
     for seed in range(2):
         (tmp_path / f"memory-{seed}").mkdir()
-        (tmp_path / f"memory-{seed}" / "result.json").write_text("{}")
+        (tmp_path / f"memory-{seed}" / "result.json").write_text('{"validation": {"loss": 2.3456789}, "steps": 4}')
+        made = {"variant": "memory", "seed": seed, "rate": 0.004, "tokens": 8192}
+        (tmp_path / f"memory-{seed}" / "run.json").write_text(json.dumps(made))
     for _ in range(2):
         paper.analyze(str(tmp_path), [page], seeds=[0, 1])
     (line,) = lines
@@ -268,7 +270,8 @@ def test_the_papers_pages_are_made_once_and_their_record_names_no_folder(monkeyp
     paper.show(str(tmp_path), [page, pages["outliers-memory"]], str(tmp_path / "record.json"), str(tmp_path / "docs"))
     record = json.loads((tmp_path / "record.json").read_text())["results"]
     facts = {"checkpoint": "memory-0, step 4"}
-    assert record.pop("models") == {}
+    models = {f"memory-{seed}": {"tokens": 8192, "seed": seed, "rate": 0.004, "loss": 2.3456789} for seed in range(2)}
+    assert record.pop("models") == models
     assert record == {"clusters-memory": {"facts": facts, "results": {"layers": [0.123457]}}}
     assert (tmp_path / "docs/look-inside/clusters-memory.png").read_bytes() == b"of the first"
     assert "outliers-memory: has no page yet" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import optimize
 
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.experiments import fits
@@ -73,11 +74,22 @@ def test_slopes_are_those_of_the_residuals():
         np.testing.assert_allclose(slopes_N, by_steps, atol=1e-8)
 
 
-def test_losses_are_equal_at_the_crossing():
-    law, base, other = planted(0.3, 0.5), (1e6, 0), (4e5, 6e5)
-    at = law.crossing(base, other, "ffn")
-    assert law.loss(*base, at, "") == pytest.approx(law.loss(*other, at, "ffn"), rel=1e-12)
-    assert law.loss(*base, 2 * at, "") < law.loss(*other, 2 * at, "ffn")
+def test_the_crossing_is_the_root_of_the_difference_of_losses():
+    base, other = (1e6, 0), (4e5, 6e5)
+    numbers = np.array([math.log(1.2), math.log(0.4), 0.38, math.log(1.5), 0.42, 0.3, 0.5])
+    law = Law(("ffn",), numbers, (6e5, 2e6))
+    e, a, alpha, b, beta, k, r = law.named().values()
+
+    def difference(log_tokens):  # the law as the module's docstring has it
+        losses = []
+        for active, memory in (base, other):
+            tokens = math.exp(log_tokens) * (1 + r * memory / (memory + active))
+            losses.append(e + a * (active + k * memory) ** -alpha + b * tokens**-beta)
+        return losses[0] - losses[1]
+
+    root = math.exp(optimize.brentq(difference, math.log(1e4), math.log(1e12)))
+    assert law.crossing(base, other, "ffn") == pytest.approx(root, rel=1e-9)
+    assert difference(math.log(2 * root)) < 0 < difference(math.log(root / 2))
     assert planted(0.3, -0.5).crossing(base, other, "ffn") == 0  # learns more slowly, and to a worse end
     assert planted(1.5, 0.5).crossing(base, other, "ffn") == math.inf
     assert planted(1.5, -0.5).crossing(base, other, "ffn") == math.inf  # base is ahead at first alone
