@@ -10,7 +10,13 @@ Each kind of token memory has its own k and r.
 
 As there (appendix D.3), the Huber loss with delta 1e-3 of the difference of log losses is minimised, from several
 starting points. Intervals are percentiles over fits to resampled curves, each with the runs of all its lengths: what
-the law gets wrong is alike along a curve.
+the law gets wrong is alike along a curve. Those of k and r are widened by sqrt(n / (n - 1)) for a kind with n curves,
+as the percentiles of few are too narrow (Hesterberg 2015, arXiv 1411.5279, section 5.3).
+
+Measured on simulated runs of configs/protocols/small.py at 4,096 ids, four times 200: losses of a law, with noise of
+0.3% or 1.2% over seeds and of 0.15% or 0.6% over curves, of memories with and without a worth. The 95% intervals held
+the truth in 95 to 99% (k and r of FFN-M, which has 10 curves), 94 to 96% (k of plain tables, which have 3), 90 to 95%
+(their r) and 93 to 99% (crossings), each with a standard error of 1 to 2%.
 """
 
 import itertools
@@ -123,12 +129,14 @@ class Fit(NamedTuple):
     replicates: laws fitted to resampled curves.
     dropped: number of resampled fits that did not converge, which are not among the replicates.
     residuals_N: log loss by the law less that measured, of each point.
+    curves: {kind of memory: number of its curves}.
     """
 
     law: Law
     replicates: list[Law]
     dropped: int
     residuals_N: np.ndarray
+    curves: dict[str, int]
 
     @property
     def error(self) -> float:
@@ -142,10 +150,16 @@ class Fit(NamedTuple):
     def numbers(self) -> dict[str, Interval]:
         """The interval of each number, by the names of `Law.named`."""
         of_replicates = [law.named() for law in self.replicates]
-        return {
+        found = {
             name: intervals.of_replicates(value, [numbers[name] for numbers in of_replicates])
             for name, value in self.law.named().items()
         }
+        for kind, curves in self.curves.items():
+            factor = math.sqrt(curves / (curves - 1))
+            for name in (f"k {kind}", f"r {kind}"):
+                value, low, high = found[name]
+                found[name] = Interval(value, value - factor * (value - low), value + factor * (high - value))
+        return found
 
     def predicted(self, point: Point) -> Interval:
         """The loss of a setting, such as one that was left out. The interval includes the law's own error."""
@@ -194,7 +208,8 @@ def fit(points: Sequence[Point], replicates: int = REPLICATES, seed: int = 0) ->
     laws = [Law(kinds, numbers, data.scale) for numbers in found if numbers is not None]
     if not laws:
         raise UserError("fit: expected resampled curves with a minimum, found none")
-    return Fit(Law(kinds, best, data.scale), laws, len(found) - len(laws), data.residuals(best))
+    curves = {kind: len({point.curve for point in points if point.kind == kind}) for kind in kinds}
+    return Fit(Law(kinds, best, data.scale), laws, len(found) - len(laws), data.residuals(best), curves)
 
 
 def _resampled(points: Sequence[Point], rng, replicates: int) -> Iterator[list[int]]:

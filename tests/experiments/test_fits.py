@@ -42,7 +42,7 @@ def test_planted_numbers_are_inside_their_intervals(worth, gain):
         assert numbers[name].low <= value <= numbers[name].high, name
     assert (numbers["k ffn"].finds, numbers["r ffn"].finds) == (worth > 0, gain > 0)
     assert found.error == pytest.approx(0.003 / math.sqrt(3), rel=0.4)
-    assert len(found.replicates) + found.dropped == 20
+    assert len(found.replicates) + found.dropped == 20 and found.curves == {"ffn": 6}
     larger = law.loss(*LARGER, 3e7, "ffn")
     predicted = found.predicted(Point(*LARGER, 3e7, math.nan, "ffn", "", ""))
     assert predicted.value == pytest.approx(larger, rel=0.01) and predicted.high - predicted.low < 0.03 * larger
@@ -54,10 +54,19 @@ def test_planted_numbers_are_inside_their_intervals(worth, gain):
 
 def test_predictions_include_the_error_of_the_law():
     law = planted(0.3, 0.5)
-    found = fits.Fit(law, [law] * 100, 0, np.array([0.01, -0.01] * 20))  # which 33 degrees of freedom are left of
+    residuals_N = np.array([0.01, -0.01] * 20)  # which 33 degrees of freedom are left of
+    found = fits.Fit(law, [law] * 100, 0, residuals_N, {"ffn": 6})
     value, low, high = found.predicted(Point(*LARGER, 3e7, math.nan, "ffn", "", ""))
     error = 0.01 * math.sqrt(40 / 33)
     assert (low, high) == pytest.approx((value * math.exp(-error), value * math.exp(error)))
+
+
+def test_intervals_of_a_kind_with_few_curves_are_widened():
+    laws = [planted(0.3 + aside, 0.5 - aside) for aside in np.linspace(-0.1, 0.1, 41)]
+    found = fits.Fit(planted(0.3, 0.5), laws, 0, np.zeros(40), {"ffn": 3}).numbers()
+    half = 0.095 * math.sqrt(3 / 2)
+    assert found["k ffn"] == pytest.approx((0.3, 0.3 - half, 0.3 + half))
+    assert found["r ffn"] == pytest.approx((0.5, 0.5 - half, 0.5 + half))
 
 
 def test_each_kind_of_memory_may_be_as_harmful_as_its_tables_are_small():
