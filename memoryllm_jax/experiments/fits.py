@@ -36,8 +36,8 @@ _MOST_STEPS = 300  # of a minimisation, for resampled curves that leave a number
 _SHARED = ("E", "A", "alpha", "B", "beta")  # the law's numbers that all kinds of memory share
 _SIZES = 3  # of models without a memory: with fewer, E and A N_a^-alpha cannot be told apart
 _SIZES_OF_A_KIND = 2  # of models with a memory: with fewer, k and r cannot be told apart
-_STARTS = 3  # starting points of the fit to resampled curves
 REPLICATES = 200
+STARTS = 3  # starting points of the fit to resampled curves
 
 
 class Point(NamedTuple):
@@ -183,12 +183,13 @@ def few_sizes(points: Sequence[Point]) -> dict[str, int]:
     return {kind: len(found) for kind, found in sizes.items() if len(found) < (_SIZES_OF_A_KIND if kind else _SIZES)}
 
 
-def fit(points: Sequence[Point], replicates: int = REPLICATES, seed: int = 0) -> Fit:
+def fit(points: Sequence[Point], replicates: int = REPLICATES, seed: int = 0, starts: int = STARTS) -> Fit:
     """Fits the law to the settings of runs.
 
     Args:
       replicates: fits to resampled curves, for the intervals.
       seed: of the resampling.
+      starts: starting points of the fits to resampled curves, the first of which is the fit to all curves.
     Raises: UserError if the settings do not determine the numbers of the law.
     """
     for kind, sizes in few_sizes(points).items():
@@ -202,9 +203,9 @@ def fit(points: Sequence[Point], replicates: int = REPLICATES, seed: int = 0) ->
     best = _best(data, list(_starts(data)))
     if best is None:
         raise UserError(f"fit: expected a minimum within {_MOST_STEPS} steps, found none")
-    starts = [best, *list(_starts(data))[: _STARTS - 1]]
+    near = [best, *list(_starts(data))[: starts - 1]]
     rng = np.random.default_rng(seed)
-    found = [_best(data.of_points(drawn), starts) for drawn in _resampled(points, rng, replicates)]
+    found = [_best(data.of_points(drawn), near) for drawn in _resampled(points, rng, replicates)]
     laws = [Law(kinds, numbers, data.scale) for numbers in found if numbers is not None]
     if not laws:
         raise UserError("fit: expected resampled curves with a minimum, found none")
