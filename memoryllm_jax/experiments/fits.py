@@ -30,14 +30,14 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.experiments import intervals
 from memoryllm_jax.experiments.intervals import Interval
 
-_DELTA = 1e-3  # of the Huber loss
+DELTA = 1e-3  # of the Huber loss
 _FAR = 1e15  # tokens that no run has: a crossing after them is none
 _MOST_STEPS = 300  # of a minimisation, for resampled curves that leave a number undetermined
 _SHARED = ("E", "A", "alpha", "B", "beta")  # the law's numbers that all kinds of memory share
 _SIZES = 3  # of models without a memory: with fewer, E and A N_a^-alpha cannot be told apart
 _SIZES_OF_A_KIND = 2  # of models with a memory: with fewer, k and r cannot be told apart
+_STARTS = 3  # starting points of the fit to resampled curves
 REPLICATES = 200
-STARTS = 3  # starting points of the fit to resampled curves
 
 
 class Point(NamedTuple):
@@ -183,13 +183,12 @@ def few_sizes(points: Sequence[Point]) -> dict[str, int]:
     return {kind: len(found) for kind, found in sizes.items() if len(found) < (_SIZES_OF_A_KIND if kind else _SIZES)}
 
 
-def fit(points: Sequence[Point], replicates: int = REPLICATES, seed: int = 0, starts: int = STARTS) -> Fit:
+def fit(points: Sequence[Point], replicates: int = REPLICATES, seed: int = 0) -> Fit:
     """Fits the law to the settings of runs.
 
     Args:
       replicates: fits to resampled curves, for the intervals.
       seed: of the resampling.
-      starts: starting points of the fits to resampled curves, the first of which is the fit to all curves.
     Raises: UserError if the settings do not determine the numbers of the law.
     """
     for kind, sizes in few_sizes(points).items():
@@ -199,13 +198,13 @@ def fit(points: Sequence[Point], replicates: int = REPLICATES, seed: int = 0, st
     needed = 2 * (len(_SHARED) + 2 * len(kinds))
     if len(points) < needed:
         raise UserError(f"fit: expected at least {needed} settings, twice as many as its numbers, found {len(points)}")
-    data = _Data.of(points, kinds)
-    best = _best(data, list(_starts(data)))
+    data = Data.of(points, kinds)
+    best = _best(data, list(starting_points(data)))
     if best is None:
         raise UserError(f"fit: expected a minimum within {_MOST_STEPS} steps, found none")
-    near = [best, *list(_starts(data))[: starts - 1]]
+    starts = [best, *list(starting_points(data))[: _STARTS - 1]]
     rng = np.random.default_rng(seed)
-    found = [_best(data.of_points(drawn), near) for drawn in _resampled(points, rng, replicates)]
+    found = [_best(data.of_points(drawn), starts) for drawn in resampled(points, rng, replicates)]
     laws = [Law(kinds, numbers, data.scale) for numbers in found if numbers is not None]
     if not laws:
         raise UserError("fit: expected resampled curves with a minimum, found none")
@@ -213,7 +212,7 @@ def fit(points: Sequence[Point], replicates: int = REPLICATES, seed: int = 0, st
     return Fit(Law(kinds, best, data.scale), laws, len(found) - len(laws), data.residuals(best), curves)
 
 
-def _resampled(points: Sequence[Point], rng, replicates: int) -> Iterator[list[int]]:
+def resampled(points: Sequence[Point], rng, replicates: int) -> Iterator[list[int]]:
     """Numbers of the points of as many curves, drawn with replacement. Draws that determine no law are drawn again."""
     curves: dict[str, list[int]] = {}
     for number, point in enumerate(points):
@@ -229,7 +228,7 @@ def _resampled(points: Sequence[Point], rng, replicates: int) -> Iterator[list[i
         yield drawn
 
 
-class _Data(NamedTuple):
+class Data(NamedTuple):
     """Points as arrays.
 
     kind_NK: marks the kind of memory of each.
@@ -262,31 +261,43 @@ class _Data(NamedTuple):
         return self._replace(**{name: getattr(self, name)[numbers] for name in self._fields[:5]})
 
     def residuals(self, x) -> np.ndarray:
-        """Log loss by the law less that measured, for each point."""
+        """Log loss by the law less that measured, for each point.
+
+        Args:
+          x: float [..., P]: the numbers of one law, as of `Law`, or of several.
+        Returns: float [..., N].
+        """
         return np.log(sum(self._terms(x)[:3])) - self.log_loss_N
 
     def slopes(self, x) -> np.ndarray:
-        """Derivatives of the residuals by the numbers."""
-        _, _, alpha, _, beta, *_ = x
+        """Derivatives of the residuals by the numbers: float [..., N, P]."""
+        alpha, beta = x[..., 2, None], x[..., 4, None]
         e_N, a_N, b_N, parameters_N, tokens_N, share_N = self._terms(x)
         slope_a_N, slope_b_N = -alpha * a_N / parameters_N, -beta * b_N / tokens_N
-        worth_NK = (slope_a_N * self.memory_N)[:, None] * self.kind_NK
-        gain_NK = (slope_b_N * self.tokens_N * share_N)[:, None] * self.kind_NK
-        shared = [e_N, a_N, -a_N * np.log(parameters_N), b_N, -b_N * np.log(tokens_N)]
-        return np.column_stack([*shared, worth_NK, gain_NK]) / (e_N + a_N + b_N)[:, None]
+        slopes = [e_N, a_N, -a_N * np.log(parameters_N), b_N, -b_N * np.log(tokens_N)]
+        slopes += [slope_a_N * self.memory_N * kind_N for kind_N in self.kind_NK.T]
+        slopes += [slope_b_N * self.tokens_N * share_N * kind_N for kind_N in self.kind_NK.T]
+        return np.stack(slopes, -1) / (e_N + a_N + b_N)[..., None]
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest and the highest numbers of a fit."""
+        kinds = self.kind_NK.shape[1]
+        low = [-20, -20, 0.0, -20, 0.0, *self.least_K, *[-0.9] * kinds]
+        return np.array(low), np.array([5, 5, 3.0, 5, 3.0, *[100.0] * kinds, *[1000.0] * kinds])
 
     def _terms(self, x):
         """The three terms of the law, the parameters and tokens in its brackets, and the share s."""
-        e, a, alpha, b, beta = x[: len(_SHARED)]
+        e, a, alpha, b, beta = (x[..., number, None] for number in range(len(_SHARED)))
         kinds = self.kind_NK.shape[1]
-        worth_N, gain_N = self.kind_NK @ x[len(_SHARED) :][:kinds], self.kind_NK @ x[len(_SHARED) :][kinds:]
+        worth_N = x[..., len(_SHARED) :][..., :kinds] @ self.kind_NK.T
+        gain_N = x[..., len(_SHARED) :][..., kinds:] @ self.kind_NK.T
         share_N = self.memory_N / (self.active_N + self.memory_N)
         parameters_N, tokens_N = self.active_N + worth_N * self.memory_N, self.tokens_N * (1 + gain_N * share_N)
         a_N, b_N = np.exp(a) * parameters_N**-alpha, np.exp(b) * tokens_N**-beta
-        return np.full(len(a_N), np.exp(e)), a_N, b_N, parameters_N, tokens_N, share_N
+        return np.exp(e) + np.zeros_like(a_N), a_N, b_N, parameters_N, tokens_N, share_N
 
 
-def _starts(data: _Data) -> Iterator[list[float]]:
+def starting_points(data: Data) -> Iterator[list[float]]:
     """Starting points: gains of the memory, exponents, and shares of the lowest loss that E has."""
     lowest, kinds = float(np.exp(data.log_loss_N.min())), data.kind_NK.shape[1]
     for gain, exponent, share in itertools.product((0.0, 1.0), (0.15, 0.5), (0.3, 0.8)):
@@ -294,17 +305,15 @@ def _starts(data: _Data) -> Iterator[list[float]]:
         yield [math.log(lowest * share), rest, exponent, rest, exponent, *[0.1] * kinds, *[gain] * kinds]
 
 
-def _best(data: _Data, starts) -> np.ndarray | None:
+def _best(data: Data, starts) -> np.ndarray | None:
     """The numbers of the lowest minimum that is reached from the starting points; None if none is reached."""
     from scipy import optimize  # which takes a second to import; jax requires SciPy
 
-    kinds = data.kind_NK.shape[1]
-    low = [-20, -20, 0.0, -20, 0.0, *data.least_K, *[-0.9] * kinds]
-    high = [5, 5, 3.0, 5, 3.0, *[100.0] * kinds, *[1000.0] * kinds]
+    low, high = data.bounds()
     found = []
     for start in starts:
         start = np.clip(start, low, high)
-        options = {"bounds": (low, high), "loss": "huber", "f_scale": _DELTA, "x_scale": "jac"}
+        options = {"bounds": (low, high), "loss": "huber", "f_scale": DELTA, "x_scale": "jac"}
         found.append(optimize.least_squares(data.residuals, start, data.slopes, max_nfev=_MOST_STEPS, **options))
     converged = [result for result in found if result.success]
     return min(converged, key=lambda result: result.cost).x if converged else None

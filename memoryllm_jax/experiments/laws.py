@@ -40,19 +40,15 @@ class FittedLaw(NamedTuple):
     crossings: list[Crossing]
 
 
-def of_vocabulary(
-    results: Results, vocabulary: str, replicates: int = fits.REPLICATES, starts: int = fits.STARTS
-) -> FittedLaw:
+def of_vocabulary(results: Results, vocabulary: str, replicates: int = fits.REPLICATES) -> FittedLaw:
     """Fits the law to the runs of a vocabulary, without controls.
 
-    Args:
-      replicates, starts: as of `fits.fit`.
     Raises: UserError if they do not determine the law.
     """
-    points, left_out = _points(results, vocabulary)
+    points, left_out = points_of(results, vocabulary)
     without = sorted((set(fits.few_sizes(points)) | _few_lengths(points)) - {""})
     points, left_out = ([p for p in found if p.kind not in without] for found in (points, left_out))
-    fit = fits.fit(points, replicates, starts=starts)
+    fit = fits.fit(points, replicates)
     predictions = [
         Prediction(f"{point.curve}, {point.tokens / 1e6:.3g} M tokens", point.loss, fit.predicted(point))
         for point in left_out
@@ -61,7 +57,7 @@ def of_vocabulary(
     return FittedLaw(fit, points, left_out, without, predictions, crossings(results, vocabulary, sizes, fit))
 
 
-def _points(results: Results, vocabulary: str) -> tuple[list[Point], list[Point]]:
+def points_of(results: Results, vocabulary: str) -> tuple[list[Point], list[Point]]:
     """The settings that the law is fitted to, and those of the sizes that the protocol leaves out."""
     protocol, seeds = results.protocol, {}
     for run in results.runs:

@@ -71,11 +71,11 @@ def test_intervals_of_a_kind_with_few_curves_are_widened():
 
 def test_each_kind_of_memory_may_be_as_harmful_as_its_tables_are_small():
     points = [Point(1e5, 1e5, 1e6, 3, "ffn", "S", "a"), Point(1e5, 1e6, 1e6, 3, "rows", "S", "b")]
-    assert fits._Data.of(points, ["ffn", "rows"]).least_K == pytest.approx([-0.9, -0.09])
+    assert fits.Data.of(points, ["ffn", "rows"]).least_K == pytest.approx([-0.9, -0.09])
 
 
 def test_slopes_are_those_of_the_residuals():
-    data = fits._Data.of(runs(planted(0.3, 0.5)), ["ffn"])
+    data = fits.Data.of(runs(planted(0.3, 0.5)), ["ffn"])
     x, step = np.array([0.1, -0.5, 0.4, -0.3, 0.3, 0.2, 0.7]), 1e-6
     for number, slopes_N in enumerate(data.slopes(x).T):
         aside = step * np.eye(len(x))[number]
