@@ -110,6 +110,7 @@ class Page(NamedTuple):
       command: with its options.
       variants: models that it takes, with all of their seeds.
       kept: keys of its results that the record has; (): all.
+      by_seed: those that the record has for each seed too, so that differences between them can be taken in pairs.
       pictures: {name of a picture of the page: its path below --figures}.
       is_timing: whether it measures time, of which one seed is enough.
     """
@@ -118,6 +119,7 @@ class Page(NamedTuple):
     command: tuple[str, ...]
     variants: tuple[str, ...]
     kept: tuple[str, ...] = ()
+    by_seed: tuple[str, ...] = ()
     pictures: Mapping[str, str] = {}
     is_timing: bool = False
 
@@ -130,6 +132,7 @@ PAGES = [
         "alpha",
         ("alpha", "--alphas=0.9,0.7,0.5", *_TEXT, *_TASKS),
         _ALL,
+        by_seed=("points",),
         pictures={
             name: f"experiments/alpha-{name}.png" for name in ("perplexity", "recall-points", "reasoning-points")
         },
@@ -240,6 +243,10 @@ def show(work: str, pages: Sequence[Page], output: str, figures: str) -> None:
         for tree in ("results", "sd"):
             if page.kept and tree in found:
                 found[tree] = {key: found[tree][key] for key in page.kept}
+        for path in sorted(glob.glob(f"{glob.escape(folder)}/seed-*/{page.command[0]}.json")) if page.by_seed else ():
+            of_seed = json.loads(storage.read_bytes(path, "the results of a seed"))["results"]
+            seed = os.path.basename(os.path.dirname(path))
+            found.setdefault("by_seed", {})[seed] = {key: of_seed[key] for key in page.by_seed}
         results[page.name] = _for_record(found, work)
         for name, picture in page.pictures.items():
             target = os.path.join(figures, picture)
