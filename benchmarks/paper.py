@@ -110,8 +110,8 @@ class Page(NamedTuple):
       command: with its options.
       variants: models that it takes, with all of their seeds.
       kept: keys of its results that the record has; (): all.
-      by_seed: those that the record has for each seed too, so that differences between them can be taken in pairs.
       pictures: {name of a picture of the page: its path below --figures}.
+      by_seed: keys of its results that the record has for each seed too, for differences in pairs.
       is_timing: whether it measures time, of which one seed is enough.
     """
 
@@ -119,8 +119,8 @@ class Page(NamedTuple):
     command: tuple[str, ...]
     variants: tuple[str, ...]
     kept: tuple[str, ...] = ()
-    by_seed: tuple[str, ...] = ()
     pictures: Mapping[str, str] = {}
+    by_seed: tuple[str, ...] = ()
     is_timing: bool = False
 
 
@@ -132,7 +132,7 @@ PAGES = [
         "alpha",
         ("alpha", "--alphas=0.9,0.7,0.5", *_TEXT, *_TASKS),
         _ALL,
-        by_seed=("points",),
+        by_seed=("changes", "points"),
         pictures={
             name: f"experiments/alpha-{name}.png" for name in ("perplexity", "recall-points", "reasoning-points")
         },
@@ -148,6 +148,7 @@ PAGES = [
         ("pruning", *_TEXT, "--calibration=data/1024"),
         _ALL,
         pictures={"perplexity": "experiments/pruning.png"},
+        by_seed=("points",),
     ),
     # Budgets are planned on held-out text, so that the loss is measured on other text.
     Page(
