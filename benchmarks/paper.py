@@ -161,11 +161,16 @@ PAGES = [
         "decode_cost",
         ("decode_cost", "--data=data/1024", "--cache=4MiB"),
         _ALL,
-        pictures={"sides": "experiments/cost.png"},
         is_timing=True,
     ),
 ]
-_KEPT = {"coefficients": ("concentration",), "triggers": ("selectivity",), "neighbours": ("shared_with_all",)}
+_KEPT = {  # numbers, and not the keys that they are of
+    "agreement": ("layers",),
+    "coefficients": ("concentration",),
+    "neighbours": ("shared_with_all",),
+    "triggers": ("selectivity",),
+    "values": ("max_probability",),
+}
 _OF_TEXT = ("triggers", "annotate", "agreement", "active", "residual", "compose", "mutate")  # those with --data
 _OF_FFN_M = ("coefficients", "clusters", "clustering", "outliers", "neighbours")
 _OF_FFNS = ("triggers", "annotate", "agreement", "active", "values")
