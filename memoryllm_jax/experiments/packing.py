@@ -12,11 +12,12 @@ from memoryllm_jax.common import storage
 from memoryllm_jax.experiments import runner, scoring
 
 FILE = "runs.tar.xz"
-_KEPT = (runner.DESCRIPTION, runner.RESULT, runner.DIVERGED, scoring.FILE, scoring.PERMUTED_FILE)
+# metrics.jsonl has the FLOPs of a token.
+_KEPT = (runner.DESCRIPTION, runner.RESULT, runner.DIVERGED, "metrics.jsonl", scoring.FILE, scoring.PERMUTED_FILE)
 
 
 def pack(workdir: str) -> None:
-    """Packs descriptions, results and scores of the runs that have ended into WORKDIR/runs.tar.xz.
+    """Packs descriptions, metrics, results and scores of the runs that have ended into WORKDIR/runs.tar.xz.
 
     The same runs give the same bytes.
     """

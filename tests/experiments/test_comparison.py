@@ -24,6 +24,8 @@ from memoryllm_jax.model import flops
 
 LAW = Law(("ffn",), np.array([math.log(1), math.log(5), 0.2, math.log(150), 0.4, 0, 0]), (1, 1))
 GAINS = {"base": 0, "flex-3": 1.0, "control": 0, "flex-1": 0}  # in nats a token in the second half of a window
+METRICS = dict.fromkeys(("loss", "perplexity", "bits_per_byte", "grad_norm", "learning_rate", "z_loss", "epoch"), 1.0)
+METRICS |= {"tokens": 64, "rows": 8, "tokens_per_second": 1e3, "model_flops_per_second_plain": 5e9}
 PERMUTED = 0.5  # nats a token that permuted rows cost
 SIZES = {name: {"model.dim": dim} for name, dim in (("S", 32), ("M", 64), ("L", 96))}
 CONTRASTS = (
@@ -85,6 +87,9 @@ def workdir(protocol, lab, tmp_path_factory):
         os.makedirs(folder, exist_ok=True)
         with open(f"{folder}/run.json", "w") as file:
             json.dump({"commit": "cc" if run.seed else "c", "versions": {"jax": "1"}}, file)
+        with open(f"{folder}/metrics.jsonl", "w") as file:
+            json.dump({"kind": "train", "step": 1} | METRICS | {"model_flops_per_second": 5e9}, file)
+            file.write("\n")
         scoring._write(f"{folder}/heldout.npz", text, scoring.sums(nats_N, text, groups))
         scoring._write(f"{folder}/heldout_permuted.npz", text, scoring.sums(nats_N + PERMUTED, text, ()))
     return str(workdir)
