@@ -31,13 +31,12 @@ from memoryllm_jax.experiments.intervals import Interval
 
 _DELTA = 1e-3  # of the Huber loss
 _FAR = 1e15  # tokens that no run has: a crossing after them is none
-_MOST_STEPS = 1000  # of a minimisation: a draw of curves that leaves a number undetermined takes hundreds
+_MOST_STEPS = 1000  # of a minimisation: curves that leave a number undetermined take hundreds
 _STILL = 1e-9  # share of the loss by which the steps at a minimum change it, at most
 _STILL_STEPS = 3  # such steps that end a minimisation: a single one may be due to much damping
 _SHARED = ("E", "A", "alpha", "B", "beta")  # the law's numbers that all kinds of memory share
 _SIZES = 3  # of models without a memory: with fewer, E and A N_a^-alpha cannot be told apart
 _SIZES_OF_A_KIND = 2  # of models with a memory: with fewer, k and r cannot be told apart
-_STARTS = 3  # starting points of the fit to resampled curves
 REPLICATES = 200
 
 
@@ -204,9 +203,8 @@ def fit(points: Sequence[Point], replicates: int = REPLICATES, seed: int = 0) ->
     (best_P,), (converged,) = _best(data, starts_SP, np.ones((1, len(points))))
     if not converged:
         raise UserError(f"fit: expected a minimum within {_MOST_STEPS} steps, found none")
-    starts_SP = np.array([best_P, *starts_SP[: _STARTS - 1]])
     counts_RN = _resampled(points, np.random.default_rng(seed), replicates)
-    numbers_RP, converged_R = _best(data, starts_SP, counts_RN)
+    numbers_RP, converged_R = _best(data, np.array([best_P, *starts_SP]), counts_RN)
     laws = [Law(kinds, numbers_P, data.scale) for numbers_P in numbers_RP[converged_R]]
     if not laws:
         raise UserError("fit: expected resampled curves with a minimum, found none")
@@ -322,11 +320,9 @@ def _best(data: _Data, starts_SP: np.ndarray, counts_RN: np.ndarray) -> tuple[np
 def _minima(data: _Data, starts_RP: np.ndarray, counts_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Minimises the Huber loss from each start. All take their steps together, as NumPy is slow on small arrays.
 
-    The steps are those of Levenberg and Marquardt (Marquardt 1963, doi 10.1137/0111030) for weighted least squares,
-    whose weights are chosen anew at each step so that the slope is that of the Huber loss (Holland and Welsch 1977,
-    doi 10.1080/03610927708827533). A step leaves out the numbers that it would push beyond their bounds (Bertsekas
-    1982, doi 10.1137/0320018): clipping them afterwards would leave the other numbers at values that go with the
-    clipped ones.
+    Newton's steps are damped by the method of Marquardt (1963, doi 10.1137/0111030). A step leaves out the numbers that
+    it would push beyond their bounds (Bertsekas 1982, doi 10.1137/0320018): clipping them afterwards would leave the
+    other numbers at values that go with the clipped ones.
 
     Args:
       starts_RP: the numbers to start from.
@@ -337,19 +333,18 @@ def _minima(data: _Data, starts_RP: np.ndarray, counts_RN: np.ndarray) -> tuple[
     x_RP = np.clip(starts_RP, low_P, high_P)
     residuals_RN = data.residuals(x_RP)
     loss_R = (counts_RN * _huber(residuals_RN)).sum(1)
-    damping_R, still_R = np.full(len(x_RP), 1e-2), np.zeros(len(x_RP), int)
+    damping_R, still_R = np.ones(len(x_RP)), np.zeros(len(x_RP), int)
     for _ in range(_MOST_STEPS):
         (moving,) = np.nonzero(still_R < _STILL_STEPS)
         if not len(moving):
             break
-        x, counts, residuals, loss = x_RP[moving], counts_RN[moving], residuals_RN[moving], loss_R[moving]
-        weights = counts * np.minimum(1, _DELTA / np.maximum(np.abs(residuals), 1e-300))
-        new_x = np.clip(x - _steps(data, x, residuals, weights, damping_R[moving]), low_P, high_P)
+        x, counts, loss = x_RP[moving], counts_RN[moving], loss_R[moving]
+        new_x = np.clip(x - _steps(data, x, residuals_RN[moving], counts, damping_R[moving]), low_P, high_P)
         new_residuals = data.residuals(new_x)
         new_loss = (counts * _huber(new_residuals)).sum(1)
 
         helps, is_still = new_loss < loss, np.abs(new_loss - loss) <= _STILL * loss
-        damping_R[moving] = np.clip(damping_R[moving] * np.where(helps, 0.2, 4), 1e-8, 1e10)
+        damping_R[moving] = np.clip(damping_R[moving] * np.where(helps, 0.5, 2), 1e-8, 1e10)
         still_R[moving[is_still]] += 1
         still_R[moving[helps & ~is_still]] = 0
         helped = moving[helps]
@@ -357,18 +352,25 @@ def _minima(data: _Data, starts_RP: np.ndarray, counts_RN: np.ndarray) -> tuple[
     return x_RP, np.where(still_R < _STILL_STEPS, np.inf, loss_R)
 
 
-def _steps(data: _Data, x_RP, residuals_RN, weights_RN, damping_R) -> np.ndarray:
-    """What a step of damped, weighted least squares subtracts from the numbers: float [R, P]."""
+def _steps(data: _Data, x_RP, residuals_RN, counts_RN, damping_R) -> np.ndarray:
+    """What a damped Newton step subtracts from the numbers: float [R, P]."""
+    # Only points within delta have a curvature, and they may be too few to determine a step. The damping is the
+    # curvature of weighted squares that bound the Huber loss from above (Holland and Welsch 1977,
+    # doi 10.1080/03610927708827533), which counts all points.
+    distance_RN, damping_R1 = np.abs(residuals_RN), damping_R[:, None]
+    weights_RN = counts_RN * np.minimum(1, _DELTA / np.maximum(distance_RN, 1e-300))
     slopes_RNP = data.slopes(x_RP)
     gradient_RP = ((weights_RN * residuals_RN)[:, None] @ slopes_RNP)[:, 0]
     low_P, high_P = data.bounds()
     is_stuck_RP = ((x_RP <= low_P) & (gradient_RP > 0)) | ((x_RP >= high_P) & (gradient_RP < 0))
     gradient_RP[is_stuck_RP] = 0
     slopes_RNP *= ~is_stuck_RP[:, None]
-    curvature_RPP = (slopes_RNP * weights_RN[..., None]).swapaxes(1, 2) @ slopes_RNP
+    curvature_RN = counts_RN * (distance_RN <= _DELTA) + damping_R1 * weights_RN
+    curvature_RPP = (slopes_RNP * curvature_RN[..., None]).swapaxes(1, 2) @ slopes_RNP
+    # Numbers that are stuck, or that cannot be told apart, would make the matrix singular.
     diagonal = np.arange(x_RP.shape[1])
-    curvature_RPP[:, diagonal, diagonal] *= 1 + damping_R[:, None]
-    curvature_RPP[:, diagonal, diagonal] += 1e-14  # solvable, though numbers that are stuck change nothing
+    curvature_RPP[:, diagonal, diagonal] *= 1 + 1e-3 * damping_R1
+    curvature_RPP[:, diagonal, diagonal] += 1e-14
     return np.linalg.solve(curvature_RPP, gradient_RP[..., None])[..., 0]
 
 

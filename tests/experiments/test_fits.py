@@ -82,13 +82,23 @@ def test_minima_are_those_of_scipy(gain):
         np.testing.assert_allclose(residuals(law.numbers), residuals(least.x), atol=1e-4)
 
 
-def test_resampled_fits_without_a_minimum_are_counted(monkeypatch):
-    monkeypatch.setattr(fits, "_MOST_STEPS", 20)  # enough for the best fit, and for most draws
-    found = fits.fit(runs(planted(0.3, 0.5)), replicates=20)
-    assert 0 < found.dropped < 20 and len(found.replicates) + found.dropped == 20
+def test_fits_without_a_minimum_are_counted_or_refused(monkeypatch):
+    best = fits._best
+
+    def without_two(*given):
+        numbers_RP, converged_R = best(*given)
+        converged_R[1:3] = False
+        return numbers_RP, converged_R
+
+    points = runs(planted(0.3, 0.5))
+    every = fits.fit(points, replicates=6)
+    monkeypatch.setattr(fits, "_best", without_two)
+    found = fits.fit(points, replicates=6)
+    kept = [law.numbers.tolist() for number, law in enumerate(every.replicates) if number not in (1, 2)]
+    assert (every.dropped, found.dropped) == (0, 2) and [law.numbers.tolist() for law in found.replicates] == kept
     monkeypatch.setattr(fits, "_MOST_STEPS", 3)
     with pytest.raises(UserError, match="fit: expected a minimum within 3 steps, found none"):
-        fits.fit(runs(planted(0.3, 0.5)))
+        fits.fit(points)
 
 
 def test_predictions_include_the_error_of_the_law():
