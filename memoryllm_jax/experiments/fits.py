@@ -14,13 +14,13 @@ the law gets wrong is alike along a curve. Those of k and r are widened by sqrt(
 as the percentiles of few are too narrow (Hesterberg 2015, arXiv 1411.5279, section 5.3).
 
 In 200 simulations of the runs of configs/protocols/small.py (benchmarks/law_coverage.py), 95% intervals held the truth
-in 98 to 99% (k and r of FFN-M, which has 10 curves, and crossings) and in 94 to 95% (k and r of plain tables, which
+in 97 to 99% (k and r of FFN-M, which has 10 curves, and crossings) and in 93 to 95% (k and r of plain tables, which
 have 3), each with a standard error of 1 to 2%.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,14 +29,13 @@ from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.experiments import intervals
 from memoryllm_jax.experiments.intervals import Interval
 
-_DELTA = 1e-3  # of the Huber loss
+DELTA = 1e-3  # of the Huber loss
 _FAR = 1e15  # tokens that no run has: a crossing after them is none
-_MOST_STEPS = 1000  # of a minimisation: curves that leave a number undetermined take hundreds
-_STILL = 1e-9  # share of the loss by which the steps at a minimum change it, at most
-_STILL_STEPS = 3  # such steps that end a minimisation: a single one may be due to much damping
+_MOST_STEPS = 300  # of a minimisation, for resampled curves that leave a number undetermined
 _SHARED = ("E", "A", "alpha", "B", "beta")  # the law's numbers that all kinds of memory share
 _SIZES = 3  # of models without a memory: with fewer, E and A N_a^-alpha cannot be told apart
 _SIZES_OF_A_KIND = 2  # of models with a memory: with fewer, k and r cannot be told apart
+_STARTS = 3  # starting points of the fit to resampled curves
 REPLICATES = 200
 
 
@@ -198,40 +197,37 @@ def fit(points: Sequence[Point], replicates: int = REPLICATES, seed: int = 0) ->
     needed = 2 * (len(_SHARED) + 2 * len(kinds))
     if len(points) < needed:
         raise UserError(f"fit: expected at least {needed} settings, twice as many as its numbers, found {len(points)}")
-    data = _Data.of(points, kinds)
-    starts_SP = _starts(data)
-    (best_P,), (converged,) = _best(data, starts_SP, np.ones((1, len(points))))
-    if not converged:
+    data = Data.of(points, kinds)
+    best = _best(data, list(starting_points(data)))
+    if best is None:
         raise UserError(f"fit: expected a minimum within {_MOST_STEPS} steps, found none")
-    counts_RN = _resampled(points, np.random.default_rng(seed), replicates)
-    numbers_RP, converged_R = _best(data, np.array([best_P, *starts_SP]), counts_RN)
-    laws = [Law(kinds, numbers_P, data.scale) for numbers_P in numbers_RP[converged_R]]
+    starts = [best, *list(starting_points(data))[: _STARTS - 1]]
+    rng = np.random.default_rng(seed)
+    found = [_best(data.of_points(drawn), starts) for drawn in resampled(points, rng, replicates)]
+    laws = [Law(kinds, numbers, data.scale) for numbers in found if numbers is not None]
     if not laws:
         raise UserError("fit: expected resampled curves with a minimum, found none")
     curves = {kind: len({point.curve for point in points if point.kind == kind}) for kind in kinds}
-    return Fit(Law(kinds, best_P, data.scale), laws, replicates - len(laws), data.residuals(best_P), curves)
+    return Fit(Law(kinds, best, data.scale), laws, len(found) - len(laws), data.residuals(best), curves)
 
 
-def _resampled(points: Sequence[Point], rng, replicates: int) -> np.ndarray:
-    """Draws as many curves with replacement. Draws that determine no law are drawn again.
-
-    Returns: float [R, N]: how often each draw has each point.
-    """
-    number_of = {curve: number for number, curve in enumerate(dict.fromkeys(point.curve for point in points))}
-    curve_N = [number_of[point.curve] for point in points]
-    kinds = {point.kind for point in points}
-    counts_RN = np.empty((replicates, len(points)))
-    for counts_N in counts_RN:
+def resampled(points: Sequence[Point], rng, replicates: int) -> Iterator[list[int]]:
+    """Numbers of the points of as many curves, drawn with replacement. Draws that determine no law are drawn again."""
+    curves: dict[str, list[int]] = {}
+    for number, point in enumerate(points):
+        curves.setdefault(point.curve, []).append(number)
+    of_curves, kinds = list(curves.values()), {point.kind for point in points}
+    for _ in range(replicates):
         while True:
-            chosen = rng.integers(len(number_of), size=len(number_of))
-            counts_N[:] = np.bincount(chosen, minlength=len(number_of))[curve_N]
-            sample = [point for point, count in zip(points, counts_N) if count]
+            chosen = rng.integers(len(of_curves), size=len(of_curves))
+            drawn = [number for curve in chosen for number in of_curves[curve]]
+            sample = [points[number] for number in drawn]
             if kinds == {point.kind for point in sample} and not few_sizes(sample):
                 break
-    return counts_RN
+        yield drawn
 
 
-class _Data(NamedTuple):
+class Data(NamedTuple):
     """Points as arrays.
 
     kind_NK: marks the kind of memory of each.
@@ -258,6 +254,10 @@ class _Data(NamedTuple):
         return cls(
             active / scale[0], memory / scale[0], tokens / scale[1], np.log(loss), kind_NK, scale, np.array(least_K)
         )
+
+    def of_points(self, numbers: list[int]):
+        """The data of the points with these numbers."""
+        return self._replace(**{name: getattr(self, name)[numbers] for name in self._fields[:5]})
 
     def residuals(self, x) -> np.ndarray:
         """Log loss by the law less that measured, for each point.
@@ -296,84 +296,23 @@ class _Data(NamedTuple):
         return np.exp(e) + np.zeros_like(a_N), a_N, b_N, parameters_N, tokens_N, share_N
 
 
-def _starts(data: _Data) -> np.ndarray:
-    """Starting points, float [S, P]: gains of the memory, exponents, and shares of the lowest loss that E has."""
+def starting_points(data: Data) -> Iterator[list[float]]:
+    """Starting points: gains of the memory, exponents, and shares of the lowest loss that E has."""
     lowest, kinds = float(np.exp(data.log_loss_N.min())), data.kind_NK.shape[1]
-    starts = []
     for gain, exponent, share in itertools.product((0.0, 1.0), (0.15, 0.5), (0.3, 0.8)):
         rest = math.log(lowest * (1 - share) / 2)
-        starts.append([math.log(lowest * share), rest, exponent, rest, exponent, *[0.1] * kinds, *[gain] * kinds])
-    return np.array(starts)
+        yield [math.log(lowest * share), rest, exponent, rest, exponent, *[0.1] * kinds, *[gain] * kinds]
 
 
-def _best(data: _Data, starts_SP: np.ndarray, counts_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest minimum that is reached from any starting point, with points that count as often as given.
+def _best(data: Data, starts) -> np.ndarray | None:
+    """The numbers of the lowest minimum that is reached from the starting points; None if none is reached."""
+    from scipy import optimize  # which takes a second to import; jax requires SciPy
 
-    Returns: the numbers, float [R, P], and whether any minimum was reached, bool [R].
-    """
-    replicates, starts = len(counts_RN), len(starts_SP)
-    x, loss = _minima(data, np.tile(starts_SP, (replicates, 1)), np.repeat(counts_RN, starts, 0))
-    x_RSP, loss_RS = x.reshape(replicates, starts, -1), loss.reshape(replicates, starts)
-    return x_RSP[np.arange(replicates), loss_RS.argmin(1)], np.isfinite(loss_RS.min(1))
-
-
-def _minima(data: _Data, starts_RP: np.ndarray, counts_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Minimises the Huber loss from each start. All take their steps together, as NumPy is slow on small arrays.
-
-    Newton's steps are damped by the method of Marquardt (1963, doi 10.1137/0111030). A step leaves out the numbers that
-    it would push beyond their bounds (Bertsekas 1982, doi 10.1137/0320018): clipping them afterwards would leave the
-    other numbers at values that go with the clipped ones.
-
-    Args:
-      starts_RP: the numbers to start from.
-      counts_RN: how often each point counts.
-    Returns: the numbers, float [R, P], and their losses, float [R], infinite where no minimum was reached.
-    """
-    low_P, high_P = data.bounds()
-    x_RP = np.clip(starts_RP, low_P, high_P)
-    residuals_RN = data.residuals(x_RP)
-    loss_R = (counts_RN * _huber(residuals_RN)).sum(1)
-    damping_R, still_R = np.ones(len(x_RP)), np.zeros(len(x_RP), int)
-    for _ in range(_MOST_STEPS):
-        (moving,) = np.nonzero(still_R < _STILL_STEPS)
-        if not len(moving):
-            break
-        x, counts, loss = x_RP[moving], counts_RN[moving], loss_R[moving]
-        new_x = np.clip(x - _steps(data, x, residuals_RN[moving], counts, damping_R[moving]), low_P, high_P)
-        new_residuals = data.residuals(new_x)
-        new_loss = (counts * _huber(new_residuals)).sum(1)
-
-        helps, is_still = new_loss < loss, np.abs(new_loss - loss) <= _STILL * loss
-        damping_R[moving] = np.clip(damping_R[moving] * np.where(helps, 0.5, 2), 1e-8, 1e10)
-        still_R[moving[is_still]] += 1
-        still_R[moving[helps & ~is_still]] = 0
-        helped = moving[helps]
-        x_RP[helped], residuals_RN[helped], loss_R[helped] = new_x[helps], new_residuals[helps], new_loss[helps]
-    return x_RP, np.where(still_R < _STILL_STEPS, np.inf, loss_R)
-
-
-def _steps(data: _Data, x_RP, residuals_RN, counts_RN, damping_R) -> np.ndarray:
-    """What a damped Newton step subtracts from the numbers: float [R, P]."""
-    # Only points within delta have a curvature, and they may be too few to determine a step. The damping is the
-    # curvature of weighted squares that bound the Huber loss from above (Holland and Welsch 1977,
-    # doi 10.1080/03610927708827533), which counts all points.
-    distance_RN, damping_R1 = np.abs(residuals_RN), damping_R[:, None]
-    weights_RN = counts_RN * np.minimum(1, _DELTA / np.maximum(distance_RN, 1e-300))
-    slopes_RNP = data.slopes(x_RP)
-    gradient_RP = ((weights_RN * residuals_RN)[:, None] @ slopes_RNP)[:, 0]
-    low_P, high_P = data.bounds()
-    is_stuck_RP = ((x_RP <= low_P) & (gradient_RP > 0)) | ((x_RP >= high_P) & (gradient_RP < 0))
-    gradient_RP[is_stuck_RP] = 0
-    slopes_RNP *= ~is_stuck_RP[:, None]
-    curvature_RN = counts_RN * (distance_RN <= _DELTA) + damping_R1 * weights_RN
-    curvature_RPP = (slopes_RNP * curvature_RN[..., None]).swapaxes(1, 2) @ slopes_RNP
-    # Numbers that are stuck, or that cannot be told apart, would make the matrix singular.
-    diagonal = np.arange(x_RP.shape[1])
-    curvature_RPP[:, diagonal, diagonal] *= 1 + 1e-3 * damping_R1
-    curvature_RPP[:, diagonal, diagonal] += 1e-14
-    return np.linalg.solve(curvature_RPP, gradient_RP[..., None])[..., 0]
-
-
-def _huber(residuals: np.ndarray) -> np.ndarray:
-    apart = np.abs(residuals) / _DELTA
-    return np.where(apart <= 1, apart**2 / 2, apart - 0.5)
+    low, high = data.bounds()
+    found = []
+    for start in starts:
+        start = np.clip(start, low, high)
+        options = {"bounds": (low, high), "loss": "huber", "f_scale": DELTA, "x_scale": "jac"}
+        found.append(optimize.least_squares(data.residuals, start, data.slopes, max_nfev=_MOST_STEPS, **options))
+    converged = [result for result in found if result.success]
+    return min(converged, key=lambda result: result.cost).x if converged else None

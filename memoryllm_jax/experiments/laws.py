@@ -1,6 +1,7 @@
 """The law of `fits` for the finished runs of a protocol, and where it has base overtake models with a token memory."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +45,7 @@ def of_vocabulary(results: Results, vocabulary: str, replicates: int = fits.REPL
 
     Raises: UserError if they do not determine the law.
     """
-    points, left_out = _points(results, vocabulary)
+    points, left_out = points_of(results, vocabulary)
     without = sorted((set(fits.few_sizes(points)) | _few_lengths(points)) - {""})
     points, left_out = ([p for p in found if p.kind not in without] for found in (points, left_out))
     fit = fits.fit(points, replicates)
@@ -53,10 +54,10 @@ def of_vocabulary(results: Results, vocabulary: str, replicates: int = fits.REPL
         for point in left_out
     ]
     sizes = list(dict.fromkeys(point.size for point in (*points, *left_out)))
-    return FittedLaw(fit, points, left_out, without, predictions, _crossings(results, vocabulary, sizes, fit))
+    return FittedLaw(fit, points, left_out, without, predictions, crossings(results, vocabulary, sizes, fit))
 
 
-def _points(results: Results, vocabulary: str) -> tuple[list[Point], list[Point]]:
+def points_of(results: Results, vocabulary: str) -> tuple[list[Point], list[Point]]:
     """The settings that the law is fitted to, and those of the sizes that the protocol leaves out."""
     protocol, seeds = results.protocol, {}
     for run in results.runs:
@@ -64,7 +65,7 @@ def _points(results: Results, vocabulary: str) -> tuple[list[Point], list[Point]
             seeds.setdefault((run.variant, cell_of(run)), []).append(run)
     fitted, left_out = [], []
     for (variant, cell), runs in seeds.items():
-        active, memory, kind = _model(results, runs[0])
+        active, memory, kind = model_of(results, runs[0])
         loss = float(np.mean([results.loss(run) for run in runs]))
         point = Point(active, memory, cell.tokens, loss, kind, cell.size, f"{variant} {cell.size}")
         (left_out if cell.size in protocol.held_out_sizes else fitted).append(point)
@@ -79,20 +80,21 @@ def _few_lengths(points: list[Point]) -> set[str]:
     return {kind for kind, found in lengths.items() if len(found) < _FEWEST_LENGTHS}
 
 
-def _model(results: Results, run: Run) -> tuple[int, int, str]:
+def model_of(results: Results, run: Run) -> tuple[int, int, str]:
     """(active parameters, those of the token memory, its kind) of a run's model."""
     config = results.config(run)
     counts = flops.parameters(config)
     return counts["active"], counts["memory"], config.model.token_memory if config.model.row_dim else ""
 
 
-def _crossings(results: Results, vocabulary: str, sizes: list[str], fit: Fit) -> list[Crossing]:
+def crossings(results: Results, vocabulary: str, sizes: Iterable[str], fit: Fit) -> list[Crossing]:
+    """Where a fitted law has base overtake each variant that the protocol compares with it."""
     protocol, found = results.protocol, []
     for base_name, variant in answers.with_base(protocol):
         for size in sizes:
             # Any length and rate will do: the models are asked for.
             runs = [protocol.run(Setting(name, size, vocabulary), 1, 0, 1e-3) for name in (base_name, variant)]
-            (*base, _), (*other, kind) = (_model(results, run) for run in runs)
+            (*base, _), (*other, kind) = (model_of(results, run) for run in runs)
             if kind in fit.law.kinds:
                 tokens = fit.crossing(tuple(base), tuple(other), kind)
                 found.append(Crossing(variant, size, vocabulary, base[0], tokens, 0.0, math.inf, True))

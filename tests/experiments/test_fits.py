@@ -52,55 +52,6 @@ def test_planted_numbers_are_inside_their_intervals(worth, gain):
         assert crossing.low < crossing.value < crossing.high
 
 
-@pytest.mark.parametrize("gain", [0.5, -0.97], ids=["inside", "at_a_bound"])
-def test_minima_are_those_of_scipy(gain):
-    points = runs(planted(0.3, gain))
-    found = fits.fit(points, replicates=4)
-    active_N, memory_N, tokens_N, loss_N = np.array([point[:4] for point in points]).T
-    parameters, tokens = found.law.scale
-    share_N = memory_N / (memory_N + active_N)
-
-    def residuals(x, drawn=slice(None)):
-        e, a, alpha, b, beta, k, r = x
-        limit_N = np.exp(e) + np.exp(a) * ((active_N + k * memory_N) / parameters) ** -alpha
-        law_N = limit_N + np.exp(b) * (tokens_N / tokens * (1 + r * share_N)) ** -beta
-        return np.log(law_N / loss_N)[drawn]
-
-    least_k = -0.9 * (active_N / np.maximum(memory_N, 1)).min()
-    bounds = [-20, -20, 0, -20, 0, least_k, -0.9], [5, 5, 3, 5, 3, 100, 1000]
-    options = {"bounds": bounds, "jac": "3-point", "x_scale": "jac", "loss": "huber", "f_scale": 1e-3}
-    assert found.dropped == 0 and (found.law.numbers[-1] == -0.9) == (gain < -0.9)
-    counts_RN = fits._resampled(points, np.random.default_rng(0), 4).astype(int)
-    for law, counts_N in zip([found.law, *found.replicates], [1, *counts_RN], strict=True):
-        drawn = np.repeat(np.arange(len(points)), counts_N)
-        starts = [0, -1, 0.3, -1, 0.3, 0.1, 0], law.numbers + 0.01
-        minima = [optimize.least_squares(residuals, start, args=(drawn,), **options) for start in starts]
-        least = min(minima, key=lambda minimum: minimum.cost)
-        apart = np.abs(residuals(law.numbers, drawn)) / 1e-3
-        own = 1e-6 * np.where(apart <= 1, apart**2 / 2, apart - 0.5).sum()
-        assert own <= least.cost * (1 + 1e-6)
-        np.testing.assert_allclose(residuals(law.numbers), residuals(least.x), atol=1e-4)
-
-
-def test_fits_without_a_minimum_are_counted_or_refused(monkeypatch):
-    best = fits._best
-
-    def without_two(*given):
-        numbers_RP, converged_R = best(*given)
-        converged_R[1:3] = False
-        return numbers_RP, converged_R
-
-    points = runs(planted(0.3, 0.5))
-    every = fits.fit(points, replicates=6)
-    monkeypatch.setattr(fits, "_best", without_two)
-    found = fits.fit(points, replicates=6)
-    kept = [law.numbers.tolist() for number, law in enumerate(every.replicates) if number not in (1, 2)]
-    assert (every.dropped, found.dropped) == (0, 2) and [law.numbers.tolist() for law in found.replicates] == kept
-    monkeypatch.setattr(fits, "_MOST_STEPS", 3)
-    with pytest.raises(UserError, match="fit: expected a minimum within 3 steps, found none"):
-        fits.fit(points)
-
-
 def test_predictions_include_the_error_of_the_law():
     law = planted(0.3, 0.5)
     residuals_N = np.array([0.01, -0.01] * 20)  # which 33 degrees of freedom are left of
@@ -120,11 +71,11 @@ def test_intervals_of_a_kind_with_few_curves_are_widened():
 
 def test_each_kind_of_memory_may_be_as_harmful_as_its_tables_are_small():
     points = [Point(1e5, 1e5, 1e6, 3, "ffn", "S", "a"), Point(1e5, 1e6, 1e6, 3, "rows", "S", "b")]
-    assert fits._Data.of(points, ["ffn", "rows"]).least_K == pytest.approx([-0.9, -0.09])
+    assert fits.Data.of(points, ["ffn", "rows"]).least_K == pytest.approx([-0.9, -0.09])
 
 
 def test_slopes_are_those_of_the_residuals():
-    data = fits._Data.of(runs(planted(0.3, 0.5)), ["ffn"])
+    data = fits.Data.of(runs(planted(0.3, 0.5)), ["ffn"])
     x, step = np.array([0.1, -0.5, 0.4, -0.3, 0.3, 0.2, 0.7]), 1e-6
     for number, slopes_N in enumerate(data.slopes(x).T):
         aside = step * np.eye(len(x))[number]
