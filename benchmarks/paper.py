@@ -249,10 +249,8 @@ def show(work: str, pages: Sequence[Page], output: str, figures: str) -> None:
         for tree in ("results", "sd"):
             if page.kept and tree in found:
                 found[tree] = {key: found[tree][key] for key in page.kept}
-        for path in sorted(glob.glob(f"{glob.escape(folder)}/seed-*/{page.command[0]}.json")) if page.by_seed else ():
-            of_seed = json.loads(storage.read_bytes(path, "the results of a seed"))["results"]
-            seed = os.path.basename(os.path.dirname(path))
-            found.setdefault("by_seed", {})[seed] = {key: of_seed[key] for key in page.by_seed}
+        if page.by_seed:
+            found["by_seed"] = _by_seed(folder, page)
         results[page.name] = _for_record(found, work)
         for name, picture in page.pictures.items():
             target = os.path.join(figures, picture)
@@ -262,6 +260,15 @@ def show(work: str, pages: Sequence[Page], output: str, figures: str) -> None:
             places = [os.path.join(folder, file), os.path.join(folder, "seed-0", file)]
             shutil.copyfile(next(filter(os.path.exists, places)), target)
     common.write(output, results, {})
+
+
+def _by_seed(folder: str, page: Page) -> dict[str, dict]:
+    """{"seed-NUMBER": the results of this seed that the record has}."""
+    found = {}
+    for path in sorted(glob.glob(f"{glob.escape(folder)}/seed-*/{page.command[0]}.json")):
+        of_seed = json.loads(storage.read_bytes(path, "the results of a seed"))["results"]
+        found[os.path.basename(os.path.dirname(path))] = {key: of_seed[key] for key in page.by_seed}
+    return found
 
 
 def _models(work: str) -> dict[str, dict]:

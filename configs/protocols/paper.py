@@ -4,7 +4,7 @@
     python -m memoryllm_jax.compare --protocol=configs/protocols/paper.py --workdir=DIR --texts=DIR/texts --jobs=2
 
 Size S of small.py. After these tokens its models answer the tasks of benchmarks/recall_reasoning.py above chance, but
-for lookup in base (docs/experiments.md).
+for lookup, which some seeds of each have not learnt (docs/experiments.md).
 """
 
 import pathlib

@@ -1,6 +1,8 @@
 """What the runs of a comparison came to, in one file without models, by which another machine goes on with it.
 
-tar -xf runs.tar.xz -C DIR          makes these runs done in the workdir DIR
+    tar -xf runs.tar.xz -C DIR
+
+makes these runs done in the workdir DIR.
 """
 
 import glob
@@ -13,6 +15,7 @@ from memoryllm_jax.experiments import runner, scoring
 
 FILE = "runs.tar.xz"
 # metrics.jsonl has the FLOPs of a token.
+_ENDED = {runner.RESULT, runner.DIVERGED, scoring.FILE}  # a run that has none of them is still trained
 _KEPT = (runner.DESCRIPTION, runner.RESULT, runner.DIVERGED, "metrics.jsonl", scoring.FILE, scoring.PERMUTED_FILE)
 
 
@@ -25,7 +28,7 @@ def pack(workdir: str) -> None:
     with tarfile.open(fileobj=buffer, mode="w:xz") as archive:
         for folder in sorted(glob.glob("runs/*", root_dir=workdir)):
             found = [name for name in _KEPT if storage.exists(os.path.join(workdir, folder, name))]
-            if found == [runner.DESCRIPTION]:
+            if _ENDED.isdisjoint(found):
                 continue
             for name in found:
                 content = storage.read_bytes(os.path.join(workdir, folder, name), "a file of a run")

@@ -76,9 +76,8 @@ class Text:
         Raises: UserError if they are missing, damaged, or of another text or other groups.
         """
         found = scoring.read(folder, self._text, permuted)
-        shapes, expected = ({name: a.shape for name, a in sums.items()} for sums in (found, self._tokens))
-        if permuted:
-            expected = {scoring.ALL: expected[scoring.ALL]}
+        expected = {name: self._tokens[name].shape for name in ((scoring.ALL,) if permuted else self._tokens)}
+        shapes = {name: sums.shape for name, sums in found.items()}
         if shapes != expected:
             raise UserError(f"{folder}: expected scores of the groups {expected}, found {shapes}; score the run again")
         return found

@@ -148,10 +148,14 @@ def draw(protocol, monkeypatch):
 
 
 def test_packed_runs_give_the_same_numbers_elsewhere(workdir, draw, tmp_path):
+    os.makedirs(f"{workdir}/runs/unfinished", exist_ok=True)
+    for name in ("run.json", "metrics.jsonl"):
+        open(f"{workdir}/runs/unfinished/{name}", "w").close()
     draw(workdir)
     os.symlink(f"{workdir}/data", tmp_path / "data")
     with tarfile.open(f"{workdir}/{packing.FILE}") as archive:
         archive.extractall(tmp_path, filter="data")
+    assert set(os.listdir(tmp_path / "runs")) == set(os.listdir(f"{workdir}/runs")) - {"unfinished"}
     draw(str(tmp_path))
     for name in ("comparison.json", packing.FILE):
         with open(f"{workdir}/{name}", "rb") as one, open(tmp_path / name, "rb") as other:
