@@ -23,7 +23,8 @@ M = 1e6
 
 def get_protocol() -> Protocol:
     small = protocol.load(str(pathlib.Path(__file__).with_name("small.py")))
-    main = {experiment.name: experiment.variants for experiment in small.experiments}["syllables"]
+    variants = {experiment.name: experiment.variants for experiment in small.experiments}
+    main = variants["syllables"]
     changed = {
         "batch_size": 64,  # 65,536 tokens a step
         "seq_len": 1024,
@@ -46,6 +47,7 @@ def get_protocol() -> Protocol:
             Experiment("lengths", main, ("L",), ("4096", "32000"), (75 * M, 150 * M)),
             Experiment("seeds", main, ("L",), ("4096", "32000"), (75 * M,), (0, 1, 2)),
             Experiment("sizes", main, ("S", "M"), ("4096",), (75 * M, 150 * M, 300 * M)),
+            Experiment("peers", variants["peers"], ("M",), ("4096",), (75 * M, 150 * M)),
         ),
         held_out_sizes=(),
         keep=("answer",),

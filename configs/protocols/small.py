@@ -40,6 +40,10 @@ CONTRASTS = (
     Contrast("Is FFN-M worth anything to a model without FFN-C?", "memory", "no-memory-0"),
     Contrast("Is FFN-M better than a plain table?", "flex-3", "rows-3"),
     Contrast("Is a plain table worth anything?", "rows-3", "no-memory-3"),
+    Contrast("Are per-layer embeddings worth anything?", "ple-3", "no-memory-3"),
+    Contrast("Are value embeddings worth anything?", "value-3", "no-memory-3"),
+    Contrast("Is a Bank of Values worth anything?", "bov-3", "no-memory-3"),
+    Contrast("Is a table of bigrams worth anything?", "bigram-3", "no-memory-3"),
     Contrast("A planted useless memory: one row for all tokens", "flex-3-shared", "no-memory-3"),
     Contrast("Do the rows say anything of their tokens?", "flex-3", ""),
 )
