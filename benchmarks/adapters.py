@@ -7,14 +7,16 @@ Base was trained on English. Its adapter (configs/start.py:adapter), an adapter 
 layer, and base itself, whole, are trained on as many tokens of Python's own texts. The adapter with shared rows adds
 one vector in each layer: what an adapter gains beyond it is what it knows about tokens. Held-out losses on both texts
 are compared with base's, document by document. A ToL file of an adapter can be left out, which gives base's losses.
+Adapter and base are also trained with replay: on as many tokens of Python and on as many of English besides, so that
+they do not forget it (Ibrahim et al. 2024, arXiv 2403.08763).
 
-The first seed tries all peak rates; the others have the rate with its lowest held-out loss on Python. Python's texts
-are prepared with the tokenizer of `--english`. Kill it at any time and run the same line again. Intervals are
-[value, low, high] and hold with 95% over documents and seeds, for this base.
+The first seed tries all peak rates; the others have the rate with its lowest validation loss, which is on Python, and
+with replay on both texts. Python's texts are prepared with the tokenizer of `--english`. Kill it at any time and run
+the same line again. Intervals are [value, low, high] and hold with 95% over documents and seeds, for this base.
 """
 
 import os
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import common
 import numpy as np
@@ -28,11 +30,26 @@ from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.experiments import heldout, intervals, scoring
 from memoryllm_jax.model import flops
 
-# {what is trained: (its name for configs/start.py, further fields)}
+
+class Way(NamedTuple):
+    """What is trained.
+
+    architecture: a name for configs/start.py.
+    rows: config.model.rows.
+    replay: whether half of the text is English.
+    """
+
+    architecture: str
+    rows: str = "own"
+    replay: bool = False
+
+
 WAYS = {
-    "adapter": ("adapter", {}),
-    "adapter, shared rows": ("adapter", {"model.rows": "shared"}),
-    "whole": ("base", {}),
+    "adapter": Way("adapter"),
+    "adapter, replay": Way("adapter", replay=True),
+    "adapter, shared rows": Way("adapter", rows="shared"),
+    "whole": Way("base"),
+    "whole, replay": Way("base", replay=True),
 }
 _FIRST_SEED = 1  # base has seen the order of seed 0
 
@@ -89,7 +106,7 @@ def main(
     english: Annotated[str, Option("prepared English text that base was trained on")],
     workdir: Annotated[str, Option("folder for the other runs")],
     output: Annotated[str, Option("path of the results", writes=True)],
-    tokens: Annotated[int, Option("tokens that each run is trained on", least=1)] = 250_000,
+    tokens: Annotated[int, Option("tokens of Python that each run is trained on", least=1)] = 250_000,
     seeds: Annotated[int, Option("runs of each kind", least=1)] = 3,
     rates: Annotated[tuple[float, ...], Option("peak rates of adapters")] = (1e-2, 3e-2, 1e-1),
     whole_rates: Annotated[tuple[float, ...], Option("peak rates of full fine-tuning")] = (1e-3, 2e-3, 4e-3, 8e-3),
@@ -107,18 +124,19 @@ def main(
 
         return {name: np.stack([of(folder, name) for folder in folders]) for name in texts}
 
-    def run(way: str, peak: float, seed: int) -> str:
-        name, more = WAYS[way]
-        fields = SHORT_RUN | {"seed": seed, "tokens": tokens, "data.path": python, "optimizer.peak_lr": peak}
-        warmup = max(1, tokens // (20 * STEP_TOKENS))
-        fields |= {"optimizer.final_lr": peak / 10, "optimizer.warmup_steps": warmup} | more
-        folder = os.path.join(workdir, f"{way}_{peak:g}_{seed}".replace(", ", "_").replace(" ", "_"))
-        common.train(folder, f"start.py:{name}@{base}", fields)
+    def run(name: str, peak: float, seed: int) -> str:
+        way = WAYS[name]
+        path, count = (f"{python}:1,{english}:1", 2 * tokens) if way.replay else (python, tokens)
+        fields = SHORT_RUN | {"seed": seed, "tokens": count, "data.path": path, "optimizer.peak_lr": peak}
+        warmup = max(1, count // (20 * STEP_TOKENS))
+        fields |= {"optimizer.final_lr": peak / 10, "optimizer.warmup_steps": warmup, "model.rows": way.rows}
+        folder = os.path.join(workdir, f"{name}_{peak:g}_{seed}".replace(", ", "_").replace(" ", "_"))
+        common.train(folder, f"start.py:{way.architecture}@{base}", fields)
         return folder
 
     losses, costs, swept = {"base": by_document([base])}, {}, {}
-    for way in WAYS:
-        peaks = whole_rates if way == "whole" else rates
+    for way, (architecture, *_) in WAYS.items():
+        peaks = whole_rates if architecture == "base" else rates
         found = common.best_rate(
             {peak: common.result(run(way, peak, _FIRST_SEED))["validation"]["loss"] for peak in peaks}
         )
