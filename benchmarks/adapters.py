@@ -108,7 +108,7 @@ def main(
     output: Annotated[str, Option("path of the results", writes=True)],
     tokens: Annotated[int, Option("tokens of Python that each run is trained on", least=1)] = 250_000,
     seeds: Annotated[int, Option("runs of each kind", least=1)] = 3,
-    rates: Annotated[tuple[float, ...], Option("peak rates of adapters")] = (1e-2, 3e-2, 1e-1),
+    rates: Annotated[tuple[float, ...], Option("peak rates of adapters")] = (1e-2, 3e-2, 1e-1, 3e-1),
     whole_rates: Annotated[tuple[float, ...], Option("peak rates of full fine-tuning")] = (1e-3, 2e-3, 4e-3, 8e-3),
 ) -> None:
     python = os.path.join(workdir, "python")
