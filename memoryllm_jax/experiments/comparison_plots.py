@@ -28,6 +28,9 @@ def name_of(contrast: Contrast) -> str:
 def answers_by_text(results: Results, answers: Answers):
     """Differences against the text that was read, a panel for each contrast. Returns: the figure."""
     figure, panels = _panels(answers.contrasts())
+    first, *others = panels.values()
+    for ax in others:  # so that the eye may go from panel to panel
+        ax.sharex(first)
     series = list(dict.fromkeys(answer.cell[:2] for answer in answers.answers))
     aside = _aside(size for size, _ in series)
     for contrast, ax in panels.items():
