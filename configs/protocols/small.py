@@ -21,6 +21,8 @@ PEERS = ("ple-3", "value-3", "bov-3", "bigram-3")
 SHARES = ("flex-1", "flex-2", "flex-6")
 WIRING = ("flex-3-behind", "no-memory-3-behind")
 CONTROLS = ("flex-3-permuted", "flex-3-frozen", "memory-shared", "memory-permuted", "memory-frozen")
+# Base has a lower best rate than models with a memory, and an uneven sweep: is it behind because it is less stable?
+STABLE = ("base-qk-norm", "memory-qk-norm", "flex-3-qk-norm")
 VARIANTS = (
     *map(Variant, ("base", "memory", "flex-3", "no-memory-0")),
     *(Variant(name, fields=BESIDE) for name in ("no-memory-3", "rows-3", *PEERS)),
@@ -32,10 +34,16 @@ VARIANTS = (
         for variant in ("memory", "flex-3")
         for rows in ("permuted", "shared", "frozen")
     ),
+    *(
+        Variant(f"{variant}-qk-norm", variant, {"model.qk_norm": True}, control_of=variant)
+        for variant in ("base", "memory", "flex-3")
+    ),
 )
 CONTRASTS = (
     Contrast("MemoryLLM or base, at equal total parameters?", "memory", "base"),
     Contrast("Flex-MemoryLLM or base, at equal total parameters?", "flex-3", "base"),
+    Contrast("MemoryLLM or base, if both have QK-norm?", "memory-qk-norm", "base-qk-norm"),
+    Contrast("Flex-MemoryLLM or base, if both have QK-norm?", "flex-3-qk-norm", "base-qk-norm"),
     Contrast("Is FFN-M worth anything to a model with FFN-C?", "flex-3", "no-memory-3"),
     Contrast("Is FFN-M worth anything to a model without FFN-C?", "memory", "no-memory-0"),
     Contrast("Is FFN-M better than a plain table?", "flex-3", "rows-3"),
@@ -82,6 +90,7 @@ def get_protocol() -> Protocol:
             Experiment("seeds", MAIN, ("S",), ("512", "4096"), (2 * M,), SEEDS),
             Experiment("long-seeds", MAIN, ("S",), ("512", "4096"), (4 * M,), SEEDS),
             Experiment("words", MAIN[:6], ("S",), ("32000",), (1 * M, 2 * M)),
+            Experiment("stability", STABLE, ("S",), ("4096",), (1 * M, 2 * M)),
             Experiment("long", MAIN, ("S",), ("512", "4096"), (8 * M,)),
             Experiment("wiring", WIRING, ("S",), ("512", "4096"), (1 * M, 4 * M)),
             Experiment("words-seeds", MAIN[:6], ("S",), ("32000",), (1 * M,), SEEDS),

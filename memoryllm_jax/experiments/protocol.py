@@ -33,7 +33,7 @@ class Variant:
 
     Attributes:
       rate_of: the variant whose peak rate this one takes; "": its own sweep.
-      control_of: the variant that this one is a control of; "": none.
+      control_of: the variant that this one is a control of and compared with, so that no law is fitted to it; "": none.
     """
 
     name: str
