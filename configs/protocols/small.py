@@ -42,8 +42,8 @@ VARIANTS = (
 CONTRASTS = (
     Contrast("MemoryLLM or base, at equal total parameters?", "memory", "base"),
     Contrast("Flex-MemoryLLM or base, at equal total parameters?", "flex-3", "base"),
-    Contrast("MemoryLLM or base, if both have QK-norm?", "memory-qk-norm", "base-qk-norm"),
-    Contrast("Flex-MemoryLLM or base, if both have QK-norm?", "flex-3-qk-norm", "base-qk-norm"),
+    Contrast("MemoryLLM or base with QK-norm, at equal total parameters?", "memory-qk-norm", "base-qk-norm"),
+    Contrast("Flex-MemoryLLM or base with QK-norm, at equal total parameters?", "flex-3-qk-norm", "base-qk-norm"),
     Contrast("Is FFN-M worth anything to a model with FFN-C?", "flex-3", "no-memory-3"),
     Contrast("Is FFN-M worth anything to a model without FFN-C?", "memory", "no-memory-0"),
     Contrast("Is FFN-M better than a plain table?", "flex-3", "rows-3"),

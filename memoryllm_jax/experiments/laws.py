@@ -88,9 +88,12 @@ def model_of(results: Results, run: Run) -> tuple[int, int, str]:
 
 
 def crossings(results: Results, vocabulary: str, sizes: Iterable[str], fit: Fit) -> list[Crossing]:
-    """Where a fitted law has base overtake each variant that the protocol compares with it."""
+    """Where a fitted law has base overtake each variant that the protocol compares with it, but for controls."""
     protocol, found = results.protocol, []
-    for base_name, variant in answers.with_base(protocol):
+    pairs = [
+        pair for pair in answers.with_base(protocol) if not any(protocol.variant(name).control_of for name in pair)
+    ]
+    for base_name, variant in pairs:
         for size in sizes:
             # Any length and rate will do: the models are asked for.
             runs = [protocol.run(Setting(name, size, vocabulary), 1, 0, 1e-3) for name in (base_name, variant)]

@@ -134,15 +134,16 @@ def test_the_small_protocol_can_answer_its_questions():
         for name in experiment.variants:
             for cell in itertools.product(experiment.sizes, experiment.vocabularies, experiment.tokens):
                 cells[name].setdefault(cell, set()).update(experiment.seeds)
-    for contrast in p.contrasts:  # in each vocabulary
+    for contrast in p.contrasts:  # in each vocabulary, but for QK-norm
         both = cells[contrast.a].keys() & cells[contrast.b or contrast.a].keys()
-        assert {vocabulary for size, vocabulary, _ in both if size == "S"} == set(p.vocabularies), contrast
+        expected = {"4096"} if "QK-norm" in contrast.question else set(p.vocabularies)
+        assert {vocabulary for size, vocabulary, _ in both if size == "S"} == expected, contrast
     for variant in p.variants:  # wherever there is a control, there is what it controls
         assert cells[variant.name].keys() <= cells[variant.control_of or variant.name].keys(), variant
     several = {cell[1] for of_cells in cells.values() for cell, seeds in of_cells.items() if len(seeds) >= 3}
     assert several == set(p.vocabularies)  # so that a spread over seeds is known in each
     counts = {}
-    for name in ("base", "memory", "flex-3", "no-memory-0", "no-memory-3", "rows-3", "flex-3-shared"):
+    for name in {name for contrast in p.contrasts for name in (contrast.a, contrast.b) if name}:
         config = p.sweep_run(Setting(name, "S", "4096"), 0.004).config
         counts[name] = flops.parameters(
             dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=4096))
@@ -150,5 +151,6 @@ def test_the_small_protocol_can_answer_its_questions():
     for contrast in p.contrasts:
         if contrast.b:  # what the question calls equal
             kind = "total" if "total" in contrast.question else "active"
-            assert counts[contrast.a][kind] == pytest.approx(counts[contrast.b][kind], rel=1e-3), contrast
+            rel = 0.02 if contrast.a in ("ple-3", "bov-3") else 1e-3  # FFN-C makes up for gates and values
+            assert counts[contrast.a][kind] == pytest.approx(counts[contrast.b][kind], rel=rel), contrast
     assert max(tokens for size, _, tokens in cells["base"] if size == "S") >= 20 * counts["base"]["active"]
