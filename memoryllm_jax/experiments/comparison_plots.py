@@ -186,7 +186,7 @@ def _draw_answers(ax, x: Sequence[float], row: Sequence[Answer], number: int, la
 def _label_answers(ax, contrast: Contrast, xlabel: str) -> None:
     ax.axhline(0, color="0.3", linewidth=0.8)
     plots.log_scale(ax, "x")
-    ax.set_title("\n".join((*textwrap.wrap(contrast.question, 40), name_of(contrast))), fontsize=9)
+    ax.set_title("\n".join((*textwrap.wrap(contrast.question, 34), name_of(contrast))), fontsize=9)
     ax.set_xlabel(xlabel, fontsize=8)
     ax.set_ylabel(_DIFFERENCE, fontsize=8)
 
