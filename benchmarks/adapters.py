@@ -135,13 +135,13 @@ def main(
         return folder
 
     losses, costs, swept = {"base": by_document([base])}, {}, {}
-    for way, (architecture, *_) in WAYS.items():
-        peaks = whole_rates if architecture == "base" else rates
+    for name, way in WAYS.items():
+        peaks = whole_rates if way.architecture == "base" else rates
         found = common.best_rate(
-            {peak: common.result(run(way, peak, _FIRST_SEED))["validation"]["loss"] for peak in peaks}
+            {peak: common.result(run(name, peak, _FIRST_SEED))["validation"]["loss"] for peak in peaks}
         )
-        folders = [run(way, found["best"], seed) for seed in range(_FIRST_SEED, _FIRST_SEED + seeds)]
-        losses[way], costs[way], swept[way] = by_document(folders), cost(folders[0]), found
+        folders = [run(name, found["best"], seed) for seed in range(_FIRST_SEED, _FIRST_SEED + seeds)]
+        losses[name], costs[name], swept[name] = by_document(folders), cost(folders[0]), found
     common.write(output, compared(losses, texts), {"base": facts(base), "cost": costs, "loss_by_peak_rate": swept})
 
 

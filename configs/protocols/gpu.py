@@ -47,7 +47,7 @@ def get_protocol() -> Protocol:
             Experiment("lengths", main, ("L",), ("4096", "32000"), (75 * M, 150 * M)),
             Experiment("seeds", main, ("L",), ("4096", "32000"), (75 * M,), (0, 1, 2)),
             Experiment("sizes", main, ("S", "M"), ("4096",), (75 * M, 150 * M, 300 * M)),
-            Experiment("peers", variants["peers"], ("M",), ("4096",), (75 * M, 150 * M)),
+            Experiment("peers", variants["peers"], ("L",), ("4096",), (75 * M, 150 * M)),
         ),
         held_out_sizes=(),
         keep=("answer",),

@@ -21,7 +21,7 @@ PEERS = ("ple-3", "value-3", "bov-3", "bigram-3")
 SHARES = ("flex-1", "flex-2", "flex-6")
 WIRING = ("flex-3-behind", "no-memory-3-behind")
 CONTROLS = ("flex-3-permuted", "flex-3-frozen", "memory-shared", "memory-permuted", "memory-frozen")
-# Base has a lower best rate than models with a memory, and an uneven sweep: is it behind because it is less stable?
+# At size S base has a lower best rate than models with a memory, and an uneven sweep: is it behind because of that?
 STABLE = ("base-qk-norm", "memory-qk-norm", "flex-3-qk-norm")
 VARIANTS = (
     *map(Variant, ("base", "memory", "flex-3", "no-memory-0")),

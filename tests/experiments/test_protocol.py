@@ -136,7 +136,7 @@ def test_the_small_protocol_can_answer_its_questions():
                 cells[name].setdefault(cell, set()).update(experiment.seeds)
     for contrast in p.contrasts:  # in each vocabulary, but for QK-norm
         both = cells[contrast.a].keys() & cells[contrast.b or contrast.a].keys()
-        expected = {"4096"} if "QK-norm" in contrast.question else set(p.vocabularies)
+        expected = {"4096"} if contrast.a.endswith("-qk-norm") else set(p.vocabularies)
         assert {vocabulary for size, vocabulary, _ in both if size == "S"} == expected, contrast
     for variant in p.variants:  # wherever there is a control, there is what it controls
         assert cells[variant.name].keys() <= cells[variant.control_of or variant.name].keys(), variant
