@@ -126,7 +126,9 @@ def main(
 
     def run(name: str, peak: float, seed: int) -> str:
         way = WAYS[name]
-        path, count = (f"{python}:1,{english}:1", 2 * tokens) if way.replay else (python, tokens)
+        path, count = python, tokens
+        if way.replay:
+            path, count = f"{python}:1,{english}:1", 2 * tokens
         fields = SHORT_RUN | {"seed": seed, "tokens": count, "data.path": path, "optimizer.peak_lr": peak}
         warmup = max(1, count // (20 * STEP_TOKENS))
         fields |= {"optimizer.final_lr": peak / 10, "optimizer.warmup_steps": warmup, "model.rows": way.rows}

@@ -90,10 +90,9 @@ def model_of(results: Results, run: Run) -> tuple[int, int, str]:
 def crossings(results: Results, vocabulary: str, sizes: Iterable[str], fit: Fit) -> list[Crossing]:
     """Where a fitted law has base overtake each variant that the protocol compares with it, but for controls."""
     protocol, found = results.protocol, []
-    pairs = [
-        pair for pair in answers.with_base(protocol) if not any(protocol.variant(name).control_of for name in pair)
-    ]
-    for base_name, variant in pairs:
+    for base_name, variant in answers.with_base(protocol):
+        if protocol.variant(base_name).control_of or protocol.variant(variant).control_of:
+            continue
         for size in sizes:
             # Any length and rate will do: the models are asked for.
             runs = [protocol.run(Setting(name, size, vocabulary), 1, 0, 1e-3) for name in (base_name, variant)]
