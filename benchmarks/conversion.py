@@ -35,7 +35,7 @@ from memoryllm_jax.common import cli, plots
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.options import Option
 from memoryllm_jax.data.dataset import Dataset
-from memoryllm_jax.experiments import heldout, intervals, runner, scoring
+from memoryllm_jax.experiments import heldout, intervals, outcomes, runner, scoring
 from memoryllm_jax.experiments import protocol as protocol_lib
 from memoryllm_jax.experiments.protocol import Run
 from memoryllm_jax.model import flops
@@ -255,7 +255,7 @@ def main(
         "cost": {},
         "loss_by_peak_rate": {},
     }
-    finished = [run for run in runner.finished(bench, comparison) if (run.size, run.vocabulary) == (size, vocabulary)]
+    finished = [run for run in outcomes.finished(bench, comparison) if (run.size, run.vocabulary) == (size, vocabulary)]
     scratch, sides = of_scratch(finished, comparison, text), {}
     # Of all variants, as each has few seeds
     spread = pooled([sums_SD.sum(1) / units_D.sum() for sums in scratch.values() for sums_SD in sums.values()])

@@ -31,8 +31,8 @@ from facts_text import write_lines
 from memoryllm_jax.common import cli, storage
 from memoryllm_jax.common.errors import ArgumentError, UserError
 from memoryllm_jax.common.options import Option
+from memoryllm_jax.experiments import outcomes
 from memoryllm_jax.experiments import protocol as protocol_lib
-from memoryllm_jax.experiments import runner
 
 PROTOCOL = "configs/protocols/paper.py"
 STAGES = ("text", "analyze", "show")
@@ -203,7 +203,7 @@ def link_models(work: str) -> list[int]:
     Raises: UserError if there are none.
     """
     protocol = protocol_lib.load(PROTOCOL)
-    runs = runner.finished(protocol, work)
+    runs = outcomes.finished(protocol, work)
     for run in runs:
         link = os.path.join(work, f"{run.variant}-{run.seed}")
         if not os.path.lexists(link):
@@ -274,7 +274,7 @@ def _by_seed(folder: str, page: Page) -> dict[str, dict]:
 def _models(work: str) -> dict[str, dict]:
     """How each model of the protocol was trained: {name: tokens, seed, peak rate and held-out loss}."""
     found = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(work), "*-[0-9]*", runner.DESCRIPTION))):
+    for path in sorted(glob.glob(os.path.join(glob.escape(work), "*-[0-9]*", outcomes.DESCRIPTION))):
         run, folder = json.loads(storage.read_bytes(path, "the description of a run")), os.path.dirname(path)
         shown = {name: run[name] for name in ("tokens", "seed", "rate")}
         found[os.path.basename(folder)] = shown | {"loss": common.result(folder)["validation"]["loss"]}

@@ -25,10 +25,11 @@ from memoryllm_jax.common import cli, plots
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.common.exit_codes import ExitCode
 from memoryllm_jax.common.options import Option
-from memoryllm_jax.experiments import comparison, packing, runner
+from memoryllm_jax.experiments import comparison, outcomes, packing, runner
 from memoryllm_jax.experiments import protocol as protocol_lib
 from memoryllm_jax.experiments.plan import Plan
 from memoryllm_jax.experiments.protocol import Protocol
+from memoryllm_jax.experiments.work import Selection, read_work
 
 
 def main(
@@ -38,7 +39,9 @@ def main(
     only: Annotated[tuple[str, ...], Option("experiments, variants, sizes and vocabularies to run; empty: all")] = (),
     jobs: Annotated[int, Option("runs that are trained at the same time", least=1)] = 1,
     gflops: Annotated[float, Option("with --dry_run: 1e9 FLOP/s of a process, for the hours", least=1)] = 20.0,
-    dry_run: Annotated[bool, Option("prepare the data, print the runs and their cost, train nothing")] = False,
+    dry_run: Annotated[
+        bool, Option("prepare the data, print the runs and the cost of those that are left, train nothing")
+    ] = False,
     report: Annotated[bool, Option("train nothing; compare the runs that are finished")] = False,
 ) -> int:
     if report and (only or dry_run):
@@ -48,15 +51,15 @@ def main(
     if report:
         _report(opened, protocol, workdir)
         return 0
-    selection = runner.Selection(opened, only)
+    selection = Selection(opened, only)
     runner.prepare(selection.protocol, workdir, texts, selection.vocabularies)
     runner.check_same_data(workdir, selection.vocabularies)
     plan = Plan(selection, workdir)
     if dry_run:
-        print(plan.text(jobs, gflops * 1e9))
+        print(plan.text(read_work(selection, workdir), jobs, gflops * 1e9))
         return 0
     code = runner.Runner(selection, workdir, jobs, plan.cost).run()
-    if code != ExitCode.STOPPED and runner.finished(opened, workdir):
+    if code != ExitCode.STOPPED and outcomes.finished(opened, workdir):
         _report(opened, protocol, workdir)
     return code
 

@@ -12,7 +12,7 @@ import platform
 
 from memoryllm_jax.common import provenance, report, storage
 from memoryllm_jax.experiments import answers as answers_lib
-from memoryllm_jax.experiments import comparison_plots, exploration, runner
+from memoryllm_jax.experiments import comparison_plots, exploration, outcomes
 from memoryllm_jax.experiments.answers import Answer, Answers
 from memoryllm_jax.experiments.comparison_plots import name_of
 from memoryllm_jax.experiments.intervals import FEWEST, Interval
@@ -54,7 +54,7 @@ def draw(protocol: Protocol, path: str, workdir: str) -> str:
       path: of the protocol, for the caption.
     Returns: one line about the page. Raises: UserError if no run is finished.
     """
-    results = Results(protocol, runner.finished(protocol, workdir), workdir)
+    results = Results(protocol, outcomes.finished(protocol, workdir), workdir)
     name = os.path.splitext(os.path.basename(path))[0]
     with report.Report(workdir, "comparison", f"Comparison: {name}", _facts(results)) as page:
         # Not the command that was typed, whose paths do not belong into a record.
@@ -115,7 +115,7 @@ def _codes(results: Results) -> list[str]:
     """Commits and versions of the code that the runs were made with, each once."""
     found = {}
     for run in results.runs:
-        path = os.path.join(run.folder(results.workdir), runner.DESCRIPTION)
+        path = os.path.join(run.folder(results.workdir), outcomes.DESCRIPTION)
         made = json.loads(storage.read_bytes(path, "the description of a run"))
         found[f"commit {made['commit'] or 'unknown'}, {_text(made['versions'])}"] = None
     return list(found)

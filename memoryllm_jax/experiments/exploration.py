@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from memoryllm_jax.common.errors import UserError
-from memoryllm_jax.experiments import comparison_plots, costs, laws, runner
+from memoryllm_jax.experiments import comparison_plots, costs, laws, outcomes
 from memoryllm_jax.experiments.answers import Answers, Crossing
 from memoryllm_jax.experiments.comparison_plots import name_of
 from memoryllm_jax.experiments.intervals import Interval
@@ -196,7 +196,7 @@ def _rates(page, results: Results) -> list[dict]:
     protocol, rows = results.protocol, []
     lengths = " or ".join({f"{protocol.sweep.tokens[vocabulary] / 1e6:.3g} M": None for vocabulary in results.texts})
     for setting in dict.fromkeys(protocol.swept(run.setting) for run in results.runs):
-        choice = runner.sweep_choice(protocol, results.workdir, setting)
+        choice = outcomes.sweep_choice(protocol, results.workdir, setting)
         found = {"setting": str(setting), "rate": choice.rate, "is_inside": choice.is_inside}
         rows.append(found | {"nats_a_token": {f"{rate:g}": loss for rate, loss in choice.losses.items()}})
     page.heading("Peak learning rates")

@@ -11,12 +11,12 @@ import os
 import tarfile
 
 from memoryllm_jax.common import storage
-from memoryllm_jax.experiments import runner, scoring
+from memoryllm_jax.experiments import outcomes, scoring
 
 FILE = "runs.tar.xz"
 # metrics.jsonl has the FLOPs of a token.
-_ENDED = {runner.RESULT, runner.DIVERGED, scoring.FILE}  # a run that has none of them is still trained
-_KEPT = (runner.DESCRIPTION, runner.RESULT, runner.DIVERGED, "metrics.jsonl", scoring.FILE, scoring.PERMUTED_FILE)
+_ENDED = {outcomes.RESULT, outcomes.DIVERGED, scoring.FILE}  # a run that has none of them is still trained
+_KEPT = (outcomes.DESCRIPTION, outcomes.RESULT, outcomes.DIVERGED, "metrics.jsonl", scoring.FILE, scoring.PERMUTED_FILE)
 
 
 def pack(workdir: str) -> None:

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import itertools
 
 import numpy as np
 
 from memoryllm_jax.data.dataset import Dataset
 from memoryllm_jax.experiments import runner
 from memoryllm_jax.experiments.protocol import Run
-from memoryllm_jax.experiments.runner import Selection
+from memoryllm_jax.experiments.work import Selection, Work
 from memoryllm_jax.model.flops import train_flops
 
 _BATCHES = 16  # whose distinct ids are counted
@@ -34,42 +33,33 @@ class Plan:
         step = config.batch_size * config.seq_len
         return config.steps * train_flops(config, step, self._rows(run.vocabulary, step))
 
-    def text(self, jobs: int, speed: float) -> str:
-        """A table of the runs, done or not.
+    def text(self, work: Work, jobs: int, speed: float) -> str:
+        """A table of the runs, and the cost of those that are left.
 
         Args:
+          work: the selected runs.
           jobs: number of processes at a time.
           speed: FLOP/s of a process.
         """
-        lines = [f"{'':32}  runs  M tokens   TFLOP"]
+        left = {run.key for run in work.left}
+        order = ["sweep", *self._selection.experiments]
+        parts: dict[tuple[str, str, str], list[Run]] = {}
+        for run in (*work.done, *work.failed, *work.left):
+            experiment = next(filter(run.experiments.__contains__, self._selection.experiments), "sweep")
+            parts.setdefault((experiment, run.size, run.vocabulary), []).append(run)
+        lines = [f"{'':32}  runs  left  M tokens   TFLOP"]
         total = 0.0
-        for name, runs in self._parts():
-            flops = sum(map(self.cost, runs))
-            total += flops
-            longest = max(map(self.cost, runs)) / speed / 60
-            lines.append(
-                f"{name:32} {len(runs):5} {sum(run.tokens for run in runs) / 1e6:9.1f} {flops / 1e12:7.0f}"
-                f"   the longest {longest:.0f} minutes"
-            )
+        for part in sorted(parts, key=lambda part: order.index(part[0])):
+            to_do = [run for run in parts[part] if run.key in left]
+            costs = list(map(self.cost, to_do))
+            total += sum(costs)
+            tokens = sum(run.tokens for run in to_do) / 1e6
+            longest = f"   the longest {max(costs) / speed / 60:.0f} minutes" if costs else ""
+            counts = f"{len(parts[part]):5} {len(to_do):5} {tokens:9.1f} {sum(costs) / 1e12:7.0f}"
+            lines.append(f"{' '.join(part):32} {counts}{longest}")
         hours = total / speed / jobs / 3600
         lines.append(f"{hours:.1f} hours for {jobs} processes of {speed / 1e9:g} GFLOP/s each; a start takes time too")
         return "\n".join(lines)
-
-    def _parts(self) -> list[tuple[str, list[Run]]]:
-        """The runs by experiment, size and vocabulary. For a rate that is not chosen, the middle of the row stands."""
-        protocol = self._selection.protocol
-        middle = protocol.sweep.rates[len(protocol.sweep.rates) // 2]
-        rates = {setting: middle for setting in self._selection.swept()}
-        rates |= runner.chosen_rates(protocol, self._workdir, rates)
-        parts: dict[str, list[Run]] = {}
-        for setting, rate in itertools.product(self._selection.swept(), protocol.sweep.rates):
-            name = f"sweep {setting.size} {setting.vocabulary}"
-            parts.setdefault(name, []).append(protocol.sweep_run(setting, rate))
-        swept = {run.key for runs in parts.values() for run in runs}
-        for run in protocol.experiment_runs(rates):
-            if self._selection.takes(run) and run.key not in swept:
-                parts.setdefault(f"{run.experiments[0]} {run.size} {run.vocabulary}", []).append(run)
-        return list(parts.items())
 
     def _count_rows(self, vocabulary: str, step: int) -> float:
         """Mean number of distinct ids in a batch of `step` tokens."""

@@ -15,7 +15,7 @@ from memoryllm_jax import compare
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data import shards
 from memoryllm_jax.data.dataset import Dataset
-from memoryllm_jax.experiments import answers, comparison, costs, heldout, laws, packing, runner, scoring, splits
+from memoryllm_jax.experiments import answers, comparison, costs, heldout, laws, outcomes, packing, scoring, splits
 from memoryllm_jax.experiments import protocol as protocol_lib
 from memoryllm_jax.experiments.fits import Law
 from memoryllm_jax.experiments.protocol import Contrast, Experiment, Protocol, Sweep, Variant
@@ -77,7 +77,7 @@ def workdir(protocol, lab, tmp_path_factory):
     text = heldout.open_text(Dataset(data), CONTEXT)
     groups = splits.of_text(text, Dataset(data))
     is_late_N = text.position_N >= CONTEXT // 2
-    for run in protocol.experiment_runs(runner.chosen_rates(protocol, workdir)):
+    for run in protocol.experiment_runs(outcomes.chosen_rates(protocol, workdir)):
         rng = np.random.default_rng([list(GAINS).index(run.variant), run.seed, run.tokens])
         counts = flops.parameters(run.config)
         kind = "ffn" if counts["memory"] else ""
@@ -97,7 +97,7 @@ def workdir(protocol, lab, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(protocol, workdir):
-    return Results(protocol, runner.finished(protocol, workdir), workdir)
+    return Results(protocol, outcomes.finished(protocol, workdir), workdir)
 
 
 def test_answers_are_the_differences_that_were_planted(protocol, results):

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 from lab import CONTEXT, with_devices
 
+from memoryllm_jax.common import storage
 from memoryllm_jax.common.child import Children
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data.dataset import Dataset
+from memoryllm_jax.experiments import outcomes, runner, scoring
 from memoryllm_jax.experiments import protocol as protocol_lib
-from memoryllm_jax.experiments import runner, scoring
 from memoryllm_jax.experiments.plan import Plan
 from memoryllm_jax.experiments.protocol import Experiment, Protocol, Setting, Sweep, Variant
+from memoryllm_jax.experiments.work import Selection, read_work
 from memoryllm_jax.model.flops import train_flops
 
 PROTOCOL = Protocol(
@@ -103,7 +105,7 @@ class Stubs:
 
     def run(self) -> int:
         self.started.clear()
-        selection = runner.Selection(PROTOCOL, self.only)
+        selection = Selection(PROTOCOL, self.only)
         return runner.Runner(selection, self.workdir, self.jobs, lambda run: run.tokens).run()
 
 
@@ -122,7 +124,7 @@ def test_sweeps_come_first_and_what_is_done_stays_done(monkeypatch, tmp_path):
         ("train", "wide", 1280, 0.002),
         ("score", "wide", 1280, 0.002),
     ]
-    finished = runner.finished(PROTOCOL, str(tmp_path))
+    finished = outcomes.finished(PROTOCOL, str(tmp_path))
     assert [(run.variant, run.tokens) for run in finished] == [
         ("base", 640),
         ("base", 1280),
@@ -151,7 +153,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, c
     stubs = Stubs(monkeypatch, tmp_path, ["second", "first"])
     stubs.codes = {"base": 1}
     assert stubs.run() == 1
-    assert [run.variant for run in runner.finished(PROTOCOL, str(tmp_path))] == ["memory", "wide"]
+    assert [run.variant for run in outcomes.finished(PROTOCOL, str(tmp_path))] == ["memory", "wide"]
     assert len(stubs.started) == 3 + 3 + 2 * 2
     error = capfd.readouterr().err
     assert "base S 512: has no rate, as all diverged or a run of its sweep failed\n" in error
@@ -177,7 +179,7 @@ def test_a_rate_that_diverges_is_a_result(monkeypatch, tmp_path):
     stubs = Stubs(monkeypatch, tmp_path, ["first"])
     stubs.codes = {"base": 72}
     assert stubs.run() == 1 and len(stubs.started) == PROTOCOL.sweep.most
-    assert runner.sweep_choice(PROTOCOL, str(tmp_path), BASE).losses.keys() == {0.0005, 0.001, 0.002, 0.004}
+    assert outcomes.sweep_choice(PROTOCOL, str(tmp_path), BASE).losses.keys() == {0.0005, 0.001, 0.002, 0.004}
     assert stubs.run() == 1 and not stubs.started  # it would diverge again
 
 
@@ -198,10 +200,10 @@ def test_a_signal_stops_the_runs_and_the_next_start_goes_on(monkeypatch, tmp_pat
     assert stubs.run() == 0 and len(stubs.started) == 6
 
 
-def test_the_plan_counts_runs_and_their_flops(lab, tmp_path):
+def test_the_plan_counts_runs_and_the_flops_of_those_that_are_left(lab, tmp_path):
     (tmp_path / "data").mkdir()
     os.symlink(lab.data_path, tmp_path / "data/512")
-    selection = runner.Selection(PROTOCOL, ["second", "memory"])
+    selection = Selection(PROTOCOL, ["second", "memory"])
     plan = Plan(selection, str(tmp_path))
     run = PROTOCOL.sweep_run(MEMORY, 0.002)
     ids = Dataset(lab.data_path).train.read(0, 16 * 32).reshape(16, 32)
@@ -209,18 +211,21 @@ def test_the_plan_counts_runs_and_their_flops(lab, tmp_path):
     model = dataclasses.replace(run.config.model, vocab_size=512)
     flops = 20 * train_flops(dataclasses.replace(run.config, model=model), 32, rows)
     assert plan.cost(run) == pytest.approx(flops)
-    lines = plan.text(jobs=2, speed=1e6).splitlines()
-    assert [line.split()[:5] for line in lines[1:3]] == [
-        ["sweep", "S", "512", "3", "0.0"],
-        ["second", "S", "512", "1", "0.0"],
+    folder = run.folder(str(tmp_path))
+    os.makedirs(folder)
+    storage.write_json(os.path.join(folder, outcomes.RESULT), {"validation": {"loss": 1.0}})
+    lines = plan.text(read_work(selection, str(tmp_path)), jobs=2, speed=1e6).splitlines()
+    assert [line.split()[:6] for line in lines[1:3]] == [
+        ["sweep", "S", "512", "3", "2", "0.0"],
+        ["second", "S", "512", "1", "1", "0.0"],
     ]
-    hours = 5 * flops / 1e6 / 2 / 3600  # three of 640 tokens and one of 1,280
+    hours = 4 * flops / 1e6 / 2 / 3600  # two of 640 tokens and one of 1,280
     assert lines[3].startswith(f"{hours:.1f} hours for 2 processes of 0.001 GFLOP/s each")
 
 
 def test_only_selects_and_names_what_it_does_not_know():
     def settings(*only):
-        return [str(setting) for setting in runner.Selection(PROTOCOL, only).settings()]
+        return [str(setting) for setting in Selection(PROTOCOL, only).settings()]
 
     assert settings() == ["base S 512", "memory S 512", "wide S 512"]
     assert settings("third", "512") == ["base S 512", "memory S 512"] and settings("wide") == ["wide S 512"]
@@ -254,7 +259,7 @@ def get_protocol():
         (folder / "result.json").write_text(json.dumps({"validation": {"loss": 99.0}}))
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=with_devices(1))
     assert done.returncode == 0, done.stderr + done.stdout
-    (run,) = runner.finished(protocol, str(tmp_path))
+    (run,) = outcomes.finished(protocol, str(tmp_path))
     folder = Path(run.folder(str(tmp_path)))
     assert run.rate == 0.002 and scoring.is_scored(str(folder)) and not [*folder.glob("[0-9]*")]
     described = json.loads((folder / "run.json").read_text())
