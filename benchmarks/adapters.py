@@ -7,8 +7,8 @@ Base was trained on English. Its adapter (configs/start.py:adapter), an adapter 
 layer, and base itself, whole, are trained on as many tokens of Python's own texts. The adapter with shared rows adds
 one vector in each layer: what an adapter gains beyond it is what it knows about tokens. Held-out losses on both texts
 are compared with base's, document by document. A ToL file of an adapter can be left out, which gives base's losses.
-Adapter and base are also trained with replay: on as many tokens of Python and on as many of English besides, so that
-they do not forget it (Ibrahim et al. 2024, arXiv 2403.08763).
+Adapter and base are also trained with replay: on as many tokens of Python and besides on as many of English, or seven
+times as many, so that they do not forget it (Ibrahim et al. 2024, arXiv 2403.08763).
 
 The first seed tries all peak rates; the others have the rate with its lowest validation loss, which is on Python, and
 with replay on both texts. Python's texts are prepared with the tokenizer of `--english`. Kill it at any time and run
@@ -36,20 +36,22 @@ class Way(NamedTuple):
 
     architecture: a name for configs/start.py.
     rows: config.model.rows.
-    replay: whether half of the text is English.
+    replay: tokens of English for each token of Python.
     """
 
     architecture: str
     rows: str = "own"
-    replay: bool = False
+    replay: int = 0
 
 
 WAYS = {
     "adapter": Way("adapter"),
-    "adapter, replay": Way("adapter", replay=True),
+    "adapter, replay": Way("adapter", replay=1),
+    "adapter, replay of 7": Way("adapter", replay=7),
     "adapter, shared rows": Way("adapter", rows="shared"),
     "whole": Way("base"),
-    "whole, replay": Way("base", replay=True),
+    "whole, replay": Way("base", replay=1),
+    "whole, replay of 7": Way("base", replay=7),
 }
 _FIRST_SEED = 1  # base has seen the order of seed 0
 
@@ -128,7 +130,7 @@ def main(
         way = WAYS[name]
         path, count = python, tokens
         if way.replay:
-            path, count = f"{python}:1,{english}:1", 2 * tokens
+            path, count = f"{python}:1,{english}:{way.replay}", (1 + way.replay) * tokens
         fields = SHORT_RUN | {"seed": seed, "tokens": count, "data.path": path, "optimizer.peak_lr": peak}
         warmup = max(1, count // (20 * STEP_TOKENS))
         fields |= {"optimizer.final_lr": peak / 10, "optimizer.warmup_steps": warmup, "model.rows": way.rows}

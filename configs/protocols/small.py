@@ -17,10 +17,10 @@ SIZES = {  # heads of 16
 # FFN-C of flex-B stands beside attention. So it does in what flex-B is compared with, so that memories alone differ.
 BESIDE = {"model.compute_input": "block_input"}
 PAPER = ("base", "memory", "flex-3")  # its architectures
-MAIN = (*PAPER, "no-memory-0", "no-memory-3", "rows-3", "flex-3-shared")
+CORE = (*PAPER, "no-memory-3", "rows-3")
+MAIN = (*CORE, "no-memory-0", "flex-3-shared")
 PEERS = ("ple-3", "value-3", "bov-3", "bigram-3")
 SHARES = ("flex-1", "flex-2", "flex-6")
-WIRING = ("flex-3-behind", "no-memory-3-behind")
 CONTROLS = ("flex-3-permuted", "flex-3-frozen", "memory-shared", "memory-permuted", "memory-frozen")
 # At size S base has a lower best rate than models with a memory, and an uneven sweep: is it behind because of that?
 STABLE = {f"{variant}-qk-norm": variant for variant in PAPER}
@@ -28,8 +28,6 @@ VARIANTS = (
     *map(Variant, (*PAPER, "no-memory-0")),
     *(Variant(name, fields=BESIDE) for name in ("no-memory-3", "rows-3", *PEERS)),
     *map(Variant, SHARES),
-    Variant("flex-3-behind", "flex-3", {"model.compute_input": "after_attention"}),
-    Variant("no-memory-3-behind", "no-memory-3"),
     *(
         Variant(f"{variant}-{rows}", variant, {"model.rows": rows}, control_of=variant)
         for variant in ("memory", "flex-3")
@@ -86,27 +84,16 @@ def get_protocol() -> Protocol:
             Experiment("letters", MAIN, ("S",), ("512",), (1 * M, 2 * M, 4 * M)),
             Experiment("syllables", MAIN, ("S",), ("4096",), (1 * M, 2 * M, 4 * M)),
             Experiment("seeds", MAIN, ("S",), ("512", "4096"), (2 * M,), SEEDS),
-            Experiment("long-seeds", MAIN, ("S",), ("512", "4096"), (4 * M,), SEEDS),
-            Experiment("words", MAIN[:6], ("S",), ("32000",), (1 * M, 2 * M)),
+            Experiment("words", (*PAPER, "no-memory-3"), ("S",), ("32000",), (1 * M,), SEEDS),
             Experiment("stability", tuple(STABLE), ("S",), ("4096",), (1 * M, 2 * M)),
-            Experiment("long", MAIN, ("S",), ("512", "4096"), (8 * M,)),
-            Experiment("wiring", WIRING, ("S",), ("512", "4096"), (1 * M, 4 * M)),
-            Experiment("words-seeds", MAIN[:6], ("S",), ("32000",), (1 * M,), SEEDS),
-            Experiment("controls", CONTROLS, ("S",), ("512", "4096"), (1 * M, 4 * M)),
-            Experiment("peers", PEERS, ("S",), ("512", "4096"), (1 * M, 2 * M, 4 * M)),
-            Experiment("shares", SHARES, ("S",), ("4096",), (1 * M, 4 * M)),
-            Experiment("sizes", MAIN, ("M", "L"), ("4096",), (1 * M, 2 * M, 4 * M)),
+            Experiment("shares", SHARES, ("S",), ("4096",), (1 * M, 2 * M)),
+            Experiment("controls", CONTROLS, ("S",), ("4096",), (1 * M, 2 * M)),
+            Experiment("long", PAPER, ("S",), ("4096",), (8 * M,)),
+            Experiment("long-seeds", CORE, ("S",), ("512", "4096"), (4 * M,), SEEDS),
+            Experiment("peers", PEERS, ("S",), ("4096",), (1 * M, 2 * M, 4 * M)),
+            Experiment("sizes", CORE, ("M", "L"), ("4096",), (1 * M, 2 * M, 4 * M)),
             Experiment("left-out", PAPER, ("XL",), ("4096",), (2 * M,)),
-            # The setting of the first figures in the project's issue on this bench
-            Experiment("first-figures", MAIN[:5], ("L",), ("512",), (2 * M, 5 * M)),
-            Experiment("sizes-long", MAIN, ("M", "L"), ("4096",), (8 * M,)),
-            Experiment("left-out-long", PAPER, ("XL",), ("4096",), (8 * M,)),
-            Experiment("longest", MAIN[:5], ("S",), ("512", "4096"), (16 * M,)),
-            Experiment("words-long", MAIN[:6], ("S",), ("32000",), (4 * M,)),
-            Experiment("words-peers", (*PEERS, "flex-3-shared", *CONTROLS), ("S",), ("32000",), (1 * M,)),
-            Experiment("best", PAPER, ("L",), ("4096",), (8 * M,), SEEDS),
         ),
         contrasts=CONTRASTS,
         held_out_sizes=("XL",),
-        keep=("best",),
     )
