@@ -38,6 +38,10 @@ VARIANTS = (
 CONTRASTS = (
     Contrast("MemoryLLM or base, at equal total parameters?", "memory", "base"),
     Contrast("Flex-MemoryLLM or base, at equal total parameters?", "flex-3", "base"),
+    *(
+        Contrast("Flex-MemoryLLM with another beta or base, at equal total parameters?", share, "base")
+        for share in SHARES
+    ),
     Contrast("MemoryLLM or base with QK-norm, at equal total parameters?", "memory-qk-norm", "base-qk-norm"),
     Contrast("Flex-MemoryLLM or base with QK-norm, at equal total parameters?", "flex-3-qk-norm", "base-qk-norm"),
     Contrast("Is FFN-M worth anything to a model with FFN-C?", "flex-3", "no-memory-3"),
@@ -49,6 +53,15 @@ CONTRASTS = (
     Contrast("Is a Bank of Values worth anything?", "bov-3", "no-memory-3"),
     Contrast("Is a table of bigrams worth anything?", "bigram-3", "no-memory-3"),
     Contrast("A planted useless memory: one row for all tokens", "flex-3-shared", "no-memory-3"),
+    Contrast("A planted useless memory in a model without FFN-C", "memory-shared", "no-memory-0"),
+    *(
+        contrast
+        for variant in ("flex-3", "memory")
+        for contrast in (
+            Contrast("Does FFN-M gain from the token's own embedding?", variant, f"{variant}-permuted"),
+            Contrast("Is FFN-M better than rows drawn at random?", variant, f"{variant}-frozen"),
+        )
+    ),
     Contrast("Do the rows say anything of their tokens?", "flex-3", ""),
 )
 SEEDS = (0, 1, 2)
