@@ -24,6 +24,7 @@ SHARES = ("flex-1", "flex-2", "flex-6")
 CONTROLS = ("flex-3-permuted", "flex-3-frozen", "memory-shared", "memory-permuted", "memory-frozen")
 # At size S base has a lower best rate than models with a memory, and an uneven sweep: is it behind because of that?
 STABLE = {f"{variant}-qk-norm": variant for variant in PAPER}
+FASTER = {f"base-rate-x{factor}": factor for factor in (2, 4)}
 VARIANTS = (
     *map(Variant, (*PAPER, "no-memory-0")),
     *(Variant(name, fields=BESIDE) for name in ("no-memory-3", "rows-3", *PEERS)),
@@ -34,6 +35,7 @@ VARIANTS = (
         for rows in ("permuted", "shared", "frozen")
     ),
     *(Variant(name, variant, {"model.qk_norm": True}, control_of=variant) for name, variant in STABLE.items()),
+    *(Variant(name, "base", rate_of="base", rate_factor=factor, control_of="base") for name, factor in FASTER.items()),
 )
 CONTRASTS = (
     Contrast("MemoryLLM or base, at equal total parameters?", "memory", "base"),
@@ -44,6 +46,7 @@ CONTRASTS = (
     ),
     Contrast("MemoryLLM or base with QK-norm, at equal total parameters?", "memory-qk-norm", "base-qk-norm"),
     Contrast("Flex-MemoryLLM or base with QK-norm, at equal total parameters?", "flex-3-qk-norm", "base-qk-norm"),
+    *(Contrast("Is base better at a higher rate than its sweep's, in longer runs?", name, "base") for name in FASTER),
     Contrast("Is FFN-M worth anything to a model with FFN-C?", "flex-3", "no-memory-3"),
     Contrast("Is FFN-M worth anything to a model without FFN-C?", "memory", "no-memory-0"),
     Contrast("Is FFN-M better than a plain table?", "flex-3", "rows-3"),
@@ -99,6 +102,7 @@ def get_protocol() -> Protocol:
             Experiment("seeds", MAIN, ("S",), ("512", "4096"), (2 * M,), SEEDS),
             Experiment("words", (*PAPER, "no-memory-3"), ("S",), ("32000",), (1 * M,), SEEDS),
             Experiment("stability", tuple(STABLE), ("S",), ("4096",), (1 * M, 2 * M)),
+            Experiment("rates", tuple(FASTER), ("S",), ("4096",), (2 * M, 4 * M)),
             Experiment("shares", SHARES, ("S",), ("4096",), (1 * M, 2 * M)),
             Experiment("controls", CONTROLS, ("S",), ("4096",), (1 * M, 2 * M)),
             Experiment("long", PAPER, ("S",), ("4096",), (8 * M,)),

@@ -32,7 +32,8 @@ class Variant:
     """What is compared: an architecture with config fields.
 
     Attributes:
-      rate_of: the variant whose peak rate this one takes; "": its own sweep.
+      rate_of: the variant whose sweep finds this one's peak rate; "": its own sweep.
+      rate_factor: the peak rate is that of the sweep times this.
       control_of: the variant that this one is a control of and compared with, so that no law is fitted to it; "": none.
     """
 
@@ -40,6 +41,7 @@ class Variant:
     architecture: str = ""  # "": as `name`
     fields: Fields = dataclasses.field(default_factory=dict)
     rate_of: str = ""
+    rate_factor: float = 1.0
     control_of: str = ""
 
 
@@ -210,7 +212,7 @@ class Protocol:
                 rate = rates.get(self.swept(setting))
                 if rate is None:
                     continue
-                run = self.run(setting, tokens, seed, rate)
+                run = self.run(setting, tokens, seed, rate * self.variant(setting.variant).rate_factor)
                 names = found[run.key].experiments if run.key in found else ()
                 found[run.key] = dataclasses.replace(run, experiments=(*names, experiment.name))
         return list(found.values())

@@ -20,7 +20,10 @@ def protocol(**changes) -> Protocol:
         "fields": {"batch_size": 2, "seq_len": 16, "log.every": 5},
         "sizes": {"S": {"model.dim": 64}, "L": {"model.dim": 128}},
         "vocabularies": {"512": "sentencepiece:train:512"},
-        "variants": (Variant("memory"), Variant("wide", "memory", {"model.ffn_dim": 256}, rate_of="memory")),
+        "variants": (
+            Variant("memory"),
+            Variant("wide", "memory", {"model.ffn_dim": 256}, rate_of="memory", rate_factor=2),
+        ),
         "sweep": Sweep(TOKENS, (0.001, 0.002, 0.004), {"S": "S", "L": "S"}),
         "experiments": (
             Experiment("one", ("memory", "wide"), ("S",), ("512",), (640, 1280), (0, 1)),
@@ -53,6 +56,7 @@ def test_runs_are_the_product_of_an_experiment_and_experiments_share_them():
     # Fields that follow from others do so as on the command line.
     assert (config.model.ffn_dim, config.model.table_dim) == (344, 16)
     assert config.optimizer.final_lr == pytest.approx(0.0002) and runs[1].config.model.ffn_dim == 256
+    assert [run.rate for run in runs[:2]] == [0.002, 0.004]  # that of the sweep, and twice that
 
 
 def test_a_run_is_named_by_what_it_trains():
