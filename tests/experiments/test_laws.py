@@ -15,6 +15,7 @@ from memoryllm_jax.model import flops
 LAW = Law(
     ("ffn", "rows"), np.array([math.log(0.9), math.log(25), 0.33, math.log(150), 0.4, 0.3, 0.02, 0.9, 0.5]), (1, 1)
 )
+VARIANTS = ("memory", "flex-3", "flex-1", "flex-2", "flex-6")  # that the protocol compares with base
 
 
 class Made:
@@ -54,7 +55,7 @@ def test_the_protocols_runs_determine_the_law_at_4096_ids():
     for prediction in found.predictions:
         assert prediction.predicted.value == pytest.approx(prediction.measured, rel=0.01)
     crossings = {(crossing.variant, crossing.size): crossing.tokens.value for crossing in found.crossings}
-    assert set(crossings) == {(variant, size) for variant in ("memory", "flex-3") for size in ("S", "M", "L", "XL")}
+    assert set(crossings) == {(variant, size) for variant in VARIANTS for size in ("S", "M", "L", "XL")}
     assert crossings["memory", "S"] < crossings["memory", "L"] < math.inf
 
 
