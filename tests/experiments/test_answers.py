@@ -45,6 +45,7 @@ class Made:
         self.texts = {"512": types.SimpleNamespace(bytes_per_token=1.5)}
         contrasts = (Contrast("", "memory", "base"), Contrast("", "base", "flex-3"), Contrast("", "rows-3", "base"))
         contrasts += (Contrast("", "flex-3", "rows-3"), Contrast("", "flex-3", ""))
+        contrasts += (Contrast("", "base-rate-x2", "base"),)  # base does not overtake itself
         self.protocol = dataclasses.replace(protocol_lib.load("configs/protocols/small.py"), contrasts=contrasts)
 
     def cells(self, *variants):
