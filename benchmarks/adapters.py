@@ -7,8 +7,8 @@ Base was trained on English. Its adapter (configs/start.py:adapter), an adapter 
 layer, and base itself, whole, are trained on as many tokens of Python's own texts. The adapter with shared rows adds
 one vector in each layer: what an adapter gains beyond it is what it knows about tokens. Held-out losses on both texts
 are compared with base's, document by document. A ToL file of an adapter can be left out, which gives base's losses.
-Adapter and base are also trained with replay: on as many tokens of Python and besides on as many of English, or seven
-times as many, so that they do not forget it (Ibrahim et al. 2024, arXiv 2403.08763).
+Adapter and base are also trained with replay: on the same tokens of Python, mixed with as many or seven times as many
+of English, so that they do not forget it (Ibrahim et al. 2024, arXiv 2403.08763).
 
 The first seed tries all peak rates; the others have the rate with its lowest validation loss, which is on Python, and
 with replay on both texts. Python's texts are prepared with the tokenizer of `--english`. Kill it at any time and run

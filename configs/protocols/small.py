@@ -17,7 +17,7 @@ SIZES = {  # heads of 16
 # FFN-C of flex-B stands beside attention. So it does in what flex-B is compared with, so that memories alone differ.
 BESIDE = {"model.compute_input": "block_input"}
 PAPER = ("base", "memory", "flex-3")  # its architectures
-CORE = (*PAPER, "no-memory-3", "rows-3")
+CORE = (*PAPER, "no-memory-3", "rows-3")  # also at larger sizes
 MAIN = (*CORE, "no-memory-0", "flex-3-shared")
 PEERS = ("ple-3", "value-3", "bov-3", "bigram-3")
 SHARES = ("flex-1", "flex-2", "flex-6")
@@ -57,14 +57,10 @@ CONTRASTS = (
     Contrast("Is a table of bigrams worth anything?", "bigram-3", "no-memory-3"),
     Contrast("A planted useless memory: one row for all tokens", "flex-3-shared", "no-memory-3"),
     Contrast("A planted useless memory in a model without FFN-C", "memory-shared", "no-memory-0"),
-    *(
-        contrast
-        for variant in ("flex-3", "memory")
-        for contrast in (
-            Contrast("Does FFN-M gain from the token's own embedding?", variant, f"{variant}-permuted"),
-            Contrast("Is FFN-M better than rows drawn at random?", variant, f"{variant}-frozen"),
-        )
-    ),
+    Contrast("Does FFN-M gain from the token's own embedding?", "flex-3", "flex-3-permuted"),
+    Contrast("Does FFN-M gain from the token's own embedding?", "memory", "memory-permuted"),
+    Contrast("Is FFN-M better than rows drawn at random?", "flex-3", "flex-3-frozen"),
+    Contrast("Is FFN-M better than rows drawn at random?", "memory", "memory-frozen"),
     Contrast("Do the rows say anything of their tokens?", "flex-3", ""),
 )
 SEEDS = (0, 1, 2)

@@ -135,7 +135,7 @@ def crossings(results: Results) -> list[Crossing]:
 
 
 def with_base(protocol: Protocol) -> list[tuple[str, str]]:
-    """(base, variant) for each variant of another architecture that a contrast compares with one of base."""
+    """Pairs of a variant of base and a variant of another architecture that a contrast compares."""
     is_base = {variant.name for variant in protocol.variants if (variant.architecture or variant.name) == "base"}
     pairs = [(c.b, c.a) for c in protocol.contrasts if c.b in is_base and c.a not in is_base]
     return pairs + [(c.a, c.b) for c in protocol.contrasts if c.a in is_base and c.b not in ("", *is_base)]

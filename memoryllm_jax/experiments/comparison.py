@@ -22,8 +22,8 @@ from memoryllm_jax.experiments.results import Results
 _QUESTION = """
 Is a table that is read by token id worth its parameters, and against which control? The variants are trained at equal
 size, vocabulary and tokens, with the same seeds and data, and each with the peak learning rate that was best for it in
-a sweep. All are scored on the same held-out targets. Each point of a curve is a run of its own, whose learning rate
-decays to its end. The questions below were stated before the runs.
+a sweep, unless the protocol says otherwise. All are scored on the same held-out targets. Each point of a curve is a run
+of its own, whose learning rate decays to its end. The questions below were stated before the runs.
 """
 _ANSWER = """
 Each number is the loss of a less that of b in bits per byte of held-out text, ± half of its interval: below 0, a is

@@ -70,8 +70,8 @@ def crossings(results: Results, found: Sequence[Crossing]):
     """
     variants = list(dict.fromkeys(crossing.variant for crossing in found))
     aside = _aside(crossing.size for crossing in found)
-    figure, axes = plots.new_grid(1, len(variants), max(_WIDTH * len(variants) + _LEGEND, 6.0), 3.2)
-    for variant, ax in zip(variants, axes[0]):
+    figure, panels = _panels(variants)
+    for variant, ax in panels.items():
         for crossing in found:
             if crossing.variant == variant:
                 style = plots.style_of(list(aside).index(crossing.size)) | {"linestyle": "none"}
@@ -84,7 +84,7 @@ def crossings(results: Results, found: Sequence[Crossing]):
         plots.log_scale(ax)
         ax.set_title(f"base overtakes {variant}", fontsize=9)
         ax.set(xlabel="token ids", ylabel="MB of text")
-    _finish(figure, axes[0])
+    _finish(figure, panels.values())
     return figure
 
 

@@ -6,7 +6,7 @@ import functools
 import numpy as np
 
 from memoryllm_jax.data.dataset import Dataset
-from memoryllm_jax.experiments import runner
+from memoryllm_jax.experiments import outcomes, runner
 from memoryllm_jax.experiments.protocol import Run
 from memoryllm_jax.experiments.work import Selection, Work
 from memoryllm_jax.model.flops import train_flops
@@ -34,19 +34,21 @@ class Plan:
         return config.steps * train_flops(config, step, self._rows(run.vocabulary, step))
 
     def text(self, work: Work, jobs: int, speed: float) -> str:
-        """A table of the runs, and the cost of those that are left.
+        """A table of the runs, and the cost of those that are left: of training, as scoring takes seconds.
+
+        A run that a sweep and an experiment share stands with the experiment, once the rate is chosen.
 
         Args:
           work: the selected runs.
           jobs: number of processes at a time.
           speed: FLOP/s of a process.
         """
-        left = {run.key for run in work.left}
+        left = {run.key for run in work.left if outcomes.loss(run, self._workdir) is None}
         order = ["sweep", *self._selection.experiments]
         parts: dict[tuple[str, str, str], list[Run]] = {}
         for run in (*work.done, *work.failed, *work.left):
-            experiment = next(filter(run.experiments.__contains__, self._selection.experiments), "sweep")
-            parts.setdefault((experiment, run.size, run.vocabulary), []).append(run)
+            names = [name for name in self._selection.experiments if name in run.experiments]
+            parts.setdefault((names[0] if names else "sweep", run.size, run.vocabulary), []).append(run)
         lines = [f"{'':32}  runs  left  M tokens   TFLOP"]
         total = 0.0
         for part in sorted(parts, key=lambda part: order.index(part[0])):
@@ -57,6 +59,8 @@ class Plan:
             longest = f"   the longest {max(costs) / speed / 60:.0f} minutes" if costs else ""
             counts = f"{len(parts[part]):5} {len(to_do):5} {tokens:9.1f} {sum(costs) / 1e12:7.0f}"
             lines.append(f"{' '.join(part):32} {counts}{longest}")
+        lines += [f"has diverged: {run}" for run in work.failed]
+        lines += [f"has no rate, as all diverged: {setting}" for setting in work.without_rate]
         hours = total / speed / jobs / 3600
         lines.append(f"{hours:.1f} hours for {jobs} processes of {speed / 1e9:g} GFLOP/s each; a start takes time too")
         return "\n".join(lines)

@@ -44,6 +44,11 @@ class Variant:
     rate_factor: float = 1.0
     control_of: str = ""
 
+    def rate(self, swept: float) -> float:
+        """The peak rate, if the best of the sweep is `swept`."""
+        # Rounded, as 9 times 0.001 must be 0.009: rates become names of runs.
+        return swept if self.rate_factor == 1 else float(f"{swept * self.rate_factor:.6g}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Contrast:
@@ -212,8 +217,13 @@ class Protocol:
                 rate = rates.get(self.swept(setting))
                 if rate is None:
                     continue
-                run = self.run(setting, tokens, seed, rate * self.variant(setting.variant).rate_factor)
-                names = found[run.key].experiments if run.key in found else ()
+                run = self.run(setting, tokens, seed, self.variant(setting.variant).rate(rate))
+                same = found.get(run.key, run)
+                if same.setting != setting:
+                    raise UserError(
+                        f"protocol: expected runs that differ, found one run of {same.setting} and {setting}"
+                    )
+                names = same.experiments
                 found[run.key] = dataclasses.replace(run, experiments=(*names, experiment.name))
         return list(found.values())
 
@@ -310,6 +320,10 @@ def _check(protocol: Protocol) -> None:
     for variant in protocol.variants:
         if variant.rate_of:
             _need(f"variant {variant.name}: rate_of", [variant.rate_of], swept, "a variant with a rate of its own")
+        if variant.rate_factor <= 0:
+            raise UserError(
+                f"protocol: variant {variant.name}: rate_factor: expected more than 0, found {variant.rate_factor}"
+            )
         if variant.control_of:
             _need(f"variant {variant.name}: control_of", [variant.control_of], names, "another variant")
     for contrast in protocol.contrasts:

@@ -169,10 +169,8 @@ class Runner:
         if stopped:
             print(f"stopped with {len(work.left)} runs left; run the same line again to go on", flush=True)
             return ExitCode.STOPPED
-        unstarted = {run.setting for run in work.to_do if not run.experiments}
         for setting in work.without_rate:
-            if setting not in unstarted:
-                print(f"{setting}: has no rate, as all diverged or a run of its sweep failed", file=sys.stderr)
+            print(f"{setting}: has no rate, as all diverged or a run of its sweep failed", file=sys.stderr)
         for run in work.failed:
             print(f"failed: {run}: {self._failed[run.key]}", file=sys.stderr)
         if self._is_hopeless():

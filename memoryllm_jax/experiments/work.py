@@ -75,7 +75,7 @@ class Work(NamedTuple):
       done: runs of sweeps that are trained, and runs of experiments that are scored.
       failed: runs that diverged, and those that `read_work` was told of.
       unneeded: done runs whose checkpoints nothing needs any more.
-      without_rate: settings for which no rate can be chosen.
+      without_rate: settings for which no rate can be chosen, as all diverged or a run of the sweep failed.
     """
 
     to_do: list[Run]
@@ -101,15 +101,17 @@ def read_work(selection: Selection, workdir: str, failed: Collection[str] = ()) 
     chosen = {setting: choice.rate for setting, choice in choices.items() if choice.rate is not None}
     of_experiments = protocol.experiment_runs(chosen)
     needed = {run.key for run in of_experiments}  # also by experiments that are not selected
-    work = Work([], [], [], [], [], [setting for setting in choices if setting not in chosen])
+    work = Work([], [], [], [], [], [])
     for run in _runs(selection, choices, of_experiments):
         if run.key in failed:
             work.failed.append(run)
         elif not run.experiments:
-            is_done = outcomes.loss(run, workdir) is not None
-            if is_done and not choices[run.setting].missing and run.key not in needed:
+            if outcomes.loss(run, workdir) is None:
+                work.to_do.append(run)
+                continue
+            if not choices[run.setting].missing and run.key not in needed:
                 work.unneeded.append(run)
-            (work.done if is_done else work.to_do).append(run)
+            work.done.append(run)
         elif scoring.is_scored(run.folder(workdir)):
             if not set(run.experiments) & set(protocol.keep):
                 work.unneeded.append(run)
@@ -118,11 +120,13 @@ def read_work(selection: Selection, workdir: str, failed: Collection[str] = ()) 
             work.failed.append(run)
         else:
             work.to_do.append(run)
+    still_swept = {run.setting for run in work.to_do if not run.experiments}
+    without_rate = [setting for setting in choices if setting not in chosen and setting not in still_swept]
     known = {run.key for run in (*work.to_do, *work.done, *work.failed)}
     row = protocol.sweep.rates
     expected = {setting: row[len(row) // 2] for setting, choice in choices.items() if choice.missing}
     waiting = [run for run in protocol.experiment_runs(expected) if selection.takes(run) and run.key not in known]
-    return work._replace(waiting=waiting)
+    return work._replace(waiting=waiting, without_rate=without_rate)
 
 
 def _runs(selection: Selection, choices: Mapping[Setting, rates.Choice], of_experiments: list[Run]) -> Iterable[Run]:

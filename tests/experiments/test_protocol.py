@@ -59,6 +59,16 @@ def test_runs_are_the_product_of_an_experiment_and_experiments_share_them():
     assert [run.rate for run in runs[:2]] == [0.002, 0.004]  # that of the sweep, and twice that
 
 
+def test_a_multiple_of_a_rate_is_written_as_people_write_it():
+    assert Variant("memory", rate_factor=9).rate(0.001) == 0.009 != 0.001 * 9
+
+
+def test_a_run_of_two_variants_is_refused():
+    p = protocol(variants=(Variant("memory"), Variant("wide", "memory", rate_of="memory")))
+    with pytest.raises(UserError, match="expected runs that differ, found one run of memory S 512 and wide S 512"):
+        p.experiment_runs({Setting("memory", "S", "512"): 0.002})
+
+
 def test_a_run_is_named_by_what_it_trains():
     def key(rate=0.002, **changes):
         p = protocol(**changes)
@@ -86,6 +96,7 @@ def test_a_run_is_named_by_what_it_trains():
         ({"fields": {"model.dimm": 8}}, r"config\.model\.dimm: no such field; did you mean dim\?"),
         ({"fields": {"model.layers": "many"}}, "config.model.layers: expected int, found 'many'"),
         ({"keep": ("three",)}, "protocol: keep: expected names of the protocol, found three"),
+        ({"variants": (Variant("memory", rate_factor=0.0),)}, "memory: rate_factor: expected more than 0, found 0.0"),
         ({"variants": (Variant("memory"),)}, "experiment one: variants: expected names of the protocol, found wide"),
         ({"sizes": {"S": {}, "S/2": {}}}, "expected different names of letters, digits .*, found S/2"),
         ({"sizes": {"S": {}, "512": {}}}, "expected different names of letters, digits .*, found 512 twice"),
@@ -140,9 +151,13 @@ def test_the_small_protocol_can_answer_its_questions():
                 cells[name].setdefault(cell, set()).update(experiment.seeds)
     for contrast in p.contrasts:
         both = cells[contrast.a].keys() & cells[contrast.b or contrast.a].keys()
-        in_all = {contrast.a, contrast.b} <= {"base", "memory", "flex-3", "no-memory-3", ""}
-        expected = set(p.vocabularies) if in_all else {"4096"}
-        assert expected <= {vocabulary for size, vocabulary, _ in both if size == "S"}, contrast
+        found = {vocabulary for size, vocabulary, _ in both if size == "S"}
+        expected = {"4096"}
+        for name in ("letters", "words"):
+            (experiment,) = (one for one in p.experiments if one.name == name)
+            if {contrast.a, contrast.b or contrast.a} <= set(experiment.variants):
+                expected |= set(experiment.vocabularies)
+        assert found == expected, contrast
     for variant in p.variants:  # wherever there is a control, there is what it controls
         assert cells[variant.name].keys() <= cells[variant.control_of or variant.name].keys(), variant
     several = {cell[1] for of_cells in cells.values() for cell, seeds in of_cells.items() if len(seeds) >= 3}

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from lab import CONTEXT, with_devices
 
-from memoryllm_jax.common import storage
 from memoryllm_jax.common.child import Children
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.data.dataset import Dataset
@@ -203,7 +202,7 @@ def test_a_signal_stops_the_runs_and_the_next_start_goes_on(monkeypatch, tmp_pat
 def test_the_plan_counts_runs_and_the_flops_of_those_that_are_left(lab, tmp_path):
     (tmp_path / "data").mkdir()
     os.symlink(lab.data_path, tmp_path / "data/512")
-    selection = Selection(PROTOCOL, ["second", "memory"])
+    selection = Selection(PROTOCOL, ["second", "third", "memory"])
     plan = Plan(selection, str(tmp_path))
     run = PROTOCOL.sweep_run(MEMORY, 0.002)
     ids = Dataset(lab.data_path).train.read(0, 16 * 32).reshape(16, 32)
@@ -211,16 +210,45 @@ def test_the_plan_counts_runs_and_the_flops_of_those_that_are_left(lab, tmp_path
     model = dataclasses.replace(run.config.model, vocab_size=512)
     flops = 20 * train_flops(dataclasses.replace(run.config, model=model), 32, rows)
     assert plan.cost(run) == pytest.approx(flops)
-    folder = run.folder(str(tmp_path))
-    os.makedirs(folder)
-    storage.write_json(os.path.join(folder, outcomes.RESULT), {"validation": {"loss": 1.0}})
-    lines = plan.text(read_work(selection, str(tmp_path)), jobs=2, speed=1e6).splitlines()
-    assert [line.split()[:6] for line in lines[1:3]] == [
-        ["sweep", "S", "512", "3", "2", "0.0"],
-        ["second", "S", "512", "1", "1", "0.0"],
-    ]
-    hours = 4 * flops / 1e6 / 2 / 3600  # two of 640 tokens and one of 1,280
-    assert lines[3].startswith(f"{hours:.1f} hours for 2 processes of 0.001 GFLOP/s each")
+
+    def table(jobs=2) -> tuple[dict[str, tuple[int, int]], list[str]]:
+        """{part: (runs, left)}, and the lines behind the table."""
+        lines = plan.text(read_work(selection, str(tmp_path)), jobs, speed=1e3).splitlines()
+        parts = {line.split()[0]: tuple(map(int, line.split()[3:5])) for line in lines[1:] if " S 512  " in line}
+        return parts, lines[1 + len(parts) :]
+
+    def hours(runs: int, jobs=2) -> str:
+        return f"{runs * flops / 1e3 / jobs / 3600:.1f} hours for {jobs} processes of 1e-06 GFLOP/s each"
+
+    parts, (last,) = table()
+    assert parts == {"sweep": (3, 3), "second": (1, 1)} and last.startswith(
+        hours(5)
+    )  # three of 640 tokens, one of 1280
+    train(run.folder(str(tmp_path)), "0.002", "0")
+    parts, (last,) = table(jobs=1)
+    assert parts == {"sweep": (3, 2), "second": (1, 1)} and last.startswith(hours(4, jobs=1))
+    for rate in (0.001, 0.004):
+        train(PROTOCOL.sweep_run(MEMORY, rate).folder(str(tmp_path)), str(rate), "0")
+    parts, (last,) = table()  # the third has the best run of the sweep, and only scores it
+    assert parts == {"sweep": (2, 0), "second": (1, 1), "third": (1, 0)} and last.startswith(hours(2))
+    longer = PROTOCOL.run(MEMORY, 1280, 0, 0.002)
+    os.makedirs(longer.folder(str(tmp_path)))
+    Path(longer.folder(str(tmp_path)), outcomes.DIVERGED).write_text("{}")
+    parts, (diverged, last) = table()
+    assert diverged == f"has diverged: {longer}" and last.startswith(hours(0)) and parts["second"] == (1, 0)
+
+
+def test_the_plan_names_what_has_no_rate(lab, tmp_path):
+    (tmp_path / "data").mkdir()
+    os.symlink(lab.data_path, tmp_path / "data/512")
+    selection = Selection(PROTOCOL, ["first"])
+    for rate in (0.0005, 0.001, 0.002, 0.004):
+        folder = Path(PROTOCOL.sweep_run(BASE, rate).folder(str(tmp_path)))
+        assert "no rate" not in Plan(selection, str(tmp_path)).text(read_work(selection, str(tmp_path)), 1, 1e3)
+        folder.mkdir(parents=True)
+        (folder / outcomes.DIVERGED).write_text("{}")
+    text = Plan(selection, str(tmp_path)).text(read_work(selection, str(tmp_path)), 1, 1e3)
+    assert "\nhas no rate, as all diverged: base S 512\n0.0 hours" in text
 
 
 def test_only_selects_and_names_what_it_does_not_know():
