@@ -144,8 +144,15 @@ def _answers(page, results: Results, found: Answers) -> dict:
     ]
     head = ["question", "a less b", "equal", *(f"{vocabulary} ids, size {size}" for size, vocabulary in places)]
     page.table(head, rows, "The answers after the most tokens that both were trained on", csv="answers")
-    caption = "The answers by the text that was read. Filled: a difference was found; below 0, a is better"
-    page.figure("answers-text", comparison_plots.answers_by_text(results, found), caption)
+    with_base = {frozenset(pair) for pair in answers_lib.with_base(results.protocol)}
+    of_base = [contrast for contrast in contrasts if frozenset((contrast.a, contrast.b)) in with_base]
+    others = [contrast for contrast in contrasts if contrast not in of_base]
+    caption = "by the text that was read. Filled: a difference was found; below 0, a is better"
+    for name, what, chosen in (("base", "Against base", of_base), ("others", "The other answers", others)):
+        if chosen:
+            page.figure(
+                f"answers-{name}", comparison_plots.answers_by_text(results, found, chosen), f"{what} {caption}"
+            )
     figure = comparison_plots.answers_by_vocabulary(results, found)
     if figure:
         caption = "The answers by the number of token ids, after as equal an amount of text as there are runs of"

@@ -25,13 +25,13 @@ def name_of(contrast: Contrast) -> str:
     return f"{contrast.a} less {contrast.b or 'itself with permuted rows'}"
 
 
-def answers_by_text(results: Results, answers: Answers):
-    """Differences against the text that was read, a panel for each contrast. Returns: the figure."""
-    figure, panels = _panels(answers.contrasts())
+def answers_by_text(results: Results, answers: Answers, contrasts: Sequence[Contrast]):
+    """Differences against the text that was read, a panel for each of the contrasts. Returns: the figure."""
+    figure, panels = _panels(contrasts)
     first, *others = panels.values()
     for ax in others:  # so that the eye may go from panel to panel
         ax.sharex(first)
-    series = list(dict.fromkeys(answer.cell[:2] for answer in answers.answers))
+    series = list(dict.fromkeys(answer.cell[:2] for answer in answers.answers if answer.contrast in contrasts))
     aside = _aside(size for size, _ in series)
     for contrast, ax in panels.items():
         for number, (size, vocabulary) in enumerate(series):
