@@ -46,8 +46,7 @@ class Variant:
 
     def rate(self, swept: float) -> float:
         """The peak rate, if the best of the sweep is `swept`."""
-        # Rounded, as 9 times 0.001 must be 0.009: rates become names of runs.
-        return swept if self.rate_factor == 1 else float(f"{swept * self.rate_factor:.6g}")
+        return swept if self.rate_factor == 1 else rounded(swept * self.rate_factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +254,11 @@ class Protocol:
             fields=given,
             key=_key(config, setting.vocabulary),
         )
+
+
+def rounded(rate: float) -> float:
+    """The rate as people write it: rates become names of runs, and 9 times 0.001 must be 0.009."""
+    return float(f"{rate:.6g}")
 
 
 def load(path: str) -> Protocol:

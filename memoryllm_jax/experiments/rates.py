@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from memoryllm_jax.experiments.protocol import Sweep
+from memoryllm_jax.experiments.protocol import Sweep, rounded
 
 
 class Choice(NamedTuple):
@@ -40,9 +40,4 @@ def choose(sweep: Sweep, losses: Mapping[float, float]) -> Choice:
         if is_inside or len(row) >= sweep.most:
             return Choice(tried, (), best if math.isfinite(tried[best]) else None, is_inside)
         factor = row[1] / row[0]
-        row = [_rounded(row[0] / factor), *row] if best == row[0] else [*row, _rounded(row[-1] * factor)]
-
-
-def _rounded(rate: float) -> float:
-    """The rate as people write it: rates become names of runs, and 0.004 / 2 must be 0.002."""
-    return float(f"{rate:.6g}")
+        row = [rounded(row[0] / factor), *row] if best == row[0] else [*row, rounded(row[-1] * factor)]

@@ -73,7 +73,7 @@ class Work(NamedTuple):
       to_do: what can be trained or scored now, in this order.
       waiting: runs whose rate is not chosen yet, with the middle rate of the sweep in its place.
       done: runs of sweeps that are trained, and runs of experiments that are scored.
-      failed: runs that diverged, and those that `read_work` was told of.
+      failed: runs that diverged, and those that the caller of `read_work` names as failed.
       unneeded: done runs whose checkpoints nothing needs any more.
       without_rate: settings for which no rate can be chosen, as all diverged or a run of the sweep failed.
     """
@@ -101,32 +101,33 @@ def read_work(selection: Selection, workdir: str, failed: Collection[str] = ()) 
     chosen = {setting: choice.rate for setting, choice in choices.items() if choice.rate is not None}
     of_experiments = protocol.experiment_runs(chosen)
     needed = {run.key for run in of_experiments}  # also by experiments that are not selected
-    work = Work([], [], [], [], [], [])
+    to_do, done, gave_up, unneeded = [], [], [], []
     for run in _runs(selection, choices, of_experiments):
         if run.key in failed:
-            work.failed.append(run)
+            gave_up.append(run)
         elif not run.experiments:
-            if outcomes.loss(run, workdir) is None:
-                work.to_do.append(run)
-                continue
-            if not choices[run.setting].missing and run.key not in needed:
-                work.unneeded.append(run)
-            work.done.append(run)
+            missing = choices[run.setting].missing
+            if run.rate in missing:
+                to_do.append(run)
+            else:
+                done.append(run)
+            if not missing and run.key not in needed:
+                unneeded.append(run)
         elif scoring.is_scored(run.folder(workdir)):
             if not set(run.experiments) & set(protocol.keep):
-                work.unneeded.append(run)
-            work.done.append(run)
+                unneeded.append(run)
+            done.append(run)
         elif outcomes.has_diverged(run, workdir):
-            work.failed.append(run)
+            gave_up.append(run)
         else:
-            work.to_do.append(run)
-    still_swept = {run.setting for run in work.to_do if not run.experiments}
+            to_do.append(run)
+    still_swept = {run.setting for run in to_do if not run.experiments}
     without_rate = [setting for setting in choices if setting not in chosen and setting not in still_swept]
-    known = {run.key for run in (*work.to_do, *work.done, *work.failed)}
+    known = {run.key for run in (*to_do, *done, *gave_up)}
     row = protocol.sweep.rates
     expected = {setting: row[len(row) // 2] for setting, choice in choices.items() if choice.missing}
     waiting = [run for run in protocol.experiment_runs(expected) if selection.takes(run) and run.key not in known]
-    return work._replace(waiting=waiting, without_rate=without_rate)
+    return Work(to_do, waiting, done, gave_up, unneeded, without_rate)
 
 
 def _runs(selection: Selection, choices: Mapping[Setting, rates.Choice], of_experiments: list[Run]) -> Iterable[Run]:

@@ -220,10 +220,8 @@ def test_the_plan_counts_runs_and_the_flops_of_those_that_are_left(lab, tmp_path
     def hours(runs: int, jobs=2) -> str:
         return f"{runs * flops / 1e3 / jobs / 3600:.1f} hours for {jobs} processes of 1e-06 GFLOP/s each"
 
-    parts, (last,) = table()
-    assert parts == {"sweep": (3, 3), "second": (1, 1)} and last.startswith(
-        hours(5)
-    )  # three of 640 tokens, one of 1280
+    parts, (last,) = table()  # three of 640 tokens and one of 1,280
+    assert parts == {"sweep": (3, 3), "second": (1, 1)} and last.startswith(hours(5))
     train(run.folder(str(tmp_path)), "0.002", "0")
     parts, (last,) = table(jobs=1)
     assert parts == {"sweep": (3, 2), "second": (1, 1)} and last.startswith(hours(4, jobs=1))
