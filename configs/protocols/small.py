@@ -92,7 +92,8 @@ def get_protocol() -> Protocol:
             sizes={"S": "S", "M": "L", "L": "L", "XL": "L"},
         ),
         experiments=(
-            # 4 and 8 M tokens are 20 and 40 for each parameter of attention and FFNs in S.
+            # 4 and 8 M tokens are 20 and 40 for each parameter of attention and FFNs in S. With embedding and head, 8 M are
+            # 30 for each parameter of the smallest model, base at 512 ids.
             Experiment("letters", MAIN, ("S",), ("512",), (1 * M, 2 * M, 4 * M)),
             Experiment("syllables", MAIN, ("S",), ("4096",), (1 * M, 2 * M, 4 * M)),
             Experiment("seeds", MAIN, ("S",), ("512", "4096"), (2 * M,), SEEDS),
@@ -101,7 +102,7 @@ def get_protocol() -> Protocol:
             Experiment("rates", tuple(FASTER), ("S",), ("4096",), (2 * M, 4 * M)),
             Experiment("shares", SHARES, ("S",), ("4096",), (1 * M, 2 * M)),
             Experiment("controls", CONTROLS, ("S",), ("4096",), (1 * M, 2 * M)),
-            Experiment("long", PAPER, ("S",), ("4096",), (8 * M,)),
+            Experiment("long", PAPER, ("S",), ("512", "4096"), (8 * M,)),
             Experiment("long-seeds", CORE, ("S",), ("512", "4096"), (4 * M,), SEEDS),
             Experiment("peers", PEERS, ("S",), ("4096",), (1 * M, 2 * M, 4 * M)),
             Experiment("sizes", CORE, ("M", "L"), ("4096",), (1 * M, 2 * M, 4 * M)),
