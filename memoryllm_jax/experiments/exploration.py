@@ -6,7 +6,7 @@ import numpy as np
 
 from memoryllm_jax.common.errors import UserError
 from memoryllm_jax.experiments import comparison_plots, costs, laws, outcomes
-from memoryllm_jax.experiments.answers import Answers, Crossing
+from memoryllm_jax.experiments.answers import Answer, Answers, Crossing
 from memoryllm_jax.experiments.comparison_plots import name_of
 from memoryllm_jax.experiments.intervals import Interval
 from memoryllm_jax.experiments.laws import FittedLaw
@@ -47,12 +47,12 @@ def draw(page, results: Results, found: Answers) -> dict:
         caption = "Held-out loss against beta, the eighths of FFN parameters that every token passes"
         page.figure("beta", comparison_plots.shares(of_beta), caption)
     record = {"splits": []}
-    for cell in _widest_cells(results, found):
-        # What permuted rows cost is so much more that the picture would show nothing else.
-        contrasts = [contrast for contrast in found.contrasts() if contrast.b and cell in found.of(contrast)]
+    for cell, contrasts in _split_cells(results, found).items():
         of_memories = [contrast for contrast in contrasts if not {contrast.a, contrast.b} & set(controls)]
-        caption = f"Where variants differ: {cell.vocabulary} ids, size {cell.size}, {cell.tokens / 1e6:.3g} M tokens"
-        page.figure(f"splits-{cell.vocabulary}", comparison_plots.split(results, of_memories, cell), caption)
+        tokens = f"{cell.tokens / 1e6:.3g}M"
+        caption = f"Where variants differ: {cell.vocabulary} ids, size {cell.size}, {tokens} tokens"
+        picture = comparison_plots.split(results, of_memories, cell)
+        page.figure(f"splits-{cell.vocabulary}-{cell.size}-{tokens}", picture, caption)
         record["splits"] += _splits(results, contrasts, cell)
     record["losses"] = _losses(page, results)
     record["costs"] = _costs(page, results)
@@ -73,15 +73,25 @@ def _shares(results: Results) -> dict[Cell, list[tuple[float, float]]]:
     return {cell: sorted(found[cell]) for cell in results.cells() if len(found.get(cell, ())) > 3}
 
 
-def _widest_cells(results: Results, found: Answers) -> list[Cell]:
-    """For each vocabulary the cell with the most answers; of several, that with the most seeds, then tokens."""
-    worth: dict[Cell, list[int]] = {}
+def _split_cells(results: Results, found: Answers) -> dict[Cell, list[Contrast]]:
+    """The cells whose differences are shown by group of targets, with the contrasts that have the most seeds there.
+
+    Of each vocabulary these are all cells with several seeds; without such a cell, the one with the most answers.
+    """
+    cells: dict[Cell, list[Answer]] = {}
     for answer in found.answers:
-        of_cell = worth.setdefault(answer.cell, [0, 0, answer.cell.tokens])
-        of_cell[0] += 1
-        of_cell[1] += answer.seeds
-    chosen = [[cell for cell in worth if cell.vocabulary == vocabulary] for vocabulary in results.texts]
-    return [max(cells, key=worth.get) for cells in chosen if cells]
+        if answer.contrast.b:  # What permuted rows cost is so much more that the picture would show nothing else.
+            cells.setdefault(answer.cell, []).append(answer)
+    most = {cell: max(answer.seeds for answer in answers) for cell, answers in cells.items()}
+    shown: dict[Cell, list[Contrast]] = {}
+    for vocabulary in results.texts:
+        of_vocabulary = [cell for cell in cells if cell.vocabulary == vocabulary]
+        chosen = [cell for cell in of_vocabulary if most[cell] > 1]
+        if not chosen and of_vocabulary:
+            chosen = [max(of_vocabulary, key=lambda cell: (len(cells[cell]), cell.tokens))]
+        for cell in chosen:
+            shown[cell] = [answer.contrast for answer in cells[cell] if answer.seeds == most[cell]]
+    return shown
 
 
 def _splits(results: Results, contrasts: list[Contrast], cell: Cell) -> list[dict]:

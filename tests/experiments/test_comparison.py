@@ -192,6 +192,10 @@ def test_the_page_shows_what_the_record_holds(workdir, draw):
         assert cell.startswith("▼" if last[question]["finds"] else ("+", "-")) and cell in page
     explored = page[page.index("Exploration") :]
     assert "▼" in page and "▼" not in explored and "▲" not in explored
+    assert [row["split"] for row in found["splits"]] == ["input", "target", "position", "bigram"]
+    for row in found["splits"]:  # of the one cell with several seeds
+        assert row["size"] == "S" and 4e4 <= row["tokens"] < 5e4
+        assert list(row["differences"]) == ["flex-3 less base", "control less base"]
     losses = found["losses"]
     assert len(losses) == len(GAINS) * len(SIZES) * 3
     assert [row["against"] for row in losses[:4]] == ["", "base", "flex-3", "base"]
