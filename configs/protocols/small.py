@@ -17,7 +17,7 @@ SIZES = {  # heads of 16
 # FFN-C of flex-B stands beside attention. So it does in what flex-B is compared with, so that memories alone differ.
 BESIDE = {"model.compute_input": "block_input"}
 PAPER = ("base", "memory", "flex-3")  # its architectures
-CORE = (*PAPER, "no-memory-3", "rows-3")  # also at larger sizes
+CORE = (*PAPER, "no-memory-3", "rows-3")  # with three seeds after 4 M tokens
 MAIN = (*CORE, "no-memory-0", "flex-3-shared")
 PEERS = ("ple-3", "value-3", "bov-3", "bigram-3")
 SHARES = ("flex-1", "flex-2", "flex-6")
@@ -89,7 +89,7 @@ def get_protocol() -> Protocol:
         sweep=Sweep(
             tokens={"512": 2 * M, "4096": 1 * M, "32000": 1 * M},  # about equally much text: 3, 3 and 4 MB
             rates=(2e-3, 4e-3, 8e-3),
-            sizes={"S": "S", "M": "L", "L": "L", "XL": "L"},
+            sizes={"S": "S", "M": "M", "L": "L", "XL": "L"},
         ),
         experiments=(
             # 4 and 8 M tokens are 20 and 40 for each parameter of attention and FFNs in S. With embedding and head, 8 M are
@@ -105,7 +105,8 @@ def get_protocol() -> Protocol:
             Experiment("long", PAPER, ("S",), ("512", "4096"), (8 * M,)),
             Experiment("long-seeds", CORE, ("S",), ("512", "4096"), (4 * M,), SEEDS),
             Experiment("peers", PEERS, ("S",), ("4096",), (1 * M, 2 * M, 4 * M)),
-            Experiment("sizes", CORE, ("M", "L"), ("4096",), (1 * M, 2 * M, 4 * M)),
+            Experiment("sizes", PAPER, ("M", "L"), ("4096",), (1 * M, 2 * M, 4 * M)),
+            Experiment("worth", ("no-memory-3", "rows-3"), ("M",), ("4096",), (1 * M, 2 * M, 4 * M)),
             Experiment("left-out", PAPER, ("XL",), ("4096",), (2 * M,)),
         ),
         contrasts=CONTRASTS,
