@@ -14,8 +14,8 @@ the law gets wrong is alike along a curve. Those of k and r are widened by sqrt(
 as the percentiles of few are too narrow (Hesterberg 2015, arXiv 1411.5279, section 5.3).
 
 In 200 simulations of the runs of configs/protocols/small.py (benchmarks/law_coverage.py), 95% intervals held the truth
-in 94 to 99% (k, r and crossings; FFN-M has 9 curves, plain tables have 3) and in 92 to 96% (E, A, alpha, B and beta),
-each with a standard error of 1 to 2%. Where seeds vary little, A and alpha are held in 86% alone.
+in 98% (k and r; FFN-M has 9 curves), 94% (crossings) and 92 to 96% (E, A, alpha, B and beta), each with a standard error
+of 1 to 2%.
 """
 
 import itertools
