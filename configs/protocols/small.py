@@ -92,8 +92,8 @@ def get_protocol() -> Protocol:
             sizes={"S": "S", "M": "M", "L": "L", "XL": "L"},
         ),
         experiments=(
-            # 4 and 8 M tokens are 20 and 40 for each parameter of attention and FFNs in S. With embedding and head, 8 M are
-            # 30 for each parameter of the smallest model, base at 512 ids.
+            # 4 and 8 M tokens are 20 and 40 for each parameter of attention and FFNs in base, size S. With embedding
+            # and head, 8 M are 30 for each of its parameters at 512 ids.
             Experiment("letters", MAIN, ("S",), ("512",), (1 * M, 2 * M, 4 * M)),
             Experiment("syllables", MAIN, ("S",), ("4096",), (1 * M, 2 * M, 4 * M)),
             Experiment("seeds", MAIN, ("S",), ("512", "4096"), (2 * M,), SEEDS),

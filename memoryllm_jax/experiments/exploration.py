@@ -28,9 +28,10 @@ L = E + A (N_a + k N_m)^-alpha + B (D (1 + r s))^-beta, with N_a active paramete
 s = N_m / (N_a + N_m) and D tokens. k is the worth of a memory parameter, in active parameters, after many tokens. r
 is a gain in data efficiency: a model of which a share s is memory learns from D tokens what one without memory learns
 from D (1 + r s). If the interval of k or r contains 0, no such effect was found. Controls are left out. Intervals are
-percentiles over fits to resampled curves, each the runs of one variant and size; those of single runs include the error
-of the law. On simulated runs, the 95% intervals of k and r held the truth in 98%, those of crossings in 94%, and those of single
-runs in 92%. Crossings by the law beyond the longest run are extrapolated.
+percentiles over fits to resampled curves, each the runs of one variant and size; those of single runs include the
+error of the law. On simulated runs of configs/protocols/small.py, with nine curves of FFN-M, the 95% intervals of k
+and r held the truth in 98%, those of crossings of useful memories in 91 to 95%, and those of single runs in 92%.
+Crossings by the law beyond the longest run are extrapolated.
 """
 
 
@@ -49,10 +50,10 @@ def draw(page, results: Results, found: Answers) -> dict:
     record = {"splits": []}
     for cell, contrasts in _split_cells(results, found).items():
         of_memories = [contrast for contrast in contrasts if not {contrast.a, contrast.b} & set(controls)]
-        tokens = f"{cell.tokens / 1e6:.3g}M"
-        caption = f"Where variants differ: {cell.vocabulary} ids, size {cell.size}, {tokens} tokens"
+        millions = f"{cell.tokens / 1e6:.3g}"
+        caption = f"Where variants differ: {cell.vocabulary} ids, size {cell.size}, {millions} M tokens"
         picture = comparison_plots.split(results, of_memories, cell)
-        page.figure(f"splits-{cell.vocabulary}-{cell.size}-{tokens}", picture, caption)
+        page.figure(f"splits-{cell.vocabulary}-{cell.size}-{millions}M", picture, caption)
         record["splits"] += _splits(results, contrasts, cell)
     record["losses"] = _losses(page, results)
     record["costs"] = _costs(page, results)
@@ -184,7 +185,7 @@ def _law(page, results: Results, vocabulary: str, law: FittedLaw) -> dict:
     caption += f"{law.fit.error:.2%} of their loss; {law.fit.dropped} of {law.fit.dropped + len(law.fit.replicates)} "
     caption += "resampled fits did not converge and are left out"
     if law.without:
-        caption += f"; without {', '.join(law.without)}, of which there are too few sizes or lengths"
+        caption += f"; without {', '.join(law.without)}, of which there are too few sizes, curves or lengths"
     page.table(["number", "value", "95% interval"], rows, caption, csv=f"law-{vocabulary}")
     if law.predictions:
         head = ["setting that was left out", "bits per byte", "by the law", "95% interval", "error"]

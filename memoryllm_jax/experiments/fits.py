@@ -14,8 +14,8 @@ the law gets wrong is alike along a curve. Those of k and r are widened by sqrt(
 as the percentiles of few are too narrow (Hesterberg 2015, arXiv 1411.5279, section 5.3).
 
 In 200 simulations of the runs of configs/protocols/small.py (benchmarks/law_coverage.py), 95% intervals held the truth
-in 98% (k and r; FFN-M has 9 curves), 94% (crossings) and 92 to 96% (E, A, alpha, B and beta), each with a standard error
-of 1 to 2%.
+in 98% (k and r of FFN-M, which has 9 curves) and in 91 to 96% (E, A, alpha, B and beta), with standard errors of 1 to
+2%; those of crossings in 91 to 95% where the memory is useful.
 """
 
 import itertools

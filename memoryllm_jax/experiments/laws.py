@@ -15,8 +15,8 @@ from memoryllm_jax.experiments.protocol import Run, Setting
 from memoryllm_jax.experiments.results import Results, cell_of
 from memoryllm_jax.model import flops
 
-# Of a kind of memory that is fitted. With two curves, the 95% intervals of k and r held the truth in only 41 of 50
-# simulations (as in benchmarks/law_coverage.py).
+# Curves and lengths that a fitted kind of memory has at least. With two curves, the intervals of k and r are too
+# narrow, in spite of their widening (`fits`).
 _FEWEST_CURVES = 3
 _FEWEST_LENGTHS = 3
 
@@ -77,7 +77,7 @@ def points_of(results: Results, vocabulary: str) -> tuple[list[Point], list[Poin
 
 
 def _too_few(points: list[Point]) -> set[str]:
-    """Kinds of memory with so few curves or lengths that their worth cannot be told from their gain in data efficiency."""
+    """Kinds of memory with too few curves or lengths to tell their worth from their gain in data efficiency."""
     curves, lengths = defaultdict(set), defaultdict(set)
     for point in points:
         curves[point.kind].add(point.curve)

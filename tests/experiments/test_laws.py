@@ -43,7 +43,7 @@ class Made:
 def test_the_protocols_runs_determine_the_law_at_4096_ids():
     found = laws.of_vocabulary(Made("4096"), "4096", replicates=6)
     assert found.fit.law.kinds == LAW.kinds and found.fit.dropped < 3
-    assert found.without == ["bigram", "bov", "per_layer", "rows", "value"]  # of one or two sizes
+    assert found.without == ["bigram", "bov", "per_layer", "rows", "value"]  # of one or two curves
     numbers = found.fit.numbers()
     for name, value in LAW.named().items():
         assert numbers[name].value == pytest.approx(value, rel=0.25, abs=0.02), name
