@@ -52,8 +52,9 @@ def draw(page, results: Results, found: Answers) -> dict:
         of_memories = [contrast for contrast in contrasts if not {contrast.a, contrast.b} & set(controls)]
         millions = f"{cell.tokens / 1e6:.3g}"
         caption = f"Where variants differ: {cell.vocabulary} ids, size {cell.size}, {millions} M tokens"
-        picture = comparison_plots.split(results, of_memories, cell)
-        page.figure(f"splits-{cell.vocabulary}-{cell.size}-{millions}M", picture, caption)
+        if of_memories:
+            picture = comparison_plots.split(results, of_memories, cell)
+            page.figure(f"splits-{cell.vocabulary}-{cell.size}-{millions}M", picture, caption)
         record["splits"] += _splits(results, contrasts, cell)
     record["losses"] = _losses(page, results)
     record["costs"] = _costs(page, results)
