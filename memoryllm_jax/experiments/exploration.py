@@ -88,10 +88,9 @@ def _split_cells(results: Results, found: Answers) -> dict[Cell, list[Contrast]]
     shown: dict[Cell, list[Contrast]] = {}
     for vocabulary in results.texts:
         of_vocabulary = [cell for cell in cells if cell.vocabulary == vocabulary]
-        chosen = [cell for cell in of_vocabulary if most[cell] > 1]
-        if not chosen and of_vocabulary:
-            chosen = [max(of_vocabulary, key=lambda cell: (len(cells[cell]), cell.tokens))]
-        for cell in chosen:
+        several = [cell for cell in of_vocabulary if most[cell] > 1]
+        widest = sorted(of_vocabulary, key=lambda cell: (len(cells[cell]), cell.tokens))[-1:]
+        for cell in several or widest:
             shown[cell] = [answer.contrast for answer in cells[cell] if answer.seeds == most[cell]]
     return shown
 
